@@ -1,0 +1,200 @@
+"""``python -m registry``: look at versions, promote, roll back, and follow the registry."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from registry.contract import ModelRef, ModelVersion, parse_model_ref
+from registry.errors import ConvoyError, UsageError
+from registry.home import convoy_home
+
+if TYPE_CHECKING:
+    from registry.store import ModelStore
+
+DEFAULT_MODEL = "models:/fashion@champion"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    try:
+        return int(arguments.run(arguments))
+    except ConvoyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _store() -> "ModelStore":
+    from registry.store import ModelStore  # seconds of MLflow: not for --help
+
+    return ModelStore(convoy_home())
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    store = _store()
+    names = [arguments.name] if arguments.name else store.models()
+    rows = [(version, tags) for name in names for version, tags in store.versions(name)]
+    if arguments.json:
+        print(
+            json.dumps([{**msgspec.to_builtins(version), "tags": tags} for version, tags in rows])
+        )
+        return 0
+    if not rows:
+        print("no versions yet; python -m training makes one")
+        return 0
+    print(
+        f"{'model':<20} {'version':>7}  {'aliases':<22} {'validation':>10} {'test':>8}  recipe    made"
+    )
+    for version, tags in rows:
+        print(
+            f"{version.name:<20} {version.version:>7}  {', '.join(version.aliases):<22} "
+            f"{tags.get('convoy.validation_accuracy', ''):>10.6} "
+            f"{tags.get('convoy.test_accuracy', ''):>8.6}  {tags.get('convoy.recipe', ''):<8}  "
+            f"{_when(version)}"
+        )
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    store = _store()
+    ref = _ref(arguments.name, arguments.version)
+    version = store.resolve(ref)
+    with tempfile.TemporaryDirectory(prefix="convoy-show-") as folder:
+        manifest = store.download(version, Path(folder), lambda _: ()).manifest
+    decisions = store.decisions(arguments.name)
+    shown = {
+        "version": msgspec.to_builtins(version),
+        "manifest": msgspec.to_builtins(manifest),
+        "decisions": msgspec.to_builtins(decisions),
+    }
+    if arguments.json:
+        print(json.dumps(shown))
+        return 0
+    print(f"{version.name} version {version.version} ({', '.join(version.aliases) or 'no alias'})")
+    print(f"  made       {_when(version)}, run {version.run_id}")
+    print(f"  network    {manifest.network.name} {manifest.network.args or ''}")
+    print(f"  labels     {', '.join(manifest.labels)}")
+    print(
+        f"  input      {manifest.preprocess.mode} {manifest.preprocess.width_px}×"
+        f"{manifest.preprocess.height_px}"
+    )
+    print(f"  data       {manifest.data.name} {manifest.data.counts}, {manifest.data.sha256[:12]}…")
+    print(
+        f"  source     {manifest.source.recipe}, seed {manifest.source.seed}, "
+        f"{manifest.source.device}, commit {manifest.source.git_commit}"
+    )
+    for name, value in manifest.metrics.items():
+        print(f"  {name:<28} {value:.4f}")
+    for decision in decisions:
+        print(
+            f"  {decision.at} {decision.by} {decision.action} {decision.to_version} "
+            f"(champion was {decision.from_version}): {decision.reason or decision.verdict}"
+        )
+    return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from registry.promotion import promote
+
+    store = _store()
+    number = store.resolve(_ref(arguments.name, arguments.version)).version
+    verdict = promote(store, arguments.name, number, force=arguments.force, reason=arguments.reason)
+    print(f"{arguments.name} version {number} is the champion now")
+    print(f"  {verdict or 'it was not compared with another version'}")
+    return 0
+
+
+def _roll_back(arguments: argparse.Namespace) -> int:
+    from registry.promotion import roll_back
+
+    left, back = roll_back(_store(), arguments.name, arguments.reason)
+    print(f"{arguments.name} version {back} is the champion again; version {left} is 'previous'")
+    return 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    texts = arguments.ref or os.environ.get("CONVOY_MODEL", DEFAULT_MODEL).split(",")
+    refs = tuple(parse_model_ref(text) for text in texts)
+    if not arguments.interval > 0:
+        raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
+    from registry.pull import Puller
+
+    puller = Puller(_store, convoy_home().models, refs)
+    if not arguments.watch:
+        return 0 if puller.pull_all() else 2
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    puller.watch(stop, arguments.interval)
+    return 0
+
+
+def _ref(name: str, version: str) -> ModelRef:
+    """``7`` is a number, anything else an alias."""
+    return parse_model_ref(f"models:/{name}{'/' if version.isdigit() else '@'}{version}")
+
+
+def _when(version: ModelVersion) -> str:
+    return datetime.fromtimestamp(version.created_unix_s or 0, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m registry",
+        description="The registry of model versions: look, promote, roll back, follow.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="models and their versions")
+    listing.add_argument("name", nargs="?", help="only this model")
+    listing.set_defaults(run=_list)
+
+    show = commands.add_parser("show", help="one version: manifest, metrics, decisions")
+    show.add_argument("name")
+    show.add_argument("version", nargs="?", default="champion", help="number or alias")
+    show.set_defaults(run=_show)
+    for command in (listing, show):
+        command.add_argument("--json", action="store_true", help="print JSON")
+
+    promote = commands.add_parser("promote", help="make a version the champion if it is no worse")
+    promote.add_argument("name")
+    promote.add_argument("version", help="number or alias")
+    promote.add_argument("--force", action="store_true", help="whatever the gate says")
+    promote.set_defaults(run=_promote)
+
+    roll_back = commands.add_parser("roll-back", help="make the previous champion champion again")
+    roll_back.add_argument("name")
+    roll_back.set_defaults(run=_roll_back)
+    for command in (promote, roll_back):
+        command.add_argument("--reason", help="why; recorded with the decision")
+
+    pull = commands.add_parser("pull", help="bring what should serve to disk and release it")
+    pull.add_argument(
+        "ref", nargs="*", help="models:/NAME@ALIAS or models:/NAME/NUMBER (default: CONVOY_MODEL)"
+    )
+    pull.add_argument("--watch", action="store_true", help="go on following the registry")
+    pull.add_argument(
+        "--interval", type=float, default=2.0, metavar="S", help="seconds between looks"
+    )
+    pull.set_defaults(run=_pull)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

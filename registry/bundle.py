@@ -1,0 +1,172 @@
+"""A bundle: all files of one model version in one folder, each named with its digest.
+
+Nothing in it can run code: JSON, safetensors, encoded pictures and one ``.npz`` read without
+pickle. Whoever reads a file gets the very bytes whose digest was checked, so nothing can change
+between the check and the use. Knows neither torch nor MLflow.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from registry.contract import FileEntry, Manifest, manifest_from_json, sha256_hex
+from registry.errors import BundleInvalid
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+GOLDEN = "golden/golden.json"
+HELDOUT = "heldout.npz"
+
+
+class GoldenImage(Struct, frozen=True):
+    """One encoded held-out picture of the bundle and the fp32 probabilities it must get."""
+
+    file: str
+    probabilities: tuple[float, ...]
+
+
+class Heldout(Struct, frozen=True):
+    """The held-out examples in a fixed order.
+
+    Attributes:
+        labels: int64 (N,), the true class of each.
+        probabilities: float32 (N, classes), what this version said.
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+    def to_npz(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, labels=self.labels, probabilities=self.probabilities)
+        return buffer.getvalue()
+
+
+class Bundle:
+    """An opened bundle: its manifest, and its files checked as they are read."""
+
+    def __init__(self, folder: Path, manifest_bytes: bytes) -> None:
+        self.folder = folder
+        self.manifest = manifest_from_json(manifest_bytes)
+        self.manifest_sha256 = sha256_hex(manifest_bytes)
+        for name in self.manifest.files:
+            _check_name(name)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of the file ``name``, their size and digest checked.
+
+        Raises:
+            BundleInvalid: not in the manifest, missing on disk, or not what was published.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleInvalid(f"{self.folder}: the manifest names no file {name}")
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise BundleInvalid(f"{self.folder / name}: {error.strerror}") from error
+        if len(data) != entry.size_bytes:
+            raise BundleInvalid(
+                f"{self.folder / name} has {len(data)} bytes; the manifest says {entry.size_bytes}"
+            )
+        if (found := sha256_hex(data)) != entry.sha256:
+            raise BundleInvalid(
+                f"{self.folder / name} has sha256 {found[:12]}…; "
+                f"the manifest says {entry.sha256[:12]}…"
+            )
+        return data
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Read ``names`` (by default every file) and raise ``BundleInvalid`` if one is not right."""
+        for name in self.manifest.files if names is None else names:
+            self.read(name)
+
+    def serving_files(self) -> list[str]:
+        """What serving needs beside the manifest: the weights and the golden images."""
+        return [
+            name for name in self.manifest.files if name == WEIGHTS or name.startswith("golden/")
+        ]
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """The state dict as arrays, by parameter name."""
+        try:
+            return safetensors.numpy.load(self.read(WEIGHTS))
+        except safetensors.SafetensorError as error:
+            raise BundleInvalid(f"{self.folder / WEIGHTS}: {error}") from error
+
+    def golden(self) -> list[GoldenImage]:
+        try:
+            return msgspec.json.decode(self.read(GOLDEN), type=list[GoldenImage])
+        except msgspec.MsgspecError as error:
+            raise BundleInvalid(f"{self.folder / GOLDEN}: {error}") from error
+
+    def heldout(self) -> Heldout:
+        try:
+            with np.load(io.BytesIO(self.read(HELDOUT)), allow_pickle=False) as arrays:
+                return Heldout(arrays["labels"], arrays["probabilities"])
+        except (ValueError, KeyError, OSError) as error:
+            raise BundleInvalid(f"{self.folder / HELDOUT}: {error}") from error
+
+
+def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write ``files`` and the manifest that names them into ``folder``, and open the result.
+
+    The manifest comes last: a folder without one is no bundle.
+    """
+    entries = {name: FileEntry(sha256_hex(data), len(data)) for name, data in files.items()}
+    for name, data in files.items():
+        _check_name(name)
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    manifest_bytes = msgspec.structs.replace(manifest, files=entries).to_json()
+    (folder / MANIFEST).write_bytes(manifest_bytes)
+    return Bundle(folder, manifest_bytes)
+
+
+def open_bundle(folder: Path, expected_sha256: str | None = None) -> Bundle:
+    """The bundle in ``folder``; its other files are checked when they are read.
+
+    Args:
+        folder: where ``manifest.json`` lies.
+        expected_sha256: the manifest's digest as the registry has it.
+
+    Raises:
+        BundleInvalid: no manifest, one that cannot be read, or one with another digest.
+    """
+    try:
+        manifest_bytes = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleInvalid(f"{folder / MANIFEST}: {error.strerror}") from error
+    found = sha256_hex(manifest_bytes)
+    if expected_sha256 is not None and found != expected_sha256:
+        raise BundleInvalid(
+            f"{folder / MANIFEST} has sha256 {found[:12]}…; the registry says {expected_sha256[:12]}…"
+        )
+    return Bundle(folder, manifest_bytes)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder under ``folder``, so that a rename after it survives a crash."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that would leave the bundle's folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or name == MANIFEST:
+        raise BundleInvalid(f"the manifest names a file {name!r} outside the bundle")

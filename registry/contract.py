@@ -1,0 +1,226 @@
+"""The records that training writes, the registry keeps and serving reads.
+
+Light on purpose (msgspec only): the HTTP workers, the CLI's ``--help`` and the tests of the
+contract load neither torch nor MLflow. All records are immutable, refuse unknown fields when they
+are read, and check their own values, so that whatever holds one can trust it.
+"""
+
+import hashlib
+import math
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from registry.errors import BundleInvalid, UsageError
+
+SCHEMA_VERSION = 1
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+
+# Model names become folder names, URL segments and metric labels; MLflow refuses "/" and ":".
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_MODEL_URI = re.compile(
+    r"models:/(?P<name>[^/@]+)(?:/(?P<version>[1-9]\d{0,8})|@(?P<alias>[\w-]+))"
+)
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Side = Annotated[int, Meta(ge=1, le=4096)]
+
+
+def sha256_hex(data: bytes) -> str:
+    """The SHA-256 digest of ``data`` as 64 lower-case hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How encoded bytes become the network's input, for training, publishing and serving alike.
+
+    Geometry: with ``resize_shorter_px`` the shorter side is resized to it and the centre
+    ``height_px`` × ``width_px`` is cut out; without it the whole picture is stretched to that size.
+    ``mean`` and ``std`` are per channel in units of pixel value / 255 and are applied on the device.
+    """
+
+    mode: Literal["L", "RGB"]
+    width_px: Side
+    height_px: Side
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_shorter_px: Side | None = None
+    interpolation: Interpolation = "bilinear"
+    exif: Literal["transpose", "ignore"] = "transpose"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mode {self.mode} needs {self.channels} values in mean and in std")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError("mean must be finite")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError("std must be finite and above 0")
+        shorter = self.resize_shorter_px
+        if shorter is not None and shorter < max(self.width_px, self.height_px):
+            raise ValueError("resize_shorter_px must be at least width_px and height_px")
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.mode == "L" else 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one ``Pixels`` array: (height_px, width_px, channels)."""
+        return self.height_px, self.width_px, self.channels
+
+
+class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A network from our own list, ``registry.networks.NETWORKS``, and its arguments."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class DataRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which pictures a version learnt from and was judged on.
+
+    ``sha256`` names the data set; ``heldout_sha256`` the held-out examples in their order, so that
+    two versions are compared picture by picture only when both saw the same ones.
+    """
+
+    name: str
+    sha256: Sha256
+    heldout_sha256: Sha256
+    counts: dict[str, int]
+
+
+class SourceRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What made this version: enough to make it again."""
+
+    recipe: str
+    seed: int
+    device: str
+    git_commit: str | None = None
+    versions: dict[str, str] = {}
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """Digest and size of one file of a bundle."""
+
+    sha256: Sha256
+    size_bytes: Annotated[int, Meta(ge=0)]
+
+
+class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The record inside a bundle. Everything else in the bundle is reached through ``files``.
+
+    ``tolerance`` is the largest difference in probability that a replay of the golden images may
+    show on another device or plan before the version is refused.
+    """
+
+    schema_version: int
+    model: str
+    network: NetworkSpec
+    labels: Annotated[tuple[str, ...], Meta(min_length=2)]
+    preprocess: PreprocessSpec
+    metrics: dict[str, float]
+    data: DataRecord
+    source: SourceRecord
+    tolerance: Annotated[float, Meta(gt=0, le=1)] = 1e-3
+    files: dict[str, FileEntry] = {}
+
+    def __post_init__(self) -> None:
+        check_model_name(self.model)
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must differ from each other")
+
+    def to_json(self) -> bytes:
+        """Stable UTF-8 JSON: equal manifests give equal bytes."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
+
+
+class _SchemaOnly(Struct):
+    schema_version: int
+
+
+def manifest_from_json(data: bytes) -> Manifest:
+    """The manifest in ``data``.
+
+    Raises:
+        BundleInvalid: not JSON, of another schema version, or with a value that cannot be.
+    """
+    try:
+        found = msgspec.json.decode(data, type=_SchemaOnly).schema_version
+        if found != SCHEMA_VERSION:
+            raise BundleInvalid(
+                f"the manifest has schema_version {found}; this Convoy reads {SCHEMA_VERSION}: "
+                "publish the version again, or run the Convoy that wrote it"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, ValueError, RecursionError, UsageError) as error:
+        raise BundleInvalid(f"the manifest cannot be read: {error}") from error
+
+
+class ModelVersion(Struct, frozen=True, kw_only=True):
+    """One version of a model as the registry knows it."""
+
+    name: str
+    version: int
+    manifest_sha256: Sha256
+    aliases: tuple[str, ...] = ()
+    run_id: str | None = None
+    created_unix_s: float | None = None
+
+
+class ClassScore(Struct, frozen=True):
+    """One line of a prediction; ``probability`` is in 0..1."""
+
+    label: str
+    index: int
+    probability: float
+
+
+def top_scores(probabilities: list[float], labels: tuple[str, ...], top_k: int) -> list[ClassScore]:
+    """The ``top_k`` most probable classes, best first; equal ones in label order."""
+    order = sorted(range(len(labels)), key=lambda index: -probabilities[index])[:top_k]
+    return [ClassScore(labels[index], index, probabilities[index]) for index in order]
+
+
+class ModelRef(Struct, frozen=True):
+    """Which version of a model is wanted: a fixed number, or wherever an alias points."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    def __str__(self) -> str:
+        selector = f"/{self.version}" if self.alias is None else f"@{self.alias}"
+        return f"models:/{self.name}{selector}"
+
+
+def parse_model_ref(text: str) -> ModelRef:
+    """The reference in ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``.
+
+    Raises:
+        UsageError: any other form.
+    """
+    match = _MODEL_URI.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            f"{text!r} is no model reference; write models:/NAME@ALIAS or models:/NAME/NUMBER"
+        )
+    check_model_name(match["name"])
+    version = int(match["version"]) if match["version"] else None
+    return ModelRef(match["name"], version, match["alias"])
+
+
+def check_model_name(name: str) -> str:
+    """``name`` itself.
+
+    Raises:
+        UsageError: when it has other characters than letters, digits, ``_`` and ``-``.
+    """
+    if not MODEL_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is no model name: use 1 to 63 letters, digits, '_' or '-', "
+            "a letter or digit first"
+        )
+    return name

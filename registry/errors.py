@@ -1,0 +1,68 @@
+"""The errors that Convoy's own rules raise. They carry facts and know no HTTP.
+
+``service/errors.py`` has the one table that turns them into answers.
+"""
+
+
+class ConvoyError(Exception):
+    """Base of every error that is somebody's to understand: its text is fit to be shown."""
+
+
+class InvalidImage(ConvoyError):
+    """The bytes claim to be an image of an accepted type but cannot be decoded."""
+
+
+class UnsupportedImageType(ConvoyError):
+    """The bytes are not an image of an accepted type."""
+
+
+class ImageTooLarge(ConvoyError):
+    """The image has more bytes, more pixels or a longer aspect than is allowed."""
+
+
+class Overloaded(ConvoyError):
+    """The queue is full; trying again after ``retry_after_s`` seconds may succeed."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(ConvoyError):
+    """The work was not started or not finished within its time."""
+
+
+class ModelNotFound(ConvoyError):
+    """No model of that name is known here."""
+
+
+class VersionNotFound(ConvoyError):
+    """The model is known, but not that version or alias of it."""
+
+
+class ModelNotReady(ConvoyError):
+    """The model is configured but no version of it is loaded yet."""
+
+
+class BundleInvalid(ConvoyError):
+    """A bundle is damaged, incomplete, of another schema, or does not score as it was published."""
+
+
+class DeviceUnavailable(ConvoyError):
+    """The device that was asked for by name cannot run a kernel."""
+
+
+class NetworkImpossible(ConvoyError):
+    """No network can be built from these arguments for this input shape."""
+
+
+class RegistryUnavailable(ConvoyError):
+    """The registry cannot be reached, or speaks another version of its schema."""
+
+
+class PromotionRefused(ConvoyError):
+    """The gate found the challenger worse than the champion, or the two cannot be compared."""
+
+
+class UsageError(ConvoyError):
+    """A setting or an argument has a value that cannot be used; the text says what would be."""

@@ -1,0 +1,39 @@
+"""Where Convoy keeps its files, read from the environment in one place for all three packages."""
+
+import os
+from pathlib import Path
+
+from msgspec import Struct
+
+
+class Home(Struct, frozen=True):
+    """The folder tree under ``CONVOY_HOME``. Nothing is created until it is written to."""
+
+    root: Path
+
+    @property
+    def models(self) -> Path:
+        """Bundles that the puller laid out: ``<name>/versions/<n>`` and ``<name>/release.json``."""
+        return self.root / "models"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def datasets(self) -> Path:
+        return self.root / "datasets"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tracking_uri(self) -> str:
+        """``MLFLOW_TRACKING_URI`` where it is set, else SQLite under the home folder."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+
+def convoy_home() -> Home:
+    """The home folder: ``CONVOY_HOME``, by default ``var/`` in the working directory."""
+    return Home(Path(os.environ.get("CONVOY_HOME") or "var").resolve())

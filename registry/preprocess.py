@@ -1,0 +1,167 @@
+"""The one place that opens an image: training, publishing and serving all decode here.
+
+It knows Pillow and the preprocessing contract; it knows neither networks nor HTTP.
+"""
+
+from io import BytesIO
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from registry.contract import PreprocessSpec
+from registry.errors import ConvoyError, ImageTooLarge, InvalidImage, UnsupportedImageType
+
+Pixels = NDArray[np.uint8]
+"""One decoded image: uint8, row-major (height, width, channels), C-contiguous."""
+
+SERVED_FORMATS = ("JPEG", "PNG", "WEBP")
+
+_INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class DecodeLimits(Struct, frozen=True):
+    """What a picture may claim in its header before a single pixel of it is decoded."""
+
+    max_pixels: int = 12_000_000
+    max_aspect: float = 50.0
+
+
+def decode_image(
+    data: bytes,
+    spec: PreprocessSpec,
+    limits: DecodeLimits = DecodeLimits(),
+    *,
+    any_format: bool = False,
+) -> Pixels:
+    """The pixels of an encoded image, in the size and mode that ``spec`` asks for.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled by 1/257, CMYK
+    and palettes are converted, and of an animation the first frame is taken. Safe to call from
+    several threads.
+
+    Args:
+        data: the whole file.
+        spec: the contract of the version that will see the pixels.
+        limits: refused before decoding when the header claims more.
+        any_format: accept whatever Pillow opens (training folders) instead of JPEG, PNG and WebP.
+
+    Returns:
+        uint8 array of shape ``spec.shape``.
+
+    Raises:
+        UnsupportedImageType: the bytes start like none of the accepted formats.
+        ImageTooLarge: more pixels or a longer aspect than ``limits`` allow.
+        InvalidImage: anything else that keeps the bytes from being decoded.
+    """
+    if not any_format and not _starts_like_served(data):
+        raise UnsupportedImageType("the body is not a JPEG, PNG or WebP image")
+    formats = None if any_format else SERVED_FORMATS
+    try:
+        with Image.open(BytesIO(data), formats=formats) as image:
+            _check_size(image.size, limits)
+            return _to_pixels(image, spec)
+    except ConvoyError:
+        raise
+    except _BOMBS as error:
+        raise ImageTooLarge("the image claims more pixels than can be decoded safely") from error
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise a dozen kinds on bad bytes (docs/decisions)
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__
+        raise InvalidImage(f"the image cannot be decoded: {_without_address(reason)}") from error
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """``pixels`` as a PNG that ``decode_image`` gives back unchanged at the same size."""
+    buffer = BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def as_served(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DecodeLimits()) -> bytes:
+    """``data`` in a format that serving accepts and that decodes to the same pixels.
+
+    Formats outside ``SERVED_FORMATS`` are written anew, at full size and without loss, as PNG.
+    """
+    if _starts_like_served(data):
+        return data
+    with Image.open(BytesIO(data)) as image:
+        _check_size(image.size, limits)
+        upright = ImageOps.exif_transpose(image) if spec.exif == "transpose" else image
+        return encode_png(np.asarray(_flatten(upright).convert("RGB")))
+
+
+def _starts_like_served(data: bytes) -> bool:
+    return (
+        data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+        or data[:4] == b"RIFF"
+        and data[8:12] == b"WEBP"
+    )
+
+
+def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
+    width_px, height_px = size
+    if min(size) < 1:
+        raise InvalidImage(f"the image is {width_px}×{height_px} pixels: it has none")
+    if width_px * height_px > limits.max_pixels:
+        raise ImageTooLarge(
+            f"the image is {width_px}×{height_px} = {width_px * height_px:,} pixels; "
+            f"at most {limits.max_pixels:,} are accepted"
+        )
+    # Resizing the shorter side of a 60000×1 strip would need gigabytes.
+    if max(size) > limits.max_aspect * min(size):
+        raise ImageTooLarge(
+            f"the image is {width_px}×{height_px} pixels; "
+            f"the longer side may be at most {limits.max_aspect:g} times the shorter"
+        )
+
+
+def _to_pixels(image: Image.Image, spec: PreprocessSpec) -> Pixels:
+    upright = ImageOps.exif_transpose(image) if spec.exif == "transpose" else image
+    flat = _flatten(upright).convert(spec.mode)
+    resized = _fit(flat, spec)
+    return np.array(resized, dtype=np.uint8).reshape(spec.shape)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """An opaque 8-bit image: wide grey scaled, transparency laid on white."""
+    if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate instead of scale
+        wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise InvalidImage(
+            "images of floating-point pixels are not accepted: their range is unknown"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image
+
+
+def _fit(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    target = (spec.width_px, spec.height_px)
+    resample = _INTERPOLATIONS[spec.interpolation]
+    if spec.resize_shorter_px is None:
+        return image if image.size == target else image.resize(target, resample)
+    scale = spec.resize_shorter_px / min(image.size)
+    width_px, height_px = (max(spec.resize_shorter_px, round(side * scale)) for side in image.size)
+    left = (width_px - spec.width_px) // 2
+    top = (height_px - spec.height_px) // 2
+    box = (left, top, left + spec.width_px, top + spec.height_px)
+    if (width_px, height_px) != image.size:
+        image = image.resize((width_px, height_px), resample)
+    return image.crop(box)
+
+
+def _without_address(reason: str) -> str:
+    """Pillow names the in-memory file by its address; callers need not see it."""
+    return "unknown or damaged format" if "BytesIO" in reason else reason

@@ -1,0 +1,134 @@
+"""``release.json``: which versions of a model serve on this machine.
+
+The puller writes it, the workers read it; it is the only channel between them. It is replaced
+atomically, so a reader sees the old release or the new one and nothing between. Whether the
+registry could be reached lately is kept apart in ``pull.json``, so that a release changes only when
+what is served changes.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from registry.contract import Sha256
+from registry.errors import BundleInvalid
+
+RELEASE_SCHEMA_VERSION = 1
+
+
+class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One version that serves, the alias that chose it, and its share of the traffic (0..1)."""
+
+    version: Annotated[int, Meta(ge=1)]
+    manifest_sha256: Sha256
+    alias: str | None = None
+    share: Annotated[float, Meta(ge=0, le=1)] = 1.0
+
+
+class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What serves. ``generation`` grows by one with every change: no clock decides what is newer."""
+
+    schema_version: int
+    model: str
+    generation: int
+    versions: Annotated[tuple[ReleasedVersion, ...], Meta(min_length=1)]
+
+
+class PullStatus(Struct, frozen=True, kw_only=True):
+    """The puller's last word: when it last agreed with the registry, and what is wrong if it doesn't.
+
+    Times are seconds since the epoch, written and read on one machine.
+    """
+
+    agreed_unix_s: float | None
+    error: str | None = None
+
+
+def model_folder(models: Path, name: str) -> Path:
+    return models / name
+
+
+def version_folder(models: Path, name: str, version: int) -> Path:
+    """Where the bundle of one version lies once it is whole and verified."""
+    return models / name / "versions" / str(version)
+
+
+def release_file(models: Path, name: str) -> Path:
+    return models / name / "release.json"
+
+
+def read_release(models: Path, name: str) -> Release | None:
+    """The release of model ``name``; None when nothing was released yet.
+
+    Raises:
+        BundleInvalid: the file is there but cannot be understood.
+    """
+    path = release_file(models, name)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        release = msgspec.json.decode(data, type=Release)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise BundleInvalid(f"{path} cannot be read: {error}") from error
+    if release.schema_version != RELEASE_SCHEMA_VERSION or release.model != name:
+        raise BundleInvalid(
+            f"{path} is of model {release.model}, schema {release.schema_version}; "
+            f"expected {name}, schema {RELEASE_SCHEMA_VERSION}"
+        )
+    return release
+
+
+def write_release(models: Path, name: str, versions: tuple[ReleasedVersion, ...]) -> Release:
+    """Make ``versions`` the release of ``name``; unchanged ones keep their generation."""
+    try:
+        current = read_release(models, name)
+    except BundleInvalid:
+        current = None
+    if current is not None and current.versions == versions:
+        return current
+    release = Release(
+        schema_version=RELEASE_SCHEMA_VERSION,
+        model=name,
+        generation=current.generation + 1 if current else 1,
+        versions=versions,
+    )
+    write_atomically(release_file(models, name), msgspec.json.encode(release) + b"\n")
+    return release
+
+
+def read_status(models: Path, name: str) -> PullStatus:
+    """The puller's last word about ``name``; all None where no puller ever ran."""
+    try:
+        data = (model_folder(models, name) / "pull.json").read_bytes()
+        return msgspec.json.decode(data, type=PullStatus)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return PullStatus(agreed_unix_s=None)
+
+
+def write_status(models: Path, name: str, error: str | None) -> None:
+    """Note that the registry was reached (``error`` None), or why not."""
+    agreed = time.time() if error is None else read_status(models, name).agreed_unix_s
+    status = PullStatus(agreed_unix_s=agreed, error=error)
+    write_atomically(model_folder(models, name) / "pull.json", msgspec.json.encode(status) + b"\n")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` so that a reader, or a crash, finds the old or the new whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,270 @@
+"""``ModelStore``: versions, aliases and files in an MLflow registry.
+
+The one door to MLflow's registry, so its loose types and its many exceptions stop here. Importing
+it costs seconds and 170 MB: nothing that serves may do so.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# A registry that is down must not hold its reader for minutes (MLflow's own defaults: 245 s).
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+import mlflow
+import msgspec
+import requests
+import sqlalchemy.exc
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, Schema
+from mlflow.types.schema import Array
+from msgspec import Struct
+
+from registry.bundle import MANIFEST, Bundle, open_bundle
+from registry.contract import CHALLENGER, CHAMPION, PREVIOUS, ModelRef, ModelVersion
+from registry.errors import BundleInvalid, RegistryUnavailable, VersionNotFound
+from registry.home import Home
+
+log = logging.getLogger(__name__)
+
+DIGEST_TAG = "convoy.manifest_sha256"
+DECISION_TAG = "convoy.decision."
+# Where mlflow.pyfunc.log_model puts its data_path.
+BUNDLE_PATH = "data/bundle"
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.string, "label"),
+            ColSpec(DataType.long, "index"),
+            ColSpec(DataType.double, "probability"),
+            ColSpec(Array(DataType.double), "probabilities"),
+        ]
+    ),
+    params=ParamSchema([]),
+)
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """One decision about a model's champion, kept as a tag on the registered model."""
+
+    action: str  # promoted | refused | forced | rolled back
+    at: str  # UTC, ISO 8601
+    by: str
+    from_version: int | None
+    to_version: int
+    reason: str | None = None
+    verdict: str | None = None
+
+
+class ModelStore:
+    """An MLflow registry: a database or server, and a place for artefacts."""
+
+    def __init__(self, home: Home) -> None:
+        self.uri = home.tracking_uri
+        self._artifacts = home.artifacts
+        if self.uri.startswith("sqlite:///"):
+            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(self.uri)
+        self._client = MlflowClient(self.uri)
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment ``name``, made if there is none."""
+        with self._errors():
+            found = self._client.get_experiment_by_name(name)
+            if found is not None:
+                return str(found.experiment_id)
+            # A server chooses its own place; a database of ours would put files into the
+            # working directory.
+            location = None if self.uri.startswith("http") else self._artifacts.as_uri()
+            return str(self._client.create_experiment(name, artifact_location=location))
+
+    def publish(self, bundle: Bundle, tags: dict[str, str]) -> ModelVersion:
+        """Log ``bundle`` to the active run, register it as the next version, call it challenger.
+
+        Raises:
+            RegistryUnavailable: the registry did not take it.
+        """
+        assert bundle.folder.name == Path(BUNDLE_PATH).name
+        name = bundle.manifest.model
+        with self._errors():
+            logged = mlflow.pyfunc.log_model(
+                name=name,
+                loader_module="registry.pyfunc",
+                data_path=str(bundle.folder),
+                signature=SIGNATURE,
+                pip_requirements=[
+                    f"{package}=={version}"
+                    for package, version in bundle.manifest.source.versions.items()
+                    if package != "python"
+                ],
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                registered = mlflow.register_model(
+                    logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
+                )
+            version = int(registered.version)
+            self._client.set_registered_model_alias(name, CHALLENGER, str(version))
+        return self.resolve(ModelRef(name, version))
+
+    def models(self) -> list[str]:
+        """Names of all registered models, in alphabetical order."""
+        with self._errors():
+            return sorted(model.name for model in self._client.search_registered_models())
+
+    def versions(self, name: str) -> list[tuple[ModelVersion, dict[str, str]]]:
+        """Every version of ``name`` with its tags, newest first.
+
+        Raises:
+            VersionNotFound: no model of that name.
+        """
+        aliases = self.aliases(name)
+        with self._errors():
+            found = self._client.search_model_versions(f"name = '{name}'")
+        rows = [(self._model_version(entity, aliases), dict(entity.tags)) for entity in found]
+        return sorted(rows, key=lambda row: -row[0].version)
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias → version number."""
+        with self._errors(f"there is no model {name!r} in the registry"):
+            model = self._client.get_registered_model(name)
+        return {alias: int(version) for alias, version in model.aliases.items()}
+
+    def resolve(self, ref: ModelRef) -> ModelVersion:
+        """The version that ``ref`` means now.
+
+        Raises:
+            VersionNotFound: no such model, version or alias.
+            RegistryUnavailable: the registry could not be asked.
+        """
+        aliases = self.aliases(ref.name)
+        number = aliases.get(ref.alias) if ref.alias is not None else ref.version
+        if number is None:
+            known = ", ".join(sorted(aliases)) or "none"
+            raise VersionNotFound(
+                f"{ref.name} has no alias {ref.alias!r}; its aliases are: {known}"
+            )
+        with self._errors(f"{ref.name} has no version {number}"):
+            entity = self._client.get_model_version(ref.name, str(number))
+        return self._model_version(entity, aliases)
+
+    def download(
+        self,
+        version: ModelVersion,
+        folder: Path,
+        wanted: Callable[[Bundle], Iterable[str]] = lambda bundle: bundle.manifest.files,
+    ) -> Bundle:
+        """Fetch the manifest and the ``wanted`` files of a version into ``folder``, verified.
+
+        MLflow's downloads carry no checksums, so only the bundle's own digests tell whether a file
+        came whole; the manifest's own digest comes from the registry's database.
+
+        Raises:
+            BundleInvalid: something that came is not what was published.
+        """
+        with self._errors():
+            source = self._client.get_model_version_download_uri(version.name, str(version.version))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._fetch(f"{source}/{BUNDLE_PATH}/{MANIFEST}", folder)
+        bundle = open_bundle(folder, version.manifest_sha256)
+        names = list(wanted(bundle))
+        for name in names:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent)
+        bundle.verify(names)
+        return bundle
+
+    def set_champion(self, name: str, version: int) -> None:
+        """Point ``champion`` at ``version`` and ``previous`` at what it pointed at before.
+
+        ``previous`` moves first: a crash in between leaves the old champion serving.
+        """
+        aliases = self.aliases(name)
+        with self._errors(f"{name} has no version {version}"):
+            self._client.get_model_version(name, str(version))
+            if (old := aliases.get(CHAMPION)) is not None and old != version:
+                self._client.set_registered_model_alias(name, PREVIOUS, str(old))
+            self._client.set_registered_model_alias(name, CHAMPION, str(version))
+            if aliases.get(CHALLENGER) == version:
+                self._client.delete_registered_model_alias(name, CHALLENGER)
+
+    def record(self, name: str, decision: Decision, key: int) -> None:
+        """Keep ``decision`` with the model; ``key`` orders the decisions."""
+        with self._errors():
+            self._client.set_registered_model_tag(
+                name, f"{DECISION_TAG}{key:020d}", msgspec.json.encode(decision).decode()
+            )
+
+    def decisions(self, name: str) -> list[Decision]:
+        """All decisions about ``name``, oldest first."""
+        with self._errors(f"there is no model {name!r} in the registry"):
+            tags: dict[str, str] = self._client.get_registered_model(name).tags
+        return [
+            msgspec.json.decode(value, type=Decision)
+            for key, value in sorted(tags.items())
+            if key.startswith(DECISION_TAG)
+        ]
+
+    def _fetch(self, uri: str, folder: Path) -> None:
+        with self._errors():
+            try:
+                mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise BundleInvalid(f"{uri} is missing from the registry's artefacts") from error
+
+    def _model_version(self, entity: Any, aliases: dict[str, int]) -> ModelVersion:
+        number = int(entity.version)  # an int from a database, a str over REST
+        digest = entity.tags.get(DIGEST_TAG)
+        if digest is None:
+            raise BundleInvalid(
+                f"{entity.name} version {number} was not published by Convoy: "
+                f"it has no tag {DIGEST_TAG}"
+            )
+        return ModelVersion(
+            name=entity.name,
+            version=number,
+            manifest_sha256=digest,
+            aliases=tuple(sorted(alias for alias, n in aliases.items() if n == number)),
+            run_id=entity.run_id,
+            created_unix_s=entity.creation_timestamp / 1000,
+        )
+
+    @contextmanager
+    def _errors(self, not_found: str | None = None) -> Iterator[None]:
+        """MLflow's exceptions as ours; ``not_found`` is the text for a missing entity."""
+        try:
+            yield
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST" and not_found is not None:
+                raise VersionNotFound(not_found) from error
+            if "database schema" in str(error):
+                raise RegistryUnavailable(
+                    f"the registry {self._shown_uri} has the schema of another MLflow version; "
+                    "back it up, then run: mlflow db upgrade URI"
+                ) from error
+            raise RegistryUnavailable(
+                f"the registry {self._shown_uri} did not answer as expected: {error}"
+            ) from error
+        except (sqlalchemy.exc.SQLAlchemyError, requests.RequestException) as error:
+            raise RegistryUnavailable(
+                f"the registry {self._shown_uri} cannot be used: {str(error).splitlines()[0]}"
+            ) from error
+
+    @property
+    def _shown_uri(self) -> str:
+        """The URI without a password that may stand in it."""
+        scheme, separator, rest = self.uri.partition("://")
+        return f"{scheme}{separator}{rest.rpartition('@')[2]}"

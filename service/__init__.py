@@ -1,0 +1,47 @@
+"""The HTTP service: bytes of a picture in, JSON with the version that answered out.
+
+Builds on ``registry`` and knows nothing of ``training`` or MLflow. ``create_app`` only wires: what
+a request needs hangs on the app, in ``service.state``.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from service.settings import Settings
+    from service.state import Slots
+
+
+def create_app(settings: "Settings | None" = None, slots: "Slots | None" = None) -> "Flask":
+    """The WSGI application.
+
+    Args:
+        settings: by default read from the environment.
+        slots: the models; by default one slot for each of ``settings.models``, each with a thread
+            that loads what is released and follows it.
+
+    Raises:
+        UsageError: a setting cannot be used.
+        DeviceUnavailable: the device that was asked for by name does not work.
+    """
+    from flask import Flask
+
+    from service import errors, requests
+    from service.api import classify, docs, health, models, page
+    from service.metrics import Metrics
+    from service.settings import Settings
+    from service.state import State, open_slots
+
+    settings = settings or Settings.from_environment()
+    metrics = Metrics()
+    if slots is None:
+        slots = open_slots(settings, metrics)
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.extensions["convoy"] = State(settings=settings, slots=slots, metrics=metrics)
+    requests.init_app(app)
+    errors.init_app(app)
+    for module in (classify, models, health, docs, page):
+        app.register_blueprint(module.blueprint)
+    return app

@@ -1,0 +1,65 @@
+"""``python -m service``: serve; ``python -m service classify FILE…``: ask a running service."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from registry.errors import ConvoyError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return int(arguments.run(arguments))
+    except ConvoyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from service.serve import serve
+    from service.settings import Settings
+
+    return serve(Settings.from_environment(), pull=not arguments.no_pull)
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    from service.client import classify_files
+
+    return classify_files(
+        arguments.files, arguments.url, arguments.model, arguments.top_k, arguments.json
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service",
+        description="Serve image classifiers over HTTP; settings are CONVOY_… variables.",
+    )
+    parser.add_argument(
+        "--no-pull", action="store_true", help="serve what is on disk; do not follow the registry"
+    )
+    parser.set_defaults(run=_serve)
+    commands = parser.add_subparsers(metavar="{serve,classify}")
+    commands.add_parser("serve", help="serve (the default)")
+    classify = commands.add_parser("classify", help="classify files with a running service")
+    classify.add_argument("files", nargs="+", metavar="FILE")
+    host = os.environ.get("CONVOY_HOST", "127.0.0.1")
+    classify.add_argument(
+        "--url",
+        default=f"http://{host}:{os.environ.get('CONVOY_PORT', '8080')}",
+        help="of the service (default %(default)s)",
+    )
+    classify.add_argument("--model", help="another than the service's default model")
+    classify.add_argument("--top-k", type=int, default=5)
+    classify.add_argument("--json", action="store_true", help="one JSON object a line")
+    classify.set_defaults(run=_classify)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

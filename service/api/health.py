@@ -1,0 +1,57 @@
+"""Probes and metrics, for orchestrators and monitors rather than for people."""
+
+import time
+from typing import Any
+
+import msgspec
+from flask import Blueprint, Response
+
+from service.metrics import CONTENT_TYPE
+from service.model_slot import ModelSlot
+from service.state import state
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/livez")
+def livez() -> Response:
+    """200 while this process answers at all."""
+    return Response("ok\n", mimetype="text/plain")
+
+
+@blueprint.get("/readyz")
+@blueprint.get("/healthz")
+def readyz() -> Response:
+    """200 when every model has a version that is loaded, warmed up and proved; else 503.
+
+    Says for each how long ago the puller last agreed with the registry: a version that serves on
+    while the registry is down is ready, and stale.
+    """
+    slots = state().slots.values()
+    ready = all(slot.current is not None for slot in slots)
+    body = {"ready": ready, "models": [_describe(slot) for slot in slots]}
+    return Response(msgspec.json.encode(body), 200 if ready else 503, mimetype="application/json")
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    current = state()
+    for slot in current.slots.values():
+        if (age_s := _registry_age_s(slot)) is not None:
+            current.metrics.registry_age_seconds.labels(slot.ref.name).set(age_s)
+    return Response(current.metrics.render(), content_type=CONTENT_TYPE)
+
+
+def _describe(slot: ModelSlot) -> dict[str, Any]:
+    return {
+        "name": slot.ref.name,
+        "version": slot.current.version if slot.current else None,
+        "error": slot.error,
+        "registry_age_s": _registry_age_s(slot),
+        "registry_error": slot.pull_status().error,
+    }
+
+
+def _registry_age_s(slot: ModelSlot) -> float | None:
+    agreed = slot.pull_status().agreed_unix_s
+    return None if agreed is None else round(max(0.0, time.time() - agreed), 1)

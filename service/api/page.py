@@ -1,0 +1,18 @@
+"""The page at ``/``: drop a picture, see what the model says."""
+
+from flask import Blueprint, Response, current_app
+
+blueprint = Blueprint("page", __name__)
+
+# Everything comes from this origin; pictures that the visitor drops are blobs.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@blueprint.get("/")
+def page() -> Response:
+    response = current_app.send_static_file("index.html")
+    response.headers["Content-Security-Policy"] = POLICY
+    return response

@@ -1,0 +1,95 @@
+"""From a domain error to an answer: one table, problem JSON (RFC 9457) for everything.
+
+Each body also has the member ``error``, which clients of the Open Inference Protocol read.
+"""
+
+import logging
+import re
+from typing import Any
+
+import msgspec
+from flask import Flask, Response, g
+from werkzeug.exceptions import HTTPException
+
+from registry import errors as domain
+
+log = logging.getLogger(__name__)
+
+# Error → (status, whose it is). The second is the metrics' ``outcome``.
+TABLE: dict[type[Exception], tuple[int, str]] = {
+    domain.InvalidImage: (422, "caller"),
+    domain.UnsupportedImageType: (415, "caller"),
+    domain.ImageTooLarge: (413, "caller"),
+    domain.ModelNotFound: (404, "caller"),
+    domain.VersionNotFound: (404, "caller"),
+    domain.Overloaded: (503, "load"),
+    domain.DeadlineExceeded: (504, "load"),
+    domain.ModelNotReady: (503, "state"),
+}
+NOT_READY_RETRY_S = 2
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """RFC 9457 problem details, with ``error`` and the request's id."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: str
+    request_id: str
+
+
+def init_app(app: Flask) -> None:
+    app.register_error_handler(Exception, answer)
+
+
+def answer(error: Exception) -> Response:
+    """The response for ``error``; what nobody foresaw is logged here and answered as 500."""
+    problem = describe(error)
+    response = Response(
+        msgspec.json.encode(problem), problem.status, mimetype="application/problem+json"
+    )
+    if isinstance(error, domain.Overloaded):
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, domain.ModelNotReady):
+        response.headers["Retry-After"] = str(NOT_READY_RETRY_S)
+    elif isinstance(error, HTTPException) and problem.status == 405:
+        response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
+    return response
+
+
+def describe(error: Exception) -> Problem:
+    """The problem that ``error`` is to the caller; logs it when it is ours."""
+    if isinstance(error, HTTPException):
+        status, title = error.code or 500, error.name
+        detail = error.description or title
+    elif type(error) in TABLE:
+        status, _ = TABLE[type(error)]
+        title = re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
+        detail = str(error)
+    else:
+        log.error("unexpected error", exc_info=error, extra={"request_id": g.request_id})
+        status, title = 500, "internal error"
+        detail = f"something went wrong on our side; ask the operator about {g.request_id}"
+    return Problem(
+        type=f"urn:convoy:problem:{title.replace(' ', '-').lower()}",
+        title=title,
+        status=status,
+        detail=detail,
+        error=detail,
+        request_id=g.request_id,
+    )
+
+
+def outcome(error: Exception) -> str:
+    """Whose error it is, for the metrics: caller, load, state or ours."""
+    if isinstance(error, HTTPException):
+        return "caller" if (error.code or 500) < 500 else "ours"
+    return TABLE.get(type(error), (500, "ours"))[1]
+
+
+def as_item(error: Exception) -> dict[str, Any]:
+    """The ``error`` entry of one image among many."""
+    problem = describe(error)
+    return {"type": problem.type, "status": problem.status, "detail": problem.detail}

@@ -1,0 +1,41 @@
+"""gunicorn's configuration, from the same settings as the app. ``gunicorn -c`` reads this file."""
+
+import os
+import shutil
+import tempfile
+from typing import Any
+
+from prometheus_client import multiprocess
+
+from service.logs import logging_config
+from service.settings import Settings
+
+settings = Settings.from_environment()
+
+wsgi_app = "service:create_app()"
+bind = f"{settings.host}:{settings.port}"
+worker_class = "gthread"
+workers = settings.workers
+threads = settings.threads
+# Each worker loads its own model: neither CUDA nor OpenMP's threads survive a fork.
+preload_app = False
+keepalive = 75
+graceful_timeout = settings.drain_s
+timeout = 60
+logconfig_dict = logging_config(settings.log_level)
+
+# Read by prometheus_client when a worker imports it, so set before any worker starts. A folder of
+# its own, because what an earlier run left behind would be counted again.
+metrics_folder = tempfile.mkdtemp(prefix="convoy-metrics-")
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder
+# OpenMP reads it once, when torch is loaded; its default, all cores, collapses under load.
+os.environ["OMP_NUM_THREADS"] = str(settings.torch_threads)
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Forget the gauges of a worker that is gone."""
+    multiprocess.mark_process_dead(worker.pid)
+
+
+def on_exit(server: Any) -> None:
+    shutil.rmtree(metrics_folder, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""``ModelSlot``: where the serving version of one model lives, and how the next one takes over.
+
+A whole ``ServedModel`` is built beside the old one, warmed up and proved on its golden images, and
+then one reference is swapped. Requests that hold the old object finish on it.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event, Thread
+
+from msgspec import Struct
+
+from registry.contract import Manifest, ModelRef
+from registry.errors import BundleInvalid, ModelNotReady
+from registry.releases import (
+    PullStatus,
+    Release,
+    ReleasedVersion,
+    read_release,
+    read_status,
+    version_folder,
+)
+from service.batcher import MicroBatcher
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+RETRY_S = 5.0
+
+
+class ServedModel(Struct, frozen=True, kw_only=True):
+    """One version, loaded, warmed up and proved. Immutable, shared by all threads."""
+
+    manifest: Manifest
+    manifest_sha256: str
+    version: int
+    alias: str | None
+    device: str
+    batcher: MicroBatcher
+
+    @property
+    def name(self) -> str:
+        return self.manifest.model
+
+
+Load = Callable[[Path, ReleasedVersion], ServedModel]
+
+
+class ModelSlot:
+    """Follows ``release.json`` of one model; ``current`` is what serves."""
+
+    def __init__(
+        self,
+        ref: ModelRef,
+        models_folder: Path,
+        load: Load,
+        on_swap: Callable[[str, int | None, bool], None] = lambda name, version, ok: None,
+    ) -> None:
+        self.ref = ref
+        self.current: ServedModel | None = None
+        self.error: str | None = None
+        self._models_folder = models_folder
+        self._load = load
+        self._on_swap = on_swap
+        self._seen_generation: int | None = None
+        self._failed_at: float | None = None
+
+    def require(self) -> ServedModel:
+        """The serving version, read once per request.
+
+        Raises:
+            ModelNotReady: none is loaded yet.
+        """
+        served = self.current
+        if served is None:
+            raise ModelNotReady(f"{self.ref.name}: {self.error or 'no version is loaded yet'}")
+        return served
+
+    def pull_status(self) -> PullStatus:
+        return read_status(self._models_folder, self.ref.name)
+
+    def refresh(self) -> bool:
+        """Load what is released if it is not what serves; whether a swap happened.
+
+        A failure keeps the old version, is logged once, and stands in ``error`` until it is mended.
+        """
+        try:
+            release = read_release(self._models_folder, self.ref.name)
+            if release is None:
+                raise BundleInvalid(f"nothing is released; run: python -m registry pull {self.ref}")
+            if not self._is_due(release):
+                return False
+            wanted = self._choose(release)
+            folder = version_folder(self._models_folder, self.ref.name, wanted.version)
+            fresh = self._load(folder, wanted)
+        except Exception as error:  # the edge of the watcher's thread: the old version serves on
+            self._note_failure(error)
+            return False
+        before = self.current
+        self.current = fresh
+        self._seen_generation, self._failed_at, self.error = release.generation, None, None
+        self._on_swap(self.ref.name, fresh.version, True)
+        log.info(
+            "serving %s version %d on %s (before: %s)",
+            fresh.name,
+            fresh.version,
+            fresh.device,
+            before.version if before else "none",
+        )
+        return True
+
+    def watch(self, stop: Event) -> None:
+        """Refresh until ``stop`` is set."""
+        while not stop.wait(POLL_S):
+            self.refresh()
+
+    def start(self) -> Event:
+        """Watch from a daemon thread; setting the event that is returned ends it."""
+        stop = Event()
+
+        def run() -> None:
+            self.refresh()
+            self.watch(stop)
+
+        Thread(target=run, name=f"slot-{self.ref.name}", daemon=True).start()
+        return stop
+
+    def _is_due(self, release: Release) -> bool:
+        if release.generation == self._seen_generation:
+            return False
+        return self._failed_at is None or time.monotonic() - self._failed_at >= RETRY_S
+
+    def _choose(self, release: Release) -> ReleasedVersion:
+        """The released version that this slot was asked to serve."""
+        for released in release.versions:
+            if self.ref.alias is not None and released.alias == self.ref.alias:
+                return released
+            if self.ref.version is not None and released.version == self.ref.version:
+                return released
+        raise BundleInvalid(f"the release holds no {self.ref}; waiting for the puller")
+
+    def _note_failure(self, error: Exception) -> None:
+        text = (
+            str(error) if isinstance(error, BundleInvalid) else f"{type(error).__name__}: {error}"
+        )
+        self._failed_at = time.monotonic()
+        if text != self.error:
+            serving = f"version {self.current.version}" if self.current else "nothing"
+            log.warning("%s: %s; %s serves on", self.ref.name, text, serving)
+            self._on_swap(self.ref.name, None, False)
+        self.error = text

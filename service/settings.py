@@ -1,0 +1,97 @@
+"""Every setting of the service, parsed once from the environment into one immutable record."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from registry.contract import ModelRef, parse_model_ref
+from registry.errors import UsageError
+from registry.home import convoy_home
+from registry.preprocess import DecodeLimits
+
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+CORES = len(os.sched_getaffinity(0))
+
+# Environment variable → field; docs/operations.md has the same table with the reasons.
+VARIABLES = {
+    "CONVOY_HOST": "host",
+    "CONVOY_PORT": "port",
+    "CONVOY_DEVICE": "device",
+    "CONVOY_WORKERS": "workers",
+    "CONVOY_THREADS": "threads",
+    "CONVOY_MAX_BATCH": "max_batch",
+    "CONVOY_MAX_IMAGES": "max_images",
+    "CONVOY_MAX_IMAGE_BYTES": "max_image_bytes",
+    "CONVOY_MAX_BODY_BYTES": "max_body_bytes",
+    "CONVOY_MAX_PIXELS": "max_pixels",
+    "CONVOY_QUEUE_LIMIT": "queue_limit",
+    "CONVOY_DEADLINE_S": "deadline_s",
+    "CONVOY_DRAIN_S": "drain_s",
+    "CONVOY_LOG_LEVEL": "log_level",
+}
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What an operator can choose. Sizes are in bytes, times in seconds.
+
+    ``models`` are what to serve, the first is the default model; ``max_batch`` is the most images
+    that one forward pass takes, ``max_images`` the most that one request may bring.
+    """
+
+    models: tuple[ModelRef, ...] = (ModelRef("fashion", alias="champion"),)
+    models_folder: Path = Path("var/models")
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    device: str = "auto"
+    workers: Count = CORES
+    threads: Count = 8
+    max_batch: Count = 32
+    max_images: Count = 64
+    max_image_bytes: Count = 8 * 1024 * 1024
+    max_body_bytes: Count = 64 * 1024 * 1024
+    max_pixels: Count = 12_000_000
+    queue_limit: Count = 256
+    deadline_s: Seconds = 10.0
+    drain_s: Count = 30
+    log_level: str = "INFO"
+
+    @property
+    def torch_threads(self) -> int:
+        """Threads of one forward pass: more than cores / workers collapse under load."""
+        return max(1, CORES // self.workers)
+
+    @property
+    def decode_limits(self) -> DecodeLimits:
+        return DecodeLimits(max_pixels=self.max_pixels)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """The settings that ``environment`` describes; what it leaves out has its default.
+
+        Raises:
+            UsageError: a value cannot be used; the text names the variable.
+        """
+        values: dict[str, Any] = {
+            field: environment[name] for name, field in VARIABLES.items() if environment.get(name)
+        }
+        if text := environment.get("CONVOY_MODEL"):
+            values["models"] = tuple(parse_model_ref(part) for part in text.split(","))
+            names = [ref.name for ref in values["models"]]
+            if len(set(names)) != len(names):
+                raise UsageError(f"CONVOY_MODEL names a model twice: {text}")
+        values["models_folder"] = convoy_home().models
+        values["log_level"] = values.get("log_level", "INFO").upper()
+        if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise UsageError("CONVOY_LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR")
+        try:
+            return msgspec.convert(values, cls, strict=False)
+        except msgspec.ValidationError as error:
+            text = str(error)
+            for name, field in VARIABLES.items():
+                text = text.replace(f"`$.{field}`", f"{name}={values.get(field)!r}")
+            raise UsageError(f"a setting cannot be used: {text}") from error

@@ -1,0 +1,94 @@
+"""What hangs on the app, and the one way to reach it from a request."""
+
+import os
+
+from flask import current_app
+from msgspec import Struct
+
+from registry.errors import ModelNotFound, VersionNotFound
+from service.metrics import Metrics
+from service.model_slot import ModelSlot, ServedModel
+from service.settings import Settings
+
+Slots = dict[str, ModelSlot]
+"""By model name; the first is the default model."""
+
+
+class State(Struct, frozen=True, kw_only=True):
+    settings: Settings
+    slots: Slots
+    metrics: Metrics
+
+    def served(
+        self, name: str | None = None, version: int | None = None, alias: str | None = None
+    ) -> ServedModel:
+        """The loaded version that a request's path means.
+
+        Raises:
+            ModelNotFound, VersionNotFound: it is not served here.
+            ModelNotReady: it will be, but is not loaded yet.
+        """
+        slot = self.slot(name)
+        served = slot.require()
+        if version not in (None, served.version) or alias not in (None, served.alias):
+            wanted = f"version {version}" if alias is None else f"alias {alias!r}"
+            raise VersionNotFound(
+                f"{served.name} {wanted} is not served here; served is version {served.version}"
+                + (f", alias {served.alias!r}" if served.alias else "")
+            )
+        return served
+
+    def slot(self, name: str | None = None) -> ModelSlot:
+        if name is None:
+            return next(iter(self.slots.values()))
+        if name not in self.slots:
+            raise ModelNotFound(
+                f"there is no model {name!r} here; there are: {', '.join(self.slots)}"
+            )
+        return self.slots[name]
+
+
+def state() -> State:
+    """The state of the app that handles this request."""
+    found: State = current_app.extensions["convoy"]
+    return found
+
+
+def open_slots(settings: Settings, metrics: Metrics) -> Slots:
+    """A slot for each model, loading in a thread of its own.
+
+    Torch is imported here, in the process that serves: CUDA and OpenMP do not survive a fork.
+    """
+    from pathlib import Path
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.torch_threads))
+    import torch
+
+    from registry.bundle import open_bundle
+    from registry.classifier import load_classifier
+    from registry.devices import choose_device
+    from registry.releases import ReleasedVersion
+    from service.batcher import MicroBatcher
+
+    torch.set_num_threads(settings.torch_threads)
+    device = choose_device(settings.device)
+
+    def load(folder: Path, released: ReleasedVersion) -> ServedModel:
+        bundle = open_bundle(folder, released.manifest_sha256)
+        classifier = load_classifier(bundle, device)
+        return ServedModel(
+            manifest=bundle.manifest,
+            manifest_sha256=bundle.manifest_sha256,
+            version=released.version,
+            alias=released.alias,
+            device=classifier.device,
+            batcher=MicroBatcher(classifier.classify, settings.max_batch, settings.queue_limit),
+        )
+
+    slots = {
+        ref.name: ModelSlot(ref, settings.models_folder, load, metrics.swapped)
+        for ref in settings.models
+    }
+    for slot in slots.values():
+        slot.start()
+    return slots

@@ -1,0 +1,154 @@
+"""``python -m training``: train a network and register it, or compare recipes."""
+
+import argparse
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+
+from registry.contract import check_model_name
+from registry.errors import ConvoyError, UsageError
+from registry.home import convoy_home
+from training.config import RECIPES, choose_recipe
+
+MODEL_NAMES = {"fashion-mnist": "fashion", "digits": "digits"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(_with_default_command(sys.argv[1:] if argv is None else argv))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    try:
+        return int(arguments.run(arguments))
+    except ConvoyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before the first epoch was done: nothing was kept", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = choose_recipe(arguments.recipe, arguments.set)
+    model = check_model_name(arguments.model or _model_name(arguments.data))
+    # Imported here, and not above, so that --help and typing mistakes answer at once.
+    from training.datasets import load_dataset
+    from training.runs import train_and_publish
+
+    home = convoy_home()
+    data = load_dataset(arguments.data, home.datasets, arguments.image_size)
+    finished = train_and_publish(
+        data,
+        recipe,
+        model,
+        home,
+        seed=arguments.seed,
+        device=arguments.device,
+        resume=arguments.resume,
+        register=not arguments.no_register,
+    )
+    version = finished.version.version if finished.version else None
+    summary = {
+        "model": model,
+        "version": version,
+        "run_id": finished.run_id,
+        "validation_accuracy": finished.validation.accuracy,
+        "test_accuracy": finished.test.accuracy,
+        "seconds": round(finished.seconds, 1),
+    }
+    if arguments.json:
+        print(json.dumps(summary))
+        return 0
+    print(
+        f"{recipe.name} on {data.name}: validation accuracy {finished.validation.accuracy:.4f}, "
+        f"test accuracy {finished.test.accuracy:.4f}, trained in {finished.seconds:.0f} s"
+    )
+    if version is not None:
+        print(f"registered as {model} version {version}, alias challenger; to let it serve:")
+        print(f"  python -m registry promote {model} {version}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    if arguments.seeds < 1:
+        raise UsageError(f"--seeds is {arguments.seeds}; it must be at least 1")
+    recipes = [choose_recipe(name, arguments.set) for name in arguments.recipes.split(",")]
+    from training.datasets import load_dataset
+    from training.runs import compare
+
+    home = convoy_home()
+    data = load_dataset(arguments.data, home.datasets, arguments.image_size)
+    comparison = compare(data, recipes, arguments.seeds, home, arguments.device)
+    heading, rows = comparison.table()
+    widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
+    for row in [heading, *rows]:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print(f"curves and page: mlflow run {comparison.run_id}, artefacts under report/")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        description="Train an image classifier and register it as the model's next version.",
+        epilog="python -m training compare --help: several recipes on the same data.",
+    )
+    commands = parser.add_subparsers(metavar="{train,compare}")
+    train = commands.add_parser("train", help="train and register (the default)")
+    train.add_argument("--recipe", default="cnn", help=f"{' | '.join(RECIPES)} (default cnn)")
+    train.add_argument("--model", help="name in the registry (default: from the data)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint of the same run"
+    )
+    train.add_argument("--no-register", action="store_true", help="log the run, make no version")
+    train.add_argument("--json", action="store_true", help="print the result as JSON")
+    train.set_defaults(run=_train)
+    compare = commands.add_parser(
+        "compare", help="several recipes, several seeds, shifted pictures"
+    )
+    compare.add_argument("--recipes", default="dense,cnn", help="comma-separated")
+    compare.add_argument("--seeds", type=int, default=3, help="runs of each recipe")
+    compare.set_defaults(run=_compare)
+    for command in (train, compare):
+        command.add_argument(
+            "--data",
+            default="fashion-mnist",
+            help="fashion-mnist[:FOLDER] | digits | folder:FOLDER (default fashion-mnist)",
+        )
+        command.add_argument(
+            "--image-size", type=int, metavar="PX", help="side of folder: pictures (default 64)"
+        )
+        command.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change the recipe or its network: epochs=3, filters=32,64, pooling=average",
+        )
+    return parser
+
+
+def _model_name(data: str) -> str:
+    """A name from the data's: ``folder:./my pictures`` becomes ``my_pictures``."""
+    source = data.partition(":")
+    if source[0] in MODEL_NAMES:
+        return MODEL_NAMES[source[0]]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", source[2].rstrip("/").rpartition("/")[2])
+
+
+def _with_default_command(argv: Sequence[str]) -> list[str]:
+    """``python -m training --data …`` means ``train``."""
+    if argv and (argv[0] in ("train", "compare") or argv[0] in ("-h", "--help")):
+        return list(argv)
+    return ["train", *argv]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

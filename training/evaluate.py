@@ -1,0 +1,113 @@
+"""What a trained classifier is worth: scores on held-out pictures, and on the same ones moved."""
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from registry.classifier import Classifier
+from registry.preprocess import Pixels
+from training.datasets import Examples
+
+CALIBRATION_BINS = 15
+
+
+class Evaluation(Struct, frozen=True):
+    """Scores of every example of a split.
+
+    Attributes:
+        labels: int64 (N,), the true classes.
+        probabilities: float32 (N, classes).
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def accuracy(self) -> float:
+        return float((self.predicted == self.labels).mean())
+
+    @property
+    def log_loss(self) -> float:
+        """Mean negative log of the true class's probability, in nats."""
+        truth = self.probabilities[np.arange(len(self.labels)), self.labels]
+        return float(-np.log(np.maximum(truth, 1e-12)).mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017)."""
+        confidence = self.probabilities.max(axis=1)
+        right = self.predicted == self.labels
+        bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        gaps = [
+            abs(float(right[bins == index].mean()) - float(confidence[bins == index].mean()))
+            * float((bins == index).mean())
+            for index in np.unique(bins)
+        ]
+        return sum(gaps)
+
+    def confusion(self) -> NDArray[np.int64]:
+        """int64 (classes, classes): rows are true classes, columns predicted ones."""
+        classes = self.probabilities.shape[1]
+        return np.bincount(
+            self.labels * classes + self.predicted, minlength=classes * classes
+        ).reshape(classes, classes)
+
+    def worst_mistakes(self, count: int) -> list[int]:
+        """Positions of the wrongly classified examples, most confident first."""
+        wrong = np.flatnonzero(self.predicted != self.labels)
+        confidence = self.probabilities[wrong].max(axis=1)
+        return [int(position) for position in wrong[np.argsort(-confidence)][:count]]
+
+    def metrics(self, split: str) -> dict[str, float]:
+        return {
+            f"{split}_accuracy": self.accuracy,
+            f"{split}_log_loss": self.log_loss,
+            f"{split}_calibration_error": self.calibration_error,
+        }
+
+
+def evaluate(classifier: Classifier, examples: Examples) -> Evaluation:
+    """Score every example."""
+    return Evaluation(examples.labels, classifier.classify(examples.pixels))
+
+
+def accuracy_against_shift(
+    classifier: Classifier, examples: Examples, shifts_px: range
+) -> list[float]:
+    """Accuracy with the pictures moved by each of ``shifts_px`` pixels.
+
+    Each value is the mean over the four directions; what moves in at the edge is black (0).
+    """
+    accuracies = []
+    for distance in shifts_px:
+        directions = [(0, distance), (0, -distance), (distance, 0), (-distance, 0)]
+        accuracies.append(
+            float(
+                np.mean(
+                    [
+                        (
+                            classifier.classify(shift(examples.pixels, *direction)).argmax(axis=1)
+                            == examples.labels
+                        ).mean()
+                        for direction in (directions if distance else directions[:1])
+                    ]
+                )
+            )
+        )
+    return accuracies
+
+
+def shift(pixels: Pixels, down_px: int, right_px: int) -> Pixels:
+    """``pixels`` (N, H, W, C) moved; negative values move up and left."""
+    height, width = pixels.shape[1:3]
+    moved = np.zeros_like(pixels)
+    rows_to = slice(max(0, down_px), height + min(0, down_px))
+    rows_from = slice(max(0, -down_px), height + min(0, -down_px))
+    columns_to = slice(max(0, right_px), width + min(0, right_px))
+    columns_from = slice(max(0, -right_px), width + min(0, -right_px))
+    moved[:, rows_to, columns_to] = pixels[:, rows_from, columns_from]
+    return moved

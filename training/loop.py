@@ -1,0 +1,272 @@
+"""The training loop: one function to read from top to bottom.
+
+It knows tensors and recipes. Data sets, MLflow, reports and bundles are other modules' business.
+Same seed, same data, same machine: same weights, whether or not the run was interrupted and resumed,
+because every epoch draws from a generator of its own, seeded by (seed, epoch).
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Struct
+from torch import Generator, Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from registry.errors import UsageError
+from registry.networks import Program, build_program
+from training.augment import augment
+from training.config import Recipe
+from training.datasets import Dataset, Examples
+
+log = logging.getLogger(__name__)
+
+
+class Epoch(Struct, frozen=True, kw_only=True):
+    """What one epoch showed; accuracies and losses are means, ``seconds`` is training alone."""
+
+    number: int
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    learning_rate: float
+    seconds: float
+
+
+class Trained(Struct, frozen=True, kw_only=True):
+    """The program with the weights of its best epoch, and how it got there."""
+
+    program: Program
+    history: tuple[Epoch, ...]
+    best: Epoch
+    interrupted: bool
+
+
+def fit(
+    recipe: Recipe,
+    data: Dataset,
+    device: torch.device,
+    seed: int,
+    *,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> Trained:
+    """Train ``recipe`` on ``data.train`` and keep the epoch that does best on ``data.validation``.
+
+    The test pictures are not touched. Ctrl-C ends training after the current batch and keeps the
+    best epoch so far; before the end of the first epoch there is none, and it passes through.
+
+    Args:
+        recipe: what to train and how.
+        data: pixels and labels; copied to ``device`` once.
+        device: where to train.
+        seed: of the weights, the order of the pictures and the augmentation.
+        checkpoint: file that is rewritten after each epoch; None keeps none.
+        resume: continue from ``checkpoint``.
+        on_epoch: called after each epoch, for tracking.
+
+    Raises:
+        UsageError: ``resume`` without a checkpoint of this very run.
+        NetworkImpossible: the recipe's network does not fit the pictures.
+    """
+    torch.manual_seed(seed)
+    program = build_program(recipe.network, data.preprocess, len(data.labels)).to(device)
+    optimizer = _optimizer(recipe, program)
+    pixels, labels = _to_device(data.train, device)
+    # A last batch of one picture would give batch norm nothing to normalise over.
+    batch_size = min(recipe.batch_size, len(labels))
+    steps = max(1, len(labels) // batch_size)
+    use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16(device))
+    history: list[Epoch] = []
+    best: Epoch | None = None
+    best_weights: dict[str, Tensor] = {}
+    interrupted = False
+
+    if resume:
+        state = _load_checkpoint(checkpoint, recipe, data, seed)
+        program.network.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        best_weights = state["best_weights"]
+        history = [msgspec.convert(epoch, Epoch) for epoch in state["history"]]
+        best = _best(history)
+
+    for number in range(len(history) + 1, recipe.epochs + 1):
+        generator = Generator().manual_seed(seed * 1_000_003 + number)
+        torch.manual_seed(seed * 1_000_003 + number)  # dropout draws from the global generator
+        order = torch.randperm(len(labels), generator=generator).to(device)
+        loss_sum = torch.zeros((), device=device)
+        correct = torch.zeros((), device=device)
+        started = time.perf_counter()
+        program.train()
+        try:
+            with tqdm(
+                total=steps * batch_size, unit="img", desc=f"epoch {number}", disable=None
+            ) as bar:
+                for step in range(steps):
+                    chosen = order[step * batch_size : (step + 1) * batch_size]
+                    batch = augment(pixels[chosen], recipe, generator)
+                    rate = _learning_rate(
+                        recipe, (number - 1) * steps + step, recipe.epochs * steps
+                    )
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+                        logits = program(batch)
+                    loss = functional.cross_entropy(
+                        logits.float(), labels[chosen], label_smoothing=recipe.label_smoothing
+                    )
+                    optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it untyped
+                    optimizer.step()
+                    loss_sum += loss.detach()
+                    correct += (logits.argmax(1) == labels[chosen]).sum()
+                    if step % 50 == 49 or step == steps - 1:  # reading a GPU's scalar waits for it
+                        seen = (step + 1) * batch_size
+                        bar.n = seen
+                        bar.set_postfix(
+                            loss=f"{loss_sum.item() / (step + 1):.3f}",
+                            accuracy=f"{correct.item() / seen:.4f}",
+                        )
+        except KeyboardInterrupt:
+            if best is None:
+                raise
+            log.warning("interrupted in epoch %d: keeping epoch %d", number, best.number)
+            interrupted = True
+            break
+        seconds = time.perf_counter() - started
+        validation_loss, validation_accuracy = validate(program, data.validation, device)
+        epoch = Epoch(
+            number=number,
+            train_loss=loss_sum.item() / steps,
+            train_accuracy=correct.item() / (steps * batch_size),
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
+            learning_rate=rate,
+            seconds=seconds,
+        )
+        if not math.isfinite(epoch.train_loss):
+            raise UsageError(f"epoch {number}: the loss is not finite; try a lower learning_rate")
+        history.append(epoch)
+        if best is None or epoch.validation_accuracy > best.validation_accuracy:
+            best = epoch
+            best_weights = {k: v.detach().clone() for k, v in program.network.state_dict().items()}
+        if checkpoint is not None:
+            _save_checkpoint(
+                checkpoint, _run_key(recipe, data, seed), program, optimizer, best_weights, history
+            )
+        on_epoch(epoch)
+        log.info(
+            "epoch %d: validation accuracy %.4f (best %.4f in epoch %d)",
+            number,
+            epoch.validation_accuracy,
+            best.validation_accuracy,
+            best.number,
+        )
+        if recipe.patience_epochs is not None and number - best.number >= recipe.patience_epochs:
+            log.info("no better for %d epochs: stopping early", recipe.patience_epochs)
+            break
+
+    assert best is not None  # at least one epoch ran, or was resumed
+    program.network.load_state_dict(best_weights)
+    return Trained(
+        program=program.eval(), history=tuple(history), best=best, interrupted=interrupted
+    )
+
+
+@torch.inference_mode()
+def validate(program: Program, examples: Examples, device: torch.device) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of ``program`` on ``examples``, in fp32."""
+    program.eval()
+    loss_sum, correct = 0.0, 0
+    for start in range(0, len(examples), 500):
+        pixels = torch.from_numpy(examples.pixels[start : start + 500]).to(device)
+        labels = torch.from_numpy(examples.labels[start : start + 500]).to(device)
+        logits = program(pixels)
+        loss_sum += functional.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(1) == labels).sum())
+    return loss_sum / len(examples), correct / len(examples)
+
+
+def _optimizer(recipe: Recipe, program: Program) -> torch.optim.Optimizer:
+    """Weight decay on matrices and kernels only: biases and norms have nothing to shrink."""
+    decayed = [p for p in program.parameters() if p.ndim > 1]
+    plain = [p for p in program.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+
+
+def _learning_rate(recipe: Recipe, step: int, total: int) -> float:
+    """Linear warm-up, then half a cosine to zero: a function of the step alone, so resumable."""
+    warmup = max(1, round(recipe.warmup_share * total))
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed natively: there it trained 1.7 to 2.3 times as fast as fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _to_device(examples: Examples, device: torch.device) -> tuple[Tensor, Tensor]:
+    return (
+        torch.from_numpy(np.ascontiguousarray(examples.pixels)).to(device),
+        torch.from_numpy(examples.labels).to(device),
+    )
+
+
+def _best(history: list[Epoch]) -> Epoch:
+    return max(history, key=lambda epoch: epoch.validation_accuracy)
+
+
+def _run_key(recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
+    """What must agree for a checkpoint to be continued."""
+    return {"recipe": msgspec.to_builtins(recipe), "data_sha256": data.sha256, "seed": seed}
+
+
+def _save_checkpoint(
+    path: Path,
+    key: dict[str, Any],
+    program: Program,
+    optimizer: torch.optim.Optimizer,
+    best_weights: dict[str, Tensor],
+    history: list[Epoch],
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    state = {
+        "key": key,
+        "weights": program.network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "best_weights": best_weights,
+        "history": [msgspec.to_builtins(epoch) for epoch in history],
+    }
+    torch.save(state, temporary)
+    os.replace(temporary, path)  # a crash while writing leaves the older checkpoint
+
+
+def _load_checkpoint(path: Path | None, recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
+    if path is None or not path.exists():
+        raise UsageError(f"there is no checkpoint to resume from at {path}")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state["key"] != _run_key(recipe, data, seed):
+        raise UsageError(f"the checkpoint {path} is of a run with another recipe, data set or seed")
+    return state

@@ -1,0 +1,188 @@
+"""From a trained program to a registered version, proved by reading back what was written."""
+
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import safetensors.torch
+import torch
+
+from registry.bundle import GOLDEN, HELDOUT, WEIGHTS, Bundle, GoldenImage, Heldout, write_bundle
+from registry.classifier import load_classifier
+from registry.contract import SCHEMA_VERSION, DataRecord, Manifest, ModelVersion, SourceRecord
+from registry.errors import BundleInvalid
+from registry.networks import Program
+from registry.preprocess import decode_image
+from registry.store import ModelStore
+from training.config import Recipe
+from training.datasets import Dataset, Examples
+from training.evaluate import Evaluation
+
+log = logging.getLogger(__name__)
+
+GOLDEN_IMAGES = 32
+GOLDEN_SIZE_BYTES = 512_000  # larger ones only where a class has no smaller
+# The same network on the same device; only the batches differ.
+RESCORE_TOLERANCE = 1e-4
+RECORDED_PACKAGES = ("torch", "numpy", "pillow", "safetensors", "msgspec")
+
+
+def build_manifest(
+    model: str, recipe: Recipe, data: Dataset, seed: int, device: str, metrics: dict[str, float]
+) -> Manifest:
+    """The manifest of a version that is about to be written, still without its files."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        model=model,
+        network=recipe.network,
+        labels=data.labels,
+        preprocess=data.preprocess,
+        metrics=metrics,
+        data=DataRecord(
+            name=data.name,
+            sha256=data.sha256,
+            heldout_sha256=data.validation.sha256,
+            counts=data.counts,
+        ),
+        source=SourceRecord(
+            recipe=recipe.name,
+            seed=seed,
+            device=device,
+            git_commit=_git_commit(),
+            versions={
+                "python": platform.python_version(),
+                **{name: _public_version(name) for name in RECORDED_PACKAGES},
+            },
+        ),
+    )
+
+
+def publish(
+    store: ModelStore,
+    manifest: Manifest,
+    program: Program,
+    data: Dataset,
+    heldout: Evaluation,
+    report: Path,
+    device: torch.device,
+) -> ModelVersion:
+    """Write the bundle, prove it, and register it as the next version, alias ``challenger``.
+
+    Args:
+        store: where to; an MLflow run must be active.
+        manifest: from ``build_manifest``.
+        program: with the weights to ship.
+        data: for the golden pictures and the proof.
+        heldout: training's own scores of ``data.validation``.
+        report: folder of pictures that goes along.
+        device: where to prove it.
+
+    Raises:
+        BundleInvalid: what was written does not score like what was trained; nothing is registered.
+    """
+    with tempfile.TemporaryDirectory(prefix="convoy-publish-") as name:
+        bundle = write_version(Path(name) / "bundle", manifest, program, data, heldout, report)
+        rescore(bundle, data.validation, heldout, device)
+        tags = {
+            "convoy.recipe": manifest.source.recipe,
+            **{f"convoy.{key}": f"{value:.6f}" for key, value in manifest.metrics.items()},
+        }
+        return store.publish(bundle, tags)
+
+
+def write_version(
+    folder: Path,
+    manifest: Manifest,
+    program: Program,
+    data: Dataset,
+    heldout: Evaluation,
+    report: Path,
+) -> Bundle:
+    """The bundle of one version in ``folder``."""
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in program.network.state_dict().items()
+    }
+    files = {
+        WEIGHTS: safetensors.torch.save(state),
+        HELDOUT: Heldout(heldout.labels, heldout.probabilities).to_npz(),
+    }
+    golden = []
+    for position in choose_golden(data.validation):
+        encoded = data.validation.encode(position)
+        file = f"golden/{data.validation.digests[position][:16]}"
+        files[file] = encoded
+        golden.append(GoldenImage(file, tuple(heldout.probabilities[position].tolist())))
+    files[GOLDEN] = msgspec.json.encode(golden)
+    files |= {f"report/{path.name}": path.read_bytes() for path in sorted(report.iterdir())}
+    return write_bundle(folder, manifest, files)
+
+
+def choose_golden(examples: Examples) -> list[int]:
+    """Up to 32 positions: the classes in turn, by digest, large files only where there is no other."""
+    by_class: dict[int, list[int]] = {}
+    for position in sorted(range(len(examples)), key=lambda each: examples.digests[each]):
+        by_class.setdefault(int(examples.labels[position]), []).append(position)
+
+    def small_first(positions: list[int]) -> Iterator[int]:
+        large = []
+        for position in positions:
+            if len(examples.encode(position)) <= GOLDEN_SIZE_BYTES:
+                yield position
+            else:
+                large.append(position)
+        yield from large
+
+    turns = zip_longest(*(small_first(positions) for _, positions in sorted(by_class.items())))
+    in_turn = (position for turn in turns for position in turn if position is not None)
+    return list(islice(in_turn, GOLDEN_IMAGES))
+
+
+def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: torch.device) -> None:
+    """Send the held-out pictures, *encoded*, through what serving uses, and compare.
+
+    Raises:
+        BundleInvalid: a probability differs by more than 1e-4.
+    """
+    classifier = load_classifier(bundle, device)
+    spec = bundle.manifest.preprocess
+    pixels = np.stack([decode_image(examples.encode(i), spec) for i in range(len(examples))])
+    difference = np.abs(classifier.classify(pixels) - expected.probabilities).max(axis=1)
+    worst = int(difference.argmax())
+    log.info(
+        "re-scored %d encoded pictures from the bundle: largest difference %.2g",
+        len(examples),
+        difference[worst],
+    )
+    if not difference[worst] <= RESCORE_TOLERANCE:  # also true of NaN
+        raise BundleInvalid(
+            f"the bundle does not score like the training did: held-out picture {worst} differs by "
+            f"{difference[worst]:.2g}; at most {RESCORE_TOLERANCE:g} is accepted"
+        )
+
+
+def _git_commit() -> str | None:
+    """The commit that the working directory is at, marked when it has changes."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            cwd=Path(__file__).parent,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _public_version(package: str) -> str:
+    """The version without its local part (``2.13.0+cpu``), which no index could install."""
+    return importlib.metadata.version(package).partition("+")[0]
