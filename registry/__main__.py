@@ -58,9 +58,8 @@ def _list(arguments: argparse.Namespace) -> int:
     if not rows:
         print("no versions yet; python -m training makes one")
         return 0
-    print(
-        f"{'model':<20} {'version':>7}  {'aliases':<22} {'validation':>10} {'test':>8}  recipe    made"
-    )
+    heading = f"{'model':<20} {'version':>7}  {'aliases':<22} {'validation':>10} {'test':>8}"
+    print(f"{heading}  recipe    made")
     for version, tags in rows:
         print(
             f"{version.name:<20} {version.version:>7}  {', '.join(version.aliases):<22} "

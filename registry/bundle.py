@@ -86,7 +86,7 @@ class Bundle:
         return data
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Read ``names`` (by default every file) and raise ``BundleInvalid`` if one is not right."""
+        """Read ``names``, by default every file; ``BundleInvalid`` if one is not right."""
         for name in self.manifest.files if names is None else names:
             self.read(name)
 
@@ -150,7 +150,8 @@ def open_bundle(folder: Path, expected_sha256: str | None = None) -> Bundle:
     found = sha256_hex(manifest_bytes)
     if expected_sha256 is not None and found != expected_sha256:
         raise BundleInvalid(
-            f"{folder / MANIFEST} has sha256 {found[:12]}…; the registry says {expected_sha256[:12]}…"
+            f"{folder / MANIFEST} has sha256 {found[:12]}…; "
+            f"the registry says {expected_sha256[:12]}…"
         )
     return Bundle(folder, manifest_bytes)
 

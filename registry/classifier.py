@@ -94,7 +94,8 @@ def replay_golden(bundle: Bundle, classifier: Classifier) -> float:
     scores = classifier.classify(np.stack(pixels))
     if scores.shape != expected.shape:
         raise BundleInvalid(
-            f"the golden images have {expected.shape[1:]} probabilities, the network {scores.shape[1:]}"
+            f"the golden images have {expected.shape[1]} probabilities, "
+            f"the network {scores.shape[1]}"
         )
     if not np.isfinite(scores).all():
         raise BundleInvalid(f"{manifest.model} scores NaN or infinity on its golden images")

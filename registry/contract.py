@@ -38,8 +38,9 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How encoded bytes become the network's input, for training, publishing and serving alike.
 
     Geometry: with ``resize_shorter_px`` the shorter side is resized to it and the centre
-    ``height_px`` × ``width_px`` is cut out; without it the whole picture is stretched to that size.
-    ``mean`` and ``std`` are per channel in units of pixel value / 255 and are applied on the device.
+    ``height_px`` × ``width_px`` is cut out; without it the whole picture is stretched to that
+    size. ``mean`` and ``std`` are per channel, in units of pixel value / 255, and are applied on
+    the device.
     """
 
     mode: Literal["L", "RGB"]

@@ -14,9 +14,9 @@ from registry.errors import PromotionRefused
 class Verdict(Struct, frozen=True, kw_only=True):
     """The comparison of a challenger with the champion.
 
-    Accuracies are of the held-out pictures. ``gained`` and ``lost`` count the pictures that only the
-    challenger, or only the champion, gets right; ``p_value`` is McNemar's exact two-sided one: how
-    likely such a split is if both were equally good (McNemar 1947).
+    Accuracies are of the held-out pictures. ``gained`` and ``lost`` count the pictures that only
+    the challenger, or only the champion, gets right; ``p_value`` is McNemar's exact two-sided one:
+    how likely such a split is if both were equally good (McNemar 1947).
     """
 
     accepted: bool
@@ -29,9 +29,9 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         return (
-            f"challenger {self.challenger_accuracy:.4f}, champion {self.champion_accuracy:.4f} on "
-            f"the same {self.examples:,} held-out pictures: {self.gained} gained, {self.lost} lost, "
-            f"McNemar p = {self.p_value:.3g}"
+            f"challenger {self.challenger_accuracy:.4f}, champion {self.champion_accuracy:.4f} "
+            f"on the same {self.examples:,} held-out pictures: {self.gained} gained, "
+            f"{self.lost} lost, McNemar p = {self.p_value:.3g}"
         )
 
 

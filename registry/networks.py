@@ -94,7 +94,7 @@ def cnn(
             layers[f"pool{number}"] = _choose("pooling", pooling, POOLINGS)(pool)
             height, width = height // pool, width // pool
     layers["flatten"] = nn.Flatten()
-    layers["dense"] = nn.Linear(channels * height * width, *_sizes("hidden", [hidden]))
+    layers["dense"] = nn.Linear(channels * height * width, _sizes("hidden", hidden)[0])
     layers["dense_activation"] = _choose("activation", activation, ACTIVATIONS)()
     if dropout:
         layers["dropout"] = nn.Dropout(dropout)
@@ -205,7 +205,7 @@ class Program(nn.Module):
 
     def __init__(self, network: nn.Module, spec: PreprocessSpec) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         # (x / 255 - mean) / std as one multiplication and one addition per channel.
         self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
@@ -236,15 +236,15 @@ def _check_kernel(layer: str, name: str, size: int, map_size: tuple[int, int], p
         )
 
 
-def _sizes(name: str, values: Sequence[int]) -> list[int]:
-    sizes = list(values) if isinstance(values, list | tuple) else [values]
+def _sizes(name: str, values: int | Sequence[int]) -> list[int]:
+    sizes: list[int] = [values] if isinstance(values, int) else list(values)
     if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
         raise NetworkImpossible(f"{name} is {values!r}; it must be whole numbers of at least 1")
     return sizes
 
 
 def _per_layer(name: str, value: int | Sequence[int], depth: int, least: int) -> list[int]:
-    values = list(value) if isinstance(value, list | tuple) else [value] * depth
+    values: list[int] = [value] * depth if isinstance(value, int) else list(value)
     if len(values) != depth:
         raise NetworkImpossible(f"{name} has {len(values)} values for {depth} layers")
     if not all(type(each) is int and each >= least for each in values):

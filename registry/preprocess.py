@@ -34,10 +34,13 @@ class DecodeLimits(Struct, frozen=True):
     max_aspect: float = 50.0
 
 
+DEFAULT_LIMITS = DecodeLimits()
+
+
 def decode_image(
     data: bytes,
     spec: PreprocessSpec,
-    limits: DecodeLimits = DecodeLimits(),
+    limits: DecodeLimits = DEFAULT_LIMITS,
     *,
     any_format: bool = False,
 ) -> Pixels:
@@ -86,7 +89,7 @@ def encode_png(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def as_served(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DecodeLimits()) -> bytes:
+def as_served(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
     """``data`` in a format that serving accepts and that decodes to the same pixels.
 
     Formats outside ``SERVED_FORMATS`` are written anew, at full size and without loss, as PNG.
@@ -100,11 +103,8 @@ def as_served(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DecodeLi
 
 
 def _starts_like_served(data: bytes) -> bool:
-    return (
-        data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
-        or data[:4] == b"RIFF"
-        and data[8:12] == b"WEBP"
-    )
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    return is_webp or data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
 
 
 def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:

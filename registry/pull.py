@@ -91,7 +91,7 @@ class Puller:
         """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set."""
         while not stop.is_set():
             self.pull_all()
-            stop.wait(interval_s * random.uniform(0.8, 1.2))
+            stop.wait(interval_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, no secret
 
     def _is_here(self, folder: Path, version: ModelVersion) -> bool:
         """Whether a whole copy lies in ``folder``; its files are read once per process."""

@@ -30,7 +30,7 @@ class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What serves. ``generation`` grows by one with every change: no clock decides what is newer."""
+    """What serves. ``generation`` grows by one with every change; clocks decide nothing."""
 
     schema_version: int
     model: str
@@ -39,7 +39,7 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class PullStatus(Struct, frozen=True, kw_only=True):
-    """The puller's last word: when it last agreed with the registry, and what is wrong if it doesn't.
+    """The puller's last word: when it last agreed with the registry, and what is wrong since.
 
     Times are seconds since the epoch, written and read on one machine.
     """
@@ -122,11 +122,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` so that a reader, or a crash, finds the old or the new whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the rename itself

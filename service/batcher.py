@@ -97,7 +97,7 @@ class MicroBatcher:
         return item.outcome
 
     def _give_up(self, item: _Item) -> None:
-        """Take an expired item out of the queue, unless it is being computed or was told to lead."""
+        """Take an expired item out of the queue, unless it is computed now or was told to lead."""
         with self._lock:
             if item.leads or item.outcome is not None:
                 return
@@ -138,8 +138,7 @@ class MicroBatcher:
             scores = self._compute(np.stack([item.pixels for item in batch]))
             if len(scores) != len(batch):
                 raise RuntimeError(f"{len(batch)} images gave {len(scores)} rows of scores")
-        except Exception as error:
-            # The edge of a batch: whatever one item broke must not reach the others.
+        except Exception as error:  # noqa: BLE001 - the edge of a batch: no error may reach others
             if len(batch) > 1:
                 for item in batch:
                     self._score([item])

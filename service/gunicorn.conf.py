@@ -22,6 +22,8 @@ preload_app = False
 keepalive = 75
 graceful_timeout = settings.drain_s
 timeout = 60
+# Its default place is one socket per user: two services would fight over it; nothing uses it.
+control_socket_disable = True
 logconfig_dict = logging_config(settings.log_level)
 
 # Read by prometheus_client when a worker imports it, so set before any worker starts. A folder of

@@ -95,7 +95,7 @@ class ModelSlot:
             wanted = self._choose(release)
             folder = version_folder(self._models_folder, self.ref.name, wanted.version)
             fresh = self._load(folder, wanted)
-        except Exception as error:  # the edge of the watcher's thread: the old version serves on
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
             self._note_failure(error)
             return False
         before = self.current

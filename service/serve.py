@@ -49,7 +49,12 @@ def serve(settings: Settings, pull: bool = True) -> int:
         if not pull:
             return gunicorn.wait()
         puller: subprocess.Popen[bytes] | None = None
-        stack.callback(lambda: puller and _end(puller, 5))
+
+        def end_puller() -> None:
+            if puller is not None:
+                _end(puller, 5)
+
+        stack.callback(end_puller)
         pause_s, start_at = 1.0, 0.0
         while gunicorn.poll() is None:
             if puller is not None and puller.poll() is not None:

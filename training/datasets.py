@@ -253,13 +253,10 @@ def _split_dataset(
     problems: tuple[str, ...] = (),
 ) -> Dataset:
     parts = split_by_digest(examples.digests, validation=0.15, test=0.15)
-    return _dataset(
-        name,
-        labels,
-        *(take(examples, parts[split]) for split in ("train", "validation", "test")),
-        resize_shorter_px=resize_shorter_px,
-        problems=problems,
+    train, validation, test = (
+        take(examples, parts[split]) for split in ("train", "validation", "test")
     )
+    return _dataset(name, labels, train, validation, test, resize_shorter_px, problems)
 
 
 def _dataset(

@@ -24,7 +24,8 @@ class Evaluation(Struct, frozen=True):
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        return self.probabilities.argmax(axis=1)
+        predicted: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return predicted
 
     @property
     def accuracy(self) -> float:

@@ -126,7 +126,7 @@ def write_version(
 
 
 def choose_golden(examples: Examples) -> list[int]:
-    """Up to 32 positions: the classes in turn, by digest, large files only where there is no other."""
+    """Up to 32 positions: the classes in turn, by digest, large files only for want of others."""
     by_class: dict[int, list[int]] = {}
     for position in sorted(range(len(examples)), key=lambda each: examples.digests[each]):
         by_class.setdefault(int(examples.labels[position]), []).append(position)

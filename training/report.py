@@ -108,7 +108,7 @@ def worst_mistakes(evaluation: Evaluation, examples: Examples, labels: Sequence[
 
 
 def first_kernels(program: Program) -> Figure | None:
-    """The first convolution's kernels; for a dense network, its first units' weights as pictures."""
+    """The first convolution's kernels, meant over their input channels; None without one."""
     for module in program.network.modules():
         if isinstance(module, nn.Conv2d):
             return _kernels(module.weight.detach().float().cpu().numpy().mean(axis=1), "kernel")
@@ -167,7 +167,7 @@ def shift_curves(curves: dict[str, list[list[float]]]) -> Figure:
 def accuracy_bars(accuracies: dict[str, list[float]]) -> Figure:
     """Each seed's test accuracy as a dot, mean and deviation as a bar."""
     figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
-    for number, (recipe, values) in enumerate(accuracies.items()):
+    for number, values in enumerate(accuracies.values()):
         axes.errorbar(
             number, np.mean(values), yerr=_deviation(values), fmt="_", markersize=26, capsize=6
         )

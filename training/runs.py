@@ -146,7 +146,7 @@ def count_parameters(trained: Trained) -> int:
 class Comparison(Struct, frozen=True, kw_only=True):
     """Several recipes on the same data, one list entry a seed.
 
-    ``shift_accuracies[recipe][seed][px]`` is the test accuracy with the pictures moved by px pixels.
+    ``shift_accuracies[recipe][seed][px]`` is the test accuracy with pictures moved by px pixels.
     """
 
     accuracies: dict[str, list[float]]

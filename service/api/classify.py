@@ -89,7 +89,7 @@ def _read_images(current: State) -> Body:
     raw = ("", "application/octet-stream", "application/x-www-form-urlencoded")
     if kind in raw or kind.startswith("image/"):
         return Body([read_body()], many=False)
-    abort(
+    return abort(
         415,
         f"Content-Type {kind[:80]!r} is not accepted; send the image itself (image/* or "
         "application/octet-stream), multipart/form-data or application/json",

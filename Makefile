@@ -1,0 +1,57 @@
+# Everything runs in .venv, which each verb makes when it is missing or out of date.
+PYTHON ?= python3
+# A CPU build of torch saves gigabytes where there is no GPU: name the index that has one.
+TORCH_INDEX_URL ?=
+NAME ?= fashion
+VERSION ?= challenger
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+COMPOSE ?= docker-compose
+
+.DEFAULT_GOAL := help
+.PHONY: help demo train promote serve test check bench up down clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## train, promote, serve, classify one picture (CONVOY_DEMO_ONCE=1: then stop)
+	@$(BIN)/python deploy/demo.py
+
+train: $(INSTALLED) ## train and register a version: ARGS='--data folder:PATH --recipe resnet'
+	$(BIN)/python -m training $(ARGS)
+
+promote: $(INSTALLED) ## make a version the champion: NAME=fashion VERSION=challenger
+	$(BIN)/python -m registry promote $(NAME) $(VERSION) $(ARGS)
+
+serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
+	$(BIN)/python -m service $(ARGS)
+
+test: $(INSTALLED) ## all tests, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+check: $(INSTALLED) ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## start-up, memory and served accuracy of the champion
+	$(BIN)/python benchmarks/startup.py $(ARGS)
+	$(BIN)/python benchmarks/served_accuracy.py $(ARGS)
+
+up: ## build and start the containers (docs/operations.md)
+	$(COMPOSE) up --build -d
+
+down: ## stop the containers; the volumes stay
+	$(COMPOSE) down
+
+clean: ## remove .venv and caches; what was trained stays in var/
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info
