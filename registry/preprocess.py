@@ -75,9 +75,7 @@ def decode_image(
         raise
     except _BOMBS as error:
         raise ImageTooLarge("the image claims more pixels than can be decoded safely") from error
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise a dozen kinds on bad bytes (docs/decisions)
+    except Exception as error:  # Pillow raises a dozen kinds on bad bytes
         reason = str(error) if isinstance(error, OSError) else type(error).__name__
         raise InvalidImage(f"the image cannot be decoded: {_without_address(reason)}") from error
 

@@ -99,22 +99,23 @@ class ModelStore:
         assert bundle.folder.name == Path(BUNDLE_PATH).name
         name = bundle.manifest.model
         with self._errors():
-            logged = mlflow.pyfunc.log_model(
-                name=name,
-                loader_module="registry.pyfunc",
-                data_path=str(bundle.folder),
-                signature=SIGNATURE,
-                pip_requirements=[
-                    f"{package}=={version}"
-                    for package, version in bundle.manifest.source.versions.items()
-                    if package != "python"
-                ],
-            )
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                registered = mlflow.register_model(
-                    logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
+                # The signature is given; an example would only be run to guess one.
+                warnings.filterwarnings("ignore", ".*input example was not provided")
+                logged = mlflow.pyfunc.log_model(
+                    name=name,
+                    loader_module="registry.pyfunc",
+                    data_path=str(bundle.folder),
+                    signature=SIGNATURE,
+                    pip_requirements=[
+                        f"{package}=={version}"
+                        for package, version in bundle.manifest.source.versions.items()
+                        if package != "python"
+                    ],
                 )
+            registered = mlflow.register_model(
+                logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
+            )
             version = int(registered.version)
             self._client.set_registered_model_alias(name, CHALLENGER, str(version))
         return self.resolve(ModelRef(name, version))

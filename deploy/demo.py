@@ -1,0 +1,150 @@
+"""``make demo``: from nothing to a classified picture, then everything stays up until Ctrl-C.
+
+It only calls what users call: the three command lines, and MLflow's own page. What an earlier run
+trained is used again. With CONVOY_DEMO_ONCE=1 it ends after the first answer and leaves no process.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+from registry.home import Home, convoy_home
+from registry.releases import read_release
+
+MODEL = "fashion"
+START_TIMEOUT_S = 90.0
+UI_PORT = 5000
+
+
+def main() -> int:
+    home = convoy_home()
+    os.environ["CONVOY_MODEL"] = f"models:/{MODEL}@champion"
+    if read_release(home.models, MODEL) is None:
+        train_first_champion()
+    picture, label = save_test_picture(home)
+    service_url = f"http://127.0.0.1:{os.environ.get('CONVOY_PORT', '8080')}"
+    ui_port = free_port(UI_PORT)
+    with ExitStack() as stack:
+        service = start(stack, "-m", "service", log=home.root / "demo-service.log")
+        page = start(
+            stack,
+            *("-m", "mlflow", "ui", "--workers", "1", "--port", str(ui_port)),
+            *("--backend-store-uri", home.tracking_uri),
+            *("--default-artifact-root", home.artifacts.as_uri()),
+            log=home.root / "demo-mlflow.log",
+        )
+        say("starting the service …")
+        wait_for(f"{service_url}/readyz", service, home.root / "demo-service.log")
+        say(f"a test picture that nobody trained on, of class {label}:\n")
+        command = [sys.executable, "-m", "service", "classify", str(picture)]
+        subprocess.run([*command, "--url", service_url], check=True)
+        answer = subprocess.run(
+            [*command, "--url", service_url, "--json"], check=True, capture_output=True, text=True
+        )
+        print(f"\n  curl --data-binary @{os.path.relpath(picture)} {service_url}/v1/classify\n")
+        wait_for(f"http://127.0.0.1:{ui_port}/health", page, home.root / "demo-mlflow.log")
+        print(f"  the page    {service_url}/")
+        print(f"  mlflow ui   http://127.0.0.1:{ui_port}/\n")
+        if json.loads(answer.stdout)["predictions"][0]["label"] != label:
+            say(f"note: the model took this {label} for something else; no model is right always")
+        if os.environ.get("CONVOY_DEMO_ONCE") == "1":
+            return 0
+        say("everything is up; Ctrl-C ends it")
+        try:
+            return service.wait()
+        except KeyboardInterrupt:
+            return 0
+
+
+def train_first_champion() -> None:
+    """Train, promote and pull, each with the command that a user would type."""
+    for arguments in (
+        ("training", "--data", "fashion-mnist", "--recipe", "cnn", "--model", MODEL),
+        ("registry", "promote", MODEL, "challenger"),
+        ("registry", "pull", f"models:/{MODEL}@champion"),
+    ):
+        say(f"python -m {' '.join(arguments)}")
+        subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def save_test_picture(home: Home) -> tuple[Path, str]:
+    """The first picture of the official test set as a file, and its true label."""
+    from registry.preprocess import encode_png
+    from training.fashion_mnist import LABELS, load
+
+    _, _, pictures, labels = load(None, home.datasets)
+    label = LABELS[labels[0]]
+    path = home.root / f"{label.lower().replace(' ', '-')}.png"
+    path.write_bytes(encode_png(pictures[0][..., None]))
+    return path, label
+
+
+def start(stack: ExitStack, *arguments: str, log: Path) -> "subprocess.Popen[bytes]":
+    """A process in a group of its own, which is ended with all its children at the end."""
+    output = stack.enter_context(log.open("wb"))
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+    )
+    stack.callback(end_group, process)
+    return process
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM to the first process, then, if any of the group is left, SIGKILL to all."""
+    process.terminate()
+    try:
+        process.wait(timeout=40)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until ``url`` answers 200; ends the demo with the log's last lines if it never does."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise SystemExit(f"{url} did not answer; the end of {log}:\n{last_lines}")
+
+
+def free_port(wanted: int) -> int:
+    """``wanted`` if nothing listens there, else one that the system gives."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise SystemExit("no free port")
+
+
+def say(text: str) -> None:
+    print(f"\033[1m→ {text}\033[0m" if sys.stdout.isatty() else f"→ {text}", flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())

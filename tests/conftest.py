@@ -1,0 +1,126 @@
+"""What the tests share: tiny seeded networks on real pictures, and homes of their own."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from registry.bundle import Bundle
+from registry.classifier import Classifier
+from registry.contract import Manifest, NetworkSpec
+from registry.home import Home, convoy_home
+from registry.networks import Program, build_program
+from training.config import Recipe
+from training.datasets import Dataset, load_dataset, take
+from training.evaluate import evaluate
+from training.publish import build_manifest, write_version
+
+MakeBundle = Callable[..., Bundle]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every test starts without CONVOY_ and MLflow variables, in a home of its own."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("CONVOY_") or name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def home() -> Home:
+    return convoy_home()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """All 1,797 digits."""
+    return load_dataset("digits", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: Dataset) -> Dataset:
+    """A few hundred digits, so that an epoch takes milliseconds."""
+    return msgspec.structs.replace(
+        digits,
+        train=take(digits.train, np.arange(256)),
+        validation=take(digits.validation, np.arange(64)),
+        test=take(digits.test, np.arange(64)),
+    )
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe(
+        name="tiny",
+        network=NetworkSpec("cnn", {"filters": [4], "hidden": 16}),
+        epochs=2,
+        batch_size=32,
+        learning_rate=0.01,
+    )
+
+
+def tiny_program(data: Dataset, seed: int = 0) -> tuple[NetworkSpec, Program]:
+    """An untrained dense network with seeded weights."""
+    spec = NetworkSpec("dense", {"hidden": [8]})
+    torch.manual_seed(seed)
+    return spec, build_program(spec, data.preprocess, len(data.labels)).eval()
+
+
+@pytest.fixture
+def make_bundle(few_digits: Dataset, tmp_path: Path) -> MakeBundle:
+    """Writes a real bundle: ``make_bundle(seed=1, change=lambda manifest: …)``."""
+
+    def make(
+        seed: int = 0,
+        folder: Path | None = None,
+        data: Dataset = few_digits,
+        change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+    ) -> Bundle:
+        spec, program = tiny_program(data, seed)
+        heldout = evaluate(Classifier(program, CPU), data.validation)
+        tiny = Recipe(name="tiny", network=spec, epochs=1)
+        manifest = build_manifest("digits", tiny, data, seed, "cpu", heldout.metrics("validation"))
+        report = tmp_path / "report"
+        report.mkdir(exist_ok=True)
+        (report / "report.html").write_text("<title>report</title>")
+        # The store insists on the folder's name.
+        target = folder or tmp_path / f"version-{seed}" / "bundle"
+        return write_version(target, change(manifest), program, data, heldout, report)
+
+    return make
+
+
+@pytest.fixture
+def png(few_digits: Dataset) -> bytes:
+    """An encoded picture that the tiny networks accept."""
+    return few_digits.test.encode(0)
+
+
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables, made once: making one takes seconds."""
+    from registry.store import ModelStore
+
+    root = tmp_path_factory.mktemp("registry")
+    ModelStore(Home(root)).models()
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def registry_home(home: Home, empty_registry: Path) -> Iterator[Home]:
+    """A home with an empty registry in it."""
+    home.root.mkdir(parents=True)
+    shutil.copy(empty_registry, home.root / "mlflow.db")
+    yield home
+    import mlflow
+
+    while mlflow.active_run() is not None:
+        mlflow.end_run()

@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from registry.bundle import MANIFEST, WEIGHTS, fsync_tree, open_bundle, write_bundle
+from registry.contract import FileEntry
+from registry.errors import BundleInvalid
+from tests.conftest import MakeBundle
+
+
+def test_a_bundle_is_written_and_opened_again(make_bundle: MakeBundle) -> None:
+    written = make_bundle()
+    opened = open_bundle(written.folder, written.manifest_sha256)
+    opened.verify()
+    fsync_tree(opened.folder)
+    assert opened.manifest == written.manifest
+    assert WEIGHTS in opened.serving_files()
+    assert not [name for name in opened.serving_files() if name.startswith("report")]
+    heldout = opened.heldout()
+    assert heldout.probabilities.shape == (64, 10)
+    assert heldout.labels.shape == (64,)
+    np.testing.assert_allclose(heldout.probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_golden_images_show_every_class_in_turn(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle()
+    assert len(bundle.golden()) == 32
+    heldout = bundle.heldout()
+    rows = {tuple(row): label for row, label in zip(heldout.probabilities.tolist(), heldout.labels)}
+    labels = [rows[golden.probabilities] for golden in bundle.golden()]
+    assert labels[:10] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256"),
+        (lambda data: data[:-1], "bytes; the manifest says"),
+        (lambda data: data + b"\0", "bytes; the manifest says"),
+    ],
+)
+def test_damaged_weights_are_refused(make_bundle: MakeBundle, damage, reason: str) -> None:
+    bundle = make_bundle()
+    path = bundle.folder / WEIGHTS
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BundleInvalid, match=reason):
+        bundle.weights()
+
+
+def test_a_missing_file_is_named(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle()
+    (bundle.folder / WEIGHTS).unlink()
+    with pytest.raises(BundleInvalid, match=r"weights\.safetensors: No such file"):
+        bundle.verify()
+    with pytest.raises(BundleInvalid, match="names no file"):
+        bundle.read("unheard.of")
+    with pytest.raises(BundleInvalid, match="No such file"):
+        open_bundle(bundle.folder / "elsewhere")
+
+
+def test_a_manifest_that_the_registry_does_not_know_is_refused(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle()
+    with pytest.raises(BundleInvalid, match="the registry says"):
+        open_bundle(bundle.folder, "0" * 64)
+
+
+@pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "a/../../b", "a\\b", MANIFEST])
+def test_files_outside_the_bundle_are_refused(
+    make_bundle: MakeBundle, tmp_path: Path, name: str
+) -> None:
+    manifest = make_bundle().manifest
+    with pytest.raises(BundleInvalid, match="outside the bundle"):
+        write_bundle(tmp_path / "new", manifest, {name: b""})
+    evil = msgspec.structs.replace(manifest, files={name: FileEntry("0" * 64, 0)})
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / MANIFEST).write_bytes(evil.to_json())
+    with pytest.raises(BundleInvalid, match="outside the bundle"):
+        open_bundle(tmp_path / "evil")
+
+
+@pytest.mark.parametrize(
+    ("file", "method"),
+    [(WEIGHTS, "weights"), ("golden/golden.json", "golden"), ("heldout.npz", "heldout")],
+)
+def test_files_that_are_not_what_they_are_called_are_refused(
+    make_bundle: MakeBundle, tmp_path: Path, file: str, method: str
+) -> None:
+    bundle = make_bundle()
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    wrong = write_bundle(tmp_path / "wrong", bundle.manifest, {**files, file: b"not this format"})
+    with pytest.raises(BundleInvalid, match=file.split("/")[-1]):
+        getattr(wrong, method)()

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from registry.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, write_bundle
+from registry.classifier import LARGEST_BATCH, load_classifier
+from registry.contract import NetworkSpec
+from registry.errors import BundleInvalid
+from tests.conftest import CPU, MakeBundle
+from training.datasets import Dataset
+
+
+def rewritten(bundle: Bundle, folder: Path, **files: bytes) -> Bundle:
+    """``bundle`` with other content under valid digests: what only a replay can catch."""
+    kept = {name: bundle.read(name) for name in bundle.manifest.files}
+    named = {"weights": WEIGHTS, "golden": GOLDEN}
+    return write_bundle(
+        folder, bundle.manifest, {**kept, **{named[k]: v for k, v in files.items()}}
+    )
+
+
+def test_rows_are_probabilities_whatever_the_batch(
+    make_bundle: MakeBundle, digits: Dataset
+) -> None:
+    classifier = load_classifier(make_bundle(), CPU)
+    pixels = digits.train.pixels[: LARGEST_BATCH + 7]
+    scores = classifier.classify(pixels)
+    assert scores.dtype == np.float32
+    assert scores.shape == (LARGEST_BATCH + 7, 10)
+    np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(scores[3:4], classifier.classify(pixels[3:4]), atol=1e-6)
+    assert classifier.device == "cpu"
+
+
+def test_weights_of_another_network_are_refused(make_bundle: MakeBundle) -> None:
+    def other(manifest):
+        return msgspec.structs.replace(manifest, network=NetworkSpec("cnn", {"padding": 1}))
+
+    with pytest.raises(BundleInvalid, match="do not fit its network"):
+        load_classifier(make_bundle(change=other), CPU)
+
+
+def test_a_network_that_is_not_on_our_list_is_refused(make_bundle: MakeBundle) -> None:
+    def other(manifest):
+        return msgspec.structs.replace(manifest, network=NetworkSpec("os.system"))
+
+    with pytest.raises(BundleInvalid, match="there is no network"):
+        load_classifier(make_bundle(change=other), CPU)
+
+
+def test_weights_that_score_otherwise_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    first, second = make_bundle(seed=0), make_bundle(seed=1)
+    swapped = rewritten(first, tmp_path / "swapped", weights=second.read(WEIGHTS))
+    with pytest.raises(BundleInvalid, match="differs by .* its tolerance is 0.001"):
+        load_classifier(swapped, CPU)
+
+
+def test_weights_of_nan_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    bundle = make_bundle()
+    state = {name: np.full_like(array, np.nan) for name, array in bundle.weights().items()}
+    broken = rewritten(bundle, tmp_path / "nan", weights=safetensors.numpy.save(state))
+    with pytest.raises(BundleInvalid, match="NaN"):
+        load_classifier(broken, CPU)
+
+
+@pytest.mark.parametrize(
+    ("golden", "reason"),
+    [
+        ([], "no golden images"),
+        ([GoldenImage(WEIGHTS, (0.1,) * 10)], "a golden image: the body is not"),
+        (None, "have 3 probabilities"),
+    ],
+)
+def test_golden_images_that_prove_nothing_are_refused(
+    make_bundle: MakeBundle, tmp_path: Path, golden: list[GoldenImage] | None, reason: str
+) -> None:
+    bundle = make_bundle()
+    if golden is None:
+        golden = [GoldenImage(each.file, (1.0, 0.0, 0.0)) for each in bundle.golden()]
+    broken = rewritten(bundle, tmp_path / "broken", golden=msgspec.json.encode(golden))
+    with pytest.raises(BundleInvalid, match=reason):
+        load_classifier(broken, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
+def test_the_gpu_agrees_with_the_golden_images(make_bundle: MakeBundle) -> None:
+    assert load_classifier(make_bundle(), torch.device("cuda")).device.startswith("cuda")

@@ -1,0 +1,109 @@
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.bundle import Bundle
+from registry.contract import (
+    ModelRef,
+    PreprocessSpec,
+    manifest_from_json,
+    parse_model_ref,
+    top_scores,
+)
+from registry.errors import BundleInvalid, UsageError
+from tests.conftest import MakeBundle
+
+
+@pytest.fixture
+def manifest_json(make_bundle: MakeBundle) -> bytes:
+    bundle: Bundle = make_bundle()
+    return (bundle.folder / "manifest.json").read_bytes()
+
+
+def test_a_manifest_comes_back_from_json_unchanged(manifest_json: bytes) -> None:
+    manifest = manifest_from_json(manifest_json)
+    assert manifest.to_json() == manifest_json
+    assert manifest.labels == tuple("0123456789")
+
+
+def changed(data: bytes, **changes: object) -> bytes:
+    return msgspec.json.encode({**msgspec.json.decode(data), **changes})
+
+
+def test_a_manifest_of_another_schema_names_both_versions(manifest_json: bytes) -> None:
+    with pytest.raises(BundleInvalid, match="schema_version 2; this Convoy reads 1"):
+        manifest_from_json(changed(manifest_json, schema_version=2, novelty=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"novelty": True}, "novelty"),
+        ({"labels": ["only one"]}, "length >= 2"),
+        ({"labels": ["same", "same"]}, "differ"),
+        ({"model": "no/slash"}, "no model name"),
+        ({"tolerance": 0}, "> 0"),
+        ({"files": {"weights.safetensors": {"sha256": "zz", "size_bytes": 1}}}, "sha256"),
+    ],
+)
+def test_a_manifest_with_an_impossible_value_is_refused(
+    manifest_json: bytes, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(BundleInvalid, match=reason):
+        manifest_from_json(changed(manifest_json, **changes))
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_the_manifest_reader_raise_anything_else(data: bytes) -> None:
+    with pytest.raises(BundleInvalid):
+        manifest_from_json(data)
+
+
+def test_deeply_nested_json_is_refused() -> None:
+    with pytest.raises(BundleInvalid):
+        manifest_from_json(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "ref"),
+    [
+        ("models:/fashion@champion", ModelRef("fashion", alias="champion")),
+        (" models:/fashion/12 ", ModelRef("fashion", version=12)),
+    ],
+)
+def test_model_references_are_parsed_and_printed(text: str, ref: ModelRef) -> None:
+    assert parse_model_ref(text) == ref
+    assert str(ref) == text.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "fashion", "models:/fashion", "models:/fashion/0", "models:/a b@c", "models:/a@b/1"],
+)
+def test_other_references_are_refused_with_the_right_form(text: str) -> None:
+    with pytest.raises(UsageError, match=r"models:/NAME@ALIAS|model name"):
+        parse_model_ref(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mean": (0.5, 0.5)}, "1 values"),
+        ({"std": (0.0,)}, "above 0"),
+        ({"mean": (float("nan"),)}, "finite"),
+        ({"resize_shorter_px": 4}, "at least"),
+    ],
+)
+def test_an_impossible_preprocessing_is_refused(changes: dict[str, object], reason: str) -> None:
+    values = {"mode": "L", "width_px": 8, "height_px": 8, "mean": (0.5,), "std": (0.5,)}
+    with pytest.raises(ValueError, match=reason):
+        PreprocessSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 40))
+def test_top_scores_are_the_largest_in_order(probabilities: list[float], top_k: int) -> None:
+    labels = tuple(map(str, range(len(probabilities))))
+    scores = top_scores(probabilities, labels, top_k)
+    assert [s.probability for s in scores] == sorted(probabilities, reverse=True)[:top_k]
+    assert all(s.label == labels[s.index] for s in scores)

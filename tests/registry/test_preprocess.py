@@ -1,0 +1,190 @@
+"""The decode edge: what pictures mean, and what is refused before it costs anything."""
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from registry.contract import PreprocessSpec
+from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
+from registry.preprocess import DecodeLimits, as_served, decode_image, encode_png
+
+GREY = PreprocessSpec(mode="L", width_px=8, height_px=6, mean=(0.5,), std=(0.5,))
+COLOUR = PreprocessSpec(mode="RGB", width_px=8, height_px=6, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def halves(width: int = 8, height: int = 6) -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), "red")
+    image.paste("blue", (width // 2, 0, width, height))
+    return image
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]))
+def test_png_gives_back_the_very_pixels(seed: int, channels: int) -> None:
+    spec = GREY if channels == 1 else COLOUR
+    pixels = np.random.default_rng(seed).integers(0, 256, spec.shape, dtype=np.uint8)
+    decoded = decode_image(encode_png(pixels), spec)
+    assert decoded.dtype == np.uint8
+    assert decoded.flags.c_contiguous
+    np.testing.assert_array_equal(decoded, pixels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_accepted_formats_are_decoded(kind: str) -> None:
+    pixels = decode_image(encoded(halves(64, 48), kind, quality=95), COLOUR)
+    assert pixels.shape == (6, 8, 3)
+    assert pixels[3, 1, 0] > 200 > 60 > pixels[3, 1, 2]
+    assert pixels[3, 6, 2] > 200 > 60 > pixels[3, 6, 0]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+def test_other_formats_are_unsupported_when_serving_but_fine_when_training(kind: str) -> None:
+    data = encoded(halves(), kind)
+    with pytest.raises(UnsupportedImageType):
+        decode_image(data, COLOUR)
+    assert decode_image(data, COLOUR, any_format=True).shape == COLOUR.shape
+    np.testing.assert_array_equal(
+        decode_image(as_served(data, COLOUR), COLOUR), decode_image(data, COLOUR, any_format=True)
+    )
+
+
+def test_a_served_format_is_kept_as_it_is() -> None:
+    data = encoded(halves(), "JPEG")
+    assert as_served(data, COLOUR) is data
+
+
+def test_sixteen_bit_grey_is_scaled_not_saturated() -> None:
+    wide = np.full((6, 8), 32768, dtype=np.uint16)
+    wide[0, 0] = 65535
+    pixels = decode_image(encoded(Image.fromarray(wide)), GREY)
+    assert pixels[3, 3, 0] == 128
+    assert pixels[0, 0, 0] == 255
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = Image.new("RGBA", (8, 6), (255, 0, 0, 0))
+    assert (decode_image(encoded(clear), COLOUR) == 255).all()
+    palette = Image.new("P", (8, 6), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert (decode_image(encoded(palette, transparency=0), COLOUR) == 255).all()
+
+
+def test_cmyk_is_converted() -> None:
+    cmyk = Image.new("CMYK", (64, 48), (0, 255, 255, 0))  # red ink
+    pixels = decode_image(encoded(cmyk, "JPEG", quality=95), COLOUR)
+    assert pixels[3, 3, 0] > 200 > 60 > pixels[3, 3, 2]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_exif_orientations_come_out_upright(orientation: int) -> None:
+    upright = Image.new("RGB", (16, 16), "white")
+    upright.paste("black", (0, 0, 8, 4))  # a mark that no turn or mirror maps onto itself
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    spec = PreprocessSpec(mode="L", width_px=16, height_px=16, mean=(0.5,), std=(0.5,))
+    pixels = decode_image(encoded(stored, exif=exif), spec)
+    np.testing.assert_array_equal(pixels[..., 0], np.asarray(upright.convert("L")))
+
+
+def test_exif_can_be_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(halves(), exif=exif)
+    ignoring = PreprocessSpec(
+        mode="RGB", width_px=8, height_px=6, mean=(0.5,) * 3, std=(0.5,) * 3, exif="ignore"
+    )
+    assert decode_image(data, ignoring)[0, 0, 0] == 255
+    assert decode_image(data, COLOUR)[0, 0, 0] == 0
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    first, second = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
+    data = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)
+    assert decode_image(data, COLOUR)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_the_shorter_side_is_resized_and_the_centre_cut_out() -> None:
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    spec = PreprocessSpec(
+        mode="RGB", width_px=10, height_px=10, mean=(0.5,) * 3, std=(0.5,) * 3, resize_shorter_px=10
+    )
+    pixels = decode_image(encoded(wide), spec)
+    assert (pixels[:, 1:-1, 2] > 250).all()
+    same = decode_image(encode_png(pixels), spec)
+    np.testing.assert_array_equal(same, pixels)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n"
+    return (
+        start + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(4000, 3001), (13_400, 13_400), (20_000, 20_000)])
+def test_too_many_pixels_are_refused_from_the_header(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageTooLarge, match=r"pixels"):
+        decode_image(png_claiming(*size), COLOUR)
+
+
+def test_a_thin_strip_is_refused_by_its_aspect() -> None:
+    with pytest.raises(ImageTooLarge, match="longer side"):
+        decode_image(encoded(Image.new("L", (600, 2))), COLOUR, DecodeLimits(max_aspect=50))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_truncated_file_is_invalid(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), kind)
+    with pytest.raises(InvalidImage, match="cannot be decoded"):
+        decode_image(data[: len(data) // 2], COLOUR)
+
+
+def test_floating_point_pixels_are_invalid() -> None:
+    data = encoded(Image.new("F", (8, 6)), "TIFF")
+    with pytest.raises(InvalidImage, match="floating-point"):
+        decode_image(data, COLOUR, any_format=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_mutant_raises_anything_but_the_three_errors(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP"]))
+    original = bytearray(encoded(halves(16, 12), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert decode_image(bytes(original), COLOUR).shape == COLOUR.shape
+    except (InvalidImage, UnsupportedImageType, ImageTooLarge) as error:
+        assert "0x" not in str(error)

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from registry.errors import BundleInvalid
+from registry.releases import (
+    ReleasedVersion,
+    read_release,
+    read_status,
+    release_file,
+    write_release,
+    write_status,
+)
+
+ONE = ReleasedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
+TWO = ReleasedVersion(version=2, manifest_sha256="b" * 64, alias="champion")
+
+
+def test_nothing_released_reads_as_none(tmp_path: Path) -> None:
+    assert read_release(tmp_path, "fashion") is None
+    assert read_status(tmp_path, "fashion").agreed_unix_s is None
+
+
+def test_a_generation_grows_only_with_a_change(tmp_path: Path) -> None:
+    assert write_release(tmp_path, "fashion", (ONE,)).generation == 1
+    assert write_release(tmp_path, "fashion", (ONE,)).generation == 1
+    assert write_release(tmp_path, "fashion", (TWO,)).generation == 2
+    release = read_release(tmp_path, "fashion")
+    assert release is not None
+    assert release.versions == (TWO,)
+    assert [path.name for path in release_file(tmp_path, "fashion").parent.iterdir()] == [
+        "release.json"
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 5000, b'{"schema_version":1}', b'{"versions": []}']
+)
+def test_a_damaged_release_is_reported_and_can_be_replaced(tmp_path: Path, content: bytes) -> None:
+    write_release(tmp_path, "fashion", (ONE,))
+    release_file(tmp_path, "fashion").write_bytes(content)
+    with pytest.raises(BundleInvalid, match="cannot be read"):
+        read_release(tmp_path, "fashion")
+    assert write_release(tmp_path, "fashion", (TWO,)).versions == (TWO,)
+
+
+def test_a_release_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_release(tmp_path, "fashion", (ONE,))
+    (tmp_path / "digits").mkdir()
+    release_file(tmp_path, "fashion").rename(release_file(tmp_path, "digits"))
+    with pytest.raises(BundleInvalid, match="of model fashion"):
+        read_release(tmp_path, "digits")
+
+
+def test_an_error_keeps_the_time_of_the_last_agreement(tmp_path: Path) -> None:
+    write_status(tmp_path, "fashion", None)
+    agreed = read_status(tmp_path, "fashion").agreed_unix_s
+    assert agreed is not None
+    write_status(tmp_path, "fashion", "registry down")
+    status = read_status(tmp_path, "fashion")
+    assert (status.agreed_unix_s, status.error) == (agreed, "registry down")
