@@ -16,7 +16,7 @@ from registry.bundle import open_bundle
 from registry.classifier import Classifier, load_classifier
 from registry.contract import Manifest
 from registry.devices import choose_device
-from registry.errors import InvalidImage
+from registry.errors import ConvoyError, InvalidImage
 from registry.preprocess import decode_image
 
 
@@ -48,7 +48,7 @@ class ImageModel:
         for position, item in enumerate(model_input):
             try:
                 pixels.append(decode_image(_as_bytes(item), self._manifest.preprocess))
-            except InvalidImage as error:
+            except ConvoyError as error:
                 raise InvalidImage(f"image {position}: {error}") from error
         scores = self._classifier.classify(np.stack(pixels)).astype(float)
         best = scores.argmax(axis=1)

@@ -77,7 +77,8 @@ class ModelStore:
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(self.uri)
-        self._client = MlflowClient(self.uri)
+        with self._errors():
+            self._client = MlflowClient(self.uri)
 
     def experiment(self, name: str) -> str:
         """The id of the experiment ``name``, made if there is none."""
@@ -223,8 +224,14 @@ class ModelStore:
         with self._errors():
             try:
                 mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise BundleInvalid(f"{uri} is missing from the registry's artefacts") from error
+            except (MlflowException, OSError) as error:
+                # MLflow says "missing" in a different way for each kind of artefact storage.
+                if isinstance(error, FileNotFoundError) or any(
+                    sign in str(error) for sign in ("No such artifact", "404", "NoSuchKey")
+                ):
+                    raise BundleInvalid(f"{uri} is missing from the artefacts") from error
+                reason = str(error).strip().splitlines()[-1]
+                raise RegistryUnavailable(f"{uri} could not be fetched: {reason}") from error
 
     def _model_version(self, entity: Any, aliases: dict[str, int]) -> ModelVersion:
         number = int(entity.version)  # an int from a database, a str over REST
@@ -257,15 +264,22 @@ class ModelStore:
                     "back it up, then run: mlflow db upgrade URI"
                 ) from error
             raise RegistryUnavailable(
-                f"the registry {self._shown_uri} did not answer as expected: {error}"
+                f"the registry {self._shown_uri} did not answer as expected: "
+                f"{str(error).replace(self._credentials, '')}"
             ) from error
         except (sqlalchemy.exc.SQLAlchemyError, requests.RequestException) as error:
             raise RegistryUnavailable(
-                f"the registry {self._shown_uri} cannot be used: {str(error).splitlines()[0]}"
+                f"the registry {self._shown_uri} cannot be used: "
+                f"{str(error).splitlines()[0].replace(self._credentials, '')}"
             ) from error
 
     @property
+    def _credentials(self) -> str:
+        """``user:password@`` of the URI, so that it can be kept out of messages."""
+        authority = self.uri.partition("://")[2]
+        user_info, at, _ = authority.rpartition("@")
+        return user_info + at
+
+    @property
     def _shown_uri(self) -> str:
-        """The URI without a password that may stand in it."""
-        scheme, separator, rest = self.uri.partition("://")
-        return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+        return self.uri.replace(self._credentials, "")

@@ -124,3 +124,36 @@ def registry_home(home: Home, empty_registry: Path) -> Iterator[Home]:
 
     while mlflow.active_run() is not None:
         mlflow.end_run()
+
+
+@pytest.fixture
+def store(registry_home: Home):
+    """An empty registry."""
+    from registry.store import ModelStore
+
+    return ModelStore(registry_home)
+
+
+@pytest.fixture
+def publish(store, make_bundle: MakeBundle):
+    """Registers a version: ``publish(seed=1)`` gives its ``ModelVersion``."""
+    from training.tracking import start_run
+
+    def register(seed: int = 0, **options):
+        bundle = make_bundle(seed=seed, **options)
+        with start_run(store, "convoy", f"seed {seed}"):
+            return store.publish(bundle, {"convoy.recipe": "tiny"})
+
+    return register
+
+
+@pytest.fixture
+def better_and_worse_seed(make_bundle: MakeBundle) -> tuple[int, int]:
+    """Seeds of two tiny networks, the first of which gets more held-out pictures right."""
+    scores = {}
+    for seed in range(6):
+        heldout = make_bundle(seed=seed).heldout()
+        scores[seed] = int((heldout.probabilities.argmax(1) == heldout.labels).sum())
+    better, worse = max(scores, key=scores.__getitem__), min(scores, key=scores.__getitem__)
+    assert scores[better] > scores[worse]
+    return better, worse

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from registry.__main__ import main
+from registry.home import Home
+from registry.promotion import promote
+from registry.releases import read_release
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_an_empty_registry_says_how_to_fill_it(registry_home: Home, capsys) -> None:
+    assert run(capsys, "list")[:2] == (0, "no versions yet; python -m training makes one\n")
+
+
+def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
+    publish, better_and_worse_seed: tuple[int, int], registry_home: Home, capsys
+) -> None:
+    for seed in better_and_worse_seed:
+        publish(seed=seed)
+    status, out, _ = run(capsys, "promote", "digits", "1")
+    assert (status, out.splitlines()[0]) == (0, "digits version 1 is the champion now")
+    status, out, _ = run(capsys, "promote", "digits", "challenger", "--force", "--reason", "drill")
+    assert (status, out.splitlines()[0]) == (0, "digits version 2 is the champion now")
+
+    _, out, _ = run(capsys, "list")
+    assert [line.split()[:3] for line in out.splitlines()[1:]] == [
+        ["digits", "2", "champion"],
+        ["digits", "1", "previous"],
+    ]
+    _, out, _ = run(capsys, "list", "digits", "--json")
+    assert [row["aliases"] for row in json.loads(out)] == [["champion"], ["previous"]]
+
+    _, out, _ = run(capsys, "show", "digits")
+    assert "digits version 2 (champion)" in out
+    assert "drill" in out
+    _, out, _ = run(capsys, "show", "digits", "1", "--json")
+    shown = json.loads(out)
+    assert shown["manifest"]["source"]["seed"] == better_and_worse_seed[0]
+    assert [each["action"] for each in shown["decisions"]] == ["promoted", "forced"]
+
+    status, out, _ = run(capsys, "roll-back", "digits", "--reason", "drill is over")
+    assert (status, "version 1 is the champion again" in out) == (0, True)
+    assert run(capsys, "pull", "models:/digits@champion")[0] == 0
+    release = read_release(registry_home.models, "digits")
+    assert release is not None
+    assert release.versions[0].version == 1
+
+
+def test_what_is_pulled_by_default_is_the_setting(
+    publish, store, registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish()
+    promote(store, "digits", 1)
+    monkeypatch.setenv("CONVOY_MODEL", "models:/digits/1")
+    assert run(capsys, "pull")[0] == 0
+    assert read_release(registry_home.models, "digits") is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("promote", "nobody", "1"), "no model 'nobody'"),
+        (("show", "nobody"), "no model 'nobody'"),
+        (("roll-back", "nobody"), "no model 'nobody'"),
+        (("pull", "nobody"), "models:/NAME@ALIAS"),
+        (("pull", "models:/a@b", "--interval", "0"), "above 0 seconds"),
+        (("promote", "bad name", "1"), "no model name"),
+    ],
+)
+def test_wrong_use_is_answered_on_one_line(
+    registry_home: Home, capsys, arguments: tuple[str, ...], reason: str
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+def test_a_pull_that_fails_says_so_with_its_status(registry_home: Home, capsys) -> None:
+    assert run(capsys, "pull", "models:/nobody@champion")[0] == 2
