@@ -1,0 +1,83 @@
+"""An app around tiny real models, loaded in the test's own thread."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from registry.bundle import Bundle, open_bundle
+from registry.classifier import load_classifier
+from registry.contract import ModelRef
+from registry.releases import ReleasedVersion, version_folder, write_release
+from service import create_app
+from service.batcher import MicroBatcher
+from service.model_slot import ModelSlot, ServedModel
+from service.settings import Settings
+from tests.conftest import CPU, MakeBundle
+
+
+def load(folder: Path, released: ReleasedVersion) -> ServedModel:
+    bundle = open_bundle(folder, released.manifest_sha256)
+    classifier = load_classifier(bundle, CPU)
+    return ServedModel(
+        manifest=bundle.manifest,
+        manifest_sha256=bundle.manifest_sha256,
+        version=released.version,
+        alias=released.alias,
+        device=classifier.device,
+        batcher=MicroBatcher(classifier.classify, 8, 64),
+    )
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def release(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
+    """Lays a version out on disk and releases it, as the puller does."""
+
+    def lay_out(version: int, seed: int = 0, alias: str | None = "champion") -> Bundle:
+        folder = version_folder(models, "digits", version)
+        bundle = make_bundle(seed=seed, folder=folder)
+        released = ReleasedVersion(
+            version=version, manifest_sha256=bundle.manifest_sha256, alias=alias
+        )
+        write_release(models, "digits", (released,))
+        return bundle
+
+    return lay_out
+
+
+@pytest.fixture
+def slot(models: Path) -> ModelSlot:
+    return ModelSlot(ModelRef("digits", alias="champion"), models, load)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(max_images=4, max_image_bytes=100_000, max_body_bytes=300_000)
+
+
+@pytest.fixture
+def app(slot: ModelSlot, settings: Settings) -> Flask:
+    app = create_app(settings, {"digits": slot})
+    app.testing = False  # errors are answered, as they are in production
+    return app
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    """A client of an app with nothing loaded yet."""
+    return app.test_client()
+
+
+@pytest.fixture
+def ready(client: FlaskClient, slot: ModelSlot, release: Callable[..., Bundle]) -> FlaskClient:
+    """A client of an app that serves version 1."""
+    release(1)
+    assert slot.refresh()
+    return client

@@ -1,0 +1,257 @@
+"""The batcher, its threads steered with events."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from registry.errors import DeadlineExceeded, Overloaded
+from service.batcher import MicroBatcher, Scored
+
+FOREVER_S = 30.0
+
+
+def image(value: int) -> np.ndarray:
+    return np.full((2, 2, 1), value, dtype=np.uint8)
+
+
+def echo(pixels: np.ndarray) -> np.ndarray:
+    """One class whose probability is the picture's first value."""
+    return pixels[:, 0, 0, :].astype(np.float32)
+
+
+def values(outcomes: list[Scored | Exception]) -> list[float]:
+    return [float(each.probabilities[0]) for each in outcomes if isinstance(each, Scored)]
+
+
+class Gate:
+    """A compute function that holds the device until it is opened."""
+
+    def __init__(self, compute: Callable[[np.ndarray], np.ndarray] = echo) -> None:
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.batches: list[int] = []
+        self._compute = compute
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        self.batches.append(len(pixels))
+        self.entered.release()
+        assert self.open.wait(FOREVER_S)
+        return self._compute(pixels)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + FOREVER_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(32) as executor:
+        yield executor
+
+
+def submit(
+    pool: ThreadPoolExecutor, batcher: MicroBatcher, *numbers: int, deadline_s: float = FOREVER_S
+) -> "Future[list[Scored | Exception]]":
+    return pool.submit(batcher.submit, [image(number) for number in numbers], deadline_s)
+
+
+def test_a_lone_request_runs_at_once_in_its_own_thread() -> None:
+    threads = []
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        threads.append(threading.current_thread())
+        return echo(pixels)
+
+    outcomes = MicroBatcher(compute, 8, 8).submit([image(7)], FOREVER_S)
+    assert values(outcomes) == [7]
+    assert threads == [threading.current_thread()]
+
+
+def test_who_finds_the_device_busy_is_in_the_next_batch(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = MicroBatcher(gate, 8, 64)
+    first = submit(pool, batcher, 1)
+    gate.entered.acquire()
+    others = [submit(pool, batcher, number) for number in range(2, 8)]
+    wait_until(lambda: batcher.depth == 6)
+    gate.open.set()
+    assert values(first.result()) == [1]
+    assert [values(other.result()) for other in others] == [[n] for n in range(2, 8)]
+    assert gate.batches == [1, 6]
+    assert others[0].result()[0].batch_size == 6
+
+
+def test_a_batch_is_never_larger_than_allowed(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = MicroBatcher(gate, 4, 64)
+    first = submit(pool, batcher, 0)
+    gate.entered.acquire()
+    many = submit(pool, batcher, *range(1, 11))
+    wait_until(lambda: batcher.depth == 10)
+    gate.open.set()
+    assert values(many.result()) == list(range(1, 11))
+    first.result()
+    assert gate.batches == [1, 4, 4, 2]
+
+
+def test_a_full_queue_refuses_and_queues_none_of_the_request(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = MicroBatcher(gate, 4, 2)
+    first = submit(pool, batcher, 1)
+    gate.entered.acquire()
+    waiting = submit(pool, batcher, 2)
+    wait_until(lambda: batcher.depth == 1)
+    with pytest.raises(Overloaded, match="1 images wait"):
+        batcher.submit([image(3), image(4)], FOREVER_S)
+    assert batcher.depth == 1
+    gate.open.set()
+    assert values(waiting.result()) == [2]
+    first.result()
+
+
+def test_an_expired_image_is_not_computed(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = MicroBatcher(gate, 4, 64)
+    first = submit(pool, batcher, 1)
+    gate.entered.acquire()
+    (outcome,) = batcher.submit([image(2)], 0.01)
+    assert isinstance(outcome, DeadlineExceeded)
+    assert batcher.depth == 0
+    gate.open.set()
+    first.result()
+    assert gate.batches == [1]
+
+
+def test_an_image_that_expires_before_its_turn_is_left_out_of_the_batch(
+    pool: ThreadPoolExecutor,
+) -> None:
+    """The first of two waits without end, the second is over when their batch is made."""
+    gate = Gate()
+    batcher = MicroBatcher(gate, 4, 64)
+    first = submit(pool, batcher, 1)
+    gate.entered.acquire()
+    patient = submit(pool, batcher, 2)
+    wait_until(lambda: batcher.depth == 1)
+    # This thread waits for its first image, so nobody takes the expired second one out.
+    hasty = submit(pool, batcher, 3, 4)
+    wait_until(lambda: batcher.depth == 3)
+    with batcher._lock:
+        batcher._waiting[2].deadline = time.monotonic()
+    gate.open.set()
+    assert values(patient.result()) == [2]
+    outcomes = hasty.result()
+    assert values(outcomes) == [3]
+    assert isinstance(outcomes[1], DeadlineExceeded)
+    first.result()
+    assert gate.batches == [1, 2]
+
+
+def test_a_running_forward_pass_is_waited_for_though_the_time_is_over(
+    pool: ThreadPoolExecutor,
+) -> None:
+    gate = Gate()
+    batcher = MicroBatcher(gate, 1, 64)
+    first = submit(pool, batcher, 1)
+    gate.entered.acquire()
+    late = submit(pool, batcher, 2, 3, deadline_s=FOREVER_S)
+    wait_until(lambda: batcher.depth == 2)
+    gate.open.set()
+    assert values(first.result()) == [1]
+    assert values(late.result()) == [2, 3]
+
+
+def test_one_bad_image_fails_alone(pool: ThreadPoolExecutor) -> None:
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        if (pixels == 3).any():
+            raise ValueError("no threes")
+        return echo(pixels)
+
+    gate = Gate(compute)
+    batcher = MicroBatcher(gate, 8, 64)
+    first = submit(pool, batcher, 1)
+    gate.entered.acquire()
+    others = [submit(pool, batcher, number) for number in (2, 3, 4)]
+    wait_until(lambda: batcher.depth == 3)
+    gate.open.set()
+    results = [other.result() for other in others]
+    assert [values(result) for result in results] == [[2], [], [4]]
+    assert isinstance(results[1][0], ValueError)
+    first.result()
+
+
+def test_nan_is_an_error_of_its_image_alone() -> None:
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        return np.where(pixels[:, 0, 0] == 2, np.nan, 1.0).astype(np.float32)
+
+    outcomes = MicroBatcher(compute, 8, 8).submit([image(n) for n in (1, 2, 3)], FOREVER_S)
+    assert [isinstance(each, Scored) for each in outcomes] == [True, False, True]
+    assert isinstance(outcomes[1], ArithmeticError)
+
+
+def test_too_few_rows_are_noticed() -> None:
+    outcomes = MicroBatcher(lambda pixels: echo(pixels)[:0], 8, 8).submit([image(1)], FOREVER_S)
+    assert "1 images gave 0 rows" in str(outcomes[0])
+
+
+def test_after_an_error_the_device_is_free_again() -> None:
+    failing = [True]
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        if failing.pop() if failing else False:
+            raise MemoryError("once")
+        return echo(pixels)
+
+    batcher = MicroBatcher(compute, 8, 8)
+    assert isinstance(batcher.submit([image(1)], FOREVER_S)[0], MemoryError)
+    assert values(batcher.submit([image(2)], FOREVER_S)) == [2]
+
+
+def test_a_hand_over_wakes_the_owner_who_waits_for_an_earlier_image(
+    pool: ThreadPoolExecutor,
+) -> None:
+    """With batches of one, every image of a request is led by its own thread, in order."""
+    batcher = MicroBatcher(echo, 1, 1000)
+    futures = [submit(pool, batcher, *range(n, n + 5)) for n in range(0, 100, 5)]
+    assert [values(future.result(FOREVER_S)) for future in futures] == [
+        list(range(n, n + 5)) for n in range(0, 100, 5)
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    requests=st.lists(st.integers(1, 6), min_size=1, max_size=24),
+    max_batch=st.integers(1, 8),
+    deadline_ms=st.sampled_from([0.0, 0.3, 1.0, 30_000.0]),
+)
+def test_every_image_gets_exactly_one_outcome_and_its_own(
+    requests: list[int], max_batch: int, deadline_ms: float
+) -> None:
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        time.sleep(0.0002)
+        return echo(pixels)
+
+    batcher = MicroBatcher(compute, max_batch, 10_000)
+    with ThreadPoolExecutor(len(requests)) as executor:
+        futures = {
+            number: submit(executor, batcher, *([number] * size), deadline_s=deadline_ms / 1000)
+            for number, size in enumerate(requests)
+        }
+        for number, future in futures.items():
+            outcomes = future.result(FOREVER_S)
+            assert len(outcomes) == requests[number]
+            for outcome in outcomes:
+                if isinstance(outcome, Scored):
+                    assert outcome.probabilities[0] == number
+                else:
+                    assert isinstance(outcome, DeadlineExceeded)
+    assert batcher.depth == 0
+    assert values(batcher.submit([image(9)], FOREVER_S)) == [9]

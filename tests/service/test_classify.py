@@ -1,0 +1,278 @@
+"""``POST /v1/classify`` in every body form, and what each wrong request is told."""
+
+import base64
+import json
+from io import BytesIO
+
+import numpy as np
+import pytest
+from flask.testing import FlaskClient
+from PIL import Image
+
+from registry.errors import DeadlineExceeded, Overloaded
+from service.model_slot import ModelSlot
+from tests.conftest import CPU
+
+RAW = {"content_type": "application/octet-stream"}
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def parts(*images: bytes) -> dict[str, object]:
+    return {
+        "data": {"image": [(BytesIO(data), f"{n}.png") for n, data in enumerate(images)]},
+        "content_type": "multipart/form-data",
+    }
+
+
+def assert_problem(response, status: int, text: str) -> None:
+    assert response.status_code == status
+    assert response.content_type == "application/problem+json"
+    body = response.json
+    assert body["status"] == status
+    assert text in body["detail"]
+    assert body["error"] == body["detail"]
+    assert body["request_id"] == response.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("kind", ["image/png", "application/octet-stream", "", None])
+def test_a_raw_body_is_classified(ready: FlaskClient, png: bytes, kind: str | None) -> None:
+    response = ready.post("/v1/classify", data=png, content_type=kind)
+    assert response.status_code == 200
+    body = response.json
+    assert body["model"] == {"name": "digits", "version": 1, "alias": "champion"}
+    assert len(body["predictions"]) == 5
+    probabilities = [each["probability"] for each in body["predictions"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert set(body["timings_ms"]) == {"decode", "queue", "forward", "total"}
+    assert response.headers["X-Model-Version"] == "1"
+    assert body["request_id"] == response.headers["X-Request-Id"]
+
+
+def test_what_curl_sends_by_default_is_taken_as_the_image(ready: FlaskClient, png: bytes) -> None:
+    kind = "application/x-www-form-urlencoded"
+    assert ready.post("/v1/classify", data=png, content_type=kind).status_code == 200
+
+
+def test_all_body_forms_give_the_classifiers_probabilities(
+    ready: FlaskClient, png: bytes, slot: ModelSlot, few_digits
+) -> None:
+    from registry.bundle import open_bundle
+    from registry.classifier import load_classifier
+
+    folder = slot._models_folder / "digits" / "versions" / "1"
+    expected = load_classifier(open_bundle(folder), CPU).classify(few_digits.test.pixels[:1])[0]
+    forms = [
+        ready.post("/v1/classify?top_k=10", data=png, **RAW),
+        ready.post("/v1/classify?top_k=10", **parts(png)),
+        ready.post("/v1/classify?top_k=10", json={"image": b64(png)}),
+    ]
+    for response in forms:
+        scores = {each["index"]: each["probability"] for each in response.json["predictions"]}
+        np.testing.assert_allclose([scores[n] for n in range(10)], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["multipart", "json"])
+def test_one_bad_image_never_spoils_the_others(ready: FlaskClient, png: bytes, form: str) -> None:
+    images = [png, b"\x89PNG\r\n\x1a\n but no more", png, b"no image"]
+    if form == "multipart":
+        response = ready.post("/v1/classify?top_k=1", **parts(*images))
+    else:
+        response = ready.post("/v1/classify?top_k=1", json={"images": [b64(i) for i in images]})
+    assert response.status_code == 200
+    results = response.json["results"]
+    assert [next(iter(result)) for result in results] == [
+        "predictions",
+        "error",
+        "predictions",
+        "error",
+    ]
+    assert [result["error"]["status"] for result in results[1::2]] == [422, 415]
+    assert results[0] == results[2]
+
+
+def test_a_list_of_one_is_answered_with_a_list(ready: FlaskClient, png: bytes) -> None:
+    body = ready.post("/v1/classify", json={"images": [b64(png)]}).json
+    assert len(body["results"]) == 1
+    assert "predictions" not in body
+
+
+def test_a_list_of_only_bad_images_still_has_an_entry_for_each(ready: FlaskClient) -> None:
+    body = ready.post("/v1/classify", json={"images": ["?", "AAAA"]}).json
+    assert [each["error"]["status"] for each in body["results"]] == [422, 415]
+
+
+def test_top_k_is_at_most_the_number_of_labels(ready: FlaskClient, png: bytes) -> None:
+    for top_k, count in ((1, 1), (3, 3), (99, 10)):
+        body = ready.post(f"/v1/classify?top_k={top_k}", data=png, **RAW).json
+        assert len(body["predictions"]) == count
+
+
+@pytest.mark.parametrize("top_k", ["0", "-1", "x", "1.5", "", "²", "9" * 400])
+def test_a_senseless_top_k_is_400(ready: FlaskClient, png: bytes, top_k: str) -> None:
+    response = ready.post("/v1/classify", data=png, query_string={"top_k": top_k}, **RAW)
+    assert_problem(response, 400, "top_k")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models/digits/classify",
+        "/v1/models/digits/versions/1/classify",
+        "/v1/models/digits/aliases/champion/classify",
+    ],
+)
+def test_the_model_can_be_named(ready: FlaskClient, png: bytes, path: str) -> None:
+    assert ready.post(path, data=png, **RAW).json["model"]["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/v1/models/nobody/classify", "there is no model 'nobody' here; there are: digits"),
+        ("/v1/models/digits/versions/2/classify", "version 2 is not served here"),
+        ("/v1/models/digits/aliases/previous/classify", "alias 'previous' is not served here"),
+        ("/v1/nowhere", "not found"),
+    ],
+)
+def test_what_is_not_served_is_404(ready: FlaskClient, png: bytes, path: str, reason: str) -> None:
+    assert_problem(ready.post(path, data=png, **RAW), 404, reason)
+
+
+def test_a_wrong_method_is_405_and_says_which_is_right(ready: FlaskClient) -> None:
+    response = ready.get("/v1/classify")
+    assert_problem(response, 405, "not allowed")
+    assert "POST" in response.headers["Allow"]
+
+
+def test_before_a_version_is_loaded_503_says_when_to_come_back(
+    client: FlaskClient, png: bytes
+) -> None:
+    response = client.post("/v1/classify", data=png, **RAW)
+    assert_problem(response, 503, "digits: no version is loaded yet")
+    assert int(response.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("request_arguments", "status", "reason"),
+    [
+        ({"data": b"", **RAW}, 400, "the body is empty"),
+        ({"data": b"GIF89a....", **RAW}, 415, "not a JPEG, PNG or WebP"),
+        ({"data": b"\xff\xd8\xff\xe0 nothing", **RAW}, 422, "cannot be decoded"),
+        ({"data": b"x" * 100_001, **RAW}, 413, "100,001 bytes; at most 100,000"),
+        ({"data": b"x" * 300_001, **RAW}, 413, "300,001 bytes; at most 300,000"),
+        ({"data": b"a,b", "content_type": "text/csv"}, 415, "'text/csv' is not accepted"),
+        ({"json": {}}, 400, "exactly one of"),
+        ({"json": {"image": "AAAA", "images": []}}, 400, "exactly one of"),
+        ({"json": {"images": []}}, 400, "0 images"),
+        ({"json": {"images": ["AAAA"] * 5}}, 413, "5 images in one request"),
+        ({"json": {"image": "not base64!"}}, 422, "not base64"),
+        ({"json": {"image": "ü"}}, 422, "not base64"),
+        ({"json": {"url": "http://127.0.0.1/x.png"}}, 400, "url"),
+        ({"json": [1]}, 400, "JSON body"),
+        ({"data": b"[" * 5000, "content_type": "application/json"}, 400, "JSON body"),
+        ({"data": b'{"image": NaN}', "content_type": "application/json"}, 400, "JSON body"),
+        ({"data": b"\xff", "content_type": "application/json"}, 400, "JSON body"),
+        (parts(), 400, "no file part named 'image'"),
+        (parts(*[b"x"] * 5), 413, "5 images in one request"),
+        ({"data": b"x", "content_type": "multipart/form-data"}, 400, "no file part"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(
+    ready: FlaskClient, request_arguments: dict[str, object], status: int, reason: str
+) -> None:
+    assert_problem(ready.post("/v1/classify", **request_arguments), status, reason)
+
+
+def test_a_chunked_body_is_refused_because_its_length_is_not_said(
+    ready: FlaskClient, png: bytes
+) -> None:
+    response = ready.post(
+        "/v1/classify",
+        input_stream=BytesIO(png),
+        headers={"Transfer-Encoding": "chunked"},
+        environ_overrides={"wsgi.input_terminated": True},
+        **RAW,
+    )
+    assert_problem(response, 411, "Content-Length")
+
+
+def test_too_many_pixels_are_413(ready: FlaskClient) -> None:
+    buffer = BytesIO()
+    Image.new("1", (5000, 2500)).save(buffer, "PNG")
+    assert_problem(ready.post("/v1/classify", data=buffer.getvalue(), **RAW), 413, "12,500,000")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "outcome"),
+    [
+        (Overloaded("full", retry_after_s=3), 503, "load"),
+        (DeadlineExceeded("late"), 504, "load"),
+        (RuntimeError("secret /etc path"), 500, "ours"),
+    ],
+)
+def test_errors_of_ours_and_of_load_have_their_status(
+    ready: FlaskClient,
+    slot: ModelSlot,
+    png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+    error: Exception,
+    status: int,
+    outcome: str,
+) -> None:
+    def fail(images: object, deadline_s: float) -> list[Exception]:
+        if isinstance(error, Overloaded):
+            raise error
+        return [error]
+
+    monkeypatch.setattr(slot.require().batcher, "submit", fail)
+    response = ready.post("/v1/classify", data=png, **RAW)
+    assert response.status_code == status
+    assert response.json["status"] == status
+    assert response.headers.get("Retry-After") == ("3" if isinstance(error, Overloaded) else None)
+    assert "secret" not in response.text
+    logged = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(logged) == (status == 500)
+    if logged:
+        assert logged[0].request_id == response.headers["X-Request-Id"]
+    metrics = ready.get("/metrics").text
+    labels = f'model_name="digits",model_version="1",outcome="{outcome}"'
+    assert f"convoy_requests_total{{{labels}}} 1.0" in metrics
+
+
+def test_a_sane_request_id_is_kept_and_another_replaced(ready: FlaskClient) -> None:
+    for asked, kept in (("abc-1.2_3", True), ("a b", False), ("x" * 65, False), ("", False)):
+        answer = ready.get("/livez", headers={"X-Request-Id": asked})
+        assert (answer.headers["X-Request-Id"] == asked) is kept
+
+
+def test_traceparent_names_the_request(ready: FlaskClient, png: bytes, caplog) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    caplog.set_level("INFO")
+    response = ready.post("/v1/classify", data=png, headers=headers, **RAW)
+    assert response.headers["X-Request-Id"] == trace
+    (record,) = [each for each in caplog.records if each.getMessage() == "classified"]
+    assert (record.trace_id, record.model_version, record.batch_size) == (trace, 1, 1)
+    broken = ready.get("/livez", headers={"traceparent": f"00-{'0' * 32}-00f067aa0ba902b7-01"})
+    assert broken.headers["X-Request-Id"] != "0" * 32
+
+
+def test_a_request_answers_with_the_version_it_began_with(
+    ready: FlaskClient, slot: ModelSlot, release, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = slot.require()
+    submit = old.batcher.submit
+
+    def swap_meanwhile(images, deadline_s):
+        release(2, seed=1)
+        assert slot.refresh()
+        return submit(images, deadline_s)
+
+    monkeypatch.setattr(old.batcher, "submit", swap_meanwhile)
+    body = ready.post("/v1/classify", data=png, **RAW).json
+    assert body["model"]["version"] == 1
+    assert json.loads(ready.get("/v1/models").text)["models"][0]["version"] == 2

@@ -1,0 +1,118 @@
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from registry.bundle import WEIGHTS
+from registry.contract import ModelRef
+from registry.errors import ModelNotReady
+from registry.releases import release_file, version_folder
+from service import model_slot
+from service.model_slot import ModelSlot
+from tests.service.conftest import load
+
+
+def test_nothing_released_is_not_ready_and_says_what_to_run(slot: ModelSlot) -> None:
+    assert not slot.refresh()
+    with pytest.raises(ModelNotReady, match="python -m registry pull models:/digits@champion"):
+        slot.require()
+
+
+def test_a_release_is_loaded_once(slot: ModelSlot, release) -> None:
+    release(1)
+    assert slot.refresh()
+    served = slot.require()
+    assert (served.name, served.version, served.alias) == ("digits", 1, "champion")
+    assert not slot.refresh()
+    assert slot.require() is served
+
+
+def test_a_new_release_takes_over_while_the_old_object_goes_on(
+    slot: ModelSlot, release, few_digits
+) -> None:
+    release(1, seed=0)
+    slot.refresh()
+    old = slot.require()
+    release(2, seed=1)
+    assert slot.refresh()
+    assert slot.require().version == 2
+    image = few_digits.test.pixels[0]
+    answers = [each.batcher.submit([image], 5)[0] for each in (old, slot.require())]
+    assert not np.allclose(answers[0].probabilities, answers[1].probabilities)
+
+
+def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
+    slot: ModelSlot, release, models: Path, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release(1)
+    slot.refresh()
+    release(2, seed=1)
+    weights = version_folder(models, "digits", 2) / WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    assert not slot.refresh()
+    assert not slot.refresh()
+    assert slot.require().version == 1
+    assert "the manifest says" in str(slot.error)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "version 1 serves on" in warnings[0].getMessage()
+    weights.write_bytes(whole)
+    assert slot.refresh()
+    assert (slot.require().version, slot.error) == (2, None)
+
+
+def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, release, models: Path) -> None:
+    release(1)
+    weights = version_folder(models, "digits", 1) / WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(b"")
+    assert not slot.refresh()
+    weights.write_bytes(whole)
+    assert not slot.refresh()
+
+
+def test_a_release_of_another_choice_is_waited_out(models: Path, release) -> None:
+    release(1)
+    pinned = ModelSlot(ModelRef("digits", version=7), models, load)
+    assert not pinned.refresh()
+    assert "holds no models:/digits/7" in str(pinned.error)
+    fits = ModelSlot(ModelRef("digits", version=1), models, load)
+    assert fits.refresh()
+
+
+def test_a_damaged_release_file_does_not_stop_the_watcher(
+    slot: ModelSlot, release, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_slot, "POLL_S", 0.005)
+    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    (models / "digits").mkdir(parents=True)
+    release_file(models, "digits").write_text("{")
+    stop = slot.start()
+    wait_for(lambda: slot.error is not None)
+    release(1)
+    wait_for(lambda: slot.current is not None)
+    stop.set()
+    wait_for(lambda: "slot-digits" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_swaps_and_failures_are_counted(models: Path, release) -> None:
+    events: list[tuple[str, int | None, bool]] = []
+    slot = ModelSlot(
+        ModelRef("digits", alias="champion"), models, load, lambda *event: events.append(event)
+    )
+    slot.refresh()
+    release(1)
+    slot._failed_at = None
+    slot.refresh()
+    assert events == [("digits", None, False), ("digits", 1, True)]
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
