@@ -137,10 +137,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_name(data: str) -> str:
     """A name from the data's: ``folder:./my pictures`` becomes ``my_pictures``."""
-    source = data.partition(":")
-    if source[0] in MODEL_NAMES:
-        return MODEL_NAMES[source[0]]
-    return re.sub(r"[^A-Za-z0-9_-]", "_", source[2].rstrip("/").rpartition("/")[2])
+    kind, _, path = data.partition(":")
+    folder = path.rstrip("/").rpartition("/")[2]
+    return MODEL_NAMES.get(kind) or re.sub(r"[^A-Za-z0-9_-]", "_", folder or kind)
 
 
 def _with_default_command(argv: Sequence[str]) -> list[str]:

@@ -47,10 +47,9 @@ RECIPES = {
         Recipe(
             name="resnet",
             network=NetworkSpec("resnet"),
-            epochs=20,
+            epochs=30,
             optimizer="sgd",
-            batch_size=128,
-            learning_rate=0.2,
+            learning_rate=0.1,
             weight_decay=5e-4,
             warmup_share=0.2,
             label_smoothing=0.05,

@@ -1,0 +1,90 @@
+"""The client and the server's command line, in this process."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.serving import make_server
+
+from service.__main__ import main
+
+
+@pytest.fixture
+def url(ready: FlaskClient) -> Iterator[str]:
+    """The app behind a real socket."""
+    server = make_server("127.0.0.1", 0, ready.application, threaded=True)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def picture(tmp_path: Path, png: bytes) -> str:
+    path = tmp_path / "picture.png"
+    path.write_bytes(png)
+    return str(path)
+
+
+def test_files_are_shown_as_a_table(url: str, picture: str, capsys) -> None:
+    assert main(["classify", picture, picture, "--url", url, "--top-k", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert "digits version 1" in lines[0]
+    assert lines[1].split()[0].endswith("%")
+
+
+def test_programs_get_json_lines(url: str, picture: str, capsys) -> None:
+    assert main(["classify", picture, "--url", url, "--model", "digits", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["file"] == picture
+    assert len(answer["predictions"]) == 5
+
+
+def test_what_could_not_be_classified_is_said_and_shows_in_the_status(
+    url: str, picture: str, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    files = [str(tmp_path / "text.png"), str(tmp_path / "missing.png"), picture]
+    assert main(["classify", *files, "--url", url]) == 1
+    captured = capsys.readouterr()
+    assert "not a JPEG, PNG or WebP" in captured.err
+    assert "missing.png: No such file" in captured.err
+    assert "digits version 1" in captured.out
+    assert main(["classify", picture, "--url", url, "--model", "nobody"]) == 1
+    assert "no model 'nobody'" in capsys.readouterr().err
+
+
+def test_a_service_that_is_not_there_is_one_line(picture: str, capsys) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        assert main(["classify", picture, "--url", address]) == 2
+    assert f"no answer from {address}" in capsys.readouterr().err
+    assert main(["classify", picture, "--url", "localhost:80"]) == 2
+    assert "http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("CONVOY_PORT", str(taken.getsockname()[1]))
+        assert main([]) == 2
+    assert "Address already in use" in capsys.readouterr().err
+
+
+def test_a_setting_that_cannot_be_used_stops_the_start(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVOY_WORKERS", "many")
+    assert main(["serve"]) == 2
+    assert "CONVOY_WORKERS" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""What the service says of itself: models, probes, metrics, the API's description, the page."""
+
+import re
+import time
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from registry.releases import write_status
+from service.api.openapi import document
+from service.model_slot import ModelSlot
+
+
+def test_models_are_listed_before_and_after_loading(
+    client: FlaskClient, slot: ModelSlot, release
+) -> None:
+    (before,) = client.get("/v1/models").json["models"]
+    assert (before["ready"], before["version"], before["device"]) == (False, None, None)
+    release(1)
+    slot.refresh()
+    (after,) = client.get("/v1/models").json["models"]
+    assert (after["ready"], after["version"], after["device"]) == (True, 1, "cpu")
+    assert after["wanted"] == "models:/digits@champion"
+
+
+@pytest.mark.parametrize("path", ["", "/versions/1", "/aliases/champion"])
+def test_one_model_is_described_whole(ready: FlaskClient, path: str) -> None:
+    response = ready.get(f"/v1/models/digits{path}")
+    body = response.json
+    assert body["labels"] == list("0123456789")
+    assert body["preprocess"]["width_px"] == 8
+    assert body["network"]["name"] == "dense"
+    assert 0 <= body["metrics"]["validation_accuracy"] <= 1
+    assert body["source"]["seed"] == 0
+    assert len(body["manifest_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/v1/models/nobody", 404), ("/v1/models/digits/versions/9", 404), ("/v1/models/digits", 503)],
+)
+def test_what_is_not_there_is_not_described(client: FlaskClient, path: str, status: int) -> None:
+    assert client.get(path).status_code == (503 if "digits" in path else status)
+
+
+def test_readiness_is_loading_and_liveness_is_not(
+    client: FlaskClient, slot: ModelSlot, release
+) -> None:
+    assert client.get("/livez").status_code == 200
+    for path in ("/readyz", "/healthz"):
+        response = client.get(path)
+        assert (response.status_code, response.json["ready"]) == (503, False)
+    release(1)
+    slot.refresh()
+    for path in ("/readyz", "/healthz"):
+        response = client.get(path)
+        assert (response.status_code, response.json["ready"]) == (200, True)
+
+
+def test_readiness_says_how_stale_the_registry_is(ready: FlaskClient, slot: ModelSlot) -> None:
+    assert ready.get("/readyz").json["models"][0]["registry_age_s"] is None
+    write_status(slot._models_folder, "digits", None)
+    write_status(slot._models_folder, "digits", "the registry is down")
+    (model,) = ready.get("/readyz").json["models"]
+    assert 0 <= model["registry_age_s"] < 60
+    assert model["registry_error"] == "the registry is down"
+    assert "convoy_registry_age_seconds{" in ready.get("/metrics").text
+
+
+def test_metrics_count_what_happened(ready: FlaskClient, png: bytes) -> None:
+    for body in (png, png, b"no image"):
+        ready.post("/v1/classify", data=body, content_type="image/png")
+    text = ready.get("/metrics").text
+    labels = 'model_name="digits",model_version="1"'
+    assert f'convoy_requests_total{{{labels},outcome="ok"}} 2.0' in text
+    assert f'convoy_requests_total{{{labels},outcome="caller"}} 1.0' in text
+    assert f"convoy_images_total{{{labels}}} 2.0" in text
+    assert f"convoy_request_seconds_count{{{labels}}} 2.0" in text
+    for stage in ("decode", "queue", "forward"):
+        assert f'convoy_stage_seconds_count{{{labels},stage="{stage}"}} 2.0' in text
+
+
+def test_callers_cannot_add_series(ready: FlaskClient, png: bytes) -> None:
+    def series() -> int:
+        return len(ready.get("/metrics").text.splitlines())
+
+    ready.post("/v1/models/x/classify", data=png)
+    before = series()
+    for number in range(20):
+        ready.post(f"/v1/models/made-up-{number}/classify", data=png)
+        ready.post(f"/v1/models/digits/versions/{number + 5}/classify", data=png)
+    assert series() <= before + 2
+
+
+def test_the_openapi_document_has_every_route_and_no_other(app: Flask) -> None:
+    described = {
+        (method.upper(), path)
+        for path, methods in document()["paths"].items()
+        for method in methods
+    }
+    pages = {"/", "/docs", "/openapi.json", "/static/<path:filename>"}
+    routes = {
+        (method, re.sub(r"<(?:int:)?(\w+)>", r"{\1}", rule.rule))
+        for rule in app.url_map.iter_rules()
+        for method in (rule.methods or set()) & {"GET", "POST"}
+        if rule.rule not in pages
+    }
+    assert described == routes
+
+
+def test_every_reference_of_the_openapi_document_resolves(client: FlaskClient) -> None:
+    text = client.get("/openapi.json").text
+    described = client.get("/openapi.json").json
+    references = set(re.findall(r'"\$ref":"#/components/schemas/(\w+)"', text))
+    assert references
+    assert references <= set(described["components"]["schemas"])
+
+
+def test_the_docs_show_every_path(client: FlaskClient) -> None:
+    page = client.get("/docs")
+    assert page.content_type.startswith("text/html")
+    assert all(path in page.text for path in document()["paths"])
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+def test_the_page_loads_only_its_own_files(client: FlaskClient) -> None:
+    with client.get("/") as page:
+        assert "script-src 'self'" in page.headers["Content-Security-Policy"]
+        text = page.text
+    assert "<style" not in text
+    files = re.findall(r'(?:src|href)="(/static/[^"]+)"', text)
+    assert len(files) == 2
+    for file in files:
+        with client.get(file) as answer:
+            assert answer.status_code == 200
+
+
+def test_registry_age_counts_from_the_last_agreement(
+    ready: FlaskClient, slot: ModelSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_status(slot._models_folder, "digits", None)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 100)
+    assert 99 <= ready.get("/readyz").json["models"][0]["registry_age_s"] <= 101

@@ -1,0 +1,113 @@
+import json
+import logging
+import logging.config
+import os
+from pathlib import Path
+
+import pytest
+
+from registry.contract import ModelRef
+from registry.errors import DeviceUnavailable, UsageError
+from service import create_app
+from service.logs import logging_config
+from service.settings import VARIABLES, Settings
+
+
+def test_every_setting_has_a_default(tmp_path: Path) -> None:
+    settings = Settings.from_environment({})
+    assert settings.models == (ModelRef("fashion", alias="champion"),)
+    assert settings.host == "127.0.0.1"
+    assert settings.workers == len(os.sched_getaffinity(0))
+    assert settings.torch_threads == 1
+    assert settings.models_folder == tmp_path / "home" / "models"
+
+
+def test_settings_come_from_the_environment() -> None:
+    settings = Settings.from_environment(
+        {
+            "CONVOY_MODEL": "models:/a@champion,models:/b/3",
+            "CONVOY_PORT": "0",
+            "CONVOY_WORKERS": "1",
+            "CONVOY_DEADLINE_S": "2.5",
+            "CONVOY_MAX_PIXELS": "1000",
+            "CONVOY_LOG_LEVEL": "warning",
+            "CONVOY_DEVICE": "",
+        }
+    )
+    assert [str(ref) for ref in settings.models] == ["models:/a@champion", "models:/b/3"]
+    assert (settings.port, settings.workers, settings.deadline_s) == (0, 1, 2.5)
+    assert settings.decode_limits.max_pixels == 1000
+    assert (settings.log_level, settings.device) == ("WARNING", "auto")
+    assert settings.torch_threads == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CONVOY_PORT", "eighty"),
+        ("CONVOY_PORT", "70000"),
+        ("CONVOY_WORKERS", "0"),
+        ("CONVOY_DEADLINE_S", "-1"),
+        ("CONVOY_MODEL", "fashion"),
+        ("CONVOY_MODEL", "models:/a@b,models:/a/1"),
+        ("CONVOY_LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(name: str, value: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings.from_environment({name: value})
+    assert name in str(caught.value) or value in str(caught.value)
+
+
+def test_the_operations_page_lists_every_setting() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    missing = [name for name in (*VARIABLES, "CONVOY_MODEL", "CONVOY_HOME") if name not in page]
+    assert not missing
+
+
+def test_a_device_that_was_asked_for_and_is_not_there_stops_the_start() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(DeviceUnavailable):
+        create_app(Settings(device="cuda"))
+
+
+def test_an_app_of_its_own_loads_what_is_released(
+    make_bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    from registry.releases import ReleasedVersion, version_folder, write_release
+
+    monkeypatch.setenv("CONVOY_MODEL", "models:/digits@champion")
+    models = tmp_path / "home" / "models"
+    bundle = make_bundle(folder=version_folder(models, "digits", 1))
+    released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
+    write_release(models, "digits", (released,))
+    client = create_app().test_client()
+    deadline = time.monotonic() + 20
+    while client.get("/readyz").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "convoy_serving_version" in client.get("/metrics").text
+
+
+def test_a_log_line_is_one_json_object_whatever_is_in_it(capfd) -> None:
+    before = logging.getLogger().handlers[:], logging.getLogger().level
+    try:
+        logging.config.dictConfig(logging_config("INFO"))
+        log = logging.getLogger("convoy.test")
+        log.info("a %s", 'forged"\n{"level": "error"}', extra={"request_id": "r\n1"})
+        try:
+            raise ValueError("reason")
+        except ValueError as error:
+            log.error("failed", exc_info=error)
+    finally:
+        logging.getLogger().handlers[:], logging.getLogger().level = before
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["level"] for line in lines] == ["info", "error"]
+    assert lines[0]["event"] == 'a forged"\n{"level": "error"}'
+    assert lines[0]["request_id"] == "r\n1"
+    assert "ValueError: reason" in lines[1]["exception"]

@@ -1,0 +1,294 @@
+import gzip
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from registry.errors import UsageError
+from registry.preprocess import decode_image
+from training import fashion_mnist
+from training.datasets import channel_statistics, load_dataset, split_by_digest
+from training.fashion_mnist import FILES, IdxFile
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, several formats and sizes, 80 pictures."""
+    root = tmp_path / "my pictures"
+    for number in range(80):
+        kind = ("png", "jpg", "bmp", "webp", "tiff", "gif")[number % 6]
+        size = (40 + number, 90 - number)
+        picture(root / ("cat", "dog")[number % 2] / f"{number}.{kind}", number, size)
+    return root
+
+
+def test_digits_are_split_by_content(digits) -> None:
+    assert sum(digits.counts.values()) == 1797
+    assert digits.preprocess.shape == (8, 8, 1)
+    splits = [set(part.digests) for part in (digits.train, digits.validation, digits.test)]
+    assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
+
+
+def test_a_split_depends_on_the_digest_alone() -> None:
+    digests = tuple(hashlib.sha256(bytes([n])).hexdigest() for n in range(200))
+    parts = split_by_digest(digests, validation=0.2, test=0.1)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(200))
+    assert 20 < len(parts["validation"]) < 60
+    backwards = split_by_digest(digests[::-1], validation=0.2, test=0.1)
+    assert sorted(199 - backwards["test"]) == sorted(parts["test"])
+
+
+def test_statistics_are_those_of_the_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 5, 5, 3), dtype=np.uint8)
+    mean, std = channel_statistics(pixels)
+    np.testing.assert_allclose(mean, (pixels / 255).mean(axis=(0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(std, (pixels / 255).std(axis=(0, 1, 2)), atol=1e-6)
+    assert channel_statistics(np.zeros((2, 2, 2, 1), np.uint8)) == ((0.0,), (1e-3,))
+
+
+def test_a_folder_of_mixed_pictures_becomes_a_data_set(folder: Path, tmp_path: Path) -> None:
+    data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    assert data.labels == ("cat", "dog")
+    assert sum(data.counts.values()) == 80
+    assert data.train.pixels.shape[1:] == (16, 16, 3)
+    assert data.problems == ()
+    again = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    assert again.sha256 == data.sha256
+
+
+def test_what_training_saw_is_what_serving_decodes(folder: Path, tmp_path: Path) -> None:
+    data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    for index in range(len(data.validation)):
+        served = decode_image(data.validation.encode(index), data.preprocess)
+        np.testing.assert_array_equal(served, data.validation.pixels[index])
+
+
+def test_grey_folders_need_one_channel(tmp_path: Path) -> None:
+    for number in range(60):
+        picture(tmp_path / "p" / "ab"[number % 2] / f"{number}.png", number, mode="L")
+    data = load_dataset(f"folder:{tmp_path / 'p'}", tmp_path, size_px=16)
+    assert data.preprocess.mode == "L"
+    assert data.train.pixels.shape[3] == 1
+    served = decode_image(data.test.encode(0), data.preprocess)
+    np.testing.assert_array_equal(served, data.test.pixels[0])
+
+
+def test_equal_pictures_never_straddle_the_splits(folder: Path, tmp_path: Path) -> None:
+    for path in list((folder / "cat").iterdir()):
+        shutil.copy(path, path.with_stem(path.stem + "-copy"))
+    data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    assert sum(data.counts.values()) == 120
+    splits = [set(part.digests) for part in (data.train, data.validation, data.test)]
+    assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
+
+
+def test_files_that_cannot_be_used_are_reported_and_left_out(
+    folder: Path, tmp_path: Path, caplog
+) -> None:
+    (folder / "cat" / "notes.txt").write_text("no picture")
+    (folder / "cat" / ".hidden").write_text("not even looked at")
+    (folder / "dog" / "cut.png").write_bytes((folder / "dog" / "1.jpg").read_bytes()[:200])
+    picture(folder / "cat" / "same.png", 1000)
+    shutil.copy(folder / "cat" / "same.png", folder / "dog" / "same.png")
+    data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    assert sum(data.counts.values()) == 80
+    assert len(data.problems) == 4
+    text = "\n".join(data.problems)
+    for file in ("notes.txt", "cut.png", "cat/same.png", "dog/same.png"):
+        assert file in text
+    assert "left out 4 of 84 files" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda root: None, "is no folder"),
+        (
+            lambda root: picture(root / "only" / "1.png", 1),
+            "1 sub-folders; .* at least two classes",
+        ),
+        (
+            lambda root: [(root / c).mkdir(parents=True) for c in "ab"],
+            "no picture that can be read",
+        ),
+        (
+            lambda root: [picture(root / c / f"{c}.png", n) for n, c in enumerate("ab")],
+            "no training picture of class|too few",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_says_why(tmp_path: Path, make, reason: str) -> None:
+    make(tmp_path / "p")
+    with pytest.raises(UsageError, match=reason):
+        load_dataset(f"folder:{tmp_path / 'p'}", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["imagenet", "folder:", "digits:x", ""])
+def test_an_unknown_source_is_refused_with_those_there_are(source: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fashion-mnist, fashion-mnist:FOLDER, digits"):
+        load_dataset(source, tmp_path)
+
+
+def test_a_size_is_for_folders_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--image-size is for folder"):
+        load_dataset("digits", tmp_path, size_px=32)
+
+
+# Fashion-MNIST's chain, on files of the same form but with a hundredth of the pictures.
+
+
+@pytest.fixture
+def small_fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with four small IDX files, which the module takes for the published ones."""
+    source = tmp_path / "published"
+    source.mkdir()
+    random = np.random.default_rng(0)
+    small = []
+    for file in FILES:
+        shape = (file.shape[0] // 100, *file.shape[1:])
+        limit = 256 if len(shape) == 3 else 10
+        content = bytes(file.header_bytes) + random.integers(0, limit, shape, np.uint8).tobytes()
+        (source / file.name).write_bytes(gzip.compress(content))
+        digest = hashlib.sha256(content).hexdigest()
+        small.append(IdxFile(file.name, digest, file.header_bytes, shape))
+    monkeypatch.setattr(fashion_mnist, "FILES", tuple(small))
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "not installed")
+    return source
+
+
+def no_source(folder: Path) -> None:
+    raise UsageError("this source is down")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist, "download_from_publisher", no_source)
+    monkeypatch.setattr(fashion_mnist, "download_from_debian", no_source)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_named_folder_is_read_first(small_fashion: Path, tmp_path: Path) -> None:
+    data = load_dataset(f"fashion-mnist:{small_fashion}", tmp_path)
+    assert sum(data.counts.values()) == 700
+    assert data.counts["test"] == 100
+    assert data.labels[9] == "Ankle boot"
+    assert 20 < data.counts["validation"] < 90
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_installed_package_is_used(
+    small_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", small_fashion)
+    assert load_dataset("fashion-mnist", tmp_path / "cache").counts["test"] == 100
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_download_is_kept_and_used_again(
+    small_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion_mnist, "PUBLISHER", small_fashion.as_uri() + "/")
+    cache = tmp_path / "cache"
+    first = load_dataset("fashion-mnist", cache)
+    monkeypatch.setattr(fashion_mnist, "download_from_publisher", no_source)
+    monkeypatch.setattr(fashion_mnist, "download_from_debian", no_source)
+    assert load_dataset("fashion-mnist", cache).sha256 == first.sha256
+    assert [path.name for path in cache.iterdir()] == ["fashion-mnist"]
+
+
+def test_a_corrupt_download_is_not_kept(
+    small_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small_fashion / FILES[2].name).write_bytes(gzip.compress(b"something else"))
+    monkeypatch.setattr(fashion_mnist, "PUBLISHER", small_fashion.as_uri() + "/")
+    monkeypatch.setattr(fashion_mnist, "download_from_debian", no_source)
+    with pytest.raises(UsageError, match="is damaged: its content has sha256"):
+        load_dataset("fashion-mnist", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"not gzip", gzip.compress(b"x" * 1000)[:-20]])
+@pytest.mark.usefixtures("offline")
+def test_a_damaged_file_in_a_named_folder_is_named(
+    small_fashion: Path, tmp_path: Path, content: bytes
+) -> None:
+    (small_fashion / FILES[0].name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+        load_dataset(f"fashion-mnist:{small_fashion}", tmp_path)
+    (small_fashion / FILES[0].name).unlink()
+    with pytest.raises(UsageError, match=r"train-images-idx3-ubyte\.gz is missing"):
+        load_dataset(f"fashion-mnist:{small_fashion}", tmp_path)
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_any_source_all_that_was_tried_is_said(small_fashion: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fashion-mnist:FOLDER. Tried: .*down.*down"):
+        load_dataset("fashion-mnist", tmp_path / "cache")
+
+
+def test_debians_package_is_downloaded_and_unpacked(
+    small_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an apt-get of ours on the path, whose first try finds the package lists empty."""
+    tree = tmp_path / "package"
+    target = tree / fashion_mnist.DEBIAN_FOLDER.relative_to("/")
+    shutil.copytree(small_fashion, target)
+    (tree / "DEBIAN").mkdir()
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\n"
+        "Maintainer: test <test@example.org>\nDescription: test\n"
+    )
+    package = tmp_path / "dataset-fashion-mnist_1_all.deb"
+    subprocess.run(["dpkg-deb", "-b", tree, package], check=True, capture_output=True)
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    apt = commands / "apt-get"
+    apt.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *update*) touch {tmp_path}/updated; exit 0;; esac\n'
+        f"[ -e {tmp_path}/updated ] || exit 100\n"
+        f'case "$*" in *--print-uris*) echo "\'http://x\' name {package.stat().st_size} SHA";;\n'
+        f"*) cp {package} . ;; esac\n"
+    )
+    apt.chmod(0o755)
+    import os
+
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setattr(fashion_mnist, "download_from_publisher", no_source)
+    assert load_dataset("fashion-mnist", tmp_path / "cache").counts["test"] == 100
+
+
+def test_without_apt_debians_package_is_no_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="not installed"):
+        fashion_mnist.download_from_debian(tmp_path)
+
+
+def test_a_publisher_that_cannot_be_reached_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion_mnist, "PUBLISHER", "http://127.0.0.1:9/")
+    with pytest.raises(UsageError, match="cannot be reached"):
+        fashion_mnist.download_from_publisher(tmp_path)
+
+
+def test_the_data_sets_digest_changes_with_a_label(digits) -> None:
+    labels = digits.test.labels.copy()
+    labels[0] = (labels[0] + 1) % 10
+    changed = msgspec.structs.replace(
+        digits, test=msgspec.structs.replace(digits.test, labels=labels)
+    )
+    assert changed.sha256 != digits.sha256

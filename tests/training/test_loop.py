@@ -1,0 +1,172 @@
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import safetensors.torch
+import torch
+
+from registry.contract import NetworkSpec, sha256_hex
+from registry.errors import NetworkImpossible, UsageError
+from tests.conftest import CPU
+from training import loop
+from training.config import Recipe
+from training.datasets import Dataset
+from training.loop import Epoch, Trained, fit
+
+replace = msgspec.structs.replace
+
+
+def weights_digest(trained: Trained) -> str:
+    state = {name: each.contiguous() for name, each in trained.program.network.state_dict().items()}
+    return sha256_hex(safetensors.torch.save(state))
+
+
+def test_training_learns(few_digits: Dataset, recipe: Recipe) -> None:
+    trained = fit(replace(recipe, epochs=10), few_digits, CPU, seed=0)
+    assert trained.best.validation_accuracy > 0.6
+    assert trained.history[-1].train_loss < trained.history[0].train_loss / 2
+    assert not trained.interrupted
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_the_same_seed_gives_the_same_weights(
+    few_digits: Dataset, recipe: Recipe, precision: Any
+) -> None:
+    noisy = replace(
+        recipe,
+        precision=precision,
+        flip=True,
+        crop_px=1,
+        erase=0.5,
+        network=NetworkSpec("cnn", {"filters": [4], "hidden": 16, "dropout": 0.3}),
+    )
+    digests = [weights_digest(fit(noisy, few_digits, CPU, seed)) for seed in (1, 1, 2)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_kept_epoch_is_the_best_on_validation(few_digits: Dataset, recipe: Recipe) -> None:
+    trained = fit(replace(recipe, epochs=6), few_digits, CPU, seed=0)
+    best = max(epoch.validation_accuracy for epoch in trained.history)
+    assert trained.best.validation_accuracy == best
+    assert loop.validate(trained.program, few_digits.validation, CPU)[1] == best
+
+
+class PowerCut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    few_digits: Dataset, recipe: Recipe, tmp_path: Path, optimizer: Any
+) -> None:
+    whole = replace(recipe, epochs=4, optimizer=optimizer)
+    checkpoint = tmp_path / "run.pt"
+
+    def cut(epoch: Epoch) -> None:
+        if epoch.number == 2:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        fit(whole, few_digits, CPU, 0, checkpoint=checkpoint, on_epoch=cut)
+    seen: list[int] = []
+    resumed = fit(
+        *(whole, few_digits, CPU, 0),
+        checkpoint=checkpoint,
+        resume=True,
+        on_epoch=lambda epoch: seen.append(epoch.number),
+    )
+    assert seen == [3, 4]
+    assert [epoch.number for epoch in resumed.history] == [1, 2, 3, 4]
+    assert weights_digest(resumed) == weights_digest(fit(whole, few_digits, CPU, 0))
+
+
+def test_a_finished_run_can_be_resumed_to_publish_it(
+    few_digits: Dataset, recipe: Recipe, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run.pt"
+    first = fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint)
+    again = fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint, resume=True)
+    assert weights_digest(again) == weights_digest(first)
+
+
+def test_there_must_be_something_to_resume_and_it_must_be_this_run(
+    few_digits: Dataset, recipe: Recipe, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run.pt"
+    with pytest.raises(UsageError, match="no checkpoint to resume"):
+        fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint, resume=True)
+    fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint)
+    with pytest.raises(UsageError, match="another recipe, data set or seed"):
+        fit(recipe, few_digits, CPU, 1, checkpoint=checkpoint, resume=True)
+
+
+def interrupt_in_epoch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a batch of epoch ``number`` is being made."""
+    calls = 0
+    original = loop.augment
+
+    def augment(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == (number - 1) * 8 + 3:  # 8 batches an epoch
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "augment", augment)
+
+
+def test_ctrl_c_keeps_the_best_epoch_so_far(
+    few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    interrupt_in_epoch(2, monkeypatch)
+    trained = fit(recipe, few_digits, CPU, 0)
+    assert trained.interrupted
+    assert [epoch.number for epoch in trained.history] == [1]
+    accuracy = loop.validate(trained.program, few_digits.validation, CPU)[1]
+    assert accuracy == trained.best.validation_accuracy
+    assert "keeping epoch 1" in caplog.text
+
+
+def test_ctrl_c_in_the_first_epoch_passes_through(
+    few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_in_epoch(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, few_digits, CPU, 0)
+
+
+def test_training_stops_early_when_nothing_gets_better(
+    few_digits: Dataset, recipe: Recipe, caplog
+) -> None:
+    caplog.set_level("INFO")
+    stuck = replace(recipe, epochs=20, learning_rate=1e-12, patience_epochs=2)
+    assert len(fit(stuck, few_digits, CPU, 0).history) == 3
+    assert "stopping early" in caplog.text
+
+
+def test_a_loss_that_explodes_is_said(few_digits: Dataset, recipe: Recipe) -> None:
+    wild = replace(recipe, optimizer="sgd", learning_rate=1e30, precision="fp32")
+    with pytest.raises(UsageError, match="the loss is not finite; try a lower learning_rate"):
+        fit(wild, few_digits, CPU, 0)
+
+
+def test_a_network_that_does_not_fit_the_pictures_is_refused(few_digits: Dataset) -> None:
+    too_deep = Recipe(name="deep", network=NetworkSpec("cnn"), epochs=1)
+    with pytest.raises(NetworkImpossible, match="pool2"):
+        fit(too_deep, few_digits, CPU, 0)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(recipe: Recipe) -> None:
+    rates = [loop._learning_rate(recipe, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(recipe.learning_rate / 10)
+    assert max(rates) == pytest.approx(recipe.learning_rate)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < recipe.learning_rate / 1000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
+def test_training_learns_on_the_gpu(few_digits: Dataset, recipe: Recipe) -> None:
+    trained = fit(replace(recipe, epochs=10), few_digits, torch.device("cuda"), seed=0)
+    assert trained.best.validation_accuracy > 0.6

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import Generator
+
+from registry.errors import UsageError
+from training.augment import augment, random_crop, random_erase, random_flip
+from training.config import RECIPES, choose_recipe
+
+
+def test_overrides_reach_the_recipe_and_its_network() -> None:
+    recipe = choose_recipe(
+        "cnn", ["epochs=3", "learning_rate=0.5", "filters=8,16", "pooling=average", "flip=true"]
+    )
+    assert (recipe.epochs, recipe.learning_rate, recipe.flip) == (3, 0.5, True)
+    assert recipe.network.args["filters"] == [8, 16]
+    assert recipe.network.args["pooling"] == "average"
+    assert "filters" not in RECIPES["cnn"].network.args
+
+
+def test_a_value_that_is_a_json_list_stays_one() -> None:
+    assert choose_recipe("cnn", ["filters=[8, 16]"]).network.args["filters"] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "reason"),
+    [
+        ("vgg", [], "no recipe 'vgg'; there are: dense, cnn, resnet"),
+        ("cnn", ["epochs"], "write KEY=VALUE"),
+        ("cnn", ["=3"], "write KEY=VALUE"),
+        ("cnn", ["epochs=0"], ">= 1"),
+        ("cnn", ["epochs=many"], "epochs"),
+        ("cnn", ["precision=int4"], "precision"),
+    ],
+)
+def test_what_cannot_be_is_refused(name: str, overrides: list[str], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        choose_recipe(name, overrides)
+
+
+def pixels(count: int = 64) -> torch.Tensor:
+    return torch.randint(1, 255, (count, 8, 10, 3), dtype=torch.uint8, generator=seeded(9))
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def test_a_flip_mirrors_about_half_of_the_pictures() -> None:
+    before = pixels()
+    after = random_flip(before, seeded())
+    mirrored = (after == before.flip(2)).all(dim=(1, 2, 3))
+    kept = (after == before).all(dim=(1, 2, 3))
+    assert (mirrored ^ kept).all()
+    assert 16 < int(mirrored.sum()) < 48
+
+
+def test_a_crop_is_a_window_of_the_padded_picture() -> None:
+    before = pixels()
+    after = random_crop(before, 2, seeded())
+    padded = torch.nn.functional.pad(before, (0, 0, 2, 2, 2, 2))
+    offsets = [(top, left) for top in range(5) for left in range(5)]
+    found = set()
+    for number in range(len(before)):
+        matches = [
+            (top, left)
+            for top, left in offsets
+            if (padded[number, top : top + 8, left : left + 10] == after[number]).all()
+        ]
+        assert len(matches) == 1
+        found.add(matches[0])
+    assert len(found) > 15
+
+
+def test_erasing_touches_one_rectangle_of_the_chosen_share() -> None:
+    before = pixels(400)
+    after = random_erase(before, 0.5, seeded())
+    changed = (after != before).any(dim=3)
+    touched = changed.any(dim=(1, 2))
+    assert 140 < int(touched.sum()) < 260
+    for mask in changed[touched]:
+        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+        height, width = (int(each.max() - each.min()) + 1 for each in (rows, columns))
+        assert height * width <= 0.25 * 80 * 1.6  # rounding of both sides
+
+
+def test_augmentation_is_what_the_recipe_says_and_repeats_with_its_seed() -> None:
+    before = pixels()
+    assert augment(before, choose_recipe("cnn"), seeded()) is before
+    resnet = choose_recipe("resnet")
+    first, second = (augment(before, resnet, seeded(4)) for _ in range(2))
+    assert first.shape == before.shape
+    assert first.dtype == torch.uint8
+    assert (first == second).all()
+    assert (first != augment(before, resnet, seeded(5))).any()
