@@ -47,7 +47,10 @@ bench: $(INSTALLED) ## start-up, memory and served accuracy of the champion
 	$(BIN)/python benchmarks/startup.py $(ARGS)
 	$(BIN)/python benchmarks/served_accuracy.py $(ARGS)
 
-up: ## build and start the containers (docs/operations.md)
+.env:
+	@echo "POSTGRES_PASSWORD=$$($(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(24))')" > $@
+
+up: .env ## build and start the containers (docs/operations.md)
 	$(COMPOSE) up --build -d
 
 down: ## stop the containers; the volumes stay

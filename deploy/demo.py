@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from registry.home import Home, convoy_home
@@ -105,10 +105,8 @@ def start(stack: ExitStack, *arguments: str, log: Path) -> "subprocess.Popen[byt
 def end_group(process: "subprocess.Popen[bytes]") -> None:
     """SIGTERM to the first process, then, if any of the group is left, SIGKILL to all."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=40)
-    except subprocess.TimeoutExpired:
-        pass
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -22,13 +22,15 @@ cat >"$work/postgres/entrypoint" <<'EOF'
 set -euo pipefail
 PATH=$(echo /usr/lib/postgresql/*/bin):$PATH
 data=/var/lib/postgresql/data
+as_postgres() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
 if [ ! -s "$data/PG_VERSION" ]; then
   chown postgres "$data"
-  setpriv --reuid=postgres --regid=postgres --clear-groups initdb -D "$data" -U "$POSTGRES_USER" \
-    --auth-host=scram-sha-256 --auth-local=trust --pwfile=<(printf '%s' "$POSTGRES_PASSWORD")
+  install -m 600 -o postgres /dev/stdin /tmp/password <<<"$POSTGRES_PASSWORD"
+  as_postgres initdb -D "$data" -U "$POSTGRES_USER" --encoding=UTF8 --locale=C.UTF-8 \
+    --auth-host=scram-sha-256 --auth-local=trust --pwfile=/tmp/password
+  rm /tmp/password
   echo "host all all all scram-sha-256" >>"$data/pg_hba.conf"
-  setpriv --reuid=postgres --regid=postgres --clear-groups postgres --single -D "$data" postgres \
-    <<<"CREATE DATABASE $POSTGRES_DB;" >/dev/null
+  as_postgres postgres --single -D "$data" postgres <<<"CREATE DATABASE $POSTGRES_DB;" >/dev/null
 fi
 exec setpriv --reuid=postgres --regid=postgres --clear-groups postgres -D "$data" -h '*' -k /tmp
 EOF

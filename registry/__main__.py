@@ -113,9 +113,11 @@ def _promote(arguments: argparse.Namespace) -> int:
 
     store = _store()
     number = store.resolve(_ref(arguments.name, arguments.version)).version
-    verdict = promote(store, arguments.name, number, force=arguments.force, reason=arguments.reason)
-    print(f"{arguments.name} version {number} is the champion now")
-    print(f"  {verdict or 'it was not compared with another version'}")
+    decision = promote(
+        store, arguments.name, number, force=arguments.force, reason=arguments.reason
+    )
+    print(f"{arguments.name} version {number} is the champion now ({decision.action})")
+    print(f"  {decision.verdict}")
     return 0
 
 

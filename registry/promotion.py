@@ -15,7 +15,7 @@ from registry.store import Decision, ModelStore
 
 def promote(
     store: ModelStore, name: str, version: int, *, force: bool = False, reason: str | None = None
-) -> Verdict | None:
+) -> Decision:
     """Make ``version`` the champion of ``name`` if the gate finds it no worse than the present one.
 
     Args:
@@ -26,7 +26,7 @@ def promote(
         reason: why, for the record.
 
     Returns:
-        The gate's verdict; None where there was no champion, or none that could be compared.
+        The decision as it was recorded, with the gate's verdict or objection as text.
 
     Raises:
         PromotionRefused: the gate says no; the refusal is recorded.
@@ -39,10 +39,11 @@ def promote(
     champion = _champion(store, name)
     if champion is not None and champion.version == version:
         raise PromotionRefused(f"{name} version {version} is the champion already")
-    verdict: Verdict | None = None
-    objection: str | None = None
+    finding, objection = "there was no champion to compare with", None
     try:
         verdict = _judge(store, champion, challenger)
+        if verdict is not None:
+            finding = str(verdict)
         if verdict is not None and not verdict.accepted:
             objection = f"worse than the champion: {verdict}"
     except (PromotionRefused, BundleInvalid) as error:
@@ -55,13 +56,13 @@ def promote(
         from_version=champion.version if champion else None,
         to_version=version,
         reason=reason,
-        verdict=objection or (str(verdict) if verdict else "there was no champion"),
+        verdict=objection or finding,
     )
     store.record(name, decision, key=time.time_ns())
     if action == "refused":
         raise PromotionRefused(f"{name} version {version} is refused: {objection}")
     store.set_champion(name, version)
-    return verdict
+    return decision
 
 
 def roll_back(store: ModelStore, name: str, reason: str | None = None) -> tuple[int, int]:

@@ -18,8 +18,8 @@ def create_app(settings: "Settings | None" = None, slots: "Slots | None" = None)
 
     Args:
         settings: by default read from the environment.
-        slots: the models; by default one slot for each of ``settings.models``, each with a thread
-            that loads what is released and follows it.
+        slots: the models; by default one slot for each of ``settings.models``, loaded if something
+            is released already, each with a thread that follows what is.
 
     Raises:
         UsageError: a setting cannot be used.

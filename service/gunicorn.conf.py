@@ -5,8 +5,6 @@ import shutil
 import tempfile
 from typing import Any
 
-from prometheus_client import multiprocess
-
 from service.logs import logging_config
 from service.settings import Settings
 
@@ -26,7 +24,7 @@ timeout = 60
 control_socket_disable = True
 logconfig_dict = logging_config(settings.log_level)
 
-# Read by prometheus_client when a worker imports it, so set before any worker starts. A folder of
+# Read by prometheus_client when it is first imported, so set before anything does that. A folder of
 # its own, because what an earlier run left behind would be counted again.
 metrics_folder = tempfile.mkdtemp(prefix="convoy-metrics-")
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder
@@ -36,6 +34,8 @@ os.environ["OMP_NUM_THREADS"] = str(settings.torch_threads)
 
 def child_exit(server: Any, worker: Any) -> None:
     """Forget the gauges of a worker that is gone."""
+    from prometheus_client import multiprocess
+
     multiprocess.mark_process_dead(worker.pid)
 
 

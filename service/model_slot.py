@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from msgspec import Struct
 
@@ -64,15 +64,22 @@ class ModelSlot:
         self._models_folder = models_folder
         self._load = load
         self._on_swap = on_swap
-        self._seen_generation: int | None = None
-        self._failed_at: float | None = None
+        self._refreshing = Lock()
+        self._generation: int | None = None
+        self._failed_generation: int | None = None
+        self._failed_at = 0.0
 
     def require(self) -> ServedModel:
         """The serving version, read once per request.
 
+        A worker that has none yet loads what is released now, so that no request fails in the
+        moment in which another worker is ready already and this one is not.
+
         Raises:
-            ModelNotReady: none is loaded yet.
+            ModelNotReady: there is none to load.
         """
+        if self.current is None:
+            self.refresh()
         served = self.current
         if served is None:
             raise ModelNotReady(f"{self.ref.name}: {self.error or 'no version is loaded yet'}")
@@ -86,6 +93,11 @@ class ModelSlot:
 
         A failure keeps the old version, is logged once, and stands in ``error`` until it is mended.
         """
+        with self._refreshing:
+            return self._refresh()
+
+    def _refresh(self) -> bool:
+        release: Release | None = None
         try:
             release = read_release(self._models_folder, self.ref.name)
             if release is None:
@@ -96,11 +108,11 @@ class ModelSlot:
             folder = version_folder(self._models_folder, self.ref.name, wanted.version)
             fresh = self._load(folder, wanted)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            self._note_failure(error)
+            self._note_failure(error, release)
             return False
         before = self.current
         self.current = fresh
-        self._seen_generation, self._failed_at, self.error = release.generation, None, None
+        self._generation, self._failed_generation, self.error = release.generation, None, None
         self._on_swap(self.ref.name, fresh.version, True)
         log.info(
             "serving %s version %d on %s (before: %s)",
@@ -117,20 +129,21 @@ class ModelSlot:
             self.refresh()
 
     def start(self) -> Event:
-        """Watch from a daemon thread; setting the event that is returned ends it."""
+        """Load what is released, then watch from a daemon thread until the event is set.
+
+        The first load is waited for: a worker that takes no connections yet refuses none.
+        """
+        self.refresh()
         stop = Event()
-
-        def run() -> None:
-            self.refresh()
-            self.watch(stop)
-
-        Thread(target=run, name=f"slot-{self.ref.name}", daemon=True).start()
+        name = f"slot-{self.ref.name}"
+        Thread(target=self.watch, args=(stop,), name=name, daemon=True).start()
         return stop
 
     def _is_due(self, release: Release) -> bool:
-        if release.generation == self._seen_generation:
+        if release.generation == self._generation:
             return False
-        return self._failed_at is None or time.monotonic() - self._failed_at >= RETRY_S
+        failed_before = release.generation == self._failed_generation
+        return not failed_before or time.monotonic() - self._failed_at >= RETRY_S
 
     def _choose(self, release: Release) -> ReleasedVersion:
         """The released version that this slot was asked to serve."""
@@ -141,10 +154,11 @@ class ModelSlot:
                 return released
         raise BundleInvalid(f"the release holds no {self.ref}; waiting for the puller")
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_failure(self, error: Exception, release: Release | None) -> None:
         text = (
             str(error) if isinstance(error, BundleInvalid) else f"{type(error).__name__}: {error}"
         )
+        self._failed_generation = release.generation if release else None
         self._failed_at = time.monotonic()
         if text != self.error:
             serving = f"version {self.current.version}" if self.current else "nothing"

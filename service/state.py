@@ -55,7 +55,7 @@ def state() -> State:
 
 
 def open_slots(settings: Settings, metrics: Metrics) -> Slots:
-    """A slot for each model, loading in a thread of its own.
+    """A slot for each model, loaded from disk if it can be, and following what is released.
 
     Torch is imported here, in the process that serves: CUDA and OpenMP do not survive a fork.
     """

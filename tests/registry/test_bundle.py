@@ -28,7 +28,10 @@ def test_golden_images_show_every_class_in_turn(make_bundle: MakeBundle) -> None
     bundle = make_bundle()
     assert len(bundle.golden()) == 32
     heldout = bundle.heldout()
-    rows = {tuple(row): label for row, label in zip(heldout.probabilities.tolist(), heldout.labels)}
+    rows = {
+        tuple(row): label
+        for row, label in zip(heldout.probabilities.tolist(), heldout.labels, strict=True)
+    }
     labels = [rows[golden.probabilities] for golden in bundle.golden()]
     assert labels[:10] == list(range(10))
 

@@ -184,7 +184,9 @@ def test_no_mutant_raises_anything_but_the_three_errors(data: st.DataObject) -> 
     original = bytearray(encoded(halves(16, 12), kind))
     for _ in range(data.draw(st.integers(1, 8))):
         original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
+    refusal = ""
     try:
         assert decode_image(bytes(original), COLOUR).shape == COLOUR.shape
     except (InvalidImage, UnsupportedImageType, ImageTooLarge) as error:
-        assert "0x" not in str(error)
+        refusal = str(error)
+    assert "0x" not in refusal  # Pillow likes to name its buffers by address

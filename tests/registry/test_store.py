@@ -96,7 +96,7 @@ def test_a_registry_of_another_schema_says_what_to_do(registry_home: Home) -> No
         database.execute("UPDATE alembic_version SET version_num = 'f00dfeed0000'")
     # MLflow keeps one opened store per address and process; another spelling is another address.
     home = Home(registry_home.root / ".." / registry_home.root.name)
-    with pytest.raises(RegistryUnavailable, match="another MLflow version.*mlflow db upgrade"):
+    with pytest.raises(RegistryUnavailable, match=r"another MLflow version.*mlflow db upgrade"):
         ModelStore(home).models()
 
 
@@ -112,7 +112,7 @@ def test_a_registry_that_is_down_answers_soon_and_hides_its_password(
 
 def test_the_first_version_is_promoted_without_a_comparison(store: ModelStore, publish) -> None:
     publish()
-    assert promote(store, "digits", 1) is None
+    assert "no champion" in str(promote(store, "digits", 1).verdict)
     assert store.aliases("digits") == {"champion": 1}
     (decision,) = store.decisions("digits")
     assert (decision.action, decision.from_version, decision.to_version) == ("promoted", None, 1)
@@ -137,9 +137,8 @@ def test_a_worse_version_is_refused_with_the_figures_and_can_be_forced(
     assert store.aliases("digits")["champion"] == better
     with pytest.raises(UsageError, match="--reason"):
         promote(store, "digits", worse, force=True, reason=" ")
-    verdict = promote(store, "digits", worse, force=True, reason="a drill")
-    assert verdict is not None
-    assert not verdict.accepted
+    decision = promote(store, "digits", worse, force=True, reason="a drill")
+    assert "worse than the champion" in str(decision.verdict)
     assert store.aliases("digits")["champion"] == worse
     assert store.aliases("digits")["previous"] == better
     actions = [(each.action, each.reason) for each in store.decisions("digits")]
@@ -155,9 +154,9 @@ def test_a_better_version_takes_over_and_is_rolled_back(
     promote(store, "digits", worse)
     with pytest.raises(VersionNotFound, match="no previous champion"):
         roll_back(store, "digits")
-    verdict = promote(store, "digits", better)
-    assert verdict is not None
-    assert verdict.accepted
+    decision = promote(store, "digits", better)
+    assert decision.action == "promoted"
+    assert "gained" in str(decision.verdict)
     assert roll_back(store, "digits", "looks odd") == (better, worse)
     aliases = store.aliases("digits")
     assert (aliases["champion"], aliases["previous"]) == (worse, better)

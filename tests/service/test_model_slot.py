@@ -75,6 +75,32 @@ def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, release, mode
     assert not slot.refresh()
 
 
+def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(
+    slot: ModelSlot, release
+) -> None:
+    with pytest.raises(ModelNotReady):
+        slot.require()
+    release(1)
+    assert slot.require().version == 1
+
+
+def test_many_first_requests_load_only_once(models: Path, release) -> None:
+    loads = []
+
+    def counted(folder, released):
+        loads.append(released.version)
+        return load(folder, released)
+
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, counted)
+    release(1)
+    threads = [threading.Thread(target=slot.require) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == [1]
+
+
 def test_a_release_of_another_choice_is_waited_out(models: Path, release) -> None:
     release(1)
     pinned = ModelSlot(ModelRef("digits", version=7), models, load)
@@ -106,7 +132,6 @@ def test_swaps_and_failures_are_counted(models: Path, release) -> None:
     )
     slot.refresh()
     release(1)
-    slot._failed_at = None
     slot.refresh()
     assert events == [("digits", None, False), ("digits", 1, True)]
 

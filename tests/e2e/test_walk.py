@@ -1,0 +1,216 @@
+"""The main job with real processes: train, promote, serve, classify, promote another, stop."""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from training.datasets import Dataset
+
+pytestmark = pytest.mark.e2e
+PATIENCE_S = 60
+
+
+def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One of the command lines, as a user would type it."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env={**os.environ, "CONVOY_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+class Service:
+    """``python -m service`` on a free port."""
+
+    def __init__(self, home: Path, *arguments: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.log = home / "service.log"
+        environment = {
+            **os.environ,
+            "CONVOY_HOME": str(home),
+            "CONVOY_PORT": str(self.port),
+            "CONVOY_MODEL": "models:/digits@champion",
+            "CONVOY_WORKERS": "2",
+        }
+        with self.log.open("ab") as log:
+            self.process = psutil.Popen(
+                [sys.executable, "-m", "service", *arguments],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
+        """Over a connection of its own, so that any worker may answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read() or b"{}")
+        finally:
+            connection.close()
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.ask("GET", "/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status, when every process of the service is gone."""
+        family = [self.process, *self.process.children(recursive=True)]
+        self.process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+        for process in alive:
+            process.kill()
+        assert not alive, self.log.read_text()
+        return int(self.process.returncode)
+
+
+@pytest.fixture(scope="module")
+def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with one trained and promoted version."""
+    home = tmp_path_factory.mktemp("trained")
+    quick = ("--data", "digits", "--recipe", "dense", "--device", "cpu")
+    trained = run(home, "training", *quick, "--set", "epochs=2", "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["version"] == 1
+    assert run(home, "registry", "promote", "digits", "1").returncode == 0
+    return home
+
+
+@pytest.fixture
+def home(trained_home: Path, tmp_path: Path) -> Path:
+    """A copy of it, for one test; the artefacts stay where the database says they are."""
+    copied: Path = shutil.copytree(trained_home, tmp_path / "home")
+    return copied
+
+
+@pytest.fixture
+def service(home: Path) -> Iterator[Service]:
+    service = Service(home)
+    wait_for(service.is_ready, "the service did not become ready")
+    yield service
+    if service.process.is_running():
+        service.stop()
+
+
+def test_a_promotion_reaches_every_worker_and_fails_no_request(
+    home: Path, service: Service, digits: Dataset
+) -> None:
+    png = digits.test.encode(0)
+    status, answer = service.ask("POST", "/v1/classify", png)
+    assert (status, answer["model"]["version"]) == (200, 1)
+
+    better = run(
+        *(home, "training", "--data", "digits", "--recipe", "dense", "--device", "cpu"),
+        *("--set", "epochs=8"),
+    )
+    assert better.returncode == 0, better.stderr
+
+    answers: list[tuple[int, int | None]] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            status, answer = service.ask("POST", "/v1/classify", png)
+            answers.append((status, answer.get("model", {}).get("version")))
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        promoted = run(home, "registry", "promote", "digits", "challenger")
+        assert promoted.returncode == 0, promoted.stderr
+        wait_for(lambda: {version for _, version in answers[-100:]} == {2}, "version 2 never came")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {status for status, _ in answers} == {200}
+    assert {version for _, version in answers} == {1, 2}
+
+    metrics = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE_S)
+    metrics.request("GET", "/metrics")
+    text = metrics.getresponse().read().decode()
+    metrics.close()
+    counted = [
+        float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if line.startswith("convoy_requests_total{") and 'outcome="ok"' in line
+    ]
+    assert sum(counted) == len(answers) + 1  # every worker's requests, in one answer
+    assert service.stop() == 0
+
+
+def test_a_puller_that_dies_is_started_again(service: Service) -> None:
+    def puller() -> psutil.Process | None:
+        for child in service.process.children():
+            with contextlib.suppress(psutil.Error):  # a zombie has no command line
+                if "registry" in child.cmdline():
+                    return child
+        return None
+
+    wait_for(lambda: puller() is not None, "there is no puller")
+    first = puller()
+    assert first is not None
+    first.kill()
+    wait_for(lambda: (p := puller()) is not None and p.pid != first.pid, "no new puller")
+    assert service.is_ready()
+    assert service.stop() == 0
+
+
+def test_a_restart_serves_from_disk_without_the_registry(home: Path, service: Service) -> None:
+    wait_for(lambda: (home / "models/digits/release.json").exists(), "nothing was released")
+    assert service.stop() == 0
+    (home / "mlflow.db").rename(home / "gone.db")
+    again = Service(home, "--no-pull")
+    try:
+        wait_for(again.is_ready, "not ready from disk")
+    finally:
+        assert again.stop() == 0
+
+
+def test_a_device_that_is_not_there_ends_the_service_with_the_reason(home: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    environment = {**os.environ, "CONVOY_HOME": str(home), "CONVOY_DEVICE": "cuda"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        environment["CONVOY_PORT"] = str(probe.getsockname()[1])
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", "--no-pull"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert ended.returncode != 0
+    assert "device cuda cannot run a kernel" in ended.stderr
