@@ -43,9 +43,10 @@ check: $(INSTALLED) ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## start-up, memory and served accuracy of the champion
-	$(BIN)/python benchmarks/startup.py $(ARGS)
-	$(BIN)/python benchmarks/served_accuracy.py $(ARGS)
+bench: $(INSTALLED) ## start-up, memory, served accuracy, time of a promotion
+	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
+	$(BIN)/python -m benchmarks.served_accuracy --json benchmarks/results/served_accuracy.json
+	$(BIN)/python -m benchmarks.promotion --json benchmarks/results/promotion.json
 
 .env:
 	@echo "POSTGRES_PASSWORD=$$($(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(24))')" > $@

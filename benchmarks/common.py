@@ -1,0 +1,116 @@
+"""What the benchmarks share: a service of their own on loopback, and how results are written."""
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START_TIMEOUT_S = 60.0
+
+
+class RunningService:
+    """``python -m service`` on a free port of this machine."""
+
+    def __init__(self, home: Path, model: str, workers: int, pull: bool) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long-lived as the service
+        environment = {
+            **os.environ,
+            "CONVOY_HOME": str(home),
+            "CONVOY_PORT": str(self.port),
+            "CONVOY_MODEL": model,
+            "CONVOY_WORKERS": str(workers),
+            "CONVOY_LOG_LEVEL": "WARNING",
+        }
+        command = [sys.executable, "-m", "service", *([] if pull else ["--no-pull"])]
+        started = time.perf_counter()
+        self.process = psutil.Popen(
+            command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
+        )
+        self._wait()
+        self.start_to_ready_s = time.perf_counter() - started
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def workers(self) -> list[psutil.Process]:
+        """gunicorn's workers: the children of the gunicorn that is our child."""
+        (gunicorn,) = [p for p in self.process.children() if "gunicorn" in " ".join(p.cmdline())]
+        return list(gunicorn.children())
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            connection = self.connect()
+            try:
+                connection.request("GET", "/readyz")
+                if connection.getresponse().status == 200:
+                    return
+            except OSError:
+                pass
+            finally:
+                connection.close()
+            time.sleep(0.01)
+        self.process.terminate()
+        self._log.seek(0)
+        raise SystemExit(f"the service did not start:\n{self._log.read().decode()[-3000:]}")
+
+
+@contextmanager
+def running_service(
+    home: Path, model: str, workers: int = 2, pull: bool = False
+) -> Iterator[RunningService]:
+    service = RunningService(home, model, workers, pull)
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+def post_image(connection: http.client.HTTPConnection, image: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and body of one classification."""
+    headers = {"Content-Type": "application/octet-stream"}
+    connection.request("POST", "/v1/classify?top_k=1", image, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return options
+
+
+def report(figures: dict[str, Any], file: Path | None) -> None:
+    """Print ``figures`` and write them, with the date and the machine, to ``file``."""
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{name:<{width}}  {shown}")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        where = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "python": platform.python_version(),
+        }
+        file.write_text(json.dumps({**where, **figures}, indent=2) + "\n")

@@ -1,0 +1,71 @@
+"""Start to ready, and memory of one serving worker.
+
+    python -m benchmarks.startup [--model models:/fashion@champion] [--runs 5] [--json FILE]
+
+The version must lie on disk. Memory is the worker's resident set after a thousand requests.
+"""
+
+import statistics
+import subprocess
+import sys
+
+from benchmarks.common import parser, post_image, report, running_service
+from registry.bundle import open_bundle
+from registry.contract import parse_model_ref
+from registry.home import convoy_home
+from registry.releases import read_release, version_folder
+
+REQUESTS = 1000
+
+
+def main() -> int:
+    options = parser("Start to ready and memory of one worker.")
+    options.add_argument("--model", default="models:/fashion@champion")
+    options.add_argument("--runs", type=int, default=5)
+    arguments = options.parse_args()
+    home, ref = convoy_home(), parse_model_ref(arguments.model)
+    release = read_release(home.models, ref.name)
+    if release is None:
+        raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
+    bundle = open_bundle(version_folder(home.models, ref.name, release.versions[0].version))
+    image = bundle.read(bundle.golden()[0].file)
+
+    starts_s, sizes_mb = [], []
+    for _ in range(arguments.runs):
+        with running_service(home.root, str(ref), workers=1) as service:
+            starts_s.append(service.start_to_ready_s)
+            connection = service.connect()
+            for _ in range(REQUESTS):
+                status, answer = post_image(connection, image)
+                if status != 200:
+                    raise SystemExit(f"status {status}: {answer}")
+            connection.close()
+            (worker,) = service.workers()
+            sizes_mb.append(worker.memory_info().rss / 1e6)
+    report(
+        {
+            "model": f"{ref.name} ({bundle.manifest.source.recipe})",
+            "runs": arguments.runs,
+            "start to ready, median s": statistics.median(starts_s),
+            "start to ready, worst s": max(starts_s),
+            f"worker RSS after {REQUESTS} requests, median MB": statistics.median(sizes_mb),
+            "worker RSS, worst MB": max(sizes_mb),
+            "modules of MLflow imported": mlflow_modules(),
+        },
+        arguments.json,
+    )
+    return 0
+
+
+def mlflow_modules() -> int:
+    """How many modules of MLflow an app has loaded once it is made."""
+    code = (
+        "import sys; from service import create_app; create_app();"
+        "print(sum(name.partition('.')[0] == 'mlflow' for name in sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    return int(answer.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
