@@ -1,11 +1,13 @@
 """An app around tiny real models, loaded in the test's own thread."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from werkzeug.serving import make_server
 
 from registry.bundle import Bundle, open_bundle
 from registry.classifier import load_classifier
@@ -81,3 +83,15 @@ def ready(client: FlaskClient, slot: ModelSlot, release: Callable[..., Bundle]) 
     release(1)
     assert slot.refresh()
     return client
+
+
+@pytest.fixture
+def url(ready: FlaskClient) -> Iterator[str]:
+    """The app behind a real socket."""
+    server = make_server("127.0.0.1", 0, ready.application, threaded=True)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -2,27 +2,11 @@
 
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 
 import pytest
-from flask.testing import FlaskClient
-from werkzeug.serving import make_server
 
 from service.__main__ import main
-
-
-@pytest.fixture
-def url(ready: FlaskClient) -> Iterator[str]:
-    """The app behind a real socket."""
-    server = make_server("127.0.0.1", 0, ready.application, threaded=True)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture

@@ -1,0 +1,42 @@
+"""The examples of docs/api.md, executed: each command, and the form of its answer."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+EXAMPLES = re.findall(r"```sh\n(.*?)```\n```json\n(.*?)```", PAGE, re.DOTALL)
+
+
+def form(value: Any) -> Any:
+    """``value`` with what differs from run to run taken out."""
+    if isinstance(value, dict):
+        return {key: form(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [form(each) for each in value]
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 8
+    assert PAGE.count("```sh") == PAGE.count("```json") == len(EXAMPLES)
+
+
+@pytest.mark.parametrize(("command", "answer"), EXAMPLES)
+def test_an_example_answers_as_the_page_says(
+    url: str, slot, png: bytes, tmp_path: Path, command: str, answer: str
+) -> None:
+    from registry.releases import write_status
+
+    write_status(slot._models_folder, "digits", None)
+    (tmp_path / "picture.png").write_bytes(png)
+    command = command.replace("http://127.0.0.1:8080", url).replace("/fashion", "/digits")
+    done = subprocess.run(
+        ["bash", "-euc", command], cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    assert form(json.loads(done.stdout)) == form(json.loads(answer))
