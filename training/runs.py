@@ -120,10 +120,10 @@ def _write_run_report(
     pictures = report.run_pictures(
         trained.program, trained.history, trained.best, test, data, device
     )
+    arguments = ", ".join(f"{key} {value}" for key, value in recipe.network.args.items())
     facts = [
-        ("data", f"{data.name}, {data.counts}"),
-        ("data digest", data.sha256),
-        ("network", f"{recipe.network.name} {recipe.network.args or ''}"),
+        *_data_facts(data),
+        ("network", f"{recipe.network.name} {arguments}"),
         ("parameters", f"{count_parameters(trained):,}"),
         ("seed", seed),
         ("device", describe_device(device)),
@@ -137,6 +137,11 @@ def _write_run_report(
         notes.append(f"{len(data.problems)} files were left out: " + "; ".join(data.problems[:20]))
     page = report.html_page(f"{model}: {recipe.name}", facts, pictures, notes=notes)
     report.write_report(folder, page, pictures)
+
+
+def _data_facts(data: Dataset) -> list[tuple[str, str]]:
+    counts = ", ".join(f"{count:,} {split}" for split, count in data.counts.items())
+    return [("data", f"{data.name}: {counts}"), ("data digest", data.sha256)]
 
 
 def count_parameters(trained: Trained) -> int:
@@ -206,7 +211,14 @@ def compare(
                 seconds[recipe.name].append(time.perf_counter() - started)
                 classifier = Classifier(trained.program, chosen)
                 test = evaluate(classifier, data.test)
-                child.log_metrics(test.metrics("test"))
+                metrics = test.metrics("test")
+                child.log_metrics(metrics)
+                with tempfile.TemporaryDirectory(prefix="convoy-report-") as name:
+                    folder = Path(name)
+                    _write_run_report(
+                        folder, "compare", recipe, data, seed, trained, test, metrics, chosen
+                    )
+                    child.log_report(folder)
                 accuracies[recipe.name].append(test.accuracy)
                 shifted[recipe.name].append(
                     accuracy_against_shift(classifier, data.test, SHIFTS_PX)
@@ -236,8 +248,7 @@ def _log_comparison(run: Run, comparison: Comparison, data: Dataset, title: str)
         "accuracy": report.to_png(report.accuracy_bars(comparison.accuracies)),
         "accuracy against shift": report.to_png(report.shift_curves(comparison.shift_accuracies)),
     }
-    facts = [("data", f"{data.name}, {data.counts}"), ("data digest", data.sha256)]
-    page = report.html_page(title, facts, pictures, comparison.table(), [THE_RULE])
+    page = report.html_page(title, _data_facts(data), pictures, comparison.table(), [THE_RULE])
     with tempfile.TemporaryDirectory(prefix="convoy-compare-") as name:
         report.write_report(Path(name), page, pictures)
         run.log_report(Path(name))

@@ -44,6 +44,7 @@ async function classify(picture) {
   const mine = ++newest;
   URL.revokeObjectURL(preview.src);
   preview.onload = () => preview.classList.toggle("small", preview.naturalWidth < SMALL_PX);
+  preview.onerror = () => { preview.hidden = true; };
   preview.src = URL.createObjectURL(picture);
   preview.alt = picture.name ?? "pasted picture";
   preview.hidden = false;
