@@ -64,7 +64,7 @@ def load_classifier(bundle: Bundle, device: torch.device) -> Classifier:
 
 
 def warm_up(classifier: Classifier, shape: tuple[int, int, int]) -> None:
-    """Run the batch sizes that serving meets first: kernels are chosen at each shape's first use."""
+    """Run the batch sizes that serving meets: kernels are chosen at each shape's first use."""
     for size in WARM_UP_BATCHES:
         classifier.classify(np.zeros((size, *shape), dtype=np.uint8))
 
