@@ -62,8 +62,8 @@ def fit(
 ) -> Trained:
     """Train ``recipe`` on ``data.train`` and keep the epoch that does best on ``data.validation``.
 
-    The test pictures are not touched. Ctrl-C ends training after the current batch and keeps the
-    best epoch so far; before the end of the first epoch there is none, and it passes through.
+    The test pictures are not touched. Ctrl-C ends training and keeps the best epoch so far; before
+    the end of the first epoch there is none, and it passes through.
 
     Args:
         recipe: what to train and how.
@@ -75,17 +75,13 @@ def fit(
         on_epoch: called after each epoch, for tracking.
 
     Raises:
-        UsageError: ``resume`` without a checkpoint of this very run.
+        UsageError: ``resume`` without a checkpoint of this very run, or a loss that is not finite.
         NetworkImpossible: the recipe's network does not fit the pictures.
     """
     torch.manual_seed(seed)
     program = build_program(recipe.network, data.preprocess, len(data.labels)).to(device)
     optimizer = _optimizer(recipe, program)
-    pixels, labels = _to_device(data.train, device)
-    # A last batch of one picture would give batch norm nothing to normalise over.
-    batch_size = min(recipe.batch_size, len(labels))
-    steps = max(1, len(labels) // batch_size)
-    use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16(device))
+    train = _to_device(data.train, device)
     history: list[Epoch] = []
     best: Epoch | None = None
     best_weights: dict[str, Tensor] = {}
@@ -97,88 +93,121 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         best_weights = state["best_weights"]
         history = [msgspec.convert(epoch, Epoch) for epoch in state["history"]]
-        best = _best(history)
+        best = max(history, key=lambda epoch: epoch.validation_accuracy)
 
-    for number in range(len(history) + 1, recipe.epochs + 1):
-        generator = Generator().manual_seed(seed * 1_000_003 + number)
-        torch.manual_seed(seed * 1_000_003 + number)  # dropout draws from the global generator
-        order = torch.randperm(len(labels), generator=generator).to(device)
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), device=device)
-        started = time.perf_counter()
-        program.train()
-        try:
-            with tqdm(
-                total=steps * batch_size, unit="img", desc=f"epoch {number}", disable=None
-            ) as bar:
-                for step in range(steps):
-                    chosen = order[step * batch_size : (step + 1) * batch_size]
-                    batch = augment(pixels[chosen], recipe, generator)
-                    rate = _learning_rate(
-                        recipe, (number - 1) * steps + step, recipe.epochs * steps
-                    )
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                        logits = program(batch)
-                    loss = functional.cross_entropy(
-                        logits.float(), labels[chosen], label_smoothing=recipe.label_smoothing
-                    )
-                    optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it untyped
-                    optimizer.step()
-                    loss_sum += loss.detach()
-                    correct += (logits.argmax(1) == labels[chosen]).sum()
-                    if step % 50 == 49 or step == steps - 1:  # reading a GPU's scalar waits for it
-                        seen = (step + 1) * batch_size
-                        bar.n = seen
-                        bar.set_postfix(
-                            loss=f"{loss_sum.item() / (step + 1):.3f}",
-                            accuracy=f"{correct.item() / seen:.4f}",
-                        )
-        except KeyboardInterrupt:
-            if best is None:
-                raise
-            log.warning("interrupted in epoch %d: keeping epoch %d", number, best.number)
-            interrupted = True
-            break
-        seconds = time.perf_counter() - started
-        validation_loss, validation_accuracy = validate(program, data.validation, device)
-        epoch = Epoch(
-            number=number,
-            train_loss=loss_sum.item() / steps,
-            train_accuracy=correct.item() / (steps * batch_size),
-            validation_loss=validation_loss,
-            validation_accuracy=validation_accuracy,
-            learning_rate=rate,
-            seconds=seconds,
-        )
-        if not math.isfinite(epoch.train_loss):
-            raise UsageError(f"epoch {number}: the loss is not finite; try a lower learning_rate")
-        history.append(epoch)
-        if best is None or epoch.validation_accuracy > best.validation_accuracy:
-            best = epoch
-            best_weights = {k: v.detach().clone() for k, v in program.network.state_dict().items()}
-        if checkpoint is not None:
-            _save_checkpoint(
-                checkpoint, _run_key(recipe, data, seed), program, optimizer, best_weights, history
+    try:
+        while len(history) < recipe.epochs:
+            number = len(history) + 1
+            epoch = train_epoch(number, recipe, program, optimizer, train, data.validation, seed)
+            if best is None or epoch.validation_accuracy > best.validation_accuracy:
+                best_weights = {
+                    name: tensor.clone() for name, tensor in program.network.state_dict().items()
+                }
+                best = epoch
+            history.append(epoch)
+            if checkpoint is not None:
+                key = _run_key(recipe, data, seed)
+                _save_checkpoint(checkpoint, key, program, optimizer, best_weights, history)
+            on_epoch(epoch)
+            log.info(
+                "epoch %d: validation accuracy %.4f (best %.4f in epoch %d)",
+                number,
+                epoch.validation_accuracy,
+                best.validation_accuracy,
+                best.number,
             )
-        on_epoch(epoch)
-        log.info(
-            "epoch %d: validation accuracy %.4f (best %.4f in epoch %d)",
-            number,
-            epoch.validation_accuracy,
-            best.validation_accuracy,
-            best.number,
-        )
-        if recipe.patience_epochs is not None and number - best.number >= recipe.patience_epochs:
-            log.info("no better for %d epochs: stopping early", recipe.patience_epochs)
-            break
+            if (
+                recipe.patience_epochs is not None
+                and number - best.number >= recipe.patience_epochs
+            ):
+                log.info("no better for %d epochs: stopping early", recipe.patience_epochs)
+                break
+    except KeyboardInterrupt:
+        if best is None:
+            raise
+        log.warning("interrupted: keeping epoch %d", best.number)
+        interrupted = True
 
     assert best is not None  # at least one epoch ran, or was resumed
     program.network.load_state_dict(best_weights)
     return Trained(
         program=program.eval(), history=tuple(history), best=best, interrupted=interrupted
+    )
+
+
+def train_epoch(
+    number: int,
+    recipe: Recipe,
+    program: Program,
+    optimizer: torch.optim.Optimizer,
+    train: tuple[Tensor, Tensor],
+    validation: Examples,
+    seed: int,
+) -> Epoch:
+    """Show ``program`` every training picture once, in an order of (seed, number), and validate it.
+
+    Args:
+        number: of the epoch, from 1.
+        recipe: batch size, learning rate, augmentation, precision.
+        program: changed in place.
+        optimizer: of the program's parameters.
+        train: pixels uint8 (N, H, W, C) and labels int64 (N,), on the program's device.
+        validation: what to validate on.
+        seed: of the run.
+
+    Raises:
+        UsageError: the loss is not finite.
+    """
+    pixels, labels = train
+    device = labels.device
+    generator = Generator().manual_seed(seed * 1_000_003 + number)
+    torch.manual_seed(seed * 1_000_003 + number)  # dropout draws from the global generator
+    order = torch.randperm(len(labels), generator=generator).to(device)
+    # What is left over would be a small batch, which batch norm cannot normalise over.
+    batch_size = min(recipe.batch_size, len(labels))
+    steps = len(labels) // batch_size
+    use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16(device))
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    started = time.perf_counter()
+    program.train()
+    with tqdm(total=steps * batch_size, unit="img", desc=f"epoch {number}", disable=None) as bar:
+        for step in range(steps):
+            chosen = order[step * batch_size : (step + 1) * batch_size]
+            batch = augment(pixels[chosen], recipe, generator)
+            rate = _learning_rate(recipe, (number - 1) * steps + step, recipe.epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+                logits = program(batch)
+            loss = functional.cross_entropy(
+                logits.float(), labels[chosen], label_smoothing=recipe.label_smoothing
+            )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it untyped
+            optimizer.step()
+            loss_sum += loss.detach()
+            correct += (logits.argmax(1) == labels[chosen]).sum()
+            if step % 50 == 49 or step == steps - 1:  # reading a GPU's scalar waits for it
+                seen = (step + 1) * batch_size
+                bar.n = seen
+                bar.set_postfix(
+                    loss=f"{loss_sum.item() / (step + 1):.3f}",
+                    accuracy=f"{correct.item() / seen:.4f}",
+                )
+    seconds = time.perf_counter() - started
+    train_loss = loss_sum.item() / steps
+    if not math.isfinite(train_loss):
+        raise UsageError(f"epoch {number}: the loss is not finite; try a lower learning_rate")
+    validation_loss, validation_accuracy = validate(program, validation, device)
+    return Epoch(
+        number=number,
+        train_loss=train_loss,
+        train_accuracy=correct.item() / (steps * batch_size),
+        validation_loss=validation_loss,
+        validation_accuracy=validation_accuracy,
+        learning_rate=rate,
+        seconds=seconds,
     )
 
 
@@ -221,7 +250,7 @@ def _learning_rate(recipe: Recipe, step: int, total: int) -> float:
 def _has_bf16(device: torch.device) -> bool:
     """Whether bf16 is computed natively: there it trained 1.7 to 2.3 times as fast as fp32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -230,10 +259,6 @@ def _to_device(examples: Examples, device: torch.device) -> tuple[Tensor, Tensor
         torch.from_numpy(np.ascontiguousarray(examples.pixels)).to(device),
         torch.from_numpy(examples.labels).to(device),
     )
-
-
-def _best(history: list[Epoch]) -> Epoch:
-    return max(history, key=lambda epoch: epoch.validation_accuracy)
 
 
 def _run_key(recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:

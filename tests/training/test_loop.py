@@ -101,6 +101,35 @@ def test_there_must_be_something_to_resume_and_it_must_be_this_run(
         fit(recipe, few_digits, CPU, 1, checkpoint=checkpoint, resume=True)
 
 
+@pytest.mark.parametrize("where", ["validate", "_save_checkpoint"])
+def test_ctrl_c_between_batches_keeps_the_best_epoch_too(
+    few_digits: Dataset,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    original = getattr(loop, where)
+    calls = 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, where, interrupted)
+    checkpoint = tmp_path / "run.pt"
+    trained = fit(replace(recipe, epochs=3), few_digits, CPU, 0, checkpoint=checkpoint)
+    assert trained.interrupted
+    monkeypatch.setattr(loop, where, original)
+    accuracy = loop.validate(trained.program, few_digits.validation, CPU)[1]
+    assert accuracy == trained.best.validation_accuracy
+    resumed = fit(replace(recipe, epochs=3), few_digits, CPU, 0, checkpoint=checkpoint, resume=True)
+    assert len(resumed.history) == 3
+
+
 def interrupt_in_epoch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a batch of epoch ``number`` is being made."""
     calls = 0
