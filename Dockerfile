@@ -37,8 +37,6 @@ COPY service/ service/
 USER 10001
 ENV CONVOY_HOST=0.0.0.0
 EXPOSE 8080
-# Longer than CONVOY_DRAIN_S, so that requests that were accepted are answered.
-STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s CMD \
     ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
 CMD ["gunicorn", "-c", "service/gunicorn.conf.py"]

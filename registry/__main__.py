@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from registry.contract import ModelRef, ModelVersion, parse_model_ref
+from registry.contract import ModelRef, ModelVersion, parse_model_ref, parse_model_refs
 from registry.errors import ConvoyError, UsageError
 from registry.home import convoy_home
 
 if TYPE_CHECKING:
     from registry.store import ModelStore
-
-DEFAULT_MODEL = "models:/fashion@champion"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,8 +128,7 @@ def _roll_back(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    texts = arguments.ref or os.environ.get("CONVOY_MODEL", DEFAULT_MODEL).split(",")
-    refs = tuple(parse_model_ref(text) for text in texts)
+    refs = parse_model_refs(",".join(arguments.ref) or os.environ.get("CONVOY_MODEL"))
     if not arguments.interval > 0:
         raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
     from registry.pull import Puller
@@ -152,7 +149,7 @@ def _ref(name: str, version: str) -> ModelRef:
 
 
 def _when(version: ModelVersion) -> str:
-    return datetime.fromtimestamp(version.created_unix_s or 0, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(version.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,15 +35,26 @@ class GoldenImage(Struct, frozen=True):
 
 
 class Heldout(Struct, frozen=True):
-    """The held-out examples in a fixed order.
+    """What a version said of examples in a fixed order.
 
     Attributes:
         labels: int64 (N,), the true class of each.
-        probabilities: float32 (N, classes), what this version said.
+        probabilities: float32 (N, classes).
     """
 
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float32]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        best: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return best
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """bool (N,): whether the most probable class is the true one."""
+        right: NDArray[np.bool_] = self.predicted == self.labels
+        return right
 
     def to_npz(self) -> bytes:
         buffer = io.BytesIO()
@@ -106,7 +117,7 @@ class Bundle:
     def golden(self) -> list[GoldenImage]:
         try:
             return msgspec.json.decode(self.read(GOLDEN), type=list[GoldenImage])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BundleInvalid(f"{self.folder / GOLDEN}: {error}") from error
 
     def heldout(self) -> Heldout:

@@ -166,9 +166,9 @@ class ModelVersion(Struct, frozen=True, kw_only=True):
     name: str
     version: int
     manifest_sha256: Sha256
-    aliases: tuple[str, ...] = ()
-    run_id: str | None = None
-    created_unix_s: float | None = None
+    aliases: tuple[str, ...]
+    run_id: str
+    created_unix_s: float
 
 
 class ClassScore(Struct, frozen=True):
@@ -211,6 +211,24 @@ def parse_model_ref(text: str) -> ModelRef:
     check_model_name(match["name"])
     version = int(match["version"]) if match["version"] else None
     return ModelRef(match["name"], version, match["alias"])
+
+
+DEFAULT_MODEL = "models:/fashion@champion"
+
+
+def parse_model_refs(text: str | None) -> tuple[ModelRef, ...]:
+    """The references in the setting ``CONVOY_MODEL``: one or several with commas between them.
+
+    Raises:
+        UsageError: one has another form, or a model is named twice.
+    """
+    try:
+        refs = tuple(parse_model_ref(part) for part in (text or DEFAULT_MODEL).split(","))
+    except UsageError as error:
+        raise UsageError(f"CONVOY_MODEL={text!r}: {error}") from error
+    if len({ref.name for ref in refs}) != len(refs):
+        raise UsageError(f"CONVOY_MODEL={text!r} names a model twice")
+    return refs
 
 
 def check_model_name(name: str) -> str:

@@ -21,15 +21,11 @@ class ImageTooLarge(ConvoyError):
 
 
 class Overloaded(ConvoyError):
-    """The queue is full; trying again after ``retry_after_s`` seconds may succeed."""
-
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    """The queue is full; trying again soon may succeed."""
 
 
 class DeadlineExceeded(ConvoyError):
-    """The work was not started or not finished within its time."""
+    """The work was not started within its time."""
 
 
 class ModelNotFound(ConvoyError):
@@ -65,4 +61,4 @@ class PromotionRefused(ConvoyError):
 
 
 class UsageError(ConvoyError):
-    """A setting or an argument has a value that cannot be used; the text says what would be."""
+    """What the user asked for cannot be done with what is there; the text says what could be."""

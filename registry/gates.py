@@ -3,7 +3,6 @@
 Pure: two opened bundles in, a verdict out. Who asks, and what follows, is ``promotion``'s matter.
 """
 
-import numpy as np
 from msgspec import Struct
 from scipy.stats import binomtest
 
@@ -55,7 +54,7 @@ def compare(champion: Bundle, challenger: Bundle) -> Verdict:
             f"challenger: {ours.data.name} {ours.data.heldout_sha256[:12]}…), "
             "so their figures cannot be compared"
         )
-    champion_right, challenger_right = (_right(bundle) for bundle in (champion, challenger))
+    champion_right, challenger_right = champion.heldout().right, challenger.heldout().right
     gained = int((challenger_right & ~champion_right).sum())
     lost = int((champion_right & ~challenger_right).sum())
     return Verdict(
@@ -67,11 +66,3 @@ def compare(champion: Bundle, challenger: Bundle) -> Verdict:
         lost=lost,
         p_value=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
     )
-
-
-def _right(bundle: Bundle) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-    heldout = bundle.heldout()
-    right: np.ndarray[tuple[int], np.dtype[np.bool_]] = (
-        heldout.probabilities.argmax(axis=1) == heldout.labels
-    )
-    return right

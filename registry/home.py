@@ -1,9 +1,12 @@
 """Where Convoy keeps its files, read from the environment in one place for all three packages."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from msgspec import Struct
+
+from registry.errors import UsageError
 
 
 class Home(Struct, frozen=True):
@@ -34,6 +37,13 @@ class Home(Struct, frozen=True):
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
 
 
-def convoy_home() -> Home:
-    """The home folder: ``CONVOY_HOME``, by default ``var/`` in the working directory."""
-    return Home(Path(os.environ.get("CONVOY_HOME") or "var").resolve())
+def convoy_home(environment: Mapping[str, str] = os.environ) -> Home:
+    """The home folder: ``CONVOY_HOME``, by default ``var/`` in the working directory.
+
+    Raises:
+        UsageError: its path has a character that means something else in a database's address.
+    """
+    home = Home(Path(environment.get("CONVOY_HOME") or "var").resolve())
+    if bad := set("?#%") & set(str(home.root)):
+        raise UsageError(f"CONVOY_HOME is {home.root}; its path must be without {' '.join(bad)}")
+    return home

@@ -163,7 +163,7 @@ def resnet(
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"dense": dense, "cnn": cnn, "resnet": resnet}
 
 
-def build_network(name: str, shape: Shape, classes: int, **args: Any) -> nn.Sequential:
+def build_network(name: str, shape: Shape, classes: int, /, **args: Any) -> nn.Sequential:
     """The network ``name`` with freshly drawn weights.
 
     Args:

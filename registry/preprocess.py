@@ -3,14 +3,16 @@
 It knows Pillow and the preprocessing contract; it knows neither networks nor HTTP.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from registry.contract import PreprocessSpec
+from registry.contract import PreprocessSpec, sha256_hex
 from registry.errors import ConvoyError, ImageTooLarge, InvalidImage, UnsupportedImageType
 
 Pixels = NDArray[np.uint8]
@@ -24,6 +26,16 @@ _INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+# EXIF 2.32, 4.6.4 A: what undoes each orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -35,14 +47,13 @@ class DecodeLimits(Struct, frozen=True):
 
 
 DEFAULT_LIMITS = DecodeLimits()
+# The user's own training folder, and golden images, whose digests were checked: cameras make larger
+# pictures than strangers may post.
+TRUSTED_LIMITS = DecodeLimits(max_pixels=150_000_000)
 
 
 def decode_image(
-    data: bytes,
-    spec: PreprocessSpec,
-    limits: DecodeLimits = DEFAULT_LIMITS,
-    *,
-    any_format: bool = False,
+    data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT_LIMITS
 ) -> Pixels:
     """The pixels of an encoded image, in the size and mode that ``spec`` asks for.
 
@@ -54,7 +65,6 @@ def decode_image(
         data: the whole file.
         spec: the contract of the version that will see the pixels.
         limits: refused before decoding when the header claims more.
-        any_format: accept whatever Pillow opens (training folders) instead of JPEG, PNG and WebP.
 
     Returns:
         uint8 array of shape ``spec.shape``.
@@ -64,18 +74,39 @@ def decode_image(
         ImageTooLarge: more pixels or a longer aspect than ``limits`` allow.
         InvalidImage: anything else that keeps the bytes from being decoded.
     """
-    if not any_format and not _starts_like_served(data):
+    if not _starts_like_served(data):
         raise UnsupportedImageType("the body is not a JPEG, PNG or WebP image")
-    formats = None if any_format else SERVED_FORMATS
+    with _decoding(), Image.open(BytesIO(data), formats=SERVED_FORMATS) as image:
+        _check_size(image.size, limits)
+        return _to_pixels(_upright(image, spec), spec)
+
+
+def decode_training_image(data: bytes, spec: PreprocessSpec) -> tuple[Pixels, str]:
+    """Pixels as ``decode_image`` gives them, of any format that Pillow opens, and their digest.
+
+    The SHA-256 is of the picture in its full size and not of the file, so that a copy in another
+    format, or with other metadata, is known as the same picture.
+
+    Raises:
+        ImageTooLarge, InvalidImage: as ``decode_image``.
+    """
+    with _decoding(), Image.open(BytesIO(data)) as image:
+        _check_size(image.size, TRUSTED_LIMITS)
+        upright = _upright(image, spec).convert("RGB")
+        digest = sha256_hex(f"{upright.size}".encode() + upright.tobytes())
+        return _to_pixels(upright, spec), digest
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever Pillow raises, and it raises a dozen kinds on bad bytes, as one of our errors."""
     try:
-        with Image.open(BytesIO(data), formats=formats) as image:
-            _check_size(image.size, limits)
-            return _to_pixels(image, spec)
+        yield
     except ConvoyError:
         raise
     except _BOMBS as error:
         raise ImageTooLarge("the image claims more pixels than can be decoded safely") from error
-    except Exception as error:  # Pillow raises a dozen kinds on bad bytes
+    except Exception as error:
         reason = str(error) if isinstance(error, OSError) else type(error).__name__
         raise InvalidImage(f"the image cannot be decoded: {_without_address(reason)}") from error
 
@@ -87,17 +118,16 @@ def encode_png(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def as_served(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
-    """``data`` in a format that serving accepts and that decodes to the same pixels.
+def as_served(data: bytes, spec: PreprocessSpec) -> bytes:
+    """A trusted picture in a format that serving accepts and that decodes to the same pixels.
 
     Formats outside ``SERVED_FORMATS`` are written anew, at full size and without loss, as PNG.
     """
     if _starts_like_served(data):
         return data
     with Image.open(BytesIO(data)) as image:
-        _check_size(image.size, limits)
-        upright = ImageOps.exif_transpose(image) if spec.exif == "transpose" else image
-        return encode_png(np.asarray(_flatten(upright).convert("RGB")))
+        _check_size(image.size, TRUSTED_LIMITS)
+        return encode_png(np.asarray(_upright(image, spec).convert("RGB")))
 
 
 def _starts_like_served(data: bytes) -> bool:
@@ -122,11 +152,23 @@ def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
         )
 
 
-def _to_pixels(image: Image.Image, spec: PreprocessSpec) -> Pixels:
-    upright = ImageOps.exif_transpose(image) if spec.exif == "transpose" else image
-    flat = _flatten(upright).convert(spec.mode)
-    resized = _fit(flat, spec)
+def _to_pixels(upright: Image.Image, spec: PreprocessSpec) -> Pixels:
+    resized = _fit(upright.convert(spec.mode), spec)
     return np.array(resized, dtype=np.uint8).reshape(spec.shape)
+
+
+def _upright(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    """The picture as it is meant to be seen: opaque, 8-bit, turned as its EXIF says."""
+    turn = _TURNS.get(_orientation(image)) if spec.exif == "transpose" else None
+    return _flatten(image if turn is None else image.transpose(turn))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation. ImageOps.exif_transpose would refuse a picture for any other odd tag."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # noqa: BLE001 - a broken EXIF block says nothing about the picture
+        return 1
 
 
 def _flatten(image: Image.Image) -> Image.Image:

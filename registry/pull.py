@@ -18,7 +18,7 @@ from registry.errors import BundleInvalid, ConvoyError
 from registry.releases import (
     Release,
     ReleasedVersion,
-    read_release,
+    read_release_or_none,
     version_folder,
     write_release,
     write_status,
@@ -27,8 +27,11 @@ from registry.store import ModelStore
 
 log = logging.getLogger(__name__)
 
-# Beside what serves: enough to roll back without the registry.
+# Beside what serves: a roll-back to one of them needs no download.
 VERSIONS_KEPT = 5
+
+
+Traces = tuple[str, tuple[tuple[str, int, int], ...]]
 
 
 class Puller:
@@ -41,7 +44,7 @@ class Puller:
         self._store: ModelStore | None = None
         self._models = models
         self._refs = refs
-        self._verified: set[str] = set()
+        self._verified: dict[Path, Traces] = {}
 
     def pull(self, ref: ModelRef) -> Release:
         """Resolve ``ref``, fetch its version if it is not here yet, and release it.
@@ -94,8 +97,8 @@ class Puller:
             stop.wait(interval_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, no secret
 
     def _is_here(self, folder: Path, version: ModelVersion) -> bool:
-        """Whether a whole copy lies in ``folder``; its files are read once per process."""
-        if version.manifest_sha256 in self._verified and folder.is_dir():
+        """Whether a whole copy lies in ``folder``; it is read again when a file was touched."""
+        if folder in self._verified and self._verified[folder] == _traces(folder, version):
             return True
         if not folder.is_dir():
             return False
@@ -105,7 +108,7 @@ class Puller:
         except BundleInvalid as error:
             log.warning("%s; fetching it again", error)
             return False
-        self._verified.add(version.manifest_sha256)
+        self._verified[folder] = _traces(folder, version)
         return True
 
     def _fetch(self, store: ModelStore, folder: Path, version: ModelVersion) -> None:
@@ -118,7 +121,7 @@ class Puller:
             if folder.exists():
                 folder.rename(Path(name) / "damaged")
             incoming.rename(folder)
-        self._verified.add(version.manifest_sha256)
+        self._verified[folder] = _traces(folder, version)
 
     def _prune(self, name: str, serving: int) -> None:
         folders = [
@@ -132,9 +135,8 @@ class Puller:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_release_or_none(models: Path, name: str) -> Release | None:
-    """The present release; None where there is none that can be read."""
-    try:
-        return read_release(models, name)
-    except BundleInvalid:
-        return None
+def _traces(folder: Path, version: ModelVersion) -> Traces:
+    """What changes when a file in ``folder`` does, or when another version is meant."""
+    stats = {path: path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    sizes = tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
+    return version.manifest_sha256, sizes

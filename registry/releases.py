@@ -21,12 +21,11 @@ RELEASE_SCHEMA_VERSION = 1
 
 
 class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One version that serves, the alias that chose it, and its share of the traffic (0..1)."""
+    """One version that serves, and the alias that chose it."""
 
     version: Annotated[int, Meta(ge=1)]
     manifest_sha256: Sha256
     alias: str | None = None
-    share: Annotated[float, Meta(ge=0, le=1)] = 1.0
 
 
 class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,7 +73,7 @@ def read_release(models: Path, name: str) -> Release | None:
         return None
     try:
         release = msgspec.json.decode(data, type=Release)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BundleInvalid(f"{path} cannot be read: {error}") from error
     if release.schema_version != RELEASE_SCHEMA_VERSION or release.model != name:
         raise BundleInvalid(
@@ -84,12 +83,17 @@ def read_release(models: Path, name: str) -> Release | None:
     return release
 
 
+def read_release_or_none(models: Path, name: str) -> Release | None:
+    """The release of model ``name``; None where there is none that can be understood."""
+    try:
+        return read_release(models, name)
+    except BundleInvalid:
+        return None
+
+
 def write_release(models: Path, name: str, versions: tuple[ReleasedVersion, ...]) -> Release:
     """Make ``versions`` the release of ``name``; unchanged ones keep their generation."""
-    try:
-        current = read_release(models, name)
-    except BundleInvalid:
-        current = None
+    current = read_release_or_none(models, name)
     if current is not None and current.versions == versions:
         return current
     release = Release(
@@ -107,7 +111,7 @@ def read_status(models: Path, name: str) -> PullStatus:
     try:
         data = (model_folder(models, name) / "pull.json").read_bytes()
         return msgspec.json.decode(data, type=PullStatus)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, msgspec.MsgspecError, ValueError, RecursionError):
         return PullStatus(agreed_unix_s=None)
 
 

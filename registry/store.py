@@ -124,10 +124,16 @@ class ModelStore:
     def models(self) -> list[str]:
         """Names of all registered models, in alphabetical order."""
         with self._errors():
-            return sorted(model.name for model in self._client.search_registered_models())
+            names: list[str] = []
+            token: str | None = None
+            while token != "":
+                page = self._client.search_registered_models(page_token=token)
+                names += [model.name for model in page]
+                token = page.token or ""
+            return sorted(names)
 
     def versions(self, name: str) -> list[tuple[ModelVersion, dict[str, str]]]:
-        """Every version of ``name`` with its tags, newest first.
+        """Every version of ``name`` that Convoy published, with its tags, newest first.
 
         Raises:
             VersionNotFound: no model of that name.
@@ -135,7 +141,11 @@ class ModelStore:
         aliases = self.aliases(name)
         with self._errors():
             found = self._client.search_model_versions(f"name = '{name}'")
-        rows = [(self._model_version(entity, aliases), dict(entity.tags)) for entity in found]
+        rows = [
+            (self._model_version(entity, aliases), dict(entity.tags))
+            for entity in found
+            if DIGEST_TAG in entity.tags
+        ]
         return sorted(rows, key=lambda row: -row[0].version)
 
     def aliases(self, name: str) -> dict[str, int]:
@@ -227,7 +237,8 @@ class ModelStore:
             except (MlflowException, OSError) as error:
                 # MLflow says "missing" in a different way for each kind of artefact storage.
                 if isinstance(error, FileNotFoundError) or any(
-                    sign in str(error) for sign in ("No such artifact", "404", "NoSuchKey")
+                    sign in str(error)
+                    for sign in ("No such artifact", "404 Client Error", "NoSuchKey")
                 ):
                     raise BundleInvalid(f"{uri} is missing from the artefacts") from error
                 reason = str(error).strip().splitlines()[-1]

@@ -40,12 +40,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m service",
         description="Serve image classifiers over HTTP; settings are CONVOY_… variables.",
     )
-    parser.add_argument(
-        "--no-pull", action="store_true", help="serve what is on disk; do not follow the registry"
-    )
-    parser.set_defaults(run=_serve)
+    parser.set_defaults(run=_serve, no_pull=False)
     commands = parser.add_subparsers(metavar="{serve,classify}")
-    commands.add_parser("serve", help="serve (the default)")
+    for command in (parser, commands.add_parser("serve", help="serve (the default)")):
+        command.add_argument(
+            "--no-pull",
+            action="store_true",
+            default=argparse.SUPPRESS,  # else the sub-command would reset what came before it
+            help="serve what is on disk; do not follow the registry",
+        )
     classify = commands.add_parser("classify", help="classify files with a running service")
     classify.add_argument("files", nargs="+", metavar="FILE")
     host = os.environ.get("CONVOY_HOST", "127.0.0.1")

@@ -22,13 +22,17 @@ def classify_files(files: list[str], url: str, model: str | None, top_k: int, as
     Raises:
         UsageError: the service cannot be reached.
     """
-    address = urlsplit(url)
+    try:
+        address = urlsplit(url)
+        port = address.port
+    except ValueError as error:
+        raise UsageError(f"{url!r} is no address ({error}); write http://HOST:PORT") from error
     if address.scheme not in ("http", "https") or not address.hostname:
         raise UsageError(f"{url!r} is no address; write http://HOST:PORT")
     connect = (
         http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
     )
-    connection = connect(address.hostname, address.port, timeout=TIMEOUT_S)
+    connection = connect(address.hostname, port, timeout=TIMEOUT_S)
     path = f"/v1/models/{quote(model, safe='')}/classify" if model else "/v1/classify"
     failures = 0
     for name in files:

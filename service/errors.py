@@ -26,7 +26,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     domain.DeadlineExceeded: (504, "load"),
     domain.ModelNotReady: (503, "state"),
 }
-NOT_READY_RETRY_S = 2
+RETRY_AFTER_S = {domain.Overloaded: 1, domain.ModelNotReady: 2}
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,10 +50,8 @@ def answer(error: Exception) -> Response:
     response = Response(
         msgspec.json.encode(problem), problem.status, mimetype="application/problem+json"
     )
-    if isinstance(error, domain.Overloaded):
-        response.headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, domain.ModelNotReady):
-        response.headers["Retry-After"] = str(NOT_READY_RETRY_S)
+    if isinstance(error, domain.Overloaded | domain.ModelNotReady):
+        response.headers["Retry-After"] = str(RETRY_AFTER_S[type(error)])
     elif isinstance(error, HTTPException) and problem.status == 405:
         response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
     return response

@@ -11,7 +11,8 @@ from service.settings import Settings
 settings = Settings.from_environment()
 
 wsgi_app = "service:create_app()"
-bind = f"{settings.host}:{settings.port}"
+host = f"[{settings.host}]" if ":" in settings.host else settings.host
+bind = f"{host}:{settings.port}"
 worker_class = "gthread"
 workers = settings.workers
 threads = settings.threads

@@ -1,10 +1,14 @@
 """Prometheus metrics. Label sets are closed: no caller can add a series."""
 
 import os
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
+
+if TYPE_CHECKING:
+    from service.model_slot import ServedModel
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _MILLISECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -57,6 +61,13 @@ class Metrics:
             multiprocess_mode="livemin",
             registry=registry,
         )
+        self.model_info = Gauge(
+            "convoy_model_info",
+            "1 for each version that serves, with the device it serves on.",
+            (*version, "device"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
         self.queue_depth = Gauge(
             "convoy_queue_depth",
             "Images that wait in a worker, summed over the workers.",
@@ -72,11 +83,15 @@ class Metrics:
             registry=registry,
         )
 
-    def swapped(self, name: str, version: int | None, succeeded: bool) -> None:
-        """Note that a version took over, or that one could not."""
-        self.swaps.labels(name, "ok" if succeeded else "failed").inc()
-        if version is not None:
-            self.serving_version.labels(name).set(version)
+    def swapped(self, name: str, before: "ServedModel | None", after: "ServedModel | None") -> None:
+        """Note that ``after`` took over from ``before``, or that (None) a version was refused."""
+        self.swaps.labels(name, "ok" if after else "failed").inc()
+        if after is None:
+            return
+        if before is not None:
+            self.model_info.labels(name, str(before.version), before.device).set(0)
+        self.model_info.labels(name, str(after.version), after.device).set(1)
+        self.serving_version.labels(name).set(after.version)
 
     def render(self) -> bytes:
         """All workers' metrics in Prometheus' text format."""

@@ -45,6 +45,9 @@ class ServedModel(Struct, frozen=True, kw_only=True):
         return self.manifest.model
 
 
+OnSwap = Callable[[str, ServedModel | None, ServedModel | None], None]
+"""Told the model's name, what served before, and what serves now (None: it was refused)."""
+
 Load = Callable[[Path, ReleasedVersion], ServedModel]
 
 
@@ -56,7 +59,7 @@ class ModelSlot:
         ref: ModelRef,
         models_folder: Path,
         load: Load,
-        on_swap: Callable[[str, int | None, bool], None] = lambda name, version, ok: None,
+        on_swap: OnSwap = lambda name, before, after: None,
     ) -> None:
         self.ref = ref
         self.current: ServedModel | None = None
@@ -65,8 +68,8 @@ class ModelSlot:
         self._load = load
         self._on_swap = on_swap
         self._refreshing = Lock()
-        self._generation: int | None = None
-        self._failed_generation: int | None = None
+        self._loaded: tuple[ReleasedVersion, ...] | None = None
+        self._failed: tuple[ReleasedVersion, ...] | None = None
         self._failed_at = 0.0
 
     def require(self) -> ServedModel:
@@ -102,7 +105,10 @@ class ModelSlot:
             release = read_release(self._models_folder, self.ref.name)
             if release is None:
                 raise BundleInvalid(f"nothing is released; run: python -m registry pull {self.ref}")
-            if not self._is_due(release):
+            if release.versions == self._loaded:
+                self._failed, self.error = None, None
+                return False
+            if release.versions == self._failed and not self._may_retry():
                 return False
             wanted = self._choose(release)
             folder = version_folder(self._models_folder, self.ref.name, wanted.version)
@@ -112,8 +118,8 @@ class ModelSlot:
             return False
         before = self.current
         self.current = fresh
-        self._generation, self._failed_generation, self.error = release.generation, None, None
-        self._on_swap(self.ref.name, fresh.version, True)
+        self._loaded, self._failed, self.error = release.versions, None, None
+        self._on_swap(self.ref.name, before, fresh)
         log.info(
             "serving %s version %d on %s (before: %s)",
             fresh.name,
@@ -139,11 +145,8 @@ class ModelSlot:
         Thread(target=self.watch, args=(stop,), name=name, daemon=True).start()
         return stop
 
-    def _is_due(self, release: Release) -> bool:
-        if release.generation == self._generation:
-            return False
-        failed_before = release.generation == self._failed_generation
-        return not failed_before or time.monotonic() - self._failed_at >= RETRY_S
+    def _may_retry(self) -> bool:
+        return time.monotonic() - self._failed_at >= RETRY_S
 
     def _choose(self, release: Release) -> ReleasedVersion:
         """The released version that this slot was asked to serve."""
@@ -158,10 +161,11 @@ class ModelSlot:
         text = (
             str(error) if isinstance(error, BundleInvalid) else f"{type(error).__name__}: {error}"
         )
-        self._failed_generation = release.generation if release else None
+        self._failed = release.versions if release else None
         self._failed_at = time.monotonic()
         if text != self.error:
             serving = f"version {self.current.version}" if self.current else "nothing"
             log.warning("%s: %s; %s serves on", self.ref.name, text, serving)
-            self._on_swap(self.ref.name, None, False)
+            if release is not None:
+                self._on_swap(self.ref.name, self.current, None)
         self.error = text

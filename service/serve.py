@@ -4,6 +4,7 @@ In containers the two are containers of their own, and this module is not used.
 """
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import signal
@@ -79,14 +80,17 @@ def serve(settings: Settings, pull: bool = True) -> int:
 
 def _check_port(settings: Settings) -> None:
     """Say who is to blame for a taken port before gunicorn retries five times."""
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            advice = "choose another with CONVOY_PORT" if taken else "is CONVOY_HOST right?"
             raise UsageError(
-                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
-                "choose another with CONVOY_PORT"
+                f"cannot listen on {settings.host} port {settings.port} "
+                f"({error.strerror}); {advice}"
             ) from error
 
 

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from registry.contract import ModelRef, parse_model_ref
+from registry.contract import ModelRef, parse_model_refs
 from registry.errors import UsageError
 from registry.home import convoy_home
 from registry.preprocess import DecodeLimits
 
 Count = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
 CORES = len(os.sched_getaffinity(0))
 
 # Environment variable → field; docs/operations.md has the same table with the reasons.
@@ -43,7 +43,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     that one forward pass takes, ``max_images`` the most that one request may bring.
     """
 
-    models: tuple[ModelRef, ...] = (ModelRef("fashion", alias="champion"),)
+    models: tuple[ModelRef, ...] = parse_model_refs(None)
     models_folder: Path = Path("var/models")
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
@@ -79,15 +79,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         values: dict[str, Any] = {
             field: environment[name] for name, field in VARIABLES.items() if environment.get(name)
         }
-        if text := environment.get("CONVOY_MODEL"):
-            values["models"] = tuple(parse_model_ref(part) for part in text.split(","))
-            names = [ref.name for ref in values["models"]]
-            if len(set(names)) != len(names):
-                raise UsageError(f"CONVOY_MODEL names a model twice: {text}")
-        values["models_folder"] = convoy_home().models
+        values["models"] = parse_model_refs(environment.get("CONVOY_MODEL"))
+        values["models_folder"] = convoy_home(environment).models
         values["log_level"] = values.get("log_level", "INFO").upper()
         if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            raise UsageError("CONVOY_LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR")
+            raise UsageError(
+                f"CONVOY_LOG_LEVEL={values['log_level']!r}: use DEBUG, INFO, WARNING or ERROR"
+            )
         try:
             return msgspec.convert(values, cls, strict=False)
         except msgspec.ValidationError as error:

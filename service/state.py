@@ -1,14 +1,21 @@
 """What hangs on the app, and the one way to reach it from a request."""
 
-import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flask import current_app
 from msgspec import Struct
 
+from registry.bundle import open_bundle
 from registry.errors import ModelNotFound, VersionNotFound
+from registry.releases import ReleasedVersion
+from service.batcher import MicroBatcher
 from service.metrics import Metrics
 from service.model_slot import ModelSlot, ServedModel
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 Slots = dict[str, ModelSlot]
 """By model name; the first is the default model."""
@@ -58,37 +65,43 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     """A slot for each model, loaded from disk if it can be, and following what is released.
 
     Torch is imported here, in the process that serves: CUDA and OpenMP do not survive a fork.
-    """
-    from pathlib import Path
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(settings.torch_threads))
+    Raises:
+        DeviceUnavailable: the device that was asked for by name does not work.
+    """
     import torch
 
-    from registry.bundle import open_bundle
-    from registry.classifier import load_classifier
     from registry.devices import choose_device
-    from registry.releases import ReleasedVersion
-    from service.batcher import MicroBatcher
 
     torch.set_num_threads(settings.torch_threads)
     device = choose_device(settings.device)
-
-    def load(folder: Path, released: ReleasedVersion) -> ServedModel:
-        bundle = open_bundle(folder, released.manifest_sha256)
-        classifier = load_classifier(bundle, device)
-        return ServedModel(
-            manifest=bundle.manifest,
-            manifest_sha256=bundle.manifest_sha256,
-            version=released.version,
-            alias=released.alias,
-            device=classifier.device,
-            batcher=MicroBatcher(classifier.classify, settings.max_batch, settings.queue_limit),
-        )
-
     slots = {
-        ref.name: ModelSlot(ref, settings.models_folder, load, metrics.swapped)
+        ref.name: ModelSlot(
+            ref,
+            settings.models_folder,
+            lambda folder, released: load_served(folder, released, device, settings),
+            metrics.swapped,
+        )
         for ref in settings.models
     }
     for slot in slots.values():
         slot.start()
     return slots
+
+
+def load_served(
+    folder: Path, released: ReleasedVersion, device: "torch.device", settings: Settings
+) -> ServedModel:
+    """The version in ``folder``, warmed up and proved; raises as ``load_classifier`` does."""
+    from registry.classifier import load_classifier
+
+    bundle = open_bundle(folder, released.manifest_sha256)
+    classifier = load_classifier(bundle, device)
+    return ServedModel(
+        manifest=bundle.manifest,
+        manifest_sha256=bundle.manifest_sha256,
+        version=released.version,
+        alias=released.alias,
+        device=classifier.device,
+        batcher=MicroBatcher(classifier.classify, settings.max_batch, settings.queue_limit),
+    )

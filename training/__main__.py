@@ -5,14 +5,12 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from registry.contract import check_model_name
 from registry.errors import ConvoyError, UsageError
 from registry.home import convoy_home
 from training.config import RECIPES, choose_recipe
-
-MODEL_NAMES = {"fashion-mnist": "fashion", "digits": "digits"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before the first epoch was done: nothing was kept", file=sys.stderr)
+        print("interrupted; if an epoch was finished, --resume goes on from there", file=sys.stderr)
         return 130
 
 
@@ -102,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train and register (the default)")
     train.add_argument("--recipe", default="cnn", help=f"{' | '.join(RECIPES)} (default cnn)")
     train.add_argument("--model", help="name in the registry (default: from the data)")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=_whole(0, 2**31), default=0)
     train.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint of the same run"
     )
@@ -122,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
             help="fashion-mnist[:FOLDER] | digits | folder:FOLDER (default fashion-mnist)",
         )
         command.add_argument(
-            "--image-size", type=int, metavar="PX", help="side of folder: pictures (default 64)"
+            "--image-size",
+            type=_whole(8, 4096),
+            metavar="PX",
+            help="side of folder: pictures (default 64)",
         )
         command.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
         command.add_argument(
@@ -135,11 +136,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """A number for argparse, which shows the text of the error."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} to {most}")
+        return int(text)
+
+    return parse
+
+
 def _model_name(data: str) -> str:
     """A name from the data's: ``folder:./my pictures`` becomes ``my_pictures``."""
     kind, _, path = data.partition(":")
     folder = path.rstrip("/").rpartition("/")[2]
-    return MODEL_NAMES.get(kind) or re.sub(r"[^A-Za-z0-9_-]", "_", folder or kind)
+    return "fashion" if kind == "fashion-mnist" else re.sub(r"[^\w-]", "_", folder or kind)
 
 
 def _with_default_command(argv: Sequence[str]) -> list[str]:

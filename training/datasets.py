@@ -20,13 +20,11 @@ from tqdm import tqdm
 
 from registry.contract import PreprocessSpec
 from registry.errors import ConvoyError, UsageError
-from registry.preprocess import DecodeLimits, Pixels, as_served, decode_image, encode_png
+from registry.preprocess import Pixels, as_served, decode_training_image, encode_png
 from training import fashion_mnist
 
 log = logging.getLogger(__name__)
 
-# Training pictures are the user's own: larger ones than strangers may post.
-FOLDER_LIMITS = DecodeLimits(max_pixels=150_000_000, max_aspect=50.0)
 DEFAULT_SIZE_PX = 64
 
 
@@ -134,7 +132,9 @@ def _digits() -> Dataset:
 def _folder(root: Path, size_px: int) -> Dataset:
     if not root.is_dir():
         raise UsageError(f"{root} is no folder")
-    labels = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+    labels = tuple(
+        sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    )
     if len(labels) < 2:
         raise UsageError(
             f"{root} has {len(labels)} sub-folders; a classifier needs one for each of at least "
@@ -144,7 +144,7 @@ def _folder(root: Path, size_px: int) -> Dataset:
         (path, index)
         for index, label in enumerate(labels)
         for path in sorted((root / label).rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
+        if path.is_file() and not _is_hidden(path.relative_to(root))
     ]
     spec = _plain_spec("RGB", size_px, size_px, resize_shorter_px=size_px)
     paths: list[Path] = []
@@ -154,7 +154,7 @@ def _folder(root: Path, size_px: int) -> Dataset:
     problems: list[str] = []
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda item: _read_picture(item[0], spec), files)
-        for (path, index), (digest, result) in zip(
+        for (path, index), result in zip(
             files,
             tqdm(read, total=len(files), unit="img", desc="reading pictures", disable=None),
             strict=True,
@@ -163,8 +163,8 @@ def _folder(root: Path, size_px: int) -> Dataset:
                 problems.append(f"{path.relative_to(root)}: {result}")
             else:
                 paths.append(path)
-                pixels.append(result)
-                digests.append(digest)
+                pixels.append(result[0])
+                digests.append(result[1])
                 indices.append(index)
     contradicting = _contradictions(digests, indices)
     problems += [
@@ -176,34 +176,33 @@ def _folder(root: Path, size_px: int) -> Dataset:
         log.warning("left out: %s", problem)
     if problems:
         log.warning("left out %d of %d files in all", len(problems), len(files))
-    kept = [number for number, digest in enumerate(digests) if digest not in contradicting]
+    # By digest: renaming a file must not reorder the held-out pictures.
+    in_order = sorted(range(len(digests)), key=lambda number: digests[number])
+    kept = [number for number in in_order if digests[number] not in contradicting]
     if not kept:
         raise UsageError(f"{root} holds no picture that can be read")
     stacked = np.stack([pixels[number] for number in kept])
     if (stacked == stacked[..., :1]).all():  # all grey: one channel says the same
         stacked = np.ascontiguousarray(stacked[..., :1])
-    mode = "L" if stacked.shape[3] == 1 else "RGB"
-    source_spec = msgspec.structs.replace(
-        spec, mode=mode, mean=spec.mean[: stacked.shape[3]], std=spec.std[: stacked.shape[3]]
-    )
     examples = Examples(
         stacked,
         np.array([indices[number] for number in kept], dtype=np.int64),
         tuple(digests[number] for number in kept),
-        lambda index: as_served(paths[kept[index]].read_bytes(), source_spec, FOLDER_LIMITS),
+        lambda index: as_served(paths[kept[index]].read_bytes(), spec),
     )
     return _split_dataset(f"folder:{root.name}", labels, examples, size_px, tuple(problems))
 
 
-def _read_picture(path: Path, spec: PreprocessSpec) -> tuple[str, Pixels | str]:
-    """Digest and pixels of a file, or why it has none."""
+def _read_picture(path: Path, spec: PreprocessSpec) -> tuple[Pixels, str] | str:
+    """Pixels and digest of a file, or why it has none."""
     try:
-        data = path.read_bytes()
-        return hashlib.sha256(data).hexdigest(), decode_image(
-            data, spec, FOLDER_LIMITS, any_format=True
-        )
+        return decode_training_image(path.read_bytes(), spec)
     except (ConvoyError, OSError) as error:
-        return "", str(error)
+        return str(error)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _contradictions(digests: list[str], indices: list[int]) -> set[str]:

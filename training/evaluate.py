@@ -1,9 +1,9 @@
 """What a trained classifier is worth: scores on held-out pictures, and on the same ones moved."""
 
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
+from registry.bundle import Heldout
 from registry.classifier import Classifier
 from registry.preprocess import Pixels
 from training.datasets import Examples
@@ -11,25 +11,12 @@ from training.datasets import Examples
 CALIBRATION_BINS = 15
 
 
-class Evaluation(Struct, frozen=True):
-    """Scores of every example of a split.
-
-    Attributes:
-        labels: int64 (N,), the true classes.
-        probabilities: float32 (N, classes).
-    """
-
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-
-    @property
-    def predicted(self) -> NDArray[np.int64]:
-        predicted: NDArray[np.int64] = self.probabilities.argmax(axis=1)
-        return predicted
+class Evaluation(Heldout, frozen=True):
+    """Scores of every example of a split, and what they are worth."""
 
     @property
     def accuracy(self) -> float:
-        return float((self.predicted == self.labels).mean())
+        return float(self.right.mean())
 
     @property
     def log_loss(self) -> float:
@@ -41,10 +28,9 @@ class Evaluation(Struct, frozen=True):
     def calibration_error(self) -> float:
         """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017)."""
         confidence = self.probabilities.max(axis=1)
-        right = self.predicted == self.labels
         bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
         gaps = [
-            abs(float(right[bins == index].mean()) - float(confidence[bins == index].mean()))
+            abs(float(self.right[bins == index].mean()) - float(confidence[bins == index].mean()))
             * float((bins == index).mean())
             for index in np.unique(bins)
         ]
@@ -59,7 +45,7 @@ class Evaluation(Struct, frozen=True):
 
     def worst_mistakes(self, count: int) -> list[int]:
         """Positions of the wrongly classified examples, most confident first."""
-        wrong = np.flatnonzero(self.predicted != self.labels)
+        wrong = np.flatnonzero(~self.right)
         confidence = self.probabilities[wrong].max(axis=1)
         return [int(position) for position in wrong[np.argsort(-confidence)][:count]]
 

@@ -96,7 +96,7 @@ def fit(
         best = max(history, key=lambda epoch: epoch.validation_accuracy)
 
     try:
-        while len(history) < recipe.epochs:
+        while len(history) < recipe.epochs and not _is_stuck(recipe, history, best):
             number = len(history) + 1
             epoch = train_epoch(number, recipe, program, optimizer, train, data.validation, seed)
             if best is None or epoch.validation_accuracy > best.validation_accuracy:
@@ -116,12 +116,6 @@ def fit(
                 best.validation_accuracy,
                 best.number,
             )
-            if (
-                recipe.patience_epochs is not None
-                and number - best.number >= recipe.patience_epochs
-            ):
-                log.info("no better for %d epochs: stopping early", recipe.patience_epochs)
-                break
     except KeyboardInterrupt:
         if best is None:
             raise
@@ -259,6 +253,16 @@ def _to_device(examples: Examples, device: torch.device) -> tuple[Tensor, Tensor
         torch.from_numpy(np.ascontiguousarray(examples.pixels)).to(device),
         torch.from_numpy(examples.labels).to(device),
     )
+
+
+def _is_stuck(recipe: Recipe, history: list[Epoch], best: Epoch | None) -> bool:
+    """Whether the recipe's patience is over: asked before an epoch, so also when resumed."""
+    if recipe.patience_epochs is None or best is None:
+        return False
+    stuck = len(history) - best.number >= recipe.patience_epochs
+    if stuck:
+        log.info("no better for %d epochs: stopping early", recipe.patience_epochs)
+    return stuck
 
 
 def _run_key(recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:

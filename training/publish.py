@@ -14,12 +14,12 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from registry.bundle import GOLDEN, HELDOUT, WEIGHTS, Bundle, GoldenImage, Heldout, write_bundle
+from registry.bundle import GOLDEN, HELDOUT, WEIGHTS, Bundle, GoldenImage, write_bundle
 from registry.classifier import load_classifier
 from registry.contract import SCHEMA_VERSION, DataRecord, Manifest, ModelVersion, SourceRecord
 from registry.errors import BundleInvalid
 from registry.networks import Program
-from registry.preprocess import decode_image
+from registry.preprocess import TRUSTED_LIMITS, decode_image
 from registry.store import ModelStore
 from training.config import Recipe
 from training.datasets import Dataset, Examples
@@ -112,7 +112,7 @@ def write_version(
     }
     files = {
         WEIGHTS: safetensors.torch.save(state),
-        HELDOUT: Heldout(heldout.labels, heldout.probabilities).to_npz(),
+        HELDOUT: heldout.to_npz(),
     }
     golden = []
     for position in choose_golden(data.validation):
@@ -153,7 +153,8 @@ def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: to
     """
     classifier = load_classifier(bundle, device)
     spec = bundle.manifest.preprocess
-    pixels = np.stack([decode_image(examples.encode(i), spec) for i in range(len(examples))])
+    encoded = (examples.encode(position) for position in range(len(examples)))
+    pixels = np.stack([decode_image(data, spec, TRUSTED_LIMITS) for data in encoded])
     difference = np.abs(classifier.classify(pixels) - expected.probabilities).max(axis=1)
     worst = int(difference.argmax())
     log.info(

@@ -133,7 +133,7 @@ def feature_maps(
     layers = [
         (name, module)
         for name, module in program.network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d)
     ]
     hooks = [
         module.register_forward_hook(
@@ -221,7 +221,7 @@ def html_page(
     ]
     if table is not None:
         head, rows = table
-        parts.append(_row("th", head).join(("<table>", "")))
+        parts += ["<table>", _row("th", head)]
         parts += [_row("td", row) for row in rows]
         parts.append("</table>")
     parts.append("<table>")

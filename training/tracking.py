@@ -1,6 +1,5 @@
 """Training runs in MLflow: parameters, metrics by epoch, pictures."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,6 @@ from registry.store import ModelStore
 from training.config import Recipe
 from training.datasets import Dataset
 from training.loop import Epoch
-
-log = logging.getLogger(__name__)
 
 
 class Run:

@@ -66,6 +66,8 @@ def classify(
         raise
     finally:
         current.metrics.requests.labels(model_name, model_version, outcome).inc()
+        if served := g.get("served"):
+            current.metrics.queue_depth.labels(model_name).set(served.batcher.depth)
     _observe(current, served, scored, decode_ms, started)
     return Response(msgspec.json.encode(answer), mimetype="application/json")
 
@@ -209,11 +211,10 @@ def _observe(
     """Metrics and one log line of a request that was answered."""
     metrics, labels = current.metrics, (served.name, str(served.version))
     metrics.request_seconds.labels(*labels).observe(time.perf_counter() - started)
-    metrics.stage_seconds.labels(*labels, "decode").observe(decode_ms / 1000 / len(scored))
-    metrics.queue_depth.labels(served.name).set(served.batcher.depth)
     good = [each for each in scored if isinstance(each, Scored)]
     metrics.images.labels(*labels).inc(len(good))
     for each in good:
+        metrics.stage_seconds.labels(*labels, "decode").observe(decode_ms / 1000 / len(scored))
         metrics.stage_seconds.labels(*labels, "queue").observe(each.queue_ms / 1000)
         metrics.stage_seconds.labels(*labels, "forward").observe(each.forward_ms / 1000)
         metrics.batch_size.labels(*labels).observe(each.batch_size)

@@ -46,6 +46,7 @@ def _describe(slot: ModelSlot) -> dict[str, Any]:
     return {
         "name": slot.ref.name,
         "version": slot.current.version if slot.current else None,
+        "device": slot.current.device if slot.current else None,
         "error": slot.error,
         "registry_age_s": _registry_age_s(slot),
         "registry_error": slot.pull_status().error,

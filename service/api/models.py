@@ -3,7 +3,7 @@
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Response
+from flask import Blueprint, Response, g
 
 from service.model_slot import ModelSlot, ServedModel
 from service.state import state
@@ -21,7 +21,7 @@ def list_models() -> Response:
 @blueprint.get("/v1/models/<name>/aliases/<alias>")
 def show_model(name: str, version: int | None = None, alias: str | None = None) -> Response:
     current = state()
-    served = current.served(name, version, alias)
+    served = g.served = current.served(name, version, alias)
     return _json({**_summary(current.slot(name)), **_details(served)})
 
 

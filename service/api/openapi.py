@@ -60,7 +60,7 @@ _FAILURES = {
     "422": "The image cannot be decoded.",
     "500": "Something went wrong on the service's side; the body has the request's id.",
     "503": "The queue is full, or no version is loaded yet; see Retry-After.",
-    "504": "The image was not classified within its time.",
+    "504": "The image waited longer than its time.",
 }
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
 _BODY = {

@@ -52,6 +52,7 @@ def test_the_default_cnn_is_the_lessons() -> None:
         ("cnn", {"activation": "swoosh"}, "one of: relu"),
         ("cnn", {"dropout": 1}, "below 1"),
         ("cnn", {"colour": "red"}, "takes no argument colour; it takes: filters"),
+        ("cnn", {"classes": 3, "name": "x"}, "takes no argument classes, name"),
         ("dense", {"hidden": [0]}, "hidden"),
         ("dense", {"hidden": None}, "cannot be built"),
         ("resnet", {"widths": [8] * 7}, "at most 5 stages"),

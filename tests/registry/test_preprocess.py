@@ -12,7 +12,13 @@ from PIL import Image
 
 from registry.contract import PreprocessSpec
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
-from registry.preprocess import DecodeLimits, as_served, decode_image, encode_png
+from registry.preprocess import (
+    DecodeLimits,
+    as_served,
+    decode_image,
+    decode_training_image,
+    encode_png,
+)
 
 GREY = PreprocessSpec(mode="L", width_px=8, height_px=6, mean=(0.5,), std=(0.5,))
 COLOUR = PreprocessSpec(mode="RGB", width_px=8, height_px=6, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -54,9 +60,9 @@ def test_other_formats_are_unsupported_when_serving_but_fine_when_training(kind:
     data = encoded(halves(), kind)
     with pytest.raises(UnsupportedImageType):
         decode_image(data, COLOUR)
-    assert decode_image(data, COLOUR, any_format=True).shape == COLOUR.shape
+    assert decode_training_image(data, COLOUR)[0].shape == COLOUR.shape
     np.testing.assert_array_equal(
-        decode_image(as_served(data, COLOUR), COLOUR), decode_image(data, COLOUR, any_format=True)
+        decode_image(as_served(data, COLOUR), COLOUR), decode_training_image(data, COLOUR)[0]
     )
 
 
@@ -106,6 +112,29 @@ def test_all_eight_exif_orientations_come_out_upright(orientation: int) -> None:
     spec = PreprocessSpec(mode="L", width_px=16, height_px=16, mean=(0.5,), std=(0.5,))
     pixels = decode_image(encoded(stored, exif=exif), spec)
     np.testing.assert_array_equal(pixels[..., 0], np.asarray(upright.convert("L")))
+
+
+@pytest.mark.parametrize("tag", [0x011A, 0x0100, 0x0103])
+def test_another_odd_exif_tag_does_not_refuse_the_picture(tag: int) -> None:
+    """A number's tag with a text in it, as cameras and editors leave them behind."""
+    entries = sorted([(0x0112, 3, 1, b"\3\0\0\0"), (tag, 2, 4, b"odd\0")])
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4)
+    data = encoded(halves(64, 48), "JPEG", exif=exif, quality=95)
+    assert decode_image(data, COLOUR)[3, 1, 2] > 200  # turned: blue is on the left
+
+
+def test_broken_exif_does_not_refuse_the_picture() -> None:
+    data = encoded(halves(), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert decode_image(data, COLOUR)[0, 0, 0] == 255
+
+
+def test_copies_in_other_formats_have_one_digest() -> None:
+    digests = {
+        decode_training_image(encoded(halves(), kind), COLOUR)[1] for kind in ("PNG", "BMP", "TIFF")
+    }
+    assert len(digests) == 1
+    assert decode_training_image(encoded(halves(9)), COLOUR)[1] not in digests
 
 
 def test_exif_can_be_ignored() -> None:
@@ -174,7 +203,7 @@ def test_a_truncated_file_is_invalid(kind: str) -> None:
 def test_floating_point_pixels_are_invalid() -> None:
     data = encoded(Image.new("F", (8, 6)), "TIFF")
     with pytest.raises(InvalidImage, match="floating-point"):
-        decode_image(data, COLOUR, any_format=True)
+        decode_training_image(data, COLOUR)
 
 
 @settings(max_examples=300, deadline=None)

@@ -59,11 +59,13 @@ def test_a_copy_that_was_damaged_on_disk_is_fetched_again(
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    Puller(lambda: store, registry_home.models, (REF,)).pull(REF)
     weights = version_folder(registry_home.models, "digits", 1) / WEIGHTS
-    weights.write_bytes(b"damaged")
-    Puller(lambda: store, registry_home.models, (REF,)).pull(REF)
-    open_bundle(weights.parent).verify([WEIGHTS])
+    puller = Puller(lambda: store, registry_home.models, (REF,))
+    puller.pull(REF)
+    for each in (puller, Puller(lambda: store, registry_home.models, (REF,))):
+        weights.write_bytes(b"damaged")
+        each.pull(REF)
+        open_bundle(weights.parent).verify([WEIGHTS])
 
 
 def test_a_download_that_fails_leaves_what_serves_alone(

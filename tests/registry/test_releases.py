@@ -34,7 +34,8 @@ def test_a_generation_grows_only_with_a_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[" * 5000, b'{"schema_version":1}', b'{"versions": []}']
+    "content",
+    [b"", b"{", b"[" * 5000, b'{"schema_version":1}', b'{"versions": []}', b'{"model": "\xff"}'],
 )
 def test_a_damaged_release_is_reported_and_can_be_replaced(tmp_path: Path, content: bytes) -> None:
     write_release(tmp_path, "fashion", (ONE,))

@@ -9,28 +9,18 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.serving import make_server
 
-from registry.bundle import Bundle, open_bundle
-from registry.classifier import load_classifier
+from registry.bundle import Bundle
 from registry.contract import ModelRef
 from registry.releases import ReleasedVersion, version_folder, write_release
 from service import create_app
-from service.batcher import MicroBatcher
 from service.model_slot import ModelSlot, ServedModel
 from service.settings import Settings
+from service.state import load_served
 from tests.conftest import CPU, MakeBundle
 
 
 def load(folder: Path, released: ReleasedVersion) -> ServedModel:
-    bundle = open_bundle(folder, released.manifest_sha256)
-    classifier = load_classifier(bundle, CPU)
-    return ServedModel(
-        manifest=bundle.manifest,
-        manifest_sha256=bundle.manifest_sha256,
-        version=released.version,
-        alias=released.alias,
-        device=classifier.device,
-        batcher=MicroBatcher(classifier.classify, 8, 64),
-    )
+    return load_served(folder, released, CPU, Settings(max_batch=8, queue_limit=64))
 
 
 @pytest.fixture

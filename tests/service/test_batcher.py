@@ -158,15 +158,29 @@ def test_an_image_that_expires_before_its_turn_is_left_out_of_the_batch(
 def test_a_running_forward_pass_is_waited_for_though_the_time_is_over(
     pool: ThreadPoolExecutor,
 ) -> None:
-    gate = Gate()
-    batcher = MicroBatcher(gate, 1, 64)
+    steps, entered = threading.Semaphore(0), threading.Semaphore(0)
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        entered.release()
+        assert steps.acquire(timeout=FOREVER_S)
+        return echo(pixels)
+
+    batcher = MicroBatcher(compute, 2, 64)
     first = submit(pool, batcher, 1)
-    gate.entered.acquire()
-    late = submit(pool, batcher, 2, 3, deadline_s=FOREVER_S)
+    entered.acquire()
+    leader = submit(pool, batcher, 2)
+    wait_until(lambda: batcher.depth == 1)
+    late = submit(pool, batcher, 3)
     wait_until(lambda: batcher.depth == 2)
-    gate.open.set()
-    assert values(first.result()) == [1]
-    assert values(late.result()) == [2, 3]
+    item = batcher._waiting[1]
+    steps.release()
+    entered.acquire()  # the batch of 2 and 3 runs now, led by the thread of 2
+    giving_up = pool.submit(batcher._give_up, item)  # what its thread does when its time is over
+    assert not giving_up.done()
+    steps.release()
+    giving_up.result(FOREVER_S)
+    assert isinstance(item.outcome, Scored)
+    assert [values(each.result()) for each in (first, leader, late)] == [[1], [2], [3]]
 
 
 def test_one_bad_image_fails_alone(pool: ThreadPoolExecutor) -> None:

@@ -51,8 +51,9 @@ def test_a_service_that_is_not_there_is_one_line(picture: str, capsys) -> None:
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         assert main(["classify", picture, "--url", address]) == 2
     assert f"no answer from {address}" in capsys.readouterr().err
-    assert main(["classify", picture, "--url", "localhost:80"]) == 2
-    assert "http://HOST:PORT" in capsys.readouterr().err
+    for wrong in ("localhost:80", "http://localhost:abc", "ftp://localhost"):
+        assert main(["classify", picture, "--url", wrong]) == 2
+        assert "http://HOST:PORT" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(
@@ -63,7 +64,12 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(
         taken.listen()
         monkeypatch.setenv("CONVOY_PORT", str(taken.getsockname()[1]))
         assert main([]) == 2
-    assert "Address already in use" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "Address already in use" in error
+    assert "CONVOY_PORT" in error
+    monkeypatch.setenv("CONVOY_HOST", "203.0.113.1")  # documentation's own: never this machine's
+    assert main(["serve", "--no-pull"]) == 2
+    assert "is CONVOY_HOST right?" in capsys.readouterr().err
 
 
 def test_a_setting_that_cannot_be_used_stops_the_start(

@@ -10,7 +10,7 @@ from registry.contract import ModelRef
 from registry.errors import ModelNotReady
 from registry.releases import release_file, version_folder
 from service import model_slot
-from service.model_slot import ModelSlot
+from service.model_slot import ModelSlot, ServedModel
 from tests.service.conftest import load
 
 
@@ -75,6 +75,24 @@ def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, release, mode
     assert not slot.refresh()
 
 
+def test_a_release_file_that_was_lost_is_followed_again(
+    slot: ModelSlot, release, models: Path
+) -> None:
+    release(1)
+    slot.refresh()
+    whole = release_file(models, "digits").read_bytes()
+    release_file(models, "digits").unlink()
+    slot.refresh()
+    assert "nothing is released" in str(slot.error)
+    release_file(models, "digits").write_bytes(whole)
+    assert not slot.refresh()
+    assert slot.error is None
+    release_file(models, "digits").unlink()
+    release(2, seed=1)  # begins with generation 1 again
+    assert slot.refresh()
+    assert slot.require().version == 2
+
+
 def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(
     slot: ModelSlot, release
 ) -> None:
@@ -126,14 +144,18 @@ def test_a_damaged_release_file_does_not_stop_the_watcher(
 
 
 def test_swaps_and_failures_are_counted(models: Path, release) -> None:
-    events: list[tuple[str, int | None, bool]] = []
-    slot = ModelSlot(
-        ModelRef("digits", alias="champion"), models, load, lambda *event: events.append(event)
-    )
-    slot.refresh()
+    events: list[tuple[int | None, int | None]] = []
+
+    def note(name: str, before: ServedModel | None, after: ServedModel | None) -> None:
+        events.append((before and before.version, after and after.version))
+
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, note)
+    slot.refresh()  # nothing is released: no version failed
     release(1)
     slot.refresh()
-    assert events == [("digits", None, False), ("digits", 1, True)]
+    release(2, alias="another")
+    slot.refresh()
+    assert events == [(None, 1), (1, None)]
 
 
 def wait_for(condition) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from registry.errors import UsageError
-from registry.preprocess import decode_image
+from registry.preprocess import TRUSTED_LIMITS, decode_image
 from training import fashion_mnist
 from training.datasets import channel_statistics, load_dataset, split_by_digest
 from training.fashion_mnist import FILES, IdxFile
@@ -86,11 +86,43 @@ def test_grey_folders_need_one_channel(tmp_path: Path) -> None:
 
 def test_equal_pictures_never_straddle_the_splits(folder: Path, tmp_path: Path) -> None:
     for path in list((folder / "cat").iterdir()):
-        shutil.copy(path, path.with_stem(path.stem + "-copy"))
+        with Image.open(path) as image:  # another file, the same picture
+            image.convert("RGB").save(path.with_name(f"{path.stem}-copy.bmp"))
     data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
     assert sum(data.counts.values()) == 120
     splits = [set(part.digests) for part in (data.train, data.validation, data.test)]
     assert sum(map(len, splits)) == len(set.union(*splits))
+
+
+def test_renaming_files_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    before = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    for number, path in enumerate(sorted((folder / "cat").iterdir(), reverse=True)):
+        path.rename(path.with_name(f"renamed-{number}{path.suffix}"))
+    assert load_dataset(f"folder:{folder}", tmp_path, size_px=16).sha256 == before.sha256
+
+
+def test_hidden_folders_are_no_classes_and_hold_no_pictures(folder: Path, tmp_path: Path) -> None:
+    picture(folder / ".ipynb_checkpoints" / "1.png", 1000)
+    picture(folder / "cat" / ".thumbnails" / "1.png", 1001)
+    data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    assert data.labels == ("cat", "dog")
+    assert sum(data.counts.values()) == 80
+
+
+def test_pictures_larger_than_strangers_may_post_are_trained_on_and_proved(
+    folder: Path, tmp_path: Path
+) -> None:
+    camera = folder / "cat" / "camera.jpg"
+    Image.new("RGB", (4100, 3000), "red").save(camera)
+    data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
+    ((part, index),) = [
+        (part, index)
+        for part in (data.train, data.validation, data.test)
+        for index in range(len(part))
+        if part.encode(index) == camera.read_bytes()
+    ]
+    served = decode_image(part.encode(index), data.preprocess, TRUSTED_LIMITS)
+    np.testing.assert_array_equal(served, part.pixels[index])
 
 
 def test_files_that_cannot_be_used_are_reported_and_left_out(

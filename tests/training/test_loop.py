@@ -166,11 +166,14 @@ def test_ctrl_c_in_the_first_epoch_passes_through(
 
 
 def test_training_stops_early_when_nothing_gets_better(
-    few_digits: Dataset, recipe: Recipe, caplog
+    few_digits: Dataset, recipe: Recipe, tmp_path: Path, caplog
 ) -> None:
     caplog.set_level("INFO")
     stuck = replace(recipe, epochs=20, learning_rate=1e-12, patience_epochs=2)
-    assert len(fit(stuck, few_digits, CPU, 0).history) == 3
+    checkpoint = tmp_path / "run.pt"
+    assert len(fit(stuck, few_digits, CPU, 0, checkpoint=checkpoint).history) == 3
+    resumed = fit(stuck, few_digits, CPU, 0, checkpoint=checkpoint, resume=True)
+    assert len(resumed.history) == 3
     assert "stopping early" in caplog.text
 
 

@@ -106,7 +106,7 @@ def test_wrong_use_is_answered_on_one_line(
     assert reason in err[0]
 
 
-def test_ctrl_c_before_the_first_epoch_says_that_nothing_was_kept(
+def test_ctrl_c_that_stops_everything_says_how_to_go_on(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
@@ -114,7 +114,7 @@ def test_ctrl_c_before_the_first_epoch_says_that_nothing_was_kept(
 
     monkeypatch.setattr(runs, "fit", interrupted)
     assert main([*QUICK, "--recipe", "dense"]) == 130
-    assert "nothing was kept" in capsys.readouterr().err
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_a_model_is_named_after_its_folder(tmp_path: Path) -> None:
