@@ -38,7 +38,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     home = convoy_home()
     data = load_dataset(arguments.data, home.datasets, arguments.image_size)
-    finished = train_and_publish(
+    finished, registered = train_and_publish(
         data,
         recipe,
         model,
@@ -48,7 +48,7 @@ def _train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         register=not arguments.no_register,
     )
-    version = finished.version.version if finished.version else None
+    version = registered.version if registered else None
     summary = {
         "model": model,
         "version": version,
@@ -73,7 +73,10 @@ def _train(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     if arguments.seeds < 1:
         raise UsageError(f"--seeds is {arguments.seeds}; it must be at least 1")
-    recipes = [choose_recipe(name, arguments.set) for name in arguments.recipes.split(",")]
+    names = arguments.recipes.split(",")
+    if len(set(names)) != len(names):
+        raise UsageError(f"--recipes names a recipe twice: {arguments.recipes}")
+    recipes = [choose_recipe(name, arguments.set) for name in names]
     from training.datasets import load_dataset
     from training.runs import compare
 

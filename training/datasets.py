@@ -1,6 +1,6 @@
 """Labelled pictures: where they come from, that they are what they claim, and how they are split.
 
-Whatever the source, an example is named by the SHA-256 of its content, and that digest alone
+Whatever the source, an example is named by the SHA-256 of its pixels, and that digest alone
 decides its split. So equal pictures never straddle training and held-out data, every run splits
 alike, and adding pictures moves none of the old ones.
 """

@@ -6,7 +6,7 @@ that it can be opened from a folder, from MLflow's page of the run or from an e-
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def feature_maps(
     return [(name, _maps(name, outputs[name][0].float().cpu().numpy())) for name, _ in layers]
 
 
-def shift_curves(curves: dict[str, list[list[float]]]) -> Figure:
+def shift_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Accuracy against shift for each recipe; one thin line a seed, a thick one for the mean."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for number, (recipe, runs) in enumerate(curves.items()):
@@ -164,12 +164,12 @@ def shift_curves(curves: dict[str, list[list[float]]]) -> Figure:
     return figure
 
 
-def accuracy_bars(accuracies: dict[str, list[float]]) -> Figure:
+def accuracy_bars(accuracies: Mapping[str, Sequence[float]]) -> Figure:
     """Each seed's test accuracy as a dot, mean and deviation as a bar."""
     figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
     for number, values in enumerate(accuracies.values()):
         axes.errorbar(
-            number, np.mean(values), yerr=_deviation(values), fmt="_", markersize=26, capsize=6
+            number, np.mean(values), yerr=deviation(values), fmt="_", markersize=26, capsize=6
         )
         axes.plot([number + 0.12] * len(values), values, "o", markersize=4, color=f"C{number}")
     axes.set_xticks(range(len(accuracies)), list(accuracies))
@@ -252,7 +252,8 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _deviation(values: Sequence[float]) -> float:
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 

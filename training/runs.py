@@ -6,6 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from msgspec import Struct
@@ -35,13 +36,22 @@ THE_RULE = (
 
 
 class Finished(Struct, frozen=True, kw_only=True):
-    """One finished run: what it scored, and the version it became (None when not registered)."""
+    """One training run: the weights that were kept, what they scored, how long it took."""
 
     run_id: str
-    test: Evaluation
+    trained: Trained
+    classifier: Classifier
     validation: Evaluation
+    test: Evaluation
     seconds: float
-    version: ModelVersion | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {**self.validation.metrics("validation"), **self.test.metrics("test")}
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.trained.program.parameters())
 
 
 def train_and_publish(
@@ -54,50 +64,72 @@ def train_and_publish(
     device: str = "auto",
     resume: bool = False,
     register: bool = True,
-) -> Finished:
+) -> tuple[Finished, ModelVersion | None]:
     """Train, evaluate, report, log, and register version N of ``model`` as ``challenger``.
 
     The registry is opened first: a training of an hour is not lost to one that is down. If it goes
-    down meanwhile, the checkpoint stays, and ``resume`` publishes without training again.
+    down meanwhile, or the run was interrupted, the checkpoint stays and ``resume`` goes on.
+
+    Returns:
+        The run, and its version (None when ``register`` is False).
     """
     chosen = choose_device(device)
     store = ModelStore(home)
     checkpoint = checkpoint_file(home, data, recipe, seed)
-    with start_run(store, EXPERIMENT, f"{model} {recipe.name}") as run:
-        run.log_start(recipe, data, seed, describe_device(chosen))
-        started = time.perf_counter()
-        trained = fit(
-            recipe,
-            data,
-            chosen,
-            seed,
-            checkpoint=checkpoint,
-            resume=resume,
-            on_epoch=run.log_epoch,
-        )
-        seconds = time.perf_counter() - started
-        run.set_tag("interrupted", trained.interrupted)
-        classifier = Classifier(trained.program, chosen)
-        validation = evaluate(classifier, data.validation)
-        test = evaluate(classifier, data.test)
-        metrics = {**validation.metrics("validation"), **test.metrics("test")}
-        run.log_metrics({**metrics, "training_seconds": seconds})
-        with tempfile.TemporaryDirectory(prefix="convoy-report-") as name:
-            folder = Path(name)
-            _write_run_report(folder, model, recipe, data, seed, trained, test, metrics, chosen)
-            run.log_report(folder)
-            version = None
-            if register:
-                manifest = build_manifest(
-                    model, recipe, data, seed, describe_device(chosen), metrics
-                )
-                version = publish(
-                    store, manifest, trained.program, data, validation, folder, chosen
-                )
-    checkpoint.unlink(missing_ok=True)
-    return Finished(
-        run_id=run.id, test=test, validation=validation, seconds=seconds, version=version
+    with (
+        start_run(store, EXPERIMENT, f"{model} {recipe.name}") as run,
+        tempfile.TemporaryDirectory(prefix="convoy-report-") as name,
+    ):
+        report_folder = Path(name)
+        finished = _train(run, data, recipe, model, seed, chosen, report_folder, checkpoint, resume)
+        version = None
+        if register:
+            manifest = build_manifest(
+                model, recipe, data, seed, describe_device(chosen), finished.metrics
+            )
+            program = finished.trained.program
+            version = publish(
+                store, manifest, program, data, finished.validation, report_folder, chosen
+            )
+    if not finished.trained.interrupted:
+        checkpoint.unlink(missing_ok=True)
+    return finished, version
+
+
+def _train(
+    run: Run,
+    data: Dataset,
+    recipe: Recipe,
+    title: str,
+    seed: int,
+    device: torch.device,
+    report_folder: Path,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> Finished:
+    """Train and evaluate, with everything logged to ``run`` and drawn into ``report_folder``."""
+    run.log_start(recipe, data, seed, describe_device(device))
+    started = time.perf_counter()
+    trained = fit(
+        recipe, data, device, seed, checkpoint=checkpoint, resume=resume, on_epoch=run.log_epoch
     )
+    seconds = time.perf_counter() - started
+    classifier = Classifier(trained.program, device)
+    finished = Finished(
+        run_id=run.id,
+        trained=trained,
+        classifier=classifier,
+        validation=evaluate(classifier, data.validation),
+        test=evaluate(classifier, data.test),
+        seconds=seconds,
+    )
+    run.set_tag("interrupted", trained.interrupted)
+    run.log_metrics({**finished.metrics, "training_seconds": seconds})
+    _write_run_report(
+        report_folder, f"{title}: {recipe.name}", recipe, data, seed, finished, device
+    )
+    run.log_report(report_folder)
+    return finished
 
 
 def checkpoint_file(home: Home, data: Dataset, recipe: Recipe, seed: int) -> Path:
@@ -108,35 +140,33 @@ def checkpoint_file(home: Home, data: Dataset, recipe: Recipe, seed: int) -> Pat
 
 def _write_run_report(
     folder: Path,
-    model: str,
+    title: str,
     recipe: Recipe,
     data: Dataset,
     seed: int,
-    trained: Trained,
-    test: Evaluation,
-    metrics: dict[str, float],
+    finished: Finished,
     device: torch.device,
 ) -> None:
+    trained = finished.trained
     pictures = report.run_pictures(
-        trained.program, trained.history, trained.best, test, data, device
+        trained.program, trained.history, trained.best, finished.test, data, device
     )
     arguments = ", ".join(f"{key} {value}" for key, value in recipe.network.args.items())
     facts = [
         *_data_facts(data),
         ("network", f"{recipe.network.name} {arguments}"),
-        ("parameters", f"{count_parameters(trained):,}"),
+        ("parameters", f"{finished.parameters:,}"),
         ("seed", seed),
         ("device", describe_device(device)),
         ("kept epoch", f"{trained.best.number} of {len(trained.history)}"),
-        *metrics.items(),
+        *finished.metrics.items(),
     ]
     notes = [THE_RULE]
     if trained.interrupted:
         notes.append("The run was interrupted; the best epoch until then was kept.")
     if data.problems:
         notes.append(f"{len(data.problems)} files were left out: " + "; ".join(data.problems[:20]))
-    page = report.html_page(f"{model}: {recipe.name}", facts, pictures, notes=notes)
-    report.write_report(folder, page, pictures)
+    report.write_report(folder, report.html_page(title, facts, pictures, notes=notes), pictures)
 
 
 def _data_facts(data: Dataset) -> list[tuple[str, str]]:
@@ -144,46 +174,46 @@ def _data_facts(data: Dataset) -> list[tuple[str, str]]:
     return [("data", f"{data.name}: {counts}"), ("data digest", data.sha256)]
 
 
-def count_parameters(trained: Trained) -> int:
-    return sum(parameter.numel() for parameter in trained.program.parameters())
+class ComparedRun(Struct, frozen=True, kw_only=True):
+    """``shifted_accuracies[px]`` is the test accuracy with the pictures moved by px pixels."""
+
+    recipe: str
+    seed: int
+    accuracy: float
+    shifted_accuracies: tuple[float, ...]
+    parameters: int
+    seconds: float
 
 
-class Comparison(Struct, frozen=True, kw_only=True):
-    """Several recipes on the same data, one list entry a seed.
+class Comparison(Struct, frozen=True):
+    """Several recipes on the same data, each with several seeds; logged as the run ``run_id``."""
 
-    ``shift_accuracies[recipe][seed][px]`` is the test accuracy with pictures moved by px pixels.
-    """
-
-    accuracies: dict[str, list[float]]
-    shift_accuracies: dict[str, list[list[float]]]
-    parameters: dict[str, int]
-    seconds: dict[str, list[float]]
+    runs: tuple[ComparedRun, ...]
     run_id: str
 
+    def by_recipe(self) -> dict[str, list[ComparedRun]]:
+        grouped: dict[str, list[ComparedRun]] = {}
+        for run in self.runs:
+            grouped.setdefault(run.recipe, []).append(run)
+        return grouped
+
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heading and rows, for terminals and pages."""
-        heading = [
-            "recipe",
-            "test accuracy",
-            "seeds",
-            "parameters",
-            "seconds",
-            "shifted by 2 px",
-            "by 4 px",
-        ]
+        """Heading and rows, for terminals and pages; means ± standard deviations over the seeds."""
+        heading = ["recipe", "test accuracy", "seeds", "parameters", "seconds"]
+        heading += ["shifted by 2 px", "by 4 px"]
         return heading, [
             [
                 recipe,
-                _mean_deviation(values),
-                str(len(values)),
-                f"{self.parameters[recipe]:,}",
-                f"{np.mean(self.seconds[recipe]):.0f}",
+                _mean_deviation([run.accuracy for run in runs], ".4f"),
+                str(len(runs)),
+                f"{runs[0].parameters:,}",
+                _mean_deviation([run.seconds for run in runs], ".0f"),
                 *(
-                    _mean_deviation([run[px] for run in self.shift_accuracies[recipe]])
+                    _mean_deviation([run.shifted_accuracies[px] for run in runs], ".4f")
                     for px in (2, 4)
                 ),
             ]
-            for recipe, values in self.accuracies.items()
+            for recipe, runs in self.by_recipe().items()
         ]
 
 
@@ -192,69 +222,68 @@ def compare(
 ) -> Comparison:
     """Train every recipe with seeds 0 … ``seeds`` - 1 on ``data`` and log what they are worth.
 
-    Nothing is registered: the result is a run with a table, curves and a page.
+    Nothing is registered: the result is a run with a table, curves and a page, and in it a run for
+    each training with its own report. Ctrl-C ends the comparison: half a training compares with
+    nothing.
     """
     chosen = choose_device(device)
     store = ModelStore(home)
-    accuracies: dict[str, list[float]] = {recipe.name: [] for recipe in recipes}
-    shifted: dict[str, list[list[float]]] = {recipe.name: [] for recipe in recipes}
-    seconds: dict[str, list[float]] = {recipe.name: [] for recipe in recipes}
-    parameters: dict[str, int] = {}
-    title = f"compare {', '.join(accuracies)}"
+    title = f"compare {', '.join(recipe.name for recipe in recipes)}"
+    runs: list[ComparedRun] = []
     with start_run(store, EXPERIMENT, title) as run:
         jobs = [(recipe, seed) for recipe in recipes for seed in range(seeds)]
         for recipe, seed in tqdm(jobs, unit="run", desc="comparing", disable=None):
-            with start_run(store, EXPERIMENT, f"{recipe.name} seed {seed}", nested=True) as child:
-                child.log_start(recipe, data, seed, describe_device(chosen))
-                started = time.perf_counter()
-                trained = fit(recipe, data, chosen, seed, on_epoch=child.log_epoch)
-                seconds[recipe.name].append(time.perf_counter() - started)
-                classifier = Classifier(trained.program, chosen)
-                test = evaluate(classifier, data.test)
-                metrics = test.metrics("test")
-                child.log_metrics(metrics)
-                with tempfile.TemporaryDirectory(prefix="convoy-report-") as name:
-                    folder = Path(name)
-                    _write_run_report(
-                        folder, "compare", recipe, data, seed, trained, test, metrics, chosen
-                    )
-                    child.log_report(folder)
-                accuracies[recipe.name].append(test.accuracy)
-                shifted[recipe.name].append(
-                    accuracy_against_shift(classifier, data.test, SHIFTS_PX)
+            with (
+                start_run(store, EXPERIMENT, f"{recipe.name} seed {seed}", nested=True) as child,
+                tempfile.TemporaryDirectory(prefix="convoy-report-") as name,
+            ):
+                finished = _train(child, data, recipe, "compare", seed, chosen, Path(name))
+            if finished.trained.interrupted:
+                raise KeyboardInterrupt
+            shifted = accuracy_against_shift(finished.classifier, data.test, SHIFTS_PX)
+            runs.append(
+                ComparedRun(
+                    recipe=recipe.name,
+                    seed=seed,
+                    accuracy=finished.test.accuracy,
+                    shifted_accuracies=tuple(shifted),
+                    parameters=finished.parameters,
+                    seconds=finished.seconds,
                 )
-                parameters[recipe.name] = count_parameters(trained)
-                log.info("%s, seed %d: test accuracy %.4f", recipe.name, seed, test.accuracy)
-        comparison = Comparison(
-            accuracies=accuracies,
-            shift_accuracies=shifted,
-            parameters=parameters,
-            seconds=seconds,
-            run_id=run.id,
-        )
+            )
+            log.info("%s, seed %d: test accuracy %.4f", recipe.name, seed, finished.test.accuracy)
+        comparison = Comparison(tuple(runs), run.id)
         _log_comparison(run, comparison, data, title)
     return comparison
 
 
 def _log_comparison(run: Run, comparison: Comparison, data: Dataset, title: str) -> None:
-    for recipe, values in comparison.accuracies.items():
-        means = {f"{recipe}_accuracy_mean": float(np.mean(values))}
-        if len(values) > 1:
-            means[f"{recipe}_accuracy_deviation"] = float(np.std(values, ddof=1))
-        run.log_metrics(means)
-        for px, accuracy in enumerate(np.mean(comparison.shift_accuracies[recipe], axis=0)):
-            run.log_metrics({f"{recipe}_accuracy_shifted_{px}px": float(accuracy)})
+    accuracies: dict[str, list[float]] = {}
+    curves: dict[str, list[tuple[float, ...]]] = {}
+    for recipe, runs in comparison.by_recipe().items():
+        accuracies[recipe] = [each.accuracy for each in runs]
+        curves[recipe] = [each.shifted_accuracies for each in runs]
+        run.log_metrics(
+            {
+                f"{recipe}_accuracy_mean": float(np.mean(accuracies[recipe])),
+                f"{recipe}_accuracy_deviation": report.deviation(accuracies[recipe]),
+                **{
+                    f"{recipe}_accuracy_shifted_{px}px": float(accuracy)
+                    for px, accuracy in enumerate(np.mean(curves[recipe], axis=0))
+                },
+            }
+        )
     pictures = {
-        "accuracy": report.to_png(report.accuracy_bars(comparison.accuracies)),
-        "accuracy against shift": report.to_png(report.shift_curves(comparison.shift_accuracies)),
+        "accuracy": report.to_png(report.accuracy_bars(accuracies)),
+        "accuracy against shift": report.to_png(report.shift_curves(curves)),
     }
     page = report.html_page(title, _data_facts(data), pictures, comparison.table(), [THE_RULE])
     with tempfile.TemporaryDirectory(prefix="convoy-compare-") as name:
         report.write_report(Path(name), page, pictures)
+        (Path(name) / "comparison.json").write_bytes(msgspec.json.encode(comparison.runs))
         run.log_report(Path(name))
 
 
-def _mean_deviation(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+def _mean_deviation(values: list[float], form: str) -> str:
+    mean = f"{np.mean(values):{form}}"
+    return f"{mean} ± {report.deviation(values):{form}}" if len(values) > 1 else mean

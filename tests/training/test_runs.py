@@ -69,8 +69,6 @@ def test_recipes_are_compared_on_the_same_pictures(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "SHIFTS_PX", range(5))
-    arguments = ["compare", *QUICK, "--recipes", "dense,dense", "--seeds", "1"]
-    assert main(arguments) == 0
     arguments = ["compare", *QUICK, "--recipes", "dense", "--seeds", "2"]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -80,7 +78,25 @@ def test_recipes_are_compared_on_the_same_pictures(
     run_id = lines[-1].split("mlflow run ")[1].split(",")[0]
     assert "dense_accuracy_shifted_4px" in mlflow.get_run(run_id).data.metrics
     names = {Path(i.path).name for i in mlflow.MlflowClient().list_artifacts(run_id, "report")}
-    assert names == {"report.html", "accuracy.png", "accuracy_against_shift.png"}
+    assert names == {
+        "report.html",
+        "comparison.json",
+        "accuracy.png",
+        "accuracy_against_shift.png",
+    }
+
+
+def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
+    registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = runs.fit
+
+    def interrupted(*arguments, **options):
+        return msgspec.structs.replace(original(*arguments, **options), interrupted=True)
+
+    monkeypatch.setattr(runs, "fit", interrupted)
+    assert main(["compare", *QUICK, "--recipes", "dense", "--seeds", "2"]) == 130
+    assert "dense" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -94,6 +110,7 @@ def test_recipes_are_compared_on_the_same_pictures(
         (["--data", "digits", "--recipe", "dense", "--resume"], "no checkpoint to resume"),
         (["--data", "digits", "--recipe", "cnn"], "pool2: a window"),
         (["compare", "--seeds", "0"], "at least 1"),
+        (["compare", "--recipes", "dense,dense"], "twice"),
         (["compare", "--recipes", "dense,vgg"], "there is no recipe 'vgg'"),
     ],
 )
