@@ -9,6 +9,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_NO_CACHE_DIR=1 \
+    GIT_PYTHON_REFRESH=quiet \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     CONVOY_HOME=/var/lib/convoy
 RUN python -m venv /opt/venv \

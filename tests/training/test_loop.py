@@ -53,7 +53,7 @@ def test_the_kept_epoch_is_the_best_on_validation(few_digits: Dataset, recipe: R
 
 
 class PowerCut(Exception):
-    pass
+    """The process ends between two epochs."""
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
