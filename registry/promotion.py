@@ -49,16 +49,15 @@ def promote(
     except (PromotionRefused, BundleInvalid) as error:
         objection = str(error)
     action = "promoted" if objection is None else "forced" if force else "refused"
-    decision = Decision(
+    decision = _record(
+        store,
+        name,
         action=action,
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=getpass.getuser(),
         from_version=champion.version if champion else None,
         to_version=version,
         reason=reason,
         verdict=objection or finding,
     )
-    store.record(name, decision, key=time.time_ns())
     if action == "refused":
         raise PromotionRefused(f"{name} version {version} is refused: {objection}")
     store.set_champion(name, version)
@@ -80,17 +79,33 @@ def roll_back(store: ModelStore, name: str, reason: str | None = None) -> tuple[
     if CHAMPION not in aliases or PREVIOUS not in aliases:
         raise VersionNotFound(f"{name} has no previous champion to roll back to")
     left, back = aliases[CHAMPION], aliases[PREVIOUS]
-    decision = Decision(
-        action="rolled back",
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=getpass.getuser(),
-        from_version=left,
-        to_version=back,
-        reason=reason,
-    )
-    store.record(name, decision, key=time.time_ns())
+    _record(store, name, action="rolled back", from_version=left, to_version=back, reason=reason)
     store.set_champion(name, back)
     return left, back
+
+
+def _record(
+    store: ModelStore,
+    name: str,
+    *,
+    action: str,
+    from_version: int | None,
+    to_version: int,
+    reason: str | None,
+    verdict: str | None = None,
+) -> Decision:
+    """Write a decision down, with who and when, before it is carried out."""
+    decision = Decision(
+        action=action,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        by=getpass.getuser(),
+        from_version=from_version,
+        to_version=to_version,
+        reason=reason,
+        verdict=verdict,
+    )
+    store.record(name, decision, key=time.time_ns())
+    return decision
 
 
 def _champion(store: ModelStore, name: str) -> ModelVersion | None:

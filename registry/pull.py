@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 # Beside what serves: a roll-back to one of them needs no download.
 VERSIONS_KEPT = 5
 
-
 Traces = tuple[str, tuple[tuple[str, int, int], ...]]
 
 
@@ -137,6 +136,7 @@ class Puller:
 
 def _traces(folder: Path, version: ModelVersion) -> Traces:
     """What changes when a file in ``folder`` does, or when another version is meant."""
-    stats = {path: path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
-    sizes = tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
-    return version.manifest_sha256, sizes
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return version.manifest_sha256, tuple(
+        (str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files
+    )

@@ -35,7 +35,7 @@ from registry.contract import CHALLENGER, CHAMPION, PREVIOUS, ModelRef, ModelVer
 from registry.errors import BundleInvalid, RegistryUnavailable, VersionNotFound
 from registry.home import Home
 
-log = logging.getLogger(__name__)
+logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, step by step
 
 DIGEST_TAG = "convoy.manifest_sha256"
 DECISION_TAG = "convoy.decision."

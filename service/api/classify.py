@@ -50,9 +50,8 @@ def classify(
     current = state()
     model_name, model_version, outcome = name if name in current.slots else "", "", "ok"
     try:
-        served = g.served = current.served(
-            name, version, alias
-        )  # read once: one request, one version
+        # Read once: one request, one version.
+        served = g.served = current.served(name, version, alias)
         model_name, model_version = served.name, str(served.version)
         top_k = _top_k()
         body = _read_images(current)
