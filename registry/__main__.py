@@ -126,7 +126,10 @@ def _roll_back(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    refs = parse_model_refs(",".join(arguments.ref) or os.environ.get("CONVOY_MODEL"))
+    if arguments.ref:
+        refs = parse_model_refs(",".join(arguments.ref), said_by="REF")
+    else:
+        refs = parse_model_refs(os.environ.get("CONVOY_MODEL"))
     if not arguments.interval > 0:
         raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
     from registry.pull import Puller

@@ -216,8 +216,8 @@ def parse_model_ref(text: str) -> ModelRef:
 DEFAULT_MODEL = "models:/fashion@champion"
 
 
-def parse_model_refs(text: str | None) -> tuple[ModelRef, ...]:
-    """The references in the setting ``CONVOY_MODEL``: one or several with commas between them.
+def parse_model_refs(text: str | None, said_by: str = "CONVOY_MODEL") -> tuple[ModelRef, ...]:
+    """The references in ``text``, one or several with commas between them; by default the champion.
 
     Raises:
         UsageError: one has another form, or a model is named twice.
@@ -225,9 +225,9 @@ def parse_model_refs(text: str | None) -> tuple[ModelRef, ...]:
     try:
         refs = tuple(parse_model_ref(part) for part in (text or DEFAULT_MODEL).split(","))
     except UsageError as error:
-        raise UsageError(f"CONVOY_MODEL={text!r}: {error}") from error
+        raise UsageError(f"{said_by}={text!r}: {error}") from error
     if len({ref.name for ref in refs}) != len(refs):
-        raise UsageError(f"CONVOY_MODEL={text!r} names a model twice")
+        raise UsageError(f"{said_by}={text!r} names a model twice")
     return refs
 
 

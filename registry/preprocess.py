@@ -159,6 +159,7 @@ def _to_pixels(upright: Image.Image, spec: PreprocessSpec) -> Pixels:
 
 def _upright(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     """The picture as it is meant to be seen: opaque, 8-bit, turned as its EXIF says."""
+    image.load()  # first, and here: getexif() may load too, and its failure is not the picture's
     turn = _TURNS.get(_orientation(image)) if spec.exif == "transpose" else None
     return _flatten(image if turn is None else image.transpose(turn))
 

@@ -238,7 +238,13 @@ class ModelStore:
                 # MLflow says "missing" in a different way for each kind of artefact storage.
                 if isinstance(error, FileNotFoundError) or any(
                     sign in str(error)
-                    for sign in ("No such artifact", "404 Client Error", "NoSuchKey")
+                    for sign in (
+                        "No such artifact",
+                        "404 Client Error",
+                        "404 GET",
+                        "(404)",
+                        "NoSuchKey",
+                    )
                 ):
                     raise BundleInvalid(f"{uri} is missing from the artefacts") from error
                 reason = str(error).strip().splitlines()[-1]

@@ -152,7 +152,7 @@ def _model_name(data: str) -> str:
     """A name from the data's: ``folder:./my pictures`` becomes ``my_pictures``."""
     kind, _, path = data.partition(":")
     folder = path.rstrip("/").rpartition("/")[2]
-    return "fashion" if kind == "fashion-mnist" else re.sub(r"[^\w-]", "_", folder or kind)
+    return "fashion" if kind == "fashion-mnist" else re.sub(r"[^A-Za-z0-9_-]", "_", folder or kind)
 
 
 def _with_default_command(argv: Sequence[str]) -> list[str]:

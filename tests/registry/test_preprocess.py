@@ -200,6 +200,18 @@ def test_a_truncated_file_is_invalid(kind: str) -> None:
         decode_image(data[: len(data) // 2], COLOUR)
 
 
+def test_a_file_damaged_in_the_middle_is_invalid() -> None:
+    """Not half a picture: Pillow answers a second load of such a file with what it had."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = bytearray(encoded(Image.fromarray(noise)))
+    middle = len(data) // 2
+    data[middle : middle + 200] = bytes(200)
+    with pytest.raises(InvalidImage, match="cannot be decoded"):
+        decode_image(bytes(data), COLOUR)
+    with pytest.raises(InvalidImage, match="cannot be decoded"):
+        decode_training_image(bytes(data), COLOUR)
+
+
 def test_floating_point_pixels_are_invalid() -> None:
     data = encoded(Image.new("F", (8, 6)), "TIFF")
     with pytest.raises(InvalidImage, match="floating-point"):

@@ -139,6 +139,7 @@ def test_a_model_is_named_after_its_folder(tmp_path: Path) -> None:
 
     assert _model_name("fashion-mnist:/x") == "fashion"
     assert _model_name("folder:./my pictures/") == "my_pictures"
+    assert _model_name("folder:café") == "caf_"
 
 
 def test_a_bundle_that_scores_otherwise_is_not_registered(
