@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from registry.contract import ModelRef, ModelVersion, parse_model_ref, parse_model_refs
+from registry.devices import CORES, forward_threads
 from registry.errors import ConvoyError, UsageError
-from registry.home import convoy_home
+from registry.home import Home, convoy_home
 
 if TYPE_CHECKING:
+    from registry.bundle import Bundle
     from registry.store import ModelStore
 
 
@@ -144,6 +146,61 @@ def _pull(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from registry.devices import choose_device
+    from registry.plans.choice import AUTO, EVERY, Planner, score
+    from registry.plans.plan import find_plan
+
+    home = convoy_home()
+    text = arguments.ref if arguments.ref.startswith("models:/") else f"models:/{arguments.ref}"
+    wanted = EVERY if arguments.every else os.environ.get("CONVOY_PLAN") or AUTO
+    planner = Planner(home.plans, choose_device(arguments.device), arguments.threads, wanted)
+    with tempfile.TemporaryDirectory(prefix="convoy-plan-") as folder:
+        bundle = _bundle_at_hand(parse_model_ref(text), home, Path(folder))
+        choice = planner.choose(bundle, anew=arguments.anew)
+    manifest = bundle.manifest
+    if arguments.json:
+        print(json.dumps(msgspec.to_builtins(choice, str_keys=True)))
+        return 0
+    print(f"{manifest.model} on {planner.device}, {arguments.threads} thread(s) a forward pass")
+    print(
+        f"{'plan':<18} {'ms at 1':>9} {'at 8':>9} {'at 32':>9} {'memory MB':>10} "
+        f"{'built in s':>10} {'difference':>10} {'held-out':>8}  verdict"
+    )
+    for each in sorted(choice.findings, key=lambda finding: score(finding.batch_ms)):
+        accuracy = manifest.plan_accuracy.get(each.plan)
+        if each.reason is None and find_plan(each.plan).precision == "fp32":
+            accuracy = manifest.metrics.get("validation_accuracy")
+        cells = [
+            *(_cell(each.batch_ms.get(size), 9, ".3f") for size in (1, 8, 32)),
+            _cell(each.peak_mb, 10, ".0f"),
+            _cell(each.build_s or None, 10, ".1f"),
+            _cell(each.max_difference, 10, ".2g"),
+            _cell(accuracy, 8, ".4f"),
+        ]
+        verdict = "chosen" if each.plan == choice.chosen else each.reason or "accepted"
+        print(f"{each.plan:<18} {' '.join(cells)}  {verdict}")
+    return 0
+
+
+def _cell(value: float | None, width: int, form: str) -> str:
+    return "–".rjust(width) if value is None else f"{value:>{width}{form}}"
+
+
+def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
+    """What the puller laid out, if it is that; else downloaded into ``folder``."""
+    from registry.bundle import open_bundle
+    from registry.releases import read_release, version_folder
+
+    release = read_release(home.models, ref.name)
+    for released in release.versions if release else ():
+        if released.version == ref.version or (ref.alias and released.alias == ref.alias):
+            laid_out = version_folder(home.models, ref.name, released.version)
+            return open_bundle(laid_out, released.manifest_sha256)
+    store = _store()
+    return store.download(store.resolve(ref), folder, lambda bundle: bundle.serving_files())
+
+
 def _ref(name: str, version: str) -> ModelRef:
     """``7`` is a number, anything else an alias."""
     return parse_model_ref(f"models:/{name}{'/' if version.isdigit() else '@'}{version}")
@@ -182,6 +239,23 @@ def _parser() -> argparse.ArgumentParser:
     roll_back.set_defaults(run=_roll_back)
     for command in (promote, roll_back):
         command.add_argument("--reason", help="why; recorded with the decision")
+
+    plan = commands.add_parser(
+        "plan", help="which ways of running a version are right here, and how fast"
+    )
+    plan.add_argument("ref", metavar="NAME@ALIAS", help="or NAME/NUMBER")
+    plan.add_argument("--every", action="store_true", help="also plans that take long to build")
+    plan.add_argument("--anew", action="store_true", help="measure again")
+    plan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    plan.add_argument(
+        "--threads",
+        type=int,
+        default=forward_threads(int(os.environ.get("CONVOY_WORKERS") or CORES)),
+        metavar="N",
+        help="of one forward pass; serving has cores / workers",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
 
     pull = commands.add_parser("pull", help="bring what should serve to disk and release it")
     pull.add_argument(

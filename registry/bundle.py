@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden/golden.json"
 HELDOUT = "heldout.npz"
+CALIBRATION = "calibration.npz"
 
 
 class GoldenImage(Struct, frozen=True):
@@ -57,9 +58,7 @@ class Heldout(Struct, frozen=True):
         return right
 
     def to_npz(self) -> bytes:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, labels=self.labels, probabilities=self.probabilities)
-        return buffer.getvalue()
+        return to_npz(labels=self.labels, probabilities=self.probabilities)
 
 
 class Bundle:
@@ -81,20 +80,7 @@ class Bundle:
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleInvalid(f"{self.folder}: the manifest names no file {name}")
-        try:
-            data = (self.folder / name).read_bytes()
-        except OSError as error:
-            raise BundleInvalid(f"{self.folder / name}: {error.strerror}") from error
-        if len(data) != entry.size_bytes:
-            raise BundleInvalid(
-                f"{self.folder / name} has {len(data)} bytes; the manifest says {entry.size_bytes}"
-            )
-        if (found := sha256_hex(data)) != entry.sha256:
-            raise BundleInvalid(
-                f"{self.folder / name} has sha256 {found[:12]}…; "
-                f"the manifest says {entry.sha256[:12]}…"
-            )
-        return data
+        return read_digested(self.folder / name, entry.sha256)
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Read ``names``, by default every file; ``BundleInvalid`` if one is not right."""
@@ -102,9 +88,11 @@ class Bundle:
             self.read(name)
 
     def serving_files(self) -> list[str]:
-        """What serving needs beside the manifest: the weights and the golden images."""
+        """What serving needs beside the manifest: weights, golden and calibration pictures."""
         return [
-            name for name in self.manifest.files if name == WEIGHTS or name.startswith("golden/")
+            name
+            for name in self.manifest.files
+            if name in (WEIGHTS, CALIBRATION) or name.startswith("golden/")
         ]
 
     def weights(self) -> dict[str, NDArray[Any]]:
@@ -121,11 +109,26 @@ class Bundle:
             raise BundleInvalid(f"{self.folder / GOLDEN}: {error}") from error
 
     def heldout(self) -> Heldout:
+        arrays = self._arrays(HELDOUT, "labels", "probabilities")
+        return Heldout(arrays["labels"], arrays["probabilities"])
+
+    def calibration(self) -> NDArray[np.uint8]:
+        """Pictures of the training part, uint8 (N, H, W, C): int8 plans take their ranges there."""
+        return self._arrays(CALIBRATION, "pixels")["pixels"]
+
+    def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:
         try:
-            with np.load(io.BytesIO(self.read(HELDOUT)), allow_pickle=False) as arrays:
-                return Heldout(arrays["labels"], arrays["probabilities"])
+            with np.load(io.BytesIO(self.read(file)), allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in names}
         except (ValueError, KeyError, OSError) as error:
-            raise BundleInvalid(f"{self.folder / HELDOUT}: {error}") from error
+            raise BundleInvalid(f"{self.folder / file}: {error}") from error
+
+
+def to_npz(**arrays: NDArray[Any]) -> bytes:
+    """The content of an ``.npz`` file of ``arrays``."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
@@ -142,6 +145,13 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
     manifest_bytes = msgspec.structs.replace(manifest, files=entries).to_json()
     (folder / MANIFEST).write_bytes(manifest_bytes)
     return Bundle(folder, manifest_bytes)
+
+
+def with_manifest(bundle: Bundle, manifest: Manifest) -> Bundle:
+    """``bundle`` with another manifest over the same files; written in place."""
+    manifest_bytes = msgspec.structs.replace(manifest, files=bundle.manifest.files).to_json()
+    (bundle.folder / MANIFEST).write_bytes(manifest_bytes)
+    return Bundle(bundle.folder, manifest_bytes)
 
 
 def open_bundle(folder: Path, expected_sha256: str | None = None) -> Bundle:
@@ -165,6 +175,23 @@ def open_bundle(folder: Path, expected_sha256: str | None = None) -> Bundle:
             f"the registry says {expected_sha256[:12]}…"
         )
     return Bundle(folder, manifest_bytes)
+
+
+def read_digested(path: Path, sha256: str | None) -> bytes:
+    """The content of ``path``.
+
+    Raises:
+        BundleInvalid: it cannot be read, or its digest is not ``sha256``.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleInvalid(f"{path}: {error.strerror}") from error
+    if (found := sha256_hex(data)) != sha256:
+        raise BundleInvalid(
+            f"{path} ({len(data)} bytes) has sha256 {found[:12]}…, not {str(sha256)[:12]}…"
+        )
+    return data
 
 
 def fsync_tree(folder: Path) -> None:

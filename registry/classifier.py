@@ -1,17 +1,19 @@
 """Pixels in, probabilities out: the one object that training measures and serving runs."""
 
-from typing import Any
+import logging
+from threading import Lock
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from registry.bundle import Bundle
-from registry.contract import Manifest
+from registry.contract import Precision
 from registry.devices import describe_device
-from registry.errors import BundleInvalid, ConvoyError
-from registry.networks import Program, build_program
+from registry.errors import BundleInvalid, ConvoyError, DeviceOutOfMemory
+from registry.plans.plan import Plan, ReadArtefact, Run, Source
 from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
+
+log = logging.getLogger(__name__)
 
 # Memory for activations, not speed, decides: above this nothing here gets faster.
 LARGEST_BATCH = 256
@@ -20,18 +22,18 @@ WARM_UP_BATCHES = (1, 2, 4, 8)
 
 
 class Classifier:
-    """A program with its weights on a device. Immutable; safe to call from several threads."""
+    """A plan that is loaded and ready. Safe to call from several threads; they take turns."""
 
-    def __init__(self, program: Program, device: torch.device) -> None:
-        self._program = program.to(device).eval()
-        self._device = device
+    def __init__(
+        self, run: Run, plan: str, device: str, fallback: "Classifier | None" = None
+    ) -> None:
+        """``fallback`` answers what does not fit ``device``'s memory."""
+        self.plan = plan
+        self.device = describe_device(device)
+        self._run = run
+        self._turn = Lock()
+        self._fallback = fallback
 
-    @property
-    def device(self) -> str:
-        """For people: ``cpu`` or ``cuda:0 (NVIDIA H200)``."""
-        return describe_device(self._device)
-
-    @torch.inference_mode()
     def classify(self, pixels: Pixels) -> NDArray[np.float32]:
         """Probabilities of every class.
 
@@ -40,26 +42,55 @@ class Classifier:
 
         Returns:
             float32 (N, classes), rows sum to 1.
+
+        Raises:
+            DeviceLost: the device failed for good.
         """
-        parts = [
-            self._program(torch.from_numpy(pixels[start : start + LARGEST_BATCH]).to(self._device))
-            for start in range(0, len(pixels), LARGEST_BATCH)
-        ]
-        probabilities: NDArray[np.float32] = torch.cat(parts).softmax(dim=1).cpu().numpy()
-        return probabilities
+        with self._turn:
+            parts = [
+                self._classify(pixels[start : start + LARGEST_BATCH])
+                for start in range(0, len(pixels), LARGEST_BATCH)
+            ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _classify(self, pixels: Pixels) -> NDArray[np.float32]:
+        """On the device; what does not fit it, in two halves; what still does not, by fallback."""
+        try:
+            return self._run(pixels)
+        except DeviceOutOfMemory as error:
+            if self._fallback is None:
+                raise
+            log.warning("%d images do not fit %s: %s", len(pixels), self.device, error)
+            middle = (len(pixels) + 1) // 2
+            halves = [half for half in (pixels[:middle], pixels[middle:]) if len(half)]
+            return np.concatenate([self._classify_half(half) for half in halves])
+
+    def _classify_half(self, pixels: Pixels) -> NDArray[np.float32]:
+        assert self._fallback is not None
+        try:
+            return self._run(pixels)
+        except DeviceOutOfMemory:
+            return self._fallback.classify(pixels)
 
 
-def load_classifier(bundle: Bundle, device: torch.device) -> Classifier:
-    """The classifier of ``bundle``, warmed up and proved on its golden images.
+def load_classifier(
+    source: Source, plan: Plan, read: ReadArtefact, fallback: Classifier | None = None
+) -> Classifier:
+    """The classifier that runs ``source``'s bundle by ``plan``, proved on its golden images.
+
+    Args:
+        source: the bundle, and where to run it.
+        plan: how to run it.
+        read: opens what ``plan.build`` wrote.
+        fallback: see ``Classifier``.
 
     Raises:
-        BundleInvalid: the weights do not fit the network, a score is not finite, or a golden image
-            scores outside the manifest's tolerance on this device.
+        BundleInvalid: the weights do not fit the network, or a golden image does not score as it
+            was published.
     """
-    manifest = bundle.manifest
-    classifier = Classifier(build_loaded_program(manifest, bundle.weights()), device)
-    replay_golden(bundle, classifier)
-    warm_up(classifier, manifest.preprocess.shape)
+    classifier = Classifier(plan.load(source, read), plan.name, source.device, fallback)
+    replay_golden(source.bundle, classifier, plan.precision)
+    warm_up(classifier, source.bundle.manifest.preprocess.shape)
     return classifier
 
 
@@ -69,25 +100,16 @@ def warm_up(classifier: Classifier, shape: tuple[int, int, int]) -> None:
         classifier.classify(np.zeros((size, *shape), dtype=np.uint8))
 
 
-def build_loaded_program(manifest: Manifest, weights: dict[str, NDArray[Any]]) -> Program:
-    """The manifest's program with ``weights`` in it; ``BundleInvalid`` when they do not fit."""
-    try:
-        program = build_program(manifest.network, manifest.preprocess, len(manifest.labels))
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
-        program.network.load_state_dict(tensors, strict=True)
-    except (ConvoyError, RuntimeError) as error:
-        raise BundleInvalid(
-            f"the weights of {manifest.model} do not fit its network: {error}"
-        ) from error
-    return program
-
-
-def replay_golden(bundle: Bundle, classifier: Classifier) -> None:
+def replay_golden(bundle: Bundle, classifier: Classifier, precision: Precision) -> float:
     """Send the golden images through decoding and ``classifier``.
 
+    Returns:
+        The largest difference in probability to what was published.
+
     Raises:
-        BundleInvalid: a picture cannot be decoded, a score is not finite, or one differs from what
-            was published by more than the manifest's tolerance.
+        BundleInvalid: a picture cannot be decoded, a score is not finite, one differs from what
+            was published by more than the manifest's tolerance for ``precision``, or a picture has
+            another best class, and its two best were not nearly equal.
     """
     manifest, golden = bundle.manifest, bundle.golden()
     if not golden:
@@ -108,9 +130,22 @@ def replay_golden(bundle: Bundle, classifier: Classifier) -> None:
         )
     if not np.isfinite(scores).all():
         raise BundleInvalid(f"{manifest.model} scores NaN or infinity on its golden images")
+    if (worst := float(np.abs(scores.sum(axis=1) - 1).max())) > 1e-3:
+        raise BundleInvalid(f"{manifest.model}: probabilities sum to 1 only within {worst:.2g}")
+    tolerance = manifest.tolerances[precision]
     difference = float(np.abs(scores - expected).max())
-    if difference > manifest.tolerance:
+    if difference > tolerance:
         raise BundleInvalid(
             f"{manifest.model} differs by {difference:.2g} from its published probabilities on "
-            f"{classifier.device}; its tolerance is {manifest.tolerance:g}"
+            f"{classifier.device} by {classifier.plan}; its tolerance in {precision} is "
+            f"{tolerance:g}"
         )
+    ordered = np.sort(expected, axis=1)
+    near_ties = ordered[:, -1] - ordered[:, -2] < tolerance
+    changed = (scores.argmax(axis=1) != expected.argmax(axis=1)) & ~near_ties
+    if changed.any():
+        raise BundleInvalid(
+            f"{manifest.model} has another best class for {int(changed.sum())} of {len(golden)} "
+            f"golden images on {classifier.device} by {classifier.plan}"
+        )
+    return difference

@@ -1,17 +1,33 @@
-"""Where a network runs: the same rule for training, publishing and serving."""
+"""Where a network runs: the same rule for training, publishing and serving.
 
+Torch is imported only where a GPU may be: a worker whose plan needs no torch loads none.
+"""
+
+import functools
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-from torch.nn import functional
-
-from registry.errors import DeviceUnavailable, UsageError
+from registry.errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, UsageError
 
 log = logging.getLogger(__name__)
 
+CORES = len(os.sched_getaffinity(0))
 
-def choose_device(wanted: str = "auto") -> torch.device:
-    """The device to run on, after a kernel has really run there.
+# What a GPU's driver makes: NVIDIA's, AMD's, and Windows' in WSL.
+_DRIVER_NODES = ("nvidiactl", "kfd", "dxg")
+_GPU_LIBRARIES = ("CUDA", "cuDNN", "cuBLAS")
+
+
+def forward_threads(workers: int) -> int:
+    """Threads of one forward pass when ``workers`` share the cores; more collapse under load."""
+    return max(1, CORES // workers)
+
+
+def choose_device(wanted: str = "auto") -> str:
+    """The device to run on, ``cpu`` or ``cuda:N``, after a kernel has really run there.
 
     Args:
         wanted: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (CUDA where it works, else the CPU with
@@ -21,14 +37,17 @@ def choose_device(wanted: str = "auto") -> torch.device:
         DeviceUnavailable: a device asked for by name cannot run a kernel.
         UsageError: ``wanted`` is none of the above.
     """
-    if wanted == "cpu":
-        return torch.device("cpu")
+    if wanted == "cpu" or (wanted == "auto" and not _has_driver()):
+        return "cpu"
     kind, _, index = wanted.partition(":")
     if wanted != "auto" and (kind != "cuda" or (index and not index.isdigit())):
         raise UsageError(f"device {wanted!r} is not known; use auto, cpu, cuda or cuda:N")
-    device = torch.device("cuda" if wanted == "auto" else wanted)
+    import torch
+
     if wanted == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
+        log.warning("a GPU's driver is here, but torch cannot use it; using the CPU")
+        return "cpu"
+    device = f"cuda:{int(index or 0)}"
     try:
         _run_kernel(device)
     except (RuntimeError, AssertionError) as error:  # torch asserts when built without CUDA
@@ -36,20 +55,77 @@ def choose_device(wanted: str = "auto") -> torch.device:
         if wanted != "auto":
             raise DeviceUnavailable(f"device {wanted} cannot run a kernel: {reason}") from error
         log.warning("CUDA is present but cannot run a kernel (%s); using the CPU", reason)
-        return torch.device("cpu")
+        return "cpu"
     return device
 
 
-def describe_device(device: torch.device) -> str:
+def describe_device(device: str) -> str:
     """``cpu``, or the GPU with its name: ``cuda:0 (NVIDIA H200)``."""
-    if device.type != "cuda":
-        return device.type
-    index = device.index or 0
-    return f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def _run_kernel(device: torch.device) -> None:
+def describe_machine(device: str) -> dict[str, str]:
+    """What decides which plan is fastest on ``device``: the processor's name and abilities."""
+    facts = {"cpu": _cpu_fact("model name"), "flags": " ".join(sorted(cpu_flags()))}
+    if device.startswith("cuda"):
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = f"{properties.name} {properties.major}.{properties.minor}"
+        facts["cuda"] = str(torch.version.cuda)
+    return facts
+
+
+def cpu_flags() -> frozenset[str]:
+    """The CPU's instruction sets as Linux names them; empty where it does not say."""
+    return frozenset((_cpu_fact("flags") or _cpu_fact("Features")).split())
+
+
+@functools.cache
+def _cpu_fact(name: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in found if key.strip() == name), "")
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Whatever torch raises about a GPU, as the one of our errors that says what can be done.
+
+    Raises:
+        DeviceOutOfMemory: a smaller batch, or the CPU, may still answer.
+        DeviceLost: anything else; after such an error every call of this process fails.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise DeviceOutOfMemory(str(error).partition(". ")[0]) from error
+    except RuntimeError as error:  # torch.AcceleratorError, or a library's with its name in front
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not isinstance(error, torch.AcceleratorError) and not text.startswith(_GPU_LIBRARIES):
+            raise
+        raise DeviceLost(text) from error
+
+
+def _has_driver() -> bool:
+    return any(Path("/dev", node).exists() for node in _DRIVER_NODES)
+
+
+def _run_kernel(device: str) -> None:
     """A convolution and a copy back: drivers exist that import well and fail here."""
+    import torch
+    from torch.nn import functional
+
     ones = torch.ones(1, 1, 4, 4, device=device)
     kernel = torch.ones(1, 1, 3, 3, device=device)
     total = functional.conv2d(ones, kernel).sum().item()

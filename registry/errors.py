@@ -48,6 +48,18 @@ class DeviceUnavailable(ConvoyError):
     """The device that was asked for by name cannot run a kernel."""
 
 
+class DeviceOutOfMemory(ConvoyError):
+    """A forward pass did not fit the device's memory; a smaller one may."""
+
+
+class DeviceLost(ConvoyError):
+    """The device failed in a way that this process cannot recover from."""
+
+
+class PlanUndecided(ConvoyError):
+    """No plan was chosen for this version on this machine yet; that takes a while."""
+
+
 class NetworkImpossible(ConvoyError):
     """No network can be built from these arguments for this input shape."""
 

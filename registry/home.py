@@ -20,6 +20,11 @@ class Home(Struct, frozen=True):
         return self.root / "models"
 
     @property
+    def plans(self) -> Path:
+        """Which plan is fastest here for a version, and what its engine compiled: a cache."""
+        return self.root / "plans"
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from registry.bundle import Bundle
 from registry.contract import NetworkSpec, PreprocessSpec
-from registry.errors import NetworkImpossible, UsageError
+from registry.errors import BundleInvalid, NetworkImpossible, UsageError
 
 Choice = TypeVar("Choice")
 
@@ -123,30 +124,51 @@ class ResidualBlock(nn.Module):
         return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
 
 
+def _small_stem(channels: int, width: int) -> dict[str, nn.Module]:
+    return {
+        "conv1": nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+        "norm1": nn.BatchNorm2d(width),
+        "activation1": nn.ReLU(),
+    }
+
+
+def _large_stem(channels: int, width: int) -> dict[str, nn.Module]:
+    return {
+        "conv1": nn.Conv2d(channels, width, 7, 2, 3, bias=False),
+        "norm1": nn.BatchNorm2d(width),
+        "activation1": nn.ReLU(),
+        "pool1": nn.MaxPool2d(3, 2, 1),
+    }
+
+
+STEMS = {"small": _small_stem, "large": _large_stem}
+
+
 def resnet(
     shape: Shape,
     classes: int,
     *,
     widths: Sequence[int] = (32, 64, 128),
     blocks: int | Sequence[int] = 1,
+    stem: str = "small",
 ) -> nn.Sequential:
-    """A small residual network: a 3×3 stem, then ``blocks`` blocks at each of ``widths``.
+    """A residual network: a stem, then ``blocks`` blocks at each of ``widths``.
 
-    Every width after the first halves the height and the width of the maps.
+    Every width after the first halves the height and the width of the maps. The ``small`` stem is
+    one 3×3 convolution; the ``large`` one, for pictures of 100 px and more, is 7×7 with stride 2
+    and a pooling: with widths 64, 128, 256, 512 and 2 blocks that is the paper's ResNet-18.
     """
     widths = _sizes("widths", widths)
     depths = _per_layer("blocks", blocks, len(widths), least=1)
-    smallest = min(shape[1:])
+    opening = _choose("stem", stem, STEMS)(shape[0], widths[0])
+    smallest = min(shape[1:]) if stem == "small" else (min(shape[1:]) + 3) // 4
     if smallest < 2 ** (len(widths) - 1):
         raise NetworkImpossible(
             f"widths has {len(widths)} stages and halves the map {len(widths) - 1} times, but the "
-            f"input is {shape[1]}×{shape[2]}: at most {smallest.bit_length()} stages fit"
+            f"input is {shape[1]}×{shape[2]}: at most {smallest.bit_length()} stages fit a "
+            f"{stem} stem"
         )
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=nn.Conv2d(shape[0], widths[0], 3, 1, 1, bias=False),
-        norm1=nn.BatchNorm2d(widths[0]),
-        activation1=nn.ReLU(),
-    )
+    layers = OrderedDict(opening)
     for stage, (before, width) in enumerate(pairwise((widths[0], *widths)), start=1):
         for block in range(1, depths[stage - 1] + 1):
             first = block == 1
@@ -202,6 +224,8 @@ class Program(nn.Module):
 
     scale: Tensor
     offset: Tensor
+    dtype = torch.float32
+    """Of the network's weights; a plan of less precision keeps the normalisation in fp32."""
 
     def __init__(self, network: nn.Module, spec: PreprocessSpec) -> None:
         super().__init__()
@@ -213,8 +237,8 @@ class Program(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = pixels.permute(0, 3, 1, 2).float()  # (N, C, H, W)
-        logits: Tensor = self.network(x * self.scale + self.offset)
-        return logits
+        logits: Tensor = self.network((x * self.scale + self.offset).to(self.dtype))
+        return logits.float()
 
 
 def build_program(spec: NetworkSpec, preprocess: PreprocessSpec, classes: int) -> Program:
@@ -222,6 +246,25 @@ def build_program(spec: NetworkSpec, preprocess: PreprocessSpec, classes: int) -
     height_px, width_px, channels = preprocess.shape
     network = build_network(spec.name, (channels, height_px, width_px), classes, **spec.args)
     return Program(network, preprocess)
+
+
+def load_program(bundle: Bundle) -> Program:
+    """The program of ``bundle`` with its weights, in evaluation mode.
+
+    Raises:
+        BundleInvalid: the weights do not fit the network.
+    """
+    manifest = bundle.manifest
+    try:
+        program = build_program(manifest.network, manifest.preprocess, len(manifest.labels))
+        weights = bundle.weights()
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
+        program.network.load_state_dict(tensors, strict=True)
+    except (UsageError, NetworkImpossible, RuntimeError) as error:
+        raise BundleInvalid(
+            f"the weights of {manifest.model} do not fit its network: {error}"
+        ) from error
+    return program.eval()
 
 
 def _check_kernel(layer: str, name: str, size: int, map_size: tuple[int, int], pad: int) -> None:

@@ -13,10 +13,13 @@ import numpy as np
 import pandas as pd
 
 from registry.bundle import open_bundle
-from registry.classifier import Classifier, load_classifier
+from registry.classifier import Classifier
 from registry.contract import Manifest
 from registry.devices import choose_device
 from registry.errors import ConvoyError, InvalidImage
+from registry.home import convoy_home
+from registry.plans.choice import Planner
+from registry.plans.torch_eager import EAGER
 from registry.preprocess import decode_image
 
 
@@ -65,7 +68,8 @@ class ImageModel:
 def _load_pyfunc(path: str) -> ImageModel:
     """MLflow's hook: ``path`` is the bundle's folder."""
     bundle = open_bundle(Path(path))
-    return ImageModel(bundle.manifest, load_classifier(bundle, choose_device("auto")))
+    planner = Planner(convoy_home().plans, choose_device("auto"), threads=None, wanted=EAGER)
+    return ImageModel(bundle.manifest, planner.load(bundle))
 
 
 def _as_bytes(item: Any) -> bytes:

@@ -30,7 +30,7 @@ logconfig_dict = logging_config(settings.log_level)
 metrics_folder = tempfile.mkdtemp(prefix="convoy-metrics-")
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder
 # OpenMP reads it once, when torch is loaded; its default, all cores, collapses under load.
-os.environ["OMP_NUM_THREADS"] = str(settings.torch_threads)
+os.environ["OMP_NUM_THREADS"] = str(settings.forward_threads)
 
 
 def child_exit(server: Any, worker: Any) -> None:

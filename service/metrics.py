@@ -63,8 +63,8 @@ class Metrics:
         )
         self.model_info = Gauge(
             "convoy_model_info",
-            "1 for each version that serves, with the device it serves on.",
-            (*version, "device"),
+            "1 for each version that serves, with the device and the plan that it serves by.",
+            (*version, "device", "plan"),
             multiprocess_mode="livemax",
             registry=registry,
         )
@@ -89,8 +89,8 @@ class Metrics:
         if after is None:
             return
         if before is not None:
-            self.model_info.labels(name, str(before.version), before.device).set(0)
-        self.model_info.labels(name, str(after.version), after.device).set(1)
+            self.model_info.labels(name, str(before.version), before.device, before.plan).set(0)
+        self.model_info.labels(name, str(after.version), after.device, after.plan).set(1)
         self.serving_version.labels(name).set(after.version)
 
     def render(self) -> bytes:

@@ -12,8 +12,9 @@ from threading import Event, Lock, Thread
 
 from msgspec import Struct
 
+from registry.bundle import Bundle, open_bundle
 from registry.contract import Manifest, ModelRef
-from registry.errors import BundleInvalid, ModelNotReady
+from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.releases import (
     PullStatus,
     Release,
@@ -38,6 +39,7 @@ class ServedModel(Struct, frozen=True, kw_only=True):
     version: int
     alias: str | None
     device: str
+    plan: str
     batcher: MicroBatcher
 
     @property
@@ -48,7 +50,11 @@ class ServedModel(Struct, frozen=True, kw_only=True):
 OnSwap = Callable[[str, ServedModel | None, ServedModel | None], None]
 """Told the model's name, what served before, and what serves now (None: it was refused)."""
 
-Load = Callable[[Path, ReleasedVersion], ServedModel]
+Load = Callable[[Bundle, ReleasedVersion], ServedModel]
+"""Loads a version; raises ``PlanUndecided`` rather than spend the time that choosing one takes."""
+
+Decide = Callable[[Bundle], object]
+"""Chooses the plan of a version, however long it takes, so that it can be loaded."""
 
 
 class ModelSlot:
@@ -59,6 +65,7 @@ class ModelSlot:
         ref: ModelRef,
         models_folder: Path,
         load: Load,
+        decide: Decide = lambda bundle: None,
         on_swap: OnSwap = lambda name, before, after: None,
     ) -> None:
         self.ref = ref
@@ -66,11 +73,13 @@ class ModelSlot:
         self.error: str | None = None
         self._models_folder = models_folder
         self._load = load
+        self._decide = decide
         self._on_swap = on_swap
         self._refreshing = Lock()
         self._loaded: tuple[ReleasedVersion, ...] | None = None
         self._failed: tuple[ReleasedVersion, ...] | None = None
         self._failed_at = 0.0
+        self._undecided: tuple[Release, Bundle] | None = None
 
     def require(self) -> ServedModel:
         """The serving version, read once per request.
@@ -79,10 +88,10 @@ class ModelSlot:
         moment in which another worker is ready already and this one is not.
 
         Raises:
-            ModelNotReady: there is none to load.
+            ModelNotReady: there is none to load, or its plan is still being chosen.
         """
         if self.current is None:
-            self.refresh()
+            self._look()
         served = self.current
         if served is None:
             raise ModelNotReady(f"{self.ref.name}: {self.error or 'no version is loaded yet'}")
@@ -94,13 +103,30 @@ class ModelSlot:
     def refresh(self) -> bool:
         """Load what is released if it is not what serves; whether a swap happened.
 
-        A failure keeps the old version, is logged once, and stands in ``error`` until it is mended.
+        If its plan was never chosen on this machine, that is done first, while the old version
+        serves on. A failure keeps the old version, is logged once, and stands in ``error`` until it
+        is mended.
         """
+        swapped = self._look()
+        if self._undecided is None:
+            return swapped
+        release, bundle = self._undecided
+        try:
+            self._decide(bundle)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+            self._undecided = None
+            self._note_failure(error, release)
+            return False
+        return self._look()
+
+    def _look(self) -> bool:
+        """``refresh`` as far as it takes no time."""
         with self._refreshing:
             return self._refresh()
 
     def _refresh(self) -> bool:
         release: Release | None = None
+        self._undecided = None
         try:
             release = read_release(self._models_folder, self.ref.name)
             if release is None:
@@ -112,7 +138,12 @@ class ModelSlot:
                 return False
             wanted = self._choose(release)
             folder = version_folder(self._models_folder, self.ref.name, wanted.version)
-            fresh = self._load(folder, wanted)
+            bundle = open_bundle(folder, wanted.manifest_sha256)
+            try:
+                fresh = self._load(bundle, wanted)
+            except PlanUndecided as error:
+                self._undecided, self.error = (release, bundle), str(error)
+                return False
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
             self._note_failure(error, release)
             return False
@@ -121,25 +152,29 @@ class ModelSlot:
         self._loaded, self._failed, self.error = release.versions, None, None
         self._on_swap(self.ref.name, before, fresh)
         log.info(
-            "serving %s version %d on %s (before: %s)",
+            "serving %s version %d on %s by %s (before: %s)",
             fresh.name,
             fresh.version,
             fresh.device,
+            fresh.plan,
             before.version if before else "none",
         )
         return True
 
     def watch(self, stop: Event) -> None:
         """Refresh until ``stop`` is set."""
-        while not stop.wait(POLL_S):
+        while True:
             self.refresh()
+            if stop.wait(POLL_S):
+                return
 
     def start(self) -> Event:
         """Load what is released, then watch from a daemon thread until the event is set.
 
-        The first load is waited for: a worker that takes no connections yet refuses none.
+        The first load is waited for, if its plan is known: a worker that takes no connections yet
+        refuses none. Choosing a plan would take longer than a worker may to start.
         """
-        self.refresh()
+        self._look()
         stop = Event()
         name = f"slot-{self.ref.name}"
         Thread(target=self.watch, args=(stop,), name=name, daemon=True).start()

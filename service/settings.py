@@ -9,19 +9,20 @@ import msgspec
 from msgspec import Meta, Struct
 
 from registry.contract import ModelRef, parse_model_refs
+from registry.devices import CORES, forward_threads
 from registry.errors import UsageError
 from registry.home import convoy_home
 from registry.preprocess import DecodeLimits
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
-CORES = len(os.sched_getaffinity(0))
 
 # Environment variable → field; docs/operations.md has the same table with the reasons.
 VARIABLES = {
     "CONVOY_HOST": "host",
     "CONVOY_PORT": "port",
     "CONVOY_DEVICE": "device",
+    "CONVOY_PLAN": "plan",
     "CONVOY_WORKERS": "workers",
     "CONVOY_THREADS": "threads",
     "CONVOY_MAX_BATCH": "max_batch",
@@ -45,9 +46,11 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
     models_folder: Path = Path("var/models")
+    plans_folder: Path = Path("var/plans")
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     device: str = "auto"
+    plan: str = "auto"
     workers: Count = CORES
     threads: Count = 8
     max_batch: Count = 32
@@ -61,9 +64,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_level: str = "INFO"
 
     @property
-    def torch_threads(self) -> int:
-        """Threads of one forward pass: more than cores / workers collapse under load."""
-        return max(1, CORES // self.workers)
+    def forward_threads(self) -> int:
+        return forward_threads(self.workers)
 
     @property
     def decode_limits(self) -> DecodeLimits:
@@ -80,7 +82,8 @@ class Settings(Struct, frozen=True, kw_only=True):
             field: environment[name] for name, field in VARIABLES.items() if environment.get(name)
         }
         values["models"] = parse_model_refs(environment.get("CONVOY_MODEL"))
-        values["models_folder"] = convoy_home(environment).models
+        home = convoy_home(environment)
+        values["models_folder"], values["plans_folder"] = home.models, home.plans
         values["log_level"] = values.get("log_level", "INFO").upper()
         if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise UsageError(

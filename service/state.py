@@ -1,21 +1,17 @@
 """What hangs on the app, and the one way to reach it from a request."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from flask import current_app
 from msgspec import Struct
 
-from registry.bundle import open_bundle
+from registry.bundle import Bundle
+from registry.devices import choose_device
 from registry.errors import ModelNotFound, VersionNotFound
+from registry.plans.choice import Planner
 from registry.releases import ReleasedVersion
 from service.batcher import MicroBatcher
 from service.metrics import Metrics
 from service.model_slot import ModelSlot, ServedModel
 from service.settings import Settings
-
-if TYPE_CHECKING:
-    import torch
 
 Slots = dict[str, ModelSlot]
 """By model name; the first is the default model."""
@@ -64,22 +60,24 @@ def state() -> State:
 def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     """A slot for each model, loaded from disk if it can be, and following what is released.
 
-    Torch is imported here, in the process that serves: CUDA and OpenMP do not survive a fork.
+    An engine is opened here, in the process that serves: CUDA and OpenMP do not survive a fork.
 
     Raises:
         DeviceUnavailable: the device that was asked for by name does not work.
+        UsageError: there is no plan of the name that was asked for.
     """
-    import torch
-
-    from registry.devices import choose_device
-
-    torch.set_num_threads(settings.torch_threads)
-    device = choose_device(settings.device)
+    planner = Planner(
+        settings.plans_folder,
+        choose_device(settings.device),
+        settings.forward_threads,
+        settings.plan,
+    )
     slots = {
         ref.name: ModelSlot(
             ref,
             settings.models_folder,
-            lambda folder, released: load_served(folder, released, device, settings),
+            lambda bundle, released: load_served(bundle, released, planner, settings),
+            planner.choose,
             metrics.swapped,
         )
         for ref in settings.models
@@ -90,18 +88,16 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
 
 
 def load_served(
-    folder: Path, released: ReleasedVersion, device: "torch.device", settings: Settings
+    bundle: Bundle, released: ReleasedVersion, planner: Planner, settings: Settings
 ) -> ServedModel:
-    """The version in ``folder``, warmed up and proved; raises as ``load_classifier`` does."""
-    from registry.classifier import load_classifier
-
-    bundle = open_bundle(folder, released.manifest_sha256)
-    classifier = load_classifier(bundle, device)
+    """The version in ``bundle``, warmed up and proved; raises as ``Planner.load`` does."""
+    classifier = planner.load(bundle)
     return ServedModel(
         manifest=bundle.manifest,
         manifest_sha256=bundle.manifest_sha256,
         version=released.version,
         alias=released.alias,
         device=classifier.device,
+        plan=classifier.plan,
         batcher=MicroBatcher(classifier.classify, settings.max_batch, settings.queue_limit),
     )

@@ -14,6 +14,8 @@ from registry.classifier import Classifier
 from registry.contract import Manifest, NetworkSpec
 from registry.home import Home, convoy_home
 from registry.networks import Program, build_program
+from registry.plans.choice import Planner
+from registry.plans.torch_eager import EAGER, eager_classifier
 from training.config import Recipe
 from training.datasets import Dataset, load_dataset, take
 from training.evaluate import evaluate
@@ -67,11 +69,18 @@ def recipe() -> Recipe:
     )
 
 
-def tiny_program(data: Dataset, seed: int = 0) -> tuple[NetworkSpec, Program]:
-    """An untrained dense network with seeded weights."""
-    spec = NetworkSpec("dense", {"hidden": [8]})
+TINY = NetworkSpec("dense", {"hidden": [8]})
+
+
+def tiny_program(data: Dataset, seed: int = 0, network: NetworkSpec = TINY) -> Program:
+    """An untrained network with seeded weights."""
     torch.manual_seed(seed)
-    return spec, build_program(spec, data.preprocess, len(data.labels)).eval()
+    return build_program(network, data.preprocess, len(data.labels)).eval()
+
+
+def load_eager(bundle: Bundle) -> Classifier:
+    """The plan that is always there: no choosing, no cache."""
+    return Planner(Path("unused"), "cpu", None, EAGER).load(bundle)
 
 
 @pytest.fixture
@@ -83,9 +92,10 @@ def make_bundle(few_digits: Dataset, tmp_path: Path) -> MakeBundle:
         folder: Path | None = None,
         data: Dataset = few_digits,
         change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+        network: NetworkSpec = TINY,
     ) -> Bundle:
-        spec, program = tiny_program(data, seed)
-        heldout = evaluate(Classifier(program, CPU), data.validation)
+        spec, program = network, tiny_program(data, seed, network)
+        heldout = evaluate(eager_classifier(program, "cpu"), data.validation)
         tiny = Recipe(name="tiny", network=spec, epochs=1)
         manifest = build_manifest("digits", tiny, data, seed, "cpu", heldout.metrics("validation"))
         report = tmp_path / "report"

@@ -6,20 +6,33 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import safetensors.torch
-import torch
+from numpy.typing import NDArray
 
-from registry.bundle import GOLDEN, HELDOUT, WEIGHTS, Bundle, GoldenImage, write_bundle
-from registry.classifier import load_classifier
+from registry.bundle import (
+    CALIBRATION,
+    GOLDEN,
+    HELDOUT,
+    WEIGHTS,
+    Bundle,
+    GoldenImage,
+    to_npz,
+    with_manifest,
+    write_bundle,
+)
+from registry.classifier import Classifier, replay_golden
 from registry.contract import SCHEMA_VERSION, DataRecord, Manifest, ModelVersion, SourceRecord
 from registry.errors import BundleInvalid
 from registry.networks import Program
-from registry.preprocess import TRUSTED_LIMITS, decode_image
+from registry.plans.plan import Source, catalogue
+from registry.plans.torch_eager import eager_classifier
+from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
 from registry.store import ModelStore
 from training.config import Recipe
 from training.datasets import Dataset, Examples
@@ -28,6 +41,8 @@ from training.evaluate import Evaluation
 log = logging.getLogger(__name__)
 
 GOLDEN_IMAGES = 32
+CALIBRATION_IMAGES = 256
+CALIBRATION_SIZE_BYTES = 16_000_000
 GOLDEN_SIZE_BYTES = 512_000  # larger ones only where a class has no smaller
 # The same network on the same device; only the batches differ.
 RESCORE_TOLERANCE = 1e-4
@@ -71,7 +86,7 @@ def publish(
     data: Dataset,
     heldout: Evaluation,
     report: Path,
-    device: torch.device,
+    device: str,
 ) -> ModelVersion:
     """Write the bundle, prove it, and register it as the next version, alias ``challenger``.
 
@@ -89,7 +104,8 @@ def publish(
     """
     with tempfile.TemporaryDirectory(prefix="convoy-publish-") as name:
         bundle = write_version(Path(name) / "bundle", manifest, program, data, heldout, report)
-        rescore(bundle, data.validation, heldout, device)
+        pixels = rescore(bundle, data.validation, heldout, device)
+        bundle = record_plan_accuracy(bundle, pixels, heldout.labels, device)
         tags = {
             "convoy.recipe": manifest.source.recipe,
             **{f"convoy.{key}": f"{value:.6f}" for key, value in manifest.metrics.items()},
@@ -113,6 +129,7 @@ def write_version(
     files = {
         WEIGHTS: safetensors.torch.save(state),
         HELDOUT: heldout.to_npz(),
+        CALIBRATION: to_npz(pixels=choose_calibration(data.train)),
     }
     golden = []
     for position in choose_golden(data.validation):
@@ -145,13 +162,26 @@ def choose_golden(examples: Examples) -> list[int]:
     return list(islice(in_turn, GOLDEN_IMAGES))
 
 
-def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: torch.device) -> None:
+def choose_calibration(examples: Examples) -> Pixels:
+    """Up to 256 pictures, or as many as 16 MB hold, drawn by digest from ``examples``."""
+    one = examples.pixels[0].nbytes
+    count = max(1, min(CALIBRATION_IMAGES, CALIBRATION_SIZE_BYTES // one, len(examples)))
+    order = sorted(range(len(examples)), key=lambda each: examples.digests[each])
+    chosen: Pixels = examples.pixels[order[:count]]
+    return chosen
+
+
+def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: str) -> Pixels:
     """Send the held-out pictures, *encoded*, through what serving uses, and compare.
+
+    Returns:
+        The pictures as they were decoded, uint8 (N, H, W, C).
 
     Raises:
         BundleInvalid: a probability differs by more than 1e-4.
     """
-    classifier = load_classifier(bundle, device)
+    classifier = eager_classifier(Source(bundle).program, device)
+    replay_golden(bundle, classifier, "fp32")
     spec = bundle.manifest.preprocess
     encoded = (examples.encode(position) for position in range(len(examples)))
     pixels = np.stack([decode_image(data, spec, TRUSTED_LIMITS) for data in encoded])
@@ -167,6 +197,44 @@ def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: to
             f"the bundle does not score like the training did: held-out picture {worst} differs by "
             f"{difference[worst]:.2g}; at most {RESCORE_TOLERANCE:g} is accepted"
         )
+    return pixels
+
+
+def record_plan_accuracy(
+    bundle: Bundle, pixels: Pixels, labels: NDArray[np.int64], device: str
+) -> Bundle:
+    """``bundle`` with the held-out accuracy of every plan below fp32 that this machine can run.
+
+    A server that meets such a plan has the golden images only; whether a few thousand pictures
+    agree is found out here, once.
+
+    Args:
+        bundle: a complete one; its manifest is written anew.
+        pixels: uint8 (N, H, W, C), the held-out pictures as serving decodes them.
+        labels: int64 (N,), their true classes.
+        device: beside the CPU, where to try plans.
+    """
+    accuracies = {}
+    for plan in catalogue().values():
+        where = device if plan.device == device.partition(":")[0] else "cpu"
+        if plan.precision == "fp32" or plan.builds_slowly or plan.unsupported(where):
+            continue
+        try:
+            with tempfile.TemporaryDirectory(prefix="convoy-plan-") as name:
+                source = Source(bundle, where)
+                plan.build(source, Path(name))
+                run = plan.load(source, partial(_read_from, Path(name)))
+                scores = Classifier(run, plan.name, where).classify(pixels)
+        except Exception as error:  # noqa: BLE001 - an engine's failure must not cost a training
+            log.warning("plan %s cannot be measured: %s", plan.name, error)
+            continue
+        accuracies[plan.name] = float((scores.argmax(axis=1) == labels).mean())
+        log.info("plan %s: held-out accuracy %.4f", plan.name, accuracies[plan.name])
+    return with_manifest(bundle, msgspec.structs.replace(bundle.manifest, plan_accuracy=accuracies))
+
+
+def _read_from(folder: Path, file: str) -> bytes:
+    return (folder / file).read_bytes()
 
 
 def _git_commit() -> str | None:

@@ -125,9 +125,7 @@ def first_units(program: Program, shape: tuple[int, int, int]) -> Figure | None:
     return None
 
 
-def feature_maps(
-    program: Program, pixels: Pixels, device: torch.device
-) -> list[tuple[str, Figure]]:
+def feature_maps(program: Program, pixels: Pixels, device: str) -> list[tuple[str, Figure]]:
     """What each convolution and pooling makes of one example picture, (H, W, C)."""
     outputs: dict[str, Tensor] = {}
     layers = [
@@ -184,7 +182,7 @@ def run_pictures(
     best: Epoch,
     evaluation: Evaluation,
     data: Dataset,
-    device: torch.device,
+    device: str,
 ) -> dict[str, bytes]:
     """The pictures of one run as PNG files by name, in the order in which they are shown."""
     example = data.test.pixels[0]

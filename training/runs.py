@@ -16,6 +16,7 @@ from registry.classifier import Classifier
 from registry.contract import ModelVersion, sha256_hex
 from registry.devices import choose_device, describe_device
 from registry.home import Home
+from registry.plans.torch_eager import eager_classifier
 from registry.store import ModelStore
 from training import report
 from training.config import Recipe
@@ -102,7 +103,7 @@ def _train(
     recipe: Recipe,
     title: str,
     seed: int,
-    device: torch.device,
+    device: str,
     report_folder: Path,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -111,10 +112,16 @@ def _train(
     run.log_start(recipe, data, seed, describe_device(device))
     started = time.perf_counter()
     trained = fit(
-        recipe, data, device, seed, checkpoint=checkpoint, resume=resume, on_epoch=run.log_epoch
+        recipe,
+        data,
+        torch.device(device),
+        seed,
+        checkpoint=checkpoint,
+        resume=resume,
+        on_epoch=run.log_epoch,
     )
     seconds = time.perf_counter() - started
-    classifier = Classifier(trained.program, device)
+    classifier = eager_classifier(trained.program, device)
     finished = Finished(
         run_id=run.id,
         trained=trained,
@@ -145,7 +152,7 @@ def _write_run_report(
     data: Dataset,
     seed: int,
     finished: Finished,
-    device: torch.device,
+    device: str,
 ) -> None:
     trained = finished.trained
     pictures = report.run_pictures(

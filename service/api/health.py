@@ -47,6 +47,7 @@ def _describe(slot: ModelSlot) -> dict[str, Any]:
         "name": slot.ref.name,
         "version": slot.current.version if slot.current else None,
         "device": slot.current.device if slot.current else None,
+        "plan": slot.current.plan if slot.current else None,
         "error": slot.error,
         "registry_age_s": _registry_age_s(slot),
         "registry_error": slot.pull_status().error,

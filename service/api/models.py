@@ -34,6 +34,7 @@ def _summary(slot: ModelSlot) -> dict[str, Any]:
         "version": served.version if served else None,
         "alias": served.alias if served else None,
         "device": served.device if served else None,
+        "plan": served.plan if served else None,
         "error": slot.error,
     }
 

@@ -55,6 +55,7 @@ class Service:
             "CONVOY_PORT": str(self.port),
             "CONVOY_MODEL": "models:/digits@champion",
             "CONVOY_WORKERS": "2",
+            "CONVOY_PLAN": "torch-eager",
         }
         with self.log.open("ab") as log:
             self.process = psutil.Popen(

@@ -7,10 +7,12 @@ import safetensors.numpy
 import torch
 
 from registry.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, write_bundle
-from registry.classifier import LARGEST_BATCH, load_classifier
+from registry.classifier import LARGEST_BATCH
 from registry.contract import NetworkSpec
 from registry.errors import BundleInvalid
-from tests.conftest import CPU, MakeBundle
+from registry.plans.choice import Planner
+from registry.plans.torch_eager import EAGER
+from tests.conftest import MakeBundle, load_eager
 from training.datasets import Dataset
 
 
@@ -26,7 +28,7 @@ def rewritten(bundle: Bundle, folder: Path, **files: bytes) -> Bundle:
 def test_rows_are_probabilities_whatever_the_batch(
     make_bundle: MakeBundle, digits: Dataset
 ) -> None:
-    classifier = load_classifier(make_bundle(), CPU)
+    classifier = load_eager(make_bundle())
     pixels = digits.train.pixels[: LARGEST_BATCH + 7]
     scores = classifier.classify(pixels)
     assert scores.dtype == np.float32
@@ -41,7 +43,7 @@ def test_weights_of_another_network_are_refused(make_bundle: MakeBundle) -> None
         return msgspec.structs.replace(manifest, network=NetworkSpec("cnn", {"padding": 1}))
 
     with pytest.raises(BundleInvalid, match="do not fit its network"):
-        load_classifier(make_bundle(change=other), CPU)
+        load_eager(make_bundle(change=other))
 
 
 def test_a_network_that_is_not_on_our_list_is_refused(make_bundle: MakeBundle) -> None:
@@ -49,14 +51,14 @@ def test_a_network_that_is_not_on_our_list_is_refused(make_bundle: MakeBundle) -
         return msgspec.structs.replace(manifest, network=NetworkSpec("os.system"))
 
     with pytest.raises(BundleInvalid, match="there is no network"):
-        load_classifier(make_bundle(change=other), CPU)
+        load_eager(make_bundle(change=other))
 
 
 def test_weights_that_score_otherwise_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:
     first, second = make_bundle(seed=0), make_bundle(seed=1)
     swapped = rewritten(first, tmp_path / "swapped", weights=second.read(WEIGHTS))
-    with pytest.raises(BundleInvalid, match=r"differs by .* its tolerance is 0\.001"):
-        load_classifier(swapped, CPU)
+    with pytest.raises(BundleInvalid, match=r"differs by .* its tolerance in fp32 is 0\.001"):
+        load_eager(swapped)
 
 
 def test_weights_of_nan_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_weights_of_nan_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> 
     state = {name: np.full_like(array, np.nan) for name, array in bundle.weights().items()}
     broken = rewritten(bundle, tmp_path / "nan", weights=safetensors.numpy.save(state))
     with pytest.raises(BundleInvalid, match="NaN"):
-        load_classifier(broken, CPU)
+        load_eager(broken)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +85,11 @@ def test_golden_images_that_prove_nothing_are_refused(
         golden = [GoldenImage(each.file, (1.0, 0.0, 0.0)) for each in bundle.golden()]
     broken = rewritten(bundle, tmp_path / "broken", golden=msgspec.json.encode(golden))
     with pytest.raises(BundleInvalid, match=reason):
-        load_classifier(broken, CPU)
+        load_eager(broken)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
 def test_the_gpu_agrees_with_the_golden_images(make_bundle: MakeBundle) -> None:
-    assert load_classifier(make_bundle(), torch.device("cuda")).device.startswith("cuda")
+    planner = Planner(Path("unused"), "cuda:0", None, EAGER)
+    assert planner.load(make_bundle()).device.startswith("cuda")

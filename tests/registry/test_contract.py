@@ -32,8 +32,8 @@ def changed(data: bytes, **changes: object) -> bytes:
 
 
 def test_a_manifest_of_another_schema_names_both_versions(manifest_json: bytes) -> None:
-    with pytest.raises(BundleInvalid, match="schema_version 2; this Convoy reads 1"):
-        manifest_from_json(changed(manifest_json, schema_version=2, novelty=True))
+    with pytest.raises(BundleInvalid, match="schema_version 3; this Convoy reads 2"):
+        manifest_from_json(changed(manifest_json, schema_version=3, novelty=True))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_manifest_of_another_schema_names_both_versions(manifest_json: bytes) 
         ({"labels": ["only one"]}, "length >= 2"),
         ({"labels": ["same", "same"]}, "differ"),
         ({"model": "no/slash"}, "no model name"),
-        ({"tolerance": 0}, "> 0"),
+        ({"tolerances": {"fp32": 0}}, "> 0"),
         ({"files": {"weights.safetensors": {"sha256": "zz", "size_bytes": 1}}}, "sha256"),
     ],
 )

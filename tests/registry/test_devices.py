@@ -1,8 +1,8 @@
 import logging
-from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from registry import devices
 from registry.devices import choose_device, describe_device
@@ -29,38 +29,37 @@ def test_cuda_by_name_fails_loudly_where_there_is_none() -> None:
 
 @without_cuda
 def test_auto_is_the_cpu_where_there_is_no_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_device("auto").type == "cpu"
+    assert choose_device("auto") == "cpu"
     assert not caplog.records
 
 
-def broken_driver(device: torch.device) -> None:
+def broken_driver(device: str) -> None:
     raise RuntimeError("CUDA error: no kernel image is available\nand a second line")
 
 
 def test_auto_falls_back_with_one_warning_when_the_kernel_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(devices, "_has_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "_run_kernel", broken_driver)
     with caplog.at_level(logging.WARNING):
-        assert choose_device("auto").type == "cpu"
+        assert choose_device("auto") == "cpu"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no kernel image" in caplog.text
     assert "second line" not in caplog.text
 
 
 def test_a_device_that_computes_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_conv2d = devices.functional.conv2d
-    monkeypatch.setattr(
-        devices.functional, "conv2d", lambda *args: torch.zeros_like(real_conv2d(*args))
-    )
+    real_conv2d = functional.conv2d
+    monkeypatch.setattr(functional, "conv2d", lambda *args: torch.zeros_like(real_conv2d(*args)))
     with pytest.raises(RuntimeError, match="instead of 36"):
-        devices._run_kernel(torch.device("cpu"))
+        devices._run_kernel("cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
 def test_auto_is_the_gpu_where_it_works() -> None:
-    device: Any = choose_device("auto")
-    assert device.type == "cuda"
+    device = choose_device("auto")
+    assert device.startswith("cuda:")
     assert describe_device(device).startswith("cuda:0 (")

@@ -86,7 +86,7 @@ def test_a_download_that_fails_leaves_what_serves_alone(
     assert not puller.pull_all()
     status = read_status(registry_home.models, "digits")
     assert status.agreed_unix_s is None
-    assert "manifest says" in str(status.error)
+    assert "has sha256" in str(status.error)
 
 
 def test_a_registry_that_goes_away_is_noted_and_comes_back(

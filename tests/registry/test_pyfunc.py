@@ -5,12 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from registry.classifier import load_classifier
 from registry.errors import InvalidImage
 from registry.promotion import promote
 from registry.pyfunc import _load_pyfunc
 from registry.store import ModelStore
-from tests.conftest import CPU, MakeBundle
+from tests.conftest import MakeBundle, load_eager
 from training.datasets import Dataset
 
 
@@ -22,7 +21,7 @@ def test_mlflow_gives_the_classifiers_probabilities(
     model = mlflow.pyfunc.load_model("models:/digits@champion")
     images = [few_digits.test.encode(index) for index in range(5)]
     frame = model.predict(pd.DataFrame({"image": images}))
-    expected = load_classifier(make_bundle(), CPU).classify(few_digits.test.pixels[:5])
+    expected = load_eager(make_bundle()).classify(few_digits.test.pixels[:5])
     np.testing.assert_allclose(np.array(frame["probabilities"].tolist()), expected, atol=1e-5)
     assert frame["label"].tolist() == [str(index) for index in expected.argmax(axis=1)]
     np.testing.assert_allclose(frame["probability"], expected.max(axis=1), atol=1e-5)

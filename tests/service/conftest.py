@@ -11,16 +11,19 @@ from werkzeug.serving import make_server
 
 from registry.bundle import Bundle
 from registry.contract import ModelRef
+from registry.plans.choice import Planner
+from registry.plans.torch_eager import EAGER
 from registry.releases import ReleasedVersion, version_folder, write_release
 from service import create_app
 from service.model_slot import ModelSlot, ServedModel
 from service.settings import Settings
 from service.state import load_served
-from tests.conftest import CPU, MakeBundle
+from tests.conftest import MakeBundle
 
 
-def load(folder: Path, released: ReleasedVersion) -> ServedModel:
-    return load_served(folder, released, CPU, Settings(max_batch=8, queue_limit=64))
+def load(bundle: Bundle, released: ReleasedVersion) -> ServedModel:
+    planner = Planner(Path("unused"), "cpu", None, EAGER)
+    return load_served(bundle, released, planner, Settings(max_batch=8, queue_limit=64))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from registry.errors import DeadlineExceeded, Overloaded
 from service.model_slot import ModelSlot
-from tests.conftest import CPU
+from tests.conftest import load_eager
 
 RAW = {"content_type": "application/octet-stream"}
 
@@ -60,10 +60,9 @@ def test_all_body_forms_give_the_classifiers_probabilities(
     ready: FlaskClient, png: bytes, slot: ModelSlot, few_digits
 ) -> None:
     from registry.bundle import open_bundle
-    from registry.classifier import load_classifier
 
     folder = slot._models_folder / "digits" / "versions" / "1"
-    expected = load_classifier(open_bundle(folder), CPU).classify(few_digits.test.pixels[:1])[0]
+    expected = load_eager(open_bundle(folder)).classify(few_digits.test.pixels[:1])[0]
     forms = [
         ready.post("/v1/classify?top_k=10", data=png, **RAW),
         ready.post("/v1/classify?top_k=10", **parts(png)),

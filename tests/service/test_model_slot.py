@@ -56,7 +56,7 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
     assert not slot.refresh()
     assert not slot.refresh()
     assert slot.require().version == 1
-    assert "the manifest says" in str(slot.error)
+    assert "has sha256" in str(slot.error)
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "version 1 serves on" in warnings[0].getMessage()
@@ -105,9 +105,9 @@ def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(
 def test_many_first_requests_load_only_once(models: Path, release) -> None:
     loads = []
 
-    def counted(folder, released):
+    def counted(bundle, released):
         loads.append(released.version)
-        return load(folder, released)
+        return load(bundle, released)
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, counted)
     release(1)
@@ -149,7 +149,7 @@ def test_swaps_and_failures_are_counted(models: Path, release) -> None:
     def note(name: str, before: ServedModel | None, after: ServedModel | None) -> None:
         events.append((before and before.version, after and after.version))
 
-    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, note)
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_swap=note)
     slot.refresh()  # nothing is released: no version failed
     release(1)
     slot.refresh()

@@ -18,7 +18,7 @@ def test_every_setting_has_a_default(tmp_path: Path) -> None:
     assert settings.models == (ModelRef("fashion", alias="champion"),)
     assert settings.host == "127.0.0.1"
     assert settings.workers == len(os.sched_getaffinity(0))
-    assert settings.torch_threads == 1
+    assert settings.forward_threads == 1
     assert settings.models_folder == tmp_path / "home" / "models"
 
 
@@ -38,7 +38,7 @@ def test_settings_come_from_the_environment() -> None:
     assert (settings.port, settings.workers, settings.deadline_s) == (0, 1, 2.5)
     assert settings.decode_limits.max_pixels == 1000
     assert (settings.log_level, settings.device) == ("WARNING", "auto")
-    assert settings.torch_threads == len(os.sched_getaffinity(0))
+    assert settings.forward_threads == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from registry.classifier import Classifier
 from registry.contract import NetworkSpec
 from registry.networks import build_program
-from tests.conftest import CPU, tiny_program
+from registry.plans.torch_eager import eager_classifier
+from tests.conftest import tiny_program
 from training import report
 from training.datasets import Dataset
 from training.evaluate import Evaluation, accuracy_against_shift, evaluate, shift
@@ -46,8 +46,8 @@ def test_a_shift_moves_and_fills_with_black() -> None:
 
 
 def test_accuracy_against_shift_begins_with_the_plain_accuracy(few_digits: Dataset) -> None:
-    _, program = tiny_program(few_digits)
-    classifier = Classifier(program, CPU)
+    program = tiny_program(few_digits)
+    classifier = eager_classifier(program, "cpu")
     curve = accuracy_against_shift(classifier, few_digits.test, range(3))
     assert len(curve) == 3
     assert curve[0] == evaluate(classifier, few_digits.test).accuracy
@@ -67,8 +67,8 @@ def test_accuracy_against_shift_begins_with_the_plain_accuracy(few_digits: Datas
 def test_a_run_is_drawn(few_digits: Dataset, tmp_path, spec: NetworkSpec, expected) -> None:
     torch.manual_seed(0)
     program = build_program(spec, few_digits.preprocess, 10).eval()
-    evaluation = evaluate(Classifier(program, CPU), few_digits.test)
-    pictures = report.run_pictures(program, [EPOCH], EPOCH, evaluation, few_digits, CPU)
+    evaluation = evaluate(eager_classifier(program, "cpu"), few_digits.test)
+    pictures = report.run_pictures(program, [EPOCH], EPOCH, evaluation, few_digits, "cpu")
     always = {"learning curves", "confusion matrix", "worst mistakes", "example picture"}
     assert always | expected <= set(pictures)
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())

@@ -12,7 +12,7 @@ from registry.contract import ModelRef
 from registry.errors import BundleInvalid, RegistryUnavailable
 from registry.home import Home
 from registry.store import ModelStore
-from tests.conftest import CPU, MakeBundle
+from tests.conftest import MakeBundle
 from training import runs
 from training.__main__ import main
 from training.datasets import Dataset
@@ -148,14 +148,14 @@ def test_a_bundle_that_scores_otherwise_is_not_registered(
     bundle = make_bundle()
     heldout = bundle.heldout()
     honest = Evaluation(heldout.labels, heldout.probabilities)
-    rescore(bundle, few_digits.validation, honest, CPU)
+    rescore(bundle, few_digits.validation, honest, "cpu")
     shifted = heldout.probabilities.copy()
     shifted[7, 0] += 0.001
     with pytest.raises(BundleInvalid, match=r"picture 7 differs by 0\.001"):
-        rescore(bundle, few_digits.validation, Evaluation(heldout.labels, shifted), CPU)
+        rescore(bundle, few_digits.validation, Evaluation(heldout.labels, shifted), "cpu")
     shifted[7, 0] = np.nan
     with pytest.raises(BundleInvalid, match="picture 7"):
-        rescore(bundle, few_digits.validation, Evaluation(heldout.labels, shifted), CPU)
+        rescore(bundle, few_digits.validation, Evaluation(heldout.labels, shifted), "cpu")
 
 
 def test_large_files_are_golden_only_for_want_of_others(few_digits: Dataset) -> None:

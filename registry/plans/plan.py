@@ -1,0 +1,114 @@
+"""What a plan is, what it is built from, and the list of all of them.
+
+Light: engines and torch are imported by the plans when they build or load, never by listing them.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from registry.bundle import Bundle
+from registry.contract import Precision
+from registry.errors import UsageError
+from registry.preprocess import Pixels
+
+if TYPE_CHECKING:
+    import torch
+
+    from registry.networks import Program
+
+Run = Callable[[Pixels], NDArray[np.float32]]
+"""uint8 (N, H, W, C), N ≥ 1, to probabilities float32 (N, classes). One call at a time."""
+
+ReadArtefact = Callable[[str], bytes]
+"""The content of a file that ``Plan.build`` wrote, its digest checked."""
+
+
+class Source:
+    """What plans are built from. What several of them need is made once, when first asked for."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        """``threads`` for one forward pass; None leaves the engine's own choice."""
+        self.bundle = bundle
+        self.device = device
+        self.threads = threads
+
+    @cached_property
+    def program(self) -> "Program":
+        """The fp32 program with the bundle's weights, on the CPU, in evaluation mode."""
+        from registry.networks import load_program
+
+        return load_program(self.bundle)
+
+    @cached_property
+    def scored_program(self) -> "torch.nn.Module":
+        """``program`` with softmax behind it: what engines with a graph of their own convert."""
+        import torch
+
+        return torch.nn.Sequential(self.program, torch.nn.Softmax(dim=1)).eval()
+
+    def example(self) -> "torch.Tensor":
+        """Zeros, uint8 (2, H, W, C); exporters take a batch of 1 for a fixed size."""
+        import torch
+
+        return torch.zeros((2, *self.bundle.manifest.preprocess.shape), dtype=torch.uint8)
+
+
+class Plan(ABC):
+    """One way to run a network. Has no state: what it makes lies in files or in a ``Run``."""
+
+    name: ClassVar[str]
+    precision: ClassVar[Precision]
+    device: ClassVar[str] = "cpu"
+    """The kind of device: ``cpu``, ``cuda`` or ``any``."""
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    """Distributions that it needs, and whose versions a verdict about it hangs on."""
+    builds_slowly: ClassVar[bool] = False
+    """Its build takes tens of seconds, so it is tried only where no quicker engine was accepted."""
+
+    def unsupported(self, device: str) -> str | None:
+        """Why this machine cannot run it, or None. Imports nothing heavy."""
+        kind = device.partition(":")[0]
+        if self.device not in ("any", kind):
+            return f"runs on {self.device} only"
+        missing = [name for name in self.packages if not importlib.util.find_spec(name)]
+        return f"not installed: {', '.join(missing)}" if missing else None
+
+    def build(self, source: Source, folder: Path) -> None:
+        """Write what ``load`` will need, beside the bundle, into ``folder``; often nothing."""
+        return
+
+    @abstractmethod
+    def load(self, source: Source, read: ReadArtefact) -> Run:
+        """Open the engine; the result needs no torch unless the engine is torch."""
+
+
+def catalogue() -> dict[str, Plan]:
+    """Every plan by name, whether or not this machine can run it."""
+    package = importlib.import_module("registry.plans")
+    plans: dict[str, Plan] = {}
+    for found in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"registry.plans.{found.name}")
+        for plan in getattr(module, "PLANS", ()):
+            plans[plan.name] = plan
+    return plans
+
+
+def find_plan(name: str) -> Plan:
+    """The plan ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    plans = catalogue()
+    if name not in plans:
+        raise UsageError(f"there is no plan {name!r}; there are: auto, {', '.join(plans)}")
+    return plans[name]

@@ -1,0 +1,122 @@
+"""One step of choosing a plan, in a process of its own: ``python -m registry.plans.trial``.
+
+An engine that does not fit the machine may take its process down; this one is there to be taken.
+It writes one JSON line for each plan that it finished to what was its standard output; everything
+that libraries print goes to standard error.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from registry.bundle import Bundle, open_bundle, read_digested
+from registry.classifier import Classifier, load_classifier, replay_golden
+from registry.plans.plan import Source, find_plan
+
+BATCHES = (1, 8, 32)
+WINDOW_S = 0.3
+LEAST_RUNS = 3
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """What a trial process is told: which plans of which bundle to build, or one to try."""
+
+    step: Literal["build", "try"]
+    plans: tuple[str, ...]
+    bundle: str
+    manifest_sha256: str
+    device: str
+    threads: int | None
+    folder: str
+    """Artefacts of a plan lie in the folder of its name under this one."""
+    limit_s: int
+    digests: dict[str, str] = {}
+    """SHA-256 of each of the tried plan's artefacts, by file name."""
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """What came out for one plan; ``reason`` says why not, or is None."""
+
+    plan: str
+    reason: str | None = None
+    build_s: float = 0.0
+    max_difference: float | None = None
+    batch_ms: dict[int, float] = {}
+    peak_mb: float | None = None
+
+
+def main() -> int:
+    job = msgspec.json.decode(sys.argv[1], type=Job)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    signal.alarm(job.limit_s)  # if whoever waits for us is gone, nobody else would end a hang
+    bundle = open_bundle(Path(job.bundle), job.manifest_sha256)
+    source = Source(bundle, job.device, job.threads)
+    step = _build if job.step == "build" else _try
+    for name in job.plans:
+        try:
+            finding = step(name, source, job)
+        except Exception as error:  # noqa: BLE001 - whatever an engine raises, the plan is not for here
+            text = str(error).strip().splitlines() or [""]
+            finding = Finding(plan=name, reason=f"{type(error).__name__}: {text[0][:300]}")
+        answers.write(msgspec.json.encode(finding) + b"\n")
+    return 0
+
+
+def _build(name: str, source: Source, job: Job) -> Finding:
+    folder = Path(job.folder) / name
+    folder.mkdir(parents=True)
+    started = time.perf_counter()
+    find_plan(name).build(source, folder)
+    return Finding(plan=name, build_s=time.perf_counter() - started)
+
+
+def _try(name: str, source: Source, job: Job) -> Finding:
+    """Prove the plan as serving does, time it, and note what memory a worker with it needs."""
+    plan = find_plan(name)
+    folder = Path(job.folder) / name
+    classifier = load_classifier(
+        source, plan, lambda file: read_digested(folder / file, job.digests.get(file))
+    )
+    difference = replay_golden(source.bundle, classifier, plan.precision)
+    batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}
+    return Finding(plan=name, max_difference=difference, batch_ms=batch_ms, peak_mb=peak_mb())
+
+
+def time_batch(classifier: Classifier, bundle: Bundle, size: int) -> float:
+    """Median milliseconds of a forward pass over ``size`` images."""
+    shape = bundle.manifest.preprocess.shape
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *shape), dtype=np.uint8)
+    classifier.classify(pixels)
+    runs_ms: list[float] = []
+    until = time.perf_counter() + WINDOW_S
+    while len(runs_ms) < LEAST_RUNS or time.perf_counter() < until:
+        started = time.perf_counter()
+        classifier.classify(pixels)
+        runs_ms.append((time.perf_counter() - started) * 1000)
+    return float(np.median(runs_ms))
+
+
+def peak_mb() -> float | None:
+    """The most memory that this process ever held; None where the system does not say.
+
+    Not getrusage's figure, which a process inherits from the one that started it.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 / 1e6 if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Plans: each gives fp32's answers within its precision, and only those that do are served."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from registry.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, with_manifest, write_bundle
+from registry.classifier import Classifier, replay_golden
+from registry.contract import DEFAULT_TOLERANCES, NetworkSpec
+from registry.errors import BundleInvalid, DeviceOutOfMemory, PlanUndecided, UsageError
+from registry.plans import choice, openvino_cpu
+from registry.plans.choice import Planner, refused_by_record, score
+from registry.plans.plan import Source, catalogue, find_plan
+from registry.plans.torch_eager import EAGER
+from tests.conftest import MakeBundle, load_eager
+from training.datasets import Dataset
+
+SMALL_RESNET = NetworkSpec("resnet", {"widths": [4, 8]})
+
+
+@pytest.fixture
+def bundle(make_bundle: MakeBundle) -> Bundle:
+    """One with batch norm in it, and a record that lets int8 in."""
+    made = make_bundle(network=SMALL_RESNET)
+    accuracy = made.manifest.metrics["validation_accuracy"]
+    plans = {"openvino-int8": accuracy, "openvino-bf16": accuracy}
+    return with_manifest(made, msgspec.structs.replace(made.manifest, plan_accuracy=plans))
+
+
+@pytest.fixture
+def planner(tmp_path: Path) -> Planner:
+    return Planner(tmp_path / "plans", "cpu", 1)
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_a_plan_gives_the_answers_of_fp32(
+    name: str, bundle: Bundle, few_digits: Dataset, tmp_path: Path
+) -> None:
+    plan = find_plan(name)
+    device = "cuda:0" if plan.device == "cuda" else "cpu"
+    if reason := plan.unsupported(device):
+        pytest.skip(reason)
+    if plan.device == "cuda":
+        pytest.importorskip("torch").cuda.is_available() or pytest.skip("no CUDA")
+    source = Source(bundle, device, threads=1)
+    plan.build(source, tmp_path)
+    run = plan.load(source, lambda file: (tmp_path / file).read_bytes())
+    expected = load_eager(bundle).classify(few_digits.test.pixels)
+    for size in (1, 3, 8, 64):
+        scores = run(few_digits.test.pixels[:size])
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(
+            scores, expected[:size], rtol=0, atol=DEFAULT_TOLERANCES[plan.precision]
+        )
+
+
+def test_no_engine_reports_to_its_makers(bundle: Bundle, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from registry.bundle import open_bundle;"
+        "from registry.plans.plan import Source, find_plan;"
+        f"source = Source(open_bundle(Path({str(bundle.folder)!r})));"
+        f"find_plan('openvino-int8').build(source, Path({str(tmp_path)!r}));"
+        "print('nncf' in sys.modules, sys.modules['openvino_telemetry'])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert printed.stdout.split()[-2:] == ["True", "None"], printed.stderr
+
+
+def test_the_fastest_right_plan_is_chosen_and_remembered(
+    bundle: Bundle,
+    planner: Planner,
+    few_digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(PlanUndecided, match="no plan was chosen"):
+        planner.load(bundle)
+    found = planner.choose(bundle)
+    accepted = [each for each in found.findings if each.reason is None]
+    assert {each.plan for each in accepted} >= {EAGER, "torch-fp32", "onnxruntime-fp32"}
+    assert found.chosen == min(accepted, key=lambda each: score(each.batch_ms)).plan
+    assert all(set(each.batch_ms) == {1, 8, 32} and each.peak_mb for each in accepted)
+    rejected = {each.plan: each.reason for each in found.findings if each.reason}
+    assert rejected["cuda-fp16"] == "runs on cuda only"
+    assert "inductor-fp32" not in rejected  # not even tried: a quicker engine was accepted
+
+    monkeypatch.setattr(subprocess, "run", None)  # a second look starts no process
+    again = Planner(tmp_path / "plans", "cpu", 1)
+    assert again.choose(bundle) == found
+    classifier = again.load(bundle)
+    assert classifier.plan == found.chosen
+    pixels = few_digits.test.pixels[:5]
+    expected = load_eager(bundle).classify(pixels)
+    np.testing.assert_allclose(classifier.classify(pixels), expected, atol=0.2)
+    with pytest.raises(PlanUndecided):
+        Planner(tmp_path / "plans", "cpu", 2).load(bundle)  # other threads, other verdict
+
+
+def test_what_a_worker_loads_needs_no_torch(bundle: Bundle, tmp_path: Path) -> None:
+    pinned = Planner(tmp_path / "plans", "cpu", 1, "onnxruntime-fp32")
+    assert pinned.choose(bundle).chosen == "onnxruntime-fp32"
+    code = (
+        "import sys; from pathlib import Path; from registry.bundle import open_bundle;"
+        "from registry.plans.choice import Planner;"
+        f"planner = Planner(Path({str(tmp_path / 'plans')!r}), 'cpu', 1, 'onnxruntime-fp32');"
+        f"planner.load(open_bundle(Path({str(bundle.folder)!r})));"
+        "print('torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert printed.stdout.split() == ["False"], printed.stderr
+
+
+def test_a_damaged_artefact_is_chosen_anew(bundle: Bundle, tmp_path: Path) -> None:
+    planner = Planner(tmp_path / "plans", "cpu", 1, "openvino-fp32")
+    planner.choose(bundle)
+    (weights,) = (tmp_path / "plans").rglob("model.bin")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(PlanUndecided, match=r"can no longer be loaded: .* has sha256"):
+        planner.load(bundle)
+    planner.choose(bundle)
+    assert planner.load(bundle).plan == "openvino-fp32"
+
+
+def test_a_damaged_verdict_is_ignored(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    planner = Planner(tmp_path / "plans", "cpu", 1, "torch-fp32")
+    first = planner.choose(bundle)
+    (file,) = (tmp_path / "plans").rglob("choice.json")
+    file.write_text('{"chosen": 7}')
+    with pytest.raises(PlanUndecided):
+        planner.load(bundle)
+    assert "is ignored" in caplog.text
+    assert planner.choose(bundle).chosen == first.chosen
+
+
+def test_a_new_version_of_an_engine_is_proved_again(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Planner(tmp_path / "plans", "cpu", 1, "torch-fp32")
+    planner.choose(bundle)
+    monkeypatch.setattr(choice, "_version", lambda package: "99")
+    with pytest.raises(PlanUndecided):
+        planner.load(bundle)
+
+
+def test_a_version_that_no_plan_scores_right_is_refused(
+    bundle: Bundle, tmp_path: Path, few_digits: Dataset
+) -> None:
+    lies = [
+        GoldenImage(each.file, (0.91,) + (0.01,) * 9 if index else (0.01,) * 9 + (0.91,))
+        for index, each in enumerate(bundle.golden())
+    ]
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    files[GOLDEN] = msgspec.json.encode(lies)
+    broken = write_bundle(tmp_path / "broken", bundle.manifest, files)
+    with pytest.raises(BundleInvalid, match=r"no plan can serve it.*torch-fp32: .*differs by"):
+        Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(broken)
+    assert not list((tmp_path / "plans").glob("*"))[1:]  # the lock only
+
+
+def test_an_engine_that_takes_its_process_down_is_rejected(
+    bundle: Bundle, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.run
+
+    def crash(command, **options):
+        job = msgspec.json.decode(command[-1])
+        if job["step"] == "try" and job["plans"] == ["onnxruntime-fp32"]:
+            command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), 11)"]
+        if job["step"] == "build" and job["plans"][0].startswith("openvino"):
+            command = [sys.executable, "-c", "import sys; sys.exit('no such instruction')"]
+        return real(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", crash)
+    found = {each.plan: each.reason for each in planner.choose(bundle).findings}
+    assert found["onnxruntime-fp32"] == "its process ended with -11"
+    assert found[EAGER] is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "record", "reason"),
+    [
+        ("openvino-int8", {}, "was not recorded"),
+        ("openvino-int8", {"openvino-int8": 0.8985}, "is 0.8985, that of fp32 0.9000"),
+        ("openvino-int8", {"openvino-int8": 0.8995}, None),
+        ("openvino-bf16", {"openvino-bf16": 0.8985}, "is 0.8985"),
+        ("openvino-bf16", {}, None),
+        ("torch-fp32", {}, None),
+    ],
+)
+def test_what_was_recorded_at_publishing_lets_a_plan_in_or_not(
+    bundle: Bundle, plan: str, record: dict[str, float], reason: str | None
+) -> None:
+    manifest = msgspec.structs.replace(
+        bundle.manifest, plan_accuracy=record, metrics={"validation_accuracy": 0.9}
+    )
+    said = refused_by_record(find_plan(plan), manifest)
+    assert said is None if reason is None else reason in str(said)
+
+
+def test_a_plan_that_is_not_in_the_catalogue_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no plan 'fastest'; there are: auto, .*torch-eager"):
+        Planner(tmp_path, "cpu", 1, "fastest")
+
+
+def test_a_plan_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_cpu.OpenVino, "packages", ("torch", "no_such_engine"))
+    assert find_plan("openvino-fp32").unsupported("cpu") == "not installed: no_such_engine"
+
+
+@pytest.mark.parametrize("name", ["torch-bf16", "openvino-bf16", "openvino-int8", "inductor-bf16"])
+def test_a_cpu_without_the_instructions_is_not_tried(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("torch_eager", "openvino_cpu", "inductor"):
+        monkeypatch.setattr(f"registry.plans.{module}.cpu_flags", lambda: frozenset({"sse2"}))
+    assert "instructions" in str(find_plan(name).unsupported("cpu"))
+
+
+def scored_as(bundle: Bundle, rows: list[list[float]]) -> Classifier:
+    return Classifier(lambda pixels: np.array(rows, dtype=np.float32), "fake", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("published", "scored", "reason"),
+    [
+        ([0.6, 0.35], [0.46, 0.49], "another best class for 1 of 1"),
+        ([0.5, 0.45], [0.46, 0.49], None),  # nearly a tie
+        ([0.6, 0.35], [0.3, 0.65], "differs by 0.3"),
+        ([0.6, 0.35], [0.6, 0.30], "sum to 1 only within"),
+    ],
+)
+def test_the_best_class_must_stay_unless_it_was_nearly_a_tie(
+    bundle: Bundle, tmp_path: Path, published: list[float], scored: list[float], reason: str | None
+) -> None:
+    rest = [(1 - sum(published)) / 8] * 8
+    golden = [GoldenImage(bundle.golden()[0].file, (*published, *rest))]
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    files[GOLDEN] = msgspec.json.encode(golden)
+    one = write_bundle(tmp_path / "one", bundle.manifest, files)
+    classifier = scored_as(one, [[*scored, *rest]])
+    if reason is None:
+        assert replay_golden(one, classifier, "int8") < 0.2
+    else:
+        with pytest.raises(BundleInvalid, match=reason):
+            replay_golden(one, classifier, "int8")
+
+
+class SmallDevice:
+    """Answers with the images' first byte; more than ``room`` at once do not fit."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.sizes: list[int] = []
+
+    def __call__(self, pixels):
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.room:
+            raise DeviceOutOfMemory("CUDA out of memory")
+        return pixels[:, 0, 0, :1].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("room", "on_device", "on_cpu"),
+    [(8, [8], []), (4, [8, 4, 4], []), (3, [8, 4, 4], [4, 4]), (0, [8, 4, 4], [4, 4])],
+)
+def test_what_does_not_fit_the_device_is_halved_once_then_answered_by_the_cpu(
+    room: int, on_device: list[int], on_cpu: list[int]
+) -> None:
+    device, cpu = SmallDevice(room), SmallDevice(99)
+    classifier = Classifier(device, "fake", "cpu", Classifier(cpu, "fake", "cpu"))
+    pixels = np.arange(8, dtype=np.uint8).reshape(8, 1, 1, 1)
+    np.testing.assert_array_equal(classifier.classify(pixels)[:, 0], range(8))
+    assert (device.sizes, cpu.sizes) == (on_device, on_cpu)
+
+
+def test_one_image_that_does_not_fit_the_device_is_answered_by_the_cpu() -> None:
+    classifier = Classifier(SmallDevice(0), "fake", "cpu", Classifier(SmallDevice(9), "f", "cpu"))
+    assert classifier.classify(np.full((1, 1, 1, 1), 7, dtype=np.uint8)).tolist() == [[7.0]]
+
+
+def test_without_a_fallback_what_does_not_fit_is_an_error() -> None:
+    with pytest.raises(DeviceOutOfMemory):
+        Classifier(SmallDevice(0), "fake", "cpu").classify(np.zeros((1, 1, 1, 1), dtype=np.uint8))
+
+
+def test_entries_that_were_not_used_for_long_are_pruned(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "CACHE_ENTRIES", 1)
+    plans = tmp_path / "plans"
+    Planner(plans, "cpu", 1, "torch-fp32").choose(bundle)
+    newer = Planner(plans, "cpu", 2, "torch-fp32")
+    newer.choose(bundle)
+    assert len(list(plans.rglob("choice.json"))) == 1
+    assert newer.load(bundle).plan == "torch-fp32"
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    planner = Planner(tmp_path / "file", "cpu", 1, "torch-fp32")
+    planner.choose(bundle)
+    assert planner.load(bundle).plan == "torch-fp32"
+    assert "cannot be written" in caplog.text
+
+
+def test_weights_are_part_of_what_serving_pulls(bundle: Bundle) -> None:
+    assert {WEIGHTS, "calibration.npz"} <= set(bundle.serving_files())
