@@ -197,12 +197,6 @@ class ClassScore(Struct, frozen=True):
     probability: float
 
 
-def top_scores(probabilities: list[float], labels: tuple[str, ...], top_k: int) -> list[ClassScore]:
-    """The ``top_k`` most probable classes, best first; equal ones in label order."""
-    order = sorted(range(len(labels)), key=lambda index: -probabilities[index])[:top_k]
-    return [ClassScore(labels[index], index, probabilities[index]) for index in order]
-
-
 class ModelRef(Struct, frozen=True):
     """Which version of a model is wanted: a fixed number, or wherever an alias points."""
 

@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
+    from service.metrics import Metrics
     from service.settings import Settings
     from service.state import Slots
 
 
-def create_app(settings: "Settings | None" = None, slots: "Slots | None" = None) -> "Flask":
+def create_app(
+    settings: "Settings | None" = None,
+    slots: "Slots | None" = None,
+    metrics: "Metrics | None" = None,
+) -> "Flask":
     """The WSGI application.
 
     Args:
         settings: by default read from the environment.
         slots: the models; by default one slot for each of ``settings.models``, loaded if something
             is released already, each with a thread that follows what is.
+        metrics: where to count; by default counters of its own.
 
     Raises:
         UsageError: a setting cannot be used.
@@ -28,20 +34,21 @@ def create_app(settings: "Settings | None" = None, slots: "Slots | None" = None)
     from flask import Flask
 
     from service import errors, requests
-    from service.api import classify, docs, health, models, page
+    from service.api import docs, health, models, page
+    from service.api.classify import Classify
     from service.metrics import Metrics
     from service.settings import Settings
     from service.state import State, open_slots
 
     settings = settings or Settings.from_environment()
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     if slots is None:
         slots = open_slots(settings, metrics)
     app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
-    app.extensions["convoy"] = State(settings=settings, slots=slots, metrics=metrics)
+    state = app.extensions["convoy"] = State(settings=settings, slots=slots, metrics=metrics)
     requests.init_app(app)
     errors.init_app(app)
-    for module in (classify, models, health, docs, page):
+    for module in (models, health, docs, page):
         app.register_blueprint(module.blueprint)
+    app.wsgi_app = Classify(app.wsgi_app, state)  # type: ignore[method-assign]
     return app

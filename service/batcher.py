@@ -1,8 +1,9 @@
 """``MicroBatcher``: concurrent callers share one forward pass. Knows no HTTP and no torch.
 
-There is no timer and no thread of its own. Whoever finds the device idle runs what is waiting,
-itself included; who finds it busy waits and is in the next batch, which the first of the waiting
-runs. So a lone request waits for nothing, and load fills the batches.
+Images are put into a queue, and waited for later. There is no timer and no thread of its own:
+whoever waits and finds the device idle runs what is queued; who finds it busy is in the next batch,
+which the first of those waiting runs. So a lone request waits for nothing, and load fills the
+batches. One thread may put many images before it waits for the first.
 """
 
 import time
@@ -20,6 +21,12 @@ from registry.preprocess import Pixels
 Compute = Callable[[Pixels], NDArray[np.float32]]
 """uint8 (N, H, W, C) to float32 (N, classes)."""
 
+OnBatch = Callable[[int, float, int], None]
+"""Told the size of each batch, the seconds of its forward pass, and how many images still wait."""
+
+# Of a new figure in the running mean of a forward pass's time for one image.
+MEAN_SHARE = 0.2
+
 
 class Scored(Struct, frozen=True):
     """The answer for one image: probabilities float32 (classes,), and how it got them."""
@@ -30,8 +37,8 @@ class Scored(Struct, frozen=True):
     batch_size: int
 
 
-class _Item:
-    """One waiting image. ``leads`` and ``outcome`` are written before ``wake`` is set."""
+class Ticket:
+    """One queued image, to be handed to ``MicroBatcher.wait``."""
 
     __slots__ = ("deadline", "leads", "outcome", "pixels", "queued", "wake")
 
@@ -39,20 +46,33 @@ class _Item:
         self.pixels = pixels
         self.queued = queued
         self.deadline = deadline
-        self.leads = False
         self.outcome: Scored | Exception | None = None
-        self.wake = Event()
+        # The thread that waits, if one does, sleeps on ``wake``; when it is woken without an
+        # outcome, ``leads`` says that the device is its to use.
+        self.wake: Event | None = None
+        self.leads = False
 
 
 class MicroBatcher:
     """Batches calls of ``compute``; every public method may be called from any thread."""
 
-    def __init__(self, compute: Compute, max_batch: int, queue_limit: int) -> None:
+    def __init__(
+        self,
+        compute: Compute,
+        max_batch: int,
+        queue_limit: int,
+        batch_ms: float = 50.0,
+        on_batch: OnBatch = lambda size, forward_s, waiting: None,
+    ) -> None:
+        """No batch has more than ``max_batch`` images, or more than ``batch_ms`` have time for."""
         self._compute = compute
         self._max_batch = max_batch
         self._queue_limit = queue_limit
+        self._batch_ms = batch_ms
+        self._on_batch = on_batch
+        self._image_ms = 0.0
         self._lock = Lock()
-        self._waiting: deque[_Item] = deque()
+        self._waiting: deque[Ticket] = deque()
         self._busy = False
 
     @property
@@ -60,101 +80,134 @@ class MicroBatcher:
         """Images that wait now."""
         return len(self._waiting)
 
-    def submit(self, images: Sequence[Pixels], deadline_s: float) -> list[Scored | Exception]:
-        """Scores for each image, in order; an image that failed has its exception instead.
+    @property
+    def ceiling(self) -> int:
+        """The most images that the next batch takes: what ``batch_ms`` has time for."""
+        if self._image_ms * self._max_batch <= self._batch_ms:
+            return self._max_batch
+        return max(1, int(self._batch_ms / self._image_ms))
 
-        Blocks until all have an outcome. An image whose time is over before its batch starts is
-        not computed and has ``DeadlineExceeded``.
+    def put(self, images: Sequence[Pixels], deadline_s: float) -> list[Ticket]:
+        """Queue ``images``; each ticket must be waited for.
 
         Args:
             images: uint8 (H, W, C) each, at least one.
-            deadline_s: from now; a forward pass that runs already is not cut short.
+            deadline_s: from now. An image whose time is over before its batch starts is not
+                computed; a forward pass that runs already is not cut short.
 
         Raises:
             Overloaded: the queue has no room for all of them; none was queued.
         """
         now = time.monotonic()
-        items = [_Item(pixels, now, now + deadline_s) for pixels in images]
+        tickets = [Ticket(pixels, now, now + deadline_s) for pixels in images]
         with self._lock:
             # A request larger than the whole queue may still run alone.
-            if self._waiting and len(self._waiting) + len(items) > self._queue_limit:
+            if self._waiting and len(self._waiting) + len(tickets) > self._queue_limit:
                 raise Overloaded(f"{len(self._waiting)} images wait already")
-            self._waiting.extend(items)
-            if not self._busy:
-                self._busy = True
-                items[0].leads = True
-        return [self._outcome(item) for item in items]
+            self._waiting.extend(tickets)
+        return tickets
 
-    def _outcome(self, item: _Item) -> Scored | Exception:
-        while item.outcome is None:
-            if item.leads:
-                item.leads = False
+    def wait(self, ticket: Ticket) -> Scored | Exception:
+        """The scores of an image, or why it has none (``DeadlineExceeded`` among others).
+
+        Blocks until the image has one or the other; the caller's thread may run batches meanwhile.
+        """
+        while ticket.outcome is None:
+            with self._lock:
+                if not self._busy:
+                    self._busy = ticket.leads = True
+                elif ticket.wake is None:
+                    ticket.wake = Event()
+                    continue  # to look again: until now nobody could have woken this thread
+            if ticket.leads:
+                ticket.leads = False
                 self._run_batch()
-            elif not item.wake.wait(max(0.0, item.deadline - time.monotonic())):
-                self._give_up(item)
+                continue
+            assert ticket.wake is not None
+            if ticket.wake.wait(max(0.0, ticket.deadline - time.monotonic())):
+                ticket.wake.clear()
             else:
-                item.wake.clear()
-        return item.outcome
+                self._give_up(ticket)
+        return ticket.outcome
 
-    def _give_up(self, item: _Item) -> None:
-        """Take an expired item out of the queue, unless it is computed now or was told to lead."""
+    def _give_up(self, ticket: Ticket) -> None:
+        """Take an expired image out of the queue, unless it is computed now or was told to lead."""
         with self._lock:
-            if item.leads or item.outcome is not None:
+            if ticket.leads or ticket.outcome is not None:
                 return
-            if item in self._waiting:
-                self._waiting.remove(item)
-                item.outcome = _expired(item)
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+                ticket.outcome = _expired(ticket)
                 return
-        item.wake.wait()  # its batch runs now: the answer is on the way
+        assert ticket.wake is not None
+        ticket.wake.wait()  # its batch runs now: the answer is on the way
 
     def _run_batch(self) -> None:
-        """Compute one batch, then hand the device to the first of those still waiting."""
-        batch: list[_Item] = []
+        """Compute one batch, then hand the device to the first of those who wait."""
+        batch: list[Ticket] = []
         try:
             with self._lock:
                 now = time.monotonic()
-                while self._waiting and len(batch) < self._max_batch:
-                    item = self._waiting.popleft()
-                    if item.deadline > now:
-                        batch.append(item)
+                ceiling = self.ceiling
+                while self._waiting and len(batch) < ceiling:
+                    ticket = self._waiting.popleft()
+                    if ticket.deadline > now:
+                        batch.append(ticket)
                     else:
-                        item.outcome = _expired(item)
-                        item.wake.set()
+                        _settle(ticket, _expired(ticket))
             if batch:
                 self._score(batch)
         finally:
+            for ticket in batch:
+                if ticket.outcome is None:  # what is no Exception has ended this thread
+                    _settle(ticket, RuntimeError("the forward pass was interrupted"))
             with self._lock:
-                if self._waiting:
-                    successor = self._waiting[0]
-                    successor.leads = True
-                    successor.wake.set()
-                else:
+                successor = next((each for each in self._waiting if each.wake is not None), None)
+                if successor is None:
                     self._busy = False
+                else:
+                    successor.leads = True
+                    _wake(successor)
 
-    def _score(self, batch: list[_Item]) -> None:
-        """Give every item of ``batch`` its outcome; when the batch fails, each is tried alone."""
+    def _score(self, batch: list[Ticket]) -> None:
+        """Give every image of ``batch`` its outcome; when the batch fails, each is tried alone."""
         started = time.monotonic()
         try:
-            scores = self._compute(np.stack([item.pixels for item in batch]))
+            scores = self._compute(np.stack([ticket.pixels for ticket in batch]))
             if len(scores) != len(batch):
                 raise RuntimeError(f"{len(batch)} images gave {len(scores)} rows of scores")
         except Exception as error:  # noqa: BLE001 - the edge of a batch: no error may reach others
             if len(batch) > 1:
-                for item in batch:
-                    self._score([item])
+                for ticket in batch:
+                    self._score([ticket])
             else:
-                batch[0].outcome = error
-                batch[0].wake.set()
+                _settle(batch[0], error)
             return
-        forward_ms = (time.monotonic() - started) * 1000
-        for item, row in zip(batch, scores, strict=True):
-            if np.isfinite(row).all():
-                queue_ms = (started - item.queued) * 1000
-                item.outcome = Scored(row, queue_ms, forward_ms, len(batch))
+        forward_s = time.monotonic() - started
+        self._note_time(forward_s * 1000 / len(batch))
+        self._on_batch(len(batch), forward_s, len(self._waiting))
+        finite = np.isfinite(scores).all(axis=1)
+        for ticket, row, is_finite in zip(batch, scores, np.atleast_1d(finite), strict=True):
+            if is_finite:
+                queue_ms = (started - ticket.queued) * 1000
+                _settle(ticket, Scored(row, queue_ms, forward_s * 1000, len(batch)))
             else:
-                item.outcome = ArithmeticError("the network scored NaN or infinity")
-            item.wake.set()
+                _settle(ticket, ArithmeticError("the network scored NaN or infinity"))
+
+    def _note_time(self, image_ms: float) -> None:
+        mean = self._image_ms or image_ms
+        self._image_ms = mean + MEAN_SHARE * (image_ms - mean)
 
 
-def _expired(item: _Item) -> DeadlineExceeded:
-    return DeadlineExceeded(f"not started within {item.deadline - item.queued:.3g} s")
+def _settle(ticket: Ticket, outcome: Scored | Exception) -> None:
+    ticket.outcome = outcome
+    _wake(ticket)
+
+
+def _wake(ticket: Ticket) -> None:
+    if ticket.wake is not None:
+        ticket.wake.set()
+
+
+def _expired(ticket: Ticket) -> DeadlineExceeded:
+    return DeadlineExceeded(f"not started within {ticket.deadline - ticket.queued:.3g} s")

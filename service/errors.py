@@ -41,12 +41,12 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def init_app(app: Flask) -> None:
-    app.register_error_handler(Exception, answer)
+    app.register_error_handler(Exception, lambda error: answer(error, g.request_id))
 
 
-def answer(error: Exception) -> Response:
+def answer(error: Exception, request_id: str) -> Response:
     """The response for ``error``; what nobody foresaw is logged here and answered as 500."""
-    problem = describe(error)
+    problem = describe(error, request_id)
     response = Response(
         msgspec.json.encode(problem), problem.status, mimetype="application/problem+json"
     )
@@ -57,7 +57,7 @@ def answer(error: Exception) -> Response:
     return response
 
 
-def describe(error: Exception) -> Problem:
+def describe(error: Exception, request_id: str) -> Problem:
     """The problem that ``error`` is to the caller; logs it when it is ours."""
     if isinstance(error, HTTPException):
         status, title = error.code or 500, error.name
@@ -67,16 +67,16 @@ def describe(error: Exception) -> Problem:
         title = re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
         detail = str(error)
     else:
-        log.error("unexpected error", exc_info=error, extra={"request_id": g.request_id})
+        log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
         status, title = 500, "internal error"
-        detail = f"something went wrong on our side; ask the operator about {g.request_id}"
+        detail = f"something went wrong on our side; ask the operator about {request_id}"
     return Problem(
         type=f"urn:convoy:problem:{title.replace(' ', '-').lower()}",
         title=title,
         status=status,
         detail=detail,
         error=detail,
-        request_id=g.request_id,
+        request_id=request_id,
     )
 
 
@@ -87,7 +87,7 @@ def outcome(error: Exception) -> str:
     return TABLE.get(type(error), (500, "ours"))[1]
 
 
-def as_item(error: Exception) -> dict[str, Any]:
+def as_item(error: Exception, request_id: str) -> dict[str, Any]:
     """The ``error`` entry of one image among many."""
-    problem = describe(error)
+    problem = describe(error, request_id)
     return {"type": problem.type, "status": problem.status, "detail": problem.detail}

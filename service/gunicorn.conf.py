@@ -13,11 +13,14 @@ settings = Settings.from_environment()
 wsgi_app = "service:create_app()"
 host = f"[{settings.host}]" if ":" in settings.host else settings.host
 bind = f"{host}:{settings.port}"
-worker_class = "gthread"
+worker_class = "service.worker.LoopWorker"
 workers = settings.workers
 threads = settings.threads
 # Each worker loads its own model: neither CUDA nor OpenMP's threads survive a fork.
 preload_app = False
+# The kernel spreads connections over the workers; from one shared socket whoever wakes first took
+# all of them.
+reuse_port = True
 keepalive = 75
 graceful_timeout = settings.drain_s
 timeout = 60

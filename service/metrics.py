@@ -1,17 +1,38 @@
 """Prometheus metrics. Label sets are closed: no caller can add a series."""
 
 import os
-from typing import TYPE_CHECKING
+import time
+from collections import deque
+from collections.abc import Sequence
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
+    from service.batcher import OnBatch
     from service.model_slot import ServedModel
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+FLUSH_S = 0.5
 _MILLISECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class Series:
+    """What the hot path noted of one version and ``flush`` has not written yet.
+
+    Writing a metric that all workers share takes a system call and more; noting it is an append.
+    """
+
+    def __init__(self) -> None:
+        self.requests: deque[tuple[int, float, float, float]] = deque()
+        self.batches: deque[tuple[int, float, int]] = deque()
+
+    def note_batch(self, size: int, forward_s: float, waiting: int) -> None:
+        self.batches.append((size, forward_s, waiting))
 
 
 class Metrics:
@@ -19,6 +40,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
+        self._of_version: dict[tuple[str, int], Series] = {}
+        self._flushing = Lock()
         version = ("model_name", "model_version")
         self.requests = Counter(
             "convoy_requests",
@@ -36,14 +59,14 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "convoy_stage_seconds",
-            "Time of one image in a stage (decode, queue, forward).",
+            "Time in a stage: decode and queue of a request, forward of a batch.",
             (*version, "stage"),
             buckets=_MILLISECONDS,
             registry=registry,
         )
         self.batch_size = Histogram(
             "convoy_batch_size",
-            "Images in the forward pass that an image was part of.",
+            "Images in a forward pass.",
             version,
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
@@ -83,6 +106,53 @@ class Metrics:
             registry=registry,
         )
 
+    def answered(
+        self, name: str, version: int, images: int, decode_s: float, queue_s: float, total_s: float
+    ) -> None:
+        """Note a request that was answered; ``queue_s`` is the longest of its images."""
+        self._series(name, version).requests.append((images, decode_s, queue_s, total_s))
+
+    def refused(self, name: str, version: int | None, outcome: str) -> None:
+        """Note a request that was answered with an error; ``name`` is "" for a model not served."""
+        self.requests.labels(name, "" if version is None else str(version), outcome).inc()
+
+    def on_batch(self, name: str, version: int) -> "OnBatch":
+        """What a batcher of that version tells after each batch."""
+        return self._series(name, version).note_batch
+
+    def flush(self) -> None:
+        """Write what the hot path noted; within ``FLUSH_S`` this happens by itself."""
+        with self._flushing:
+            for (name, version), series in list(self._of_version.items()):
+                self._write(name, str(version), series)
+
+    def start(self) -> None:
+        """Flush from a daemon thread from now on."""
+
+        def run() -> None:
+            while True:
+                time.sleep(FLUSH_S)
+                self.flush()
+
+        Thread(target=run, name="metrics", daemon=True).start()
+
+    def _series(self, name: str, version: int) -> "Series":
+        return self._of_version.setdefault((name, version), Series())
+
+    def _write(self, name: str, version: str, series: "Series") -> None:
+        if requests := _drain(series.requests):
+            images, decode_s, queue_s, total_s = zip(*requests, strict=True)
+            self.requests.labels(name, version, "ok").inc(len(requests))
+            self.images.labels(name, version).inc(sum(images))
+            _observe(self.request_seconds.labels(name, version), total_s)
+            _observe(self.stage_seconds.labels(name, version, "decode"), decode_s)
+            _observe(self.stage_seconds.labels(name, version, "queue"), queue_s)
+        if batches := _drain(series.batches):
+            sizes, forward_s, waiting = zip(*batches, strict=True)
+            _observe(self.stage_seconds.labels(name, version, "forward"), forward_s)
+            _observe(self.batch_size.labels(name, version), sizes)
+            self.queue_depth.labels(name).set(waiting[-1])
+
     def swapped(self, name: str, before: "ServedModel | None", after: "ServedModel | None") -> None:
         """Note that ``after`` took over from ``before``, or that (None) a version was refused."""
         self.swaps.labels(name, "ok" if after else "failed").inc()
@@ -95,8 +165,27 @@ class Metrics:
 
     def render(self) -> bytes:
         """All workers' metrics in Prometheus' text format."""
+        self.flush()
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(self._registry)
         everyone = CollectorRegistry()
         MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]  # untyped in 0.26
         return generate_latest(everyone)
+
+
+Row = TypeVar("Row")
+
+
+def _drain(notes: deque[Row]) -> list[Row]:
+    return [notes.popleft() for _ in range(len(notes))]
+
+
+def _observe(histogram: Histogram, values: Sequence[float]) -> None:
+    """``histogram.observe`` of every value, each bucket written once.
+
+    prometheus_client 0.26 has no such method, so this knows how it keeps a histogram.
+    """
+    places = np.searchsorted(histogram._upper_bounds, values)
+    for place, count in zip(*np.unique(places, return_counts=True), strict=True):
+        histogram._buckets[place].inc(int(count))
+    histogram._sum.inc(float(np.sum(values)))

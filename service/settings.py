@@ -15,6 +15,7 @@ from registry.home import convoy_home
 from registry.preprocess import DecodeLimits
 
 Count = Annotated[int, Meta(ge=1)]
+LOOP_PIXELS = 500_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 # Environment variable → field; docs/operations.md has the same table with the reasons.
@@ -26,7 +27,7 @@ VARIABLES = {
     "CONVOY_WORKERS": "workers",
     "CONVOY_THREADS": "threads",
     "CONVOY_MAX_BATCH": "max_batch",
-    "CONVOY_MAX_IMAGES": "max_images",
+    "CONVOY_BATCH_MS": "batch_ms",
     "CONVOY_MAX_IMAGE_BYTES": "max_image_bytes",
     "CONVOY_MAX_BODY_BYTES": "max_body_bytes",
     "CONVOY_MAX_PIXELS": "max_pixels",
@@ -41,7 +42,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     """What an operator can choose. Sizes are in bytes, times in seconds.
 
     ``models`` are what to serve, the first is the default model; ``max_batch`` is the most images
-    that one forward pass takes, ``max_images`` the most that one request may bring.
+    that one forward pass takes, and that one request may bring; ``batch_ms`` the time that a
+    forward pass should take at most.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -54,7 +56,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     workers: Count = CORES
     threads: Count = 8
     max_batch: Count = 32
-    max_images: Count = 64
+    batch_ms: Annotated[float, Meta(gt=0)] = 50.0
     max_image_bytes: Count = 8 * 1024 * 1024
     max_body_bytes: Count = 64 * 1024 * 1024
     max_pixels: Count = 12_000_000
@@ -70,6 +72,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def decode_limits(self) -> DecodeLimits:
         return DecodeLimits(max_pixels=self.max_pixels)
+
+    @property
+    def loop_decode_limits(self) -> DecodeLimits:
+        """Of what a worker's loop decodes itself: a few milliseconds."""
+        return DecodeLimits(max_pixels=min(self.max_pixels, LOOP_PIXELS))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":

@@ -76,7 +76,7 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
         ref.name: ModelSlot(
             ref,
             settings.models_folder,
-            lambda bundle, released: load_served(bundle, released, planner, settings),
+            lambda bundle, released: load_served(bundle, released, planner, settings, metrics),
             planner.choose,
             metrics.swapped,
         )
@@ -84,11 +84,16 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     }
     for slot in slots.values():
         slot.start()
+    metrics.start()
     return slots
 
 
 def load_served(
-    bundle: Bundle, released: ReleasedVersion, planner: Planner, settings: Settings
+    bundle: Bundle,
+    released: ReleasedVersion,
+    planner: Planner,
+    settings: Settings,
+    metrics: Metrics,
 ) -> ServedModel:
     """The version in ``bundle``, warmed up and proved; raises as ``Planner.load`` does."""
     classifier = planner.load(bundle)
@@ -99,5 +104,11 @@ def load_served(
         alias=released.alias,
         device=classifier.device,
         plan=classifier.plan,
-        batcher=MicroBatcher(classifier.classify, settings.max_batch, settings.queue_limit),
+        batcher=MicroBatcher(
+            classifier.classify,
+            settings.max_batch,
+            settings.queue_limit,
+            settings.batch_ms,
+            metrics.on_batch(bundle.manifest.model, released.version),
+        ),
     )

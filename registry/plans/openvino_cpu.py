@@ -60,6 +60,8 @@ class OpenVino(Plan):
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
             "NUM_STREAMS": 1,
+            # Else each worker of a machine pins its forward passes to the same first core.
+            "ENABLE_CPU_PINNING": False,
         }
         if source.threads is not None:
             options["INFERENCE_NUM_THREADS"] = source.threads

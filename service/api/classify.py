@@ -1,233 +1,263 @@
-"""``POST /v1/classify``: encoded images in, the most probable classes out."""
+"""``POST /v1/classify``: encoded images in, the most probable classes out.
 
-import base64
-import binascii
+The one route that is hot, and so the one that stands before Flask and not in it: on a 28×28 picture
+Flask's own machinery costs more than decoding and the network together (docs/decisions/0007). It is
+a WSGI application that does its work in two parts. Called, it decodes and queues the images;
+iterated, it waits for their scores and answers. A server that calls it for many requests before it
+iterates any gets them into one batch.
+"""
+
 import logging
+import re
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 import msgspec
-from flask import Blueprint, Response, abort, g, request
+import numpy as np
+from msgspec import Struct
+from werkzeug.exceptions import MethodNotAllowed, abort
 
-from registry.contract import ClassScore, top_scores
-from registry.errors import ConvoyError, ImageTooLarge, InvalidImage
+from registry.contract import ClassScore
+from registry.errors import ConvoyError, ImageTooLarge
 from registry.preprocess import Pixels, decode_image
 from service import errors
-from service.batcher import Scored
+from service.api.bodies import Images
+from service.batcher import Scored, Ticket
 from service.model_slot import ServedModel
-from service.requests import read_body, require_length
-from service.state import State, state
+from service.requests import answer_headers, identify
+from service.state import State
+from service.worker import IN_LOOP, Postpone
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
-blueprint = Blueprint("classify", __name__)
 
 DEFAULT_TOP_K = 5
+_PATH = re.compile(
+    r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
+    r"/classify"
+)
+_encode = msgspec.json.Encoder().encode
 
 
-class JsonBody(msgspec.Struct, forbid_unknown_fields=True):
-    """``{"image": "<base64>"}`` or ``{"images": ["<base64>", …]}``."""
+class ModelName(Struct, frozen=True):
+    """Who answered."""
 
-    image: str | None = None
-    images: list[str] | None = None
-
-
-class Body(msgspec.Struct, frozen=True):
-    """The images of a request; ``many`` when the caller sent a list, so gets a list."""
-
-    images: list[bytes | InvalidImage]
-    many: bool
+    name: str
+    version: int
+    alias: str | None
 
 
-@blueprint.post("/v1/classify")
-@blueprint.post("/v1/models/<name>/classify")
-@blueprint.post("/v1/models/<name>/versions/<int:version>/classify")
-@blueprint.post("/v1/models/<name>/aliases/<alias>/classify")
-def classify(
-    name: str | None = None, version: int | None = None, alias: str | None = None
-) -> Response:
-    """Answer with the ``top_k`` classes of each image, and with the version that found them."""
-    started = time.perf_counter()
-    current = state()
-    model_name, model_version, outcome = name if name in current.slots else "", "", "ok"
-    try:
+class Result(Struct, frozen=True, omit_defaults=True):
+    """One image among many: its predictions or its error."""
+
+    predictions: list[ClassScore] | None = None
+    error: dict[str, Any] | None = None
+
+
+class Timings(Struct, frozen=True):
+    """Milliseconds of the stages; of many images the longest."""
+
+    decode: float
+    queue: float
+    forward: float
+    total: float
+
+
+class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of an answer; ``results`` when the caller sent a list."""
+
+    model: ModelName
+    predictions: list[ClassScore] | None = None
+    results: list[Result] | None = None
+    request_id: str
+    timings_ms: Timings
+
+
+class Job:
+    """One request on its way: what is known once its images are queued."""
+
+    def __init__(self, request_id: str, trace_id: str | None) -> None:
+        self.request_id = request_id
+        self.trace_id = trace_id
+        self.started = time.perf_counter()
+        self.served: ServedModel | None = None
+        self.top_k = DEFAULT_TOP_K
+        self.many = False
+        self.decode_s = 0.0
+        self.tickets: list[Ticket | Exception] = []
+
+
+class Classify:
+    """Answers classifications, and gives every other request to ``app``."""
+
+    def __init__(self, app: "WSGIApplication", state: State) -> None:
+        self._app = app
+        self._state = state
+
+    def __call__(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        target = _PATH.fullmatch(path) if path.endswith("/classify") else None
+        if target is None:
+            return self._app(environ, start_response)
+        job = Job(*identify(environ))
+        try:
+            self._queue(job, environ, target)
+        except Postpone:
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
+            return self._refuse(job, target["name"], error, start_response)
+        return self._answer(job, start_response)
+
+    def _queue(self, job: Job, environ: "WSGIEnvironment", target: re.Match[str]) -> None:
+        """Everything up to the queue: which version, which images, their pixels."""
+        name, version, alias = target.groups()
+        if environ["REQUEST_METHOD"] != "POST":
+            raise MethodNotAllowed(["POST"])
         # Read once: one request, one version.
-        served = g.served = current.served(name, version, alias)
-        model_name, model_version = served.name, str(served.version)
-        top_k = _top_k()
-        body = _read_images(current)
-        images, decode_ms = _decode(body.images, served, current)
-        scored = _score(images, served, current)
-        if not body.many and isinstance(scored[0], Exception):
-            raise scored[0]
-        answer = _answer(served, body.many, scored, top_k, decode_ms, started)
-    except Exception as error:
-        outcome = errors.outcome(error)
-        raise
-    finally:
-        current.metrics.requests.labels(model_name, model_version, outcome).inc()
-        if served := g.get("served"):
-            current.metrics.queue_depth.labels(model_name).set(served.batcher.depth)
-    _observe(current, served, scored, decode_ms, started)
-    return Response(msgspec.json.encode(answer), mimetype="application/json")
+        served = job.served = self._state.served(name, int(version) if version else None, alias)
+        if query := environ.get("QUERY_STRING"):
+            job.top_k = _top_k(query)
+        settings = self._state.settings
+        in_loop = IN_LOOP in environ
+        images = Images(environ, settings)
+        decoded: list[Pixels | Exception] = []
+        for image in images:
+            started = time.perf_counter()
+            decoded.append(self._decode(image, served, in_loop))
+            job.decode_s += time.perf_counter() - started
+        job.many = images.many
+        pixels = [each for each in decoded if not isinstance(each, Exception)]
+        if isinstance(decoded[0], Exception) and not job.many:
+            raise decoded[0]
+        tickets = iter(served.batcher.put(pixels, settings.deadline_s) if pixels else ())
+        job.tickets = [each if isinstance(each, Exception) else next(tickets) for each in decoded]
+
+    def _decode(
+        self, image: bytes | ConvoyError, served: ServedModel, in_loop: bool
+    ) -> Pixels | Exception:
+        """Pixels, or why the image has none; ``Postpone`` when decoding is not for the loop."""
+        if isinstance(image, ConvoyError):
+            return image
+        settings = self._state.settings
+        limits = settings.loop_decode_limits if in_loop else settings.decode_limits
+        try:
+            return decode_image(image, served.manifest.preprocess, limits)
+        except ImageTooLarge as error:
+            if in_loop:
+                raise Postpone from error
+            return error
+        except ConvoyError as error:
+            return error
+
+    def _answer(self, job: Job, start_response: "StartResponse") -> Iterator[bytes]:
+        """Wait for the scores of the job's images; begins when it is first iterated."""
+        served = job.served
+        assert served is not None
+        scored = [
+            each if isinstance(each, Exception) else served.batcher.wait(each)
+            for each in job.tickets
+        ]
+        if not job.many and isinstance(scored[0], Exception):
+            yield from self._refuse(job, served.name, scored[0], start_response)
+            return
+        answer = _describe(job, served, scored)
+        body = _encode(answer)
+        start_response(
+            "200 OK",
+            [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                *answer_headers(job.request_id, served.version),
+            ],
+        )
+        self._state.metrics.answered(
+            served.name,
+            served.version,
+            images=sum(isinstance(each, Scored) for each in scored),
+            decode_s=job.decode_s,
+            queue_s=answer.timings_ms.queue / 1000,
+            total_s=time.perf_counter() - job.started,
+        )
+        if log.isEnabledFor(logging.DEBUG):
+            _log(job, served, scored, answer.timings_ms)
+        yield body
+
+    def _refuse(
+        self, job: Job, name: str | None, error: Exception, start_response: "StartResponse"
+    ) -> Iterable[bytes]:
+        known = name if name in self._state.slots else ""
+        served = job.served
+        self._state.metrics.refused(
+            served.name if served else known or "",
+            served.version if served else None,
+            errors.outcome(error),
+        )
+        response = errors.answer(error, job.request_id)
+        response.headers.update(answer_headers(job.request_id, served.version if served else None))
+        return response({"REQUEST_METHOD": "POST"}, start_response)
 
 
-def _top_k() -> int:
-    text = request.args.get("top_k", str(DEFAULT_TOP_K))
+def _top_k(query: str) -> int:
+    text = parse_qs(query, keep_blank_values=True).get("top_k", [str(DEFAULT_TOP_K)])[0]
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 10_000:
         abort(400, f"top_k is {text[:40]!r}; it must be a whole number from 1 to 10000")
     return int(text)
 
 
-def _read_images(current: State) -> Body:
-    """The images in whichever of the body forms the caller chose."""
-    kind = request.mimetype
-    if kind == "multipart/form-data":
-        require_length()
-        return _multipart(current.settings.max_images)
-    if kind == "application/json":
-        return _json(read_body(), current.settings.max_images)
-    # curl --data-binary says urlencoded unless it is told otherwise.
-    raw = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-    if kind in raw or kind.startswith("image/"):
-        return Body([read_body()], many=False)
-    return abort(
-        415,
-        f"Content-Type {kind[:80]!r} is not accepted; send the image itself (image/* or "
-        "application/octet-stream), multipart/form-data or application/json",
+def _describe(job: Job, served: ServedModel, scored: list[Scored | Exception]) -> Answer:
+    good = [each for each in scored if isinstance(each, Scored)]
+    single = None if job.many else _predictions(good[0], served, job.top_k)
+    results = [_result(each, served, job) for each in scored] if job.many else None
+    return Answer(
+        model=ModelName(served.name, served.version, served.alias),
+        predictions=single,
+        results=results,
+        request_id=job.request_id,
+        timings_ms=Timings(
+            round(job.decode_s * 1000, 3),
+            round(max((each.queue_ms for each in good), default=0.0), 3),
+            round(max((each.forward_ms for each in good), default=0.0), 3),
+            round((time.perf_counter() - job.started) * 1000, 3),
+        ),
     )
 
 
-def _multipart(max_images: int) -> Body:
-    parts = request.files.getlist("image")
-    if not parts:
-        abort(400, "the multipart body has no file part named 'image'")
-    if len(parts) > max_images:
-        abort(413, f"{len(parts)} images in one request; at most {max_images} are accepted")
-    return Body([part.read() for part in parts], many=len(parts) > 1)
-
-
-def _json(body: bytes, max_images: int) -> Body:
-    try:
-        parsed = msgspec.json.decode(body, type=JsonBody)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        abort(400, f'the JSON body is not {{"image": …}} or {{"images": […]}}: {error}')
-    if (parsed.image is None) == (parsed.images is None):
-        abort(400, "the JSON body needs exactly one of 'image' and 'images'")
-    if parsed.image is not None:
-        return Body([_from_base64(parsed.image)], many=False)
-    texts = parsed.images or []
-    if not 1 <= len(texts) <= max_images:
-        abort(
-            413 if texts else 400,
-            f"{len(texts)} images in one request; 1 to {max_images} are accepted",
-        )
-    return Body([_from_base64(text) for text in texts], many=True)
-
-
-def _from_base64(text: str) -> bytes | InvalidImage:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        return InvalidImage(f"the image is not base64: {error}")
-
-
-def _decode(
-    images: list[bytes | InvalidImage], served: ServedModel, current: State
-) -> tuple[list[Pixels | Exception], float]:
-    """Pixels of each image, or why it has none; and how long that took, in ms."""
-    started = time.perf_counter()
-    decoded: list[Pixels | Exception] = []
-    limit = current.settings.max_image_bytes
-    for image in images:
-        try:
-            if isinstance(image, InvalidImage):
-                raise image
-            if len(image) > limit:
-                raise ImageTooLarge(
-                    f"the image has {len(image):,} bytes; at most {limit:,} are accepted"
-                )
-            decoded.append(
-                decode_image(image, served.manifest.preprocess, current.settings.decode_limits)
-            )
-        except ConvoyError as error:
-            decoded.append(error)
-    return decoded, (time.perf_counter() - started) * 1000
-
-
-def _score(
-    images: list[Pixels | Exception], served: ServedModel, current: State
-) -> list[Scored | Exception]:
-    """Scores in the order of ``images``; what could not be decoded keeps its error."""
-    good = [image for image in images if not isinstance(image, Exception)]
-    if not good:
-        return [image for image in images if isinstance(image, Exception)]
-    scores = iter(served.batcher.submit(good, current.settings.deadline_s))
-    return [image if isinstance(image, Exception) else next(scores) for image in images]
-
-
-def _answer(
-    served: ServedModel,
-    many: bool,
-    scored: list[Scored | Exception],
-    top_k: int,
-    decode_ms: float,
-    started: float,
-) -> dict[str, Any]:
-    answer: dict[str, Any] = {
-        "model": {"name": served.name, "version": served.version, "alias": served.alias}
-    }
-    if many:
-        answer["results"] = [
-            {"error": errors.as_item(each)}
-            if isinstance(each, Exception)
-            else {"predictions": _predictions(each, served, top_k)}
-            for each in scored
-        ]
-    elif isinstance(scored[0], Scored):
-        answer["predictions"] = _predictions(scored[0], served, top_k)
-    answer["request_id"] = g.request_id
-    good = [each for each in scored if isinstance(each, Scored)]
-    answer["timings_ms"] = {
-        "decode": round(decode_ms, 3),
-        "queue": round(max((each.queue_ms for each in good), default=0.0), 3),
-        "forward": round(max((each.forward_ms for each in good), default=0.0), 3),
-        "total": round((time.perf_counter() - started) * 1000, 3),
-    }
-    return answer
+def _result(scored: Scored | Exception, served: ServedModel, job: Job) -> Result:
+    if isinstance(scored, Exception):
+        return Result(error=errors.as_item(scored, job.request_id))
+    return Result(predictions=_predictions(scored, served, job.top_k))
 
 
 def _predictions(scored: Scored, served: ServedModel, top_k: int) -> list[ClassScore]:
-    return top_scores(scored.probabilities.tolist(), served.manifest.labels, top_k)
+    """The ``top_k`` most probable classes, best first; equal ones in label order."""
+    probabilities, labels = scored.probabilities, served.manifest.labels
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [
+        ClassScore(labels[index], index, value)
+        for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
+    ]
 
 
-def _observe(
-    current: State,
-    served: ServedModel,
-    scored: list[Scored | Exception],
-    decode_ms: float,
-    started: float,
+def _log(
+    job: Job, served: ServedModel, scored: list[Scored | Exception], timings_ms: Timings
 ) -> None:
-    """Metrics and one log line of a request that was answered."""
-    metrics, labels = current.metrics, (served.name, str(served.version))
-    metrics.request_seconds.labels(*labels).observe(time.perf_counter() - started)
-    good = [each for each in scored if isinstance(each, Scored)]
-    metrics.images.labels(*labels).inc(len(good))
-    for each in good:
-        metrics.stage_seconds.labels(*labels, "decode").observe(decode_ms / 1000 / len(scored))
-        metrics.stage_seconds.labels(*labels, "queue").observe(each.queue_ms / 1000)
-        metrics.stage_seconds.labels(*labels, "forward").observe(each.forward_ms / 1000)
-        metrics.batch_size.labels(*labels).observe(each.batch_size)
-    log.info(
+    log.debug(
         "classified",
         extra={
-            "request_id": g.request_id,
-            "trace_id": g.trace_id,
+            "request_id": job.request_id,
+            "trace_id": job.trace_id,
             "model_name": served.name,
             "model_version": served.version,
             "images": len(scored),
-            "batch_size": max((each.batch_size for each in good), default=0),
-            "decode_ms": round(decode_ms, 3),
-            "queue_ms": round(max((each.queue_ms for each in good), default=0.0), 3),
-            "forward_ms": round(max((each.forward_ms for each in good), default=0.0), 3),
+            "batch_size": max((s.batch_size for s in scored if isinstance(s, Scored)), default=0),
+            "decode_ms": timings_ms.decode,
+            "queue_ms": timings_ms.queue,
+            "forward_ms": timings_ms.forward,
         },
     )

@@ -156,16 +156,19 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(
     assert {status for status, _ in answers} == {200}
     assert {version for _, version in answers} == {1, 2}
 
-    metrics = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE_S)
-    metrics.request("GET", "/metrics")
-    text = metrics.getresponse().read().decode()
-    metrics.close()
-    counted = [
-        float(line.rpartition(" ")[2])
-        for line in text.splitlines()
-        if line.startswith("convoy_requests_total{") and 'outcome="ok"' in line
-    ]
-    assert sum(counted) == len(answers) + 1  # every worker's requests, in one answer
+    def counted() -> float:
+        """Every worker's requests, in one answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE_S)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line.startswith("convoy_requests_total{") and 'outcome="ok"' in line
+        )
+
+    wait_for(lambda: counted() == len(answers) + 1, "requests were not counted")
     assert service.stop() == 0
 
 

@@ -9,7 +9,6 @@ from registry.contract import (
     PreprocessSpec,
     manifest_from_json,
     parse_model_ref,
-    top_scores,
 )
 from registry.errors import BundleInvalid, UsageError
 from tests.conftest import MakeBundle
@@ -99,11 +98,3 @@ def test_an_impossible_preprocessing_is_refused(changes: dict[str, object], reas
     values = {"mode": "L", "width_px": 8, "height_px": 8, "mean": (0.5,), "std": (0.5,)}
     with pytest.raises(ValueError, match=reason):
         PreprocessSpec(**{**values, **changes})  # type: ignore[arg-type]
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 40))
-def test_top_scores_are_the_largest_in_order(probabilities: list[float], top_k: int) -> None:
-    labels = tuple(map(str, range(len(probabilities))))
-    scores = top_scores(probabilities, labels, top_k)
-    assert [s.probability for s in scores] == sorted(probabilities, reverse=True)[:top_k]
-    assert all(s.label == labels[s.index] for s in scores)

@@ -1,6 +1,7 @@
 """An app around tiny real models, loaded in the test's own thread."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -15,15 +16,17 @@ from registry.plans.choice import Planner
 from registry.plans.torch_eager import EAGER
 from registry.releases import ReleasedVersion, version_folder, write_release
 from service import create_app
+from service.metrics import Metrics
 from service.model_slot import ModelSlot, ServedModel
 from service.settings import Settings
 from service.state import load_served
 from tests.conftest import MakeBundle
 
 
-def load(bundle: Bundle, released: ReleasedVersion) -> ServedModel:
+def load(bundle: Bundle, released: ReleasedVersion, metrics: Metrics | None = None) -> ServedModel:
     planner = Planner(Path("unused"), "cpu", None, EAGER)
-    return load_served(bundle, released, planner, Settings(max_batch=8, queue_limit=64))
+    settings = Settings(max_batch=8, queue_limit=64)
+    return load_served(bundle, released, planner, settings, metrics or Metrics())
 
 
 @pytest.fixture
@@ -48,18 +51,23 @@ def release(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
 
 
 @pytest.fixture
-def slot(models: Path) -> ModelSlot:
-    return ModelSlot(ModelRef("digits", alias="champion"), models, load)
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def slot(models: Path, metrics: Metrics) -> ModelSlot:
+    return ModelSlot(ModelRef("digits", alias="champion"), models, partial(load, metrics=metrics))
 
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(max_images=4, max_image_bytes=100_000, max_body_bytes=300_000)
+    return Settings(max_batch=4, max_image_bytes=100_000, max_body_bytes=300_000)
 
 
 @pytest.fixture
-def app(slot: ModelSlot, settings: Settings) -> Flask:
-    app = create_app(settings, {"digits": slot})
+def app(slot: ModelSlot, settings: Settings, metrics: Metrics) -> Flask:
+    app = create_app(settings, {"digits": slot}, metrics)
     app.testing = False  # errors are answered, as they are in production
     return app
 

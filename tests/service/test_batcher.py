@@ -58,10 +58,18 @@ def pool():
         yield executor
 
 
+def score(
+    batcher: MicroBatcher, *numbers: int, deadline_s: float = FOREVER_S
+) -> list[Scored | Exception]:
+    """Put images and wait for all of them, as a request does."""
+    tickets = batcher.put([image(number) for number in numbers], deadline_s)
+    return [batcher.wait(ticket) for ticket in tickets]
+
+
 def submit(
     pool: ThreadPoolExecutor, batcher: MicroBatcher, *numbers: int, deadline_s: float = FOREVER_S
 ) -> "Future[list[Scored | Exception]]":
-    return pool.submit(batcher.submit, [image(number) for number in numbers], deadline_s)
+    return pool.submit(score, batcher, *numbers, deadline_s=deadline_s)
 
 
 def test_a_lone_request_runs_at_once_in_its_own_thread() -> None:
@@ -71,7 +79,7 @@ def test_a_lone_request_runs_at_once_in_its_own_thread() -> None:
         threads.append(threading.current_thread())
         return echo(pixels)
 
-    outcomes = MicroBatcher(compute, 8, 8).submit([image(7)], FOREVER_S)
+    outcomes = score(MicroBatcher(compute, 8, 8), 7)
     assert values(outcomes) == [7]
     assert threads == [threading.current_thread()]
 
@@ -111,7 +119,7 @@ def test_a_full_queue_refuses_and_queues_none_of_the_request(pool: ThreadPoolExe
     waiting = submit(pool, batcher, 2)
     wait_until(lambda: batcher.depth == 1)
     with pytest.raises(Overloaded, match="1 images wait"):
-        batcher.submit([image(3), image(4)], FOREVER_S)
+        batcher.put([image(3), image(4)], FOREVER_S)
     assert batcher.depth == 1
     gate.open.set()
     assert values(waiting.result()) == [2]
@@ -123,7 +131,7 @@ def test_an_expired_image_is_not_computed(pool: ThreadPoolExecutor) -> None:
     batcher = MicroBatcher(gate, 4, 64)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
-    (outcome,) = batcher.submit([image(2)], 0.01)
+    (outcome,) = score(batcher, 2, deadline_s=0.01)
     assert isinstance(outcome, DeadlineExceeded)
     assert batcher.depth == 0
     gate.open.set()
@@ -206,13 +214,13 @@ def test_nan_is_an_error_of_its_image_alone() -> None:
     def compute(pixels: np.ndarray) -> np.ndarray:
         return np.where(pixels[:, 0, 0] == 2, np.nan, 1.0).astype(np.float32)
 
-    outcomes = MicroBatcher(compute, 8, 8).submit([image(n) for n in (1, 2, 3)], FOREVER_S)
+    outcomes = score(MicroBatcher(compute, 8, 8), 1, 2, 3)
     assert [isinstance(each, Scored) for each in outcomes] == [True, False, True]
     assert isinstance(outcomes[1], ArithmeticError)
 
 
 def test_too_few_rows_are_noticed() -> None:
-    outcomes = MicroBatcher(lambda pixels: echo(pixels)[:0], 8, 8).submit([image(1)], FOREVER_S)
+    outcomes = score(MicroBatcher(lambda pixels: echo(pixels)[:0], 8, 8), 1)
     assert "1 images gave 0 rows" in str(outcomes[0])
 
 
@@ -225,8 +233,8 @@ def test_after_an_error_the_device_is_free_again() -> None:
         return echo(pixels)
 
     batcher = MicroBatcher(compute, 8, 8)
-    assert isinstance(batcher.submit([image(1)], FOREVER_S)[0], MemoryError)
-    assert values(batcher.submit([image(2)], FOREVER_S)) == [2]
+    assert isinstance(score(batcher, 1)[0], MemoryError)
+    assert values(score(batcher, 2)) == [2]
 
 
 def test_a_hand_over_wakes_the_owner_who_waits_for_an_earlier_image(
@@ -268,4 +276,4 @@ def test_every_image_gets_exactly_one_outcome_and_its_own(
                 else:
                     assert isinstance(outcome, DeadlineExceeded)
     assert batcher.depth == 0
-    assert values(batcher.submit([image(9)], FOREVER_S)) == [9]
+    assert values(score(batcher, 9)) == [9]

@@ -166,7 +166,7 @@ def test_before_a_version_is_loaded_503_says_when_to_come_back(
         ({"json": {}}, 400, "exactly one of"),
         ({"json": {"image": "AAAA", "images": []}}, 400, "exactly one of"),
         ({"json": {"images": []}}, 400, "0 images"),
-        ({"json": {"images": ["AAAA"] * 5}}, 413, "5 images in one request"),
+        ({"json": {"images": ["AAAA"] * 5}}, 413, "more than 4 images in one request"),
         ({"json": {"image": "not base64!"}}, 422, "not base64"),
         ({"json": {"image": "ü"}}, 422, "not base64"),
         ({"json": {"url": "http://127.0.0.1/x.png"}}, 400, "url"),
@@ -175,8 +175,9 @@ def test_before_a_version_is_loaded_503_says_when_to_come_back(
         ({"data": b'{"image": NaN}', "content_type": "application/json"}, 400, "JSON body"),
         ({"data": b"\xff", "content_type": "application/json"}, 400, "JSON body"),
         (parts(), 400, "no file part named 'image'"),
-        (parts(*[b"x"] * 5), 413, "5 images in one request"),
-        ({"data": b"x", "content_type": "multipart/form-data"}, 400, "no file part"),
+        (parts(*[b"x"] * 5), 413, "more than 4 images in one request"),
+        ({"data": b"x", "content_type": "multipart/form-data"}, 400, "needs a boundary"),
+        ({"data": b"x", "content_type": "multipart/form-data; boundary=b"}, 400, "cannot be read"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(
@@ -222,12 +223,13 @@ def test_errors_of_ours_and_of_load_have_their_status(
     status: int,
     outcome: str,
 ) -> None:
-    def fail(images: object, deadline_s: float) -> list[Exception]:
+    def fail(*arguments: object) -> Exception:
         if isinstance(error, Overloaded):
             raise error
-        return [error]
+        return error
 
-    monkeypatch.setattr(slot.require().batcher, "submit", fail)
+    step = "put" if isinstance(error, Overloaded) else "wait"
+    monkeypatch.setattr(slot.require().batcher, step, fail)
     response = ready.post("/v1/classify", data=png, **RAW)
     assert response.status_code == status
     assert response.json["status"] == status
@@ -251,7 +253,7 @@ def test_a_sane_request_id_is_kept_and_another_replaced(ready: FlaskClient) -> N
 def test_traceparent_names_the_request(ready: FlaskClient, png: bytes, caplog) -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
-    caplog.set_level("INFO")
+    caplog.set_level("DEBUG")
     response = ready.post("/v1/classify", data=png, headers=headers, **RAW)
     assert response.headers["X-Request-Id"] == trace
     (record,) = [each for each in caplog.records if each.getMessage() == "classified"]
@@ -264,14 +266,14 @@ def test_a_request_answers_with_the_version_it_began_with(
     ready: FlaskClient, slot: ModelSlot, release, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = slot.require()
-    submit = old.batcher.submit
+    put = old.batcher.put
 
     def swap_meanwhile(images, deadline_s):
         release(2, seed=1)
         assert slot.refresh()
-        return submit(images, deadline_s)
+        return put(images, deadline_s)
 
-    monkeypatch.setattr(old.batcher, "submit", swap_meanwhile)
+    monkeypatch.setattr(old.batcher, "put", swap_meanwhile)
     body = ready.post("/v1/classify", data=png, **RAW).json
     assert body["model"]["version"] == 1
     assert json.loads(ready.get("/v1/models").text)["models"][0]["version"] == 2

@@ -109,7 +109,16 @@ def test_the_openapi_document_has_every_route_and_no_other(app: Flask) -> None:
         for method in (rule.methods or set()) & {"GET", "POST"}
         if rule.rule not in pages
     }
-    assert described == routes
+    before_flask = {
+        ("POST", f"{prefix}/classify")
+        for prefix in (
+            "/v1",
+            "/v1/models/{name}",
+            "/v1/models/{name}/versions/{version}",
+            "/v1/models/{name}/aliases/{alias}",
+        )
+    }
+    assert described == routes | before_flask
 
 
 def test_every_reference_of_the_openapi_document_resolves(client: FlaskClient) -> None:

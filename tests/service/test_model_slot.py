@@ -39,7 +39,7 @@ def test_a_new_release_takes_over_while_the_old_object_goes_on(
     assert slot.refresh()
     assert slot.require().version == 2
     image = few_digits.test.pixels[0]
-    answers = [each.batcher.submit([image], 5)[0] for each in (old, slot.require())]
+    answers = [each.batcher.wait(each.batcher.put([image], 5)[0]) for each in (old, slot.require())]
     assert not np.allclose(answers[0].probabilities, answers[1].probabilities)
 
 

@@ -83,6 +83,7 @@ def test_an_app_of_its_own_loads_what_is_released(
     from registry.releases import ReleasedVersion, version_folder, write_release
 
     monkeypatch.setenv("CONVOY_MODEL", "models:/digits@champion")
+    monkeypatch.setenv("CONVOY_PLAN", "torch-eager")
     models = tmp_path / "home" / "models"
     bundle = make_bundle(folder=version_folder(models, "digits", 1))
     released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")

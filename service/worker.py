@@ -1,0 +1,241 @@
+"""The gunicorn worker: gthread, whose main loop answers small requests itself, many in a round.
+
+gthread hands every request from its loop to a thread and back. With small pictures those
+hand-overs, and the threads' contest for the interpreter, cost more than the work
+(docs/decisions/0007). So here a POST that has arrived whole, and is small, is answered by the loop:
+each round calls the application for every such request that is there, and iterates the answers
+after that, so that an application that queues its work in the call and waits for it in the
+iteration gets it into one batch. Whatever is large, slow to arrive or not a POST goes to a thread
+as in gthread.
+
+Knows nothing of images. Builds on gunicorn 26's ``ThreadWorker`` and its connection, parser and
+response classes.
+"""
+
+import errno
+import re
+import selectors
+import socket
+import time
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from gunicorn import http
+from gunicorn.http import wsgi
+from gunicorn.workers.gthread import TConn, ThreadWorker
+
+IN_LOOP = "convoy.in_loop"
+"""In the environment of a request that the loop answers: it must not take long."""
+
+SMALL_BYTES = 64 * 1024
+# A round ends when it has this many requests or has taken so long, and answers them.
+ROUND_REQUESTS = 64
+ROUND_S = 0.005
+
+_HEADERS_END = b"\r\n\r\n"
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*(?=\r\n)", re.IGNORECASE)
+# Whoever sends one of these expects a conversation, or a body of another form.
+_NOT_WHOLE = re.compile(rb"\r\n(?:expect|transfer-encoding|upgrade|http2-settings):", re.IGNORECASE)
+
+
+class Postpone(Exception):
+    """Raised by an application whose work is too long for the loop; a thread calls it again."""
+
+
+class Answering:
+    """A request of this round: its connection, its bytes, and its answer while it is made.
+
+    gunicorn writes an answer's head and body with a call each; here they are gathered, so that
+    one ``send`` has both.
+    """
+
+    __slots__ = ("body", "connection", "data", "gathered", "request", "response")
+
+    def __init__(self, connection: Any, data: bytes) -> None:
+        self.connection = connection
+        self.data = data
+        self.gathered: list[bytes] = []
+        self.request: Any = None
+        self.response: Any = None
+        self.body: Iterable[bytes] = ()
+
+    def sendall(self, data: bytes) -> None:
+        """What gunicorn's response takes for a socket's."""
+        self.gathered.append(bytes(data))
+
+
+class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    """See the module."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        # In the order in which they became so: whoever is left out is first in the next round.
+        self._readable: dict[Any, None] = {}
+        self._next_murder = 0.0
+
+    def accept(self, listener: socket.socket) -> None:
+        """Accept all who knock: one a round would let a crowd of hundreds wait for seconds.
+
+        Their first requests are waited for in the loop, where a silent connection costs no thread.
+        """
+        while self.nr_conns < self.worker_connections:
+            try:
+                client, address = listener.accept()
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
+                    raise
+                return
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = TConn(self.cfg, client, address, listener.getsockname())
+            connection.set_timeout()
+            self.nr_conns += 1
+            self.keepalived_conns.append(connection)
+            self.poller.register(
+                client, selectors.EVENT_READ, partial(self.on_client_socket_readable, connection)
+            )
+
+    def on_client_socket_readable(self, conn: Any, client: socket.socket) -> None:
+        self._readable[conn] = None
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """One round: what is readable now, and what becomes so while that is being taken."""
+        super().wait_for_and_dispatch_events(0 if self._readable else timeout)
+        round_: dict[Any, Answering] = {}
+        ends = time.monotonic() + ROUND_S
+        while self._readable and len(round_) < ROUND_REQUESTS and time.monotonic() < ends:
+            connection = next(iter(self._readable))
+            del self._readable[connection]
+            # Its next request, or its end, comes after its answer.
+            if connection not in round_ and (answering := self._take(connection)) is not None:
+                round_[connection] = answering
+            if not self._readable:
+                super().wait_for_and_dispatch_events(0)
+        for answering in round_.values():
+            self._answer(answering)
+
+    def murder_keepalived(self) -> None:
+        """Close connections that were silent for too long; once a second, as none is reordered."""
+        now = time.monotonic()
+        if now < self._next_murder:
+            return
+        self._next_murder = now + 1
+        for connection in [each for each in self.keepalived_conns if each.timeout <= now]:
+            self._close(connection)
+
+    def _take(self, connection: Any) -> Answering | None:
+        """Read from ``connection``; if a whole small request is there, call the application."""
+        try:
+            data = connection.sock.recv(SMALL_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        if not data:
+            self._close(connection)
+            return None
+        if not is_whole_post(data):
+            self._to_thread(connection, data)
+            return None
+        answering = Answering(connection, data)
+        try:
+            self._call(answering)
+        except Postpone:
+            self._to_thread(connection, data)
+            return None
+        except Exception as error:  # noqa: BLE001 - as in gthread: whatever it is, it is answered
+            self._fail(answering, error)
+            return None
+        return answering
+
+    def _call(self, answering: Answering) -> None:
+        connection = answering.connection
+        parser = http.get_parser(self.cfg, [answering.data], connection.client)
+        answering.request = next(parser)
+        answering.response, environ = wsgi.create(
+            answering.request, answering, connection.client, connection.server, self.cfg
+        )
+        environ[IN_LOOP] = True
+        self.nr += 1
+        if not self.alive:
+            answering.response.force_close()
+        answering.body = self.wsgi(environ, answering.response.start_response)
+
+    def _answer(self, answering: Answering) -> None:
+        """Iterate the application's answer and send it."""
+        connection, response = answering.connection, answering.response
+        try:
+            for part in answering.body:
+                response.write(part)
+            response.close()
+        except Exception as error:  # noqa: BLE001 - as in gthread
+            self._fail(answering, error)
+            return
+        finally:
+            if hasattr(answering.body, "close"):
+                answering.body.close()
+        data = b"".join(answering.gathered)
+        try:
+            sent = connection.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._close(connection)
+            return
+        if sent < len(data):
+            self._send_in_thread(connection, data[sent:], not response.should_close())
+        elif response.should_close():
+            self._close(connection)
+        else:
+            connection.set_timeout()
+
+    def _fail(self, answering: Answering, error: Exception) -> None:
+        connection = answering.connection
+        self.handle_error(answering.request, connection.sock, connection.client, error)
+        self._close(connection)
+
+    def _leave_loop(self, connection: Any) -> None:
+        self.poller.unregister(connection.sock)
+        self.keepalived_conns.remove(connection)
+        self._readable.pop(connection, None)
+
+    def _close(self, connection: Any) -> None:
+        self._leave_loop(connection)
+        self.nr_conns -= 1
+        connection.close()
+
+    def _to_thread(self, connection: Any, data: bytes) -> None:
+        """Let a thread go on with what was read, as gthread would with an unread connection."""
+        self._leave_loop(connection)
+        connection.init()
+        connection.parser.unreader.unread(data)
+        connection.data_ready = True
+        self.enqueue_req(connection)
+
+    def _send_in_thread(self, connection: Any, data: bytes, keep: bool) -> None:
+        """Send the rest of an answer to a client that reads more slowly than it asks."""
+        self._leave_loop(connection)
+
+        def send() -> bool:
+            connection.sock.setblocking(True)
+            connection.sock.sendall(data)
+            return keep
+
+        future = self.tpool.submit(send)
+        future.add_done_callback(
+            lambda done: self.method_queue.defer(self.finish_request, connection, done)
+        )
+
+
+def is_whole_post(data: bytes) -> bool:
+    """Whether ``data`` is one POST, head and body, and nothing after it."""
+    if not data.startswith(b"POST "):
+        return False
+    end = data.find(_HEADERS_END)
+    if end < 0:
+        return False
+    head = data[: end + 2]
+    length = _LENGTH.search(head)
+    if length is None or _NOT_WHOLE.search(head):
+        return False
+    return len(data) == end + len(_HEADERS_END) + int(length[1])

@@ -1,0 +1,238 @@
+"""The worker's loop, in a real gunicorn that serves a small application of these tests."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.worker import SMALL_BYTES, is_whole_post
+
+APPLICATION = """
+import json, threading, time
+from service.worker import IN_LOOP, Postpone
+
+called = []
+
+def application(environ, start_response):
+    body = environ["wsgi.input"].read() if environ["PATH_INFO"] != "/unread" else b""
+    in_loop = IN_LOOP in environ
+    if body == b"slow" and in_loop:
+        raise Postpone
+    if body == b"raise":
+        raise ValueError("in the call")
+    called.append(body)
+
+    def answer():
+        if body == b"raise later":
+            raise ValueError("in the iteration")
+        if body == b"slow":
+            time.sleep(0.3)
+        text = {
+            "body": body.decode()[:20],
+            "length": len(body),
+            "in_loop": in_loop,
+            "thread": threading.current_thread().name,
+            "called_before_answered": len(called),
+        }
+        called.clear()
+        data = json.dumps(text).encode()
+        if body == b"large":
+            data = b"x" * 20_000_000
+        start_response("200 OK", [("Content-Length", str(len(data)))])
+        yield data
+
+    return answer()
+"""
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    folder = tmp_path_factory.mktemp("application")
+    (folder / "small_application.py").write_text(APPLICATION)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "gunicorn", "--worker-class", "service.worker.LoopWorker"]
+    command += ["--threads", "4", "--keep-alive", "4", "--no-control-socket"]
+    command += ["--bind", f"127.0.0.1:{number}", "--pythonpath", str(folder)]
+    process = subprocess.Popen([*command, "small_application:application"])
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", number)):
+            break
+        time.sleep(0.05)
+    yield number
+    process.terminate()
+    process.wait(30)
+
+
+class Connection:
+    """A keep-alive connection that sends bytes as they are given."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def answer(self) -> tuple[int, bytes]:
+        status = int(self.file.readline().split()[1])
+        length = 0
+        while (line := self.file.readline()) not in (b"\r\n", b""):
+            name, _, value = line.partition(b":")
+            if name.lower() == b"content-length":
+                length = int(value)
+        return status, self.file.read(length)
+
+    def ask(self, body: bytes, **options: str) -> dict:
+        self.send(post(body, **options))
+        status, data = self.answer()
+        assert status == 200
+        return json.loads(data)
+
+    def is_closed(self) -> bool:
+        return self.file.read(1) == b""
+
+
+@pytest.fixture
+def connection(port: int) -> Iterator[Connection]:
+    opened = Connection(port)
+    yield opened
+    opened.socket.close()
+
+
+def post(body: bytes, path: str = "/", extra: str = "") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
+    return head.encode() + body
+
+
+def test_a_small_post_is_answered_by_the_loop_again_and_again(connection: Connection) -> None:
+    for number in range(5):
+        answer = connection.ask(b"picture %d" % number)
+        assert answer["in_loop"]
+        assert answer["thread"] == "MainThread"
+        assert answer["body"] == f"picture {number}"
+
+
+def test_requests_that_are_there_together_are_all_called_before_one_is_answered(
+    port: int,
+) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        connections = [Connection(port) for _ in range(16)]
+        most = 0
+        for _ in range(20):
+            answers = list(pool.map(lambda each: each.ask(b"x"), connections))
+            most = max(most, *(answer["called_before_answered"] for answer in answers))
+        for each in connections:
+            each.socket.close()
+    assert most > 1
+
+
+def test_what_is_large_goes_to_a_thread(connection: Connection) -> None:
+    answer = connection.ask(b"x" * (2 * SMALL_BYTES))
+    assert (answer["in_loop"], answer["length"]) == (False, 2 * SMALL_BYTES)
+    assert connection.ask(b"small again")["in_loop"]
+
+
+def test_what_arrives_slowly_goes_to_a_thread_and_holds_nobody(
+    connection: Connection, port: int
+) -> None:
+    whole = post(b"in two parts")
+    connection.send(whole[:-5])
+    other = Connection(port)
+    for _ in range(3):
+        assert other.ask(b"meanwhile")["in_loop"]
+    other.socket.close()
+    connection.send(whole[-5:])
+    status, data = connection.answer()
+    assert (status, json.loads(data)["body"]) == (200, "in two parts")
+    assert connection.ask(b"small again")["in_loop"]
+
+
+def test_what_the_application_postpones_is_called_again_in_a_thread(
+    connection: Connection, port: int
+) -> None:
+    connection.send(post(b"slow"))
+    other = Connection(port)
+    assert other.ask(b"meanwhile")["in_loop"]
+    other.socket.close()
+    status, data = connection.answer()
+    assert (status, json.loads(data)["in_loop"]) == (200, False)
+    assert connection.ask(b"small again")["in_loop"]
+
+
+def test_a_get_is_answered_by_a_thread(connection: Connection) -> None:
+    connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert json.loads(connection.answer()[1])["in_loop"] is False
+
+
+@pytest.mark.parametrize("body", [b"raise", b"raise later"])
+def test_an_application_that_raises_costs_one_request(
+    connection: Connection, port: int, body: bytes
+) -> None:
+    connection.send(post(body))
+    assert connection.answer()[0] == 500
+    other = Connection(port)
+    assert other.ask(b"after it")["in_loop"]
+    other.socket.close()
+
+
+def test_a_body_that_nobody_read_does_not_become_the_next_request(connection: Connection) -> None:
+    for _ in range(2):
+        assert connection.ask(b"GET /x HTTP/1.1\r\n\r\n", path="/unread")["length"] == 0
+    assert connection.ask(b"next")["body"] == "next"
+
+
+def test_connection_close_is_honoured(connection: Connection) -> None:
+    assert connection.ask(b"last", extra="Connection: close\r\n")["in_loop"]
+    assert connection.is_closed()
+
+
+def test_a_silent_connection_is_closed_after_the_keep_alive_time(connection: Connection) -> None:
+    connection.ask(b"once")
+    assert connection.is_closed()
+
+
+def test_a_client_that_does_not_read_is_waited_for_by_a_thread(
+    connection: Connection, port: int
+) -> None:
+    connection.send(post(b"large"))
+    time.sleep(0.2)  # the answer fills the socket's buffers
+    other = Connection(port)
+    assert other.ask(b"meanwhile")["in_loop"]
+    other.socket.close()
+    assert len(connection.answer()[1]) == 20_000_000
+    assert connection.ask(b"small again")["in_loop"]
+
+
+def test_a_malformed_request_is_400(connection: Connection) -> None:
+    connection.send(b"POST / HTTP/9.9\r\nContent-Length: 0\r\nBad Header: x\r\n\r\n")
+    assert connection.answer()[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("data", "whole"),
+    [
+        (post(b"x"), True),
+        (post(b""), True),
+        (b"POST / HTTP/1.1\r\ncOnTent-LENGTH:2\r\n\r\nab", True),
+        (post(b"x")[:-1], False),
+        (post(b"x") + b"y", False),
+        (b"POST / HTTP/1.1\r\n\r\n", False),
+        (b"POST / HTTP/1.1\r\nContent-Len", False),
+        (b"GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", False),
+        (post(b"x", extra="Expect: 100-continue\r\n"), False),
+        (post(b"x", extra="Transfer-Encoding: chunked\r\n"), False),
+        (post(b"x", extra="transfer-encoding : chunked\r\n"), True),  # gunicorn's to refuse
+        (b"POST / HTTP/1.1\r\nX-Content-Length: 1\r\n\r\nx", False),
+    ],
+)
+def test_only_a_whole_post_is_for_the_loop(data: bytes, whole: bool) -> None:
+    assert is_whole_post(data) is whole
