@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from registry.devices import describe_machine
+
 START_TIMEOUT_S = 60.0
 
 
@@ -100,6 +102,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
+def machine() -> dict[str, str]:
+    """When and on what figures were measured."""
+    cpu = describe_machine("cpu")
+    fast = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {cpu['cpu']}",
+        "instructions": " ".join(name for name in fast if name in cpu["flags"].split()),
+        "python": platform.python_version(),
+    }
+
+
 def report(figures: dict[str, Any], file: Path | None) -> None:
     """Print ``figures`` and write them, with the date and the machine, to ``file``."""
     width = max(map(len, figures))
@@ -108,9 +122,4 @@ def report(figures: dict[str, Any], file: Path | None) -> None:
         print(f"{name:<{width}}  {shown}")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        where = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "python": platform.python_version(),
-        }
-        file.write_text(json.dumps({**where, **figures}, indent=2) + "\n")
+        file.write_text(json.dumps({**machine(), **figures}, indent=2) + "\n")

@@ -8,6 +8,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -21,6 +22,17 @@ FLUSH_S = 0.5
 _MILLISECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
+class Answered(Struct, frozen=True):
+    """Seconds of the stages of one request; ``queue_s`` is the longest of its images."""
+
+    images: int
+    read_s: float
+    decode_s: float
+    queue_s: float
+    encode_s: float
+    total_s: float
+
+
 class Series:
     """What the hot path noted of one version and ``flush`` has not written yet.
 
@@ -28,7 +40,7 @@ class Series:
     """
 
     def __init__(self) -> None:
-        self.requests: deque[tuple[int, float, float, float]] = deque()
+        self.requests: deque[Answered] = deque()
         self.batches: deque[tuple[int, float, int]] = deque()
 
     def note_batch(self, size: int, forward_s: float, waiting: int) -> None:
@@ -59,7 +71,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "convoy_stage_seconds",
-            "Time in a stage: decode and queue of a request, forward of a batch.",
+            "Time in a stage: read, decode, queue, encode of a request, forward of a batch.",
             (*version, "stage"),
             buckets=_MILLISECONDS,
             registry=registry,
@@ -106,11 +118,9 @@ class Metrics:
             registry=registry,
         )
 
-    def answered(
-        self, name: str, version: int, images: int, decode_s: float, queue_s: float, total_s: float
-    ) -> None:
-        """Note a request that was answered; ``queue_s`` is the longest of its images."""
-        self._series(name, version).requests.append((images, decode_s, queue_s, total_s))
+    def answered(self, name: str, version: int, request: "Answered") -> None:
+        """Note a request that was answered."""
+        self._series(name, version).requests.append(request)
 
     def refused(self, name: str, version: int | None, outcome: str) -> None:
         """Note a request that was answered with an error; ``name`` is "" for a model not served."""
@@ -141,12 +151,13 @@ class Metrics:
 
     def _write(self, name: str, version: str, series: "Series") -> None:
         if requests := _drain(series.requests):
-            images, decode_s, queue_s, total_s = zip(*requests, strict=True)
             self.requests.labels(name, version, "ok").inc(len(requests))
-            self.images.labels(name, version).inc(sum(images))
+            self.images.labels(name, version).inc(sum(each.images for each in requests))
+            total_s = [each.total_s for each in requests]
             _observe(self.request_seconds.labels(name, version), total_s)
-            _observe(self.stage_seconds.labels(name, version, "decode"), decode_s)
-            _observe(self.stage_seconds.labels(name, version, "queue"), queue_s)
+            for stage in ("read", "decode", "queue", "encode"):
+                stage_s = [getattr(each, f"{stage}_s") for each in requests]
+                _observe(self.stage_seconds.labels(name, version, stage), stage_s)
         if batches := _drain(series.batches):
             sizes, forward_s, waiting = zip(*batches, strict=True)
             _observe(self.stage_seconds.labels(name, version, "forward"), forward_s)

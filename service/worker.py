@@ -32,6 +32,7 @@ SMALL_BYTES = 64 * 1024
 # A round ends when it has this many requests or has taken so long, and answers them.
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
+POLL_S = 0.02
 
 _HEADERS_END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*(?=\r\n)", re.IGNORECASE)
@@ -73,6 +74,8 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         # In the order in which they became so: whoever is left out is first in the next round.
         self._readable: dict[Any, None] = {}
         self._next_murder = 0.0
+        self._next_poll = 0.0
+        self._keepalive_s = float(self.cfg.keepalive)
 
     def accept(self, listener: socket.socket) -> None:
         """Accept all who knock: one a round would let a crowd of hundreds wait for seconds.
@@ -100,7 +103,11 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         """One round: what is readable now, and what becomes so while that is being taken."""
-        super().wait_for_and_dispatch_events(0 if self._readable else timeout)
+        now = time.monotonic()
+        if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
+            # With a crowd waiting already, being told of it again would cost a tenth of a round.
+            self._next_poll = now + POLL_S
+            super().wait_for_and_dispatch_events(0 if self._readable else timeout)
         round_: dict[Any, Answering] = {}
         ends = time.monotonic() + ROUND_S
         while self._readable and len(round_) < ROUND_REQUESTS and time.monotonic() < ends:
@@ -187,7 +194,7 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         elif response.should_close():
             self._close(connection)
         else:
-            connection.set_timeout()
+            connection.timeout = time.monotonic() + self._keepalive_s
 
     def _fail(self, answering: Answering, error: Exception) -> None:
         connection = answering.connection

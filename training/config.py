@@ -57,6 +57,22 @@ RECIPES = {
             crop_px=2,
             erase=0.5,
         ),
+        # The paper's ResNet-18, for photographs of 100 px and more.
+        Recipe(
+            name="resnet18",
+            network=NetworkSpec(
+                "resnet", {"stem": "large", "widths": [64, 128, 256, 512], "blocks": 2}
+            ),
+            epochs=30,
+            batch_size=32,
+            optimizer="sgd",
+            learning_rate=0.02,
+            weight_decay=5e-4,
+            warmup_share=0.2,
+            label_smoothing=0.05,
+            flip=True,
+            crop_px=16,
+        ),
     )
 }
 

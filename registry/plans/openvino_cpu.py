@@ -69,7 +69,7 @@ class OpenVino(Plan):
         request = core.compile_model(model, "CPU", options).create_infer_request()
 
         def run(pixels: Pixels) -> NDArray[np.float32]:
-            request.infer([pixels], share_inputs=True)
+            request.infer(pixels, share_inputs=True)
             probabilities: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
             return probabilities
 

@@ -25,6 +25,7 @@ from registry.preprocess import Pixels, decode_image
 from service import errors
 from service.api.bodies import Images
 from service.batcher import Scored, Ticket
+from service.metrics import Answered
 from service.model_slot import ServedModel
 from service.requests import answer_headers, identify
 from service.state import State
@@ -87,6 +88,7 @@ class Job:
         self.served: ServedModel | None = None
         self.top_k = DEFAULT_TOP_K
         self.many = False
+        self.read_s = 0.0
         self.decode_s = 0.0
         self.tickets: list[Ticket | Exception] = []
 
@@ -127,10 +129,13 @@ class Classify:
         in_loop = IN_LOOP in environ
         images = Images(environ, settings)
         decoded: list[Pixels | Exception] = []
+        reading = time.perf_counter()
         for image in images:
-            started = time.perf_counter()
+            decoding = time.perf_counter()
+            job.read_s += decoding - reading
             decoded.append(self._decode(image, served, in_loop))
-            job.decode_s += time.perf_counter() - started
+            reading = time.perf_counter()
+            job.decode_s += reading - decoding
         job.many = images.many
         pixels = [each for each in decoded if not isinstance(each, Exception)]
         if isinstance(decoded[0], Exception) and not job.many:
@@ -166,6 +171,7 @@ class Classify:
         if not job.many and isinstance(scored[0], Exception):
             yield from self._refuse(job, served.name, scored[0], start_response)
             return
+        encoding = time.perf_counter()
         answer = _describe(job, served, scored)
         body = _encode(answer)
         start_response(
@@ -176,13 +182,18 @@ class Classify:
                 *answer_headers(job.request_id, served.version),
             ],
         )
+        done = time.perf_counter()
         self._state.metrics.answered(
             served.name,
             served.version,
-            images=sum(isinstance(each, Scored) for each in scored),
-            decode_s=job.decode_s,
-            queue_s=answer.timings_ms.queue / 1000,
-            total_s=time.perf_counter() - job.started,
+            Answered(
+                images=sum(isinstance(each, Scored) for each in scored),
+                read_s=job.read_s,
+                decode_s=job.decode_s,
+                queue_s=answer.timings_ms.queue / 1000,
+                encode_s=done - encoding,
+                total_s=done - job.started,
+            ),
         )
         if log.isEnabledFor(logging.DEBUG):
             _log(job, served, scored, answer.timings_ms)

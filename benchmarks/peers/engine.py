@@ -1,0 +1,34 @@
+"""The textbook handler given Convoy's engine: the same plan and decode, but no batching."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from flask import Flask, jsonify, request
+
+from registry.bundle import open_bundle
+from registry.home import convoy_home
+from registry.plans.choice import Planner
+from registry.preprocess import decode_image
+
+bundle = open_bundle(Path(os.environ["BENCH_BUNDLE"]))
+classifier = Planner(convoy_home().plans, "cpu", 1).load(bundle)
+manifest = bundle.manifest
+app = Flask(__name__)
+
+
+@app.post("/v1/classify")
+def classify():
+    pixels = decode_image(request.get_data(), manifest.preprocess)
+    probabilities = classifier.classify(pixels[None])[0]
+    best = np.argsort(-probabilities)[:5].tolist()
+    return jsonify(
+        predictions=[
+            {
+                "label": manifest.labels[index],
+                "index": index,
+                "probability": float(probabilities[index]),
+            }
+            for index in best
+        ]
+    )
