@@ -14,7 +14,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     CONVOY_HOME=/var/lib/convoy
 RUN python -m venv /opt/venv \
     && useradd --uid 10001 --no-create-home --home-dir /var/lib/convoy convoy \
-    && install -d -o convoy -g convoy /var/lib/convoy /var/lib/convoy/models /artifacts
+    && install -d -o convoy -g convoy \
+        /var/lib/convoy /var/lib/convoy/models /var/lib/convoy/plans /artifacts
 WORKDIR /app
 COPY constraints.txt ./
 
@@ -29,7 +30,8 @@ FROM base AS torch
 # PyTorch's index of CPU builds saves gigabytes; empty takes the ordinary one, with CUDA.
 ARG TORCH_INDEX_URL=
 RUN pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} torch \
-    && pip install -c constraints.txt msgspec numpy pillow safetensors
+    && pip install -c constraints.txt msgspec numpy pillow safetensors \
+        nncf onnx onnxruntime onnxscript openvino
 
 FROM torch AS service
 RUN pip install -c constraints.txt flask gunicorn prometheus-client structlog

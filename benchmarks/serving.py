@@ -118,13 +118,9 @@ def measure(bundle: Bundle, seconds: float, repetitions: int) -> dict[str, Any]:
         }
         runs: dict[str, dict[int, list[Figures]]] = {name: {} for name in servers}
         before = stages(service.port)
-        jobs = [
-            (connections, name)
-            for _ in range(repetitions)
-            for connections in CONNECTIONS
-            for name in servers
-        ]
-        jobs += [(connections, "convoy") for connections in CROWD for _ in range(repetitions)]
+        turn = [(connections, name) for connections in CONNECTIONS for name in servers]
+        turn += [(connections, "convoy") for connections in CROWD]
+        jobs = turn * repetitions
         for connections, name in tqdm(jobs, unit="run", desc=model, disable=None):
             # Of a crowd, whose requests wait long, a short window would count too few.
             window_s = seconds if connections in CONNECTIONS else 3 * seconds

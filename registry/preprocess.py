@@ -167,11 +167,18 @@ def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
 def _shrink_on_load(image: Image.Image, spec: PreprocessSpec) -> None:
     """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
 
-    At least ``REDUCING_GAP`` times what is needed stays, for the resize after it to average.
+    At least ``REDUCING_GAP`` times what is needed stays, for the resize after it to average; and
+    only a size that divides evenly, so that what is cut out after it is the same to the pixel.
     """
-    if isinstance(image, JpegImageFile):
-        shorter = spec.resize_shorter_px or max(spec.width_px, spec.height_px)
-        image.draft(None, (REDUCING_GAP * shorter, REDUCING_GAP * shorter))
+    if not isinstance(image, JpegImageFile):
+        return
+    width_px, height_px = image.size
+    needed_px = REDUCING_GAP * (spec.resize_shorter_px or max(spec.width_px, spec.height_px))
+    for factor in (8, 4, 2):
+        smaller = (width_px // factor, height_px // factor)
+        if min(smaller) >= needed_px and not width_px % factor and not height_px % factor:
+            image.draft(None, smaller)
+            return
 
 
 def _upright(image: Image.Image, spec: PreprocessSpec) -> Image.Image:

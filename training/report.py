@@ -6,7 +6,7 @@ that it can be opened from a folder, from MLflow's page of the run or from an e-
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,11 @@ def first_units(program: Program, shape: tuple[int, int, int]) -> Figure | None:
     return None
 
 
-def feature_maps(program: Program, pixels: Pixels, device: str) -> list[tuple[str, Figure]]:
-    """What each convolution and pooling makes of one example picture, (H, W, C)."""
+def feature_maps(program: Program, pixels: Pixels, device: str) -> Iterator[tuple[str, Figure]]:
+    """What each convolution and pooling makes of one example picture, (H, W, C).
+
+    One at a time: a deep network has more of them than should be open at once.
+    """
     outputs: dict[str, Tensor] = {}
     layers = [
         (name, module)
@@ -145,7 +148,8 @@ def feature_maps(program: Program, pixels: Pixels, device: str) -> list[tuple[st
     finally:
         for hook in hooks:
             hook.remove()
-    return [(name, _maps(name, outputs[name][0].float().cpu().numpy())) for name, _ in layers]
+    for name, _ in layers:
+        yield name, _maps(name, outputs[name][0].float().cpu().numpy())
 
 
 def shift_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
@@ -192,12 +196,11 @@ def run_pictures(
         ("worst mistakes", worst_mistakes(evaluation, data.test, data.labels)),
         ("first layer", first_kernels(program) or first_units(program, data.preprocess.shape)),
         ("example picture", _one_picture(example, data.labels[data.test.labels[0]])),
-        *(
-            (f"feature maps after {name}", figure)
-            for name, figure in feature_maps(program, example, device)
-        ),
     ]
-    return {title: to_png(figure) for title, figure in figures if figure is not None}
+    pictures = {title: to_png(figure) for title, figure in figures if figure is not None}
+    for name, figure in feature_maps(program, example, device):
+        pictures[f"feature maps after {name}"] = to_png(figure)
+    return pictures
 
 
 def file_name(title: str) -> str:

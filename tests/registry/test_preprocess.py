@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from registry import preprocess
 from registry.contract import PreprocessSpec
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
 from registry.preprocess import (
+    TRUSTED_LIMITS,
     DecodeLimits,
     as_served,
     decode_image,
@@ -231,3 +233,44 @@ def test_no_mutant_raises_anything_but_the_three_errors(data: st.DataObject) -> 
     except (InvalidImage, UnsupportedImageType, ImageTooLarge) as error:
         refusal = str(error)
     assert "0x" not in refusal  # Pillow likes to name its buffers by address
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((4032, 3024), (1008, 756)),  # a phone's: 1/4 keeps three times the 256 that are needed
+        ((1200, 1200), (600, 600)),
+        ((1000, 1000), (1000, 1000)),  # half of it would be less than twice what is needed
+        ((4041, 3025), (4041, 3025)),  # does not divide evenly
+    ],
+)
+def test_a_large_jpeg_is_decoded_smaller(
+    size: tuple[int, int], decoded: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = PreprocessSpec(
+        mode="RGB", width_px=224, height_px=224, resize_shorter_px=256, mean=(0,) * 3, std=(1,) * 3
+    )
+    gradient = Image.linear_gradient("L").convert("RGB").resize(size)
+    buffer = BytesIO()
+    gradient.save(buffer, "JPEG", quality=95)
+    seen = []
+    upright = preprocess._upright
+
+    def watch(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+        seen.append(image.size)
+        return upright(image, spec)
+
+    monkeypatch.setattr(preprocess, "_upright", watch)
+    pixels = decode_image(buffer.getvalue(), spec, TRUSTED_LIMITS)
+    assert seen == [decoded]
+    monkeypatch.setattr(preprocess, "REDUCING_GAP", 10**6)
+    full = decode_image(buffer.getvalue(), spec, TRUSTED_LIMITS)
+    assert np.abs(pixels.astype(int) - full).max() <= 6
+
+
+def test_training_and_serving_see_the_same_pixels_of_a_large_jpeg() -> None:
+    spec = PreprocessSpec(mode="L", width_px=16, height_px=16, mean=(0.5,), std=(0.5,))
+    buffer = BytesIO()
+    Image.radial_gradient("L").resize((640, 512)).save(buffer, "JPEG")
+    trained, _ = decode_training_image(buffer.getvalue(), spec)
+    np.testing.assert_array_equal(trained, decode_image(buffer.getvalue(), spec))

@@ -1,0 +1,83 @@
+"""What shrinking large JPEGs while they are decoded saves, and what it changes.
+
+    python -m benchmarks.decode [--json FILE]
+
+Photographs are enlarged to 1, 3 and 12 megapixels and decoded to 224×224, in full and with at least
+1, 2 and 3 times the needed size kept.
+"""
+
+import io
+import sys
+import time
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.common import parser, report
+from registry import preprocess
+from registry.contract import PreprocessSpec
+
+SPEC = PreprocessSpec(
+    mode="RGB",
+    width_px=224,
+    height_px=224,
+    resize_shorter_px=256,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+)
+PHOTOGRAPHS = {
+    "temple": ("sklearn", "datasets/images/china.jpg"),
+    "retina": ("skimage", "data/retina.jpg"),
+    "astronaut": ("skimage", "data/astronaut.png"),
+}
+MEGAPIXELS = (1, 3, 12)
+GAPS = (1, 2, 3)
+NEVER = 1_000_000
+REPETITIONS = 5
+
+
+def main() -> int:
+    arguments = parser("What shrinking JPEGs while they are decoded saves.").parse_args()
+    figures: dict[str, Any] = {}
+    for name, (package, path) in PHOTOGRAPHS.items():
+        with Image.open(files(package).joinpath(path).open("rb")) as opened:
+            photograph = opened.convert("RGB")
+        for megapixels in MEGAPIXELS:
+            data = enlarged(photograph, megapixels)
+            full_ms, full = decode(data, NEVER)
+            figures[f"{name}, {megapixels} Mpx, full, ms"] = full_ms
+            for gap in GAPS:
+                took_ms, pixels = decode(data, gap)
+                off = np.abs(pixels.astype(int) - full)
+                figures[f"{name}, {megapixels} Mpx, {gap}×, ms"] = took_ms
+                figures[f"{name}, {megapixels} Mpx, {gap}×, levels off"] = (
+                    f"{off.mean():.2f} mean, {off.max()} at most"
+                )
+    report(figures, arguments.json)
+    return 0
+
+
+def enlarged(photograph: Image.Image, megapixels: float) -> bytes:
+    """A JPEG of about that size, with sides that eight divides."""
+    scale = (megapixels * 1e6 / (photograph.width * photograph.height)) ** 0.5
+    size = (int(photograph.width * scale) // 8 * 8, int(photograph.height * scale) // 8 * 8)
+    buffer = io.BytesIO()
+    photograph.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def decode(data: bytes, gap: int) -> tuple[float, preprocess.Pixels]:
+    """Shortest of some repetitions in ms, and the pixels, when ``gap`` times the size is kept."""
+    preprocess.REDUCING_GAP = gap
+    took_ms = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        pixels = preprocess.decode_image(data, SPEC, preprocess.TRUSTED_LIMITS)
+        took_ms.append((time.perf_counter() - started) * 1000)
+    return min(took_ms), pixels
+
+
+if __name__ == "__main__":
+    sys.exit(main())
