@@ -123,6 +123,17 @@ def _decoding() -> Iterator[None]:
         raise InvalidImage(f"the image cannot be decoded: {_without_address(reason)}") from error
 
 
+def decodes_quickly(data: bytes) -> bool:
+    """Whether the time to decode a picture hangs on its pixels alone.
+
+    A JPEG's scans each go over all pixels, and a PNG's compressed texts unpack to a thousand times
+    their size: 60 KB of either took 0.1 to 0.9 s.
+    """
+    if data.startswith(b"\x89PNG"):
+        return not any(chunk in data for chunk in (b"zTXt", b"iTXt", b"iCCP"))
+    return data.count(b"\xff\xda") <= 1
+
+
 def encode_png(pixels: Pixels) -> bytes:
     """``pixels`` as a PNG that ``decode_image`` gives back unchanged at the same size."""
     buffer = BytesIO()

@@ -111,7 +111,7 @@ def read_status(models: Path, name: str) -> PullStatus:
     try:
         data = (model_folder(models, name) / "pull.json").read_bytes()
         return msgspec.json.decode(data, type=PullStatus)
-    except (FileNotFoundError, msgspec.MsgspecError, ValueError, RecursionError):
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return PullStatus(agreed_unix_s=None)
 
 

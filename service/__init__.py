@@ -44,6 +44,7 @@ def create_app(
     metrics = metrics or Metrics()
     if slots is None:
         slots = open_slots(settings, metrics)
+        metrics.start()
     app = Flask(__name__)
     state = app.extensions["convoy"] = State(settings=settings, slots=slots, metrics=metrics)
     requests.init_app(app)

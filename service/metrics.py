@@ -1,5 +1,6 @@
 """Prometheus metrics. Label sets are closed: no caller can add a series."""
 
+import logging
 import os
 import time
 from collections import deque
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     from service.batcher import OnBatch
     from service.model_slot import ServedModel
 
+log = logging.getLogger(__name__)
+
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 FLUSH_S = 0.5
-_MILLISECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+MOST_NOTES = 100_000  # where metrics cannot be written, memory has an end
+_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Answered(Struct, frozen=True):
@@ -40,8 +44,8 @@ class Series:
     """
 
     def __init__(self) -> None:
-        self.requests: deque[Answered] = deque()
-        self.batches: deque[tuple[int, float, int]] = deque()
+        self.requests: deque[Answered] = deque(maxlen=MOST_NOTES)
+        self.batches: deque[tuple[int, float, int]] = deque(maxlen=MOST_NOTES)
 
     def note_batch(self, size: int, forward_s: float, waiting: int) -> None:
         self.batches.append((size, forward_s, waiting))
@@ -66,14 +70,14 @@ class Metrics:
             "convoy_request_seconds",
             "From the first byte read to the answer, answered requests.",
             version,
-            buckets=_MILLISECONDS,
+            buckets=_BUCKETS_S,
             registry=registry,
         )
         self.stage_seconds = Histogram(
             "convoy_stage_seconds",
             "Time in a stage: read, decode, queue, encode of a request, forward of a batch.",
             (*version, "stage"),
-            buckets=_MILLISECONDS,
+            buckets=_BUCKETS_S,
             registry=registry,
         )
         self.batch_size = Histogram(
@@ -142,12 +146,16 @@ class Metrics:
         def run() -> None:
             while True:
                 time.sleep(FLUSH_S)
-                self.flush()
+                try:
+                    self.flush()
+                except Exception:  # the edge of a thread: a full disk must not end it
+                    log.exception("metrics cannot be written")
 
         Thread(target=run, name="metrics", daemon=True).start()
 
     def _series(self, name: str, version: int) -> "Series":
-        return self._of_version.setdefault((name, version), Series())
+        series = self._of_version.get((name, version))
+        return series or self._of_version.setdefault((name, version), Series())
 
     def _write(self, name: str, version: str, series: "Series") -> None:
         if requests := _drain(series.requests):

@@ -108,19 +108,22 @@ class ModelSlot:
         is mended.
         """
         swapped = self._look()
-        if self._undecided is None:
+        undecided = self._undecided
+        if undecided is None:
             return swapped
-        release, bundle = self._undecided
+        release, bundle = undecided
         try:
             self._decide(bundle)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            self._undecided = None
             self._note_failure(error, release)
             return False
-        return self._look()
+        swapped = self._look()
+        if self._undecided is not None:
+            self._note_failure(BundleInvalid(str(self.error)), release)
+        return swapped
 
     def _look(self) -> bool:
-        """``refresh`` as far as it takes no time."""
+        """``refresh`` without choosing a plan: a second at most."""
         with self._refreshing:
             return self._refresh()
 

@@ -84,7 +84,6 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     }
     for slot in slots.values():
         slot.start()
-    metrics.start()
     return slots
 
 

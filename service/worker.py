@@ -9,7 +9,8 @@ iteration gets it into one batch. Whatever is large, slow to arrive or not a POS
 as in gthread.
 
 Knows nothing of images. Builds on gunicorn 26's ``ThreadWorker`` and its connection, parser and
-response classes.
+response classes. In the loop there is no access log, and ``max_requests``, ``pre_request`` and
+``post_request`` are not honoured.
 """
 
 import errno
@@ -73,9 +74,9 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(*arguments, **named)
         # In the order in which they became so: whoever is left out is first in the next round.
         self._readable: dict[Any, None] = {}
+        self._round: dict[Any, Answering] = {}
         self._next_murder = 0.0
         self._next_poll = 0.0
-        self._keepalive_s = float(self.cfg.keepalive)
 
     def accept(self, listener: socket.socket) -> None:
         """Accept all who knock: one a round would let a crowd of hundreds wait for seconds.
@@ -89,7 +90,8 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
                 if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
                     raise
                 return
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if client.family != socket.AF_UNIX:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = TConn(self.cfg, client, address, listener.getsockname())
             connection.set_timeout()
             self.nr_conns += 1
@@ -99,25 +101,29 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             )
 
     def on_client_socket_readable(self, conn: Any, client: socket.socket) -> None:
-        self._readable[conn] = None
+        if conn not in self._round:  # its next request, or its end, comes after its answer
+            self._readable[conn] = None
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         """One round: what is readable now, and what becomes so while that is being taken."""
+        if not self.alive:
+            self._close_idle()
         now = time.monotonic()
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
             self._next_poll = now + POLL_S
             super().wait_for_and_dispatch_events(0 if self._readable else timeout)
         round_: dict[Any, Answering] = {}
+        self._round = round_
         ends = time.monotonic() + ROUND_S
         while self._readable and len(round_) < ROUND_REQUESTS and time.monotonic() < ends:
             connection = next(iter(self._readable))
             del self._readable[connection]
-            # Its next request, or its end, comes after its answer.
-            if connection not in round_ and (answering := self._take(connection)) is not None:
+            if (answering := self._take(connection)) is not None:
                 round_[connection] = answering
             if not self._readable:
                 super().wait_for_and_dispatch_events(0)
+        self._round = {}
         for answering in round_.values():
             self._answer(answering)
 
@@ -130,15 +136,35 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         for connection in [each for each in self.keepalived_conns if each.timeout <= now]:
             self._close(connection)
 
+    def _close_idle(self) -> None:
+        """Do not let connections on which nothing is asked hold up the end of the worker."""
+        super().wait_for_and_dispatch_events(0)
+        for connection in [each for each in self.keepalived_conns if each not in self._readable]:
+            self._close(connection)
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        """As in gthread; and what the client sent behind the answered request is next.
+
+        The poller would not report it: it has been read.
+        """
+        super().finish_request(conn, fs)
+        if conn in self.keepalived_conns and (data := _read_ahead(conn)):
+            conn.parser.unreader.unread(data)
+            self._readable[conn] = None
+
     def _take(self, connection: Any) -> Answering | None:
         """Read from ``connection``; if a whole small request is there, call the application."""
+        data = _read_ahead(connection)
         try:
-            data = connection.sock.recv(SMALL_BYTES)
+            received = connection.sock.recv(SMALL_BYTES)
+            if not received:
+                self._close(connection)
+                return None
+            data += received
         except BlockingIOError:
-            return None
+            if not data:
+                return None
         except OSError:
-            data = b""
-        if not data:
             self._close(connection)
             return None
         if not is_whole_post(data):
@@ -162,25 +188,24 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         answering.response, environ = wsgi.create(
             answering.request, answering, connection.client, connection.server, self.cfg
         )
-        environ[IN_LOOP] = True
-        self.nr += 1
-        if not self.alive:
-            answering.response.force_close()
+        environ[IN_LOOP] = environ["wsgi.multithread"] = True
         answering.body = self.wsgi(environ, answering.response.start_response)
 
     def _answer(self, answering: Answering) -> None:
         """Iterate the application's answer and send it."""
         connection, response = answering.connection, answering.response
+        # As in gthread: a worker that ends keeps none, and nobody keeps a place from all others.
+        if not self.alive or len(self.keepalived_conns) > self.max_keepalived:
+            response.force_close()
         try:
             for part in answering.body:
                 response.write(part)
             response.close()
-        except Exception as error:  # noqa: BLE001 - as in gthread
-            self._fail(answering, error)
-            return
-        finally:
             if hasattr(answering.body, "close"):
                 answering.body.close()
+        except Exception as error:  # noqa: BLE001 - as in gthread: whatever it is, it is answered
+            self._fail(answering, error)
+            return
         data = b"".join(answering.gathered)
         try:
             sent = connection.sock.send(data)
@@ -194,7 +219,7 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         elif response.should_close():
             self._close(connection)
         else:
-            connection.timeout = time.monotonic() + self._keepalive_s
+            connection.set_timeout()
 
     def _fail(self, answering: Answering, error: Exception) -> None:
         connection = answering.connection
@@ -232,6 +257,14 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         future.add_done_callback(
             lambda done: self.method_queue.defer(self.finish_request, connection, done)
         )
+
+
+def _read_ahead(connection: Any) -> bytes:
+    """Take what a thread's parser has read beyond the request that it answered."""
+    if connection.parser is None or connection.is_http2:
+        return b""
+    data: bytes = connection.parser.unreader.take_buffered()
+    return data
 
 
 def is_whole_post(data: bytes) -> bool:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 AUTO, EVERY = "auto", "every"
 # Raised when a verdict would come out differently although nothing that it hangs on has changed.
 CACHE_SCHEMA = 1
+ARTEFACTS = "artefacts"
+CHOOSING = ".choosing-"
 CACHE_ENTRIES = 24
 LIMIT_S = 300
 ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
@@ -47,8 +50,8 @@ class Choice(Struct, frozen=True, kw_only=True):
 
     chosen: str
     findings: tuple[Finding, ...]
-    digests: dict[str, dict[str, str]]
-    """SHA-256 of each artefact, by plan and file name."""
+    digests: dict[str, str]
+    """SHA-256 of each of the chosen plan's artefacts, by file name."""
 
 
 class Planner:
@@ -78,8 +81,9 @@ class Planner:
         """The classifier of ``bundle`` by the plan that was chosen, proved on the golden images.
 
         Raises:
-            PlanUndecided: nothing was chosen yet, or what was chosen can no longer be loaded.
-            BundleInvalid: the bundle does not score as it was published.
+            PlanUndecided: nothing was chosen yet, or what was chosen was damaged, or no longer
+                scores as was published; then it is forgotten.
+            BundleInvalid: the pinned plan ``torch-eager`` does not score as was published.
         """
         if self._wanted == EAGER:
             return self._open(bundle, find_plan(EAGER), _no_artefacts)
@@ -87,15 +91,13 @@ class Planner:
         choice = _remembered(entry)
         if choice is None:
             raise PlanUndecided(f"{bundle.manifest.model}: no plan was chosen on this machine yet")
-        files = entry / choice.chosen
-        digests = choice.digests.get(choice.chosen, {})
         try:
             return self._open(
                 bundle,
                 find_plan(choice.chosen),
-                lambda file: read_digested(files / file, digests.get(file)),
+                lambda file: read_digested(entry / ARTEFACTS / file, choice.digests.get(file)),
             )
-        except Exception as error:
+        except BundleInvalid as error:  # anything else says nothing about what was chosen
             shutil.rmtree(entry, ignore_errors=True)
             raise PlanUndecided(
                 f"{bundle.manifest.model}: plan {choice.chosen} can no longer be loaded: {error}"
@@ -140,7 +142,7 @@ class Planner:
         return sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24]
 
     def _root(self) -> Path:
-        """The cache's folder, or where it cannot be written, one of this user in /tmp."""
+        """The cache's folder, or where it cannot be written, one for this process in /tmp."""
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._folder.is_dir() and os.access(self._folder, os.W_OK):
@@ -170,7 +172,7 @@ class Planner:
         elif self._wanted != AUTO:
             quick, slow = [plans[self._wanted]], []
         log.info("%s: choosing a plan on %s", bundle.manifest.model, self.device)
-        work = Path(tempfile.mkdtemp(prefix=".choosing-", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=CHOOSING, dir=target.parent))
         try:
             findings = self._find_out(bundle, quick, work)
             if slow and all(
@@ -184,10 +186,13 @@ class Planner:
                     + "; ".join(f"{each.plan}: {each.reason}" for each in findings)
                 )
             best = min(accepted, key=lambda finding: score(finding.batch_ms))
-            digests = {each.plan: _digests(work / each.plan) for each in accepted}
+            digests = _digests(work / best.plan)
             choice = Choice(chosen=best.plan, findings=tuple(findings), digests=digests)
+            (work / best.plan).rename(work / ARTEFACTS)
+            for plan in plans:
+                shutil.rmtree(work / plan, ignore_errors=True)
             (work / "choice.json").write_bytes(msgspec.json.encode(choice))
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             work.rename(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -227,20 +232,35 @@ class Planner:
                 threads=self._threads,
                 folder=str(work),
                 limit_s=LIMIT_S,
-                digests=_digests(work / remaining[0]) if step == "try" else {},
             )
-            done = subprocess.run(
-                [sys.executable, "-m", "registry.plans.trial", msgspec.json.encode(job).decode()],
-                capture_output=True,
-                env=environment,
-            )
-            lines = done.stdout.splitlines()
-            findings += [msgspec.json.decode(line, type=Finding) for line in lines]
-            if len(lines) < len(remaining):
-                last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-                reason = f"its process ended with {done.returncode} {' '.join(last)[:300]}".strip()
-                findings.append(Finding(plan=remaining[len(lines)], reason=reason))
+            found, reason = run_trial(job, environment)
+            findings += found
+            if len(found) < len(remaining):
+                findings.append(Finding(plan=remaining[len(found)], reason=reason))
         return findings
+
+
+def run_trial(job: Job, environment: dict[str, str]) -> tuple[list[Finding], str]:
+    """What a trial process found, and, if that is not all, how it ended."""
+    command = [sys.executable, "-m", "registry.plans.trial", msgspec.json.encode(job).decode()]
+    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, stdout=answers, stderr=said, env=environment, start_new_session=True
+        )
+        try:
+            process.wait(LIMIT_S * len(job.plans) + 30)
+        except subprocess.TimeoutExpired:
+            log.warning("the trial of %s hangs", ", ".join(job.plans))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # compilers that it left behind, too
+        process.wait()
+        answers.seek(0)
+        found = [msgspec.json.decode(line, type=Finding) for line in answers]
+        said.seek(0)
+        last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+    if process.returncode in (-signal.SIGALRM, -signal.SIGKILL):
+        return found, f"it took more than {LIMIT_S} s to {job.step}"
+    return found, f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
 
 
 def score(batch_ms: dict[int, float]) -> float:
@@ -310,8 +330,17 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _prune(root: Path) -> None:
-    """Keep the entries that were used last."""
+    """Keep the entries that were used last, and nothing of who was killed while choosing."""
+    for left in root.glob(f"{CHOOSING}*"):
+        shutil.rmtree(left, ignore_errors=True)
     entries = [path for path in root.iterdir() if (path / "choice.json").exists()]
     for old in sorted(entries, key=lambda path: -path.stat().st_mtime)[CACHE_ENTRIES:]:
         shutil.rmtree(old, ignore_errors=True)

@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from registry.bundle import Bundle, open_bundle, read_digested
-from registry.classifier import Classifier, load_classifier, replay_golden
+from registry.bundle import Bundle, open_bundle
+from registry.classifier import Classifier, replay_golden
 from registry.plans.plan import Source, find_plan
 
 BATCHES = (1, 8, 32)
@@ -38,8 +38,7 @@ class Job(Struct, frozen=True, kw_only=True):
     folder: str
     """Artefacts of a plan lie in the folder of its name under this one."""
     limit_s: int
-    digests: dict[str, str] = {}
-    """SHA-256 of each of the tried plan's artefacts, by file name."""
+    """For each plan."""
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -57,11 +56,11 @@ def main() -> int:
     job = msgspec.json.decode(sys.argv[1], type=Job)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    signal.alarm(job.limit_s)  # if whoever waits for us is gone, nobody else would end a hang
     bundle = open_bundle(Path(job.bundle), job.manifest_sha256)
     source = Source(bundle, job.device, job.threads)
     step = _build if job.step == "build" else _try
     for name in job.plans:
+        signal.alarm(job.limit_s)
         try:
             finding = step(name, source, job)
         except Exception as error:  # noqa: BLE001 - whatever an engine raises, the plan is not for here
@@ -83,9 +82,8 @@ def _try(name: str, source: Source, job: Job) -> Finding:
     """Prove the plan as serving does, time it, and note what memory a worker with it needs."""
     plan = find_plan(name)
     folder = Path(job.folder) / name
-    classifier = load_classifier(
-        source, plan, lambda file: read_digested(folder / file, job.digests.get(file))
-    )
+    run = plan.load(source, lambda file: (folder / file).read_bytes())
+    classifier = Classifier(run, name, job.device)
     difference = replay_golden(source.bundle, classifier, plan.precision)
     batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}
     return Finding(plan=name, max_difference=difference, batch_ms=batch_ms, peak_mb=peak_mb())

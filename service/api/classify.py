@@ -21,7 +21,7 @@ from werkzeug.exceptions import MethodNotAllowed, abort
 
 from registry.contract import ClassScore
 from registry.errors import ConvoyError, ImageTooLarge
-from registry.preprocess import Pixels, decode_image
+from registry.preprocess import Pixels, decode_image, decodes_quickly
 from service import errors
 from service.api.bodies import Images
 from service.batcher import Scored, Ticket
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_TOP_K = 5
+# What the images of one request may take of a worker's loop before the rest is for a thread.
+LOOP_DECODE_S = 0.01
 _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
     r"/classify"
@@ -131,6 +133,8 @@ class Classify:
         decoded: list[Pixels | Exception] = []
         reading = time.perf_counter()
         for image in images:
+            if in_loop and job.decode_s > LOOP_DECODE_S:
+                raise Postpone
             decoding = time.perf_counter()
             job.read_s += decoding - reading
             decoded.append(self._decode(image, served, in_loop))
@@ -149,6 +153,8 @@ class Classify:
         """Pixels, or why the image has none; ``Postpone`` when decoding is not for the loop."""
         if isinstance(image, ConvoyError):
             return image
+        if in_loop and not decodes_quickly(image):
+            raise Postpone
         settings = self._state.settings
         limits = settings.loop_decode_limits if in_loop else settings.decode_limits
         try:
@@ -161,27 +167,34 @@ class Classify:
             return error
 
     def _answer(self, job: Job, start_response: "StartResponse") -> Iterator[bytes]:
-        """Wait for the scores of the job's images; begins when it is first iterated."""
-        served = job.served
-        assert served is not None
-        scored = [
-            each if isinstance(each, Exception) else served.batcher.wait(each)
-            for each in job.tickets
-        ]
-        if not job.many and isinstance(scored[0], Exception):
-            yield from self._refuse(job, served.name, scored[0], start_response)
+        """The second part: it begins when it is first iterated."""
+        assert job.served is not None
+        try:
+            body = self._finish(job, job.served)
+        except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
+            yield from self._refuse(job, job.served.name, error, start_response)
             return
-        encoding = time.perf_counter()
-        answer = _describe(job, served, scored)
-        body = _encode(answer)
         start_response(
             "200 OK",
             [
                 ("Content-Type", "application/json"),
                 ("Content-Length", str(len(body))),
-                *answer_headers(job.request_id, served.version),
+                *answer_headers(job.request_id, job.served.version),
             ],
         )
+        yield body
+
+    def _finish(self, job: Job, served: ServedModel) -> bytes:
+        """Wait for the scores of the job's images; the answer's body, noted in the metrics."""
+        scored = [
+            each if isinstance(each, Exception) else served.batcher.wait(each)
+            for each in job.tickets
+        ]
+        if not job.many and isinstance(scored[0], Exception):
+            raise scored[0]
+        encoding = time.perf_counter()
+        answer = _describe(job, served, scored)
+        body = _encode(answer)
         done = time.perf_counter()
         self._state.metrics.answered(
             served.name,
@@ -197,15 +210,16 @@ class Classify:
         )
         if log.isEnabledFor(logging.DEBUG):
             _log(job, served, scored, answer.timings_ms)
-        yield body
+        return body
 
     def _refuse(
         self, job: Job, name: str | None, error: Exception, start_response: "StartResponse"
     ) -> Iterable[bytes]:
+        name = name or next(iter(self._state.slots))
         known = name if name in self._state.slots else ""
         served = job.served
         self._state.metrics.refused(
-            served.name if served else known or "",
+            served.name if served else known,
             served.version if served else None,
             errors.outcome(error),
         )
@@ -216,7 +230,7 @@ class Classify:
 
 def _top_k(query: str) -> int:
     text = parse_qs(query, keep_blank_values=True).get("top_k", [str(DEFAULT_TOP_K)])[0]
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 10_000:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 10_000:
         abort(400, f"top_k is {text[:40]!r}; it must be a whole number from 1 to 10000")
     return int(text)
 

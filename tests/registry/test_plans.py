@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -88,7 +89,7 @@ def test_the_fastest_right_plan_is_chosen_and_remembered(
     assert rejected["cuda-fp16"] == "runs on cuda only"
     assert "inductor-fp32" not in rejected  # not even tried: a quicker engine was accepted
 
-    monkeypatch.setattr(subprocess, "run", None)  # a second look starts no process
+    monkeypatch.setattr(subprocess, "Popen", None)  # a second look starts no process
     again = Planner(tmp_path / "plans", "cpu", 1)
     assert again.choose(bundle) == found
     classifier = again.load(bundle)
@@ -166,19 +167,24 @@ def test_a_version_that_no_plan_scores_right_is_refused(
 def test_an_engine_that_takes_its_process_down_is_rejected(
     bundle: Bundle, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = subprocess.run
+    real = subprocess.Popen
 
     def crash(command, **options):
         job = msgspec.json.decode(command[-1])
         if job["step"] == "try" and job["plans"] == ["onnxruntime-fp32"]:
             command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), 11)"]
-        if job["step"] == "build" and job["plans"][0].startswith("openvino"):
-            command = [sys.executable, "-c", "import sys; sys.exit('no such instruction')"]
+        if job["step"] == "build" and job["plans"][0] == "onnxruntime-fp32":
+            # The first of the plans is built; in the second the process dies.
+            done = '{"plan": "onnxruntime-fp32"}'
+            command = [sys.executable, "-c", f"print('{done}'); exit('no such instruction')"]
+            (Path(job["folder"]) / "onnxruntime-fp32").mkdir()
         return real(command, **options)
 
-    monkeypatch.setattr(subprocess, "run", crash)
+    monkeypatch.setattr(subprocess, "Popen", crash)
     found = {each.plan: each.reason for each in planner.choose(bundle).findings}
     assert found["onnxruntime-fp32"] == "its process ended with -11"
+    assert found["openvino-fp32"] == "its process ended with 1 no such instruction"
+    assert found["openvino-bf16"] is None or "instructions" in str(found["openvino-bf16"])
     assert found[EAGER] is None
 
 
@@ -287,6 +293,38 @@ def test_one_image_that_does_not_fit_the_device_is_answered_by_the_cpu() -> None
 def test_without_a_fallback_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(DeviceOutOfMemory):
         Classifier(SmallDevice(0), "fake", "cpu").classify(np.zeros((1, 1, 1, 1), dtype=np.uint8))
+
+
+def test_a_trial_that_hangs_ends_with_all_that_it_started(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen
+    code = "import subprocess, signal; signal.alarm(1); subprocess.run(['sleep', '60'])"
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **options: (
+            real([sys.executable, "-c", code], **options)
+            if "-m" in command
+            else real(command, **options)
+        ),
+    )
+    started = time.monotonic()
+    with pytest.raises(BundleInvalid, match=r"torch-fp32: it took more than 300 s to build"):
+        Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(bundle)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("odd", ["file", "link"])
+def test_something_odd_in_an_entrys_place_is_replaced(
+    bundle: Bundle, tmp_path: Path, odd: str
+) -> None:
+    planner = Planner(tmp_path / "plans", "cpu", 1, "torch-fp32")
+    (tmp_path / "plans").mkdir()
+    entry = tmp_path / "plans" / planner._key(bundle)
+    entry.write_text("odd") if odd == "file" else entry.symlink_to(tmp_path)
+    planner.choose(bundle)
+    assert planner.load(bundle).plan == "torch-fp32"
 
 
 def test_entries_that_were_not_used_for_long_are_pruned(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from registry import preprocess
 from registry.contract import PreprocessSpec
@@ -19,6 +20,7 @@ from registry.preprocess import (
     as_served,
     decode_image,
     decode_training_image,
+    decodes_quickly,
     encode_png,
 )
 
@@ -274,3 +276,13 @@ def test_training_and_serving_see_the_same_pixels_of_a_large_jpeg() -> None:
     Image.radial_gradient("L").resize((640, 512)).save(buffer, "JPEG")
     trained, _ = decode_training_image(buffer.getvalue(), spec)
     np.testing.assert_array_equal(trained, decode_image(buffer.getvalue(), spec))
+
+
+def test_what_may_take_long_to_decode_is_recognised() -> None:
+    image = Image.radial_gradient("L")
+    assert decodes_quickly(encoded(image, "JPEG"))
+    assert decodes_quickly(encoded(image))
+    assert not decodes_quickly(encoded(image, "JPEG", progressive=True))
+    texts = PngInfo()
+    texts.add_text("comment", "x" * 1000, zip=True)
+    assert not decodes_quickly(encoded(image, pnginfo=texts))

@@ -7,7 +7,7 @@ import pytest
 
 from registry.bundle import WEIGHTS
 from registry.contract import ModelRef
-from registry.errors import ModelNotReady
+from registry.errors import ModelNotReady, PlanUndecided
 from registry.releases import release_file, version_folder
 from service import model_slot
 from service.model_slot import ModelSlot, ServedModel
@@ -156,6 +156,50 @@ def test_swaps_and_failures_are_counted(models: Path, release) -> None:
     release(2, alias="another")
     slot.refresh()
     assert events == [(None, 1), (1, None)]
+
+
+def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_serves(
+    models: Path, release, slot: ModelSlot
+) -> None:
+    release(1)
+    chosen: list[int] = []
+
+    def undecided(bundle, released):
+        if released.version not in chosen:
+            raise PlanUndecided("no plan was chosen on this machine yet")
+        return load(bundle, released)
+
+    def decide(bundle) -> None:
+        serving = careful.current
+        assert (serving.version if serving else None) == (chosen[-1] if chosen else None)
+        chosen.append(1 if not chosen else 2)
+
+    careful = ModelSlot(ModelRef("digits", alias="champion"), models, undecided, decide)
+    with pytest.raises(ModelNotReady, match="no plan was chosen"):
+        careful.require()
+    assert careful.refresh()
+    release(2, seed=1)
+    assert careful.require().version == 1
+    assert careful.refresh()
+    assert (careful.require().version, chosen) == (2, [1, 2])
+
+
+def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
+    models: Path, release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release(1)
+    decided = []
+
+    def never(bundle, released):
+        raise PlanUndecided("what was chosen is damaged")
+
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, never, decided.append)
+    for _ in range(5):
+        assert not slot.refresh()
+    assert len(decided) == 1
+    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    slot.refresh()
+    assert len(decided) == 2
 
 
 def wait_for(condition) -> None:

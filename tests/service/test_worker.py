@@ -27,6 +27,13 @@ def application(environ, start_response):
     if body == b"raise":
         raise ValueError("in the call")
     called.append(body)
+    if body == b"bad close":
+        class BadClose(list):
+            def close(self):
+                raise ValueError("in the close")
+
+        start_response("200 OK", [("Content-Length", "2")])
+        return BadClose([b"{}"])
 
     def answer():
         if body == b"raise later":
@@ -173,7 +180,7 @@ def test_a_get_is_answered_by_a_thread(connection: Connection) -> None:
     assert json.loads(connection.answer()[1])["in_loop"] is False
 
 
-@pytest.mark.parametrize("body", [b"raise", b"raise later"])
+@pytest.mark.parametrize("body", [b"raise", b"raise later", b"bad close"])
 def test_an_application_that_raises_costs_one_request(
     connection: Connection, port: int, body: bytes
 ) -> None:
@@ -188,6 +195,35 @@ def test_a_body_that_nobody_read_does_not_become_the_next_request(connection: Co
     for _ in range(2):
         assert connection.ask(b"GET /x HTTP/1.1\r\n\r\n", path="/unread")["length"] == 0
     assert connection.ask(b"next")["body"] == "next"
+
+
+def test_requests_that_are_sent_without_waiting_are_answered_in_their_order(
+    connection: Connection,
+) -> None:
+    connection.send(post(b"first") + post(b"second") + post(b"third"))
+    connection.send(post(b"fourth"))
+    answers = [json.loads(connection.answer()[1])["body"] for _ in range(4)]
+    assert answers == ["first", "second", "third", "fourth"]
+    assert connection.ask(b"fifth")["in_loop"]
+
+
+def test_what_a_thread_read_ahead_is_not_lost_behind_a_later_request(
+    connection: Connection,
+) -> None:
+    """A GET is answered by a thread, which reads the beginning of the POST behind it."""
+    second = post(b"in two parts")
+    connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + second[:-4])
+    assert json.loads(connection.answer()[1])["body"] == ""
+    connection.send(second[-4:] + post(b"third"))
+    answers = [json.loads(connection.answer()[1])["body"] for _ in range(2)]
+    assert answers == ["in two parts", "third"]
+
+
+def test_a_client_that_only_listens_from_now_on_is_answered(connection: Connection) -> None:
+    connection.send(post(b"last words"))
+    connection.socket.shutdown(socket.SHUT_WR)
+    assert json.loads(connection.answer()[1])["body"] == "last words"
+    assert connection.is_closed()
 
 
 def test_connection_close_is_honoured(connection: Connection) -> None:
