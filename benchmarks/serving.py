@@ -62,7 +62,10 @@ def main() -> int:
     options.add_argument("--repetitions", type=int, default=3)
     arguments = options.parse_args()
     results: dict[str, Any] = {}
-    details: dict[str, Any] = {"where": machine(), "command": " ".join(sys.argv)}
+    details: dict[str, Any] = {
+        "where": machine(),
+        "command": f"python -m benchmarks.serving {' '.join(sys.argv[1:])}",
+    }
     for workload in arguments.workloads.split(","):
         bundle = prepare(workload)
         details[workload] = found = measure(bundle, arguments.seconds, arguments.repetitions)
