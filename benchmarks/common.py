@@ -26,7 +26,9 @@ START_TIMEOUT_S = 60.0
 class RunningService:
     """``python -m service`` on a free port of this machine."""
 
-    def __init__(self, home: Path, model: str, workers: int, pull: bool) -> None:
+    def __init__(
+        self, home: Path, model: str, workers: int, pull: bool, plan: str = "auto"
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -37,6 +39,7 @@ class RunningService:
             "CONVOY_PORT": str(self.port),
             "CONVOY_MODEL": model,
             "CONVOY_WORKERS": str(workers),
+            "CONVOY_PLAN": plan,
             "CONVOY_LOG_LEVEL": "WARNING",
         }
         command = [sys.executable, "-m", "service", *([] if pull else ["--no-pull"])]
@@ -79,9 +82,9 @@ class RunningService:
 
 @contextmanager
 def running_service(
-    home: Path, model: str, workers: int = 2, pull: bool = False
+    home: Path, model: str, workers: int = 2, pull: bool = False, plan: str = "auto"
 ) -> Iterator[RunningService]:
-    service = RunningService(home, model, workers, pull)
+    service = RunningService(home, model, workers, pull, plan)
     try:
         yield service
     finally:
