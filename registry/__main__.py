@@ -193,10 +193,9 @@ def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
     from registry.releases import read_release, version_folder
 
     release = read_release(home.models, ref.name)
-    for released in release.versions if release else ():
-        if released.version == ref.version or (ref.alias and released.alias == ref.alias):
-            laid_out = version_folder(home.models, ref.name, released.version)
-            return open_bundle(laid_out, released.manifest_sha256)
+    if released := release and release.find(ref):
+        laid_out = version_folder(home.models, ref.name, released.version)
+        return open_bundle(laid_out, released.manifest_sha256)
     store = _store()
     return store.download(store.resolve(ref), folder, lambda bundle: bundle.serving_files())
 

@@ -19,6 +19,9 @@ CORES = len(os.sched_getaffinity(0))
 # What a GPU's driver makes: NVIDIA's, AMD's, and Windows' in WSL.
 _DRIVER_NODES = ("nvidiactl", "kfd", "dxg")
 _GPU_LIBRARIES = ("CUDA", "cuDNN", "cuBLAS")
+# With one of these, by Linux's names, a CPU multiplies natively so; the last of each is ARM's.
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 
 
 def forward_threads(workers: int) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from registry.contract import Sha256
+from registry.contract import ModelRef, Sha256
 from registry.errors import BundleInvalid
 
 RELEASE_SCHEMA_VERSION = 1
@@ -35,6 +35,15 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     model: str
     generation: int
     versions: Annotated[tuple[ReleasedVersion, ...], Meta(min_length=1)]
+
+    def find(self, ref: ModelRef) -> ReleasedVersion | None:
+        """The version that ``ref`` means, by its alias or its number; None when it is not here."""
+        for released in self.versions:
+            if ref.alias is not None and released.alias == ref.alias:
+                return released
+            if ref.version is not None and released.version == ref.version:
+                return released
+        return None
 
 
 class PullStatus(Struct, frozen=True, kw_only=True):

@@ -188,12 +188,10 @@ class ModelSlot:
 
     def _choose(self, release: Release) -> ReleasedVersion:
         """The released version that this slot was asked to serve."""
-        for released in release.versions:
-            if self.ref.alias is not None and released.alias == self.ref.alias:
-                return released
-            if self.ref.version is not None and released.version == self.ref.version:
-                return released
-        raise BundleInvalid(f"the release holds no {self.ref}; waiting for the puller")
+        released = release.find(self.ref)
+        if released is None:
+            raise BundleInvalid(f"the release holds no {self.ref}; waiting for the puller")
+        return released
 
     def _note_failure(self, error: Exception, release: Release | None) -> None:
         text = (

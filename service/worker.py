@@ -148,7 +148,7 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         The poller would not report it: it has been read.
         """
         super().finish_request(conn, fs)
-        if conn in self.keepalived_conns and (data := _read_ahead(conn)):
+        if (data := _read_ahead(conn)) and conn in self.keepalived_conns:
             conn.parser.unreader.unread(data)
             self._readable[conn] = None
 

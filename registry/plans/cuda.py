@@ -27,18 +27,12 @@ class CudaFp16(Plan):
     precision: ClassVar[Precision] = "fp16"
     device = "cuda"
 
-    @property
-    def dtype(self) -> "torch.dtype":
-        import torch
-
-        return torch.float16
-
     def load(self, source: Source, read: ReadArtefact) -> Run:
         import torch
 
         device = torch.device(source.device)
         with device_errors():
-            program = fold(source.program, self.dtype).to(device)
+            program = fold(source.program, self.precision).to(device)
             scored = torch.nn.Sequential(program, torch.nn.Softmax(dim=1)).eval()
             shape = source.bundle.manifest.preprocess.shape
             pool = torch.cuda.graph_pool_handle()
@@ -63,12 +57,6 @@ class CudaFp16(Plan):
 class CudaBf16(CudaFp16):
     name = "cuda-bf16"
     precision: ClassVar[Precision] = "bf16"
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        import torch
-
-        return torch.bfloat16
 
 
 def _bucket(images: int) -> int:

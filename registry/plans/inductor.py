@@ -5,19 +5,16 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from registry.contract import Precision
-from registry.devices import cpu_flags
+from registry.devices import BF16_FLAGS
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
-from registry.plans.torch_eager import BF16_FLAGS, fold
+from registry.plans.torch_eager import fold
 from registry.preprocess import Pixels
-
-if TYPE_CHECKING:
-    import torch
 
 PACKAGE = "package.pt2"
 
@@ -30,21 +27,16 @@ class InductorFp32(Plan):
     builds_slowly = True  # 8 to 30 s
 
     def unsupported(self, device: str) -> str | None:
-        if not shutil.which(os.environ.get("CXX", "g++")):
-            return "there is no C++ compiler"
-        return super().unsupported(device)
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        import torch
-
-        return torch.float32
+        if reason := super().unsupported(device):
+            return reason
+        found = shutil.which(os.environ.get("CXX", "g++"))
+        return None if found else "there is no C++ compiler"
 
     def build(self, source: Source, folder: Path) -> None:
         import torch
         from torch import _inductor
 
-        scored = torch.nn.Sequential(fold(source.program, self.dtype), torch.nn.Softmax(dim=1))
+        scored = torch.nn.Sequential(fold(source.program, self.precision), torch.nn.Softmax(dim=1))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.13's exporter warns of its own code
             exported = torch.export.export(
@@ -78,17 +70,7 @@ class InductorFp32(Plan):
 class InductorBf16(InductorFp32):
     name = "inductor-bf16"
     precision: ClassVar[Precision] = "bf16"
-
-    def unsupported(self, device: str) -> str | None:
-        if not BF16_FLAGS & cpu_flags():
-            return "this CPU has no bf16 instructions"
-        return super().unsupported(device)
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        import torch
-
-        return torch.bfloat16
+    cpu_flags = BF16_FLAGS
 
 
 PLANS = (InductorFp32(), InductorBf16())

@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.contract import Precision
-from registry.devices import cpu_flags
+from registry.devices import BF16_FLAGS, INT8_FLAGS
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
-from registry.plans.torch_eager import BF16_FLAGS
 from registry.preprocess import Pixels
 
 MODEL, WEIGHTS = "model.xml", "model.bin"
-INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # the last is ARM's dot product
 
 
 class OpenVino(Plan):
@@ -30,13 +28,6 @@ class OpenVino(Plan):
     name = "openvino-fp32"
     precision: ClassVar[Precision] = "fp32"
     packages: ClassVar[tuple[str, ...]] = ("torch", "openvino")
-    flags: ClassVar[set[str]] = set()
-    """CPU flags of which one is needed; the engine would emulate, slower than fp32."""
-
-    def unsupported(self, device: str) -> str | None:
-        if self.flags and not self.flags & cpu_flags():
-            return f"this CPU has no {self.precision} instructions"
-        return super().unsupported(device)
 
     def build(self, source: Source, folder: Path) -> None:
         # Both tools report to their makers, without having asked, wherever they can import this.
@@ -79,7 +70,7 @@ class OpenVino(Plan):
 class OpenVinoBf16(OpenVino):
     name = "openvino-bf16"
     precision: ClassVar[Precision] = "bf16"
-    flags = BF16_FLAGS
+    cpu_flags = BF16_FLAGS
 
 
 class OpenVinoInt8(OpenVino):
@@ -88,7 +79,7 @@ class OpenVinoInt8(OpenVino):
     name = "openvino-int8"
     precision: ClassVar[Precision] = "int8"
     packages = (*OpenVino.packages, "nncf")
-    flags = INT8_FLAGS
+    cpu_flags = INT8_FLAGS
 
     def prepare(self, model: Any, source: Source) -> Any:
         import nncf

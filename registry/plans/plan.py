@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from registry.bundle import Bundle
 from registry.contract import Precision
+from registry.devices import cpu_flags
 from registry.errors import UsageError
 from registry.preprocess import Pixels
 
@@ -71,11 +72,15 @@ class Plan(ABC):
     """The kind of device: ``cpu``, ``cuda`` or ``any``."""
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     """Distributions that it needs, and whose versions a verdict about it hangs on."""
+    cpu_flags: ClassVar[frozenset[str]] = frozenset()
+    """Of which the CPU needs one: without, an engine would emulate, slower than fp32."""
     builds_slowly: ClassVar[bool] = False
     """Its build takes tens of seconds, so it is tried only where no quicker engine was accepted."""
 
     def unsupported(self, device: str) -> str | None:
         """Why this machine cannot run it, or None. Imports nothing heavy."""
+        if self.cpu_flags and not self.cpu_flags & cpu_flags():
+            return f"this CPU has no {self.precision} instructions"
         kind = device.partition(":")[0]
         if self.device not in ("any", kind):
             return f"runs on {self.device} only"

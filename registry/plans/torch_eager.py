@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from registry.classifier import Classifier
 from registry.contract import Precision
-from registry.devices import cpu_flags, device_errors
+from registry.devices import BF16_FLAGS, device_errors
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
 from registry.preprocess import Pixels
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from registry.networks import Program
 
 EAGER = "torch-eager"
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is what ARM calls it
 
 
 def torch_run(program: "Program", device: str) -> Run:
@@ -47,10 +46,14 @@ def eager_classifier(program: "Program", device: str) -> Classifier:
     return Classifier(torch_run(program, device), EAGER, device)
 
 
-def fold(program: "Program", dtype: "torch.dtype") -> "Program":
-    """A copy with batch norm folded into convolutions and the network's weights in ``dtype``."""
+def fold(program: "Program", precision: Precision) -> "Program":
+    """A copy with batch norm folded into convolutions and the network's weights in ``precision``.
+
+    That is fp32, bf16 or fp16; torch's int8 is not among them.
+    """
     import torch
 
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     folded = copy.deepcopy(program).eval()
     _fold_norms(folded.network)
     folded.network.to(dtype=dtype, memory_format=torch.channels_last)
@@ -100,27 +103,15 @@ class TorchFp32(TorchEager):
     device = "cpu"
 
     def prepare(self, program: "Program") -> "Program":
-        import torch
-
-        return fold(program, torch.float32)
+        return fold(program, self.precision)
 
 
-class TorchBf16(TorchEager):
+class TorchBf16(TorchFp32):
     """bf16 with batch norm folded, where the CPU multiplies bf16 natively."""
 
     name = "torch-bf16"
     precision: ClassVar[Precision] = "bf16"
-    device = "cpu"
-
-    def unsupported(self, device: str) -> str | None:
-        if not BF16_FLAGS & cpu_flags():
-            return "this CPU has no bf16 instructions"
-        return super().unsupported(device)
-
-    def prepare(self, program: "Program") -> "Program":
-        import torch
-
-        return fold(program, torch.bfloat16)
+    cpu_flags = BF16_FLAGS
 
 
 PLANS = (TorchEager(), TorchFp32(), TorchBf16())
