@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
+from multipart import MultipartError, MultipartSegment, PushMultipartParser
 from werkzeug.exceptions import abort
 from werkzeug.http import parse_options_header
-from werkzeug.sansio.multipart import Data, Epilogue, File, MultipartDecoder, NeedData
 
 from registry.errors import ConvoyError, ImageTooLarge, InvalidImage
 from service.requests import body_length, read_body
@@ -113,23 +113,21 @@ def _image_parts(
     stream: "InputStream", length: int, boundary: str, limit: int
 ) -> Iterator[bytes | ConvoyError]:
     """The file parts named ``image``; what is over ``limit`` is read past and not kept."""
-    decoder = MultipartDecoder(boundary.encode("latin-1", "replace"))
     wanted, size, pieces = False, 0, list[bytes]()
     try:
-        while not isinstance(event := decoder.next_event(), Epilogue):
-            if isinstance(event, NeedData):
+        with PushMultipartParser(boundary, length) as parser:
+            while not parser.closed:
                 chunk = stream.read(min(length, CHUNK_BYTES)) if length else b""
                 length -= len(chunk)
-                decoder.receive_data(chunk or None)
-            elif isinstance(event, File):
-                wanted, size, pieces = event.name == "image", 0, []
-            elif isinstance(event, Data):
-                size += len(event.data)
-                if wanted and size <= limit:
-                    pieces.append(event.data)
-                if wanted and not event.more_data:
-                    yield b"".join(pieces) if size <= limit else too_large(size, limit)
-            else:
-                wanted = False  # a preamble, or a field that is no file
-    except ValueError as error:
+                for event in parser.parse(chunk):
+                    if isinstance(event, MultipartSegment):
+                        wanted = event.name == "image" and event.filename is not None
+                        size, pieces = 0, []
+                    elif event:
+                        size += len(event)
+                        if wanted and size <= limit:
+                            pieces.append(event)
+                    elif wanted:
+                        yield b"".join(pieces) if size <= limit else too_large(size, limit)
+    except MultipartError as error:
         abort(400, f"the multipart body cannot be read: {error}")

@@ -92,6 +92,29 @@ def test_one_bad_image_never_spoils_the_others(ready: FlaskClient, png: bytes, f
     assert results[0] == results[2]
 
 
+def test_a_multipart_body_is_taken_apart_whatever_is_in_it(ready: FlaskClient, png: bytes) -> None:
+    """Parts over several chunks, one over its limit, and parts that nobody asked for."""
+    body = {
+        "image": [(BytesIO(each), "a.png") for each in (png, bytes(100_001), png)],
+        "note": "a field",
+        "other": (BytesIO(b"a file"), "other.png"),
+    }
+    response = ready.post("/v1/classify", data=body, content_type="multipart/form-data")
+    results = response.json["results"]
+    assert [list(result) for result in results] == [["predictions"], ["error"], ["predictions"]]
+    assert results[1]["error"]["status"] == 413
+    field = {"image": "a field and no file"}
+    refused = ready.post("/v1/classify", data=field, content_type="multipart/form-data")
+    assert_problem(refused, 400, "no file part named 'image'")
+
+
+def test_a_multipart_body_that_ends_early_is_400(ready: FlaskClient, png: bytes) -> None:
+    boundary = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    kind = "multipart/form-data; boundary=b"
+    refused = ready.post("/v1/classify", data=boundary + png, content_type=kind)
+    assert_problem(refused, 400, "cannot be read")
+
+
 def test_a_list_of_one_is_answered_with_a_list(ready: FlaskClient, png: bytes) -> None:
     body = ready.post("/v1/classify", json={"images": [b64(png)]}).json
     assert len(body["results"]) == 1
