@@ -1,6 +1,7 @@
 """Pixels in, probabilities out: the one object that training measures and serving runs."""
 
 import logging
+from collections.abc import Callable
 from threading import Lock
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from registry.bundle import Bundle
 from registry.contract import Precision
 from registry.devices import describe_device
-from registry.errors import BundleInvalid, ConvoyError, DeviceOutOfMemory
+from registry.errors import BundleInvalid, ConvoyError, DeviceLost, DeviceOutOfMemory
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
 from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
 
@@ -25,14 +26,30 @@ class Classifier:
     """A plan that is loaded and ready. Safe to call from several threads; they take turns."""
 
     def __init__(
-        self, run: Run, plan: str, device: str, fallback: "Classifier | None" = None
+        self,
+        run: Run,
+        plan: str,
+        device: str,
+        fallback: "Classifier | None" = None,
+        is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``fallback`` answers what does not fit ``device``'s memory."""
+        """A forward pass, and what is known of it.
+
+        Args:
+            run: the forward pass.
+            plan: the name of the plan that it is.
+            device: as people should read it.
+            fallback: answers what does not fit the device's memory.
+            is_lost: whether the device has failed since; never asked during a forward pass.
+        """
         self.plan = plan
-        self.device = describe_device(device)
+        self.device = device
+        self.lost = False
+        """Whether the device has failed for good, so that nothing will be answered any more."""
         self._run = run
         self._turn = Lock()
         self._fallback = fallback
+        self._is_lost = is_lost
 
     def classify(self, pixels: Pixels) -> NDArray[np.float32]:
         """Probabilities of every class.
@@ -46,12 +63,21 @@ class Classifier:
         Raises:
             DeviceLost: the device failed for good.
         """
-        with self._turn:
-            parts = [
-                self._classify(pixels[start : start + LARGEST_BATCH])
-                for start in range(0, len(pixels), LARGEST_BATCH)
-            ]
+        try:
+            with self._turn:
+                parts = [
+                    self._classify(pixels[start : start + LARGEST_BATCH])
+                    for start in range(0, len(pixels), LARGEST_BATCH)
+                ]
+        except DeviceLost:
+            self.lost = True
+            raise
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def check(self) -> None:
+        """Find out whether the device was lost while nothing was asked of it."""
+        with self._turn:
+            self.lost = self.lost or self._is_lost()
 
     def _classify(self, pixels: Pixels) -> NDArray[np.float32]:
         """On the device; what does not fit it, in two halves; what still does not, by fallback."""
@@ -88,7 +114,9 @@ def load_classifier(
         BundleInvalid: the weights do not fit the network, or a golden image does not score as it
             was published.
     """
-    classifier = Classifier(plan.load(source, read), plan.name, source.device, fallback)
+    classifier = Classifier(
+        plan.load(source, read), plan.name, describe_device(source.device), fallback
+    )
     replay_golden(source.bundle, classifier, plan.precision)
     warm_up(classifier, source.bundle.manifest.preprocess.shape)
     return classifier

@@ -29,6 +29,11 @@ def forward_threads(workers: int) -> int:
     return max(1, CORES // workers)
 
 
+def may_use_gpu(wanted: str) -> bool:
+    """Whether ``choose_device`` may answer with a GPU; finding out for certain takes torch."""
+    return wanted != "cpu" and (wanted != "auto" or _has_driver())
+
+
 def choose_device(wanted: str = "auto") -> str:
     """The device to run on, ``cpu`` or ``cuda:N``, after a kernel has really run there.
 
@@ -40,7 +45,7 @@ def choose_device(wanted: str = "auto") -> str:
         DeviceUnavailable: a device asked for by name cannot run a kernel.
         UsageError: ``wanted`` is none of the above.
     """
-    if wanted == "cpu" or (wanted == "auto" and not _has_driver()):
+    if not may_use_gpu(wanted):
         return "cpu"
     kind, _, index = wanted.partition(":")
     if wanted != "auto" and (kind != "cuda" or (index and not index.isdigit())):

@@ -29,7 +29,6 @@ def create_app(
 
     Raises:
         UsageError: a setting cannot be used.
-        DeviceUnavailable: the device that was asked for by name does not work.
     """
     from flask import Flask
 

@@ -25,8 +25,13 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     domain.Overloaded: (503, "load"),
     domain.DeadlineExceeded: (504, "load"),
     domain.ModelNotReady: (503, "state"),
+    domain.DeviceLost: (503, "state"),
 }
-RETRY_AFTER_S = {domain.Overloaded: 1, domain.ModelNotReady: 2}
+RETRY_AFTER_S: dict[type[Exception], int] = {
+    domain.Overloaded: 1,
+    domain.ModelNotReady: 2,
+    domain.DeviceLost: 2,
+}
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,8 +55,8 @@ def answer(error: Exception, request_id: str) -> Response:
     response = Response(
         msgspec.json.encode(problem), problem.status, mimetype="application/problem+json"
     )
-    if isinstance(error, domain.Overloaded | domain.ModelNotReady):
-        response.headers["Retry-After"] = str(RETRY_AFTER_S[type(error)])
+    if retry_after_s := RETRY_AFTER_S.get(type(error)):
+        response.headers["Retry-After"] = str(retry_after_s)
     elif isinstance(error, HTTPException) and problem.status == 405:
         response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
     return response

@@ -13,6 +13,7 @@ from threading import Event, Lock, Thread
 from msgspec import Struct
 
 from registry.bundle import Bundle, open_bundle
+from registry.classifier import Classifier
 from registry.contract import Manifest, ModelRef
 from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.releases import (
@@ -38,13 +39,20 @@ class ServedModel(Struct, frozen=True, kw_only=True):
     manifest_sha256: str
     version: int
     alias: str | None
-    device: str
-    plan: str
+    classifier: Classifier
     batcher: MicroBatcher
 
     @property
     def name(self) -> str:
         return self.manifest.model
+
+    @property
+    def device(self) -> str:
+        return self.classifier.device
+
+    @property
+    def plan(self) -> str:
+        return self.classifier.plan
 
 
 OnSwap = Callable[[str, ServedModel | None, ServedModel | None], None]
@@ -58,7 +66,7 @@ Decide = Callable[[Bundle], object]
 
 
 class ModelSlot:
-    """Follows ``release.json`` of one model; ``current`` is what serves."""
+    """Follows ``release.json`` of one model."""
 
     def __init__(
         self,
@@ -69,7 +77,7 @@ class ModelSlot:
         on_swap: OnSwap = lambda name, before, after: None,
     ) -> None:
         self.ref = ref
-        self.current: ServedModel | None = None
+        self._served: ServedModel | None = None
         self.error: str | None = None
         self._models_folder = models_folder
         self._load = load
@@ -81,6 +89,12 @@ class ModelSlot:
         self._failed_at = 0.0
         self._undecided: tuple[Release, Bundle] | None = None
 
+    @property
+    def current(self) -> ServedModel | None:
+        """What serves; None when nothing was loaded yet, or its device was lost since."""
+        served = self._served
+        return None if served is None or served.classifier.lost else served
+
     def require(self) -> ServedModel:
         """The serving version, read once per request.
 
@@ -88,13 +102,14 @@ class ModelSlot:
         moment in which another worker is ready already and this one is not.
 
         Raises:
-            ModelNotReady: there is none to load, or its plan is still being chosen.
+            ModelNotReady: there is none to load, its plan is still being chosen, or its device was
+                lost.
         """
-        if self.current is None:
+        if self._served is None:
             self._look()
         served = self.current
         if served is None:
-            raise ModelNotReady(f"{self.ref.name}: {self.error or 'no version is loaded yet'}")
+            raise ModelNotReady(f"{self.ref.name}: {self.error or 'its device was lost'}")
         return served
 
     def pull_status(self) -> PullStatus:
@@ -130,6 +145,7 @@ class ModelSlot:
     def _refresh(self) -> bool:
         release: Release | None = None
         self._undecided = None
+        self._forget_lost()
         try:
             release = read_release(self._models_folder, self.ref.name)
             if release is None:
@@ -150,8 +166,7 @@ class ModelSlot:
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
             self._note_failure(error, release)
             return False
-        before = self.current
-        self.current = fresh
+        before, self._served = self._served, fresh
         self._loaded, self._failed, self.error = release.versions, None, None
         self._on_swap(self.ref.name, before, fresh)
         log.info(
@@ -182,6 +197,15 @@ class ModelSlot:
         name = f"slot-{self.ref.name}"
         Thread(target=self.watch, args=(stop,), name=name, daemon=True).start()
         return stop
+
+    def _forget_lost(self) -> None:
+        """Have the version that serves loaded again if its device was lost."""
+        if self._served is None or self._loaded is None:
+            return
+        self._served.classifier.check()
+        if self.current is None:
+            log.error("%s: %s was lost; loading again", self.ref.name, self._served.device)
+            self._loaded = None
 
     def _may_retry(self) -> bool:
         return time.monotonic() - self._failed_at >= RETRY_S

@@ -18,6 +18,8 @@ Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
+# Not for operators: ``python -m service`` tells its workers.
+GPU_SOCKET = "CONVOY_GPU_SOCKET"
 # Environment variable → field; docs/operations.md has the same table with the reasons.
 VARIABLES = {
     "CONVOY_HOST": "host",
@@ -43,7 +45,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     ``models`` are what to serve, the first is the default model; ``max_batch`` is the most images
     that one forward pass takes, and that one request may bring; ``batch_ms`` the time that a
-    forward pass should take at most.
+    forward pass should take at most; ``gpu_socket`` where the process that owns the GPU listens.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -64,6 +66,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     deadline_s: Seconds = 10.0
     drain_s: Count = 30
     log_level: str = "INFO"
+    gpu_socket: Path | None = None
 
     @property
     def forward_threads(self) -> int:
@@ -91,6 +94,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         values["models"] = parse_model_refs(environment.get("CONVOY_MODEL"))
         home = convoy_home(environment)
         values["models_folder"], values["plans_folder"] = home.models, home.plans
+        if environment.get(GPU_SOCKET):
+            values["gpu_socket"] = Path(environment[GPU_SOCKET])
         values["log_level"] = values.get("log_level", "INFO").upper()
         if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise UsageError(

@@ -4,11 +4,11 @@ from flask import current_app
 from msgspec import Struct
 
 from registry.bundle import Bundle
-from registry.devices import choose_device
-from registry.errors import ModelNotFound, VersionNotFound
+from registry.errors import ModelNotFound, UsageError, VersionNotFound
 from registry.plans.choice import Planner
 from registry.releases import ReleasedVersion
 from service.batcher import MicroBatcher
+from service.gpu import GpuPlanner, Planning
 from service.metrics import Metrics
 from service.model_slot import ModelSlot, ServedModel
 from service.settings import Settings
@@ -60,18 +60,13 @@ def state() -> State:
 def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     """A slot for each model, loaded from disk if it can be, and following what is released.
 
-    An engine is opened here, in the process that serves: CUDA and OpenMP do not survive a fork.
+    An engine is opened here, in the process that serves: OpenMP does not survive a fork.
 
     Raises:
-        DeviceUnavailable: the device that was asked for by name does not work.
-        UsageError: there is no plan of the name that was asked for.
+        UsageError: there is no plan of the name that was asked for, or a GPU was asked for of a
+            worker that was started without the process that owns it.
     """
-    planner = Planner(
-        settings.plans_folder,
-        choose_device(settings.device),
-        settings.forward_threads,
-        settings.plan,
-    )
+    planner = open_planner(settings)
     slots = {
         ref.name: ModelSlot(
             ref,
@@ -87,22 +82,34 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     return slots
 
 
+def open_planner(settings: Settings) -> Planning:
+    """What loads the versions of this worker: in itself, or in the process that owns the GPU."""
+    on_cpu = Planner(settings.plans_folder, "cpu", settings.forward_threads, settings.plan)
+    if settings.gpu_socket is not None:
+        return GpuPlanner(settings.gpu_socket, on_cpu)
+    if settings.device not in ("auto", "cpu"):
+        raise UsageError(
+            f"CONVOY_DEVICE={settings.device}: start with python -m service, which starts the "
+            "process that owns the GPU"
+        )
+    return on_cpu
+
+
 def load_served(
     bundle: Bundle,
     released: ReleasedVersion,
-    planner: Planner,
+    planner: Planning,
     settings: Settings,
     metrics: Metrics,
 ) -> ServedModel:
-    """The version in ``bundle``, warmed up and proved; raises as ``Planner.load`` does."""
+    """The version in ``bundle``, warmed up and proved; raises as ``planner.load`` does."""
     classifier = planner.load(bundle)
     return ServedModel(
         manifest=bundle.manifest,
         manifest_sha256=bundle.manifest_sha256,
         version=released.version,
         alias=released.alias,
-        device=classifier.device,
-        plan=classifier.plan,
+        classifier=classifier,
         batcher=MicroBatcher(
             classifier.classify,
             settings.max_batch,

@@ -81,7 +81,8 @@ def _capture(
                 scored(given)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Only this thread's calls are part of it: others answer by an older version meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             answer = scored(given).float()
     return graph, given, answer
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from registry.classifier import Classifier
 from registry.contract import Precision
-from registry.devices import BF16_FLAGS, device_errors
+from registry.devices import BF16_FLAGS, describe_device, device_errors
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
 from registry.preprocess import Pixels
 
@@ -43,7 +43,7 @@ def torch_run(program: "Program", device: str) -> Run:
 
 def eager_classifier(program: "Program", device: str) -> Classifier:
     """The classifier of a program that lies in no bundle: what training measures."""
-    return Classifier(torch_run(program, device), EAGER, device)
+    return Classifier(torch_run(program, device), EAGER, describe_device(device))
 
 
 def fold(program: "Program", precision: Precision) -> "Program":

@@ -44,7 +44,10 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 class Service:
     """``python -m service`` on a free port."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
+    def __init__(
+        self, home: Path, *arguments: str, module: tuple[str, ...] = ("service",), **more: str
+    ) -> None:
+        """``module`` and its first arguments stand for ``service``; ``more`` are variables."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -56,10 +59,11 @@ class Service:
             "CONVOY_MODEL": "models:/digits@champion",
             "CONVOY_WORKERS": "2",
             "CONVOY_PLAN": "torch-eager",
+            **more,
         }
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "service", *arguments],
+                [sys.executable, "-m", *module, *arguments],
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -218,3 +222,57 @@ def test_a_device_that_is_not_there_ends_the_service_with_the_reason(home: Path)
     )
     assert ended.returncode != 0
     assert "device cuda cannot run a kernel" in ended.stderr
+
+
+def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
+    home: Path, tmp_path: Path, digits: Dataset
+) -> None:
+    """With a stand-in for the device, all else real: killed, then lost for good."""
+    assert run(home, "registry", "pull", "models:/digits@champion").returncode == 0
+    lost = tmp_path / "lost"
+    service = Service(
+        home, "--no-pull", module=("tests.stand_in_gpu", "serve"), STAND_IN_LOST=str(lost)
+    )
+    png = digits.test.encode(0)
+
+    def child(word: str) -> psutil.Process | None:
+        for each in service.process.children():
+            with contextlib.suppress(psutil.Error):  # a zombie has no command line
+                if word in each.cmdline():
+                    return each
+        return None
+
+    def device() -> str | None:
+        return service.ask("GET", "/v1/models")[1]["models"][0]["device"]
+
+    def everyone_is_on(wanted: str) -> bool:
+        return {device() for _ in range(20)} == {wanted}  # connections of both workers
+
+    try:
+        wait_for(service.is_ready, "the service did not become ready")
+        wait_for(lambda: everyone_is_on("cuda:0 (stand-in)"), "workers are not on the GPU")
+        before = service.ask("POST", "/v1/classify", png)
+        gunicorn, owner = child("gunicorn"), child("own")
+        assert gunicorn is not None
+        assert owner is not None
+        workers = {each.pid for each in gunicorn.children()}
+
+        owner.kill()
+        wait_for(lambda: service.ask("GET", "/readyz")[0] == 503, "ready without a device")
+        assert service.ask("POST", "/v1/classify", png)[0] == 503
+        wait_for(lambda: everyone_is_on("cuda:0 (stand-in)"), "no new owner")
+        after = service.ask("POST", "/v1/classify", png)
+        assert (before[0], after[0]) == (200, 200)
+        assert before[1]["predictions"] == after[1]["predictions"]
+
+        lost.touch()
+        assert service.ask("POST", "/v1/classify", png)[0] == 503
+        wait_for(lambda: everyone_is_on("cpu"), "the CPU did not take over")
+        after = service.ask("POST", "/v1/classify", png)
+        assert (after[0], after[1]["predictions"]) == (200, before[1]["predictions"])
+        assert {each.pid for each in gunicorn.children()} == workers
+    finally:
+        assert service.stop() == 0
+    said = service.log.read_text()
+    assert "the GPU's process ended with -9; again in 1 s" in said
+    assert "the GPU was lost: CUDA error: device-side assert" in said

@@ -135,12 +135,13 @@ def test_a_damaged_release_file_does_not_stop_the_watcher(
     monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
     (models / "digits").mkdir(parents=True)
     release_file(models, "digits").write_text("{")
+    others = set(threading.enumerate())
     stop = slot.start()
     wait_for(lambda: slot.error is not None)
     release(1)
     wait_for(lambda: slot.current is not None)
     stop.set()
-    wait_for(lambda: "slot-digits" not in {thread.name for thread in threading.enumerate()})
+    wait_for(lambda: set(threading.enumerate()) <= others)
 
 
 def test_swaps_and_failures_are_counted(models: Path, release) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from registry.contract import ModelRef
-from registry.errors import DeviceUnavailable, UsageError
+from registry.errors import UsageError
 from service import create_app
 from service.logs import logging_config
 from service.settings import VARIABLES, Settings
@@ -66,12 +66,8 @@ def test_the_operations_page_lists_every_setting() -> None:
     assert not missing
 
 
-def test_a_device_that_was_asked_for_and_is_not_there_stops_the_start() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    with pytest.raises(DeviceUnavailable):
+def test_a_worker_never_opens_a_gpu_itself() -> None:
+    with pytest.raises(UsageError, match="CONVOY_DEVICE=cuda: start with python -m service"):
         create_app(Settings(device="cuda"))
 
 

@@ -1,0 +1,279 @@
+"""The process that owns the GPU, in this process, with a stand-in for the device."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+
+from registry.bundle import Bundle
+from registry.contract import ModelRef
+from registry.errors import BundleInvalid, DeviceLost, ModelNotReady, PlanUndecided
+from registry.plans.plan import Run
+from service import create_app, gpu
+from service.gpu import GpuPlanner, GpuServer
+from service.metrics import Metrics
+from service.model_slot import ModelSlot
+from service.settings import Settings
+from service.state import load_served
+from tests.conftest import MakeBundle, load_eager
+from tests.stand_in_gpu import DEVICE, PLAN, StandInPlanner
+from training.datasets import Dataset
+
+SETTINGS = Settings(max_batch=8, queue_limit=64, batch_ms=1e6)
+
+
+class Owner:
+    """A server, what it plans with, and what its clients plan with where there is no GPU."""
+
+    def __init__(self, address: Path, planner: StandInPlanner, device: str = "cuda:0") -> None:
+        self.planner = planner
+        self.server = GpuServer(planner, device, SETTINGS)
+        self.listener = Listener(str(address), "AF_UNIX", backlog=16)
+        self.on_cpu = StandInPlanner()
+        self.client = GpuPlanner(address, self.on_cpu)
+        Thread(target=self.server.serve, args=(self.listener,), daemon=True).start()
+
+
+@pytest.fixture
+def own() -> Iterator[Callable[..., Owner]]:
+    """Starts owners: ``own(wrap=…, device=…)``."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's are too long for a socket
+        owners: list[Owner] = []
+
+        def start(wrap: Callable[[Run], Run] = lambda run: run, device: str = "cuda:0") -> Owner:
+            address = Path(folder) / str(len(owners))
+            owners.append(Owner(address, StandInPlanner(wrap), device))
+            return owners[-1]
+
+        yield start
+        for owner in owners:
+            owner.listener.close()
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The statuses with which the process would have ended."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    return statuses
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_answers_are_those_of_the_same_plan_at_home(
+    own, make_bundle: MakeBundle, few_digits: Dataset
+) -> None:
+    bundle = make_bundle()
+    remote = own().client.load(bundle)
+    assert (remote.device, remote.plan) == (DEVICE, PLAN)
+    expected = load_eager(bundle)
+    for size in (1, 8, 20):  # the last in several batches
+        pixels = few_digits.test.pixels[:size]
+        scores = remote.classify(pixels)
+        assert (scores.dtype, scores.shape) == (np.float32, (size, 10))
+        np.testing.assert_allclose(scores, expected.classify(pixels), atol=1e-6)
+
+
+def test_a_version_is_loaded_once_for_all_workers_and_let_go_by_the_last(
+    own, make_bundle: MakeBundle
+) -> None:
+    owner, bundle = own(), make_bundle()
+    workers = [owner.client.load(bundle), owner.client.load(bundle)]
+    assert owner.planner.loads == 1
+    workers.pop()
+    wait_for(lambda: owner.server._loaded[bundle.manifest_sha256].holders == 1)
+    workers.pop()
+    wait_for(lambda: not owner.server._loaded)
+    owner.client.load(bundle)
+    assert owner.planner.loads == 2
+
+
+def test_images_of_several_workers_share_a_batch(
+    own, make_bundle: MakeBundle, few_digits: Dataset
+) -> None:
+    sizes: list[int] = []
+    busy, go_on = Event(), Event()
+
+    def slow(run: Run) -> Run:
+        def classify(pixels):
+            sizes.append(len(pixels))
+            busy.set()
+            assert go_on.wait(10)
+            return run(pixels)
+
+        return classify
+
+    owner, bundle = own(slow), make_bundle()
+    workers = [owner.client.load(bundle) for _ in range(3)]
+    threads = [
+        Thread(target=worker.classify, args=(few_digits.test.pixels[:count],))
+        for worker, count in zip(workers, (1, 2, 3), strict=True)
+    ]
+    threads[0].start()
+    assert busy.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    batcher = owner.server._loaded[bundle.manifest_sha256].batcher
+    wait_for(lambda: batcher.depth == 5)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sizes == [1, 5]
+
+
+def test_errors_come_back_as_what_they_are(
+    own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, bundle = own(), make_bundle()
+
+    def fail(error: Exception) -> Callable[[Bundle], None]:
+        def load(bundle: Bundle) -> None:
+            raise error
+
+        return load
+
+    for error in (PlanUndecided("not yet"), BundleInvalid("scores NaN")):
+        monkeypatch.setattr(owner.planner, "load", fail(error))
+        with pytest.raises(type(error), match=str(error)):
+            owner.client.load(bundle)
+    monkeypatch.setattr(owner.planner, "load", fail(ZeroDivisionError("by zero")))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: by zero"):
+        owner.client.load(bundle)
+    assert not owner.server._loaded
+
+
+def test_a_forward_pass_that_fails_costs_its_own_images_only(
+    own, make_bundle: MakeBundle, few_digits: Dataset
+) -> None:
+    def picky(run: Run) -> Run:
+        def classify(pixels):
+            if not pixels.any(axis=(1, 2, 3)).all():
+                raise ValueError("a black image")
+            return run(pixels)
+
+        return classify
+
+    remote = own(picky).client.load(make_bundle())
+    good = few_digits.test.pixels[:1]
+    with pytest.raises(RuntimeError, match="ValueError: a black image"):
+        remote.classify(np.zeros_like(good))
+    assert remote.classify(good).shape == (1, 10)
+    assert not remote.lost
+
+
+def test_choosing_is_done_by_the_owner(own, make_bundle: MakeBundle) -> None:
+    owner, bundle = own(), make_bundle()
+    owner.client.choose(bundle)
+    assert owner.planner.chosen == [bundle.manifest_sha256]
+    assert owner.on_cpu.chosen == []
+
+
+def test_without_a_gpu_workers_plan_for_themselves(own, make_bundle: MakeBundle) -> None:
+    owner, bundle = own(device="cpu"), make_bundle()
+    owner.client.choose(bundle)
+    owner.client.load(bundle)
+    assert (owner.planner.chosen, owner.planner.loads) == ([], 0)
+    assert (owner.on_cpu.chosen, owner.on_cpu.loads) == ([bundle.manifest_sha256], 1)
+
+
+def test_an_owner_that_is_not_there_is_a_lost_device(tmp_path: Path, make_bundle) -> None:
+    client = GpuPlanner(tmp_path / "nobody", StandInPlanner())
+    with pytest.raises(DeviceLost, match="is not running"):
+        client.load(make_bundle())
+
+
+def test_an_owner_that_hangs_is_a_lost_device(
+    own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = Event()
+    remote = own(lambda run: lambda pixels: go_on.wait(10) and run(pixels)).client.load(
+        make_bundle()
+    )
+    monkeypatch.setattr(gpu, "ANSWER_S", 0.05)
+    with pytest.raises(DeviceLost, match=r"did not answer in 0\.05 s"):
+        remote.classify(few_digits.test.pixels[:1])
+    assert remote.lost
+    go_on.set()
+
+
+def test_an_owner_that_loads_for_too_long_is_a_lost_device(
+    own, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, go_on = own(), Event()
+    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(10))
+    monkeypatch.setattr(gpu, "LOAD_S", 0.05)
+    with pytest.raises(DeviceLost, match="did not load a plan"):
+        owner.client.load(make_bundle())
+    go_on.set()
+
+
+def test_nonsense_ends_its_own_connection_only(own, make_bundle: MakeBundle) -> None:
+    owner = own()
+    with Client(str(owner.client._address), "AF_UNIX") as stranger:
+        stranger.send_bytes(b"{")
+        with pytest.raises(EOFError):
+            stranger.recv_bytes()
+    assert owner.client.load(make_bundle()).plan == PLAN
+
+
+def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_there(
+    own,
+    release,
+    models: Path,
+    png: bytes,
+    exits: list[int],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lose = Event()
+
+    def losable(run: Run) -> Run:
+        def classify(pixels):
+            if lose.is_set():
+                raise DeviceLost("CUDA error: an illegal memory access was encountered")
+            return run(pixels)
+
+        return classify
+
+    owner, metrics = own(losable), Metrics()
+
+    def load(bundle, released):
+        return load_served(bundle, released, owner.client, SETTINGS, metrics)
+
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_swap=metrics.swapped)
+    release(1)
+    assert slot.refresh()
+    client = create_app(SETTINGS, {"digits": slot}, metrics).test_client()
+    assert client.post("/v1/classify", data=png).status_code == 200
+    assert client.get("/readyz").json["models"][0]["device"] == DEVICE
+
+    lose.set()
+    refused = client.post("/v1/classify", data=png)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
+    assert exits == [gpu.DEVICE_LOST]
+    assert client.get("/readyz").status_code == 503
+    with pytest.raises(ModelNotReady, match="device was lost"):
+        slot.require()
+
+    owner.listener.close()
+    monkeypatch.setattr("service.model_slot.RETRY_S", 0.0)
+    assert not slot.refresh()
+    assert "is not running" in str(slot.error)
+    owner.client._address = own(device="cpu").client._address  # what takes over finds no GPU
+    assert slot.refresh()
+    assert client.post("/v1/classify", data=png).status_code == 200
+    (ready,) = client.get("/readyz").json["models"]
+    assert (ready["version"], ready["error"]) == (1, None)
+    errors = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert [text.partition(":")[0] for text in errors] == ["the GPU was lost", "digits"]

@@ -1,0 +1,70 @@
+"""A GPU for machines without one: the CPU, under another name, that can be lost on demand.
+
+``python -m tests.stand_in_gpu serve …`` is ``python -m service …`` with it; while the file that
+``STAND_IN_LOST`` names is there, the device fails, and a process that looks for one finds none.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from registry.bundle import Bundle
+from registry.classifier import Classifier
+from registry.errors import DeviceLost
+from registry.plans.choice import Planner
+from registry.plans.plan import Run
+from registry.plans.torch_eager import EAGER
+
+DEVICE, PLAN = "cuda:0 (stand-in)", "cuda-stand-in"
+
+
+def lost() -> bool:
+    return Path(os.environ.get("STAND_IN_LOST", "/nowhere")).exists()
+
+
+class StandInPlanner:
+    """What plans on the GPU: ``wrap`` may change how it runs."""
+
+    def __init__(self, wrap=lambda run: run) -> None:
+        self.loads = 0
+        self.chosen: list[str] = []
+        self._wrap = wrap
+
+    def load(self, bundle: Bundle) -> Classifier:
+        self.loads += 1
+        eager = Planner(Path("unused"), "cpu", 1, EAGER).load(bundle)
+        return Classifier(self._wrap(eager.classify), PLAN, DEVICE)
+
+    def choose(self, bundle: Bundle) -> None:
+        self.chosen.append(bundle.manifest_sha256)
+
+
+def losable(run: Run) -> Run:
+    def classify(pixels):
+        if lost():
+            raise DeviceLost("CUDA error: device-side assert triggered")
+        return run(pixels)
+
+    return classify
+
+
+def main() -> int:
+    step, *arguments = sys.argv[1:]
+    if step == "serve":
+        from service import serve
+        from service.__main__ import main as service
+
+        serve.GPU = [sys.executable, "-m", "tests.stand_in_gpu", "own"]
+        serve.may_use_gpu = lambda wanted: True
+        return service(arguments)
+    from registry import devices
+    from registry.plans import choice
+    from service import gpu
+
+    devices.choose_device = lambda wanted: "cpu" if lost() else "cuda:0"
+    choice.Planner = lambda *arguments: StandInPlanner(losable)
+    return gpu.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
