@@ -42,7 +42,7 @@ ENV CONVOY_HOST=0.0.0.0
 EXPOSE 8080
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s CMD \
     ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
-CMD ["gunicorn", "-c", "service/gunicorn.conf.py"]
+CMD ["python", "-m", "service", "--no-pull"]
 
 FROM torch AS trainer
 RUN pip install -c constraints.txt \

@@ -6,7 +6,6 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -26,11 +25,12 @@ from registry.bundle import (
     with_manifest,
     write_bundle,
 )
-from registry.classifier import Classifier, replay_golden
+from registry.classifier import replay_golden
 from registry.contract import SCHEMA_VERSION, DataRecord, Manifest, ModelVersion, SourceRecord
 from registry.errors import BundleInvalid
 from registry.networks import Program
-from registry.plans.plan import Source, catalogue
+from registry.plans.choice import Planner
+from registry.plans.plan import Source
 from registry.plans.torch_eager import eager_classifier
 from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
 from registry.store import ModelStore
@@ -214,27 +214,12 @@ def record_plan_accuracy(
         labels: int64 (N,), their true classes.
         device: beside the CPU, where to try plans.
     """
-    accuracies = {}
-    for plan in catalogue().values():
-        where = device if plan.device == device.partition(":")[0] else "cpu"
-        if plan.precision == "fp32" or plan.builds_slowly or plan.unsupported(where):
-            continue
-        try:
-            with tempfile.TemporaryDirectory(prefix="convoy-plan-") as name:
-                source = Source(bundle, where)
-                plan.build(source, Path(name))
-                run = plan.load(source, partial(_read_from, Path(name)))
-                scores = Classifier(run, plan.name, where).classify(pixels)
-        except Exception as error:  # noqa: BLE001 - an engine's failure must not cost a training
-            log.warning("plan %s cannot be measured: %s", plan.name, error)
-            continue
-        accuracies[plan.name] = float((scores.argmax(axis=1) == labels).mean())
-        log.info("plan %s: held-out accuracy %.4f", plan.name, accuracies[plan.name])
+    accuracies: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="convoy-plans-") as name:
+        for each in {"cpu", device}:
+            planner = Planner(Path(name), each, threads=None)
+            accuracies |= planner.heldout_accuracy(bundle, pixels, labels)
     return with_manifest(bundle, msgspec.structs.replace(bundle.manifest, plan_accuracy=accuracies))
-
-
-def _read_from(folder: Path, file: str) -> bytes:
-    return (folder / file).read_bytes()
 
 
 def _git_commit() -> str | None:

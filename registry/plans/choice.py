@@ -20,9 +20,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Literal
 
 import msgspec
+import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from registry.bundle import Bundle, read_digested
 from registry.classifier import Classifier, load_classifier
@@ -31,7 +34,8 @@ from registry.devices import describe_machine
 from registry.errors import BundleInvalid, PlanUndecided
 from registry.plans.plan import Plan, ReadArtefact, Source, catalogue, find_plan
 from registry.plans.torch_eager import EAGER
-from registry.plans.trial import Finding, Job
+from registry.plans.trial import HELDOUT_LABELS, HELDOUT_PIXELS, Finding, Job
+from registry.preprocess import Pixels
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,8 @@ CACHE_SCHEMA = 1
 ARTEFACTS = "artefacts"
 CHOOSING = ".choosing-"
 CACHE_ENTRIES = 24
-LIMIT_S = 300
+LIMIT_S = 300  # for a plan to be built, or to be tried
+SCORE_S = 0.1  # for one held-out picture, beyond that
 ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
 
 
@@ -119,6 +124,41 @@ class Planner:
                 choice = self._try_candidates(bundle, entry)
                 _prune(root)
             return choice
+
+    def heldout_accuracy(
+        self, bundle: Bundle, pixels: Pixels, labels: NDArray[np.int64]
+    ) -> dict[str, float]:
+        """The accuracy of every plan below fp32 that runs here and is quick to build, by its name.
+
+        What fails is left out, with a warning. Each plan is tried in a process of its own.
+
+        Args:
+            bundle: a complete one.
+            pixels: uint8 (N, H, W, C), the held-out pictures as serving decodes them.
+            labels: int64 (N,), their true classes.
+        """
+        names = [
+            plan.name
+            for plan in catalogue().values()
+            if plan.precision != "fp32"
+            and not plan.builds_slowly
+            and not plan.unsupported(self.device)
+        ]
+        accuracies: dict[str, float] = {}
+        limit_s = LIMIT_S + round(SCORE_S * len(pixels))
+        with tempfile.TemporaryDirectory(prefix="convoy-heldout-") as folder:
+            work = Path(folder)
+            np.save(work / HELDOUT_PIXELS, pixels)
+            np.save(work / HELDOUT_LABELS, labels)
+            for found in self._run_trial("build", names, bundle, work):
+                if found.reason is None:
+                    (found,) = self._run_trial("score", [found.plan], bundle, work, limit_s)
+                if found.accuracy is None:
+                    log.warning("plan %s cannot be measured: %s", found.plan, found.reason)
+                else:
+                    accuracies[found.plan] = found.accuracy
+                    log.info("plan %s: held-out accuracy %.4f", found.plan, found.accuracy)
+        return accuracies
 
     def _open(self, bundle: Bundle, plan: Plan, read: ReadArtefact) -> Classifier:
         fallback = None
@@ -216,7 +256,14 @@ class Planner:
             log.info("%s", describe_finding(found[name]))
         return [found[plan.name] for plan in plans]
 
-    def _run_trial(self, step: str, names: list[str], bundle: Bundle, work: Path) -> list[Finding]:
+    def _run_trial(
+        self,
+        step: Literal["build", "try", "score"],
+        names: list[str],
+        bundle: Bundle,
+        work: Path,
+        limit_s: int = LIMIT_S,
+    ) -> list[Finding]:
         """Run one step for ``names`` in a process; the plan in which it dies is rejected."""
         findings: list[Finding] = []
         environment = dict(os.environ)
@@ -224,14 +271,14 @@ class Planner:
             environment["OMP_NUM_THREADS"] = str(self._threads)
         while remaining := names[len(findings) :]:
             job = Job(
-                step=step,  # type: ignore[arg-type]  # one of the two words above
+                step=step,
                 plans=tuple(remaining),
                 bundle=str(bundle.folder),
                 manifest_sha256=bundle.manifest_sha256,
                 device=self.device,
                 threads=self._threads,
                 folder=str(work),
-                limit_s=LIMIT_S,
+                limit_s=limit_s,
             )
             found, reason = run_trial(job, environment)
             findings += found
@@ -248,7 +295,7 @@ def run_trial(job: Job, environment: dict[str, str]) -> tuple[list[Finding], str
             command, stdout=answers, stderr=said, env=environment, start_new_session=True
         )
         try:
-            process.wait(LIMIT_S * len(job.plans) + 30)
+            process.wait(job.limit_s * len(job.plans) + 30)
         except subprocess.TimeoutExpired:
             log.warning("the trial of %s hangs", ", ".join(job.plans))
         with contextlib.suppress(ProcessLookupError):
@@ -259,7 +306,7 @@ def run_trial(job: Job, environment: dict[str, str]) -> tuple[list[Finding], str
         said.seek(0)
         last = said.read().decode(errors="replace").strip().splitlines()[-1:]
     if process.returncode in (-signal.SIGALRM, -signal.SIGKILL):
-        return found, f"it took more than {LIMIT_S} s to {job.step}"
+        return found, f"it took more than {job.limit_s} s to {job.step}"
     return found, f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
 
 

@@ -22,21 +22,22 @@ from registry.classifier import Classifier, replay_golden
 from registry.plans.plan import Source, find_plan
 
 BATCHES = (1, 8, 32)
+HELDOUT_PIXELS, HELDOUT_LABELS = "heldout-pixels.npy", "heldout-labels.npy"
 WINDOW_S = 0.3
 LEAST_RUNS = 3
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """What a trial process is told: which plans of which bundle to build, or one to try."""
+    """What a trial process is told: which plans of which bundle to build, to try or to score."""
 
-    step: Literal["build", "try"]
+    step: Literal["build", "try", "score"]
     plans: tuple[str, ...]
     bundle: str
     manifest_sha256: str
     device: str
     threads: int | None
     folder: str
-    """Artefacts of a plan lie in the folder of its name under this one."""
+    """Artefacts of a plan lie in the folder of its name under this one, held-out pictures in it."""
     limit_s: int
     """For each plan."""
 
@@ -50,6 +51,7 @@ class Finding(Struct, frozen=True, kw_only=True):
     max_difference: float | None = None
     batch_ms: dict[int, float] = {}
     peak_mb: float | None = None
+    accuracy: float | None = None
 
 
 def main() -> int:
@@ -58,7 +60,7 @@ def main() -> int:
     os.dup2(2, 1)
     bundle = open_bundle(Path(job.bundle), job.manifest_sha256)
     source = Source(bundle, job.device, job.threads)
-    step = _build if job.step == "build" else _try
+    step = {"build": _build, "try": _try, "score": _score}[job.step]
     for name in job.plans:
         signal.alarm(job.limit_s)
         try:
@@ -80,13 +82,24 @@ def _build(name: str, source: Source, job: Job) -> Finding:
 
 def _try(name: str, source: Source, job: Job) -> Finding:
     """Prove the plan as serving does, time it, and note what memory a worker with it needs."""
-    plan = find_plan(name)
-    folder = Path(job.folder) / name
-    run = plan.load(source, lambda file: (folder / file).read_bytes())
-    classifier = Classifier(run, name, job.device)
-    difference = replay_golden(source.bundle, classifier, plan.precision)
+    classifier = _load(name, source, job)
+    difference = replay_golden(source.bundle, classifier, find_plan(name).precision)
     batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}
     return Finding(plan=name, max_difference=difference, batch_ms=batch_ms, peak_mb=peak_mb())
+
+
+def _score(name: str, source: Source, job: Job) -> Finding:
+    """Measure the plan's accuracy on the held-out pictures that lie in the job's folder."""
+    pixels = np.load(Path(job.folder) / HELDOUT_PIXELS, mmap_mode="c")  # torch wants writable ones
+    labels = np.load(Path(job.folder) / HELDOUT_LABELS)
+    predicted = _load(name, source, job).classify(pixels).argmax(axis=1)
+    return Finding(plan=name, accuracy=float((predicted == labels).mean()))
+
+
+def _load(name: str, source: Source, job: Job) -> Classifier:
+    folder = Path(job.folder) / name
+    run = find_plan(name).load(source, lambda file: (folder / file).read_bytes())
+    return Classifier(run, name, job.device)
 
 
 def time_batch(classifier: Classifier, bundle: Bundle, size: int) -> float:
