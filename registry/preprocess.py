@@ -234,10 +234,14 @@ def _fit(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     width_px, height_px = (max(spec.resize_shorter_px, round(side * scale)) for side in image.size)
     left = (width_px - spec.width_px) // 2
     top = (height_px - spec.height_px) // 2
-    box = (left, top, left + spec.width_px, top + spec.height_px)
-    if (width_px, height_px) != image.size:
-        image = image.resize((width_px, height_px), resample)
-    return image.crop(box)
+    right, bottom = left + spec.width_px, top + spec.height_px
+    if (width_px, height_px) == image.size:
+        return image.crop((left, top, right, bottom))
+    # Only what stays is resized: on a landscape photograph a quarter of the work less.
+    across, down = image.width / width_px, image.height / height_px
+    # Beyond the edge by a rounding error is refused.
+    end = min(right * across, image.width), min(bottom * down, image.height)
+    return image.resize(target, resample, box=(left * across, top * down, *end))
 
 
 def _without_address(reason: str) -> str:
