@@ -1,0 +1,98 @@
+"""Where a worker's time goes under load: the share of each part, and a flame graph.
+
+    python -m benchmarks.flame [--workload w1] [--connections 32] [--svg FILE] [--json FILE]
+
+py-spy looks at one worker of a running service several hundred times a second, while wrk asks as
+in ``benchmarks.serving``. Threads that wait are not counted. Needs root, or ptrace allowed.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.common import parser, report, running_service
+from benchmarks.serving import HOME, WORKERS, prepare, wrk
+
+RATE = 500
+# A stack counts for the first of these that its innermost frames come to.
+PARTS = {
+    "registry/plans/": "forward pass",
+    "registry/classifier.py": "forward pass",
+    "PIL/": "decode",
+    "registry/preprocess.py": "decode",
+    "service/batcher.py": "batcher",
+    "service/api/": "request to queue, scores to JSON",
+    "service/requests.py": "request to queue, scores to JSON",
+    "gunicorn/http/": "gunicorn: requests parsed, answers framed",
+    "gunicorn/workers/": "loop and sockets",
+    "service/worker.py": "loop and sockets",
+    "service/metrics.py": "metrics",
+}
+
+
+def main() -> int:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--workload", default="w1", choices=("w1", "w2"))
+    options.add_argument("--connections", type=int, default=32)
+    options.add_argument("--seconds", type=int, default=10)
+    options.add_argument("--svg", type=Path, help="draw the flame graph there")
+    arguments = options.parse_args()
+    bundle = prepare(arguments.workload)
+    model = bundle.manifest.model
+    pictures = [bundle.folder / each.file for each in bundle.golden()]
+    shapes = {"raw": Path(tempfile.mkstemp(suffix=".txt")[1])}
+    if arguments.svg:
+        shapes["flamegraph"] = arguments.svg
+    figures: dict[str, object] = {
+        "command": f"python -m benchmarks.flame {' '.join(sys.argv[1:])}",
+        "connections": arguments.connections,
+    }
+    with running_service(HOME, f"models:/{model}@champion", WORKERS) as service:
+        pid = service.workers()[0].pid
+        for form, file in shapes.items():
+            with ThreadPoolExecutor() as pool:
+                load = pool.submit(
+                    wrk, service.port, arguments.connections, arguments.seconds + 3, pictures
+                )
+                record(pid, form, file, arguments.seconds)
+                figures["requests/s while watched"] = load.result()["rps"]
+    figures |= {f"% {part}": share for part, share in shares(shapes["raw"].read_text()).items()}
+    shapes["raw"].unlink()
+    report(figures, arguments.json)
+    return 0
+
+
+def record(pid: int, form: str, file: Path, seconds: int) -> None:
+    subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("py-spy")), "record", "--pid", str(pid)),
+            *("--rate", str(RATE), "--duration", str(seconds), "--format", form),
+            *("--output", str(file)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+
+def shares(stacks: str) -> dict[str, float]:
+    """Percent of the samples by part, largest first; each line is a stack and its count."""
+    counts: Counter[str] = Counter()
+    for line in stacks.splitlines():
+        stack, _, count = line.rpartition(" ")
+        counts[part_of(stack)] += int(count)
+    return {part: 100 * count / counts.total() for part, count in counts.most_common()}
+
+
+def part_of(stack: str) -> str:
+    for frame in reversed(stack.split(";")):
+        for place, part in PARTS.items():
+            if place in frame:
+                return part
+    return "other threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
