@@ -12,7 +12,7 @@ from registry.plans.choice import Planner
 from registry.preprocess import decode_image
 
 bundle = open_bundle(Path(os.environ["BENCH_BUNDLE"]))
-classifier = Planner(convoy_home().plans, "cpu", 1).load(bundle)
+classifier = Planner(convoy_home().plans, "cpu", 1, os.environ["CONVOY_PLAN"]).load(bundle)
 manifest = bundle.manifest
 app = Flask(__name__)
 

@@ -85,3 +85,25 @@ def test_wrong_use_is_answered_on_one_line(
 
 def test_a_pull_that_fails_says_so_with_its_status(registry_home: Home, capsys) -> None:
     assert run(capsys, "pull", "models:/nobody@champion")[0] == 2
+
+
+def test_the_plans_of_a_version_are_shown(
+    publish, store, registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First as the registry has it, then as the puller laid it out."""
+    publish()
+    promote(store, "digits", 1)
+    monkeypatch.setenv("CONVOY_PLAN", "torch-fp32")
+    status, table, _ = run(capsys, "plan", "digits@champion", "--threads", "1")
+    assert status == 0
+    heading, names, row = table.splitlines()
+    assert heading == "digits on cpu, 1 thread(s) a forward pass"
+    assert names.split()[0] == "plan"
+    assert (row.split()[0], row.split()[-1]) == ("torch-fp32", "chosen")
+
+    assert run(capsys, "pull", "models:/digits@champion")[0] == 0
+    monkeypatch.setattr("registry.__main__._store", None)  # is not asked any more
+    _, out, _ = run(capsys, "plan", "digits/1", "--threads", "1", "--json")
+    found = json.loads(out)
+    assert found["chosen"] == "torch-fp32"
+    assert set(found["findings"][0]["batch_ms"]) == {"1", "8", "32"}

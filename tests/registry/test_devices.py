@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 from registry import devices
-from registry.devices import choose_device, describe_device
-from registry.errors import DeviceUnavailable, UsageError
+from registry.devices import choose_device, describe_device, device_errors
+from registry.errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, UsageError
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
@@ -31,6 +31,44 @@ def test_cuda_by_name_fails_loudly_where_there_is_none() -> None:
 def test_auto_is_the_cpu_where_there_is_no_gpu(caplog: pytest.LogCaptureFixture) -> None:
     assert choose_device("auto") == "cpu"
     assert not caplog.records
+
+
+@without_cuda
+def test_auto_says_that_a_driver_is_of_no_use_to_this_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(devices, "_has_driver", lambda: True)
+    assert choose_device("auto") == "cpu"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "torch cannot use it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raised", "becomes", "text"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …"),
+            DeviceOutOfMemory,
+            "^CUDA out of memory$",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with …"),
+            DeviceLost,
+            "^CUDA error: an illegal memory access$",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), DeviceLost, "^cuDNN error"),
+        (RuntimeError("shapes cannot be multiplied"), RuntimeError, "^shapes"),
+    ],
+)
+def test_what_torch_raises_of_a_gpu_says_what_can_be_done(
+    raised: Exception, becomes: type[Exception], text: str
+) -> None:
+    @device_errors()
+    def forward_pass() -> None:
+        raise raised
+
+    with pytest.raises(becomes, match=text):
+        forward_pass()
 
 
 def broken_driver(device: str) -> None:
