@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from registry.errors import DeadlineExceeded, Overloaded
+from registry.errors import DeadlineExceeded, DeviceLost, Overloaded
 from registry.preprocess import Pixels
 
 Compute = Callable[[Pixels], NDArray[np.float32]]
@@ -177,7 +177,10 @@ class MicroBatcher:
             if len(scores) != len(batch):
                 raise RuntimeError(f"{len(batch)} images gave {len(scores)} rows of scores")
         except Exception as error:  # noqa: BLE001 - the edge of a batch: no error may reach others
-            if len(batch) > 1:
+            if isinstance(error, DeviceLost):  # so is every other image's
+                for ticket in batch:
+                    _settle(ticket, error)
+            elif len(batch) > 1:
                 for ticket in batch:
                     self._score([ticket])
             else:

@@ -15,12 +15,16 @@ import logging
 import logging.config
 import os
 import signal
+import socket
+import struct
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -31,15 +35,15 @@ from registry import errors as domain
 from registry.bundle import Bundle, open_bundle
 from registry.classifier import Classifier
 from registry.errors import ConvoyError, DeviceLost
-from registry.plans.plan import Run
 from registry.preprocess import Pixels
 from service.batcher import MicroBatcher, Scored
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LOAD_S = 50.0  # a worker that has not started after 60 s is killed
-ANSWER_S = 30.0
+LOAD_S = 120.0  # graphs of a large network, for every batch size, take tens of seconds
+PASS_S = 20.0  # a forward pass that takes longer hangs
+ANSWER_S = 30.0  # longer than that: who asks should hear of it by the process's end
 DEVICE_LOST = 70  # exit status
 _SCORES, _FAILURE = b"\0", b"\1"
 _encode = msgspec.json.encode
@@ -98,9 +102,8 @@ class GpuPlanner:
         if reply.device == "cpu":
             connection.close()
             return self._on_cpu.load(bundle)
-        run = _remote_run(connection, len(bundle.manifest.labels))
-        # Nothing is sent unasked: what can be read between two answers is the end.
-        return Classifier(run, reply.plan, reply.shown_device, is_lost=connection.poll)
+        remote = RemoteRun(connection, len(bundle.manifest.labels))
+        return Classifier(remote, reply.plan, reply.shown_device, is_lost=remote.is_lost)
 
     def choose(self, bundle: Bundle) -> None:
         """Have the plan of ``bundle`` chosen, which may take minutes.
@@ -131,22 +134,37 @@ class GpuPlanner:
         return connection, reply
 
 
-def _remote_run(connection: Connection, classes: int) -> Run:
-    """A forward pass at the other end of ``connection``."""
+class RemoteRun:
+    """A forward pass at the other end of a connection: a ``registry.plans.plan.Run``."""
 
-    def run(pixels: Pixels) -> NDArray[np.float32]:
+    def __init__(self, connection: Connection, classes: int) -> None:
+        self._connection = connection
+        self._classes = classes
+        # Else a batch larger than the socket's buffer would wait for ever to be read.
+        limit = struct.pack("ll", int(ANSWER_S), int(ANSWER_S % 1 * 1e6))
+        with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def __call__(self, pixels: Pixels) -> NDArray[np.float32]:
         try:
-            connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
-            if not connection.poll(ANSWER_S):
-                raise DeviceLost(f"the GPU's process did not answer in {ANSWER_S:g} s")
-            answer = connection.recv_bytes()
+            self._connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
+            if not self._connection.poll(ANSWER_S):
+                self._lose(f"did not answer in {ANSWER_S:g} s")
+            answer = self._connection.recv_bytes()
         except (OSError, EOFError) as error:
-            raise DeviceLost("the process that owns the GPU has ended") from error
+            self._lose("has ended", error)
         if answer[:1] == _FAILURE:
             raise _as_error(msgspec.json.decode(answer[1:], type=Failure))
-        return np.frombuffer(answer, np.float32, offset=1).reshape(len(pixels), classes)
+        return np.frombuffer(answer, np.float32, offset=1).reshape(len(pixels), self._classes)
 
-    return run
+    def is_lost(self) -> bool:
+        """Between two calls: nothing is sent unasked, so what can be read then is the end."""
+        return self._connection.closed or self._connection.poll()
+
+    def _lose(self, what: str, error: Exception | None = None) -> NoReturn:
+        """Close the connection: an answer that came too late would pass for the next one's."""
+        self._connection.close()
+        raise DeviceLost(f"the process that owns the GPU {what}") from error
 
 
 def _as_error(failure: Failure) -> Exception:
@@ -160,15 +178,30 @@ def _as_failure(error: Exception) -> Failure:
     return Failure(type(error).__name__, str(error))
 
 
-class Loaded:
-    """A version on the GPU, and how many connections hold it."""
+class Timed:
+    """A classifier that knows since when its forward pass has been running."""
 
-    def __init__(self, classifier: Classifier, settings: Settings) -> None:
-        self.classifier = classifier
-        self.holders = 0
-        self.batcher = MicroBatcher(
-            classifier.classify, settings.max_batch, settings.queue_limit, settings.batch_ms
-        )
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self.since_s: float | None = None
+
+    def classify(self, pixels: Pixels) -> NDArray[np.float32]:
+        self.since_s = time.monotonic()
+        try:
+            return self._classifier.classify(pixels)
+        finally:
+            self.since_s = None
+
+
+class Loaded:
+    """A version on the GPU. Whoever serves it holds it; with the last of them it goes."""
+
+    def __init__(self, classifier: Classifier, max_batch: int, batch_ms: float) -> None:
+        self.device = classifier.device
+        self.plan = classifier.plan
+        self.timed = Timed(classifier)
+        # Each connection brings one batch at a time, from a queue that its worker keeps short.
+        self.batcher = MicroBatcher(self.timed.classify, max_batch, sys.maxsize, batch_ms)
 
 
 class GpuServer:
@@ -178,17 +211,23 @@ class GpuServer:
         self._planner = planner
         self._device = device
         self._settings = settings
-        self._loaded: dict[str, Loaded] = {}
+        self._loaded: WeakValueDictionary[str, Loaded] = WeakValueDictionary()
         self._loading = Lock()
 
     def serve(self, listener: Listener) -> None:
-        """Take connections until ``listener`` is closed."""
+        """Take connections, until ``listener`` fails."""
+        Thread(target=self._watch, daemon=True).start()
         while True:
-            try:
-                connection = listener.accept()
-            except OSError:
-                return
-            Thread(target=self._handle, args=(connection,), daemon=True).start()
+            Thread(target=self._handle, args=(listener.accept(),), daemon=True).start()
+
+    def _watch(self) -> NoReturn:
+        """End the process when a forward pass hangs: nothing else could end that."""
+        while True:
+            time.sleep(PASS_S / 10)
+            for loaded in list(self._loaded.values()):
+                since_s = loaded.timed.since_s
+                if since_s is not None and time.monotonic() - since_s > PASS_S:
+                    _end_lost(f"a forward pass has not ended within {PASS_S:g} s")
 
     def _handle(self, connection: Connection) -> None:
         try:
@@ -198,80 +237,82 @@ class GpuServer:
         except (EOFError, OSError):
             return  # the worker ended, or let go of the version
         except DeviceLost as error:
-            log.error("the GPU was lost: %s; another process takes over", error)
-            os._exit(DEVICE_LOST)  # at once: what is left of the device may hang an orderly end
+            _end_lost(str(error))
         except Exception:  # the edge of a thread
             log.exception("a worker's connection ended")
 
     def _serve(self, connection: Connection, wanted: Wanted) -> None:
-        device = self._device
-        if device == "cpu":
-            connection.send_bytes(_encode(Reply(device)))
-            return
+        reply, loaded, bundle = Reply(self._device), None, None
         try:
-            bundle = open_bundle(Path(wanted.folder), wanted.manifest_sha256)
-            if wanted.step == "choose":
-                self._planner.choose(bundle)
-                connection.send_bytes(_encode(Reply(device)))
-                return
-            loaded = self._hold(bundle)
-        except (DeviceLost, OSError):
+            if self._device != "cpu":
+                bundle = open_bundle(Path(wanted.folder), wanted.manifest_sha256)
+                if wanted.step == "choose":
+                    self._planner.choose(bundle)
+                else:
+                    loaded = self._hold(bundle)
+                    reply = Reply(self._device, loaded.device, loaded.plan)
+        except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001 - the edge of a connection: the worker is told
-            connection.send_bytes(_encode(Reply(device, failure=_as_failure(error))))
-            return
-        try:
-            classifier = loaded.classifier
-            connection.send_bytes(_encode(Reply(device, classifier.device, classifier.plan)))
+            log.warning("cannot %s %s: %s", wanted.step, wanted.folder, error)
+            reply = Reply(self._device, failure=_as_failure(error))
+        connection.send_bytes(_encode(reply))
+        while loaded and bundle:
             shape = bundle.manifest.preprocess.shape
-            while True:
-                pixels = np.frombuffer(connection.recv_bytes(), np.uint8).reshape(-1, *shape)
-                connection.send_bytes(self._answer(loaded, pixels))
-        finally:
-            self._let_go(wanted.manifest_sha256, loaded)
+            pixels = np.frombuffer(connection.recv_bytes(), np.uint8).reshape(-1, *shape)
+            connection.send_bytes(_answer(loaded, pixels))
 
     def _hold(self, bundle: Bundle) -> Loaded:
         """The version of ``bundle``, loaded by whichever worker asks first."""
         with self._loading:
             loaded = self._loaded.get(bundle.manifest_sha256)
             if loaded is None:
-                loaded = Loaded(self._planner.load(bundle), self._settings)
+                classifier = self._planner.load(bundle)
+                loaded = Loaded(classifier, self._settings.max_batch, self._settings.batch_ms)
                 self._loaded[bundle.manifest_sha256] = loaded
-            loaded.holders += 1
             return loaded
 
-    def _let_go(self, manifest_sha256: str, loaded: Loaded) -> None:
-        with self._loading:
-            loaded.holders -= 1
-            if not loaded.holders:
-                del self._loaded[manifest_sha256]
 
-    def _answer(self, loaded: Loaded, pixels: Pixels) -> bytes:
-        try:
-            tickets = loaded.batcher.put(list(pixels), self._settings.deadline_s)
-            outcomes = [loaded.batcher.wait(ticket) for ticket in tickets]
-        except ConvoyError as error:
-            outcomes = [error]
-        for outcome in outcomes:
-            if isinstance(outcome, DeviceLost):
-                raise outcome
-        scored = [each.probabilities for each in outcomes if isinstance(each, Scored)]
-        if len(scored) == len(pixels):
-            return _SCORES + np.stack(scored).tobytes()
-        first = next(each for each in outcomes if isinstance(each, Exception))
-        return _FAILURE + _encode(_as_failure(first))
+def _answer(loaded: Loaded, pixels: Pixels) -> bytes:
+    tickets = loaded.batcher.put(list(pixels), ANSWER_S)
+    outcomes = [loaded.batcher.wait(ticket) for ticket in tickets]
+    scored = [each.probabilities for each in outcomes if isinstance(each, Scored)]
+    if len(scored) == len(pixels):
+        return _SCORES + np.stack(scored).tobytes()
+    # The worker asks again, image by image: one bad one spoils no other's answer.
+    error = next(each for each in outcomes if isinstance(each, Exception))
+    if isinstance(error, DeviceLost):
+        raise error
+    return _FAILURE + _encode(_as_failure(error))
+
+
+def _end_lost(reason: str) -> NoReturn:
+    log.error("the GPU was lost: %s; another process takes over", reason)
+    os._exit(DEVICE_LOST)  # at once: what is left of the device may hang an orderly end
+
+
+def _end_with_parent() -> None:
+    """End when whoever started this process, and holds its standard input, lets go or dies."""
+    sys.stdin.buffer.read()
+    os._exit(0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Own the device until SIGTERM; 2 when a device that was asked for by name does not work."""
+    """Own the device; 2 when a device that was asked for by name does not work.
+
+    Ends when its standard input does. Signals that go to all processes of a service are for
+    gunicorn: whoever answers requests that were accepted still needs the device.
+    """
     (address,) = sys.argv[1:] if argv is None else argv
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     from registry.devices import choose_device
     from registry.plans.choice import Planner
     from service.logs import logging_config
 
     settings = Settings.from_environment()
     logging.config.dictConfig(logging_config(settings.log_level))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this, last of all
     try:
         device = choose_device(settings.device)
         planner = Planner(settings.plans_folder, device, None, settings.plan)

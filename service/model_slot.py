@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.25
 RETRY_S = 5.0
+# Finding out anew that no plan can serve a version takes the cores from the one that serves.
+MOST_RETRY_S = 300.0
+REQUEST_WAITS_S = 1.0
 
 
 class ServedModel(Struct, frozen=True, kw_only=True):
@@ -86,7 +89,8 @@ class ModelSlot:
         self._refreshing = Lock()
         self._loaded: tuple[ReleasedVersion, ...] | None = None
         self._failed: tuple[ReleasedVersion, ...] | None = None
-        self._failed_at = 0.0
+        self._retry_at = 0.0
+        self._pause_s = RETRY_S
         self._undecided: tuple[Release, Bundle] | None = None
 
     @property
@@ -99,14 +103,18 @@ class ModelSlot:
         """The serving version, read once per request.
 
         A worker that has none yet loads what is released now, so that no request fails in the
-        moment in which another worker is ready already and this one is not.
+        moment in which another worker is ready already and this one is not. That takes a second, or
+        many on a GPU: it is not for a thread that others wait for.
 
         Raises:
             ModelNotReady: there is none to load, its plan is still being chosen, or its device was
                 lost.
         """
-        if self._served is None:
-            self._look()
+        if self._served is None and self._refreshing.acquire(timeout=REQUEST_WAITS_S):
+            try:
+                self._refresh()
+            finally:
+                self._refreshing.release()
         served = self.current
         if served is None:
             raise ModelNotReady(f"{self.ref.name}: {self.error or 'its device was lost'}")
@@ -130,11 +138,14 @@ class ModelSlot:
         try:
             self._decide(bundle)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            self._note_failure(error, release)
+            again = release.versions == self._failed
+            pause_s = min(2 * self._pause_s, MOST_RETRY_S) if again else RETRY_S
+            self._note_failure(error, release, pause_s)
             return False
         swapped = self._look()
         if self._undecided is not None:
-            self._note_failure(BundleInvalid(str(self.error)), release)
+            damaged = BundleInvalid("the plan that was just chosen cannot be loaded")
+            self._note_failure(damaged, release, RETRY_S)
         return swapped
 
     def _look(self) -> bool:
@@ -153,7 +164,7 @@ class ModelSlot:
             if release.versions == self._loaded:
                 self._failed, self.error = None, None
                 return False
-            if release.versions == self._failed and not self._may_retry():
+            if release.versions == self._failed and time.monotonic() < self._retry_at:
                 return False
             wanted = self._choose(release)
             folder = version_folder(self._models_folder, self.ref.name, wanted.version)
@@ -161,10 +172,12 @@ class ModelSlot:
             try:
                 fresh = self._load(bundle, wanted)
             except PlanUndecided as error:
-                self._undecided, self.error = (release, bundle), str(error)
+                self._undecided = release, bundle
+                if release.versions != self._failed:
+                    self.error = str(error)
                 return False
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            self._note_failure(error, release)
+            self._note_failure(error, release, RETRY_S)
             return False
         before, self._served = self._served, fresh
         self._loaded, self._failed, self.error = release.versions, None, None
@@ -207,9 +220,6 @@ class ModelSlot:
             log.error("%s: %s was lost; loading again", self.ref.name, self._served.device)
             self._loaded = None
 
-    def _may_retry(self) -> bool:
-        return time.monotonic() - self._failed_at >= RETRY_S
-
     def _choose(self, release: Release) -> ReleasedVersion:
         """The released version that this slot was asked to serve."""
         released = release.find(self.ref)
@@ -217,12 +227,12 @@ class ModelSlot:
             raise BundleInvalid(f"the release holds no {self.ref}; waiting for the puller")
         return released
 
-    def _note_failure(self, error: Exception, release: Release | None) -> None:
+    def _note_failure(self, error: Exception, release: Release | None, pause_s: float) -> None:
         text = (
             str(error) if isinstance(error, BundleInvalid) else f"{type(error).__name__}: {error}"
         )
         self._failed = release.versions if release else None
-        self._failed_at = time.monotonic()
+        self._pause_s, self._retry_at = pause_s, time.monotonic() + pause_s
         if text != self.error:
             serving = f"version {self.current.version}" if self.current else "nothing"
             log.warning("%s: %s; %s serves on", self.ref.name, text, serving)

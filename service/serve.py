@@ -17,10 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 from types import FrameType
+from typing import Any
 
 from registry.devices import may_use_gpu
 from registry.errors import UsageError
+from registry.processes import end_with_parent
 from service.settings import GPU_SOCKET, Settings
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 CALM_S = 60.0
 LOOK_S = 0.5
+START_S = 120.0
 GUNICORN = [
     sys.executable,
     "-m",
@@ -40,7 +44,10 @@ GPU = [sys.executable, "-m", "service.gpu"]
 
 
 class Companion:
-    """A process that is started again when it ends, after a pause that grows with each time."""
+    """A process that is started again when it ends, after a pause that grows with each time.
+
+    Its standard input ends when this process lets go of it, or dies.
+    """
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self._name = name
@@ -48,36 +55,46 @@ class Companion:
         self._pause_s = FIRST_PAUSE_S
         self._start_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self._start()
 
     def look(self) -> None:
-        """Start the process again if it has ended and its pause is over."""
+        """Start the process if it does not run and its pause is over."""
         now = time.monotonic()
         if self._process is None:
             if now >= self._start_at:
-                self._start()
+                self._started = now
+                self._process = _start(self._command, stdin=subprocess.PIPE)
         elif (status := self._process.poll()) is not None:
             if now - self._started >= CALM_S:
                 self._pause_s = FIRST_PAUSE_S
             log.warning("%s ended with %s; again in %.0f s", self._name, status, self._pause_s)
-            self._process, self._start_at = None, now + self._pause_s
+            self.end()
+            self._start_at = now + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     def wait_for(self, path: Path) -> int | None:
-        """Wait until the process makes ``path``; its exit status if it ends instead."""
+        """Wait until the process makes ``path``; its exit status if it ends instead.
+
+        Raises:
+            UsageError: it does neither.
+        """
         assert self._process is not None
+        deadline = time.monotonic() + START_S
         while not path.exists():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self._process.wait(timeout=0.05)
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"{self._name} has not found out within {START_S:g} s what device works here; "
+                    "CONVOY_DEVICE=cpu serves without it"
+                )
         return None
 
     def end(self) -> None:
         if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             _end(self._process, 5)
-
-    def _start(self) -> None:
-        self._started = time.monotonic()
-        self._process = subprocess.Popen(self._command)
+            self._process = None
 
 
 def serve(settings: Settings, pull: bool = True) -> int:
@@ -88,7 +105,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
         pull: follow the registry; without it, what lies on disk serves.
 
     Raises:
-        UsageError: the port is taken.
+        UsageError: the port is taken, or the GPU's process hangs.
     """
     _check_port(settings)
     if pull and importlib.util.find_spec("mlflow") is None:
@@ -96,29 +113,46 @@ def serve(settings: Settings, pull: bool = True) -> int:
         pull = False
     companions: list[Companion] = []
     environment = dict(os.environ)
+    ending = Event()
     with contextlib.ExitStack() as stack:
+
+        def accompany(name: str, command: Sequence[str]) -> Companion:
+            companions.append(Companion(name, command))
+            stack.callback(companions[-1].end)
+            companions[-1].look()
+            return companions[-1]
+
         _on_end_signals(lambda number, frame: sys.exit(0))
         if may_use_gpu(settings.device):
-            # Only this user may enter a temporary folder.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="convoy-gpu-"))
-            address = Path(folder) / "socket"
-            companions.append(Companion("the GPU's process", [*GPU, str(address)]))
-            stack.callback(companions[-1].end)
-            if (status := companions[-1].wait_for(address)) is not None:
+            # Only this user may enter it; in /tmp, as a socket's path has 107 bytes at most.
+            folder = tempfile.TemporaryDirectory(prefix="convoy-gpu-", dir="/tmp")
+            address = Path(stack.enter_context(folder)) / "socket"
+            owner = accompany("the GPU's process", [*GPU, str(address)])
+            if (status := owner.wait_for(address)) is not None:
                 return status  # it has said why
             environment[GPU_SOCKET] = str(address)
-        gunicorn = subprocess.Popen(GUNICORN, env=environment)
+        gunicorn = _start(GUNICORN, env=environment)
         stack.callback(_end, gunicorn, settings.drain_s + 5)
-        _on_end_signals(lambda number, frame: gunicorn.send_signal(signal.SIGTERM))
+
+        def end(number: int, frame: FrameType | None) -> None:
+            ending.set()
+            gunicorn.send_signal(signal.SIGTERM)
+
+        _on_end_signals(end)
         if pull:
-            companions.append(Companion("the puller", [*PULLER, *map(str, settings.models)]))
-            stack.callback(companions[-1].end)
+            accompany("the puller", [*PULLER, *map(str, settings.models)])
         while gunicorn.poll() is None:
             for companion in companions:
-                companion.look()
+                if not ending.is_set():
+                    companion.look()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 gunicorn.wait(timeout=LOOK_S)
         return gunicorn.returncode
+
+
+def _start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a process that is asked to end should this one die."""
+    return subprocess.Popen(command, preexec_fn=end_with_parent, **options)
 
 
 def _on_end_signals(handler: Callable[[int, FrameType | None], object]) -> None:

@@ -108,6 +108,8 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         """One round: what is readable now, and what becomes so while that is being taken."""
         if not self.alive:
             self._close_idle()
+            if not self.nr_conns:
+                return  # else gthread would wait for an event of nobody's until its time is up
         now = time.monotonic()
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
@@ -126,6 +128,9 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         self._round = {}
         for answering in round_.values():
             self._answer(answering)
+            if (now := time.monotonic()) > ends + ROUND_S:  # a slow model, and many who ask it
+                self.notify()
+                ends = now
 
     def murder_keepalived(self) -> None:
         """Close connections that were silent for too long; once a second, as none is reordered."""
@@ -157,7 +162,7 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         data = _read_ahead(connection)
         try:
             received = connection.sock.recv(SMALL_BYTES)
-            if not received:
+            if not received and not data:
                 self._close(connection)
                 return None
             data += received
@@ -261,7 +266,7 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
 def _read_ahead(connection: Any) -> bytes:
     """Take what a thread's parser has read beyond the request that it answered."""
-    if connection.parser is None or connection.is_http2:
+    if connection.parser is None:
         return b""
     data: bytes = connection.parser.unreader.take_buffered()
     return data

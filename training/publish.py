@@ -30,8 +30,8 @@ from registry.contract import SCHEMA_VERSION, DataRecord, Manifest, ModelVersion
 from registry.errors import BundleInvalid
 from registry.networks import Program
 from registry.plans.choice import Planner
-from registry.plans.plan import Source
-from registry.plans.torch_eager import eager_classifier
+from registry.plans.plan import Source, find_plan
+from registry.plans.torch_eager import EAGER, eager_classifier
 from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
 from registry.store import ModelStore
 from training.config import Recipe
@@ -181,7 +181,7 @@ def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: st
         BundleInvalid: a probability differs by more than 1e-4.
     """
     classifier = eager_classifier(Source(bundle).program, device)
-    replay_golden(bundle, classifier, "fp32")
+    replay_golden(bundle, classifier, find_plan(EAGER))
     spec = bundle.manifest.preprocess
     encoded = (examples.encode(position) for position in range(len(examples)))
     pixels = np.stack([decode_image(data, spec, TRUSTED_LIMITS) for data in encoded])

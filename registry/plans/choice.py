@@ -14,9 +14,11 @@ import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean
@@ -43,10 +45,12 @@ AUTO, EVERY = "auto", "every"
 # Raised when a verdict would come out differently although nothing that it hangs on has changed.
 CACHE_SCHEMA = 1
 ARTEFACTS = "artefacts"
-CHOOSING = ".choosing-"
+CHOOSING, REFUSED = ".choosing-", ".refused"
 CACHE_ENTRIES = 24
 LIMIT_S = 300  # for a plan to be built, or to be tried
+REFUSAL_S = 60.0  # for so long, others that ask hear of a refusal that was found out
 SCORE_S = 0.1  # for one held-out picture, beyond that
+KILLED = "its process was killed from outside, perhaps for want of memory"
 ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
 
 
@@ -66,7 +70,7 @@ class Planner:
         """Plans are chosen for one ``device`` and so many ``threads`` of a forward pass.
 
         Args:
-            folder: the cache; a temporary one where it cannot be written.
+            folder: the cache; one in /tmp where it cannot be written.
             device: ``cpu`` or ``cuda:N``.
             threads: of one forward pass; None leaves the engine's own choice.
             wanted: ``auto``; a plan's name to have that one or nothing; or ``every`` to try also
@@ -112,7 +116,7 @@ class Planner:
         """What was found out about the plans for ``bundle``, from the cache if it is there.
 
         Else it is found out now, which takes from ten seconds to minutes; other processes that
-        ask for the same wait.
+        ask for the same wait, and hear of a refusal that is a minute old at most.
 
         Raises:
             BundleInvalid: no plan, or not the one that is wanted, scores as was published.
@@ -121,8 +125,16 @@ class Planner:
             entry = root / self._key(bundle)
             choice = None if anew else _remembered(entry)
             if choice is None:
-                choice = self._try_candidates(bundle, entry)
-                _prune(root)
+                refusal = entry.with_suffix(REFUSED)
+                if not anew and (reason := _fresh_text(refusal)):
+                    raise BundleInvalid(reason)
+                try:
+                    choice = self._try_candidates(bundle, entry)
+                except BundleInvalid as error:
+                    refusal.write_text(str(error))
+                    raise
+                finally:
+                    _prune(root)
             return choice
 
     def heldout_accuracy(
@@ -182,13 +194,13 @@ class Planner:
         return sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24]
 
     def _root(self) -> Path:
-        """The cache's folder, or where it cannot be written, one for this process in /tmp."""
+        """The cache's folder, or where it cannot be written, one of this user's in /tmp."""
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._folder.is_dir() and os.access(self._folder, os.W_OK):
             return self._folder
-        log.warning("%s cannot be written: plans are chosen again at each start", self._folder)
-        self._folder = Path(tempfile.mkdtemp(prefix="convoy-plans-"))
+        log.warning("%s cannot be written: plans are remembered in /tmp only", self._folder)
+        self._folder = _private_folder(Path(tempfile.gettempdir(), f"convoy-plans-{os.getuid()}"))
         return self._folder
 
     @contextlib.contextmanager
@@ -252,6 +264,8 @@ class Planner:
         for name in waiting:
             if found[name].reason is None:
                 (tried,) = self._run_trial("try", [name], bundle, work)
+                if tried.reason == KILLED:  # for want of memory, perhaps: not the plan's fault yet
+                    (tried,) = self._run_trial("try", [name], bundle, work)
                 found[name] = msgspec.structs.replace(tried, build_s=found[name].build_s)
             log.info("%s", describe_finding(found[name]))
         return [found[plan.name] for plan in plans]
@@ -294,9 +308,11 @@ def run_trial(job: Job, environment: dict[str, str]) -> tuple[list[Finding], str
         process = subprocess.Popen(
             command, stdout=answers, stderr=said, env=environment, start_new_session=True
         )
+        hangs = False
         try:
             process.wait(job.limit_s * len(job.plans) + 30)
         except subprocess.TimeoutExpired:
+            hangs = True
             log.warning("the trial of %s hangs", ", ".join(job.plans))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # compilers that it left behind, too
@@ -305,7 +321,9 @@ def run_trial(job: Job, environment: dict[str, str]) -> tuple[list[Finding], str
         found = [msgspec.json.decode(line, type=Finding) for line in answers]
         said.seek(0)
         last = said.read().decode(errors="replace").strip().splitlines()[-1:]
-    if process.returncode in (-signal.SIGALRM, -signal.SIGKILL):
+    if process.returncode == -signal.SIGKILL and not hangs:
+        return found, KILLED
+    if hangs or process.returncode == -signal.SIGALRM:
         return found, f"it took more than {job.limit_s} s to {job.step}"
     return found, f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
 
@@ -358,6 +376,13 @@ def _remembered(entry: Path) -> Choice | None:
     return choice
 
 
+def _fresh_text(file: Path) -> str:
+    try:
+        return file.read_text() if time.time() - file.stat().st_mtime < REFUSAL_S else ""
+    except OSError:
+        return ""
+
+
 def _accepted(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.reason is None]
 
@@ -368,6 +393,16 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _no_artefacts(file: str) -> bytes:
     raise BundleInvalid(f"this plan has no file {file}")
+
+
+def _private_folder(folder: Path) -> Path:
+    """``folder`` if only this user can have written to it, else a new one."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="convoy-plans-"))
 
 
 def _version(package: str) -> str | None:
@@ -386,6 +421,9 @@ def _remove(path: Path) -> None:
 
 def _prune(root: Path) -> None:
     """Keep the entries that were used last, and nothing of who was killed while choosing."""
+    for refusal in root.glob(f"*{REFUSED}"):
+        if not _fresh_text(refusal):
+            refusal.unlink(missing_ok=True)
     for left in root.glob(f"{CHOOSING}*"):
         shutil.rmtree(left, ignore_errors=True)
     entries = [path for path in root.iterdir() if (path / "choice.json").exists()]

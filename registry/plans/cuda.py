@@ -26,6 +26,7 @@ class CudaFp16(Plan):
     name = "cuda-fp16"
     precision: ClassVar[Precision] = "fp16"
     device = "cuda"
+    batch_sizes = BUCKETS
 
     def load(self, source: Source, read: ReadArtefact) -> Run:
         import torch

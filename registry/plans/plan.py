@@ -74,6 +74,8 @@ class Plan(ABC):
     """Distributions that it needs, and whose versions a verdict about it hangs on."""
     cpu_flags: ClassVar[frozenset[str]] = frozenset()
     """Of which the CPU needs one: without, an engine would emulate, slower than fp32."""
+    batch_sizes: ClassVar[tuple[int, ...]] = (1, 3)
+    """Of a batch, at which it may compute otherwise than at others: each is proved."""
     builds_slowly: ClassVar[bool] = False
     """Its build takes tens of seconds, so it is tried only where no quicker engine was accepted."""
 

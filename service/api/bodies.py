@@ -73,7 +73,7 @@ class Images:
             self._check_count(count)
             yield image
         if not count:
-            abort(400, "the multipart body has no file part named 'image'")
+            abort(400, "the multipart body has no part named 'image'")
 
     def _json(self, body: bytes) -> Iterator[bytes | ConvoyError]:
         try:
@@ -112,17 +112,17 @@ def too_large(size: int, limit: int) -> ImageTooLarge:
 def _image_parts(
     stream: "InputStream", length: int, boundary: str, limit: int
 ) -> Iterator[bytes | ConvoyError]:
-    """The file parts named ``image``; what is over ``limit`` is read past and not kept."""
+    """The parts named ``image``; what is over ``limit`` is read past and not kept."""
     wanted, size, pieces = False, 0, list[bytes]()
     try:
-        with PushMultipartParser(boundary, length) as parser:
+        # Browsers and scripts name files in any encoding; the names mean nothing here.
+        with PushMultipartParser(boundary, length, header_charset="latin-1") as parser:
             while not parser.closed:
                 chunk = stream.read(min(length, CHUNK_BYTES)) if length else b""
                 length -= len(chunk)
                 for event in parser.parse(chunk):
                     if isinstance(event, MultipartSegment):
-                        wanted = event.name == "image" and event.filename is not None
-                        size, pieces = 0, []
+                        wanted, size, pieces = event.name == "image", 0, []
                     elif event:
                         size += len(event)
                         if wanted and size <= limit:

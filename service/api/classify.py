@@ -123,12 +123,14 @@ class Classify:
         name, version, alias = target.groups()
         if environ["REQUEST_METHOD"] != "POST":
             raise MethodNotAllowed(["POST"])
+        in_loop = IN_LOOP in environ
+        if in_loop and self._state.slot(name).current is None:
+            raise Postpone  # it may have to be loaded first
         # Read once: one request, one version.
         served = job.served = self._state.served(name, int(version) if version else None, alias)
         if query := environ.get("QUERY_STRING"):
             job.top_k = _top_k(query)
         settings = self._state.settings
-        in_loop = IN_LOOP in environ
         images = Images(environ, settings)
         decoded: list[Pixels | Exception] = []
         reading = time.perf_counter()

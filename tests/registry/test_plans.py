@@ -1,7 +1,9 @@
 """Plans: each gives fp32's answers within its precision, and only those that do are served."""
 
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -151,7 +153,7 @@ def test_a_new_version_of_an_engine_is_proved_again(
 
 
 def test_a_version_that_no_plan_scores_right_is_refused(
-    bundle: Bundle, tmp_path: Path, few_digits: Dataset
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lies = [
         GoldenImage(each.file, (0.91,) + (0.01,) * 9 if index else (0.01,) * 9 + (0.91,))
@@ -162,16 +164,27 @@ def test_a_version_that_no_plan_scores_right_is_refused(
     broken = write_bundle(tmp_path / "broken", bundle.manifest, files)
     with pytest.raises(BundleInvalid, match=r"no plan can serve it.*torch-fp32: .*differs by"):
         Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(broken)
-    assert not list((tmp_path / "plans").glob("*"))[1:]  # the lock only
+    (lock, refusal) = sorted((tmp_path / "plans").glob("*"))
+    assert (lock.name, refusal.suffix) == (".lock", ".refused")
+    monkeypatch.setattr(subprocess, "Popen", None)  # another worker finds nothing out again
+    with pytest.raises(BundleInvalid, match=r"no plan can serve it.*torch-fp32: .*differs by"):
+        Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(broken)
+    os.utime(refusal, (0, 0))
+    with pytest.raises(TypeError):  # tried again, with no way to start a process
+        Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(broken)
 
 
 def test_an_engine_that_takes_its_process_down_is_rejected(
     bundle: Bundle, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    killed: list[list[str]] = []
     real = subprocess.Popen
 
     def crash(command, **options):
         job = msgspec.json.decode(command[-1])
+        if job["step"] == "try" and job["plans"] == ["torch-fp32"] and not killed:
+            killed.append(command)
+            command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), 9)"]
         if job["step"] == "try" and job["plans"] == ["onnxruntime-fp32"]:
             command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), 11)"]
         if job["step"] == "build" and job["plans"][0] == "onnxruntime-fp32":
@@ -184,6 +197,7 @@ def test_an_engine_that_takes_its_process_down_is_rejected(
     monkeypatch.setattr(subprocess, "Popen", crash)
     found = {each.plan: each.reason for each in planner.choose(bundle).findings}
     assert found["onnxruntime-fp32"] == "its process ended with -11"
+    assert found["torch-fp32"] is None  # killed once from outside, and tried again
     assert found["openvino-fp32"] == "its process ended with 1 no such instruction"
     assert found["openvino-bf16"] is None or "instructions" in str(found["openvino-bf16"])
     assert found[EAGER] is None
@@ -254,7 +268,7 @@ def test_a_cpu_without_the_instructions_is_not_tried(
 
 
 def scored_as(bundle: Bundle, rows: list[list[float]]) -> Classifier:
-    return Classifier(lambda pixels: np.array(rows, dtype=np.float32), "fake", "cpu")
+    return Classifier(lambda pixels: np.array(rows * len(pixels), dtype=np.float32), "fake", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -276,10 +290,10 @@ def test_the_best_class_must_stay_unless_it_was_nearly_a_tie(
     one = write_bundle(tmp_path / "one", bundle.manifest, files)
     classifier = scored_as(one, [[*scored, *rest]])
     if reason is None:
-        assert replay_golden(one, classifier, "int8") < 0.2
+        assert replay_golden(one, classifier, find_plan("openvino-int8")) < 0.2
     else:
         with pytest.raises(BundleInvalid, match=reason):
-            replay_golden(one, classifier, "int8")
+            replay_golden(one, classifier, find_plan("openvino-int8"))
 
 
 class SmallDevice:
@@ -308,6 +322,16 @@ def test_what_does_not_fit_the_device_is_halved_once_then_answered_by_the_cpu(
     pixels = np.arange(8, dtype=np.uint8).reshape(8, 1, 1, 1)
     np.testing.assert_array_equal(classifier.classify(pixels)[:, 0], range(8))
     assert (device.sizes, cpu.sizes) == (on_device, on_cpu)
+
+
+def test_a_plan_that_is_wrong_at_one_batch_size_only_is_refused(bundle: Bundle) -> None:
+    right = load_eager(bundle)
+
+    def wrong_when_alone(pixels):
+        return np.full((1, 10), 0.1, np.float32) if len(pixels) == 1 else right.classify(pixels)
+
+    with pytest.raises(BundleInvalid, match=r"in a batch of 1: it differs by"):
+        replay_golden(bundle, Classifier(wrong_when_alone, "fake", "cpu"), find_plan(EAGER))
 
 
 def test_one_image_that_does_not_fit_the_device_is_answered_by_the_cpu() -> None:
@@ -365,13 +389,23 @@ def test_entries_that_were_not_used_for_long_are_pruned(
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(
-    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bundle: Bundle,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "file").write_text("no folder")
     planner = Planner(tmp_path / "file", "cpu", 1, "torch-fp32")
     planner.choose(bundle)
     assert planner.load(bundle).plan == "torch-fp32"
     assert "cannot be written" in caplog.text
+    other_worker = Planner(tmp_path / "file", "cpu", 1, "torch-fp32")
+    assert other_worker.load(bundle).plan == "torch-fp32"
+    (folder,) = tmp_path.glob("convoy-plans-*")
+    folder.chmod(0o777)  # whoever made it so may have put anything there
+    with pytest.raises(PlanUndecided):
+        Planner(tmp_path / "file", "cpu", 1, "torch-fp32").load(bundle)
 
 
 def test_weights_are_part_of_what_serving_pulls(bundle: Bundle) -> None:

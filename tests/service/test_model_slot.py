@@ -7,7 +7,7 @@ import pytest
 
 from registry.bundle import WEIGHTS
 from registry.contract import ModelRef
-from registry.errors import ModelNotReady, PlanUndecided
+from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.releases import release_file, version_folder
 from service import model_slot
 from service.model_slot import ModelSlot, ServedModel
@@ -198,9 +198,33 @@ def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
     for _ in range(5):
         assert not slot.refresh()
     assert len(decided) == 1
-    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    monkeypatch.setattr(slot, "_retry_at", 0.0)
     slot.refresh()
     assert len(decided) == 2
+
+
+def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
+    models: Path, release, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    release(1)
+
+    def never(bundle, released):
+        raise PlanUndecided("nothing was chosen")
+
+    def refuse(bundle) -> None:
+        raise BundleInvalid("no plan can serve it")
+
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, never, refuse)
+    pauses = []
+    for _ in range(9):
+        slot.refresh()
+        pauses.append(slot._pause_s)
+        monkeypatch.setattr(slot, "_retry_at", 0.0)
+    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert len([each for each in caplog.records if each.levelname == "WARNING"]) == 1
+    release(2, seed=1)
+    slot.refresh()
+    assert slot._pause_s == 5
 
 
 def wait_for(condition) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -58,25 +59,34 @@ def application(environ, start_response):
 """
 
 
+class Server:
+    """A gunicorn of one worker, which serves the small application."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "small_application.py").write_text(APPLICATION)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        command = [sys.executable, "-m", "gunicorn", "--worker-class", "service.worker.LoopWorker"]
+        command += ["--threads", "4", "--keep-alive", "4", "--no-control-socket"]
+        command += ["--bind", f"127.0.0.1:{self.port}", "--pythonpath", str(folder)]
+        self.process = subprocess.Popen([*command, "small_application:application"])
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                break
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)  # gunicorn's patience with connections is 30 s
+
+
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    folder = tmp_path_factory.mktemp("application")
-    (folder / "small_application.py").write_text(APPLICATION)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "gunicorn", "--worker-class", "service.worker.LoopWorker"]
-    command += ["--threads", "4", "--keep-alive", "4", "--no-control-socket"]
-    command += ["--bind", f"127.0.0.1:{number}", "--pythonpath", str(folder)]
-    process = subprocess.Popen([*command, "small_application:application"])
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", number)):
-            break
-        time.sleep(0.05)
-    yield number
-    process.terminate()
-    process.wait(30)
+    server = Server(tmp_path_factory.mktemp("application"))
+    yield server.port
+    server.stop()
 
 
 class Connection:
@@ -224,6 +234,24 @@ def test_a_client_that_only_listens_from_now_on_is_answered(connection: Connecti
     connection.socket.shutdown(socket.SHUT_WR)
     assert json.loads(connection.answer()[1])["body"] == "last words"
     assert connection.is_closed()
+
+
+def test_what_was_sent_before_the_last_word_is_answered_too(connection: Connection) -> None:
+    connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + post(b"second") + post(b"third"))
+    connection.socket.shutdown(socket.SHUT_WR)
+    answers = [json.loads(connection.answer()[1])["body"] for _ in range(3)]
+    assert answers == ["", "second", "third"]
+    assert connection.is_closed()
+
+
+def test_connections_on_which_nothing_is_asked_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    silent, idle = Connection(server.port), Connection(server.port)
+    idle.ask(b"once")
+    server.stop()  # fails when it takes as long as the patience
+    assert idle.is_closed()
+    for each in (silent, idle):
+        each.socket.close()
 
 
 def test_connection_close_is_honoured(connection: Connection) -> None:

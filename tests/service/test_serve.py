@@ -1,0 +1,92 @@
+"""What is started beside gunicorn, with small scripts in its place."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from registry.errors import UsageError
+from service import serve
+from service.serve import Companion
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def script(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_companion_that_ends_is_started_again_after_a_growing_pause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "FIRST_PAUSE_S", 0.01)
+    starts = tmp_path / "starts"
+    companion = Companion("it", script(f"open({str(starts)!r}, 'a').write('x'); exit(3)"))
+
+    def started(times: int) -> bool:
+        companion.look()
+        return starts.exists() and len(starts.read_text()) >= times
+
+    wait_for(lambda: started(3))
+    companion.end()
+    assert "it ended with 3; again in 0 s" in caplog.text
+    assert companion._pause_s >= 0.04
+
+
+def test_a_companion_learns_that_it_is_over_by_the_end_of_its_input(tmp_path: Path) -> None:
+    """Also one that ignores SIGTERM, as the GPU's process does."""
+    ready = tmp_path / "ready"
+    companion = Companion(
+        "it",
+        script(
+            "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+            f"open({str(ready)!r}, 'w'); sys.stdin.read(); sys.exit(5)"
+        ),
+    )
+    companion.look()
+    assert companion.wait_for(ready) is None
+    process = companion._process
+    companion.end()
+    assert process is not None
+    assert process.returncode == 5
+
+
+def test_a_companion_that_is_waited_for_may_end_or_hang_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = Companion("it", script("exit(2)"))
+    ends.look()
+    assert ends.wait_for(tmp_path / "never") == 2
+    ends.end()
+    hangs = Companion("it", script("import sys; sys.stdin.read()"))
+    hangs.look()
+    monkeypatch.setattr(serve, "START_S", 0.1)
+    with pytest.raises(UsageError, match=r"within 0\.1 s .* CONVOY_DEVICE=cpu"):
+        hangs.wait_for(tmp_path / "never")
+    hangs.end()
+
+
+def test_what_was_started_ends_with_who_started_it() -> None:
+    code = (
+        "import sys, time; from service.serve import _start;"
+        "child = _start([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(script(code), stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
