@@ -51,6 +51,10 @@ bench: $(INSTALLED) ## speed beside what people would run instead, start-up, pro
 	@command -v wrk >/dev/null || { echo "make bench needs wrk (apt install wrk)"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
+	$(BIN)/python -m benchmarks.serving --workloads w2 --plan openvino-bf16 \
+	    --json benchmarks/results/serving_bf16.json
+	$(BIN)/python -m benchmarks.mixed --json benchmarks/results/mixed.json
+	$(BIN)/python -m benchmarks.flame --svg docs/pictures/flame.svg --json benchmarks/results/flame.json
 
 .env:
 	@echo "POSTGRES_PASSWORD=$$($(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(24))')" > $@

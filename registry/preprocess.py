@@ -70,7 +70,7 @@ def decode_image(
         limits: refused before decoding when the header claims more.
 
     Returns:
-        uint8 array of shape ``spec.shape``.
+        uint8 array of shape ``spec.shape``, read-only.
 
     Raises:
         UnsupportedImageType: the bytes start like none of the accepted formats.
@@ -106,7 +106,7 @@ def _decode(
         _shrink_on_load(image, spec)
         upright = _upright(image, spec)
         fitted = _fit(upright if upright.mode == spec.mode else upright.convert(spec.mode), spec)
-        return np.array(fitted, dtype=np.uint8).reshape(spec.shape)
+        return np.frombuffer(fitted.tobytes(), dtype=np.uint8).reshape(spec.shape)
 
 
 @contextmanager

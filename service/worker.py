@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import Iterable
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 from gunicorn import http
@@ -34,6 +35,12 @@ SMALL_BYTES = 64 * 1024
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
 POLL_S = 0.02
+# Of a client that waited longer it is looked whether it still does: in an overload, answers for
+# those who have left would be most of the work.
+PATIENCE_S = 1.0
+
+# Heads that are remembered, and the longest of them.
+HEADS, HEAD_BYTES = 1024, 1024
 
 _HEADERS_END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*(?=\r\n)", re.IGNORECASE)
@@ -72,9 +79,10 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        # In the order in which they became so: whoever is left out is first in the next round.
-        self._readable: dict[Any, None] = {}
+        # Since when, and in that order: whoever is left out is first in the next round.
+        self._readable: dict[Any, float] = {}
         self._round: dict[Any, Answering] = {}
+        self._heads: dict[Any, tuple[Any, dict[str, Any]]] = {}
         self._next_murder = 0.0
         self._next_poll = 0.0
 
@@ -102,7 +110,7 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def on_client_socket_readable(self, conn: Any, client: socket.socket) -> None:
         if conn not in self._round:  # its next request, or its end, comes after its answer
-            self._readable[conn] = None
+            self._readable.setdefault(conn, time.monotonic())
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         """One round: what is readable now, and what becomes so while that is being taken."""
@@ -120,8 +128,8 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         ends = time.monotonic() + ROUND_S
         while self._readable and len(round_) < ROUND_REQUESTS and time.monotonic() < ends:
             connection = next(iter(self._readable))
-            del self._readable[connection]
-            if (answering := self._take(connection)) is not None:
+            waited_s = time.monotonic() - self._readable.pop(connection)
+            if (answering := self._take(connection, waited_s)) is not None:
                 round_[connection] = answering
             if not self._readable:
                 super().wait_for_and_dispatch_events(0)
@@ -155,17 +163,17 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         super().finish_request(conn, fs)
         if (data := _read_ahead(conn)) and conn in self.keepalived_conns:
             conn.parser.unreader.unread(data)
-            self._readable[conn] = None
+            self._readable[conn] = time.monotonic()
 
-    def _take(self, connection: Any) -> Answering | None:
+    def _take(self, connection: Any, waited_s: float) -> Answering | None:
         """Read from ``connection``; if a whole small request is there, call the application."""
         data = _read_ahead(connection)
         try:
             received = connection.sock.recv(SMALL_BYTES)
-            if not received and not data:
+            data += received
+            if not data or (waited_s > PATIENCE_S and _has_hung_up(connection)):
                 self._close(connection)
                 return None
-            data += received
         except BlockingIOError:
             if not data:
                 return None
@@ -187,14 +195,34 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         return answering
 
     def _call(self, answering: Answering) -> None:
-        connection = answering.connection
-        parser = http.get_parser(self.cfg, [answering.data], connection.client)
-        answering.request = next(parser)
-        answering.response, environ = wsgi.create(
-            answering.request, answering, connection.client, connection.server, self.cfg
-        )
-        environ[IN_LOOP] = environ["wsgi.multithread"] = True
+        head, _, body = answering.data.partition(_HEADERS_END)
+        answering.request, environ = self._read_head(head, answering.connection)
+        answering.response = wsgi.Response(answering.request, answering, self.cfg)
+        environ["wsgi.input"] = BytesIO(body)
         answering.body = self.wsgi(environ, answering.response.start_response)
+
+    def _read_head(self, head: bytes, connection: Any) -> tuple[Any, dict[str, Any]]:
+        """gunicorn's request and an environment of its own, without the body.
+
+        A client sends the same head again and again, save the length of what it brings; what
+        gunicorn made of one is remembered. That takes a quarter of the work off a small picture.
+        """
+        client, port = connection.client[:2] if connection.client else ("", "")  # "": no TCP
+        key = head, client, connection.server
+        if (known := self._heads.get(key)) is None:
+            request = next(http.get_parser(self.cfg, [head, _HEADERS_END], connection.client))
+            _, environ = wsgi.create(request, None, connection.client, connection.server, self.cfg)
+            environ[IN_LOOP] = environ["wsgi.multithread"] = True
+            for bound in ("gunicorn.socket", "wsgi.early_hints", "wsgi.input"):
+                environ.pop(bound)  # to this one connection
+            request.body = request.unreader = None
+            known = request, environ
+            if len(head) <= HEAD_BYTES:
+                if len(self._heads) == HEADS:
+                    self._heads.clear()
+                self._heads[key] = known
+        request, environ = known
+        return request, {**environ, "REMOTE_PORT": str(port)}
 
     def _answer(self, answering: Answering) -> None:
         """Iterate the application's answer and send it."""
@@ -270,6 +298,14 @@ def _read_ahead(connection: Any) -> bytes:
         return b""
     data: bytes = connection.parser.unreader.take_buffered()
     return data
+
+
+def _has_hung_up(connection: Any) -> bool:
+    """Whether the client sends no more: then, after a wait, it has most likely gone."""
+    try:
+        return not connection.sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
 
 
 def is_whole_post(data: bytes) -> bool:

@@ -19,14 +19,19 @@ import json, threading, time
 from service.worker import IN_LOOP, Postpone
 
 called = []
+calls = 0
 
 def application(environ, start_response):
+    global calls
+    calls += 1
     body = environ["wsgi.input"].read() if environ["PATH_INFO"] != "/unread" else b""
     in_loop = IN_LOOP in environ
     if body == b"slow" and in_loop:
         raise Postpone
     if body == b"raise":
         raise ValueError("in the call")
+    if body == b"hold up":
+        time.sleep(1.2)
     called.append(body)
     if body == b"bad close":
         class BadClose(list):
@@ -44,6 +49,8 @@ def application(environ, start_response):
         text = {
             "body": body.decode()[:20],
             "length": len(body),
+            "calls": calls,
+            "port": environ["REMOTE_PORT"],
             "in_loop": in_loop,
             "thread": threading.current_thread().name,
             "called_before_answered": len(called),
@@ -114,6 +121,10 @@ class Connection:
         assert status == 200
         return json.loads(data)
 
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
     def is_closed(self) -> bool:
         return self.file.read(1) == b""
 
@@ -122,7 +133,7 @@ class Connection:
 def connection(port: int) -> Iterator[Connection]:
     opened = Connection(port)
     yield opened
-    opened.socket.close()
+    opened.close()
 
 
 def post(body: bytes, path: str = "/", extra: str = "") -> bytes:
@@ -148,7 +159,7 @@ def test_requests_that_are_there_together_are_all_called_before_one_is_answered(
             answers = list(pool.map(lambda each: each.ask(b"x"), connections))
             most = max(most, *(answer["called_before_answered"] for answer in answers))
         for each in connections:
-            each.socket.close()
+            each.close()
     assert most > 1
 
 
@@ -166,7 +177,7 @@ def test_what_arrives_slowly_goes_to_a_thread_and_holds_nobody(
     other = Connection(port)
     for _ in range(3):
         assert other.ask(b"meanwhile")["in_loop"]
-    other.socket.close()
+    other.close()
     connection.send(whole[-5:])
     status, data = connection.answer()
     assert (status, json.loads(data)["body"]) == (200, "in two parts")
@@ -179,7 +190,7 @@ def test_what_the_application_postpones_is_called_again_in_a_thread(
     connection.send(post(b"slow"))
     other = Connection(port)
     assert other.ask(b"meanwhile")["in_loop"]
-    other.socket.close()
+    other.close()
     status, data = connection.answer()
     assert (status, json.loads(data)["in_loop"]) == (200, False)
     assert connection.ask(b"small again")["in_loop"]
@@ -198,7 +209,7 @@ def test_an_application_that_raises_costs_one_request(
     assert connection.answer()[0] == 500
     other = Connection(port)
     assert other.ask(b"after it")["in_loop"]
-    other.socket.close()
+    other.close()
 
 
 def test_a_body_that_nobody_read_does_not_become_the_next_request(connection: Connection) -> None:
@@ -251,7 +262,37 @@ def test_connections_on_which_nothing_is_asked_do_not_hold_up_the_end(tmp_path: 
     server.stop()  # fails when it takes as long as the patience
     assert idle.is_closed()
     for each in (silent, idle):
-        each.socket.close()
+        each.close()
+
+
+def test_who_has_hung_up_meanwhile_is_not_worked_for(port: int, connection: Connection) -> None:
+    """Only after a wait of a second: others may send their last and still listen."""
+    slow, *leaving = (Connection(port) for _ in range(4))
+    for each in (slow, *leaving):
+        each.ask(b"here")
+    before = connection.ask(b"one")["calls"]
+    connection.send(post(b"hold up"))
+    time.sleep(0.1)
+    slow.send(post(b"hold up"))  # is next; while it is called, the others wait
+    for each in leaving:
+        each.send(post(b"gone"))
+        each.close()
+    assert [each.answer()[0] for each in (connection, slow)] == [200, 200]
+    assert connection.ask(b"two")["calls"] == before + 3
+    slow.close()
+
+
+def test_what_is_remembered_of_a_head_is_its_own_connections(
+    port: int, connection: Connection
+) -> None:
+    other = Connection(port)
+    for each in (connection, other, connection, other):
+        answer = each.ask(b"12345", extra="X-Same: yes\r\n")
+        assert answer["body"] == "12345"
+        assert answer["port"] == str(each.socket.getsockname()[1])
+    other.close()
+    connection.send(post(b"12345", extra="X-Bad\r\n"))
+    assert connection.answer()[0] == 400
 
 
 def test_connection_close_is_honoured(connection: Connection) -> None:
@@ -271,7 +312,7 @@ def test_a_client_that_does_not_read_is_waited_for_by_a_thread(
     time.sleep(0.2)  # the answer fills the socket's buffers
     other = Connection(port)
     assert other.ask(b"meanwhile")["in_loop"]
-    other.socket.close()
+    other.close()
     assert len(connection.answer()[1]) == 20_000_000
     assert connection.ask(b"small again")["in_loop"]
 
