@@ -6,6 +6,7 @@ py-spy looks at one worker of a running service several hundred times a second, 
 in ``benchmarks.serving``. Threads that wait are not counted. Needs root, or ptrace allowed.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,9 @@ def record(pid: int, form: str, file: Path, seconds: int) -> None:
         check=True,
         capture_output=True,
     )
+    if form == "flamegraph":  # py-spy's title is its command line, with this machine's paths
+        title = r"\1A worker under load, percent of its samples<"
+        file.write_text(re.sub(r'(id="title"[^>]*>)[^<]*<', title, file.read_text()))
 
 
 def shares(stacks: str) -> dict[str, float]:

@@ -40,6 +40,7 @@ HOME = ROOT / "var" / "benchmarks"
 CONNECTIONS = (1, 8, 32)
 CROWD = (128, 512)
 WORKERS = 2
+AFTER_CROWD_S = 5.0  # what is still under way for those who left is not for the next to wait for
 CEILING_S = 3.0
 Figures = dict[str, float]
 
@@ -133,6 +134,8 @@ def measure(bundle: Bundle, seconds: float, repetitions: int) -> dict[str, Any]:
             window_s = seconds if connections in CONNECTIONS else 3 * seconds
             figures = wrk(servers[name], connections, window_s, pictures)
             runs[name].setdefault(connections, []).append(figures)
+            if connections in CROWD:
+                time.sleep(AFTER_CROWD_S)
         after = stages(service.port)
         memory_mb = [process.memory_full_info().pss / 1e6 for process in tree(service.process)]
         with tempfile.NamedTemporaryFile() as file:
