@@ -30,10 +30,7 @@ class OpenVino(Plan):
     packages: ClassVar[tuple[str, ...]] = ("torch", "openvino")
 
     def build(self, source: Source, folder: Path) -> None:
-        # Both tools report to their makers, without having asked, wherever they can import this.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        import openvino
-
+        openvino = _import_openvino()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its torch front end uses what torch 2.13 deprecates
             model = openvino.convert_model(source.scored_program, example_input=source.example())
@@ -45,8 +42,7 @@ class OpenVino(Plan):
         return model
 
     def load(self, source: Source, read: ReadArtefact) -> Run:
-        import openvino
-
+        openvino = _import_openvino()
         core = openvino.Core()
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
@@ -93,6 +89,14 @@ class OpenVinoInt8(OpenVino):
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(pixels),
             )
+
+
+def _import_openvino() -> Any:
+    # It and NNCF report to their makers, without having asked, wherever they can import this.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 PLANS = (OpenVino(), OpenVinoBf16(), OpenVinoInt8())

@@ -67,11 +67,15 @@ def test_no_engine_reports_to_its_makers(bundle: Bundle, tmp_path: Path) -> None
         "import sys; from pathlib import Path; from registry.bundle import open_bundle;"
         "from registry.plans.plan import Source, find_plan;"
         f"source = Source(open_bundle(Path({str(bundle.folder)!r})));"
-        f"find_plan('openvino-int8').build(source, Path({str(tmp_path)!r}));"
+        "plan, folder = find_plan('openvino-int8'), Path(sys.argv[2]);"
+        "plan.build(source, folder) if sys.argv[1] == 'build' else "
+        "plan.load(source, lambda file: (folder / file).read_bytes());"
         "print('nncf' in sys.modules, sys.modules['openvino_telemetry'])"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert printed.stdout.split()[-2:] == ["True", "None"], printed.stderr
+    for step, with_nncf in (("build", "True"), ("load", "False")):
+        command = [sys.executable, "-c", code, step, str(tmp_path)]
+        printed = subprocess.run(command, capture_output=True, text=True)
+        assert printed.stdout.split()[-2:] == [with_nncf, "None"], printed.stderr
 
 
 def test_the_fastest_right_plan_is_chosen_and_remembered(
