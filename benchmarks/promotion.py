@@ -75,7 +75,7 @@ def measure(home: Home, service: RunningService, image: bytes, swaps: int) -> di
     try:
         for number in tqdm(range(swaps), unit="swap", disable=None):
             version = 2 if number % 2 == 0 else 1
-            store.set_champion("digits", version)
+            store.point("digits", champion=version, previous=None)
             assert store.resolve(ModelRef("digits", alias="champion")).version == version
             moved = last_old = time.monotonic()
             while time.monotonic() - last_old < QUIET_S:

@@ -9,19 +9,26 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from registry.contract import ModelRef, ModelVersion, parse_model_ref, parse_model_refs
+from registry.contract import (
+    CHAMPION,
+    ModelRef,
+    ModelVersion,
+    parse_model_ref,
+    parse_model_refs,
+)
 from registry.devices import CORES, forward_threads
 from registry.errors import ConvoyError, UsageError
 from registry.home import Home, convoy_home
 
 if TYPE_CHECKING:
     from registry.bundle import Bundle
+    from registry.ledger import Line
     from registry.store import ModelStore
 
 
@@ -74,11 +81,11 @@ def _show(arguments: argparse.Namespace) -> int:
     version = store.resolve(ref)
     with tempfile.TemporaryDirectory(prefix="convoy-show-") as folder:
         manifest = store.download(version, Path(folder), lambda _: ()).manifest
-    decisions = store.decisions(arguments.name)
+    lines = store.ledger(arguments.name).lines
     shown = {
         "version": msgspec.to_builtins(version),
         "manifest": msgspec.to_builtins(manifest),
-        "decisions": msgspec.to_builtins(decisions),
+        "decisions": msgspec.to_builtins(lines),
     }
     if arguments.json:
         print(json.dumps(shown))
@@ -98,33 +105,90 @@ def _show(arguments: argparse.Namespace) -> int:
     )
     for name, value in manifest.metrics.items():
         print(f"  {name:<28} {value:.4f}")
-    for decision in decisions:
-        print(
-            f"  {decision.at} {decision.by} {decision.action} {decision.to_version} "
-            f"(champion was {decision.from_version}): {decision.reason or decision.verdict}"
-        )
+    for line in lines:
+        print(f"  {_describe_line(line)}")
     return 0
 
 
 def _promote(arguments: argparse.Namespace) -> int:
+    from registry.gates import read_policy
     from registry.promotion import promote
 
     store = _store()
     number = store.resolve(_ref(arguments.name, arguments.version)).version
-    decision = promote(
-        store, arguments.name, number, force=arguments.force, reason=arguments.reason
+    line = promote(
+        store,
+        arguments.name,
+        number,
+        expect_champion=arguments.expect_champion,
+        force=arguments.force,
+        reason=arguments.reason,
+        policy=read_policy(convoy_home().policy(arguments.name)),
     )
-    print(f"{arguments.name} version {number} is the champion now ({decision.action})")
-    print(f"  {decision.verdict}")
+    print(f"{arguments.name} version {number} is the champion now ({line.entry.action})")
+    print(f"  {line.entry.verdict}")
     return 0
 
 
 def _roll_back(arguments: argparse.Namespace) -> int:
     from registry.promotion import roll_back
 
-    left, back = roll_back(_store(), arguments.name, arguments.reason)
-    print(f"{arguments.name} version {back} is the champion again; version {left} is 'previous'")
+    entry = roll_back(_store(), arguments.name, arguments.reason).entry
+    print(
+        f"{arguments.name} version {entry.to_version} is the champion again; "
+        f"version {entry.from_version} is 'previous'"
+    )
     return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    ledger = _store().ledger(arguments.name)
+    lines = ledger.reigns(*_moments(arguments.at)) if arguments.at else ledger.lines
+    if arguments.json:
+        print(json.dumps(msgspec.to_builtins(lines)))
+        return 0
+    if arguments.at is not None:
+        versions = ", then ".join(str(line.entry.to_version) for line in lines)
+        print(f"{arguments.name} on {arguments.at}: version {versions or 'none'}")
+    for line in lines:
+        print(_describe_line(line))
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    store = _store()
+    names = [arguments.name] if arguments.name else store.models()
+    failed = False
+    for name in names:
+        ledger, alias = store.ledger(name), store.aliases(name).get(CHAMPION)
+        faults = ledger.faults(store.ledger_head(name))
+        if alias != ledger.champion:
+            faults.append(
+                f"the alias champion is at version {alias}, the ledger says {ledger.champion}"
+            )
+        failed = failed or bool(faults)
+        print(f"{name}: {len(ledger.lines)} lines, {'; '.join(faults) or 'all in order'}")
+    return 1 if failed else 0
+
+
+def _describe_line(line: "Line") -> str:
+    entry = line.entry
+    overtaken = "" if line.stands else ", overtaken"
+    return (
+        f"{line.number:>4}  {entry.at}  {entry.by}  {entry.action} version {entry.to_version} "
+        f"(champion was {entry.from_version}){overtaken}: "
+        f"{'; '.join(filter(None, (entry.reason, entry.verdict))) or 'no reason given'}"
+    )
+
+
+def _moments(day: str) -> tuple[datetime, datetime]:
+    """The first and the last moment of a day in UTC, or twice a moment that has a time."""
+    try:
+        moment = datetime.fromisoformat(day)
+    except ValueError as error:
+        raise UsageError(f"--at is {day!r}; write 2026-11-17 or 2026-11-17T15:00") from error
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment, moment if len(day) > 10 else moment + timedelta(days=1, microseconds=-1)
 
 
 def _pull(arguments: argparse.Namespace) -> int:
@@ -231,6 +295,12 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("name")
     promote.add_argument("version", help="number or alias")
     promote.add_argument("--force", action="store_true", help="whatever the gate says")
+    promote.add_argument(
+        "--expect-champion",
+        type=int,
+        metavar="N",
+        help="refuse when another version is the champion by then",
+    )
     promote.set_defaults(run=_promote)
 
     roll_back = commands.add_parser("roll-back", help="make the previous champion champion again")
@@ -238,6 +308,16 @@ def _parser() -> argparse.ArgumentParser:
     roll_back.set_defaults(run=_roll_back)
     for command in (promote, roll_back):
         command.add_argument("--reason", help="why; recorded with the decision")
+
+    history = commands.add_parser("history", help="what was decided about a model's champion")
+    history.add_argument("name")
+    history.add_argument("--at", metavar="DAY", help="who was champion on 2026-11-17 (UTC)")
+    history.add_argument("--json", action="store_true", help="print JSON")
+    history.set_defaults(run=_history)
+
+    audit = commands.add_parser("audit", help="was the ledger edited, and does the alias agree")
+    audit.add_argument("name", nargs="?", help="only this model")
+    audit.set_defaults(run=_audit)
 
     plan = commands.add_parser(
         "plan", help="which ways of running a version are right here, and how fast"

@@ -72,5 +72,9 @@ class PromotionRefused(ConvoyError):
     """The gate found the challenger worse than the champion, or the two cannot be compared."""
 
 
+class PromotionConflict(ConvoyError):
+    """The champion is not the one that was expected: somebody else has moved it."""
+
+
 class UsageError(ConvoyError):
     """What the user asked for cannot be done with what is there; the text says what could be."""

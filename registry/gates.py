@@ -1,46 +1,178 @@
 """Is the challenger good enough? Two versions judged on the same held-out pictures, pair by pair.
 
-Pure: two opened bundles in, a verdict out. Who asks, and what follows, is ``promotion``'s matter.
+Pure: two opened bundles and a policy in, a verdict out. Who asks, and what follows, is
+``promotion``'s matter.
 """
 
-from msgspec import Struct
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
 from scipy.stats import binomtest
 
-from registry.bundle import Bundle
-from registry.errors import PromotionRefused
+from registry.bundle import Bundle, Heldout
+from registry.errors import PromotionRefused, UsageError
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+CALIBRATION_BINS = 15
+Z_95 = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
+
+
+class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a challenger may lose against the champion. A file ``policies/NAME.toml`` changes it.
+
+    A loss of accuracy is refused when it is significant, or more than ``max_accuracy_loss`` in any
+    case; one of a class's recall when it is more than ``max_recall_loss`` and significant, with the
+    significance shared among the classes (Bonferroni), as one of many differs by chance soon. The
+    time of a forward pass may be ``max_latency_ratio`` times as long. How much the expected
+    calibration error may rise, and by what the log loss may be multiplied, has no limit until it
+    is given one: a version that is right more often may well be less sure of it.
+    """
+
+    significance: Annotated[float, Meta(gt=0, lt=1)] = 0.05
+    max_accuracy_loss: Share = 0.005
+    max_recall_loss: Share = 0.03
+    max_calibration_loss: Share | None = None
+    max_log_loss_ratio: Annotated[float, Meta(gt=0)] | None = None
+    max_latency_ratio: Annotated[float, Meta(gt=0)] = 2.0
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """One line of a verdict: a figure of both, what is allowed, and whether it is kept."""
+
+    what: str
+    champion: float
+    challenger: float
+    allowed: str
+    passed: bool
+    note: str = ""
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
     """The comparison of a challenger with the champion.
 
-    Accuracies are of the held-out pictures. ``gained`` and ``lost`` count the pictures that only
-    the challenger, or only the champion, gets right; ``p_value`` is McNemar's exact two-sided one:
-    how likely such a split is if both were equally good (McNemar 1947).
+    ``gained`` and ``lost`` are the positions of the held-out pictures that only the challenger, or
+    only the champion, gets right; ``p_value`` is McNemar's exact two-sided one: how likely such a
+    split is if both were equally good (McNemar 1947). ``notes`` say what could not be compared.
     """
 
-    accepted: bool
     examples: int
     champion_accuracy: float
     challenger_accuracy: float
-    gained: int
-    lost: int
+    gained: tuple[int, ...]
+    lost: tuple[int, ...]
     p_value: float
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
-        return (
-            f"challenger {self.challenger_accuracy:.4f}, champion {self.champion_accuracy:.4f} "
-            f"on the same {self.examples:,} held-out pictures: {self.gained} gained, "
-            f"{self.lost} lost, McNemar p = {self.p_value:.3g}"
+        failed = [
+            f"{check.what} {check.champion:.4g} → {check.challenger:.4g}, allowed: {check.allowed}"
+            for check in self.checks
+            if not check.passed
+        ]
+        return "; ".join(
+            [
+                f"challenger {self.challenger_accuracy:.4f}, champion "
+                f"{self.champion_accuracy:.4f} on the same {self.examples:,} held-out pictures: "
+                f"{len(self.gained)} gained, {len(self.lost)} lost, "
+                f"McNemar p = {self.p_value:.3g}",
+                *failed,
+                *self.notes,
+            ]
         )
 
 
-def compare(champion: Bundle, challenger: Bundle) -> Verdict:
-    """The verdict: accepted unless the challenger gets fewer held-out pictures right.
+class Latency(NamedTuple):
+    """Median milliseconds of a forward pass over one picture, of both on the same machine."""
+
+    champion_ms: float
+    challenger_ms: float
+
+
+def read_policy(file: Path) -> Policy:
+    """The policy in ``file``; the default one when there is no such file.
+
+    Raises:
+        UsageError: it cannot be read, or names something that is no part of a policy.
+    """
+    try:
+        return msgspec.toml.decode(file.read_bytes(), type=Policy)
+    except FileNotFoundError:
+        return Policy()
+    except (OSError, msgspec.MsgspecError, ValueError) as error:
+        raise UsageError(f"the policy {file} cannot be used: {error}") from error
+
+
+def compare(
+    champion: Bundle,
+    challenger: Bundle,
+    policy: Policy | None = None,
+    latency: Latency | None = None,
+) -> Verdict:
+    """The verdict on ``challenger``.
 
     Raises:
         PromotionRefused: the two were not judged on the same pictures with the same labels.
         BundleInvalid: the held-out record of one is missing or damaged.
     """
+    policy = policy or Policy()
+    _check_comparable(champion, challenger)
+    old, new = champion.heldout(), challenger.heldout()
+    gained = np.flatnonzero(new.right & ~old.right)
+    lost = np.flatnonzero(old.right & ~new.right)
+    p_value = mcnemar(len(gained), len(lost))
+    checks = [
+        _judge_accuracy(old, new, p_value, policy),
+        _judge_classes(old, new, challenger.manifest.labels, policy),
+        _judge_calibration(old, new, policy),
+        _judge_log_loss(old, new, policy),
+    ]
+    notes = []
+    if champion.manifest.preprocess != challenger.manifest.preprocess:
+        notes.append("the two see pictures through different preprocessing")
+    if latency is None:
+        notes.append("forward passes were not timed")
+    else:
+        checks.append(_judge_latency(latency, policy))
+    return Verdict(
+        examples=len(old.labels),
+        champion_accuracy=float(old.right.mean()),
+        challenger_accuracy=float(new.right.mean()),
+        gained=tuple(gained.tolist()),
+        lost=tuple(lost.tolist()),
+        p_value=p_value,
+        checks=tuple(checks),
+        notes=tuple(notes),
+    )
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The exact two-sided p-value of so many pictures that only one of two gets right."""
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def calibration_error(heldout: Heldout) -> float:
+    """Expected calibration error in 15 bins of equal width (Guo et al. 2017, arXiv:1706.04599)."""
+    confidence = heldout.probabilities.max(axis=1)
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, heldout.right - confidence, CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def log_loss(heldout: Heldout) -> float:
+    """Mean of −ln of the probability of the true class."""
+    of_truth = heldout.probabilities[np.arange(len(heldout.labels)), heldout.labels]
+    return float(-np.log(np.maximum(of_truth, 1e-12)).mean())
+
+
+def _check_comparable(champion: Bundle, challenger: Bundle) -> None:
     ours, theirs = challenger.manifest, champion.manifest
     if ours.labels != theirs.labels:
         raise PromotionRefused(
@@ -54,15 +186,90 @@ def compare(champion: Bundle, challenger: Bundle) -> Verdict:
             f"challenger: {ours.data.name} {ours.data.heldout_sha256[:12]}…), "
             "so their figures cannot be compared"
         )
-    champion_right, challenger_right = champion.heldout().right, challenger.heldout().right
-    gained = int((challenger_right & ~champion_right).sum())
-    lost = int((champion_right & ~challenger_right).sum())
-    return Verdict(
-        accepted=gained >= lost,
-        examples=len(champion_right),
-        champion_accuracy=float(champion_right.mean()),
-        challenger_accuracy=float(challenger_right.mean()),
-        gained=gained,
-        lost=lost,
-        p_value=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+
+
+def _judge_accuracy(old: Heldout, new: Heldout, p_value: float, policy: Policy) -> Check:
+    loss = float(old.right.mean() - new.right.mean())
+    return Check(
+        what="accuracy",
+        champion=float(old.right.mean()),
+        challenger=float(new.right.mean()),
+        allowed=f"no significant loss (p < {policy.significance:g}), none over "
+        f"{100 * policy.max_accuracy_loss:g} points",
+        passed=loss <= 0 or (loss <= policy.max_accuracy_loss and p_value >= policy.significance),
+        note=f"McNemar p = {p_value:.3g}",
+    )
+
+
+def _judge_classes(old: Heldout, new: Heldout, labels: tuple[str, ...], policy: Policy) -> Check:
+    """The class that is worst off: one that breaks the policy if there is one, else any."""
+    rows: list[tuple[bool, float, Check]] = []
+    for index, label in enumerate(labels):
+        of_class = old.labels == index
+        count = int(of_class.sum())
+        if not count:
+            continue
+        before, after = old.right[of_class], new.right[of_class]
+        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+        change = (gained - lost) / count
+        p_value = mcnemar(gained, lost)
+        broken = -change > policy.max_recall_loss and p_value * len(labels) < policy.significance
+        low, high = _interval(gained, lost, count)
+        check = Check(
+            what=f"recall of {label!r}",
+            champion=float(before.mean()),
+            challenger=float(after.mean()),
+            allowed=f"no significant loss over {100 * policy.max_recall_loss:g} points",
+            passed=not broken,
+            note=f"{100 * change:+.1f} points, 95 % {100 * low:+.1f} … {100 * high:+.1f}; "
+            "the class that loses most",
+        )
+        rows.append((not broken, change, check))
+    return min(rows, key=lambda row: row[:2])[2]
+
+
+def _interval(gained: int, lost: int, count: int) -> tuple[float, float]:
+    """95 % of a difference of paired proportions.
+
+    Agresti & Min (2005), doi:10.1002/sim.1781: half a picture is added to each of the four cells.
+    """
+    gained_, lost_, count_ = gained + 0.5, lost + 0.5, count + 2
+    change = (gained_ - lost_) / count_
+    spread = Z_95 * ((gained_ + lost_ - (gained_ - lost_) ** 2 / count_) ** 0.5) / count_
+    return max(-1.0, change - spread), min(1.0, change + spread)
+
+
+def _judge_calibration(old: Heldout, new: Heldout, policy: Policy) -> Check:
+    before, after, limit = (
+        calibration_error(old),
+        calibration_error(new),
+        policy.max_calibration_loss,
+    )
+    return Check(
+        what="calibration error",
+        champion=before,
+        challenger=after,
+        allowed="any" if limit is None else f"{limit:g} more",
+        passed=limit is None or after - before <= limit,
+    )
+
+
+def _judge_log_loss(old: Heldout, new: Heldout, policy: Policy) -> Check:
+    before, after, limit = log_loss(old), log_loss(new), policy.max_log_loss_ratio
+    return Check(
+        what="log loss",
+        champion=before,
+        challenger=after,
+        allowed="any" if limit is None else f"{limit:g} times",
+        passed=limit is None or after <= limit * before,
+    )
+
+
+def _judge_latency(latency: Latency, policy: Policy) -> Check:
+    return Check(
+        what="forward pass, ms",
+        champion=latency.champion_ms,
+        challenger=latency.challenger_ms,
+        allowed=f"{policy.max_latency_ratio:g} times",
+        passed=latency.challenger_ms <= policy.max_latency_ratio * latency.champion_ms,
     )

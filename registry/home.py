@@ -24,6 +24,10 @@ class Home(Struct, frozen=True):
         """Which plan is fastest here for a version, and what its engine compiled: a cache."""
         return self.root / "plans"
 
+    def policy(self, name: str) -> Path:
+        """What a challenger of the model ``name`` may lose; the default policy without it."""
+        return self.root / "policies" / f"{name}.toml"
+
     @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 import mlflow
-import msgspec
 import requests
 import sqlalchemy.exc
 from mlflow import MlflowClient
@@ -28,17 +27,27 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, Schema
 from mlflow.types.schema import Array
-from msgspec import Struct
 
 from registry.bundle import MANIFEST, Bundle, open_bundle
-from registry.contract import CHALLENGER, CHAMPION, PREVIOUS, ModelRef, ModelVersion
+from registry.contract import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    ModelRef,
+    ModelVersion,
+    sha256_hex,
+)
 from registry.errors import BundleInvalid, RegistryUnavailable, VersionNotFound
 from registry.home import Home
+from registry.ledger import Entry, Ledger
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, step by step
 
 DIGEST_TAG = "convoy.manifest_sha256"
-DECISION_TAG = "convoy.decision."
+# A model's ledger is registered under its name and this, which no model's name may have.
+LEDGER = ".ledger"
+ENTRY_TAG, HEAD_TAG = "convoy.entry", "convoy.ledger_head"
+APPEND_TRIES = 20
 # Where mlflow.pyfunc.log_model puts its data_path.
 BUNDLE_PATH = "data/bundle"
 
@@ -54,18 +63,6 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([]),
 )
-
-
-class Decision(Struct, frozen=True, kw_only=True):
-    """One decision about a model's champion, kept as a tag on the registered model."""
-
-    action: str  # promoted | refused | forced | rolled back
-    at: str  # UTC, ISO 8601
-    by: str
-    from_version: int | None
-    to_version: int
-    reason: str | None = None
-    verdict: str | None = None
 
 
 class ModelStore:
@@ -128,7 +125,7 @@ class ModelStore:
             token: str | None = None
             while token != "":
                 page = self._client.search_registered_models(page_token=token)
-                names += [model.name for model in page]
+                names += [model.name for model in page if not model.name.endswith(LEDGER)]
                 token = page.token or ""
             return sorted(names)
 
@@ -199,36 +196,88 @@ class ModelStore:
         bundle.verify(names)
         return bundle
 
-    def set_champion(self, name: str, version: int) -> None:
-        """Point ``champion`` at ``version`` and ``previous`` at what it pointed at before.
+    def point(self, name: str, *, champion: int | None, previous: int | None) -> None:
+        """Point the aliases ``champion`` and ``previous`` at these versions; None leaves one alone.
 
-        ``previous`` moves first: a crash in between leaves the old champion serving.
+        ``previous`` moves first: a crash in between leaves the old champion serving. A new champion
+        is no challenger any more.
         """
         aliases = self.aliases(name)
-        with self._errors(f"{name} has no version {version}"):
-            self._client.get_model_version(name, str(version))
-            if (old := aliases.get(CHAMPION)) is not None and old != version:
-                self._client.set_registered_model_alias(name, PREVIOUS, str(old))
-            self._client.set_registered_model_alias(name, CHAMPION, str(version))
-            if aliases.get(CHALLENGER) == version:
+        with suppress(VersionNotFound):  # what was left may have been deleted since
+            self._set_alias(name, aliases, PREVIOUS, previous)
+        self._set_alias(name, aliases, CHAMPION, champion)
+        if champion is not None and aliases.get(CHALLENGER) == champion:
+            with self._errors():
                 self._client.delete_registered_model_alias(name, CHALLENGER)
 
-    def record(self, name: str, decision: Decision, key: int) -> None:
-        """Keep ``decision`` with the model; ``key`` orders the decisions."""
-        with self._errors():
-            self._client.set_registered_model_tag(
-                name, f"{DECISION_TAG}{key:020d}", msgspec.json.encode(decision).decode()
-            )
+    def append(self, name: str, entry: Entry) -> int:
+        """Write ``entry`` at the end of the ledger of ``name``; the number that its line got.
 
-    def decisions(self, name: str) -> list[Decision]:
-        """All decisions about ``name``, oldest first."""
-        with self._errors(f"there is no model {name!r} in the registry"):
-            tags: dict[str, str] = self._client.get_registered_model(name).tags
-        return [
-            msgspec.json.decode(value, type=Decision)
-            for key, value in sorted(tags.items())
-            if key.startswith(DECISION_TAG)
-        ]
+        A ledger is a registered model of its own whose versions are the lines: the one thing that
+        an MLflow registry, be it a database or a server, numbers for several writers at once. It
+        is backed up with the registry, and shows in its pages.
+        """
+        data = entry.to_json()
+        ledger = f"{name}{LEDGER}"
+        tags = {ENTRY_TAG: data.decode()}
+        source = f"models:/{name}/{entry.to_version}"  # MLflow insists on one
+        about = f"{entry.action} {entry.to_version}: {entry.reason or entry.verdict or ''}"[:1000]
+        with self._errors():
+            for _ in range(APPEND_TRIES):
+                try:
+                    line = self._client.create_model_version(
+                        ledger, source, tags=tags, description=about, await_creation_for=0
+                    )
+                    break
+                except MlflowException as error:
+                    if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                        self._make_ledger(ledger, name)
+                    elif "Giving up after" not in str(error):  # MLflow lost the race three times
+                        raise
+            else:
+                raise RegistryUnavailable(f"{ledger}: no line could be written; try again")
+            number = int(line.version)
+            self._client.set_registered_model_tag(ledger, HEAD_TAG, f"{number} {sha256_hex(data)}")
+            return number
+
+    def ledger(self, name: str) -> Ledger:
+        """Every decision about ``name``; empty before the first."""
+        found: list[Any] = []
+        token: str | None = None
+        with self._errors():
+            while token != "":
+                page = self._client.search_model_versions(
+                    f"name = '{name}{LEDGER}'", page_token=token
+                )
+                found += page
+                token = page.token or ""
+        return Ledger((int(line.version), line.tags.get(ENTRY_TAG, "").encode()) for line in found)
+
+    def ledger_head(self, name: str) -> tuple[int, str] | None:
+        """Number and digest of a line that was the newest of the ledger, as noted beside it."""
+        try:
+            with self._errors(f"{name} has no ledger"):
+                tags = self._client.get_registered_model(f"{name}{LEDGER}").tags
+        except VersionNotFound:
+            return None
+        number, _, digest = tags.get(HEAD_TAG, "").partition(" ")
+        return (int(number), digest) if number.isdigit() else None
+
+    def _make_ledger(self, ledger: str, name: str) -> None:
+        about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
+        try:
+            self._client.create_registered_model(ledger, description=about)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _set_alias(
+        self, name: str, aliases: dict[str, int], alias: str, version: int | None
+    ) -> None:
+        if version is not None and aliases.get(alias) != version:
+            with self._errors(f"{name} has no version {version}"):
+                self._client.get_model_version(name, str(version))
+                self._client.set_registered_model_alias(name, alias, str(version))
 
     def _fetch(self, uri: str, folder: Path) -> None:
         with self._errors():

@@ -1,5 +1,7 @@
 import json
+from datetime import UTC, datetime
 
+import mlflow
 import pytest
 
 from registry.__main__ import main
@@ -42,10 +44,32 @@ def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
     _, out, _ = run(capsys, "show", "digits", "1", "--json")
     shown = json.loads(out)
     assert shown["manifest"]["source"]["seed"] == better_and_worse_seed[0]
-    assert [each["action"] for each in shown["decisions"]] == ["promoted", "forced"]
+    assert [each["entry"]["action"] for each in shown["decisions"]] == ["promoted", "forced"]
 
+    status, _, error = run(capsys, "promote", "digits", "1", "--expect-champion", "1")
+    assert (status, "the champion is version 2, not 1" in error) == (2, True)
     status, out, _ = run(capsys, "roll-back", "digits", "--reason", "drill is over")
     assert (status, "version 1 is the champion again" in out) == (0, True)
+    _, out, _ = run(capsys, "history", "digits")
+    assert [line.split()[3] for line in out.splitlines()] == ["promoted", "forced", "rolled"]
+    today = datetime.now(UTC).date().isoformat()
+    _, out, _ = run(capsys, "history", "digits", "--at", today)
+    assert out.startswith(f"digits on {today}: version 1, then 2, then 1\n")
+    _, out, _ = run(capsys, "history", "digits", "--at", "2020-02-29T12:00", "--json")
+    assert json.loads(out) == []
+    status, _, error = run(capsys, "history", "digits", "--at", "last Tuesday")
+    assert (status, "write 2026-11-17" in error) == (2, True)
+
+    assert run(capsys, "audit")[:2] == (0, "digits: 3 lines, all in order\n")
+    client = mlflow.MlflowClient()
+    client.set_model_version_tag("digits.ledger", "2", "convoy.entry", "{}")
+    client.set_registered_model_alias("digits", "champion", "2")
+    status, out, _ = run(capsys, "audit", "digits")
+    assert status == 1
+    assert "line 2 cannot be read" in out
+    assert "the alias champion is at version 2, the ledger says" in out
+    client.set_registered_model_alias("digits", "champion", "1")
+
     assert run(capsys, "pull", "models:/digits@champion")[0] == 0
     release = read_release(registry_home.models, "digits")
     assert release is not None

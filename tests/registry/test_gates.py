@@ -2,10 +2,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from registry import gates
 from registry.bundle import Heldout, write_bundle
 from registry.contract import DataRecord
-from registry.errors import PromotionRefused
-from registry.gates import compare
+from registry.errors import PromotionRefused, UsageError
+from registry.gates import Latency, Policy, compare, read_policy
 from tests.conftest import MakeBundle
 
 
@@ -28,7 +29,7 @@ def test_the_comparison_is_picture_by_picture(bundle_with) -> None:
     challenger = (np.arange(100) < 75) | (np.arange(100) >= 85)
     verdict = compare(bundle_with("old", champion), bundle_with("new", challenger))
     assert verdict.accepted
-    assert (verdict.gained, verdict.lost) == (15, 5)
+    assert (len(verdict.gained), len(verdict.lost)) == (15, 5)
     assert verdict.champion_accuracy == pytest.approx(0.80)
     assert verdict.challenger_accuracy == pytest.approx(0.90)
     # Exact binomial: 2 · P(X ≤ 5), X ~ B(20, 1/2).
@@ -68,3 +69,109 @@ def test_what_cannot_be_compared_is_refused(bundle_with, change, reason: str) ->
     right = np.ones(10, dtype=bool)
     with pytest.raises(PromotionRefused, match=reason):
         compare(bundle_with("old", right), bundle_with("new", right, change))
+
+
+def heldout_of(
+    classes: dict[int, tuple[int, int, int]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, and who is right of 100 pictures of each class: both, only the old, only the new."""
+    labels, old, new = [], [], []
+    for label, (both, only_old, only_new) in classes.items():
+        labels += [label] * 100
+        old += [True] * (both + only_old) + [False] * (100 - both - only_old)
+        new += [True] * both + [False] * only_old + [True] * only_new
+        new += [False] * (100 - both - only_old - only_new)
+    return np.array(labels), np.array(old), np.array(new)
+
+
+@pytest.fixture
+def versus(bundle_with, tmp_path):
+    """A verdict on made-up held-out records, with a policy and latencies if need be."""
+
+    def judge(classes: dict[int, tuple[int, int, int]], confidence=(0.9, 0.9), **options):
+        labels, old, new = heldout_of(classes)
+        bundles = []
+        for name, right, sure in (("a", old, confidence[0]), ("b", new, confidence[1])):
+            scores = np.full((len(labels), 10), (1 - sure) / 9, dtype=np.float32)
+            guess = np.where(right, labels, (labels + 1) % 10)
+            scores[np.arange(len(labels)), guess] = sure
+            bundle = bundle_with(name, right)
+            files = {"heldout.npz": Heldout(labels, scores).to_npz()}
+            bundles.append(write_bundle(tmp_path / f"{name}-again", bundle.manifest, files))
+        return compare(*bundles, **options)
+
+    return judge
+
+
+def failed(verdict) -> list[str]:
+    return [check.what for check in verdict.checks if not check.passed]
+
+
+def test_a_loss_within_the_noise_is_let_pass_up_to_a_limit(versus) -> None:
+    every = dict.fromkeys(range(10), (90, 1, 1))
+    assert versus({**every, 0: (90, 2, 0)}).accepted  # 11 lost, 9 gained of 1,000
+    assert failed(versus({**every, 0: (90, 5, 1), 1: (90, 5, 1)})) == ["accuracy"]  # 0.8 points
+    assert failed(versus(dict.fromkeys(range(10), (90, 1, 0)))) == ["accuracy"]  # significant
+
+
+def test_a_class_that_loses_is_found_though_the_whole_gains(versus) -> None:
+    every = dict.fromkeys(range(10), (90, 0, 5))
+    verdict = versus({**every, 3: (70, 20, 0)})
+    assert verdict.challenger_accuracy > verdict.champion_accuracy
+    assert failed(verdict) == ["recall of '3'"]
+    (check,) = [each for each in verdict.checks if not each.passed]
+    assert (check.champion, check.challenger) == (pytest.approx(0.9), pytest.approx(0.7))
+    assert check.note.startswith("-20.0 points, 95 % -2")
+    assert "recall of '3' 0.9 → 0.7" in str(verdict)
+    assert versus({**every, 3: (86, 4, 0)}).accepted  # four points, by chance perhaps
+    assert versus({**every, 3: (70, 20, 0)}, policy=Policy(max_recall_loss=0.25)).accepted
+
+
+def test_what_else_may_be_limited(versus) -> None:
+    every = dict.fromkeys(range(10), (90, 0, 0))
+    unsure = versus(every, confidence=(0.9, 0.6))
+    assert unsure.accepted  # reported, with no limit
+    figures = {check.what: (check.champion, check.challenger) for check in unsure.checks}
+    assert figures["calibration error"] == (pytest.approx(0.0, abs=1e-6), pytest.approx(0.3))
+    assert figures["log loss"][1] > figures["log loss"][0]
+    strict = Policy(max_calibration_loss=0.1, max_log_loss_ratio=1.1)
+    assert failed(versus(every, confidence=(0.9, 0.6), policy=strict)) == [
+        "calibration error",
+        "log loss",
+    ]
+    slow = versus(every, latency=Latency(champion_ms=2.0, challenger_ms=4.1))
+    assert failed(slow) == ["forward pass, ms"]
+    assert versus(every, latency=Latency(champion_ms=2.0, challenger_ms=3.9)).accepted
+    assert "were not timed" in str(versus(every))
+
+
+def test_another_preprocessing_is_said(bundle_with) -> None:
+    def other(manifest):
+        spec = msgspec.structs.replace(manifest.preprocess, interpolation="nearest")
+        return msgspec.structs.replace(manifest, preprocess=spec)
+
+    right = np.arange(100) < 80
+    verdict = compare(bundle_with("old", right), bundle_with("new", right, other))
+    assert any("preprocessing" in note for note in verdict.notes)
+
+
+def test_a_policy_is_a_file(tmp_path) -> None:
+    file = tmp_path / "policy.toml"
+    assert read_policy(file) == Policy()
+    file.write_text("max_recall_loss = 0.1\nsignificance = 0.01\n")
+    assert read_policy(file) == Policy(max_recall_loss=0.1, significance=0.01)
+    for wrong in ("max_recal_loss = 0.1", "significance = 2", "significance ="):
+        file.write_text(wrong)
+        with pytest.raises(UsageError, match=r"policy\.toml cannot be used"):
+            read_policy(file)
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Of many paired samples with a known difference, 95 % of the intervals contain it."""
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        _, only_old, only_new, _ = random.multinomial(100, (0.7, 0.12, 0.05, 0.13))
+        low, high = gates._interval(int(only_new), int(only_old), 100)
+        inside += low <= -0.07 <= high
+    assert 0.93 < inside / 2000 < 0.975

@@ -1,15 +1,19 @@
 """The store against a real MLflow registry in SQLite."""
 
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
 import pytest
 
+from registry import promotion
 from registry.bundle import HELDOUT, WEIGHTS
 from registry.contract import ModelRef
 from registry.errors import (
     BundleInvalid,
+    PromotionConflict,
     PromotionRefused,
     RegistryUnavailable,
     UsageError,
@@ -112,10 +116,15 @@ def test_a_registry_that_is_down_answers_soon_and_hides_its_password(
 
 def test_the_first_version_is_promoted_without_a_comparison(store: ModelStore, publish) -> None:
     publish()
-    assert "no champion" in str(promote(store, "digits", 1).verdict)
+    assert "no champion" in str(promote(store, "digits", 1).entry.verdict)
     assert store.aliases("digits") == {"champion": 1}
-    (decision,) = store.decisions("digits")
-    assert (decision.action, decision.from_version, decision.to_version) == ("promoted", None, 1)
+    (line,) = store.ledger("digits").lines
+    assert (line.entry.action, line.entry.from_version, line.entry.to_version) == (
+        "promoted",
+        None,
+        1,
+    )
+    assert store.models() == ["digits"]  # its ledger is no model
 
 
 @pytest.fixture
@@ -137,11 +146,13 @@ def test_a_worse_version_is_refused_with_the_figures_and_can_be_forced(
     assert store.aliases("digits")["champion"] == better
     with pytest.raises(UsageError, match="--reason"):
         promote(store, "digits", worse, force=True, reason=" ")
-    decision = promote(store, "digits", worse, force=True, reason="a drill")
-    assert "worse than the champion" in str(decision.verdict)
+    line = promote(store, "digits", worse, force=True, reason="a drill")
+    assert "accuracy" in str(line.entry.verdict)
     assert store.aliases("digits")["champion"] == worse
     assert store.aliases("digits")["previous"] == better
-    actions = [(each.action, each.reason) for each in store.decisions("digits")]
+    ledger = store.ledger("digits")
+    assert ledger.faults(store.ledger_head("digits")) == []
+    actions = [(each.entry.action, each.entry.reason) for each in ledger.lines]
     assert actions == [("promoted", None), ("refused", None), ("forced", "a drill")]
     with pytest.raises(PromotionRefused, match="champion already"):
         promote(store, "digits", worse)
@@ -154,13 +165,14 @@ def test_a_better_version_takes_over_and_is_rolled_back(
     promote(store, "digits", worse)
     with pytest.raises(VersionNotFound, match="no previous champion"):
         roll_back(store, "digits")
-    decision = promote(store, "digits", better)
-    assert decision.action == "promoted"
-    assert "gained" in str(decision.verdict)
-    assert roll_back(store, "digits", "looks odd") == (better, worse)
+    entry = promote(store, "digits", better).entry
+    assert entry.action == "promoted"
+    assert "gained" in str(entry.verdict)
+    entry = roll_back(store, "digits", "looks odd").entry
+    assert (entry.from_version, entry.to_version) == (better, worse)
     aliases = store.aliases("digits")
     assert (aliases["champion"], aliases["previous"]) == (worse, better)
-    assert store.decisions("digits")[-1].action == "rolled back"
+    assert store.ledger("digits").lines[-1].entry.action == "rolled back"
 
 
 def test_a_damaged_challenger_never_becomes_champion(
@@ -172,3 +184,72 @@ def test_a_damaged_challenger_never_becomes_champion(
     with pytest.raises(PromotionRefused, match="has sha256"):
         promote(store, "digits", 1)
     assert "champion" not in store.aliases("digits")
+
+
+def test_of_eight_who_promote_at_once_one_wins_each_round(
+    store: ModelStore, publish, registry_home: Home
+) -> None:
+    """Whoever loses hears who came first; ledger and aliases agree in the end."""
+    for seed in range(9):
+        publish(seed=seed)
+    promote(store, "digits", 9)
+    for number in range(1, 4):
+        champion = store.ledger("digits").champion
+        start = threading.Barrier(8)
+        race = {"expect_champion": champion, "force": True, "reason": "a race"}
+
+        def try_to(version: int, start: threading.Barrier = start, race: dict = race) -> int | str:
+            own = ModelStore(registry_home)
+            start.wait(30)
+            try:
+                return promote(own, "digits", version, **race).entry.to_version
+            except PromotionConflict as error:
+                return str(error)
+
+        with ThreadPoolExecutor(8) as pool:
+            outcomes = list(pool.map(try_to, (v for v in range(1, 10) if v != champion)))
+        winners = [each for each in outcomes if isinstance(each, int)]
+        losers = [str(each) for each in outcomes if not isinstance(each, int)]
+        assert winners == [store.ledger("digits").champion], outcomes
+        assert all("came first" in each or "the champion is" in each for each in losers)
+        ledger = store.ledger("digits")
+        assert len(ledger.moves) == number + 1
+        assert ledger.faults(store.ledger_head("digits")) == []
+        aliases = store.aliases("digits")
+        assert (aliases["champion"], aliases["previous"]) == (ledger.champion, ledger.previous)
+
+
+def test_a_promotion_that_expects_another_champion_is_refused(store: ModelStore, publish) -> None:
+    publish(seed=0)
+    publish(seed=1)
+    promote(store, "digits", 1)
+    with pytest.raises(PromotionConflict, match="the champion is version 1, not 7"):
+        promote(store, "digits", 2, expect_champion=7, force=True, reason="a drill")
+    promote(store, "digits", 2, expect_champion=1, force=True, reason="a drill")
+
+
+def test_a_champion_that_was_made_by_other_means_is_written_down(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By MLflow's own page, say; or by one who died between the ledger and the alias."""
+    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    for seed in range(3):
+        publish(seed=seed)
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias("digits", "champion", "2")
+    promote(store, "digits", 1, force=True, reason="a drill")
+    client.set_registered_model_alias("digits", "champion", "3")
+    assert roll_back(store, "digits").entry.to_version == 1
+    moves = [(each.entry.action, each.entry.to_version) for each in store.ledger("digits").moves]
+    assert moves == [("adopted", 2), ("promoted", 1), ("adopted", 3), ("rolled back", 1)]
+
+
+def test_a_champion_that_was_deleted_is_no_obstacle(store: ModelStore, publish) -> None:
+    for seed in range(2):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    mlflow.MlflowClient().delete_model_version("digits", "1")
+    line = promote(store, "digits", 2)
+    assert "version 1, the champion, is gone" in str(line.entry.verdict)
+    with pytest.raises(VersionNotFound, match="no version 1"):
+        roll_back(store, "digits")

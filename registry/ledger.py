@@ -1,0 +1,144 @@
+"""The ledger of a model: what was decided about its champion, by whom, when and on what grounds.
+
+Append-only. A line that moves the champion claims to be the model's next move; of several that
+claim the same one the first stands, and the others were overtaken. So the order of the lines alone
+decides between people who promote at once, and every reader comes to the same end: no lock, and
+nothing that the registry's aliases, which have no compare-and-set, would have to offer.
+
+Each line carries the digest of the newest that its writer had seen, so whoever edits or removes one
+breaks what follows it. Pure: where the lines are kept is the store's matter.
+"""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from registry.contract import Sha256, sha256_hex
+
+Action = Literal["promoted", "forced", "rolled back", "adopted", "refused"]
+
+
+class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One decision, written down before it is carried out.
+
+    ``at`` is UTC in ISO 8601, by the writer's clock. ``move`` is the number that is claimed among
+    the model's moves; a refusal has none. ``parent`` is the digest of the newest line that the
+    writer had seen. ``adopted`` says that the alias was found moved by other means than Convoy.
+    """
+
+    action: Action
+    at: str
+    by: str
+    from_version: int | None
+    to_version: int
+    from_manifest_sha256: Sha256 | None = None
+    to_manifest_sha256: Sha256 | None = None
+    reason: str | None = None
+    verdict: str | None = None
+    move: int | None = None
+    parent: Sha256 | None = None
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self, order="sorted")
+
+
+class Line(Struct, frozen=True, kw_only=True):
+    """An entry in its place. ``stands`` is false of a move that another one overtook."""
+
+    number: int
+    sha256: Sha256
+    entry: Entry
+    stands: bool
+
+
+class Ledger:
+    """The lines of one model's ledger, oldest first, and what they come to."""
+
+    def __init__(self, rows: Iterable[tuple[int, bytes]] = ()) -> None:
+        """Read ``rows``: the number of each line and its JSON, in any order."""
+        self.lines: list[Line] = []
+        self._unreadable: dict[int, str] = {}
+        moves = 0
+        for number, data in sorted(rows):
+            try:
+                entry = msgspec.json.decode(data, type=Entry)
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+                self._unreadable[number] = str(error)
+                continue
+            stands = entry.move is None or entry.move == moves + 1
+            if stands and entry.move is not None:
+                moves = entry.move
+            self.lines.append(
+                Line(number=number, sha256=sha256_hex(data), entry=entry, stands=stands)
+            )
+
+    @property
+    def moves(self) -> list[Line]:
+        """The moves that stand."""
+        return [line for line in self.lines if line.stands and line.entry.move is not None]
+
+    @property
+    def champion(self) -> int | None:
+        """The version that should serve; None before the first move."""
+        return self.moves[-1].entry.to_version if self.moves else None
+
+    @property
+    def previous(self) -> int | None:
+        """The version that the last move left."""
+        return self.moves[-1].entry.from_version if self.moves else None
+
+    def continued(self, entry: Entry) -> Entry:
+        """``entry`` as the next line, and unless it is a refusal, the next move."""
+        return msgspec.structs.replace(
+            entry,
+            move=None if entry.action == "refused" else len(self.moves) + 1,
+            parent=self.lines[-1].sha256 if self.lines else None,
+        )
+
+    def find(self, number: int) -> Line | None:
+        return next((line for line in self.lines if line.number == number), None)
+
+    def reigns(self, start: datetime, end: datetime) -> list[Line]:
+        """The moves whose champion was that at some moment from ``start`` to ``end``, in order.
+
+        Both must know their time zone. The lines' order counts, not their clocks: a move that
+        claims to be older than one before it happened at the same moment.
+        """
+        began: list[datetime] = []
+        for line in self.moves:
+            at = datetime.fromisoformat(line.entry.at)
+            began.append(max(at, began[-1]) if began else at)
+        ended = [*began[1:], datetime.max.replace(tzinfo=UTC)]
+        return [
+            line
+            for line, first, last in zip(self.moves, began, ended, strict=False)
+            if first <= end and last > start
+        ]
+
+    def faults(self, head: tuple[int, str] | None = None) -> list[str]:
+        """What is wrong with the lines: nothing, unless somebody edited or removed one.
+
+        Args:
+            head: the number and digest of the newest line, as noted elsewhere; without it, a
+                ledger that was cut off at its end cannot be told from a shorter one.
+        """
+        faults = [
+            f"line {number} cannot be read: {why}" for number, why in self._unreadable.items()
+        ]
+        numbers = {line.number for line in self.lines} | set(self._unreadable)
+        last = max(numbers | {head[0]} if head else numbers, default=0)
+        faults += [f"line {n} is missing" for n in range(1, last + 1) if n not in numbers]
+        seen: set[str | None] = {None}  # who found an empty ledger follows nothing
+        for line in self.lines:
+            if line.entry.parent not in seen:
+                faults.append(
+                    f"line {line.number} follows one that is not there: a line before it was "
+                    "changed or removed"
+                )
+            seen.add(line.sha256)
+        if head and (newest := self.find(head[0])) and newest.sha256 != head[1]:
+            faults.append(f"line {head[0]} is not what was written")
+        return faults

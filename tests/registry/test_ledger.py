@@ -1,0 +1,115 @@
+"""What a row of decisions means, in whatever race it was written, and whether it was touched."""
+
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.ledger import Entry, Ledger
+
+
+def entry(to_version: int, action: str = "promoted", at: str = "2026-11-17T08:00:00+00:00", **more):
+    return Entry(action=action, at=at, by="me", from_version=None, to_version=to_version, **more)
+
+
+def written(*entries: Entry) -> list[tuple[int, bytes]]:
+    """Rows of writers who each had seen all before."""
+    rows: list[tuple[int, bytes]] = []
+    for number, each in enumerate(entries, start=1):
+        rows.append((number, Ledger(rows).continued(each).to_json()))
+    return rows
+
+
+def moved(*versions: int) -> list[tuple[int, bytes]]:
+    return written(*(entry(version) for version in versions))
+
+
+def test_an_empty_ledger_has_no_champion() -> None:
+    ledger = Ledger()
+    assert (ledger.champion, ledger.previous, ledger.moves, ledger.faults()) == (None, None, [], [])
+
+
+def test_the_last_move_says_who_serves() -> None:
+    rows = written(
+        entry(1),
+        entry(2),
+        entry(3, "refused"),
+        entry(1, "rolled back"),
+    )
+    ledger = Ledger(rows)
+    assert ledger.champion == 1
+    assert [line.entry.action for line in ledger.moves] == ["promoted", "promoted", "rolled back"]
+    assert ledger.lines[2].stands  # a refusal moves nothing and is overtaken by nobody
+    assert ledger.faults() == []
+
+
+def test_of_those_who_promote_at_once_the_first_line_stands() -> None:
+    rows = moved(1)
+    seen = Ledger(rows)
+    rivals = [seen.continued(entry(version)).to_json() for version in (2, 3, 4)]
+    rows += list(enumerate(rivals, start=2))
+    ledger = Ledger(rows)
+    assert [line.stands for line in ledger.lines] == [True, True, False, False]
+    assert ledger.champion == 2
+    assert ledger.faults() == []
+    later = [*rows, (5, ledger.continued(entry(5)).to_json())]
+    assert Ledger(later).champion == 5
+    assert Ledger(later).faults() == []
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_every_writer_sees_a_prefix_and_all_agree(lags: list[int]) -> None:
+    """Each writer had not seen the last few lines; exactly one move stands for each number."""
+    rows: list[tuple[int, bytes]] = []
+    for number, lag in enumerate(lags, start=1):
+        seen = Ledger(rows[: max(0, len(rows) - lag)])
+        rows.append((number, seen.continued(entry(number)).to_json()))
+    ledger = Ledger(reversed(rows))  # whatever order the registry lists them in
+    numbers = [line.entry.move for line in ledger.moves]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert ledger.champion == ledger.moves[-1].entry.to_version
+    assert ledger.faults() == []
+
+
+def head_of(rows: list[tuple[int, bytes]]) -> tuple[int, str]:
+    newest = Ledger(rows).lines[-1]
+    return newest.number, newest.sha256
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_line_that_is_edited_or_removed_shows(number: int) -> None:
+    rows = moved(1, 2, 3, 4)
+    head = head_of(rows)
+    assert Ledger(rows).faults(head) == []
+    data = dict(rows)[number]
+    edited = msgspec.structs.replace(msgspec.json.decode(data, type=Entry), by="nobody").to_json()
+    touched = [(n, edited if n == number else old) for n, old in rows]
+    assert Ledger(touched).faults(head)
+    removed = [row for row in rows if row[0] != number]
+    assert any("missing" in fault for fault in Ledger(removed).faults(head))
+    garbage = [(n, b"{" if n == number else old) for n, old in rows]
+    assert any("cannot be read" in fault for fault in Ledger(garbage).faults(head))
+
+
+def test_who_was_champion_then() -> None:
+    rows = written(
+        entry(1, at="2026-11-10T09:00:00+00:00"),
+        entry(2, at="2026-11-17T15:00:00+00:00"),
+        entry(1, "rolled back", at="2026-11-17T14:59:00+00:00"),  # by a clock that is behind
+        entry(3, at="2026-11-18T08:00:00+00:00"),
+    )
+    ledger = Ledger(rows)
+
+    def during(*hours: tuple[int, int]) -> list[int]:
+        start, end = (datetime(2026, 11, day, hour, tzinfo=UTC) for day, hour in hours)
+        return [line.entry.to_version for line in ledger.reigns(start, end)]
+
+    assert during((9, 0), (9, 23)) == []
+    assert during((9, 0), (10, 23)) == [1]
+    assert during((12, 0), (12, 0)) == [1]
+    assert during((17, 0), (17, 23)) == [1, 2, 1]
+    assert during((17, 16), (18, 12)) == [1, 3]
+    assert during((19, 0), (20, 0)) == [3]
+    assert Ledger().reigns(datetime.min.replace(tzinfo=UTC), datetime.now(UTC)) == []
