@@ -5,7 +5,7 @@ claim the same one the first stands, and the others were overtaken. So the order
 decides between people who promote at once, and every reader comes to the same end: no lock, and
 nothing that the registry's aliases, which have no compare-and-set, would have to offer.
 
-Each line carries the digest of the newest that its writer had seen, so whoever edits or removes one
+Each line carries a digest of all those that its writer had seen, so whoever edits or removes one
 breaks what follows it. Pure: where the lines are kept is the store's matter.
 """
 
@@ -25,8 +25,10 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One decision, written down before it is carried out.
 
     ``at`` is UTC in ISO 8601, by the writer's clock. ``move`` is the number that is claimed among
-    the model's moves; a refusal has none. ``parent`` is the digest of the newest line that the
-    writer had seen. ``adopted`` says that the alias was found moved by other means than Convoy.
+    the model's moves; a refusal has none. ``seen`` is the number of the newest line that the writer
+    had seen, ``parents`` the digest of all up to it. ``nonce`` tells a line that was written twice,
+    by a call that was tried again, from two people's. ``adopted`` says that the alias was found
+    moved by other means than Convoy.
     """
 
     action: Action
@@ -39,7 +41,13 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reason: str | None = None
     verdict: str | None = None
     move: int | None = None
-    parent: Sha256 | None = None
+    seen: int = 0
+    parents: Sha256 = sha256_hex(b"")
+    nonce: str = ""
+
+    def __post_init__(self) -> None:
+        if datetime.fromisoformat(self.at).tzinfo is None:
+            raise ValueError(f"at is {self.at}, without its time zone")
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, order="sorted")
@@ -49,7 +57,6 @@ class Line(Struct, frozen=True, kw_only=True):
     """An entry in its place. ``stands`` is false of a move that another one overtook."""
 
     number: int
-    sha256: Sha256
     entry: Entry
     stands: bool
 
@@ -60,20 +67,20 @@ class Ledger:
     def __init__(self, rows: Iterable[tuple[int, bytes]] = ()) -> None:
         """Read ``rows``: the number of each line and its JSON, in any order."""
         self.lines: list[Line] = []
+        self.digests: dict[int, str] = {}
         self._unreadable: dict[int, str] = {}
         moves = 0
         for number, data in sorted(rows):
+            self.digests[number] = sha256_hex(data)
             try:
                 entry = msgspec.json.decode(data, type=Entry)
             except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                 self._unreadable[number] = str(error)
                 continue
-            stands = entry.move is None or entry.move == moves + 1
+            stands = entry.move is None or entry.move > moves
             if stands and entry.move is not None:
                 moves = entry.move
-            self.lines.append(
-                Line(number=number, sha256=sha256_hex(data), entry=entry, stands=stands)
-            )
+            self.lines.append(Line(number=number, entry=entry, stands=stands))
 
     @property
     def moves(self) -> list[Line]:
@@ -90,16 +97,29 @@ class Ledger:
         """The version that the last move left."""
         return self.moves[-1].entry.from_version if self.moves else None
 
+    @property
+    def last(self) -> int:
+        """The number of the newest line; 0 when there is none."""
+        return max(self.digests, default=0)
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """The number of the newest line, and the digest of all: what to note elsewhere."""
+        return self.last, self._digest_up_to(self.last)
+
     def continued(self, entry: Entry) -> Entry:
         """``entry`` as the next line, and unless it is a refusal, the next move."""
+        moves = self.moves
+        latest = moves[-1].entry.move or 0 if moves else 0
         return msgspec.structs.replace(
             entry,
-            move=None if entry.action == "refused" else len(self.moves) + 1,
-            parent=self.lines[-1].sha256 if self.lines else None,
+            move=None if entry.action == "refused" else latest + 1,
+            seen=self.last,
+            parents=self._digest_up_to(self.last),
         )
 
-    def find(self, number: int) -> Line | None:
-        return next((line for line in self.lines if line.number == number), None)
+    def _digest_up_to(self, last: int) -> str:
+        return sha256_hex("".join(self.digests.get(n, "") for n in range(1, last + 1)).encode())
 
     def reigns(self, start: datetime, end: datetime) -> list[Line]:
         """The moves whose champion was that at some moment from ``start`` to ``end``, in order.
@@ -122,23 +142,22 @@ class Ledger:
         """What is wrong with the lines: nothing, unless somebody edited or removed one.
 
         Args:
-            head: the number and digest of the newest line, as noted elsewhere; without it, a
-                ledger that was cut off at its end cannot be told from a shorter one.
+            head: ``head`` as it was noted elsewhere; without it, a ledger that was cut off at its
+                end cannot be told from a shorter one.
         """
         faults = [
             f"line {number} cannot be read: {why}" for number, why in self._unreadable.items()
         ]
-        numbers = {line.number for line in self.lines} | set(self._unreadable)
-        last = max(numbers | {head[0]} if head else numbers, default=0)
-        faults += [f"line {n} is missing" for n in range(1, last + 1) if n not in numbers]
-        seen: set[str | None] = {None}  # who found an empty ledger follows nothing
+        if self.digests and head is None:
+            faults.append("nothing says which line was the newest: some may be missing at the end")
+        last = max(self.last, head[0] if head else 0)
+        faults += [f"line {n} is missing" for n in range(1, last + 1) if n not in self.digests]
         for line in self.lines:
-            if line.entry.parent not in seen:
+            if line.entry.parents != self._digest_up_to(line.entry.seen):
                 faults.append(
-                    f"line {line.number} follows one that is not there: a line before it was "
-                    "changed or removed"
+                    f"line {line.number} was written after others than those up to line "
+                    f"{line.entry.seen}: one of them was changed or removed"
                 )
-            seen.add(line.sha256)
-        if head and (newest := self.find(head[0])) and newest.sha256 != head[1]:
-            faults.append(f"line {head[0]} is not what was written")
+        if head and self._digest_up_to(head[0]) != head[1]:
+            faults.append(f"the lines up to {head[0]} are not those that were written")
         return faults

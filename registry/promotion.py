@@ -7,13 +7,14 @@ So after the last of any number of racing promotions, aliases and ledger agree.
 
 import getpass
 import logging
+import os
+import secrets
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from registry.bundle import HELDOUT, Bundle
+from registry.bundle import HELDOUT
 from registry.contract import CHAMPION, ModelRef, ModelVersion
 from registry.errors import (
     BundleInvalid,
@@ -22,17 +23,15 @@ from registry.errors import (
     UsageError,
     VersionNotFound,
 )
-from registry.gates import Latency, Policy, compare
+from registry.gates import Policy, compare
 from registry.ledger import Action, Entry, Ledger, Line
 from registry.store import ModelStore
 
 log = logging.getLogger(__name__)
 
-TimeBoth = Callable[[Bundle, Bundle], Latency]
-"""Times the forward passes of the champion's and the challenger's bundle."""
-
-# Between its line and its alias a promotion needs two calls of the registry.
-SETTLE_S = 5.0
+# Between its line and its alias a promotion calls the registry a few times; each of them may take
+# MLflow's time-out, 10 s, and be tried again.
+SETTLE_S = 25.0
 LOOK_S = 0.25
 
 
@@ -45,7 +44,6 @@ def promote(
     force: bool = False,
     reason: str | None = None,
     policy: Policy | None = None,
-    time_both: TimeBoth | None = None,
 ) -> Line:
     """Make ``version`` the champion of ``name`` if the gate lets it.
 
@@ -58,7 +56,6 @@ def promote(
         force: promote whatever the gate says; then ``reason`` is needed and recorded.
         reason: why, for the record.
         policy: what the challenger may lose.
-        time_both: without it, forward passes are not compared.
 
     Returns:
         The ledger's line, with the gate's verdict or objection as text.
@@ -71,6 +68,7 @@ def promote(
     """
     if force and not (reason or "").strip():
         raise UsageError("--force needs --reason: it is recorded with the decision")
+    _check_text(reason)
     challenger = store.resolve(ModelRef(name, version))
     ledger = settle(store, name)
     if expect_champion is not None and ledger.champion != expect_champion:
@@ -80,7 +78,7 @@ def promote(
     if ledger.champion == version:
         raise PromotionRefused(f"{name} version {version} is the champion already")
     champion = _find(store, name, ledger.champion)
-    accepted, verdict = _judge(store, champion, challenger, policy, time_both)
+    accepted, verdict = _judge(store, champion, challenger, policy)
     if champion is None and ledger.champion is not None:
         verdict += f" (version {ledger.champion}, the champion, is gone from the registry)"
     action: Action = "promoted" if accepted else "forced" if force else "refused"
@@ -88,7 +86,7 @@ def promote(
         store,
         name,
         ledger,
-        _entry(action, ledger, challenger, reason, verdict, champion),
+        _entry(action, ledger, version, challenger, reason, verdict, champion),
     )
     if action == "refused":
         raise PromotionRefused(f"{name} version {version} is refused: {verdict}")
@@ -104,12 +102,15 @@ def roll_back(store: ModelStore, name: str, reason: str | None = None) -> Line:
         VersionNotFound: there is nothing to go back to.
         PromotionConflict: somebody else moved the champion meanwhile.
     """
+    _check_text(reason)
     ledger = settle(store, name)
     if ledger.previous is None:
         raise VersionNotFound(f"{name} has no previous champion to roll back to")
     back = store.resolve(ModelRef(name, ledger.previous))
     left = _find(store, name, ledger.champion)
-    return _write(store, name, ledger, _entry("rolled back", ledger, back, reason, None, left))
+    return _write(
+        store, name, ledger, _entry("rolled back", ledger, back.version, back, reason, None, left)
+    )
 
 
 def settle(store: ModelStore, name: str) -> Ledger:
@@ -117,47 +118,70 @@ def settle(store: ModelStore, name: str) -> Ledger:
 
     Where it does not, somebody is promoting at this moment, so it is waited for. If it stays so,
     the alias was moved by other means, or who promoted died before moving it: what serves is then
-    written down as *adopted*, so that the ledger says what is.
+    written down as *adopted*, so that the ledger says what is. Where nothing serves, as there is no
+    alias, it is put where the ledger says.
     """
-    deadline = time.monotonic() + SETTLE_S
+    before: object = None
+    deadline = 0.0
     while True:
         ledger, alias = store.ledger(name), store.aliases(name).get(CHAMPION)
-        if alias is None or alias == ledger.champion:
+        if alias == ledger.champion:
             return ledger
-        if not ledger.moves or time.monotonic() > deadline:
+        if alias is None and _find(store, name, ledger.champion) is None:
+            return ledger  # the champion was deleted, and its alias with it
+        if before != (ledger.last, alias):  # a disagreement of its own, not the last one's
+            before, deadline = (ledger.last, alias), time.monotonic() + SETTLE_S
+        if not ledger.moves or time.monotonic() >= deadline:
             break
         time.sleep(LOOK_S)
+    if alias is None:
+        return _follow(store, name)
     log.warning("%s: version %d was made the champion by other means", name, alias)
-    adopted = store.resolve(ModelRef(name, alias))
     verdict = f"the ledger said version {ledger.champion}"
-    _write(store, name, ledger, _entry("adopted", ledger, adopted, None, verdict))
+    found = _find(store, name, alias)
+    _write(store, name, ledger, _entry("adopted", ledger, alias, found, None, verdict))
     return store.ledger(name)
 
 
 def _write(store: ModelStore, name: str, ledger: Ledger, entry: Entry) -> Line:
     """Append ``entry`` and carry it out; ``PromotionConflict`` if another move came first."""
-    number = store.append(name, ledger.continued(entry))
-    after = store.ledger(name)
-    line = after.find(number)
-    assert line is not None
-    if not line.stands:
-        first = after.moves[len(ledger.moves)].entry
+    entry = ledger.continued(entry)
+    store.append(name, entry)
+    after = _follow(store, name)
+    written = [line for line in after.lines if line.entry.nonce == entry.nonce]
+    line = next((line for line in written if line.stands), None)
+    moves = after.moves
+    if line is None:
+        first = next(each.entry for each in moves if (each.entry.move or 0) >= (entry.move or 0))
         raise PromotionConflict(
             f"{name}: {first.by} {first.action} version {first.to_version} at the same time, and "
             "came first; look again, then decide"
         )
-    while line.entry.move is not None:
-        store.point(name, champion=after.champion, previous=after.previous)
-        seen, after = after, store.ledger(name)
-        if after.champion == seen.champion:
-            break
+    undone = next((each for each in moves if each.number > line.number), None)
+    if entry.move is not None and undone is not None and undone.entry.action == "adopted":
+        raise PromotionConflict(
+            f"{name}: it took so long to move the alias that version {undone.entry.to_version}, "
+            "which still served, was taken for the champion; look again, then decide"
+        )
     return line
+
+
+def _follow(store: ModelStore, name: str) -> Ledger:
+    """Point the aliases at what the ledger says, until it says so still after that."""
+    ledger = store.ledger(name)
+    while True:
+        store.note_head(name, ledger)
+        store.point(name, champion=ledger.champion, previous=ledger.previous)
+        seen, ledger = ledger.last, store.ledger(name)
+        if ledger.last == seen:
+            return ledger
 
 
 def _entry(
     action: Action,
     ledger: Ledger,
-    to: ModelVersion,
+    version: int,
+    to: ModelVersion | None,
     reason: str | None,
     verdict: str | None,
     left: ModelVersion | None = None,
@@ -165,23 +189,38 @@ def _entry(
     return Entry(
         action=action,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=getpass.getuser(),
+        by=_user(),
         from_version=ledger.champion,
-        to_version=to.version,
+        to_version=version,
         from_manifest_sha256=left.manifest_sha256 if left else None,
-        to_manifest_sha256=to.manifest_sha256,
+        to_manifest_sha256=to.manifest_sha256 if to else None,
         reason=reason,
         verdict=verdict,
+        nonce=secrets.token_hex(8),
     )
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's number without a name
+        return f"uid {os.getuid()}"
+
+
+def _check_text(reason: str | None) -> None:
+    try:
+        (reason or "").encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the reason is not UTF-8: {error}") from error
+
+
 def _find(store: ModelStore, name: str, version: int | None) -> ModelVersion | None:
-    """The version, or None when there is no such number or it was deleted."""
+    """The version, or None when there is no such number, or none of Convoy's any more."""
     if version is None:
         return None
     try:
         return store.resolve(ModelRef(name, version))
-    except VersionNotFound:
+    except (VersionNotFound, BundleInvalid):
         return None
 
 
@@ -190,7 +229,6 @@ def _judge(
     champion: ModelVersion | None,
     challenger: ModelVersion,
     policy: Policy | None,
-    time_both: TimeBoth | None,
 ) -> tuple[bool, str]:
     """Whether the gate lets ``challenger`` pass, and why; what cannot be read does not pass."""
     try:
@@ -198,13 +236,8 @@ def _judge(
             ours = store.download(challenger, Path(name) / "challenger")
             if champion is None:
                 return True, "there was no champion to compare with"
-            folder = Path(name) / "champion"
-            if time_both is None:
-                theirs = store.download(champion, folder, lambda _: [HELDOUT])
-                verdict = compare(theirs, ours, policy)
-            else:
-                theirs = store.download(champion, folder)
-                verdict = compare(theirs, ours, policy, time_both(theirs, ours))
+            theirs = store.download(champion, Path(name) / "champion", lambda _: [HELDOUT])
+            verdict = compare(theirs, ours, policy)
             return verdict.accepted, str(verdict)
     except (PromotionRefused, BundleInvalid) as error:
         return False, str(error)

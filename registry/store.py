@@ -35,7 +35,6 @@ from registry.contract import (
     PREVIOUS,
     ModelRef,
     ModelVersion,
-    sha256_hex,
 )
 from registry.errors import BundleInvalid, RegistryUnavailable, VersionNotFound
 from registry.home import Home
@@ -206,12 +205,12 @@ class ModelStore:
         with suppress(VersionNotFound):  # what was left may have been deleted since
             self._set_alias(name, aliases, PREVIOUS, previous)
         self._set_alias(name, aliases, CHAMPION, champion)
-        if champion is not None and aliases.get(CHALLENGER) == champion:
+        if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
             with self._errors():
                 self._client.delete_registered_model_alias(name, CHALLENGER)
 
-    def append(self, name: str, entry: Entry) -> int:
-        """Write ``entry`` at the end of the ledger of ``name``; the number that its line got.
+    def append(self, name: str, entry: Entry) -> None:
+        """Write ``entry`` at the end of the ledger of ``name``.
 
         A ledger is a registered model of its own whose versions are the lines: the one thing that
         an MLflow registry, be it a database or a server, numbers for several writers at once. It
@@ -225,20 +224,16 @@ class ModelStore:
         with self._errors():
             for _ in range(APPEND_TRIES):
                 try:
-                    line = self._client.create_model_version(
+                    self._client.create_model_version(
                         ledger, source, tags=tags, description=about, await_creation_for=0
                     )
-                    break
+                    return
                 except MlflowException as error:
                     if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                         self._make_ledger(ledger, name)
                     elif "Giving up after" not in str(error):  # MLflow lost the race three times
                         raise
-            else:
-                raise RegistryUnavailable(f"{ledger}: no line could be written; try again")
-            number = int(line.version)
-            self._client.set_registered_model_tag(ledger, HEAD_TAG, f"{number} {sha256_hex(data)}")
-            return number
+        raise RegistryUnavailable(f"{ledger}: no line could be written; try again")
 
     def ledger(self, name: str) -> Ledger:
         """Every decision about ``name``; empty before the first."""
@@ -254,14 +249,20 @@ class ModelStore:
         return Ledger((int(line.version), line.tags.get(ENTRY_TAG, "").encode()) for line in found)
 
     def ledger_head(self, name: str) -> tuple[int, str] | None:
-        """Number and digest of a line that was the newest of the ledger, as noted beside it."""
+        """``Ledger.head`` as it was noted beside the ledger."""
         try:
             with self._errors(f"{name} has no ledger"):
                 tags = self._client.get_registered_model(f"{name}{LEDGER}").tags
         except VersionNotFound:
             return None
         number, _, digest = tags.get(HEAD_TAG, "").partition(" ")
-        return (int(number), digest) if number.isdigit() else None
+        return (int(number), digest) if number.isdecimal() else None
+
+    def note_head(self, name: str, ledger: Ledger) -> None:
+        """Note the head of ``ledger`` beside it, so that it shows when its end is cut off."""
+        number, digest = ledger.head
+        with self._errors():
+            self._client.set_registered_model_tag(f"{name}{LEDGER}", HEAD_TAG, f"{number} {digest}")
 
     def _make_ledger(self, ledger: str, name: str) -> None:
         about = f"What was decided about the champion of {name}, a line each. Convoy writes it."

@@ -6,7 +6,7 @@ from registry import gates
 from registry.bundle import Heldout, write_bundle
 from registry.contract import DataRecord
 from registry.errors import PromotionRefused, UsageError
-from registry.gates import Latency, Policy, compare, read_policy
+from registry.gates import Policy, compare, read_policy
 from tests.conftest import MakeBundle
 
 
@@ -139,10 +139,37 @@ def test_what_else_may_be_limited(versus) -> None:
         "calibration error",
         "log loss",
     ]
-    slow = versus(every, latency=Latency(champion_ms=2.0, challenger_ms=4.1))
-    assert failed(slow) == ["forward pass, ms"]
-    assert versus(every, latency=Latency(champion_ms=2.0, challenger_ms=3.9)).accepted
-    assert "were not timed" in str(versus(every))
+
+
+def test_a_small_class_that_is_lost_altogether_is_found(bundle_with, tmp_path) -> None:
+    labels = np.array([1] * 8 + [0] * 1000)
+    right = np.ones(1008, dtype=bool)
+    bundles = []
+    for name, hit in (("old", right), ("new", labels != 1)):
+        scores = np.eye(10, dtype=np.float32)[np.where(hit, labels, 2)]
+        record = {"heldout.npz": Heldout(labels, scores).to_npz()}
+        bundles.append(write_bundle(tmp_path / name, bundle_with(name, hit).manifest, record))
+    assert "recall of '1'" in failed(compare(*bundles, Policy(max_accuracy_loss=0.1)))
+
+
+def test_a_loss_of_just_what_is_allowed_is_allowed(bundle_with) -> None:
+    old, new = np.arange(1000) >= 20, (np.arange(1000) >= 30) | (np.arange(1000) < 5)
+    verdict = compare(bundle_with("old", old), bundle_with("new", new))
+    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (0.98, 0.975)
+    assert "accuracy" not in failed(verdict)
+
+
+def test_records_that_cannot_be_compared_are_refused(bundle_with, tmp_path) -> None:
+    good = bundle_with("good", np.ones(10, dtype=bool))
+    odd = {
+        "empty": Heldout(np.zeros(0, np.int64), np.zeros((0, 10), np.float32)),
+        "nan": Heldout(np.zeros(10, np.int64), np.full((10, 10), np.nan, np.float32)),
+        "other": Heldout(np.ones(10, np.int64), np.eye(10, dtype=np.float32)),
+    }
+    for name, record in odd.items():
+        files = {"heldout.npz": record.to_npz()}
+        with pytest.raises(PromotionRefused, match=r"no numbers|different true classes"):
+            compare(good, write_bundle(tmp_path / f"odd-{name}", good.manifest, files))
 
 
 def test_another_preprocessing_is_said(bundle_with) -> None:

@@ -42,7 +42,7 @@ def test_the_last_move_says_who_serves() -> None:
     assert ledger.champion == 1
     assert [line.entry.action for line in ledger.moves] == ["promoted", "promoted", "rolled back"]
     assert ledger.lines[2].stands  # a refusal moves nothing and is overtaken by nobody
-    assert ledger.faults() == []
+    assert ledger.faults(head_of(rows)) == []
 
 
 def test_of_those_who_promote_at_once_the_first_line_stands() -> None:
@@ -53,10 +53,10 @@ def test_of_those_who_promote_at_once_the_first_line_stands() -> None:
     ledger = Ledger(rows)
     assert [line.stands for line in ledger.lines] == [True, True, False, False]
     assert ledger.champion == 2
-    assert ledger.faults() == []
+    assert ledger.faults(head_of(rows)) == []
     later = [*rows, (5, ledger.continued(entry(5)).to_json())]
     assert Ledger(later).champion == 5
-    assert Ledger(later).faults() == []
+    assert Ledger(later).faults(head_of(later)) == []
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
@@ -70,17 +70,17 @@ def test_every_writer_sees_a_prefix_and_all_agree(lags: list[int]) -> None:
     numbers = [line.entry.move for line in ledger.moves]
     assert numbers == list(range(1, len(numbers) + 1))
     assert ledger.champion == ledger.moves[-1].entry.to_version
-    assert ledger.faults() == []
+    assert ledger.faults(head_of(rows)) == []
 
 
 def head_of(rows: list[tuple[int, bytes]]) -> tuple[int, str]:
-    newest = Ledger(rows).lines[-1]
-    return newest.number, newest.sha256
+    return Ledger(rows).head
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_line_that_is_edited_or_removed_shows(number: int) -> None:
-    rows = moved(1, 2, 3, 4)
+    rows = moved(1, 2, 3)
+    rows.append((4, Ledger(rows[:2]).continued(entry(4)).to_json()))  # a race with line 3
     head = head_of(rows)
     assert Ledger(rows).faults(head) == []
     data = dict(rows)[number]
@@ -113,3 +113,17 @@ def test_who_was_champion_then() -> None:
     assert during((17, 16), (18, 12)) == [1, 3]
     assert during((19, 0), (20, 0)) == [3]
     assert Ledger().reigns(datetime.min.replace(tzinfo=UTC), datetime.now(UTC)) == []
+
+
+def test_a_ledger_without_its_newest_line_noted_may_be_cut_off() -> None:
+    assert Ledger(moved(1, 2)).faults() == [
+        "nothing says which line was the newest: some may be missing at the end"
+    ]
+    assert Ledger().faults() == []
+
+
+def test_a_missing_line_does_not_undo_those_after_it() -> None:
+    rows = [row for row in moved(1, 2, 3, 4) if row[0] != 3]
+    assert Ledger(rows).champion == 4
+    again = Ledger(rows).continued(entry(5))
+    assert Ledger([*rows, (5, again.to_json())]).champion == 5

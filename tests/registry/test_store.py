@@ -20,6 +20,7 @@ from registry.errors import (
     VersionNotFound,
 )
 from registry.home import Home
+from registry.ledger import Entry
 from registry.promotion import promote, roll_back
 from registry.store import ModelStore
 
@@ -253,3 +254,98 @@ def test_a_champion_that_was_deleted_is_no_obstacle(store: ModelStore, publish) 
     assert "version 1, the champion, is gone" in str(line.entry.verdict)
     with pytest.raises(VersionNotFound, match="no version 1"):
         roll_back(store, "digits")
+
+
+def test_a_first_promotion_that_died_before_its_alias_is_carried_out(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    for seed in range(2):
+        publish(seed=seed)
+    with monkeypatch.context() as dying:
+
+        def die(*arguments: object, **named: object) -> None:
+            raise RegistryUnavailable("the registry did not answer")
+
+        dying.setattr(ModelStore, "point", die)
+        with pytest.raises(RegistryUnavailable):
+            promote(store, "digits", 1)
+    assert "champion" not in store.aliases("digits")
+    with pytest.raises(PromotionRefused, match="champion already"):
+        promote(store, "digits", 1)
+    assert store.aliases("digits")["champion"] == 1  # settled before it was refused
+    assert store.ledger("digits").faults(store.ledger_head("digits")) == []
+
+
+def test_who_was_too_slow_to_move_the_alias_is_told(
+    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """His line stood, but what still served was adopted before he moved the alias."""
+    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    for seed in range(3):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    real, reached, go_on = ModelStore.point, threading.Event(), threading.Event()
+
+    def slow(self: ModelStore, name: str, **aliases: int | None) -> None:
+        if threading.current_thread().name.startswith("slow") and not reached.is_set():
+            reached.set()
+            assert go_on.wait(30)
+        real(self, name, **aliases)
+
+    monkeypatch.setattr(ModelStore, "point", slow)
+    options = {"force": True, "reason": "a race"}
+    with ThreadPoolExecutor(1, "slow") as pool:
+        late = pool.submit(promote, ModelStore(registry_home), "digits", 2, **options)
+        assert reached.wait(30)
+        promote(store, "digits", 3, **options)
+        go_on.set()
+        with pytest.raises(PromotionConflict, match="version 1, which still served, was taken"):
+            late.result(30)
+    moves = [(each.entry.action, each.entry.to_version) for each in store.ledger("digits").moves]
+    assert [version for _, version in moves] == [1, 2, 1, 3]
+    aliases = store.aliases("digits")
+    assert (aliases["champion"], aliases["previous"]) == (3, 1)
+
+
+def test_a_line_that_was_written_twice_is_ones_own(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call whose answer was lost is tried again."""
+    publish()
+    real = ModelStore.append
+
+    def twice(self: ModelStore, name: str, entry: Entry) -> None:
+        real(self, name, entry)
+        real(self, name, entry)
+
+    monkeypatch.setattr(ModelStore, "append", twice)
+    assert promote(store, "digits", 1).number == 1
+    assert store.aliases("digits")["champion"] == 1
+    assert [line.stands for line in store.ledger("digits").lines] == [True, False]
+
+
+def test_a_champion_that_convoy_did_not_publish_can_be_left(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    publish()
+    promote(store, "digits", 1)
+    client = mlflow.MlflowClient()
+    client.create_model_version("digits", "file:///nowhere")
+    client.set_registered_model_alias("digits", "champion", "2")
+    assert roll_back(store, "digits").entry.to_version == 1
+
+
+def test_who_has_no_name_or_odd_reasons_gets_no_traceback(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish()
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 23456")
+
+    monkeypatch.setattr(promotion.getpass, "getuser", nobody)
+    assert promote(store, "digits", 1).entry.by.startswith("uid ")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        roll_back(store, "digits", "caf\udce9")
