@@ -166,17 +166,17 @@ def _audit(arguments: argparse.Namespace) -> int:
     names = [arguments.name] if arguments.name else store.models()
     failed = False
     for name in names:
-        faults = _faults(store, name)
+        lines, faults = _inspect(store, name)
         if faults:  # of somebody who promotes at this moment, perhaps
             time.sleep(AUDIT_AGAIN_S)
-            faults = _faults(store, name)
+            lines, faults = _inspect(store, name)
         failed = failed or bool(faults)
-        lines = len(store.ledger(name).lines)
         print(f"{name}: {lines} lines, {'; '.join(faults) or 'all in order'}")
     return 1 if failed else 0
 
 
-def _faults(store: "ModelStore", name: str) -> list[str]:
+def _inspect(store: "ModelStore", name: str) -> tuple[int, list[str]]:
+    """How many lines a ledger has, and what is wrong with it and the aliases."""
     head = store.ledger_head(name)  # first: what is written meanwhile is no fault
     ledger, aliases = store.ledger(name), store.aliases(name)
     faults = ledger.faults(head)
@@ -186,7 +186,7 @@ def _faults(store: "ModelStore", name: str) -> list[str]:
         for alias, version in said.items()
         if aliases.get(alias) != version
     ]
-    return faults
+    return len(ledger.lines), faults
 
 
 def _describe_line(line: "Line") -> str:

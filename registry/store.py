@@ -120,13 +120,8 @@ class ModelStore:
     def models(self) -> list[str]:
         """Names of all registered models, in alphabetical order."""
         with self._errors():
-            names: list[str] = []
-            token: str | None = None
-            while token != "":
-                page = self._client.search_registered_models(page_token=token)
-                names += [model.name for model in page if not model.name.endswith(LEDGER)]
-                token = page.token or ""
-            return sorted(names)
+            found = _all_pages(self._client.search_registered_models)
+        return sorted(model.name for model in found if not model.name.endswith(LEDGER))
 
     def versions(self, name: str) -> list[tuple[ModelVersion, dict[str, str]]]:
         """Every version of ``name`` that Convoy published, with its tags, newest first.
@@ -136,7 +131,7 @@ class ModelStore:
         """
         aliases = self.aliases(name)
         with self._errors():
-            found = self._client.search_model_versions(f"name = '{name}'")
+            found = _all_pages(self._client.search_model_versions, f"name = '{name}'")
         rows = [
             (self._model_version(entity, aliases), dict(entity.tags))
             for entity in found
@@ -237,15 +232,8 @@ class ModelStore:
 
     def ledger(self, name: str) -> Ledger:
         """Every decision about ``name``; empty before the first."""
-        found: list[Any] = []
-        token: str | None = None
         with self._errors():
-            while token != "":
-                page = self._client.search_model_versions(
-                    f"name = '{name}{LEDGER}'", page_token=token
-                )
-                found += page
-                token = page.token or ""
+            found = _all_pages(self._client.search_model_versions, f"name = '{name}{LEDGER}'")
         return Ledger((int(line.version), line.tags.get(ENTRY_TAG, "").encode()) for line in found)
 
     def ledger_head(self, name: str) -> tuple[int, str] | None:
@@ -350,3 +338,14 @@ class ModelStore:
     @property
     def _shown_uri(self) -> str:
         return self.uri.replace(self._credentials, "")
+
+
+def _all_pages(search: Callable[..., Any], *arguments: str) -> list[Any]:
+    """Everything that one of MLflow's searches finds, page by page."""
+    found: list[Any] = []
+    token: str | None = None
+    while token != "":
+        page = search(*arguments, page_token=token)
+        found += page
+        token = page.token or ""
+    return found

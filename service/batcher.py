@@ -71,6 +71,7 @@ class MicroBatcher:
         self._batch_ms = batch_ms
         self._on_batch = on_batch
         self._image_ms = 0.0
+        self._running_since: float | None = None
         self._lock = Lock()
         self._waiting: deque[Ticket] = deque()
         self._busy = False
@@ -79,6 +80,12 @@ class MicroBatcher:
     def depth(self) -> int:
         """Images that wait now."""
         return len(self._waiting)
+
+    @property
+    def running_s(self) -> float:
+        """For how long the forward pass has been running; 0 when none is."""
+        since = self._running_since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def ceiling(self) -> int:
@@ -171,21 +178,24 @@ class MicroBatcher:
 
     def _score(self, batch: list[Ticket]) -> None:
         """Give every image of ``batch`` its outcome; when the batch fails, each is tried alone."""
-        started = time.monotonic()
+        started = self._running_since = time.monotonic()
         try:
             scores = self._compute(np.stack([ticket.pixels for ticket in batch]))
             if len(scores) != len(batch):
                 raise RuntimeError(f"{len(batch)} images gave {len(scores)} rows of scores")
+        except DeviceLost as error:  # to every image of the batch
+            for ticket in batch:
+                _settle(ticket, error)
+            return
         except Exception as error:  # noqa: BLE001 - the edge of a batch: no error may reach others
-            if isinstance(error, DeviceLost):  # so is every other image's
-                for ticket in batch:
-                    _settle(ticket, error)
-            elif len(batch) > 1:
+            if len(batch) > 1:
                 for ticket in batch:
                     self._score([ticket])
             else:
                 _settle(batch[0], error)
             return
+        finally:
+            self._running_since = None
         forward_s = time.monotonic() - started
         self._note_time(forward_s * 1000 / len(batch))
         self._on_batch(len(batch), forward_s, len(self._waiting))

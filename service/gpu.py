@@ -124,6 +124,7 @@ class GpuPlanner:
             connection = Client(str(self._address), "AF_UNIX")
             connection.send_bytes(_encode(wanted))
             if not connection.poll(patience_s):
+                connection.close()
                 raise DeviceLost(f"the GPU's process did not {step} a plan in {patience_s:g} s")
             reply = msgspec.json.decode(connection.recv_bytes(), type=Reply)
         except (OSError, EOFError) as error:
@@ -178,30 +179,14 @@ def _as_failure(error: Exception) -> Failure:
     return Failure(type(error).__name__, str(error))
 
 
-class Timed:
-    """A classifier that knows since when its forward pass has been running."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        self._classifier = classifier
-        self.since_s: float | None = None
-
-    def classify(self, pixels: Pixels) -> NDArray[np.float32]:
-        self.since_s = time.monotonic()
-        try:
-            return self._classifier.classify(pixels)
-        finally:
-            self.since_s = None
-
-
 class Loaded:
     """A version on the GPU. Whoever serves it holds it; with the last of them it goes."""
 
     def __init__(self, classifier: Classifier, max_batch: int, batch_ms: float) -> None:
         self.device = classifier.device
         self.plan = classifier.plan
-        self.timed = Timed(classifier)
         # Each connection brings one batch at a time, from a queue that its worker keeps short.
-        self.batcher = MicroBatcher(self.timed.classify, max_batch, sys.maxsize, batch_ms)
+        self.batcher = MicroBatcher(classifier.classify, max_batch, sys.maxsize, batch_ms)
 
 
 class GpuServer:
@@ -225,8 +210,7 @@ class GpuServer:
         while True:
             time.sleep(PASS_S / 10)
             for loaded in list(self._loaded.values()):
-                since_s = loaded.timed.since_s
-                if since_s is not None and time.monotonic() - since_s > PASS_S:
+                if loaded.batcher.running_s > PASS_S:
                     _end_lost(f"a forward pass has not ended within {PASS_S:g} s")
 
     def _handle(self, connection: Connection) -> None:

@@ -14,6 +14,7 @@ from registry.errors import DeadlineExceeded, Overloaded
 from service.batcher import MicroBatcher, Scored
 
 FOREVER_S = 30.0
+ANY_TIME_MS = 1e9  # a gate holds passes up; what that does to the ceiling is another test's
 
 
 def image(value: int) -> np.ndarray:
@@ -86,7 +87,7 @@ def test_a_lone_request_runs_at_once_in_its_own_thread() -> None:
 
 def test_who_finds_the_device_busy_is_in_the_next_batch(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 8, 64)
+    batcher = MicroBatcher(gate, 8, 64, ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     others = [submit(pool, batcher, number) for number in range(2, 8)]
@@ -100,7 +101,7 @@ def test_who_finds_the_device_busy_is_in_the_next_batch(pool: ThreadPoolExecutor
 
 def test_a_batch_is_never_larger_than_allowed(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 64)
+    batcher = MicroBatcher(gate, 4, 64, ANY_TIME_MS)
     first = submit(pool, batcher, 0)
     gate.entered.acquire()
     many = submit(pool, batcher, *range(1, 11))
@@ -113,7 +114,7 @@ def test_a_batch_is_never_larger_than_allowed(pool: ThreadPoolExecutor) -> None:
 
 def test_a_full_queue_refuses_and_queues_none_of_the_request(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 2)
+    batcher = MicroBatcher(gate, 4, 2, ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     waiting = submit(pool, batcher, 2)
@@ -128,7 +129,7 @@ def test_a_full_queue_refuses_and_queues_none_of_the_request(pool: ThreadPoolExe
 
 def test_an_expired_image_is_not_computed(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 64)
+    batcher = MicroBatcher(gate, 4, 64, ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     (outcome,) = score(batcher, 2, deadline_s=0.01)
@@ -144,7 +145,7 @@ def test_an_image_that_expires_before_its_turn_is_left_out_of_the_batch(
 ) -> None:
     """The first of two waits without end, the second is over when their batch is made."""
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 64)
+    batcher = MicroBatcher(gate, 4, 64, ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     patient = submit(pool, batcher, 2)
@@ -198,7 +199,7 @@ def test_one_bad_image_fails_alone(pool: ThreadPoolExecutor) -> None:
         return echo(pixels)
 
     gate = Gate(compute)
-    batcher = MicroBatcher(gate, 8, 64)
+    batcher = MicroBatcher(gate, 8, 64, ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     others = [submit(pool, batcher, number) for number in (2, 3, 4)]
