@@ -147,7 +147,7 @@ def _write(store: ModelStore, name: str, ledger: Ledger, entry: Entry) -> Line:
     """Append ``entry`` and carry it out; ``PromotionConflict`` if another move came first."""
     entry = ledger.continued(entry)
     store.append(name, entry)
-    after = _follow(store, name)
+    after = _follow(store, name, moved=entry.move is not None)
     written = [line for line in after.lines if line.entry.nonce == entry.nonce]
     line = next((line for line in written if line.stands), None)
     moves = after.moves
@@ -166,12 +166,16 @@ def _write(store: ModelStore, name: str, ledger: Ledger, entry: Entry) -> Line:
     return line
 
 
-def _follow(store: ModelStore, name: str) -> Ledger:
-    """Point the aliases at what the ledger says, until it says so still after that."""
+def _follow(store: ModelStore, name: str, *, moved: bool = True) -> Ledger:
+    """Note the ledger's head, and where a line ``moved`` the champion, point the aliases at it.
+
+    Until the ledger says the same still after that.
+    """
     ledger = store.ledger(name)
     while True:
         store.note_head(name, ledger)
-        store.point(name, champion=ledger.champion, previous=ledger.previous)
+        if moved:
+            store.point(name, champion=ledger.champion, previous=ledger.previous)
         seen, ledger = ledger.last, store.ledger(name)
         if ledger.last == seen:
             return ledger

@@ -245,11 +245,21 @@ def test_a_champion_that_was_made_by_other_means_is_written_down(
     assert moves == [("adopted", 2), ("promoted", 1), ("adopted", 3), ("rolled back", 1)]
 
 
-def test_a_champion_that_was_deleted_is_no_obstacle(store: ModelStore, publish) -> None:
+def test_a_champion_that_was_deleted_is_no_obstacle(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for seed in range(2):
         publish(seed=seed)
     promote(store, "digits", 1)
     mlflow.MlflowClient().delete_model_version("digits", "1")
+    with monkeypatch.context() as damaging:
+
+        def damaged(*arguments: object, **named: object) -> None:
+            raise BundleInvalid("weights are damaged")
+
+        damaging.setattr(ModelStore, "download", damaged)
+        with pytest.raises(PromotionRefused, match="weights are damaged"):
+            promote(store, "digits", 2)
     line = promote(store, "digits", 2)
     assert "version 1, the champion, is gone" in str(line.entry.verdict)
     with pytest.raises(VersionNotFound, match="no version 1"):
