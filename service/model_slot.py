@@ -110,11 +110,8 @@ class ModelSlot:
             ModelNotReady: there is none to load, its plan is still being chosen, or its device was
                 lost.
         """
-        if self._served is None and self._refreshing.acquire(timeout=REQUEST_WAITS_S):
-            try:
-                self._refresh()
-            finally:
-                self._refreshing.release()
+        if self._served is None:
+            self._look(REQUEST_WAITS_S)
         served = self.current
         if served is None:
             raise ModelNotReady(f"{self.ref.name}: {self.error or 'its device was lost'}")
@@ -148,10 +145,14 @@ class ModelSlot:
             self._note_failure(damaged, release, RETRY_S)
         return swapped
 
-    def _look(self) -> bool:
-        """``refresh`` without choosing a plan: a second at most."""
-        with self._refreshing:
+    def _look(self, patience_s: float = -1) -> bool:
+        """``refresh`` without choosing a plan; not at all if others look for ``patience_s`` yet."""
+        if not self._refreshing.acquire(timeout=patience_s):
+            return False
+        try:
             return self._refresh()
+        finally:
+            self._refreshing.release()
 
     def _refresh(self) -> bool:
         release: Release | None = None
