@@ -59,7 +59,7 @@ def main() -> int:
                     wrk, service.port, arguments.connections, arguments.seconds + 3, pictures
                 )
                 record(pid, form, file, arguments.seconds)
-                figures["requests/s while watched"] = load.result()["rps"]
+                figures.setdefault("requests/s while watched", load.result()["rps"])
     figures |= {f"% {part}": share for part, share in shares(shapes["raw"].read_text()).items()}
     shapes["raw"].unlink()
     report(figures, arguments.json)

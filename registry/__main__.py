@@ -181,10 +181,11 @@ def _inspect(store: "ModelStore", name: str) -> tuple[int, list[str]]:
     ledger, aliases = store.ledger(name), store.aliases(name)
     faults = ledger.faults(head)
     said = {CHAMPION: ledger.champion, PREVIOUS: ledger.previous} if ledger.digests else {}
+    here = {version.version for version, _ in store.versions(name)}
     faults += [
         f"the alias {alias} is at version {aliases.get(alias)}, the ledger says {version}"
         for alias, version in said.items()
-        if aliases.get(alias) != version
+        if aliases.get(alias) != version and (version is None or version in here)
     ]
     return len(ledger.lines), faults
 

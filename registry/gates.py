@@ -197,12 +197,13 @@ def _judge_classes(old: Heldout, new: Heldout, labels: tuple[str, ...], policy: 
     """The class that is worst off: one that breaks the policy if there is one, else any."""
     rows: list[tuple[bool, float, Check]] = []
     classes = len(np.unique(old.labels))
+    old_right, new_right = old.right, new.right  # each goes over all probabilities
     for index, label in enumerate(labels):
         of_class = old.labels == index
         count = int(of_class.sum())
         if not count:
             continue
-        before, after = old.right[of_class], new.right[of_class]
+        before, after = old_right[of_class], new_right[of_class]
         gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
         change = (gained - lost) / count
         p_value = mcnemar(gained, lost)

@@ -14,8 +14,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from registry.bundle import HELDOUT
-from registry.contract import CHAMPION, ModelRef, ModelVersion
+from registry.contract import CHAMPION, PREVIOUS, ModelRef, ModelVersion
 from registry.errors import (
     BundleInvalid,
     PromotionConflict,
@@ -124,7 +126,8 @@ def settle(store: ModelStore, name: str) -> Ledger:
     before: object = None
     deadline = 0.0
     while True:
-        ledger, alias = store.ledger(name), store.aliases(name).get(CHAMPION)
+        ledger, aliases = store.ledger(name), store.aliases(name)
+        alias = aliases.get(CHAMPION)
         if alias == ledger.champion:
             return ledger
         if alias is None and _find(store, name, ledger.champion) is None:
@@ -138,8 +141,10 @@ def settle(store: ModelStore, name: str) -> Ledger:
         return _follow(store, name)
     log.warning("%s: version %d was made the champion by other means", name, alias)
     verdict = f"the ledger said version {ledger.champion}"
-    found = _find(store, name, alias)
-    _write(store, name, ledger, _entry("adopted", ledger, alias, found, None, verdict))
+    entry = _entry("adopted", ledger, alias, _find(store, name, alias), None, verdict)
+    if not ledger.moves:  # of before there was a ledger: it can be rolled back all the same
+        entry = msgspec.structs.replace(entry, from_version=aliases.get(PREVIOUS))
+    _write(store, name, ledger, entry)
     return store.ledger(name)
 
 

@@ -266,7 +266,13 @@ class ModelStore:
         if version is not None and aliases.get(alias) != version:
             with self._errors(f"{name} has no version {version}"):
                 self._client.get_model_version(name, str(version))
-                self._client.set_registered_model_alias(name, alias, str(version))
+                try:
+                    self._client.set_registered_model_alias(name, alias, str(version))
+                except (MlflowException, sqlalchemy.exc.IntegrityError) as error:
+                    # Of two who make an alias at once MLflow fails one; there is one to move then.
+                    if not any(sign in str(error) for sign in ("UNIQUE", "duplicate key")):
+                        raise
+                    self._client.set_registered_model_alias(name, alias, str(version))
 
     def _fetch(self, uri: str, folder: Path) -> None:
         with self._errors():

@@ -198,6 +198,7 @@ class GpuServer:
         self._settings = settings
         self._loaded: WeakValueDictionary[str, Loaded] = WeakValueDictionary()
         self._loading = Lock()
+        self._loading_since: float | None = None
 
     def serve(self, listener: Listener) -> None:
         """Take connections, until ``listener`` fails."""
@@ -206,12 +207,21 @@ class GpuServer:
             Thread(target=self._handle, args=(listener.accept(),), daemon=True).start()
 
     def _watch(self) -> NoReturn:
-        """End the process when a forward pass hangs: nothing else could end that."""
+        """End the process when a forward pass or a load hangs: nothing else could end that."""
         while True:
             time.sleep(PASS_S / 10)
-            for loaded in list(self._loaded.values()):
-                if loaded.batcher.running_s > PASS_S:
-                    _end_lost(f"a forward pass has not ended within {PASS_S:g} s")
+            self._end_if_hung()
+
+    def _end_if_hung(self) -> None:
+        """Of its own, as a name left bound while ``_watch`` sleeps would hold a version."""
+        since = self._loading_since
+        if since is not None and time.monotonic() - since > LOAD_S:
+            _end_lost(f"a version has not been loaded within {LOAD_S:g} s")
+        # Not over the dictionary itself: other threads put versions into it.
+        for held in self._loaded.valuerefs():
+            loaded = held()
+            if loaded is not None and loaded.batcher.running_s > PASS_S:
+                _end_lost(f"a forward pass has not ended within {PASS_S:g} s")
 
     def _handle(self, connection: Connection) -> None:
         try:
@@ -251,7 +261,11 @@ class GpuServer:
         with self._loading:
             loaded = self._loaded.get(bundle.manifest_sha256)
             if loaded is None:
-                classifier = self._planner.load(bundle)
+                self._loading_since = time.monotonic()
+                try:
+                    classifier = self._planner.load(bundle)
+                finally:
+                    self._loading_since = None
                 loaded = Loaded(classifier, self._settings.max_batch, self._settings.batch_ms)
                 self._loaded[bundle.manifest_sha256] = loaded
             return loaded

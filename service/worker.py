@@ -208,7 +208,8 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         gunicorn made of one is remembered. That takes a quarter of the work off a small picture.
         """
         client, port = connection.client[:2] if connection.client else ("", "")  # "": no TCP
-        key = head, client, connection.server
+        same, length = _without_length(head)
+        key = same, client, connection.server
         if (known := self._heads.get(key)) is None:
             request = next(http.get_parser(self.cfg, [head, _HEADERS_END], connection.client))
             _, environ = wsgi.create(request, None, connection.client, connection.server, self.cfg)
@@ -222,7 +223,8 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
                     self._heads.clear()
                 self._heads[key] = known
         request, environ = known
-        return request, {**environ, "REMOTE_PORT": str(port)}
+        own = {"REMOTE_PORT": str(port)} | ({"CONTENT_LENGTH": length} if length else {})
+        return request, environ | own
 
     def _answer(self, answering: Answering) -> None:
         """Iterate the application's answer and send it."""
@@ -290,6 +292,17 @@ class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         future.add_done_callback(
             lambda done: self.method_queue.defer(self.finish_request, connection, done)
         )
+
+
+def _without_length(head: bytes) -> tuple[bytes, str | None]:
+    """``head`` without the digits of its one Content-Length, and those; else as it is, and None.
+
+    Whether two of them may stand in one head is gunicorn's to judge, each time.
+    """
+    found = _LENGTH.search(head + b"\r\n")
+    if found is None or head.lower().count(b"content-length") != 1:
+        return head, None
+    return head[: found.start(1)] + head[found.end(1) :], found[1].decode()
 
 
 def _read_ahead(connection: Any) -> bytes:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 AUTO, EVERY = "auto", "every"
 # Raised when a verdict would come out differently although nothing that it hangs on has changed.
-CACHE_SCHEMA = 1
+CACHE_SCHEMA = 2
 ARTEFACTS = "artefacts"
 CHOOSING, REFUSED = ".choosing-", ".refused"
 CACHE_ENTRIES = 24

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 
 from registry import promotion
+from registry.__main__ import main as command
 from registry.bundle import HELDOUT, WEIGHTS
 from registry.contract import ModelRef
 from registry.errors import (
@@ -243,6 +244,25 @@ def test_a_champion_that_was_made_by_other_means_is_written_down(
     assert roll_back(store, "digits").entry.to_version == 1
     moves = [(each.entry.action, each.entry.to_version) for each in store.ledger("digits").moves]
     assert moves == [("adopted", 2), ("promoted", 1), ("adopted", 3), ("rolled back", 1)]
+
+
+def test_a_registry_from_before_the_ledger_can_be_rolled_back(
+    store: ModelStore, publish, capsys
+) -> None:
+    for seed in range(2):
+        publish(seed=seed)
+    store.point("digits", champion=2, previous=1)
+    assert roll_back(store, "digits").entry.to_version == 1
+    assert command(["audit"]) == 0
+
+
+def test_an_audit_bears_what_was_deleted(store: ModelStore, publish, capsys) -> None:
+    for seed in range(2):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    promote(store, "digits", 2, force=True, reason="a drill")
+    mlflow.MlflowClient().delete_model_version("digits", "1")
+    assert command(["audit"]) == 0
 
 
 def test_a_champion_that_was_deleted_is_no_obstacle(

@@ -105,6 +105,28 @@ def test_a_version_is_loaded_once_for_all_workers_and_let_go_by_the_last(
     assert owner.planner.loads == 2
 
 
+def test_who_watches_holds_no_version(own, make_bundle: MakeBundle) -> None:
+    owner = own()
+    remote = owner.client.load(make_bundle())
+    owner.server._end_if_hung()
+    assert len(owner.server._loaded) == 1
+    del remote
+    wait_for(lambda: not owner.server._loaded)
+
+
+def test_a_load_that_hangs_ends_the_owner(
+    own, make_bundle: MakeBundle, exits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, bundle, go_on = own(), make_bundle(), Event()
+    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(10))
+    monkeypatch.setattr(gpu, "LOAD_S", 0.05)
+    with pytest.raises(DeviceLost):
+        owner.client.load(bundle)
+    wait_for(lambda: (owner.server._end_if_hung(), exits)[1] != [])
+    assert set(exits) == {gpu.DEVICE_LOST}
+    go_on.set()
+
+
 def test_images_of_several_workers_share_a_batch(
     own, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:

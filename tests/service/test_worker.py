@@ -51,6 +51,7 @@ def application(environ, start_response):
             "length": len(body),
             "calls": calls,
             "port": environ["REMOTE_PORT"],
+            "content_length": environ["CONTENT_LENGTH"] if body else None,
             "in_loop": in_loop,
             "thread": threading.current_thread().name,
             "called_before_answered": len(called),
@@ -291,8 +292,20 @@ def test_what_is_remembered_of_a_head_is_its_own_connections(
         assert answer["body"] == "12345"
         assert answer["port"] == str(each.socket.getsockname()[1])
     other.close()
+    for body in (b"", b"123", b"1234567890", b"123"):
+        answer = connection.ask(body, extra="X-Same: yes\r\n")
+        assert (answer["length"], answer["body"]) == (len(body), body.decode())
+        assert answer["content_length"] == (str(len(body)) if body else None)
     connection.send(post(b"12345", extra="X-Bad\r\n"))
     assert connection.answer()[0] == 400
+
+
+def test_two_lengths_in_a_head_are_judged_each_time(port: int) -> None:
+    for second in ("5", "7", "5"):
+        opened = Connection(port)
+        opened.send(post(b"12345", extra=f"Content-Length: {second}\r\n"))
+        assert opened.answer()[0] == 400
+        opened.close()
 
 
 def test_connection_close_is_honoured(connection: Connection) -> None:
