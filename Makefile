@@ -47,7 +47,7 @@ check: $(INSTALLED) ## formatting, lint, types
 bench: $(INSTALLED) ## speed beside what people would run instead, start-up, promotion
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
 	$(BIN)/python -m benchmarks.served_accuracy --json benchmarks/results/served_accuracy.json
-	$(BIN)/python -m benchmarks.promotion --json benchmarks/results/promotion.json
+	$(BIN)/python -m benchmarks.swap_under_load --json benchmarks/results/swap_under_load.json
 	@command -v wrk >/dev/null || { echo "make bench needs wrk (apt install wrk)"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json

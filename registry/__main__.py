@@ -21,6 +21,7 @@ from registry.contract import (
     PREVIOUS,
     ModelRef,
     ModelVersion,
+    Trial,
     parse_model_ref,
     parse_model_refs,
 )
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from registry.store import ModelStore
 
 AUDIT_AGAIN_S = 2.0
+# On the machine that serves, requests come first.
+PULLER_NICE = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +148,48 @@ def _roll_back(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _release(arguments: argparse.Namespace) -> int:
+    from registry.promotion import release
+
+    store = _store()
+    number = store.resolve(_ref(arguments.name, arguments.challenger)).version
+    trial = Trial(version=number, share=arguments.share, shadow=arguments.shadow)
+    release(
+        store,
+        arguments.name,
+        trial,
+        arguments.reason,
+        expect_champion=arguments.expect_champion,
+    )
+    print(f"{arguments.name}: {trial}")
+    print(f"  watch it: python -m registry compare {arguments.name}")
+    return 0
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    from registry.promotion import withdraw
+
+    entry = withdraw(_store(), arguments.name, arguments.reason).entry
+    print(f"{arguments.name}: version {entry.to_version} is no longer on trial")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from registry.live import DEFAULT_SERVICE, draw_live, read_live, service_addresses
+
+    services = service_addresses(os.environ.get("CONVOY_SERVICE_URL") or DEFAULT_SERVICE)
+    while True:
+        live = read_live(services, arguments.name)
+        if arguments.json:
+            print(json.dumps(msgspec.to_builtins(live)))
+        else:
+            home = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
+            print(home + draw_live(live))
+        if not arguments.watch:
+            return 0
+        time.sleep(arguments.interval)
+
+
 def _history(arguments: argparse.Namespace) -> int:
     store = _store()
     store.aliases(arguments.name)  # says so if there is no such model
@@ -217,14 +262,17 @@ def _pull(arguments: argparse.Namespace) -> int:
         refs = parse_model_refs(os.environ.get("CONVOY_MODEL"))
     if not arguments.interval > 0:
         raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
+    from registry.live import service_addresses
     from registry.pull import Puller
 
-    puller = Puller(_store, convoy_home().models, refs)
+    services = service_addresses(os.environ.get("CONVOY_SERVICE_URL"))
+    puller = Puller(_store, convoy_home(), refs, services)
     if not arguments.watch:
         return 0 if puller.pull_all() else 2
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    os.nice(PULLER_NICE)
     puller.watch(stop, arguments.interval)
     return 0
 
@@ -288,6 +336,17 @@ def _ref(name: str, version: str) -> ModelRef:
     return parse_model_ref(f"models:/{name}{'/' if version.isdigit() else '@'}{version}")
 
 
+def _share(text: str) -> float:
+    """``10%`` and ``0.1`` alike."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 10% or 0.1")
+    return share
+
+
 def _when(version: ModelVersion) -> str:
     return datetime.fromtimestamp(version.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
@@ -314,19 +373,48 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("name")
     promote.add_argument("version", help="number or alias")
     promote.add_argument("--force", action="store_true", help="whatever the gate says")
-    promote.add_argument(
-        "--expect-champion",
-        type=int,
-        metavar="N",
-        help="refuse when another version is the champion by then",
-    )
     promote.set_defaults(run=_promote)
 
     roll_back = commands.add_parser("roll-back", help="make the previous champion champion again")
     roll_back.add_argument("name")
     roll_back.set_defaults(run=_roll_back)
-    for command in (promote, roll_back):
+
+    release = commands.add_parser("release", help="try a version on real traffic")
+    release.add_argument("name")
+    release.add_argument("--challenger", required=True, metavar="N", help="number or alias")
+    release.add_argument(
+        "--share", type=_share, default=0.0, metavar="10%", help="of the requests that it answers"
+    )
+    release.add_argument(
+        "--shadow",
+        type=_share,
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        metavar="25%",
+        help="of the champion's images that it scores too; alone: of all",
+    )
+    release.set_defaults(run=_release)
+    for command in (promote, release):
+        command.add_argument(
+            "--expect-champion",
+            type=int,
+            metavar="N",
+            help="refuse when another version is the champion by then",
+        )
+
+    withdraw = commands.add_parser("withdraw", help="end the trial of a version")
+    withdraw.add_argument("name")
+    withdraw.set_defaults(run=_withdraw)
+    for command in (promote, roll_back, release, withdraw):
         command.add_argument("--reason", help="why; recorded with the decision")
+
+    compare = commands.add_parser("compare", help="how the versions that serve do, live")
+    compare.add_argument("name")
+    compare.add_argument("--watch", action="store_true", help="again and again")
+    compare.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(run=_compare)
 
     history = commands.add_parser("history", help="what was decided about a model's champion")
     history.add_argument("name")

@@ -27,6 +27,7 @@ _MODEL_URI = re.compile(
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Side = Annotated[int, Meta(ge=1, le=4096)]
 
 
@@ -187,6 +188,23 @@ class ModelVersion(Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...]
     run_id: str
     created_unix_s: float
+
+
+class Trial(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A challenger that is tried on real traffic beside the champion.
+
+    ``share`` of the requests are answered by it, the same ones each time. Of the images that the
+    champion answers, it scores the part ``shadow`` too, and nobody waits for that.
+    """
+
+    version: Annotated[int, Meta(ge=1)]
+    share: Share = 0.0
+    shadow: Share = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.share:.3g} of the requests"] if self.share else []
+        parts += [f"{self.shadow:.3g} of the champion's in its shadow"] if self.shadow else []
+        return f"version {self.version} on {' and '.join(parts) or 'nothing'}"
 
 
 class ClassScore(Struct, frozen=True):

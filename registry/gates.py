@@ -13,11 +13,26 @@ from msgspec import Meta, Struct
 from scipy.stats import binomtest
 
 from registry.bundle import Bundle, Heldout
+from registry.contract import Share
 from registry.errors import PromotionRefused, UsageError
 
-Share = Annotated[float, Meta(ge=0, le=1)]
 CALIBRATION_BINS = 15
 Z_95 = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
+
+
+class TrialPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a trial on real traffic is ended: the table ``[trial]`` of a policy.
+
+    Once the challenger has had ``min_requests``, its error rate may be ``max_error_gap`` above the
+    champion's, unless that may be chance, and its median time ``max_latency_ratio`` times the
+    champion's. In the shadow, where nobody waits, only failures count, and, if it is given,
+    ``min_agreement`` with the champion.
+    """
+
+    min_requests: Annotated[int, Meta(ge=1)] = 50
+    max_error_gap: Share = 0.01
+    max_latency_ratio: Annotated[float, Meta(gt=0)] = 3.0
+    min_agreement: Share | None = None
 
 
 class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +51,7 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_recall_loss: Share = 0.03
     max_calibration_loss: Share | None = None
     max_log_loss_ratio: Annotated[float, Meta(gt=0)] | None = None
+    trial: TrialPolicy = TrialPolicy()
 
 
 class Check(Struct, frozen=True, kw_only=True):

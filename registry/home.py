@@ -29,6 +29,11 @@ class Home(Struct, frozen=True):
         return self.root / "policies" / f"{name}.toml"
 
     @property
+    def decided(self) -> Path:
+        """Touched when something was decided, so that pullers on this machine look at once."""
+        return self.root / "decided"
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 

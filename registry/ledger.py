@@ -1,7 +1,8 @@
-"""The ledger of a model: what was decided about its champion, by whom, when and on what grounds.
+"""The ledger of a model: what was decided about what serves, by whom, when and on what grounds.
 
-Append-only. A line that moves the champion claims to be the model's next move; of several that
-claim the same one the first stands, and the others were overtaken. So the order of the lines alone
+Append-only. A line that changes what serves, the champion or a trial beside it, claims to be the
+model's next move; of several that claim the same one the first stands, and the others were
+overtaken. So the order of the lines alone
 decides between people who promote at once, and every reader comes to the same end: no lock, and
 nothing that the registry's aliases, which have no compare-and-set, would have to offer.
 
@@ -16,9 +17,11 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from registry.contract import Sha256, sha256_hex
+from registry.contract import Sha256, Trial, sha256_hex
 
-Action = Literal["promoted", "forced", "rolled back", "adopted", "refused"]
+Action = Literal["promoted", "forced", "rolled back", "adopted", "refused", "tried", "withdrawn"]
+# Those that say who is champion. Each of them ends a trial.
+CROWNING = ("promoted", "forced", "rolled back", "adopted")
 
 
 class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,7 +31,8 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     the model's moves; a refusal has none. ``seen`` is the number of the newest line that the writer
     had seen, ``parents`` the digest of all up to it. ``nonce`` tells a line that was written twice,
     by a call that was tried again, from two people's. ``adopted`` says that the alias was found
-    moved by other means than Convoy.
+    moved by other means than Convoy. ``trial`` is what ``tried`` began, with ``to_version``
+    beside the champion; ``withdrawn`` ended it.
     """
 
     action: Action
@@ -40,6 +44,7 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     to_manifest_sha256: Sha256 | None = None
     reason: str | None = None
     verdict: str | None = None
+    trial: Trial | None = None
     move: int | None = None
     seen: int = 0
     parents: Sha256 = sha256_hex(b"")
@@ -51,6 +56,11 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, order="sorted")
+
+    @property
+    def crowns(self) -> bool:
+        """Whether this line says who is champion."""
+        return self.action in CROWNING
 
 
 class Line(Struct, frozen=True, kw_only=True):
@@ -88,14 +98,24 @@ class Ledger:
         return [line for line in self.lines if line.stands and line.entry.move is not None]
 
     @property
+    def crowned(self) -> list[Line]:
+        """The moves that stand and say who is champion."""
+        return [line for line in self.moves if line.entry.crowns]
+
+    @property
     def champion(self) -> int | None:
         """The version that should serve; None before the first move."""
-        return self.moves[-1].entry.to_version if self.moves else None
+        return self.crowned[-1].entry.to_version if self.crowned else None
 
     @property
     def previous(self) -> int | None:
-        """The version that the last move left."""
-        return self.moves[-1].entry.from_version if self.moves else None
+        """The version that was champion before."""
+        return self.crowned[-1].entry.from_version if self.crowned else None
+
+    @property
+    def trial(self) -> Trial | None:
+        """What is tried beside the champion."""
+        return self.moves[-1].entry.trial if self.moves else None
 
     @property
     def last(self) -> int:
@@ -122,19 +142,20 @@ class Ledger:
         return sha256_hex("".join(self.digests.get(n, "") for n in range(1, last + 1)).encode())
 
     def reigns(self, start: datetime, end: datetime) -> list[Line]:
-        """The moves whose champion was that at some moment from ``start`` to ``end``, in order.
+        """The lines whose champion was that at some moment from ``start`` to ``end``, in order.
 
         Both must know their time zone. The lines' order counts, not their clocks: a move that
         claims to be older than one before it happened at the same moment.
         """
         began: list[datetime] = []
-        for line in self.moves:
+        crowned = self.crowned
+        for line in crowned:
             at = datetime.fromisoformat(line.entry.at)
             began.append(max(at, began[-1]) if began else at)
         ended = [*began[1:], datetime.max.replace(tzinfo=UTC)]
         return [
             line
-            for line, first, last in zip(self.moves, began, ended, strict=False)
+            for line, first, last in zip(crowned, began, ended, strict=False)
             if first <= end and last > start
         ]
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import os
 import signal
+import sys
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -15,3 +17,9 @@ def end_with_parent(how: int = signal.SIGTERM) -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
+
+
+def end_with_standard_input() -> None:
+    """End this process when whoever started it, and holds its standard input, lets go or dies."""
+    sys.stdin.buffer.read()
+    os._exit(0)

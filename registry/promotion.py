@@ -1,4 +1,4 @@
-"""Promote and roll back: the gate asked, the decision written into the ledger, the aliases moved.
+"""Promote, try and take back: the decision written into the ledger, then what serves moved.
 
 In that order. The ledger decides between people who do so at once (``registry.ledger``), and the
 aliases follow it: whoever wrote a line points them at what the whole ledger says, and looks again.
@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from registry.bundle import HELDOUT
-from registry.contract import CHAMPION, PREVIOUS, ModelRef, ModelVersion
+from registry.contract import CHAMPION, PREVIOUS, ModelRef, ModelVersion, Trial
 from registry.errors import (
     BundleInvalid,
     PromotionConflict,
@@ -46,8 +46,9 @@ def promote(
     force: bool = False,
     reason: str | None = None,
     policy: Policy | None = None,
+    by: str | None = None,
 ) -> Line:
-    """Make ``version`` the champion of ``name`` if the gate lets it.
+    """Make ``version`` the champion of ``name`` if the gate lets it. That ends a trial.
 
     Args:
         store: the registry.
@@ -58,6 +59,7 @@ def promote(
         force: promote whatever the gate says; then ``reason`` is needed and recorded.
         reason: why, for the record.
         policy: what the challenger may lose.
+        by: who decides; by default the user of this process.
 
     Returns:
         The ledger's line, with the gate's verdict or objection as text.
@@ -72,11 +74,7 @@ def promote(
         raise UsageError("--force needs --reason: it is recorded with the decision")
     _check_text(reason)
     challenger = store.resolve(ModelRef(name, version))
-    ledger = settle(store, name)
-    if expect_champion is not None and ledger.champion != expect_champion:
-        raise PromotionConflict(
-            f"{name}: the champion is version {ledger.champion}, not {expect_champion}"
-        )
+    ledger = _settle_at(store, name, expect_champion)
     if ledger.champion == version:
         raise PromotionRefused(f"{name} version {version} is the champion already")
     champion = _find(store, name, ledger.champion)
@@ -88,31 +86,123 @@ def promote(
         store,
         name,
         ledger,
-        _entry(action, ledger, version, challenger, reason, verdict, champion),
+        _entry(action, ledger, version, challenger, reason, by, verdict, champion),
     )
     if action == "refused":
         raise PromotionRefused(f"{name} version {version} is refused: {verdict}")
     return line
 
 
-def roll_back(store: ModelStore, name: str, reason: str | None = None) -> Line:
-    """Make the previous champion champion again, without a gate.
+def roll_back(
+    store: ModelStore,
+    name: str,
+    reason: str | None = None,
+    *,
+    expect_champion: int | None = None,
+    by: str | None = None,
+) -> Line:
+    """Make the previous champion champion again, without a gate. That ends a trial.
 
     The version that is left becomes ``previous``, so a roll-back by mistake is undone by another.
 
     Raises:
         VersionNotFound: there is nothing to go back to.
-        PromotionConflict: somebody else moved the champion meanwhile.
+        PromotionConflict: the champion is not the expected one, or was moved by somebody else.
     """
     _check_text(reason)
-    ledger = settle(store, name)
+    ledger = _settle_at(store, name, expect_champion)
     if ledger.previous is None:
         raise VersionNotFound(f"{name} has no previous champion to roll back to")
     back = store.resolve(ModelRef(name, ledger.previous))
     left = _find(store, name, ledger.champion)
     return _write(
-        store, name, ledger, _entry("rolled back", ledger, back.version, back, reason, None, left)
+        store,
+        name,
+        ledger,
+        _entry("rolled back", ledger, back.version, back, reason, by, None, left),
     )
+
+
+def release(
+    store: ModelStore,
+    name: str,
+    trial: Trial,
+    reason: str | None = None,
+    *,
+    expect_champion: int | None = None,
+    by: str | None = None,
+) -> Line:
+    """Try a challenger on real traffic beside the champion; another trial ends.
+
+    No gate is asked: who wants to know how a version does has not found out yet. But both must give
+    the same labels, as callers do not choose whose answer they get.
+
+    Raises:
+        UsageError: neither a share nor a shadow.
+        PromotionRefused: there is no champion beside which to try it, it is the champion, or the
+            labels differ.
+        PromotionConflict: the champion is not the expected one, or was moved by somebody else.
+        VersionNotFound: no such version.
+    """
+    _check_text(reason)
+    if not trial.share and not trial.shadow:
+        raise UsageError("a trial needs a share of the requests, a shadow, or both")
+    challenger = store.resolve(ModelRef(name, trial.version))
+    ledger = _settle_at(store, name, expect_champion)
+    champion = _find(store, name, ledger.champion)
+    if champion is None:
+        raise PromotionRefused(f"{name} has no champion beside which a version could be tried")
+    if champion.version == trial.version:
+        raise PromotionRefused(f"{name} version {trial.version} is the champion already")
+    ours, theirs = _labels(store, challenger), _labels(store, champion)
+    if ours != theirs:
+        raise PromotionRefused(
+            "the labels differ, so clients would get other answers: "
+            f"champion {list(theirs)}, challenger {list(ours)}"
+        )
+    entry = _entry(
+        "tried", ledger, trial.version, challenger, reason, by, str(trial), champion, trial
+    )
+    return _write(store, name, ledger, entry)
+
+
+def withdraw(
+    store: ModelStore,
+    name: str,
+    reason: str | None = None,
+    *,
+    expect_challenger: int | None = None,
+    by: str | None = None,
+) -> Line:
+    """End the trial of a challenger; the champion answers everything again.
+
+    Raises:
+        VersionNotFound: nothing is on trial.
+        PromotionConflict: another version is on trial than ``expect_challenger``, or somebody else
+            moved something meanwhile.
+    """
+    _check_text(reason)
+    ledger = settle(store, name)
+    if ledger.trial is None:
+        raise VersionNotFound(f"no version of {name} is on trial")
+    number = ledger.trial.version
+    if expect_challenger not in (None, number):
+        raise PromotionConflict(f"{name}: version {number} is on trial, not {expect_challenger}")
+    challenger = _find(store, name, number)
+    left = _find(store, name, ledger.champion)
+    entry = _entry("withdrawn", ledger, number, challenger, reason, by, str(ledger.trial), left)
+    return _write(store, name, ledger, entry)
+
+
+def note_refusal(store: ModelStore, version: ModelVersion, verdict: str, by: str) -> None:
+    """Write down that a machine could not serve ``version``; once, whatever the reasons after."""
+    ledger = store.ledger(version.name)
+    refused = "refused", version.manifest_sha256, by
+    for line in ledger.lines:
+        if refused == (line.entry.action, line.entry.to_manifest_sha256, line.entry.by):
+            return
+    entry = _entry("refused", ledger, version.version, version, None, by, verdict)
+    _write(store, version.name, ledger, entry)
 
 
 def settle(store: ModelStore, name: str) -> Ledger:
@@ -134,18 +224,27 @@ def settle(store: ModelStore, name: str) -> Ledger:
             return ledger  # the champion was deleted, and its alias with it
         if before != (ledger.last, alias):  # a disagreement of its own, not the last one's
             before, deadline = (ledger.last, alias), time.monotonic() + SETTLE_S
-        if not ledger.moves or time.monotonic() >= deadline:
+        if not ledger.crowned or time.monotonic() >= deadline:
             break
         time.sleep(LOOK_S)
     if alias is None:
         return _follow(store, name)
     log.warning("%s: version %d was made the champion by other means", name, alias)
     verdict = f"the ledger said version {ledger.champion}"
-    entry = _entry("adopted", ledger, alias, _find(store, name, alias), None, verdict)
-    if not ledger.moves:  # of before there was a ledger: it can be rolled back all the same
+    entry = _entry("adopted", ledger, alias, _find(store, name, alias), None, None, verdict)
+    if not ledger.crowned:  # of before there was a ledger: it can be rolled back all the same
         entry = msgspec.structs.replace(entry, from_version=aliases.get(PREVIOUS))
     _write(store, name, ledger, entry)
     return store.ledger(name)
+
+
+def _settle_at(store: ModelStore, name: str, expect_champion: int | None) -> Ledger:
+    ledger = settle(store, name)
+    if expect_champion not in (None, ledger.champion):
+        raise PromotionConflict(
+            f"{name}: the champion is version {ledger.champion}, not {expect_champion}"
+        )
+    return ledger
 
 
 def _write(store: ModelStore, name: str, ledger: Ledger, entry: Entry) -> Line:
@@ -172,7 +271,7 @@ def _write(store: ModelStore, name: str, ledger: Ledger, entry: Entry) -> Line:
 
 
 def _follow(store: ModelStore, name: str, *, moved: bool = True) -> Ledger:
-    """Note the ledger's head, and where a line ``moved`` the champion, point the aliases at it.
+    """Note the ledger's head, and where a line ``moved`` something, have the registry say so.
 
     Until the ledger says the same still after that.
     """
@@ -180,7 +279,9 @@ def _follow(store: ModelStore, name: str, *, moved: bool = True) -> Ledger:
     while True:
         store.note_head(name, ledger)
         if moved:
-            store.point(name, champion=ledger.champion, previous=ledger.previous)
+            store.point(
+                name, champion=ledger.champion, previous=ledger.previous, trial=ledger.trial
+            )
         seen, ledger = ledger.last, store.ledger(name)
         if ledger.last == seen:
             return ledger
@@ -192,19 +293,22 @@ def _entry(
     version: int,
     to: ModelVersion | None,
     reason: str | None,
+    by: str | None,
     verdict: str | None,
     left: ModelVersion | None = None,
+    trial: Trial | None = None,
 ) -> Entry:
     return Entry(
         action=action,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=_user(),
+        by=by or _user(),
         from_version=ledger.champion,
         to_version=version,
         from_manifest_sha256=left.manifest_sha256 if left else None,
         to_manifest_sha256=to.manifest_sha256 if to else None,
         reason=reason,
         verdict=verdict,
+        trial=trial,
         nonce=secrets.token_hex(8),
     )
 
@@ -231,6 +335,11 @@ def _find(store: ModelStore, name: str, version: int | None) -> ModelVersion | N
         return store.resolve(ModelRef(name, version))
     except (VersionNotFound, BundleInvalid):
         return None
+
+
+def _labels(store: ModelStore, version: ModelVersion) -> tuple[str, ...]:
+    with tempfile.TemporaryDirectory(prefix="convoy-labels-") as folder:
+        return store.download(version, Path(folder), lambda _: ()).manifest.labels
 
 
 def _judge(

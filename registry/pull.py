@@ -1,20 +1,34 @@
 """The puller: follows the registry, verifies what it fetches, and lays it out for the workers.
 
-It is the only part that talks to the registry at run time. Whatever happens there, what lies on
-disk stays as it is and goes on serving.
+It is the only part that talks to the registry at run time, so it also tells it what happens here: a
+version that a worker refuses, and a trial that breaks the policy and is ended. Whatever happens
+there, what lies on disk stays as it is and goes on serving.
 """
 
+import contextlib
 import logging
+import platform
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
 from registry.bundle import fsync_tree, open_bundle
-from registry.contract import ModelRef, ModelVersion
-from registry.errors import BundleInvalid, ConvoyError
+from registry.contract import CHALLENGER, CHAMPION, ModelRef, ModelVersion
+from registry.errors import (
+    BundleInvalid,
+    ConvoyError,
+    ModelNotReady,
+    PromotionConflict,
+    VersionNotFound,
+)
+from registry.gates import read_policy
+from registry.home import Home
+from registry.live import read_live, refusals
+from registry.promotion import note_refusal, withdraw
 from registry.releases import (
     Release,
     ReleasedVersion,
@@ -24,11 +38,15 @@ from registry.releases import (
     write_status,
 )
 from registry.store import ModelStore
+from registry.trial_guard import TrialGuard
 
 log = logging.getLogger(__name__)
 
 # Beside what serves: a roll-back to one of them needs no download.
 VERSIONS_KEPT = 5
+
+# How often the file is looked at that says that somebody on this machine has decided something.
+WAKE_S = 0.05
 
 Traces = tuple[str, tuple[tuple[str, int, int], ...]]
 
@@ -37,13 +55,23 @@ class Puller:
     """Brings what ``refs`` mean in the registry to disk under ``models``."""
 
     def __init__(
-        self, open_store: Callable[[], ModelStore], models: Path, refs: tuple[ModelRef, ...]
+        self,
+        open_store: Callable[[], ModelStore],
+        home: Home,
+        refs: tuple[ModelRef, ...],
+        services: Sequence[str] = (),
     ) -> None:
+        """``services``: the addresses of those who serve from here, to be asked how it goes."""
         self._open_store = open_store
         self._store: ModelStore | None = None
-        self._models = models
+        self._home = home
+        self._models = home.models
         self._refs = refs
+        self._services = services
         self._verified: dict[Path, Traces] = {}
+        self._guards: dict[str, TrialGuard] = {}
+        self._told: set[tuple[str, int]] = set()
+        self.wake = Event()
 
     def pull(self, ref: ModelRef) -> Release:
         """Resolve ``ref``, fetch its version if it is not here yet, and release it.
@@ -51,26 +79,92 @@ class Puller:
         Raises:
             VersionNotFound, RegistryUnavailable, BundleInvalid: as the store; nothing changed.
         """
-        if self._store is None:
-            self._store = self._open_store()
-        version = self._store.resolve(ref)
-        folder = version_folder(self._models, version.name, version.version)
-        if not self._is_here(folder, version):
-            self._fetch(self._store, folder, version)
+        store = self._at_registry()
+        aliases, trial = store.standing(ref.name)
+        versions: tuple[ReleasedVersion, ...]
+        versions = (self._lay_out(store, store.resolve_in(aliases, ref), ref.alias),)
+        if ref.alias != CHAMPION:
+            trial = None  # tried beside the champion, and beside nothing else
+        if trial is not None:
+            try:
+                tried = store.resolve_in(aliases, ModelRef(ref.name, trial.version))
+                versions = (*versions, self._lay_out(store, tried, CHALLENGER))
+            except (VersionNotFound, BundleInvalid) as error:  # the champion's matter it is not
+                log.warning("%s is not tried: %s", trial, error)
+                trial = None
         before = read_release_or_none(self._models, ref.name)
-        released = ReleasedVersion(
-            version=version.version, manifest_sha256=version.manifest_sha256, alias=ref.alias
-        )
-        release = write_release(self._models, ref.name, (released,))
+        release = write_release(self._models, ref.name, versions, trial)
         if before is None or before.generation != release.generation:
             log.info(
-                "released %s version %d (generation %d)",
+                "released %s version %d%s (generation %d)",
                 ref.name,
-                version.version,
+                versions[0].version,
+                f", on trial {trial}" if trial else "",
                 release.generation,
             )
-            self._prune(ref.name, version.version)
+            self._prune(ref.name, {each.version for each in versions})
         return release
+
+    def look_after(self, ref: ModelRef) -> None:
+        """Ask the services how ``ref`` is served, and have the registry say what went wrong.
+
+        Raises:
+            RegistryUnavailable: it cannot be told now; the next look tries again.
+        """
+        release = read_release_or_none(self._models, ref.name)
+        if not self._services or release is None:
+            return
+        try:
+            live = read_live(self._services, ref.name)
+        except ModelNotReady as error:  # a service that starts or ends; it says so itself
+            log.debug("%s", error)
+            return
+        store = self._at_registry()
+        for number, why in refusals(live.workers).items():
+            self._tell(store, ref.name, number, why)
+        trial = release.trial
+        if trial is None:
+            self._guards.pop(ref.name, None)
+            return
+        guard = self._guards.get(ref.name)
+        if guard is None or guard.trial != trial:
+            policy = read_policy(self._home.policy(ref.name)).trial
+            guard = self._guards[ref.name] = TrialGuard(trial, policy, live)
+        if broken := guard.look(live):
+            log.warning("%s: the trial of %s ends: %s", ref.name, trial, broken)
+            by, number = f"puller on {platform.node()}", trial.version
+            with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
+                withdraw(store, ref.name, broken, expect_challenger=number, by=by)
+            self.pull(ref)
+
+    def _tell(self, store: ModelStore, name: str, number: int, why: str) -> None:
+        """Have the ledger say, once, that this machine refuses a version."""
+        if (name, number) in self._told:
+            return
+        with contextlib.suppress(VersionNotFound, BundleInvalid):  # deleted since
+            version = store.resolve(ModelRef(name, number))
+            note_refusal(store, version, why, f"puller on {platform.node()}")
+        self._told.add((name, number))
+
+    def _at_registry(self) -> ModelStore:
+        if self._store is None:
+            self._store = self._open_store()
+        return self._store
+
+    def _lay_out(
+        self, store: ModelStore, version: ModelVersion, alias: str | None
+    ) -> ReleasedVersion:
+        """``version`` on disk, whole and verified, whatever that takes."""
+        folder = version_folder(self._models, version.name, version.version)
+        if not self._is_here(folder, version):
+            try:
+                self._fetch(store, folder, version)
+            except BundleInvalid as error:
+                self._tell(store, version.name, version.version, str(error))
+                raise
+        return ReleasedVersion(
+            version=version.version, manifest_sha256=version.manifest_sha256, alias=alias
+        )
 
     def pull_all(self) -> bool:
         """Pull every ref; whether all went well. Failures are logged and noted in ``pull.json``."""
@@ -79,6 +173,7 @@ class Puller:
             failure: str | None = None
             try:
                 self.pull(ref)
+                self.look_after(ref)
             except (ConvoyError, OSError) as error:
                 failure, self._store = str(error), None
                 failures += 1
@@ -90,10 +185,25 @@ class Puller:
         return failures == 0
 
     def watch(self, stop: Event, interval_s: float) -> None:
-        """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set."""
+        """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set.
+
+        At once when ``wake`` is set, or something is decided on this machine.
+        """
         while not stop.is_set():
+            decided = self._decided_ns()
+            self.wake.clear()
             self.pull_all()
-            stop.wait(interval_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, no secret
+            pause_s = interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
+            again_at = time.monotonic() + pause_s
+            while time.monotonic() < again_at and self._decided_ns() == decided:
+                if self.wake.is_set() or stop.wait(min(WAKE_S, pause_s)):
+                    break
+
+    def _decided_ns(self) -> int:
+        try:
+            return self._home.decided.stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _is_here(self, folder: Path, version: ModelVersion) -> bool:
         """Whether a whole copy lies in ``folder``; it is read again when a file was touched."""
@@ -122,11 +232,11 @@ class Puller:
             incoming.rename(folder)
         self._verified[folder] = _traces(folder, version)
 
-    def _prune(self, name: str, serving: int) -> None:
+    def _prune(self, name: str, serving: set[int]) -> None:
         folders = [
             p
-            for p in version_folder(self._models, name, serving).parent.iterdir()
-            if p.name.isdigit() and int(p.name) != serving
+            for p in version_folder(self._models, name, 0).parent.iterdir()
+            if p.name.isdigit() and int(p.name) not in serving
         ]
         newest_first = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
         for folder in newest_first[VERSIONS_KEPT:]:

@@ -6,6 +6,7 @@ registry could be reached lately is kept apart in ``pull.json``, so that a relea
 what is served changes.
 """
 
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from registry.contract import ModelRef, Sha256
+from registry.contract import ModelRef, Sha256, Trial
 from registry.errors import BundleInvalid
 
-RELEASE_SCHEMA_VERSION = 1
+RELEASE_SCHEMA_VERSION = 2
 
 
 class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -29,12 +30,31 @@ class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What serves. ``generation`` grows by one with every change; clocks decide nothing."""
+    """What serves: one version, or with a ``trial`` two, the challenger being the second.
+
+    ``generation`` grows by one with every change; clocks decide nothing.
+    """
 
     schema_version: int
     model: str
     generation: int
-    versions: Annotated[tuple[ReleasedVersion, ...], Meta(min_length=1)]
+    versions: Annotated[tuple[ReleasedVersion, ...], Meta(min_length=1, max_length=2)]
+    trial: Trial | None = None
+
+    def __post_init__(self) -> None:
+        tried = [self.trial.version] if self.trial else []
+        if [each.version for each in self.versions[1:]] != tried:
+            raise ValueError("a second version is there if, and only if, it is on trial")
+
+    @property
+    def key(self) -> int:
+        """Names this release among all, also those of a generation that was counted twice."""
+        return int.from_bytes(hashlib.sha256(msgspec.json.encode(self)).digest()[:7]) + 1
+
+    @property
+    def challenger(self) -> ReleasedVersion | None:
+        """The version that is on trial."""
+        return self.versions[1] if self.trial else None
 
     def find(self, ref: ModelRef) -> ReleasedVersion | None:
         """The version that ``ref`` means, by its alias or its number; None when it is not here."""
@@ -100,16 +120,22 @@ def read_release_or_none(models: Path, name: str) -> Release | None:
         return None
 
 
-def write_release(models: Path, name: str, versions: tuple[ReleasedVersion, ...]) -> Release:
-    """Make ``versions`` the release of ``name``; unchanged ones keep their generation."""
+def write_release(
+    models: Path,
+    name: str,
+    versions: tuple[ReleasedVersion, ...],
+    trial: Trial | None = None,
+) -> Release:
+    """Make ``versions`` the release of ``name``; one that changes nothing keeps its generation."""
     current = read_release_or_none(models, name)
-    if current is not None and current.versions == versions:
+    if current is not None and (current.versions, current.trial) == (versions, trial):
         return current
     release = Release(
         schema_version=RELEASE_SCHEMA_VERSION,
         model=name,
         generation=current.generation + 1 if current else 1,
         versions=versions,
+        trial=trial,
     )
     write_atomically(release_file(models, name), msgspec.json.encode(release) + b"\n")
     return release

@@ -20,6 +20,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 import mlflow
+import msgspec
 import requests
 import sqlalchemy.exc
 from mlflow import MlflowClient
@@ -35,17 +36,20 @@ from registry.contract import (
     PREVIOUS,
     ModelRef,
     ModelVersion,
+    Trial,
 )
 from registry.errors import BundleInvalid, RegistryUnavailable, VersionNotFound
 from registry.home import Home
 from registry.ledger import Entry, Ledger
 
+log = logging.getLogger(__name__)
 logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, step by step
 
 DIGEST_TAG = "convoy.manifest_sha256"
 # A model's ledger is registered under its name and this, which no model's name may have.
 LEDGER = ".ledger"
 ENTRY_TAG, HEAD_TAG = "convoy.entry", "convoy.ledger_head"
+TRIAL_TAG = "convoy.trial"
 APPEND_TRIES = 20
 # Where mlflow.pyfunc.log_model puts its data_path.
 BUNDLE_PATH = "data/bundle"
@@ -70,6 +74,7 @@ class ModelStore:
     def __init__(self, home: Home) -> None:
         self.uri = home.tracking_uri
         self._artifacts = home.artifacts
+        self._decided = home.decided
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(self.uri)
@@ -141,9 +146,19 @@ class ModelStore:
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias → version number."""
+        return self.standing(name)[0]
+
+    def standing(self, name: str) -> tuple[dict[str, int], Trial | None]:
+        """Alias → version number, and what is on trial, as of one moment."""
         with self._errors(f"there is no model {name!r} in the registry"):
             model = self._client.get_registered_model(name)
-        return {alias: int(version) for alias, version in model.aliases.items()}
+        aliases = {alias: int(version) for alias, version in model.aliases.items()}
+        said = model.tags.get(TRIAL_TAG)
+        try:
+            return aliases, msgspec.json.decode(said, type=Trial) if said else None
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.warning("%s: the tag %s is ignored: %s", name, TRIAL_TAG, error)
+            return aliases, None
 
     def resolve(self, ref: ModelRef) -> ModelVersion:
         """The version that ``ref`` means now.
@@ -152,7 +167,10 @@ class ModelStore:
             VersionNotFound: no such model, version or alias.
             RegistryUnavailable: the registry could not be asked.
         """
-        aliases = self.aliases(ref.name)
+        return self.resolve_in(self.aliases(ref.name), ref)
+
+    def resolve_in(self, aliases: dict[str, int], ref: ModelRef) -> ModelVersion:
+        """As ``resolve``, by ``aliases`` that were read before."""
         number = aliases.get(ref.alias) if ref.alias is not None else ref.version
         if number is None:
             known = ", ".join(sorted(aliases)) or "none"
@@ -190,19 +208,32 @@ class ModelStore:
         bundle.verify(names)
         return bundle
 
-    def point(self, name: str, *, champion: int | None, previous: int | None) -> None:
+    def point(
+        self,
+        name: str,
+        *,
+        champion: int | None,
+        previous: int | None,
+        trial: Trial | None = None,
+    ) -> None:
         """Point the aliases ``champion`` and ``previous`` at these versions; None leaves one alone.
 
-        ``previous`` moves first: a crash in between leaves the old champion serving. A new champion
-        is no challenger any more.
+        And say what is on ``trial``. ``previous`` moves first: a crash in between leaves the old
+        champion serving. A new champion is no challenger any more.
         """
-        aliases = self.aliases(name)
+        aliases, tried = self.standing(name)
+        if trial != tried:
+            with self._errors():
+                said = msgspec.json.encode(trial).decode() if trial else ""
+                self._client.set_registered_model_tag(name, TRIAL_TAG, said)
         with suppress(VersionNotFound):  # what was left may have been deleted since
             self._set_alias(name, aliases, PREVIOUS, previous)
         self._set_alias(name, aliases, CHAMPION, champion)
         if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
             with self._errors():
                 self._client.delete_registered_model_alias(name, CHALLENGER)
+        with suppress(OSError):  # a puller that is not woken looks by itself soon
+            self._decided.touch()
 
     def append(self, name: str, entry: Entry) -> None:
         """Write ``entry`` at the end of the ledger of ``name``.

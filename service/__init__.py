@@ -37,6 +37,7 @@ def create_app(
     from service.api.classify import Classify
     from service.metrics import Metrics
     from service.settings import Settings
+    from service.shadow_feed import ShadowFeed
     from service.state import State, open_slots
 
     settings = settings or Settings.from_environment()
@@ -45,7 +46,10 @@ def create_app(
         slots = open_slots(settings, metrics)
         metrics.start()
     app = Flask(__name__)
-    state = app.extensions["convoy"] = State(settings=settings, slots=slots, metrics=metrics)
+    shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
+    state = app.extensions["convoy"] = State(
+        settings=settings, slots=slots, metrics=metrics, shadow=shadow
+    )
     requests.init_app(app)
     errors.init_app(app)
     for module in (models, health, docs, page):

@@ -36,6 +36,7 @@ from registry.bundle import Bundle, open_bundle
 from registry.classifier import Classifier
 from registry.errors import ConvoyError, DeviceLost
 from registry.preprocess import Pixels
+from registry.processes import end_with_standard_input
 from service.batcher import MicroBatcher, Scored
 from service.settings import Settings
 
@@ -289,12 +290,6 @@ def _end_lost(reason: str) -> NoReturn:
     os._exit(DEVICE_LOST)  # at once: what is left of the device may hang an orderly end
 
 
-def _end_with_parent() -> None:
-    """End when whoever started this process, and holds its standard input, lets go or dies."""
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Own the device; 2 when a device that was asked for by name does not work.
 
@@ -304,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (address,) = sys.argv[1:] if argv is None else argv
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_standard_input, daemon=True).start()
     from registry.devices import choose_device
     from registry.plans.choice import Planner
     from service.logs import logging_config

@@ -3,10 +3,11 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from service.logs import logging_config
-from service.settings import Settings
+from service.settings import METRICS, RUN_FOLDER, Settings
 
 settings = Settings.from_environment()
 
@@ -28,10 +29,12 @@ timeout = 60
 control_socket_disable = True
 logconfig_dict = logging_config(settings.log_level)
 
-# Read by prometheus_client when it is first imported, so set before anything does that. A folder of
-# its own, because what an earlier run left behind would be counted again.
-metrics_folder = tempfile.mkdtemp(prefix="convoy-metrics-")
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder
+# Of its own, because what an earlier run left behind would be counted again.
+run_folder = settings.run_folder or Path(tempfile.mkdtemp(prefix="convoy-run-"))
+os.environ[RUN_FOLDER] = str(run_folder)
+# Read by prometheus_client when it is first imported, so set before anything does that.
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run_folder / METRICS)
+(run_folder / METRICS).mkdir(exist_ok=True)
 # OpenMP reads it once, when torch is loaded; its default, all cores, collapses under load.
 os.environ["OMP_NUM_THREADS"] = str(settings.forward_threads)
 
@@ -44,4 +47,5 @@ def child_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    shutil.rmtree(metrics_folder, ignore_errors=True)
+    if settings.run_folder is None:
+        shutil.rmtree(run_folder, ignore_errors=True)

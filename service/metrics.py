@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from registry.live import UNBOUNDED_S, VersionTraffic
+
 if TYPE_CHECKING:
     from service.batcher import OnBatch
     from service.model_slot import ServedModel
@@ -35,6 +37,7 @@ class Answered(Struct, frozen=True):
     queue_s: float
     encode_s: float
     total_s: float
+    confidence: float  # of the best classes, summed over the images
 
 
 class Series:
@@ -46,6 +49,7 @@ class Series:
     def __init__(self) -> None:
         self.requests: deque[Answered] = deque(maxlen=MOST_NOTES)
         self.batches: deque[tuple[int, float, int]] = deque(maxlen=MOST_NOTES)
+        self.shadowed: deque[tuple[str, int]] = deque(maxlen=MOST_NOTES)
 
     def note_batch(self, size: int, forward_s: float, waiting: int) -> None:
         self.batches.append((size, forward_s, waiting))
@@ -107,6 +111,18 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
+        self.confidence = Counter(
+            "convoy_confidence",
+            "Probability of the best class, summed over the images; their mean is a version's.",
+            version,
+            registry=registry,
+        )
+        self.shadow_images = Counter(
+            "convoy_shadow_images",
+            "Images scored in the champion's shadow: agreed, differed, failed; or dropped.",
+            (*version, "outcome"),
+            registry=registry,
+        )
         self.queue_depth = Gauge(
             "convoy_queue_depth",
             "Images that wait in a worker, summed over the workers.",
@@ -133,6 +149,10 @@ class Metrics:
     def on_batch(self, name: str, version: int) -> "OnBatch":
         """What a batcher of that version tells after each batch."""
         return self._series(name, version).note_batch
+
+    def shadowed(self, name: str, version: int, outcome: str, images: int) -> None:
+        """Note what became of images that were meant to be scored in the shadow."""
+        self._series(name, version).shadowed.append((outcome, images))
 
     def flush(self) -> None:
         """Write what the hot path noted; within ``FLUSH_S`` this happens by itself."""
@@ -161,6 +181,7 @@ class Metrics:
         if requests := _drain(series.requests):
             self.requests.labels(name, version, "ok").inc(len(requests))
             self.images.labels(name, version).inc(sum(each.images for each in requests))
+            self.confidence.labels(name, version).inc(sum(each.confidence for each in requests))
             total_s = [each.total_s for each in requests]
             _observe(self.request_seconds.labels(name, version), total_s)
             for stage in ("read", "decode", "queue", "encode"):
@@ -171,6 +192,9 @@ class Metrics:
             _observe(self.stage_seconds.labels(name, version, "forward"), forward_s)
             _observe(self.batch_size.labels(name, version), sizes)
             self.queue_depth.labels(name).set(waiting[-1])
+
+        for outcome, images in _drain(series.shadowed):
+            self.shadow_images.labels(name, version, outcome).inc(images)
 
     def swapped(self, name: str, before: "ServedModel | None", after: "ServedModel | None") -> None:
         """Note that ``after`` took over from ``before``, or that (None) a version was refused."""
@@ -184,12 +208,61 @@ class Metrics:
 
     def render(self) -> bytes:
         """All workers' metrics in Prometheus' text format."""
+        return generate_latest(self._everyone())
+
+    def traffic(self, name: str) -> tuple[VersionTraffic, ...]:
+        """What each version of ``name`` did in all workers since the service started."""
+        found: dict[int, Tally] = {}
+        for family in self._everyone().collect():
+            for sample in family.samples:
+                labels = sample.labels
+                if labels.get("model_name") == name and labels.get("model_version"):
+                    tally = found.setdefault(int(labels["model_version"]), Tally())
+                    tally.add(sample.name, labels, sample.value)
+        return tuple(found[version].traffic(version) for version in sorted(found))
+
+    def _everyone(self) -> CollectorRegistry:
         self.flush()
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return generate_latest(self._registry)
+            return self._registry
         everyone = CollectorRegistry()
         MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]  # untyped in 0.26
-        return generate_latest(everyone)
+        return everyone
+
+
+class Tally:
+    """Sums up the samples of one version for ``VersionTraffic``."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = {}
+        self._up_to: dict[float, float] = {}
+
+    def add(self, name: str, labels: dict[str, str], value: float) -> None:
+        if name == "convoy_requests_total":
+            ours = labels["outcome"] in ("ours", "load")
+            name = "requests" if labels["outcome"] == "ok" else "errors" if ours else "other"
+        elif name == "convoy_shadow_images_total":
+            name = labels["outcome"]
+        elif name == "convoy_request_seconds_bucket":
+            self._up_to[min(float(labels["le"]), UNBOUNDED_S)] = value
+            return
+        self._counts[name] = self._counts.get(name, 0) + value
+
+    def traffic(self, version: int) -> VersionTraffic:
+        bounds = sorted(self._up_to)
+        below = [0.0, *(self._up_to[bound] for bound in bounds)]
+        names = ("requests", "errors", "agreed", "differed", "failed", "dropped")
+        return VersionTraffic(
+            version=version,
+            seconds=self._counts.get("convoy_request_seconds_sum", 0.0),
+            images=int(self._counts.get("convoy_images_total", 0)),
+            confidence=self._counts.get("convoy_confidence_total", 0.0),
+            buckets=tuple(
+                (bound, int(upper - lower))
+                for bound, lower, upper in zip(bounds, below, below[1:], strict=False)
+            ),
+            **{name: int(self._counts.get(name, 0)) for name in names},
+        )
 
 
 Row = TypeVar("Row")

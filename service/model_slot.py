@@ -1,21 +1,25 @@
-"""``ModelSlot``: where the serving version of one model lives, and how the next one takes over.
+"""``ModelSlot``: where the serving versions of one model live, and how the next ones take over.
 
-A whole ``ServedModel`` is built beside the old one, warmed up and proved on its golden images, and
-then one reference is swapped. Requests that hold the old object finish on it.
+Whole ``ServedModel``s are built beside the old ones, warmed up and proved on their golden images;
+once every worker of the service has (``service.crew``), all switch at once. Requests that hold the
+old object finish on it.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, get_native_id
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from registry.bundle import Bundle, open_bundle
 from registry.classifier import Classifier
-from registry.contract import Manifest, ModelRef
+from registry.contract import Manifest, ModelRef, Trial
 from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
+from registry.live import WorkerReport
 from registry.releases import (
     PullStatus,
     Release,
@@ -25,14 +29,19 @@ from registry.releases import (
     version_folder,
 )
 from service.batcher import MicroBatcher
+from service.crew import Crew
+from service.memory import give_back
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.25
+POLL_S = 0.05
 RETRY_S = 5.0
 # Finding out anew that no plan can serve a version takes the cores from the one that serves.
 MOST_RETRY_S = 300.0
 REQUEST_WAITS_S = 1.0
+LOADING_NICE = 10
+# A worker that prepares takes a second; one that does not is worth a word.
+WAITING_S = 5.0
 
 
 class ServedModel(Struct, frozen=True, kw_only=True):
@@ -58,6 +67,37 @@ class ServedModel(Struct, frozen=True, kw_only=True):
         return self.classifier.plan
 
 
+class Serving(Struct, frozen=True):
+    """A release, loaded. ``challenger`` is on trial; without it the champion answers its share."""
+
+    key: int
+    release: Release
+    champion: ServedModel
+    challenger: ServedModel | None = None
+
+    @property
+    def trial(self) -> Trial | None:
+        return self.release.trial if self.challenger else None
+
+    @property
+    def whole(self) -> bool:
+        return (self.challenger is None) == (self.release.trial is None)
+
+    def find(self, version: int | None, alias: str | None) -> ServedModel | None:
+        """The version of that number or alias, if it serves; the champion without either."""
+        for served in (self.champion, self.challenger):
+            if served and version in (None, served.version) and alias in (None, served.alias):
+                return served
+        return None
+
+
+class Held(Struct, frozen=True):
+    """What a slot serves, and what it has ready. One reference, so that it is read as one."""
+
+    serving: Serving | None = None
+    prepared: Serving | None = None
+
+
 OnSwap = Callable[[str, ServedModel | None, ServedModel | None], None]
 """Told the model's name, what served before, and what serves now (None: it was refused)."""
 
@@ -78,31 +118,49 @@ class ModelSlot:
         load: Load,
         decide: Decide = lambda bundle: None,
         on_swap: OnSwap = lambda name, before, after: None,
+        crew: Crew | None = None,
+        keep_warm_s: float = 0.0,
     ) -> None:
+        """``keep_warm_s``: for so long a version that was replaced stays in memory."""
         self.ref = ref
-        self._served: ServedModel | None = None
         self.error: str | None = None
+        self._crew = crew or Crew()
+        self._post = self._crew.post(ref.name)
+        self._held = Held()
         self._models_folder = models_folder
         self._load = load
         self._decide = decide
         self._on_swap = on_swap
+        self._keep_warm_s = keep_warm_s
+        self._loaded: dict[tuple[int, str], ServedModel] = {}
+        self._left_at: dict[tuple[int, str], float] = {}
         self._refreshing = Lock()
-        self._loaded: tuple[ReleasedVersion, ...] | None = None
-        self._failed: tuple[ReleasedVersion, ...] | None = None
+        self._failed: Release | None = None
+        self._refused: int | None = None
         self._retry_at = 0.0
         self._pause_s = RETRY_S
         self._undecided: tuple[Release, Bundle] | None = None
+        self._waiting_since: float | None = None
+
+    @property
+    def serving(self) -> Serving | None:
+        """What the crew serves; None when nothing was loaded yet, or its device was lost since."""
+        held, key = self._held, self._post.key
+        for each in (held.serving, held.prepared):
+            if each is not None and each.key == key:
+                return None if each.champion.classifier.lost else each
+        return None
 
     @property
     def current(self) -> ServedModel | None:
-        """What serves; None when nothing was loaded yet, or its device was lost since."""
-        served = self._served
-        return None if served is None or served.classifier.lost else served
+        """The champion that serves."""
+        serving = self.serving
+        return serving.champion if serving else None
 
-    def require(self) -> ServedModel:
-        """The serving version, read once per request.
+    def require(self) -> Serving:
+        """What serves, read once per request.
 
-        A worker that has none yet loads what is released now, so that no request fails in the
+        A worker that has nothing yet loads what is released now, so that no request fails in the
         moment in which another worker is ready already and this one is not. That takes a second, or
         many on a GPU: it is not for a thread that others wait for.
 
@@ -110,18 +168,22 @@ class ModelSlot:
             ModelNotReady: there is none to load, its plan is still being chosen, or its device was
                 lost.
         """
-        if self._served is None:
+        if self._held.serving is None:
             self._look(REQUEST_WAITS_S)
-        served = self.current
-        if served is None:
+        serving = self.serving
+        if serving is None:
             raise ModelNotReady(f"{self.ref.name}: {self.error or 'its device was lost'}")
-        return served
+        return serving
 
     def pull_status(self) -> PullStatus:
         return read_status(self._models_folder, self.ref.name)
 
+    def workers(self) -> list[WorkerReport]:
+        """What every worker of the service serves."""
+        return self._crew.reports(self.ref.name)
+
     def refresh(self) -> bool:
-        """Load what is released if it is not what serves; whether a swap happened.
+        """Prepare what is released if it is not what serves; whether a swap happened.
 
         If its plan was never chosen on this machine, that is done first, while the old version
         serves on. A failure keeps the old version, is logged once, and stands in ``error`` until it
@@ -135,63 +197,17 @@ class ModelSlot:
         try:
             self._decide(bundle)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            again = release.versions == self._failed
+            again = release == self._failed
             pause_s = min(2 * self._pause_s, MOST_RETRY_S) if again else RETRY_S
             self._note_failure(error, release, pause_s)
+            self._report()
             return False
         swapped = self._look()
         if self._undecided is not None:
             damaged = BundleInvalid("the plan that was just chosen cannot be loaded")
             self._note_failure(damaged, release, RETRY_S)
+            self._report()
         return swapped
-
-    def _look(self, patience_s: float = -1) -> bool:
-        """``refresh`` without choosing a plan; not at all if others look for ``patience_s`` yet."""
-        if not self._refreshing.acquire(timeout=patience_s):
-            return False
-        try:
-            return self._refresh()
-        finally:
-            self._refreshing.release()
-
-    def _refresh(self) -> bool:
-        release: Release | None = None
-        self._undecided = None
-        self._forget_lost()
-        try:
-            release = read_release(self._models_folder, self.ref.name)
-            if release is None:
-                raise BundleInvalid(f"nothing is released; run: python -m registry pull {self.ref}")
-            if release.versions == self._loaded:
-                self._failed, self.error = None, None
-                return False
-            if release.versions == self._failed and time.monotonic() < self._retry_at:
-                return False
-            wanted = self._choose(release)
-            folder = version_folder(self._models_folder, self.ref.name, wanted.version)
-            bundle = open_bundle(folder, wanted.manifest_sha256)
-            try:
-                fresh = self._load(bundle, wanted)
-            except PlanUndecided as error:
-                self._undecided = release, bundle
-                if release.versions != self._failed:
-                    self.error = str(error)
-                return False
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            self._note_failure(error, release, RETRY_S)
-            return False
-        before, self._served = self._served, fresh
-        self._loaded, self._failed, self.error = release.versions, None, None
-        self._on_swap(self.ref.name, before, fresh)
-        log.info(
-            "serving %s version %d on %s by %s (before: %s)",
-            fresh.name,
-            fresh.version,
-            fresh.device,
-            fresh.plan,
-            before.version if before else "none",
-        )
-        return True
 
     def watch(self, stop: Event) -> None:
         """Refresh until ``stop`` is set."""
@@ -200,26 +216,203 @@ class ModelSlot:
             if stop.wait(POLL_S):
                 return
 
-    def start(self) -> Event:
+    def start(self, gently: bool = False) -> Event:
         """Load what is released, then watch from a daemon thread until the event is set.
 
         The first load is waited for, if its plan is known: a worker that takes no connections yet
         refuses none. Choosing a plan would take longer than a worker may to start.
+
+        Args:
+            gently: later loads leave the cores to the requests. Not for engines with threads of
+                their own: those would inherit it.
         """
         self._look()
         stop = Event()
-        name = f"slot-{self.ref.name}"
-        Thread(target=self.watch, args=(stop,), name=name, daemon=True).start()
+
+        def watch() -> None:
+            if gently:
+                # Of this thread alone, on Linux. Lower, and who waits for it to let go of the
+                # interpreter could wait for long when all cores are busy.
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), LOADING_NICE)
+            self.watch(stop)
+
+        Thread(target=watch, name=f"slot-{self.ref.name}", daemon=True).start()
         return stop
+
+    def _look(self, patience_s: float = -1) -> bool:
+        """``refresh`` without choosing a plan; not at all if others look for ``patience_s`` yet."""
+        if not self._refreshing.acquire(timeout=patience_s):
+            return False
+        try:
+            before = self._held.serving
+            self._adopt()
+            self._prepare()
+            self._report()
+            self._switch()
+            self._adopt()
+            self._let_go()
+            self._report()
+            return self._held.serving not in (None, before)
+        finally:
+            self._refreshing.release()
+
+    def _prepare(self) -> None:
+        """Have what is wanted loaded, as far as that can be done now."""
+        release: Release | None = None
+        self._undecided = None
+        self._forget_lost()
+        try:
+            release = self._wanted()
+            for held in (self._held.serving, self._held.prepared):
+                if held is not None and held.release == release and held.whole:
+                    self._hold_prepared(held if held is self._held.prepared else None)
+                    if held is self._held.serving:
+                        self.error = self._failed = self._refused = None
+                    return
+            if release == self._failed and time.monotonic() < self._retry_at:
+                return
+            fresh = self._load_release(release)
+            if fresh is not None and fresh.whole:
+                self.error = self._failed = self._refused = None
+            self._hold_prepared(fresh)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+            self._note_failure(error, release, RETRY_S)
+
+    def _wanted(self) -> Release:
+        """What is released; a worker that comes late begins with what the others serve."""
+        serving = self._held.serving
+        others = self._post.release if serving is None else None
+        if others is not None and others != self._failed:
+            return others
+        release = read_release(self._models_folder, self.ref.name)
+        if release is None:
+            raise BundleInvalid(f"nothing is released; run: python -m registry pull {self.ref}")
+        if release.trial and self.ref.version is not None:
+            return replace(release, versions=(self._choose(release),), trial=None)
+        return release
+
+    def _load_release(self, release: Release) -> Serving | None:
+        """All of ``release``; of one that waits for a plan, what can serve meanwhile, or None.
+
+        A challenger that fails stops the switch to its trial. But where nothing serves yet, the
+        champion does so alone.
+        """
+        champion = self._load_version(release, self._choose(release))
+        if champion is None:
+            return None
+        alone = Serving(release.key, release, champion)
+        if (tried := release.challenger) is None:
+            return alone
+        try:
+            challenger = self._load_version(release, tried)
+        except Exception as error:
+            self._refused = tried.version
+            if self._held.serving is not None:
+                raise
+            self._note_failure(error, release, RETRY_S)
+            return alone
+        if challenger is None:
+            return alone if self._held.serving is None else None
+        return replace(alone, challenger=challenger)
+
+    def _load_version(self, release: Release, wanted: ReleasedVersion) -> ServedModel | None:
+        """The version, from memory if it is there; None if its plan was not chosen yet."""
+        key = wanted.version, wanted.manifest_sha256
+        if (known := self._loaded.get(key)) and not known.classifier.lost:
+            return replace(known, alias=wanted.alias)
+        self._refused = wanted.version
+        folder = version_folder(self._models_folder, self.ref.name, wanted.version)
+        bundle = open_bundle(folder, wanted.manifest_sha256)
+        try:
+            fresh = self._load(bundle, wanted)
+        except PlanUndecided as error:
+            self._undecided = release, bundle
+            if release != self._failed:
+                self.error = str(error)
+            return None
+        self._refused = None
+        self._loaded[key] = fresh
+        return fresh
+
+    def _hold_prepared(self, prepared: Serving | None) -> None:
+        """Have ``prepared`` ready instead of what was; not while the crew is switching to that."""
+        held = self._held
+        if prepared is held.prepared:
+            return
+        with self._crew.locked():
+            if held.prepared is not None and held.prepared.key == self._post.key:
+                return  # it serves already: the next look adopts it
+            if prepared and held.serving and prepared.key == held.serving.key:
+                self._held = Held(prepared)  # what serves, made whole
+            else:
+                self._held = Held(held.serving, prepared)
+            self._report()
+
+    def _switch(self) -> None:
+        """Have the crew serve what this worker has prepared, if all of it has."""
+        prepared = self._held.prepared
+        if prepared is None:
+            self._waiting_since = None
+            return
+        missing = self._post.switch(prepared.release)
+        if not missing:
+            return
+        now = time.monotonic()
+        self._waiting_since = self._waiting_since or now
+        reasons = [f"worker {each.pid}: {each.error or 'not prepared yet'}" for each in missing]
+        text = f"generation {prepared.release.generation} waits for {'; '.join(reasons)}"
+        if now - self._waiting_since > WAITING_S and self.error != text:
+            log.warning("%s: %s", self.ref.name, text)
+            self.error = text
+
+    def _adopt(self) -> None:
+        """Note that the crew has switched to what this worker had prepared."""
+        before, fresh = self._held.serving, self._held.prepared
+        if fresh is None or fresh.key != self._post.key:
+            return
+        self._held = Held(fresh)
+        self._waiting_since = None
+        if fresh.whole:
+            self.error = self._failed = None
+        left = before.champion if before else None
+        self._on_swap(self.ref.name, left, fresh.champion)
+        log.info(
+            "serving %s version %d on %s by %s (before: %s)%s",
+            self.ref.name,
+            fresh.champion.version,
+            fresh.champion.device,
+            fresh.champion.plan,
+            left.version if left else "none",
+            f"; on trial: {fresh.trial}" if fresh.trial else "",
+        )
+
+    def _let_go(self) -> None:
+        """Forget the versions that have not served for ``keep_warm_s``, and their memory."""
+        held = [each for each in (self._held.serving, self._held.prepared) if each]
+        used = {
+            (each.version, each.manifest_sha256)
+            for serving in held
+            for each in (serving.champion, serving.challenger)
+            if each
+        }
+        now = time.monotonic()
+        for key in used:
+            self._left_at.pop(key, None)
+        for key in self._loaded.keys() - used:
+            if now - self._left_at.setdefault(key, now) >= self._keep_warm_s:
+                del self._loaded[key], self._left_at[key]
+                give_back()
 
     def _forget_lost(self) -> None:
         """Have the version that serves loaded again if its device was lost."""
-        if self._served is None or self._loaded is None:
+        serving = self._held.serving
+        if serving is None:
             return
-        self._served.classifier.check()
-        if self.current is None:
-            log.error("%s: %s was lost; loading again", self.ref.name, self._served.device)
-            self._loaded = None
+        serving.champion.classifier.check()
+        if serving.champion.classifier.lost:
+            log.error("%s: %s was lost; loading again", self.ref.name, serving.champion.device)
+            self._loaded.clear()
+            self._held = Held()
 
     def _choose(self, release: Release) -> ReleasedVersion:
         """The released version that this slot was asked to serve."""
@@ -228,11 +421,26 @@ class ModelSlot:
             raise BundleInvalid(f"the release holds no {self.ref}; waiting for the puller")
         return released
 
+    def _report(self) -> None:
+        serving, prepared = self._held.serving, self._held.prepared
+        self._crew.report(
+            WorkerReport(
+                pid=os.getpid(),
+                model=self.ref.name,
+                version=serving.champion.version if serving else None,
+                generation=serving.release.generation if serving else None,
+                serving_key=serving.key if serving else 0,
+                prepared_key=prepared.key if prepared else 0,
+                error=self.error,
+                refused=self._refused if self.error and self._undecided is None else None,
+            )
+        )
+
     def _note_failure(self, error: Exception, release: Release | None, pause_s: float) -> None:
         text = (
             str(error) if isinstance(error, BundleInvalid) else f"{type(error).__name__}: {error}"
         )
-        self._failed = release.versions if release else None
+        self._failed = release
         self._pause_s, self._retry_at = pause_s, time.monotonic() + pause_s
         if text != self.error:
             serving = f"version {self.current.version}" if self.current else "nothing"

@@ -1,7 +1,8 @@
 """``python -m service``: gunicorn, and beside it what it needs, as one thing to start and to stop.
 
-That is the puller, and where there may be a GPU, the process that owns it (``service.gpu``). Either
-is started again when it ends. In containers the puller is a container of its own.
+That is the puller; where there may be a GPU, the process that owns it (``service.gpu``); and while
+a challenger is tried in the shadow, the process that scores there (``service.shadow``). Each is
+started again when it ends. In containers the puller is a container of its own.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -24,7 +25,8 @@ from typing import Any
 from registry.devices import may_use_gpu
 from registry.errors import UsageError
 from registry.processes import end_with_parent
-from service.settings import GPU_SOCKET, Settings
+from registry.releases import read_release_or_none
+from service.settings import GPU_SOCKET, METRICS, RUN_FOLDER, Settings
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ GUNICORN = [
 ]
 PULLER = [sys.executable, "-m", "registry", "pull", "--watch"]
 GPU = [sys.executable, "-m", "service.gpu"]
+SHADOW = [sys.executable, "-m", "service.shadow"]
 
 
 class Companion:
@@ -49,9 +52,13 @@ class Companion:
     Its standard input ends when this process lets go of it, or dies.
     """
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """``environment``: by default this process's own."""
         self._name = name
         self._command = list(command)
+        self._environment = environment
         self._pause_s = FIRST_PAUSE_S
         self._start_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,7 +69,7 @@ class Companion:
         if self._process is None:
             if now >= self._start_at:
                 self._started = now
-                self._process = _start(self._command, stdin=subprocess.PIPE)
+                self._process = _start(self._command, stdin=subprocess.PIPE, env=self._environment)
         elif (status := self._process.poll()) is not None:
             if now - self._started >= CALM_S:
                 self._pause_s = FIRST_PAUSE_S
@@ -112,21 +119,28 @@ def serve(settings: Settings, pull: bool = True) -> int:
         log.warning("MLflow is not installed: serving what lies in %s", settings.models_folder)
         pull = False
     companions: list[Companion] = []
-    environment = dict(os.environ)
     ending = Event()
     with contextlib.ExitStack() as stack:
+        # Only this user may enter it; in /tmp, as a socket's path has 107 bytes at most.
+        temporary = tempfile.TemporaryDirectory(prefix="convoy-run-", dir="/tmp")
+        folder = Path(stack.enter_context(temporary))
+        (folder / METRICS).mkdir()
+        environment = {
+            **os.environ,
+            RUN_FOLDER: str(folder),
+            "PROMETHEUS_MULTIPROC_DIR": str(folder / METRICS),
+            "CONVOY_SERVICE_URL": os.environ.get("CONVOY_SERVICE_URL") or settings.address,
+        }
 
         def accompany(name: str, command: Sequence[str]) -> Companion:
-            companions.append(Companion(name, command))
+            companions.append(Companion(name, command, environment))
             stack.callback(companions[-1].end)
             companions[-1].look()
             return companions[-1]
 
         _on_end_signals(lambda number, frame: sys.exit(0))
         if may_use_gpu(settings.device):
-            # Only this user may enter it; in /tmp, as a socket's path has 107 bytes at most.
-            folder = tempfile.TemporaryDirectory(prefix="convoy-gpu-", dir="/tmp")
-            address = Path(stack.enter_context(folder)) / "socket"
+            address = folder / "gpu"
             owner = accompany("the GPU's process", [*GPU, str(address)])
             if (status := owner.wait_for(address)) is not None:
                 return status  # it has said why
@@ -141,13 +155,25 @@ def serve(settings: Settings, pull: bool = True) -> int:
         _on_end_signals(end)
         if pull:
             accompany("the puller", [*PULLER, *map(str, settings.models)])
+        shadow = Companion("the shadow's process", SHADOW, environment)
+        stack.callback(shadow.end)
         while gunicorn.poll() is None:
-            for companion in companions:
-                if not ending.is_set():
+            if not ending.is_set():
+                for companion in companions:
                     companion.look()
+                if _has_shadow(settings):
+                    shadow.look()
+                else:
+                    shadow.end()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 gunicorn.wait(timeout=LOOK_S)
         return gunicorn.returncode
+
+
+def _has_shadow(settings: Settings) -> bool:
+    """Whether a challenger of one of the models scores in the shadow."""
+    releases = (read_release_or_none(settings.models_folder, ref.name) for ref in settings.models)
+    return any(release and release.trial and release.trial.shadow for release in releases)
 
 
 def _start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":

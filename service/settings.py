@@ -18,8 +18,10 @@ Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
-# Not for operators: ``python -m service`` tells its workers.
+# Not for operators: ``python -m service`` tells the processes that it starts.
 GPU_SOCKET = "CONVOY_GPU_SOCKET"
+RUN_FOLDER = "CONVOY_RUN_FOLDER"
+METRICS = "metrics"  # in that folder
 # Environment variable → field; docs/operations.md has the same table with the reasons.
 VARIABLES = {
     "CONVOY_HOST": "host",
@@ -36,6 +38,9 @@ VARIABLES = {
     "CONVOY_QUEUE_LIMIT": "queue_limit",
     "CONVOY_DEADLINE_S": "deadline_s",
     "CONVOY_DRAIN_S": "drain_s",
+    "CONVOY_KEEP_WARM_S": "keep_warm_s",
+    "CONVOY_STICKY_HEADER": "sticky_header",
+    "CONVOY_SHADOW_CPU": "shadow_cpu",
     "CONVOY_LOG_LEVEL": "log_level",
 }
 
@@ -45,7 +50,11 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     ``models`` are what to serve, the first is the default model; ``max_batch`` is the most images
     that one forward pass takes, and that one request may bring; ``batch_ms`` the time that a
-    forward pass should take at most; ``gpu_socket`` where the process that owns the GPU listens.
+    forward pass should take at most; ``gpu_socket`` where the process that owns the GPU listens;
+    ``run_folder`` what the processes of this service share while they run. ``keep_warm_s`` is how
+    long a version that was replaced stays in memory; requests with the same ``sticky_header`` get
+    the same version during a trial; ``shadow_cpu`` is the part of the machine's cores that scoring
+    in the shadow may take.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -65,8 +74,23 @@ class Settings(Struct, frozen=True, kw_only=True):
     queue_limit: Count = 256
     deadline_s: Seconds = 10.0
     drain_s: Count = 30
+    keep_warm_s: Annotated[float, Meta(ge=0)] = 600.0
+    sticky_header: Annotated[str, Meta(pattern="^[A-Za-z0-9-]+$")] = "X-Session-Id"
+    shadow_cpu: Annotated[float, Meta(gt=0, le=1)] = 0.2
     log_level: str = "INFO"
     gpu_socket: Path | None = None
+    run_folder: Path | None = None
+
+    @property
+    def shadow_socket(self) -> Path | None:
+        """Where samples for the shadow go; None where nothing else runs beside this process."""
+        return self.run_folder / "shadow" if self.run_folder else None
+
+    @property
+    def address(self) -> str:
+        """Where a process on this machine reaches the service."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def forward_threads(self) -> int:
@@ -94,8 +118,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         values["models"] = parse_model_refs(environment.get("CONVOY_MODEL"))
         home = convoy_home(environment)
         values["models_folder"], values["plans_folder"] = home.models, home.plans
-        if environment.get(GPU_SOCKET):
-            values["gpu_socket"] = Path(environment[GPU_SOCKET])
+        for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
+            if environment.get(name):
+                values[field] = Path(environment[name])
         values["log_level"] = values.get("log_level", "INFO").upper()
         if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise UsageError(

@@ -8,10 +8,12 @@ from registry.errors import ModelNotFound, UsageError, VersionNotFound
 from registry.plans.choice import Planner
 from registry.releases import ReleasedVersion
 from service.batcher import MicroBatcher
+from service.crew import Crew
 from service.gpu import GpuPlanner, Planning
 from service.metrics import Metrics
-from service.model_slot import ModelSlot, ServedModel
+from service.model_slot import ModelSlot, ServedModel, Serving
 from service.settings import Settings
+from service.shadow_feed import ShadowFeed
 
 Slots = dict[str, ModelSlot]
 """By model name; the first is the default model."""
@@ -21,25 +23,30 @@ class State(Struct, frozen=True, kw_only=True):
     settings: Settings
     slots: Slots
     metrics: Metrics
+    shadow: ShadowFeed
 
     def served(
         self, name: str | None = None, version: int | None = None, alias: str | None = None
-    ) -> ServedModel:
-        """The loaded version that a request's path means.
+    ) -> tuple[ServedModel, Serving]:
+        """The loaded version that a request's path means, and what else serves at this moment.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not served here.
             ModelNotReady: it will be, but is not loaded yet.
         """
-        slot = self.slot(name)
-        served = slot.require()
-        if version not in (None, served.version) or alias not in (None, served.alias):
+        serving = self.slot(name).require()
+        served = serving.find(version, alias)
+        if served is None:
             wanted = f"version {version}" if alias is None else f"alias {alias!r}"
-            raise VersionNotFound(
-                f"{served.name} {wanted} is not served here; served is version {served.version}"
-                + (f", alias {served.alias!r}" if served.alias else "")
+            here = " and ".join(
+                f"version {each.version}" + (f", alias {each.alias!r}" if each.alias else "")
+                for each in (serving.champion, serving.challenger)
+                if each
             )
-        return served
+            raise VersionNotFound(
+                f"{serving.champion.name} {wanted} is not served here; served is {here}"
+            )
+        return served, serving
 
     def slot(self, name: str | None = None) -> ModelSlot:
         if name is None:
@@ -67,6 +74,7 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
             worker that was started without the process that owns it.
     """
     planner = open_planner(settings)
+    crew = Crew(settings.run_folder and settings.run_folder / "crew")
     slots = {
         ref.name: ModelSlot(
             ref,
@@ -74,11 +82,13 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
             lambda bundle, released: load_served(bundle, released, planner, settings, metrics),
             planner.choose,
             metrics.swapped,
+            crew,
+            settings.keep_warm_s,
         )
         for ref in settings.models
     }
     for slot in slots.values():
-        slot.start()
+        slot.start(gently=settings.forward_threads == 1)
     return slots
 
 

@@ -8,6 +8,7 @@ iterates any gets them into one batch.
 """
 
 import logging
+import random
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ import numpy as np
 from msgspec import Struct
 from werkzeug.exceptions import MethodNotAllowed, abort
 
-from registry.contract import ClassScore
+from registry.contract import ClassScore, Trial
 from registry.errors import ConvoyError, ImageTooLarge
 from registry.preprocess import Pixels, decode_image, decodes_quickly
 from service import errors
@@ -28,7 +29,9 @@ from service.batcher import Scored, Ticket
 from service.metrics import Answered
 from service.model_slot import ServedModel
 from service.requests import answer_headers, identify
+from service.shadow_feed import Sample
 from service.state import State
+from service.traffic import is_challengers
 from service.worker import IN_LOOP, Postpone
 
 if TYPE_CHECKING:
@@ -93,6 +96,9 @@ class Job:
         self.read_s = 0.0
         self.decode_s = 0.0
         self.tickets: list[Ticket | Exception] = []
+        # For the shadow: who scores there, and of each image what it needs for that.
+        self.challenger: ServedModel | None = None
+        self.samples: list[Pixels | bytes | Exception] = []
 
 
 class Classify:
@@ -101,6 +107,7 @@ class Classify:
     def __init__(self, app: "WSGIApplication", state: State) -> None:
         self._app = app
         self._state = state
+        self._sticky = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
 
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
@@ -127,19 +134,29 @@ class Classify:
         if in_loop and self._state.slot(name).current is None:
             raise Postpone  # it may have to be loaded first
         # Read once: one request, one version.
-        served = job.served = self._state.served(name, int(version) if version else None, alias)
+        served, serving = self._state.served(name, int(version) if version else None, alias)
+        job.served = served
+        trial = serving.trial if not version and not alias else None
+        in_shadow = bool(trial and trial.shadow and random.random() < trial.shadow)  # noqa: S311
         if query := environ.get("QUERY_STRING"):
             job.top_k = _top_k(query)
         settings = self._state.settings
         images = Images(environ, settings)
         decoded: list[Pixels | Exception] = []
+        encoded: list[bytes | ConvoyError] = []
         reading = time.perf_counter()
         for image in images:
+            if trial and not decoded and self._is_challengers(trial, image, environ):
+                assert serving.challenger is not None
+                served = job.served = serving.challenger
+                in_shadow = False
             if in_loop and job.decode_s > LOOP_DECODE_S:
                 raise Postpone
             decoding = time.perf_counter()
             job.read_s += decoding - reading
             decoded.append(self._decode(image, served, in_loop))
+            if in_shadow:
+                encoded.append(image)
             reading = time.perf_counter()
             job.decode_s += reading - decoding
         job.many = images.many
@@ -148,6 +165,18 @@ class Classify:
             raise decoded[0]
         tickets = iter(served.batcher.put(pixels, settings.deadline_s) if pixels else ())
         job.tickets = [each if isinstance(each, Exception) else next(tickets) for each in decoded]
+        if in_shadow and serving.challenger:
+            job.challenger = serving.challenger
+            alike = job.challenger.manifest.preprocess == served.manifest.preprocess
+            job.samples = list(decoded if alike else encoded)
+
+    def _is_challengers(
+        self, trial: Trial, image: bytes | ConvoyError, environ: "WSGIEnvironment"
+    ) -> bool:
+        """Whether the challenger answers this request, by the caller's own header or its image."""
+        header = environ.get(self._sticky)
+        key = header.encode() if header else b"" if isinstance(image, ConvoyError) else image
+        return is_challengers(trial, key)
 
     def _decode(
         self, image: bytes | ConvoyError, served: ServedModel, in_loop: bool
@@ -208,11 +237,34 @@ class Classify:
                 queue_s=answer.timings_ms.queue / 1000,
                 encode_s=done - encoding,
                 total_s=done - job.started,
+                confidence=sum(_confidence(each) for each in scored if isinstance(each, Scored)),
             ),
         )
+        if job.challenger:
+            self._shadow(job.challenger, job.samples, scored)
         if log.isEnabledFor(logging.DEBUG):
             _log(job, served, scored, answer.timings_ms)
         return body
+
+    def _shadow(
+        self,
+        challenger: ServedModel,
+        samples: list[Pixels | bytes | Exception],
+        scored: list[Scored | Exception],
+    ) -> None:
+        """Have the challenger score what the champion did; nobody waits for it."""
+        for image, outcome in zip(samples, scored, strict=True):
+            if not isinstance(image, Exception) and isinstance(outcome, Scored):
+                is_encoded = isinstance(image, bytes)
+                self._state.shadow.send(
+                    Sample(
+                        challenger.name,
+                        challenger.version,
+                        int(outcome.probabilities.argmax()),
+                        is_encoded,
+                        image if isinstance(image, bytes) else image.tobytes(),
+                    )
+                )
 
     def _refuse(
         self, job: Job, name: str | None, error: Exception, start_response: "StartResponse"
@@ -259,6 +311,10 @@ def _result(scored: Scored | Exception, served: ServedModel, job: Job) -> Result
     if isinstance(scored, Exception):
         return Result(error=errors.as_item(scored, job.request_id))
     return Result(predictions=_predictions(scored, served, job.top_k))
+
+
+def _confidence(scored: Scored) -> float:
+    return float(scored.probabilities.max())
 
 
 def _predictions(scored: Scored, served: ServedModel, top_k: int) -> list[ClassScore]:

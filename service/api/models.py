@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 from flask import Blueprint, Response, g
 
+from registry.live import Live
 from service.model_slot import ModelSlot, ServedModel
 from service.state import state
 
@@ -21,8 +22,39 @@ def list_models() -> Response:
 @blueprint.get("/v1/models/<name>/aliases/<alias>")
 def show_model(name: str, version: int | None = None, alias: str | None = None) -> Response:
     current = state()
-    served = g.served = current.served(name, version, alias)
-    return _json({**_summary(current.slot(name)), **_details(served)})
+    served, serving = current.served(name, version, alias)
+    g.served = served
+    slot = current.slot(name)
+    return _json(
+        {
+            **_summary(slot),
+            "version": served.version,
+            "alias": served.alias,
+            "device": served.device,
+            "plan": served.plan,
+            "trial": serving.trial,
+            "workers": slot.workers(),
+            **_details(served),
+        }
+    )
+
+
+@blueprint.get("/v1/models/<name>/traffic")
+def show_traffic(name: str) -> Response:
+    """What each version did since the service started, and what every worker serves."""
+    current = state()
+    slot = current.slot(name)
+    serving = slot.serving
+    return _json(
+        Live(
+            model=slot.ref.name,
+            generation=serving.release.generation if serving else None,
+            champion=serving.champion.version if serving else None,
+            challenger=serving.trial.version if serving and serving.trial else None,
+            workers=tuple(slot.workers()),
+            versions=current.metrics.traffic(slot.ref.name),
+        )
+    )
 
 
 def _summary(slot: ModelSlot) -> dict[str, Any]:

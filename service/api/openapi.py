@@ -137,6 +137,12 @@ def document() -> dict[str, Any]:
                     "/v1/models/{name}/aliases/{alias}",
                 )
             },
+            "/v1/models/{name}/traffic": {
+                "get": _get(
+                    "What each version did since the service started, and what each worker serves.",
+                    "/v1/models/{name}/traffic",
+                )
+            },
             "/livez": {"get": _get("Whether the process answers.", text=True)},
             "/readyz": {"get": _get("Whether every model is loaded and warmed up.", ready=True)},
             "/healthz": {"get": _get("The same as /readyz.", ready=True)},

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry.contract import Trial
 from registry.ledger import Entry, Ledger
 
 
@@ -127,3 +128,26 @@ def test_a_missing_line_does_not_undo_those_after_it() -> None:
     assert Ledger(rows).champion == 4
     again = Ledger(rows).continued(entry(5))
     assert Ledger([*rows, (5, again.to_json())]).champion == 5
+
+
+def test_a_trial_stands_until_it_is_withdrawn_or_the_champion_moves() -> None:
+    trial = Trial(version=2, share=0.1)
+    tried = entry(2, "tried", trial=trial)
+    rows = written(entry(1), tried)
+    ledger = Ledger(rows)
+    assert (ledger.champion, ledger.previous, ledger.trial) == (1, None, trial)
+    assert Ledger(written(entry(1), tried, entry(2, "refused"))).trial == trial
+    for after in (entry(2, "withdrawn"), entry(2), entry(3, "rolled back")):
+        assert Ledger(written(entry(1), tried, after)).trial is None
+    assert Ledger(written(entry(1), tried, entry(2, "withdrawn"))).champion == 1
+    again = Ledger(written(entry(1), tried, entry(2, "tried", trial=Trial(version=2, share=0.5))))
+    assert again.trial == Trial(version=2, share=0.5)
+    assert again.faults(again.head) == []
+
+
+def test_a_trial_and_a_promotion_at_once_are_one_move() -> None:
+    rows = moved(1)
+    seen = Ledger(rows)
+    rivals = [seen.continued(entry(3)), seen.continued(entry(2, "tried", trial=Trial(version=2)))]
+    rows += [(number, each.to_json()) for number, each in enumerate(rivals, start=2)]
+    assert (Ledger(rows).champion, Ledger(rows).trial) == (3, None)

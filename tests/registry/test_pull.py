@@ -1,15 +1,17 @@
 """Following the registry: what lies on disk is whole, verified, and survives the registry."""
 
+import time
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
 from registry.bundle import WEIGHTS, open_bundle
-from registry.contract import ModelRef
+from registry.contract import ModelRef, Trial, sha256_hex
 from registry.errors import BundleInvalid, RegistryUnavailable
 from registry.home import Home
-from registry.promotion import promote
+from registry.live import Live, VersionTraffic, WorkerReport
+from registry.promotion import promote, release, withdraw
 from registry.pull import VERSIONS_KEPT, Puller
 from registry.releases import read_release, read_status, release_file, version_folder
 from registry.store import ModelStore
@@ -19,7 +21,7 @@ REF = ModelRef("digits", alias="champion")
 
 @pytest.fixture
 def puller(store: ModelStore, registry_home: Home) -> Puller:
-    return Puller(lambda: store, registry_home.models, (REF,))
+    return Puller(lambda: store, registry_home, (REF,))
 
 
 def files(folder: Path) -> set[str]:
@@ -60,9 +62,9 @@ def test_a_copy_that_was_damaged_on_disk_is_fetched_again(
     publish()
     promote(store, "digits", 1)
     weights = version_folder(registry_home.models, "digits", 1) / WEIGHTS
-    puller = Puller(lambda: store, registry_home.models, (REF,))
+    puller = Puller(lambda: store, registry_home, (REF,))
     puller.pull(REF)
-    for each in (puller, Puller(lambda: store, registry_home.models, (REF,))):
+    for each in (puller, Puller(lambda: store, registry_home, (REF,))):
         weights.write_bytes(b"damaged")
         each.pull(REF)
         open_bundle(weights.parent).verify([WEIGHTS])
@@ -102,7 +104,7 @@ def test_a_registry_that_goes_away_is_noted_and_comes_back(
             raise answer
         return answer
 
-    puller = Puller(open_store, registry_home.models, (REF,))
+    puller = Puller(open_store, registry_home, (REF,))
     assert puller.pull_all()
     puller._store = None
     assert not puller.pull_all()
@@ -164,3 +166,124 @@ def test_watching_goes_on_until_it_is_stopped(
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
+
+
+TRIAL = Trial(version=2, share=0.25)
+
+
+@pytest.fixture
+def tried(store: ModelStore, publish) -> None:
+    """Version 1 is champion, version 2 on trial."""
+    publish(seed=0)
+    publish(seed=1)
+    promote(store, "digits", 1)
+    release(store, "digits", TRIAL, "to see")
+
+
+def test_a_version_on_trial_is_laid_out_and_released_beside_the_champion(
+    puller: Puller, store: ModelStore, tried: None, registry_home: Home
+) -> None:
+    released = puller.pull(REF)
+    assert [(each.version, each.alias) for each in released.versions] == [
+        (1, "champion"),
+        (2, "challenger"),
+    ]
+    assert released.trial == TRIAL
+    assert puller.pull(ModelRef("digits", version=1)).trial is None
+    puller.pull(REF)
+    withdraw(store, "digits", "seen enough")
+    after = puller.pull(REF)
+    assert ([each.version for each in after.versions], after.trial) == ([1], None)
+
+
+def test_a_challenger_that_is_gone_or_damaged_does_not_hold_up_the_champion(
+    puller: Puller, store: ModelStore, tried: None, registry_home: Home
+) -> None:
+    digest = store.resolve(ModelRef("digits", 2)).manifest_sha256
+    for path in registry_home.artifacts.rglob(WEIGHTS):
+        if sha256_hex((path.parent / "manifest.json").read_bytes()) == digest:
+            path.write_bytes(b"damaged")
+    released = puller.pull(REF)
+    assert ([each.version for each in released.versions], released.trial) == ([1], None)
+    last = store.ledger("digits").lines[-1].entry
+    assert (last.action, last.to_version) == ("refused", 2)
+    assert "has sha256" in str(last.verdict)
+    puller.pull(REF)
+    Puller(lambda: store, registry_home, (REF,)).pull(REF)
+    assert len(store.ledger("digits").lines) == 3  # it is said once
+    store._client.delete_model_version("digits", "2")
+    assert puller.pull(REF).trial is None
+
+
+def looked_after(puller: Puller, monkeypatch: pytest.MonkeyPatch, **live) -> None:
+    found = Live(model="digits", generation=1, champion=1, challenger=2, **live)
+    monkeypatch.setattr("registry.pull.read_live", lambda services, name: found)
+    puller.look_after(REF)
+
+
+def test_a_trial_that_breaks_the_policy_is_withdrawn_and_the_ledger_says_why(
+    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    puller = Puller(lambda: store, registry_home, (REF,), ("http://somewhere",))
+    puller.pull(REF)
+    good = VersionTraffic(version=1, requests=1000)
+    looked_after(puller, monkeypatch, versions=(good,))
+    failing = VersionTraffic(version=2, requests=10, errors=90)
+    looked_after(puller, monkeypatch, versions=(good, failing))
+    released = read_release(registry_home.models, "digits")
+    assert released is not None
+    assert (len(released.versions), released.trial) == (1, None)
+    last = store.ledger("digits").lines[-1].entry
+    assert last.action == "withdrawn"
+    assert "90 of its 100 requests failed" in str(last.reason)
+    assert last.by.startswith("puller on ")
+    assert store.standing("digits")[1] is None
+
+
+def test_a_version_that_a_worker_refuses_stands_in_the_ledger_once(
+    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish()
+    promote(store, "digits", 1)
+    puller = Puller(lambda: store, registry_home, (REF,), ("http://somewhere",))
+    puller.pull(REF)
+    worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
+    for _ in range(3):
+        looked_after(puller, monkeypatch, workers=(worker,))
+    lines = store.ledger("digits").lines
+    assert [line.entry.action for line in lines] == ["promoted", "refused"]
+    assert lines[1].entry.verdict == "golden image 3 differs"
+    assert store.ledger("digits").champion == 1
+
+
+def test_a_decision_on_this_machine_wakes_the_puller(
+    store: ModelStore, publish, registry_home: Home
+) -> None:
+    publish(seed=0)
+    publish(seed=1)
+    promote(store, "digits", 1)
+    puller, stop = Puller(lambda: store, registry_home, (REF,)), Event()
+    thread = Thread(target=puller.watch, args=(stop, 3600))
+    thread.start()
+    try:
+        wait_until(lambda: released_version(registry_home) == 1)
+        promote(store, "digits", 2, force=True, reason="test")
+        wait_until(lambda: released_version(registry_home) == 2)
+        store._client.set_registered_model_alias("digits", "champion", "1")  # by other means
+        puller.wake.set()
+        wait_until(lambda: released_version(registry_home) == 1)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def released_version(home: Home) -> int | None:
+    found = read_release(home.models, "digits")
+    return found.versions[0].version if found else None
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from msgspec.structs import replace
 
 from registry import promotion
 from registry.__main__ import main as command
 from registry.bundle import HELDOUT, WEIGHTS
-from registry.contract import ModelRef
+from registry.contract import ModelRef, Trial
 from registry.errors import (
     BundleInvalid,
     PromotionConflict,
@@ -22,7 +23,7 @@ from registry.errors import (
 )
 from registry.home import Home
 from registry.ledger import Entry
-from registry.promotion import promote, roll_back
+from registry.promotion import promote, release, roll_back, withdraw
 from registry.store import ModelStore
 
 
@@ -379,3 +380,50 @@ def test_who_has_no_name_or_odd_reasons_gets_no_traceback(
     assert promote(store, "digits", 1).entry.by.startswith("uid ")
     with pytest.raises(UsageError, match="not UTF-8"):
         roll_back(store, "digits", "caf\udce9")
+
+
+def test_a_trial_needs_a_champion_the_same_labels_and_something_to_try(
+    store: ModelStore, publish
+) -> None:
+    publish(seed=0)
+    with pytest.raises(PromotionRefused, match="no champion"):
+        release(store, "digits", Trial(version=1, share=0.1))
+    promote(store, "digits", 1)
+    publish(seed=1, change=lambda manifest: replace(manifest, labels=tuple("abcdefghij")))
+    with pytest.raises(PromotionRefused, match="the labels differ"):
+        release(store, "digits", Trial(version=2, share=0.1))
+    with pytest.raises(PromotionRefused, match="champion already"):
+        release(store, "digits", Trial(version=1, share=0.1))
+    with pytest.raises(UsageError, match="a share of the requests, a shadow"):
+        release(store, "digits", Trial(version=2))
+    with pytest.raises(VersionNotFound):
+        release(store, "digits", Trial(version=9, shadow=1.0))
+    with pytest.raises(VersionNotFound, match="is on trial"):
+        withdraw(store, "digits")
+    assert [line.entry.action for line in store.ledger("digits").lines] == ["promoted"]
+
+
+def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
+    store: ModelStore, publish
+) -> None:
+    for seed in range(3):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    trial = Trial(version=2, share=0.1, shadow=0.5)
+    with pytest.raises(PromotionConflict):
+        release(store, "digits", trial, expect_champion=7)
+    line = release(store, "digits", trial, "to see", by="ann")
+    assert (line.entry.by, line.entry.reason, line.entry.from_version) == ("ann", "to see", 1)
+    assert store.standing("digits") == ({"champion": 1, "challenger": 3}, trial)
+    with pytest.raises(PromotionConflict, match="version 2 is on trial, not 3"):
+        withdraw(store, "digits", expect_challenger=3)
+    withdraw(store, "digits")
+    assert store.standing("digits")[1] is None
+    release(store, "digits", trial)
+    promote(store, "digits", 3, force=True, reason="test")
+    assert store.standing("digits") == ({"champion": 3, "previous": 1}, None)
+    assert store.ledger("digits").faults(store.ledger_head("digits")) == []
+    with pytest.raises(PromotionConflict):
+        roll_back(store, "digits", expect_champion=1)
+    roll_back(store, "digits", expect_champion=3, by="ann")
+    assert store.aliases("digits")["champion"] == 1

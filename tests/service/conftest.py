@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 from werkzeug.serving import make_server
 
 from registry.bundle import Bundle
-from registry.contract import ModelRef
+from registry.contract import ModelRef, Trial
 from registry.plans.choice import Planner
 from registry.plans.torch_eager import EAGER
 from registry.releases import ReleasedVersion, version_folder, write_release
@@ -39,15 +39,31 @@ def release(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
     """Lays a version out on disk and releases it, as the puller does."""
 
     def lay_out(version: int, seed: int = 0, alias: str | None = "champion") -> Bundle:
-        folder = version_folder(models, "digits", version)
-        bundle = make_bundle(seed=seed, folder=folder)
-        released = ReleasedVersion(
-            version=version, manifest_sha256=bundle.manifest_sha256, alias=alias
-        )
-        write_release(models, "digits", (released,))
+        bundle = make_bundle(seed=seed, folder=version_folder(models, "digits", version))
+        write_release(models, "digits", (released(bundle, version, alias),))
         return bundle
 
     return lay_out
+
+
+@pytest.fixture
+def on_trial(make_bundle: MakeBundle, models: Path) -> Callable[..., tuple[Bundle, Bundle]]:
+    """Releases version 1 with version 2 on trial beside it; gives both bundles."""
+
+    def lay_out(**trial: float) -> tuple[Bundle, Bundle]:
+        old, new = (
+            make_bundle(seed=seed, folder=version_folder(models, "digits", seed + 1))
+            for seed in (0, 1)
+        )
+        versions = released(old, 1, "champion"), released(new, 2, "challenger")
+        write_release(models, "digits", versions, Trial(version=2, **trial))
+        return old, new
+
+    return lay_out
+
+
+def released(bundle: Bundle, version: int, alias: str | None) -> ReleasedVersion:
+    return ReleasedVersion(version=version, manifest_sha256=bundle.manifest_sha256, alias=alias)
 
 
 @pytest.fixture

@@ -259,7 +259,7 @@ def test_errors_of_ours_and_of_load_have_their_status(
         return error
 
     step = "put" if isinstance(error, Overloaded) else "wait"
-    monkeypatch.setattr(slot.require().batcher, step, fail)
+    monkeypatch.setattr(slot.require().champion.batcher, step, fail)
     response = ready.post("/v1/classify", data=png, **RAW)
     assert response.status_code == status
     assert response.json["status"] == status
@@ -295,7 +295,7 @@ def test_traceparent_names_the_request(ready: FlaskClient, png: bytes, caplog) -
 def test_a_request_answers_with_the_version_it_began_with(
     ready: FlaskClient, slot: ModelSlot, release, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = slot.require()
+    old = slot.require().champion
     put = old.batcher.put
 
     def swap_meanwhile(images, deadline_s):

@@ -23,10 +23,10 @@ def test_nothing_released_is_not_ready_and_says_what_to_run(slot: ModelSlot) -> 
 def test_a_release_is_loaded_once(slot: ModelSlot, release) -> None:
     release(1)
     assert slot.refresh()
-    served = slot.require()
+    served = slot.require().champion
     assert (served.name, served.version, served.alias) == ("digits", 1, "champion")
     assert not slot.refresh()
-    assert slot.require() is served
+    assert slot.require().champion is served
 
 
 def test_a_new_release_takes_over_while_the_old_object_goes_on(
@@ -34,12 +34,15 @@ def test_a_new_release_takes_over_while_the_old_object_goes_on(
 ) -> None:
     release(1, seed=0)
     slot.refresh()
-    old = slot.require()
+    old = slot.require().champion
     release(2, seed=1)
     assert slot.refresh()
-    assert slot.require().version == 2
+    assert slot.require().champion.version == 2
     image = few_digits.test.pixels[0]
-    answers = [each.batcher.wait(each.batcher.put([image], 5)[0]) for each in (old, slot.require())]
+    answers = [
+        each.batcher.wait(each.batcher.put([image], 5)[0])
+        for each in (old, slot.require().champion)
+    ]
     assert not np.allclose(answers[0].probabilities, answers[1].probabilities)
 
 
@@ -55,14 +58,14 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
     monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
     assert not slot.refresh()
     assert not slot.refresh()
-    assert slot.require().version == 1
+    assert slot.require().champion.version == 1
     assert "has sha256" in str(slot.error)
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "version 1 serves on" in warnings[0].getMessage()
     weights.write_bytes(whole)
     assert slot.refresh()
-    assert (slot.require().version, slot.error) == (2, None)
+    assert (slot.require().champion.version, slot.error) == (2, None)
 
 
 def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, release, models: Path) -> None:
@@ -90,7 +93,7 @@ def test_a_release_file_that_was_lost_is_followed_again(
     release_file(models, "digits").unlink()
     release(2, seed=1)  # begins with generation 1 again
     assert slot.refresh()
-    assert slot.require().version == 2
+    assert slot.require().champion.version == 2
 
 
 def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(
@@ -99,7 +102,7 @@ def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(
     with pytest.raises(ModelNotReady):
         slot.require()
     release(1)
-    assert slot.require().version == 1
+    assert slot.require().champion.version == 1
 
 
 def test_many_first_requests_load_only_once(models: Path, release) -> None:
@@ -180,9 +183,9 @@ def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_s
         careful.require()
     assert careful.refresh()
     release(2, seed=1)
-    assert careful.require().version == 1
+    assert careful.require().champion.version == 1
     assert careful.refresh()
-    assert (careful.require().version, chosen) == (2, [1, 2])
+    assert (careful.require().champion.version, chosen) == (2, [1, 2])
 
 
 def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(

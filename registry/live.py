@@ -1,0 +1,218 @@
+"""What the workers of a service say of a model: who serves what, and how each version does.
+
+The service answers with it (``GET /v1/models/{name}/traffic``); whoever compares versions, or
+guards a trial, reads it. Light: records and arithmetic only.
+"""
+
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from registry.errors import ModelNotReady
+
+DEFAULT_SERVICE = "http://127.0.0.1:8080"
+TIMEOUT_S = 2.0
+BAR = 24  # characters
+MOST_BYTES = 4_000_000
+UNBOUNDED_S = 1e9  # the bound of the last bucket: JSON has no infinity
+
+
+class WorkerReport(Struct, frozen=True, kw_only=True):
+    """What one worker serves of a model, what it has ready to serve, and what it refuses.
+
+    Keys are of releases (``Release.key``). ``refused`` is the version whose failure ``error`` is.
+    """
+
+    pid: int
+    model: str
+    version: int | None = None
+    generation: int | None = None
+    serving_key: int = 0
+    prepared_key: int = 0
+    error: str | None = None
+    refused: int | None = None
+
+
+class VersionTraffic(Struct, frozen=True, kw_only=True):
+    """What one version did, counted since the service started or between two moments.
+
+    ``errors`` are those that are not the caller's. ``buckets`` are requests by their time, each
+    with its upper bound in seconds, not cumulative. ``agreed``, ``differed`` and ``failed`` are
+    images that were scored in the shadow of the champion's answers, ``dropped`` those that there
+    was no time for.
+    """
+
+    version: int
+    requests: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+    buckets: tuple[tuple[float, int], ...] = ()
+    images: int = 0
+    confidence: float = 0.0
+    agreed: int = 0
+    differed: int = 0
+    failed: int = 0
+    dropped: int = 0
+
+    @property
+    def error_rate(self) -> float:
+        """Of all requests that were not the caller's fault."""
+        return self.errors / (self.requests + self.errors) if self.errors else 0.0
+
+    @property
+    def mean_confidence(self) -> float | None:
+        """Mean probability of the best class, of the images that were answered."""
+        return self.confidence / self.images if self.images else None
+
+    @property
+    def shadowed(self) -> int:
+        return self.agreed + self.differed + self.failed
+
+    @property
+    def agreement(self) -> float | None:
+        """Of the images that were scored in the shadow, the part with the champion's answer."""
+        return self.agreed / self.shadowed if self.shadowed else None
+
+    def quantile_s(self, part: float) -> float | None:
+        """The time within which ``part`` of the requests were answered, linear within a bucket."""
+        total = sum(count for _, count in self.buckets)
+        seen, lower = 0, 0.0
+        for upper, count in self.buckets:
+            if count and seen + count >= part * total:
+                top = upper if upper < UNBOUNDED_S else lower
+                return lower + (top - lower) * (part * total - seen) / count
+            seen, lower = seen + count, upper
+        return None
+
+    def since(self, before: "VersionTraffic") -> "VersionTraffic":
+        """What came after ``before``; all of it where the service was started anew since."""
+        if self.requests < before.requests or self.shadowed < before.shadowed:
+            return self
+        return self._combined(before, -1)
+
+    def plus(self, other: "VersionTraffic") -> "VersionTraffic":
+        """Of two services together."""
+        return self._combined(other, 1)
+
+    def _combined(self, other: "VersionTraffic", sign: int) -> "VersionTraffic":
+        counts = dict(self.buckets)
+        for upper, count in other.buckets:
+            counts[upper] = counts.get(upper, 0) + sign * count
+        sums = {
+            name: getattr(self, name) + sign * getattr(other, name)
+            for name in self.__struct_fields__
+            if name not in ("version", "buckets")
+        }
+        return VersionTraffic(version=self.version, buckets=tuple(sorted(counts.items())), **sums)
+
+
+class Live(Struct, frozen=True, kw_only=True):
+    """A model as it is served: the release's generation, its workers, and what versions did."""
+
+    model: str
+    generation: int | None
+    champion: int | None
+    challenger: int | None = None
+    workers: tuple[WorkerReport, ...] = ()
+    versions: tuple[VersionTraffic, ...] = ()
+
+    def of(self, version: int | None) -> VersionTraffic:
+        """What ``version`` did; nothing, if it was not seen."""
+        found = (each for each in self.versions if each.version == version)
+        return next(found, VersionTraffic(version=version or 0))
+
+
+def read_live(services: Sequence[str], model: str) -> Live:
+    """What ``services``, by their addresses, say of ``model``, added up.
+
+    Raises:
+        ModelNotReady: one of them cannot be asked, or does not serve it.
+    """
+    return add_up([_ask(service, model) for service in services])
+
+
+def add_up(found: Sequence[Live]) -> Live:
+    """Several services as one; who serves what is as the first says."""
+    versions: dict[int, VersionTraffic] = {}
+    for each in (version for live in found for version in live.versions):
+        known = versions.get(each.version)
+        versions[each.version] = known.plus(each) if known else each
+    workers = tuple(worker for live in found for worker in live.workers)
+    return msgspec.structs.replace(
+        found[0], workers=workers, versions=tuple(versions[key] for key in sorted(versions))
+    )
+
+
+def service_addresses(text: str | None) -> tuple[str, ...]:
+    """The addresses in ``CONVOY_SERVICE_URL``, with commas between them."""
+    return tuple(part.strip().rstrip("/") for part in (text or "").split(",") if part.strip())
+
+
+def refusals(workers: Iterable[WorkerReport]) -> dict[int, str]:
+    """Versions that a worker could not load, and why."""
+    return {
+        worker.refused: worker.error
+        for worker in workers
+        if worker.refused is not None and worker.error is not None
+    }
+
+
+def draw_live(live: Live) -> str:
+    """The comparison as text: a column for each version that serves, and its times as bars."""
+    here = [number for number in (live.champion, live.challenger) if number is not None]
+    shown = [live.of(number) for number in here]
+    names = ["champion", "challenger"][: len(here)]
+    rows: list[tuple[str, ...]] = [
+        ("", *(f"{name} {number}" for name, number in zip(names, here, strict=True)))
+    ]
+    rows += [
+        ("requests", *(f"{each.requests:,}" for each in shown)),
+        ("errors", *(f"{each.errors:,} ({each.error_rate:.2%})" for each in shown)),
+        ("p50 ms", *(_ms(each.quantile_s(0.5)) for each in shown)),
+        ("p99 ms", *(_ms(each.quantile_s(0.99)) for each in shown)),
+        ("mean confidence", *(_part(each.mean_confidence) for each in shown)),
+        ("agreement in the shadow", *(_part(each.agreement) for each in shown)),
+        ("shadowed / dropped", *(f"{each.shadowed:,} / {each.dropped:,}" for each in shown)),
+    ]
+    lines = [f"{row[0]:<24}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows]
+    for name, each in zip(names, shown, strict=True):
+        lines += [f"times of the {name}", *_bars(each)]
+    for worker in live.workers:
+        lines.append(
+            f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"
+            + (f", {worker.error}" if worker.error else "")
+        )
+    return "\n".join(lines)
+
+
+def _bars(version: VersionTraffic) -> list[str]:
+    most = max((count for _, count in version.buckets), default=0)
+    return [
+        f"  {'over' if upper >= UNBOUNDED_S else f'≤ {1000 * upper:g}':>7} ms "
+        f"{'█' * max(1, round(BAR * count / most)):<{BAR}} {count:,}"
+        for upper, count in version.buckets
+        if count
+    ]
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.3g}"
+
+
+def _part(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _ask(service: str, model: str) -> Live:
+    url = f"{service}/v1/models/{urllib.parse.quote(model)}/traffic"
+    if not url.startswith(("http://", "https://")):
+        raise ModelNotReady(f"{service} is no http or https address")
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - checked
+            return msgspec.json.decode(answer.read(MOST_BYTES), type=Live)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise ModelNotReady(f"{service} does not say how {model} is served: {error}") from error

@@ -1,0 +1,127 @@
+"""When a trial on real traffic is ended, and what is not enough to end one."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.contract import Trial
+from registry.gates import TrialPolicy, read_policy
+from registry.live import (
+    UNBOUNDED_S,
+    Live,
+    VersionTraffic,
+    WorkerReport,
+    add_up,
+    draw_live,
+    service_addresses,
+)
+from registry.trial_guard import TrialGuard
+
+TRIAL = Trial(version=2, share=0.1)
+
+
+def traffic(version: int, requests: int, errors: int = 0, ms: float = 4, **more) -> VersionTraffic:
+    buckets = ((0.0025, 0), (0.005, 0), (0.01, 0), (0.05, 0), (UNBOUNDED_S, 0))
+    place = next(upper for upper, _ in buckets if ms / 1000 <= upper)
+    return VersionTraffic(
+        version=version,
+        requests=requests,
+        errors=errors,
+        buckets=tuple((upper, requests if upper == place else 0) for upper, _ in buckets),
+        **more,
+    )
+
+
+def live(*versions: VersionTraffic, **more) -> Live:
+    return Live(model="m", generation=1, champion=1, challenger=2, versions=versions, **more)
+
+
+def look(champion: VersionTraffic, challenger: VersionTraffic, **policy) -> str | None:
+    guard = TrialGuard(TRIAL, TrialPolicy(**policy), live())
+    return guard.look(live(champion, challenger))
+
+
+def test_a_challenger_that_does_as_well_goes_on() -> None:
+    assert look(traffic(1, 1000, 2), traffic(2, 100, 0)) is None
+    assert look(traffic(1, 1000), traffic(2, 1000, 11)) is None  # 1.1 % may be chance
+    assert look(traffic(1, 1000, 500), traffic(2, 100, 55)) is None  # all fail alike
+    assert look(traffic(1, 0), traffic(2, 0)) is None
+
+
+def test_failing_requests_end_it_once_there_are_enough() -> None:
+    assert look(traffic(1, 1000), traffic(2, 5, 30)) is None
+    assert "40 of its 100 requests failed" in str(look(traffic(1, 1000), traffic(2, 60, 40)))
+    assert look(traffic(1, 1000), traffic(2, 60, 40), max_error_gap=0.5) is None
+
+
+def test_a_slow_challenger_ends_it() -> None:
+    reason = str(look(traffic(1, 1000, ms=4), traffic(2, 100, ms=40)))
+    assert "its median time is 30 ms, the champion's 3.75 ms" in reason
+    assert look(traffic(1, 10, ms=4), traffic(2, 100, ms=40)) is None
+    assert look(traffic(1, 1000, ms=4), traffic(2, 100, ms=9)) is None
+
+
+def test_failures_in_the_shadow_end_it_and_disagreement_only_by_policy() -> None:
+    failing = traffic(2, 0, agreed=60, failed=40)
+    assert "40 of 100 images failed" in str(look(traffic(1, 1000), failing))
+    differing = traffic(2, 0, agreed=60, differed=40)
+    assert look(traffic(1, 1000), differing) is None
+    assert "60 of 100" in str(look(traffic(1, 1000), differing, min_agreement=0.9))
+
+
+def test_a_worker_that_cannot_load_it_ends_it_at_once() -> None:
+    worker = WorkerReport(pid=7, model="m", version=1, error="scores NaN", refused=2)
+    guard = TrialGuard(TRIAL, TrialPolicy(), live())
+    assert guard.look(live(workers=(worker,))) == "worker 7 cannot serve it: scores NaN"
+
+
+def test_what_was_counted_before_the_trial_counts_no_more() -> None:
+    before = live(traffic(1, 500), traffic(2, 60, 40))
+    guard = TrialGuard(TRIAL, TrialPolicy(), before)
+    assert guard.look(before) is None
+    assert guard.look(live(traffic(1, 900), traffic(2, 160, 40))) is None
+    assert guard.look(live(traffic(1, 900), traffic(2, 200, 100))) is not None
+    # The service was started anew: everything that it has counted is of this trial.
+    assert guard.look(live(traffic(1, 90), traffic(2, 30, 35))) is not None
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=5))
+def test_services_add_up_and_differences_undo_it(counts: list[tuple[int, int]]) -> None:
+    each = [live(traffic(1, requests, errors)) for requests, errors in counts]
+    total = add_up(each).of(1)
+    assert total.requests == sum(requests for requests, _ in counts)
+    rest = add_up(each[1:]).of(1) if each[1:] else VersionTraffic(version=1)
+    assert total.since(rest).requests == each[0].of(1).requests
+    assert sum(n for _, n in total.buckets) == total.requests
+
+
+def test_quantiles_are_within_their_bucket() -> None:
+    version = VersionTraffic(version=1, buckets=((0.001, 50), (0.01, 49), (UNBOUNDED_S, 1)))
+    assert version.quantile_s(0.25) == pytest.approx(0.0005)
+    assert version.quantile_s(0.5) == pytest.approx(0.001)
+    assert version.quantile_s(0.99) == pytest.approx(0.01)
+    assert version.quantile_s(1.0) == pytest.approx(0.01)
+    assert VersionTraffic(version=1).quantile_s(0.5) is None
+
+
+def test_the_comparison_survives_json_and_is_drawn() -> None:
+    worker = WorkerReport(pid=7, model="m", version=1, generation=3, error="waits")
+    shown = live(traffic(1, 900), traffic(2, 100, 1, agreed=9, differed=1), workers=(worker,))
+    again = msgspec.json.decode(msgspec.json.encode(shown), type=Live)
+    assert again == shown
+    text = draw_live(again)
+    for part in ("champion 1", "challenger 2", "0.9000", "≤ 5 ms", "worker 7", "waits"):
+        assert part in text
+
+
+def test_a_policy_file_has_a_table_for_trials(tmp_path) -> None:
+    (tmp_path / "policy.toml").write_text("[trial]\nmin_requests = 7\nmin_agreement = 0.9\n")
+    assert read_policy(tmp_path / "policy.toml").trial == TrialPolicy(
+        min_requests=7, min_agreement=0.9
+    )
+
+
+def test_several_services_are_named_with_commas() -> None:
+    assert service_addresses("http://a:1/, http://b:2,") == ("http://a:1", "http://b:2")
+    assert service_addresses(None) == ()

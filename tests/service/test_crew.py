@@ -1,0 +1,160 @@
+"""Workers prepare apart and switch together; here each is a slot of its own in one process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from registry.bundle import WEIGHTS
+from registry.contract import ModelRef
+from registry.live import WorkerReport
+from registry.releases import Release, ReleasedVersion, version_folder
+from service import model_slot
+from service.crew import NOTHING, Crew
+from service.model_slot import ModelSlot
+from tests.service.conftest import load
+
+REF = ModelRef("digits", alias="champion")
+
+
+@pytest.fixture
+def worker(tmp_path: Path, models: Path) -> Callable[[], ModelSlot]:
+    """Makes a worker of one crew."""
+    return lambda: ModelSlot(REF, models, load, crew=Crew(tmp_path / "crew"))
+
+
+def version(slot: ModelSlot) -> int | None:
+    return slot.current.version if slot.current else None
+
+
+def test_all_switch_in_the_moment_in_which_the_last_has_prepared(worker, release) -> None:
+    one, two = worker(), worker()
+    release(1)
+    one.refresh()
+    assert version(one) is None  # the other has not prepared it
+    two.refresh()
+    assert (version(one), version(two)) == (1, 1)
+    release(2, seed=1)
+    two.refresh()
+    assert (version(one), version(two)) == (1, 1)
+    one.refresh()
+    assert (version(one), version(two)) == (2, 2)  # though the other has not looked since
+    assert sorted(each.version for each in one.workers()) == [1, 2]
+    two.refresh()
+    assert [each.version for each in one.workers()] == [2, 2]
+
+
+def test_a_worker_that_cannot_prepare_stops_the_switch_and_says_so(
+    worker, release, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    monkeypatch.setattr(model_slot, "WAITING_S", -1.0)
+    one, two = worker(), worker()
+    release(1)
+    for each in (one, two):
+        each.refresh()
+    release(2, seed=1)
+    one.refresh()
+    weights = version_folder(models, "digits", 2) / WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(b"damaged")
+    two.refresh()
+    one.refresh()
+    assert (version(one), version(two)) == (1, 1)
+    assert "has sha256" in str(two.error)
+    assert f"generation 2 waits for worker {os.getpid()}: " in str(one.error)
+    assert "has sha256" in str(one.error)
+    assert {each.refused for each in two.workers()} == {None, 2}
+    weights.write_bytes(whole)
+    two.refresh()
+    assert (version(one), version(two), two.error) == (2, 2, None)
+
+
+def test_who_comes_late_begins_with_what_the_others_serve(worker, release, models: Path) -> None:
+    one = worker()
+    release(1)
+    one.refresh()
+    release(2, seed=1)
+    (version_folder(models, "digits", 2) / WEIGHTS).write_bytes(b"damaged")
+    late = worker()
+    assert late.require().champion.version == 1
+    late.refresh()
+    assert (version(late), version(one)) == (1, 1)
+    assert "has sha256" in str(late.error)
+
+
+def test_a_release_that_is_taken_back_before_all_have_it_never_serves(worker, release) -> None:
+    one, two = worker(), worker()
+    release(1)
+    for each in (one, two):
+        each.refresh()
+    release(2, seed=1)
+    one.refresh()
+    release(1)
+    for each in (one, two, one):
+        each.refresh()
+    assert (version(one), version(two)) == (1, 1)
+    assert [each.generation for each in one.workers()] == [3, 3]
+
+
+def test_a_worker_that_was_killed_is_not_waited_for(tmp_path: Path, worker, release) -> None:
+    script = (
+        "import sys; from pathlib import Path; from service.crew import Crew\n"
+        "crew = Crew(Path(sys.argv[1])); print(len(crew.reports('digits')), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    one = worker()
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "crew")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"2\n"
+        release(1)
+        one.refresh()
+        assert version(one) is None
+        other.kill()
+        other.wait()
+        one.refresh()
+    assert version(one) == 1
+    assert [each.pid for each in one.workers()] == [os.getpid()]
+
+
+def test_a_report_is_seen_by_all_and_a_switch_waits_for_all(tmp_path: Path) -> None:
+    one, two = Crew(tmp_path), Crew(tmp_path)
+    posts = one.post("digits"), two.post("digits")
+    released = ReleasedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
+    release = Release(schema_version=2, model="digits", generation=1, versions=(released,))
+    assert (posts[0].key, posts[1].release) == (NOTHING, None)
+    assert len(posts[0].switch(release)) == 2
+    one.report(WorkerReport(pid=1, model="digits", prepared_key=release.key))
+    (missing,) = posts[0].switch(release)
+    assert missing.prepared_key == NOTHING
+    two.report(WorkerReport(pid=2, model="digits", prepared_key=release.key))
+    assert posts[1].switch(release) == []
+    assert (posts[0].key, posts[0].release) == (release.key, release)
+    assert two.post("another").key == NOTHING
+
+
+def test_a_version_that_was_left_stays_in_memory_for_a_while(
+    models: Path, release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+
+    def counted(bundle, released):
+        loads.append(released.version)
+        return load(bundle, released)
+
+    for keep_s, expected in ((60.0, [1, 2]), (0.0, [1, 2, 1])):
+        loads.clear()
+        slot = ModelSlot(REF, models, counted, keep_warm_s=keep_s)
+        for number in (1, 2, 1):
+            release(number, seed=number)
+            assert slot.refresh()
+            slot.refresh()
+        assert loads == expected

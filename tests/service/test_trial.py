@@ -1,0 +1,216 @@
+"""A challenger on real traffic: who gets its answers, and what is scored in the shadow."""
+
+import io
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+from flask.testing import FlaskClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.bundle import WEIGHTS
+from registry.contract import ModelRef, Trial
+from registry.live import Live
+from registry.plans.choice import Planner
+from registry.plans.torch_eager import EAGER
+from registry.releases import version_folder
+from service import model_slot, shadow
+from service.metrics import Metrics
+from service.model_slot import ModelSlot
+from service.settings import Settings
+from service.shadow import Budget, Shadow
+from service.shadow_feed import Sample, ShadowFeed
+from service.traffic import is_challengers
+from tests.service.conftest import load
+
+RAW = {"content_type": "application/octet-stream"}
+
+
+def versions(client: FlaskClient, images: list[bytes], **headers: str) -> list[int]:
+    asked = [client.post("/v1/classify", data=each, headers=headers, **RAW) for each in images]
+    assert {each.status_code for each in asked} == {200}
+    return [each.json["model"]["version"] for each in asked]
+
+
+@pytest.fixture
+def images(few_digits) -> list[bytes]:
+    return [few_digits.test.encode(position) for position in range(40)]
+
+
+@given(st.binary(max_size=64), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_share_keeps_the_keys_of_a_smaller_one(key: bytes, one: float, two: float) -> None:
+    small, large = (Trial(version=8, share=share) for share in sorted((one, two)))
+    assert is_challengers(large, key) or not is_challengers(small, key)
+
+
+def test_a_share_is_that_part_of_the_keys_and_another_for_another_version() -> None:
+    keys = [str(number).encode() for number in range(4000)]
+    parts = [
+        {key for key in keys if is_challengers(Trial(version=version, share=0.1), key)}
+        for version in (8, 9)
+    ]
+    assert all(320 < len(part) < 480 for part in parts)
+    assert len(parts[0] & parts[1]) < 100
+    assert all(is_challengers(Trial(version=8, share=1.0), key) for key in keys)
+
+
+def test_the_same_image_and_the_same_session_always_get_the_same_version(
+    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes]
+) -> None:
+    on_trial(share=0.5)
+    slot.refresh()
+    first = versions(client, images)
+    assert set(first) == {1, 2}
+    assert versions(client, images) == first
+    for session in ("a", "b", "c", "d"):
+        assert len(set(versions(client, images[:5], **{"X-Session-Id": session}))) == 1
+    headers = client.post("/v1/classify", data=images[0], **RAW).headers
+    assert headers["X-Model-Version"] == str(first[0])
+
+
+def test_a_version_on_trial_can_be_asked_for_by_its_address(
+    client: FlaskClient, slot: ModelSlot, on_trial, png: bytes
+) -> None:
+    on_trial(shadow=1.0)
+    slot.refresh()
+    for path, expected in (
+        ("/v1/classify", 1),
+        ("/v1/models/digits/versions/2/classify", 2),
+        ("/v1/models/digits/aliases/challenger/classify", 2),
+        ("/v1/models/digits/versions/1/classify", 1),
+    ):
+        assert client.post(path, data=png, **RAW).json["model"]["version"] == expected
+    missing = client.post("/v1/models/digits/versions/3/classify", data=png, **RAW)
+    assert missing.status_code == 404
+    assert "served is version 1, alias 'champion' and version 2" in missing.json["detail"]
+    described = client.get("/v1/models/digits/versions/2").json
+    assert (described["version"], described["trial"]["shadow"]) == (2, 1.0)
+
+
+def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
+    models: Path, release, on_trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load)
+    release(1)
+    slot.refresh()
+    on_trial(share=0.5)
+    weights = version_folder(models, "digits", 2) / WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(b"")
+    slot.refresh()
+    for each in (slot, ModelSlot(ModelRef("digits", alias="champion"), models, load)):
+        each.refresh()  # the second starts with it
+        assert (each.require().champion.version, each.require().challenger) == (1, None)
+        assert "has sha256" in str(each.error)
+        assert each.workers()[0].refused == 2
+        assert each.require().trial is None
+    weights.write_bytes(whole)
+    slot.refresh()
+    assert slot.require().trial == Trial(version=2, share=0.5)
+    assert slot.error is None
+
+
+def test_what_the_champion_answers_is_sampled_for_the_shadow(
+    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes], app, tmp_path: Path
+) -> None:
+    sent: list[Sample] = []
+    state = app.extensions["convoy"]
+    state.shadow.send = sent.append
+    on_trial(shadow=1.0)
+    slot.refresh()
+    answer = client.post("/v1/classify", data=images[0], **RAW).json
+    many = client.post(
+        "/v1/classify",
+        data={"image": [(io.BytesIO(each), "x.png") for each in (images[1], b"bad")]},
+    ).json
+    assert "error" in many["results"][1]
+    assert [each.index for each in sent] == [
+        answer["predictions"][0]["index"],
+        many["results"][0]["predictions"][0]["index"],
+    ]
+    assert {(each.model, each.challenger, each.is_encoded) for each in sent} == {
+        ("digits", 2, False)
+    }
+    client.post("/v1/models/digits/versions/1/classify", data=images[0], **RAW)
+    assert len(sent) == 2  # who asks for a version takes part in no trial
+
+
+def test_a_sample_that_cannot_be_sent_at_once_is_dropped_and_counted(tmp_path: Path) -> None:
+    dropped: list[int] = []
+    address = tmp_path / "shadow"
+    feed = ShadowFeed(address, lambda model, version, outcome, images: dropped.append(images))
+    sample = Sample("digits", 2, 0, False, bytes(64))
+    feed.send(sample)  # nobody listens
+    assert dropped == [1]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(address))
+        feed.send(sample)
+        assert shadow._receive(receiver) == [sample]
+        for _ in range(500):
+            feed.send(sample)
+        assert len(dropped) > 100
+        count = len(dropped)
+        feed.send(Sample("digits", 2, 0, False, bytes(10_000_000)))
+        assert len(dropped) == count + 1
+
+
+def test_the_shadow_counts_agreement_and_whatever_fails_against_the_challenger(
+    models: Path, on_trial, few_digits
+) -> None:
+    on_trial(shadow=1.0)
+    metrics = Metrics()
+    settings = Settings(models_folder=models)
+    scorer = Shadow(settings, Planner(Path("unused"), "cpu", None, EAGER), metrics)
+    pixels = few_digits.test.pixels[0]
+    scorer.score("digits", [Sample("digits", 2, 0, False, pixels.tobytes())])
+    loaded = scorer._loaded["digits"]
+    assert loaded.classifier is not None
+    best = int(loaded.classifier.classify(pixels[None]).argmax())
+    encoded = few_digits.test.encode(0)
+    other = (best + 1) % 10
+    for index, is_encoded, image in (
+        (best, True, encoded),
+        (best, False, pixels.tobytes()),
+        (other, False, pixels.tobytes()),
+        (best, True, b"no image"),
+    ):
+        scorer.score("digits", [Sample("digits", 2, index, is_encoded, image)])
+    scorer.score("digits", [Sample("digits", 7, 0, False, pixels.tobytes())])  # of another trial
+    (traffic,) = metrics.traffic("digits")
+    first = int(best == 0)
+    assert (traffic.agreed, traffic.differed, traffic.failed) == (2 + first, 2 - first, 1)
+    assert traffic.agreement == pytest.approx((2 + first) / 5)
+
+
+def test_the_shadow_rests_until_its_part_of_the_machine_is_earned() -> None:
+    used = iter([1.0, 1.2, 1.2])
+    budget = Budget(0.4, lambda: next(used))
+    assert budget.rest_s() == pytest.approx(0.5)
+    assert budget.rest_s() == 0
+
+
+def test_the_traffic_of_each_version_is_told(
+    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes]
+) -> None:
+    on_trial(share=0.5)
+    slot.refresh()
+    answered = versions(client, images)
+    client.post("/v1/models/digits/versions/2/classify", data=b"bad", **RAW)
+    body = client.get("/v1/models/digits/traffic").json
+    assert (body["champion"], body["challenger"], body["generation"]) == (1, 2, 1)
+    assert [each["version"] for each in body["workers"]] == [1]
+    for each in body["versions"]:
+        count = answered.count(each["version"])
+        assert (each["requests"], each["images"], each["errors"]) == (count, count, 0)
+        assert sum(number for _, number in each["buckets"]) == count
+        assert 0.1 * count < each["confidence"] <= count
+
+
+def test_a_service_without_a_trial_tells_its_traffic_too(ready: FlaskClient, png: bytes) -> None:
+    ready.post("/v1/classify", data=png, **RAW)
+    live = msgspec.json.decode(ready.get("/v1/models/digits/traffic").data, type=Live)
+    assert (live.champion, live.challenger, live.of(1).requests) == (1, None, 1)
+    assert live.of(9).requests == 0
