@@ -1,6 +1,7 @@
 """``python -m registry``: look at versions, promote, roll back, and follow the registry."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -9,8 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,6 @@ import msgspec
 
 from registry.contract import (
     CHAMPION,
-    PREVIOUS,
     ModelRef,
     ModelVersion,
     Trial,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from registry.bundle import Bundle
     from registry.ledger import Line
     from registry.store import ModelStore
+    from registry.webhooks import Receiver
 
 AUDIT_AGAIN_S = 2.0
 # On the machine that serves, requests come first.
@@ -86,8 +87,7 @@ def _show(arguments: argparse.Namespace) -> int:
     store = _store()
     ref = _ref(arguments.name, arguments.version)
     version = store.resolve(ref)
-    with tempfile.TemporaryDirectory(prefix="convoy-show-") as folder:
-        manifest = store.download(version, Path(folder), lambda _: ()).manifest
+    manifest = store.manifest(version)
     lines = store.ledger(arguments.name).lines
     shown = {
         "version": msgspec.to_builtins(version),
@@ -118,23 +118,51 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from registry.gates import read_policy
+    from registry.judging import Judge
     from registry.promotion import promote
 
     store = _store()
     number = store.resolve(_ref(arguments.name, arguments.version)).version
-    line = promote(
-        store,
-        arguments.name,
-        number,
-        expect_champion=arguments.expect_champion,
-        force=arguments.force,
-        reason=arguments.reason,
-        policy=read_policy(convoy_home().policy(arguments.name)),
-    )
+    judge = Judge(store, convoy_home(), timed=not arguments.untimed)
+    try:
+        line = promote(
+            store,
+            arguments.name,
+            number,
+            expect_champion=arguments.expect_champion,
+            force=arguments.force,
+            reason=arguments.reason,
+            judge=judge,
+        )
+    finally:
+        if judge.last is not None:
+            print(judge.last.table())
     print(f"{arguments.name} version {number} is the champion now ({line.entry.action})")
-    print(f"  {line.entry.verdict}")
     return 0
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from registry.judging import Judge
+
+    store = _store()
+    challenger = store.resolve(_ref(arguments.name, arguments.version))
+    champion = None
+    if (number := store.aliases(arguments.name).get(CHAMPION)) is not None:
+        champion = store.resolve(ModelRef(arguments.name, number))
+    judged = Judge(store, convoy_home(), timed=not arguments.untimed).judge(champion, challenger)
+    if arguments.page is not None:
+        from registry.pages import verdict_page
+
+        arguments.page.write_text(verdict_page(judged))
+    if arguments.json:
+        shown = msgspec.structs.replace(
+            judged,
+            flips=tuple(msgspec.structs.replace(each, picture=None) for each in judged.flips),
+        )
+        print(msgspec.json.encode(shown).decode())
+    else:
+        print(judged.table())
+    return 0 if judged.accepted else 1
 
 
 def _roll_back(arguments: argparse.Namespace) -> int:
@@ -191,10 +219,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _history(arguments: argparse.Namespace) -> int:
+    from registry.ledger import moments
+
     store = _store()
     store.aliases(arguments.name)  # says so if there is no such model
     ledger = store.ledger(arguments.name)
-    lines = ledger.reigns(*_moments(arguments.at)) if arguments.at else ledger.lines
+    lines = ledger.reigns(*moments(arguments.at)) if arguments.at else ledger.lines
     if arguments.json:
         print(json.dumps(msgspec.to_builtins(lines)))
         return 0
@@ -207,32 +237,19 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
+    from registry.promotion import audit
+
     store = _store()
     names = [arguments.name] if arguments.name else store.models()
     failed = False
     for name in names:
-        lines, faults = _inspect(store, name)
+        lines, faults = audit(store, name)
         if faults:  # of somebody who promotes at this moment, perhaps
             time.sleep(AUDIT_AGAIN_S)
-            lines, faults = _inspect(store, name)
+            lines, faults = audit(store, name)
         failed = failed or bool(faults)
         print(f"{name}: {lines} lines, {'; '.join(faults) or 'all in order'}")
     return 1 if failed else 0
-
-
-def _inspect(store: "ModelStore", name: str) -> tuple[int, list[str]]:
-    """How many lines a ledger has, and what is wrong with it and the aliases."""
-    head = store.ledger_head(name)  # first: what is written meanwhile is no fault
-    ledger, aliases = store.ledger(name), store.aliases(name)
-    faults = ledger.faults(head)
-    said = {CHAMPION: ledger.champion, PREVIOUS: ledger.previous} if ledger.digests else {}
-    here = {version.version for version, _ in store.versions(name)}
-    faults += [
-        f"the alias {alias} is at version {aliases.get(alias)}, the ledger says {version}"
-        for alias, version in said.items()
-        if aliases.get(alias) != version and (version is None or version in here)
-    ]
-    return len(ledger.lines), faults
 
 
 def _describe_line(line: "Line") -> str:
@@ -243,16 +260,6 @@ def _describe_line(line: "Line") -> str:
         f"(champion was {entry.from_version}){overtaken}: "
         f"{'; '.join(filter(None, (entry.reason, entry.verdict))) or 'no reason given'}"
     )
-
-
-def _moments(day: str) -> tuple[datetime, datetime]:
-    """The first and the last moment of a day in UTC, or twice a moment that has a time."""
-    try:
-        moment = datetime.fromisoformat(day)
-    except ValueError as error:
-        raise UsageError(f"--at is {day!r}; write 2026-11-17 or 2026-11-17T15:00") from error
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return moment, moment if len(day) > 10 else moment + timedelta(days=1, microseconds=-1)
 
 
 def _pull(arguments: argparse.Namespace) -> int:
@@ -273,7 +280,60 @@ def _pull(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.nice(PULLER_NICE)
-    puller.watch(stop, arguments.interval)
+    with contextlib.ExitStack() as stack:
+        if arguments.listen:
+            stack.callback(_listen(arguments.listen, puller.wake.set).close)
+        puller.watch(stop, arguments.interval)
+    return 0
+
+
+def _listen(address: str, wake: Callable[[], None]) -> "Receiver":
+    """A receiver of webhooks at ``HOST:PORT``; its secret lies in a file."""
+    from registry.webhooks import Receiver, parse_secret
+
+    host, _, port = address.rpartition(":")
+    file = os.environ.get("CONVOY_WEBHOOK_SECRET_FILE")
+    if not file or not port.isdecimal():
+        raise UsageError(
+            "--listen HOST:PORT needs CONVOY_WEBHOOK_SECRET_FILE: who cannot sign wakes nobody"
+        )
+    try:
+        secret = parse_secret(Path(file).read_text().strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"CONVOY_WEBHOOK_SECRET_FILE={file}: {error}") from error
+    receiver = Receiver(host.strip("[]") or "127.0.0.1", int(port), secret, wake)
+    receiver.start()
+    return receiver
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from registry.control import serve
+
+    return serve(arguments.host, arguments.port)
+
+
+def _add_token(arguments: argparse.Namespace) -> int:
+    from registry.tokens import Tokens
+
+    text = Tokens(convoy_home().tokens).add(arguments.name, arguments.role)
+    print(text)
+    print(f"{arguments.role} {arguments.name}: keep it, it is not shown again", file=sys.stderr)
+    return 0
+
+
+def _remove_token(arguments: argparse.Namespace) -> int:
+    from registry.tokens import Tokens
+
+    Tokens(convoy_home().tokens).remove(arguments.name)
+    print(f"the token {arguments.name} opens nothing any more")
+    return 0
+
+
+def _list_tokens(arguments: argparse.Namespace) -> int:
+    from registry.tokens import Tokens
+
+    for token in Tokens(convoy_home().tokens).all():
+        print(f"{token.name:<24} {token.role:<10} {token.made}")
     return 0
 
 
@@ -375,6 +435,19 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("--force", action="store_true", help="whatever the gate says")
     promote.set_defaults(run=_promote)
 
+    judge = commands.add_parser("judge", help="what the gate says of a version, nothing moved")
+    judge.add_argument("name")
+    judge.add_argument("version", nargs="?", default="challenger", help="number or alias")
+    judge.add_argument("--json", action="store_true", help="print JSON")
+    judge.add_argument(
+        "--page", type=Path, metavar="FILE", help="write it there too, with the flipped pictures"
+    )
+    judge.set_defaults(run=_judge)
+    for command in (promote, judge):
+        command.add_argument(
+            "--untimed", action="store_true", help="run no forward passes: takes seconds less"
+        )
+
     roll_back = commands.add_parser("roll-back", help="make the previous champion champion again")
     roll_back.add_argument("name")
     roll_back.set_defaults(run=_roll_back)
@@ -443,6 +516,24 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
 
+    serve = commands.add_parser("serve", help="the control plane: an API and pages for operators")
+    serve.add_argument("--host", default=os.environ.get("CONVOY_CONTROL_HOST") or "127.0.0.1")
+    serve.add_argument(
+        "--port", type=int, default=int(os.environ.get("CONVOY_CONTROL_PORT") or 8081)
+    )
+    serve.set_defaults(run=_serve)
+
+    token = commands.add_parser("token", help="who may use the control plane")
+    verbs = token.add_subparsers(required=True, metavar="VERB")
+    add = verbs.add_parser("add", help="make a token; it is shown once")
+    add.add_argument("name")
+    add.add_argument("--role", choices=["viewer", "operator"], required=True)
+    add.set_defaults(run=_add_token)
+    remove = verbs.add_parser("remove", help="have a token open nothing any more")
+    remove.add_argument("name")
+    remove.set_defaults(run=_remove_token)
+    verbs.add_parser("list", help="names and roles").set_defaults(run=_list_tokens)
+
     pull = commands.add_parser("pull", help="bring what should serve to disk and release it")
     pull.add_argument(
         "ref", nargs="*", help="models:/NAME@ALIAS or models:/NAME/NUMBER (default: CONVOY_MODEL)"
@@ -450,6 +541,12 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--watch", action="store_true", help="go on following the registry")
     pull.add_argument(
         "--interval", type=float, default=2.0, metavar="S", help="seconds between looks"
+    )
+    pull.add_argument(
+        "--listen",
+        default=os.environ.get("CONVOY_WEBHOOK_LISTEN"),
+        metavar="HOST:PORT",
+        help="look at once when a signed webhook comes there (POST /wake)",
     )
     pull.set_defaults(run=_pull)
     return parser

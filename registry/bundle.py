@@ -26,6 +26,7 @@ WEIGHTS = "weights.safetensors"
 GOLDEN = "golden/golden.json"
 HELDOUT = "heldout.npz"
 CALIBRATION = "calibration.npz"
+THUMBNAILS = "thumbnails.npz"
 
 
 class GoldenImage(Struct, frozen=True):
@@ -115,6 +116,15 @@ class Bundle:
     def calibration(self) -> NDArray[np.uint8]:
         """Pictures of the training part, uint8 (N, H, W, C): int8 plans take their ranges there."""
         return self._arrays(CALIBRATION, "pixels")["pixels"]
+
+    def thumbnails(self) -> NDArray[np.uint8] | None:
+        """Small pictures of the first held-out examples, uint8 (N, H, W, C), to be looked at.
+
+        None of a version that was published without.
+        """
+        if THUMBNAILS not in self.manifest.files:
+            return None
+        return self._arrays(THUMBNAILS, "pixels")["pixels"]
 
     def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:
         try:

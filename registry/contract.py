@@ -202,8 +202,9 @@ class Trial(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     shadow: Share = 0.0
 
     def __str__(self) -> str:
-        parts = [f"{self.share:.3g} of the requests"] if self.share else []
-        parts += [f"{self.shadow:.3g} of the champion's in its shadow"] if self.shadow else []
+        parts = [f"{100 * self.share:.3g} % of the requests"] if self.share else []
+        if self.shadow:
+            parts.append(f"{100 * self.shadow:.3g} % of the champion's images in its shadow")
         return f"version {self.version} on {' and '.join(parts) or 'nothing'}"
 
 

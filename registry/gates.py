@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from registry.bundle import Bundle, Heldout
 from registry.contract import Share
 from registry.errors import PromotionRefused, UsageError
+from registry.plans.duel import Timed
 
 CALIBRATION_BINS = 15
 Z_95 = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
@@ -41,7 +42,8 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     A loss of accuracy is refused when it is significant, or more than ``max_accuracy_loss`` in any
     case; one of a class's recall when it is more than ``max_recall_loss`` and significant, with the
     significance shared among the classes (Bonferroni), as one of many differs by chance soon, or
-    when all of its 95 % interval is below that. How much the expected calibration error may rise,
+    when all of its 95 % interval is below that. A forward pass on the judging machine may take
+    ``max_latency_ratio`` times the champion's. How much the expected calibration error may rise,
     and by what the log loss may be multiplied, has no limit until it is given one: a version that
     is right more often may well be less sure of it.
     """
@@ -51,6 +53,7 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_recall_loss: Share = 0.03
     max_calibration_loss: Share | None = None
     max_log_loss_ratio: Annotated[float, Meta(gt=0)] | None = None
+    max_latency_ratio: Annotated[float, Meta(gt=0)] = 2.0
     trial: TrialPolicy = TrialPolicy()
 
 
@@ -122,8 +125,9 @@ def compare(
     champion: Bundle,
     challenger: Bundle,
     policy: Policy | None = None,
+    timed: Timed | None = None,
 ) -> Verdict:
-    """The verdict on ``challenger``.
+    """The verdict on ``challenger``; of its speed only if both were ``timed``.
 
     Raises:
         PromotionRefused: the two were not judged on the same pictures with the same labels.
@@ -145,8 +149,9 @@ def compare(
         _judge_classes(old, new, challenger.manifest.labels, policy),
         _judge_calibration(old, new, policy),
         _judge_log_loss(old, new, policy),
+        *_judge_latency(timed, policy),
     ]
-    notes = []
+    notes = [] if timed else ["forward passes were not timed"]
     if champion.manifest.preprocess != challenger.manifest.preprocess:
         notes.append("the two see pictures through different preprocessing")
     return Verdict(
@@ -264,6 +269,22 @@ def _judge_calibration(old: Heldout, new: Heldout, policy: Policy) -> Check:
         allowed="any" if limit is None else f"{limit:g} more",
         passed=limit is None or after - before <= limit,
     )
+
+
+def _judge_latency(timed: Timed | None, policy: Policy) -> list[Check]:
+    if timed is None:
+        return []
+    return [
+        Check(
+            what=f"forward ms of {size}",
+            champion=before,
+            challenger=timed.challenger_ms[size],
+            allowed=f"{policy.max_latency_ratio:g} times",
+            passed=timed.challenger_ms[size] <= policy.max_latency_ratio * before,
+            note=f"{timed.plans[0]} and {timed.plans[1]} on {timed.device}",
+        )
+        for size, before in timed.champion_ms.items()
+    ]
 
 
 def _judge_log_loss(old: Heldout, new: Heldout, policy: Policy) -> Check:

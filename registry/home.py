@@ -29,6 +29,36 @@ class Home(Struct, frozen=True):
         return self.root / "policies" / f"{name}.toml"
 
     @property
+    def verdicts(self) -> Path:
+        """What the gate said lately: a cache."""
+        return self.root / "verdicts"
+
+    @property
+    def tokens(self) -> Path:
+        """Who may use the control plane."""
+        return self.root / "tokens.json"
+
+    @property
+    def session_key(self) -> Path:
+        """What signs the control plane's sessions, so that they survive its restart."""
+        return self.root / "session.key"
+
+    @property
+    def reports(self) -> Path:
+        """Pictures of training reports that somebody has looked at: a cache."""
+        return self.root / "reports"
+
+    @property
+    def webhooks(self) -> Path:
+        """Who is told of each line of the ledgers."""
+        return self.root / "webhooks.toml"
+
+    @property
+    def deliveries(self) -> Path:
+        """How far each of them came."""
+        return self.root / "deliveries"
+
+    @property
     def decided(self) -> Path:
         """Touched when something was decided, so that pullers on this machine look at once."""
         return self.root / "decided"

@@ -11,17 +11,32 @@ breaks what follows it. Pure: where the lines are kept is the store's matter.
 """
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from registry.contract import Sha256, Trial, sha256_hex
+from registry.errors import UsageError
 
 Action = Literal["promoted", "forced", "rolled back", "adopted", "refused", "tried", "withdrawn"]
 # Those that say who is champion. Each of them ends a trial.
 CROWNING = ("promoted", "forced", "rolled back", "adopted")
+
+
+def moments(day: str) -> tuple[datetime, datetime]:
+    """The first and the last moment of a day in UTC, or twice a moment that has a time.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        moment = datetime.fromisoformat(day)
+    except ValueError as error:
+        raise UsageError(f"at is {day!r}; write 2026-11-17 or 2026-11-17T15:00") from error
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment, moment if len(day) > 10 else moment + timedelta(days=1, microseconds=-1)
 
 
 class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

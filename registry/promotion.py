@@ -9,14 +9,11 @@ import getpass
 import logging
 import os
 import secrets
-import tempfile
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 
-from registry.bundle import HELDOUT
 from registry.contract import CHAMPION, PREVIOUS, ModelRef, ModelVersion, Trial
 from registry.errors import (
     BundleInvalid,
@@ -25,7 +22,8 @@ from registry.errors import (
     UsageError,
     VersionNotFound,
 )
-from registry.gates import Policy, compare
+from registry.home import convoy_home
+from registry.judging import Judge
 from registry.ledger import Action, Entry, Ledger, Line
 from registry.store import ModelStore
 
@@ -45,7 +43,7 @@ def promote(
     expect_champion: int | None = None,
     force: bool = False,
     reason: str | None = None,
-    policy: Policy | None = None,
+    judge: Judge | None = None,
     by: str | None = None,
 ) -> Line:
     """Make ``version`` the champion of ``name`` if the gate lets it. That ends a trial.
@@ -58,7 +56,7 @@ def promote(
             compares with.
         force: promote whatever the gate says; then ``reason`` is needed and recorded.
         reason: why, for the record.
-        policy: what the challenger may lose.
+        judge: the gate; by default one that times no forward passes.
         by: who decides; by default the user of this process.
 
     Returns:
@@ -78,10 +76,11 @@ def promote(
     if ledger.champion == version:
         raise PromotionRefused(f"{name} version {version} is the champion already")
     champion = _find(store, name, ledger.champion)
-    accepted, verdict = _judge(store, champion, challenger, policy)
+    judged = (judge or Judge(store, convoy_home(), timed=False)).judge(champion, challenger)
+    verdict = judged.summary
     if champion is None and ledger.champion is not None:
         verdict += f" (version {ledger.champion}, the champion, is gone from the registry)"
-    action: Action = "promoted" if accepted else "forced" if force else "refused"
+    action: Action = "promoted" if judged.accepted else "forced" if force else "refused"
     line = _write(
         store,
         name,
@@ -238,6 +237,24 @@ def settle(store: ModelStore, name: str) -> Ledger:
     return store.ledger(name)
 
 
+def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
+    """How many lines a ledger has, and what is wrong with it and with what should follow it."""
+    head = store.ledger_head(name)  # first: what is written meanwhile is no fault
+    ledger = store.ledger(name)
+    aliases, trial = store.standing(name)
+    faults = ledger.faults(head)
+    said = {CHAMPION: ledger.champion, PREVIOUS: ledger.previous} if ledger.digests else {}
+    here = {version.version for version, _ in store.versions(name)}
+    faults += [
+        f"the alias {alias} is at version {aliases.get(alias)}, the ledger says {version}"
+        for alias, version in said.items()
+        if aliases.get(alias) != version and (version is None or version in here)
+    ]
+    if trial != ledger.trial:
+        faults.append(f"on trial is {trial or 'nothing'}, the ledger says {ledger.trial}")
+    return len(ledger.lines), faults
+
+
 def _settle_at(store: ModelStore, name: str, expect_champion: int | None) -> Ledger:
     ledger = settle(store, name)
     if expect_champion not in (None, ledger.champion):
@@ -338,24 +355,4 @@ def _find(store: ModelStore, name: str, version: int | None) -> ModelVersion | N
 
 
 def _labels(store: ModelStore, version: ModelVersion) -> tuple[str, ...]:
-    with tempfile.TemporaryDirectory(prefix="convoy-labels-") as folder:
-        return store.download(version, Path(folder), lambda _: ()).manifest.labels
-
-
-def _judge(
-    store: ModelStore,
-    champion: ModelVersion | None,
-    challenger: ModelVersion,
-    policy: Policy | None,
-) -> tuple[bool, str]:
-    """Whether the gate lets ``challenger`` pass, and why; what cannot be read does not pass."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="convoy-gate-") as name:
-            ours = store.download(challenger, Path(name) / "challenger")
-            if champion is None:
-                return True, "there was no champion to compare with"
-            theirs = store.download(champion, Path(name) / "champion", lambda _: [HELDOUT])
-            verdict = compare(theirs, ours, policy)
-            return verdict.accepted, str(verdict)
-    except (PromotionRefused, BundleInvalid) as error:
-        return False, str(error)
+    return store.manifest(version).labels

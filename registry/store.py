@@ -6,6 +6,7 @@ it costs seconds and 170 MB: nothing that serves may do so.
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ from registry.contract import (
     CHALLENGER,
     CHAMPION,
     PREVIOUS,
+    Manifest,
     ModelRef,
     ModelVersion,
     Trial,
@@ -180,6 +182,11 @@ class ModelStore:
         with self._errors(f"{ref.name} has no version {number}"):
             entity = self._client.get_model_version(ref.name, str(number))
         return self._model_version(entity, aliases)
+
+    def manifest(self, version: ModelVersion) -> Manifest:
+        """The record inside its bundle; raises as ``download`` does."""
+        with tempfile.TemporaryDirectory(prefix="convoy-manifest-") as folder:
+            return self.download(version, Path(folder), lambda _: ()).manifest
 
     def download(
         self,

@@ -120,7 +120,11 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from registry.store import ModelStore
 
     root = tmp_path_factory.mktemp("registry")
-    ModelStore(Home(root)).models()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(
+            "MLFLOW_TRACKING_URI", raising=False
+        )  # MLflow itself sets it, for an earlier one
+        ModelStore(Home(root)).models()
     return root / "mlflow.db"
 
 

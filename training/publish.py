@@ -18,6 +18,7 @@ from registry.bundle import (
     CALIBRATION,
     GOLDEN,
     HELDOUT,
+    THUMBNAILS,
     WEIGHTS,
     Bundle,
     GoldenImage,
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 GOLDEN_IMAGES = 32
 CALIBRATION_IMAGES = 256
 CALIBRATION_SIZE_BYTES = 16_000_000
+THUMBNAIL_PX = 64
+THUMBNAILS_SIZE_BYTES = 32_000_000
 GOLDEN_SIZE_BYTES = 512_000  # larger ones only where a class has no smaller
 # The same network on the same device; only the batches differ.
 RESCORE_TOLERANCE = 1e-4
@@ -130,6 +133,7 @@ def write_version(
         WEIGHTS: safetensors.torch.save(state),
         HELDOUT: heldout.to_npz(),
         CALIBRATION: to_npz(pixels=choose_calibration(data.train)),
+        THUMBNAILS: to_npz(pixels=shrink(data.validation.pixels)),
     }
     golden = []
     for position in choose_golden(data.validation):
@@ -169,6 +173,18 @@ def choose_calibration(examples: Examples) -> Pixels:
     order = sorted(range(len(examples)), key=lambda each: examples.digests[each])
     chosen: Pixels = examples.pixels[order[:count]]
     return chosen
+
+
+def shrink(pixels: Pixels) -> Pixels:
+    """Pictures of at most 64 px a side, as many of the first as 32 MB hold, for people to see.
+
+    Args:
+        pixels: uint8 (N, H, W, C).
+    """
+    step = -(-max(pixels.shape[1:3]) // THUMBNAIL_PX)
+    one = pixels[0, ::step, ::step].nbytes
+    small: Pixels = pixels[: THUMBNAILS_SIZE_BYTES // one, ::step, ::step]
+    return small
 
 
 def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: str) -> Pixels:

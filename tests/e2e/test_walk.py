@@ -2,127 +2,20 @@
 
 import contextlib
 import http.client
-import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.e2e.processes import PATIENCE_S, Service, run, wait_for
 from training.datasets import Dataset
 
 pytestmark = pytest.mark.e2e
-PATIENCE_S = 60
-
-
-def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One of the command lines, as a user would type it."""
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        env={**os.environ, "CONVOY_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
-class Service:
-    """``python -m service`` on a free port."""
-
-    def __init__(
-        self, home: Path, *arguments: str, module: tuple[str, ...] = ("service",), **more: str
-    ) -> None:
-        """``module`` and its first arguments stand for ``service``; ``more`` are variables."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.log = home / "service.log"
-        environment = {
-            **os.environ,
-            "CONVOY_HOME": str(home),
-            "CONVOY_PORT": str(self.port),
-            "CONVOY_MODEL": "models:/digits@champion",
-            "CONVOY_WORKERS": "2",
-            "CONVOY_PLAN": "torch-eager",
-            **more,
-        }
-        with self.log.open("ab") as log:
-            self.process = psutil.Popen(
-                [sys.executable, "-m", *module, *arguments],
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-
-    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
-        """Over a connection of its own, so that any worker may answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
-        try:
-            connection.request(method, path, body)
-            response = connection.getresponse()
-            return response.status, json.loads(response.read() or b"{}")
-        finally:
-            connection.close()
-
-    def is_ready(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
-        try:
-            return self.ask("GET", "/readyz")[0] == 200
-        except OSError:
-            return False
-
-    def stop(self) -> int:
-        """SIGTERM; the exit status, when every process of the service is gone."""
-        family = [self.process, *self.process.children(recursive=True)]
-        self.process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
-        for process in alive:
-            process.kill()
-        assert not alive, self.log.read_text()
-        return int(self.process.returncode)
-
-
-@pytest.fixture(scope="module")
-def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with one trained and promoted version."""
-    home = tmp_path_factory.mktemp("trained")
-    quick = ("--data", "digits", "--recipe", "dense", "--device", "cpu")
-    trained = run(home, "training", *quick, "--set", "epochs=2", "--json")
-    assert trained.returncode == 0, trained.stderr
-    assert json.loads(trained.stdout)["version"] == 1
-    assert run(home, "registry", "promote", "digits", "1").returncode == 0
-    return home
-
-
-@pytest.fixture
-def home(trained_home: Path, tmp_path: Path) -> Path:
-    """A copy of it, for one test; the artefacts stay where the database says they are."""
-    copied: Path = shutil.copytree(trained_home, tmp_path / "home")
-    return copied
-
-
-@pytest.fixture
-def service(home: Path) -> Iterator[Service]:
-    service = Service(home)
-    wait_for(service.is_ready, "the service did not become ready")
-    yield service
-    if service.process.is_running():
-        service.stop()
 
 
 def test_a_promotion_reaches_every_worker_and_fails_no_request(

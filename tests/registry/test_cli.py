@@ -26,9 +26,11 @@ def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
     for seed in better_and_worse_seed:
         publish(seed=seed)
     status, out, _ = run(capsys, "promote", "digits", "1")
-    assert (status, out.splitlines()[0]) == (0, "digits version 1 is the champion now (promoted)")
-    status, out, _ = run(capsys, "promote", "digits", "challenger", "--force", "--reason", "drill")
-    assert (status, out.splitlines()[0]) == (0, "digits version 2 is the champion now (forced)")
+    assert (status, out.splitlines()[-1]) == (0, "digits version 1 is the champion now (promoted)")
+    forced = ("--untimed", "--force", "--reason", "drill")
+    status, out, _ = run(capsys, "promote", "digits", "challenger", *forced)
+    assert "challenger 2, champion 1: REFUSED" in out
+    assert (status, out.splitlines()[-1]) == (0, "digits version 2 is the champion now (forced)")
 
     _, out, _ = run(capsys, "list")
     assert [line.split()[:3] for line in out.splitlines()[1:]] == [

@@ -1,0 +1,376 @@
+"""The control plane: an HTTP API for operators and their programs, and pages over it.
+
+An app of its own on a port of its own, ``python -m registry serve``, so that what serves pictures
+holds no right to move a champion. Everything that is decided goes through ``registry.promotion``,
+as from the command line. Programs send ``Authorization: Bearer TOKEN``; only that may decide by the
+API. Browsers get a session (``registry.pages``), whose cookie reads, and decides by forms only.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from threading import Lock, Thread
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import msgspec
+from flask import Flask, Response, current_app, g, request, session
+from msgspec import Meta, Struct
+from werkzeug.exceptions import HTTPException
+
+from registry import errors as domain
+from registry.api_document import document
+from registry.contract import CHAMPION, ModelRef, ModelVersion, Share, Trial, check_model_name
+from registry.home import Home
+from registry.judging import Judge, Judgement
+from registry.ledger import moments
+from registry.live import Live, read_live
+from registry.promotion import audit, promote, release, roll_back, withdraw
+from registry.store import ModelStore
+from registry.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+MOST_BYTES = 64 * 1024
+JUDGING_RETRY_S = 2
+# Nothing of another origin, nothing inline.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+STATUS: dict[type[Exception], int] = {
+    domain.UsageError: 400,
+    domain.ModelNotFound: 404,
+    domain.VersionNotFound: 404,
+    domain.PromotionConflict: 409,
+    domain.PromotionRefused: 422,
+    domain.BundleInvalid: 422,
+    domain.RegistryUnavailable: 503,
+    domain.ModelNotReady: 503,
+}
+P = ParamSpec("P")
+Reason = Annotated[str, Meta(max_length=10_000)]
+
+
+class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of a promotion."""
+
+    version: Annotated[int, Meta(ge=1)]
+    expect_champion: int | None = None
+    force: bool = False
+    reason: Reason | None = None
+
+
+class RollBack(Struct, forbid_unknown_fields=True, kw_only=True):
+    expect_champion: int | None = None
+    reason: Reason | None = None
+
+
+class TrialRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    challenger: Annotated[int, Meta(ge=1)]
+    share: Share = 0.0
+    shadow: Share = 0.0
+    expect_champion: int | None = None
+    reason: Reason | None = None
+
+
+class Withdrawal(Struct, forbid_unknown_fields=True, kw_only=True):
+    expect_challenger: int | None = None
+    reason: Reason | None = None
+
+
+class Control:
+    """What the control plane's requests work on."""
+
+    def __init__(self, store: ModelStore, home: Home, services: tuple[str, ...]) -> None:
+        self.store = store
+        self.home = home
+        self.services = services
+        self.tokens = Tokens(home.tokens)
+        self.judge = Judge(store, home)
+        self._judging: dict[tuple[str, int], Thread] = {}
+        self._lock = Lock()
+
+    def sides(self, name: str, version: int) -> tuple[ModelVersion | None, ModelVersion]:
+        """The champion, if there is one, and version ``version``."""
+        challenger = self.store.resolve(ModelRef(name, version))
+        number = self.store.aliases(name).get(CHAMPION)
+        return (self.store.resolve(ModelRef(name, number)) if number else None), challenger
+
+    def judgement(self, name: str, version: int) -> Judgement | None:
+        """The gate's word on a version; None while it is being found, which this begins."""
+        champion, challenger = self.sides(name, version)
+        if known := self.judge.known(champion, challenger):
+            return known
+        with self._lock:
+            running = self._judging.get((name, version))
+            if running is None or not running.is_alive():
+                thread = Thread(target=self._judge, args=(champion, challenger), daemon=True)
+                self._judging[name, version] = thread
+                thread.start()
+        return None
+
+    def live(self, name: str) -> Live:
+        """How the services serve ``name``; raises ``ModelNotReady`` when they do not say."""
+        if not self.services:
+            raise domain.ModelNotReady("CONVOY_SERVICE_URL names no service")
+        return read_live(self.services, name)
+
+    def _judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
+        try:
+            self.judge.judge(champion, challenger)
+        except Exception:  # the edge of a thread; who waits asks again
+            log.exception("%s version %d was not judged", challenger.name, challenger.version)
+
+
+def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) -> Flask:
+    """The WSGI application.
+
+    Args:
+        store: the registry.
+        home: tokens, policies and the caches of plans and judgements lie there.
+        services: addresses of those who serve, for live figures.
+    """
+    from registry import pages
+
+    app = Flask(__name__)
+    app.extensions["convoy"] = Control(store, home, services)
+    app.config["MAX_CONTENT_LENGTH"] = MOST_BYTES
+    app.config["MAX_FORM_MEMORY_SIZE"] = MOST_BYTES
+    app.before_request(_identify)
+    app.after_request(_harden)
+    app.register_error_handler(Exception, _answer_error)
+    for rule, method, view in ROUTES:
+        app.add_url_rule(rule, f"{method} {rule}", view, methods=[method])
+    pages.init_app(app)
+    return app
+
+
+def control() -> Control:
+    found: Control = current_app.extensions["convoy"]
+    return found
+
+
+def may_look(view: Callable[P, Any]) -> Callable[P, Any]:
+    """Of a view: for whoever has a token, of any role, in a header or a session."""
+
+    @wraps(view)
+    def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
+        if g.token is None and g.visitor is None:
+            return _refuse(401, "send a token: Authorization: Bearer …")
+        return view(*arguments, **named)
+
+    return guarded
+
+
+def may_decide(view: Callable[P, Any]) -> Callable[P, Any]:
+    """Of a view: for an operator's token in a header. A cookie is not enough: it sends itself."""
+
+    @wraps(view)
+    def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
+        if g.token is None:
+            return _refuse(401, "send a token: Authorization: Bearer …")
+        if not g.token.may_decide:
+            return _refuse(403, f"the token {g.token.name!r} may look, not decide")
+        return view(*arguments, **named)
+
+    return guarded
+
+
+def _identify() -> None:
+    """Who asks: ``g.token`` by the header, ``g.visitor`` by the session."""
+    g.token = g.visitor = None
+    tokens = control().tokens
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        g.token = tokens.find(text.strip())
+    elif digest := session.get("token"):
+        g.visitor = next((each for each in tokens.all() if each.sha256 == digest), None)
+
+
+def _harden(response: Response) -> Response:
+    response.headers["Content-Security-Policy"] = POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "same-origin"
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+def list_models() -> Response:
+    store = control().store
+    return _json({"models": [_standing(name) for name in store.models()]})
+
+
+def show_model(name: str) -> Response:
+    return _json(_standing(name))
+
+
+def list_versions(name: str) -> Response:
+    rows = control().store.versions(check_model_name(name))
+    return _json({"versions": [{**msgspec.to_builtins(each), "tags": tags} for each, tags in rows]})
+
+
+def show_version(name: str, version: int) -> Response:
+    found = control().store.resolve(ModelRef(check_model_name(name), version))
+    manifest = control().store.manifest(found)
+    return _json({"version": found, "manifest": manifest})
+
+
+def show_verdict(name: str, version: int) -> Response:
+    judged = control().judgement(check_model_name(name), version)
+    if judged is None:
+        response = _json({"state": "judging"}, 202)
+        response.headers["Retry-After"] = str(JUDGING_RETRY_S)
+        return response
+    return _json(judged)
+
+
+def show_traffic(name: str) -> Response:
+    return _json(control().live(check_model_name(name)))
+
+
+def show_history(name: str) -> Response:
+    store = control().store
+    store.aliases(check_model_name(name))  # says so if there is no such model
+    ledger, at = store.ledger(name), request.args.get("at")
+    return _json({"lines": ledger.reigns(*moments(at)) if at else ledger.lines})
+
+
+def show_audit(name: str) -> Response:
+    control().store.aliases(check_model_name(name))
+    lines, faults = audit(control().store, name)
+    return _json({"lines": lines, "faults": faults})
+
+
+def post_promotion(name: str) -> Response:
+    body = _body(Promotion)
+    line = promote(
+        control().store,
+        check_model_name(name),
+        body.version,
+        expect_champion=body.expect_champion,
+        force=body.force,
+        reason=body.reason,
+        judge=control().judge,
+        by=g.token.name,
+    )
+    return _json(line)
+
+
+def post_roll_back(name: str) -> Response:
+    body = _body(RollBack)
+    line = roll_back(
+        control().store,
+        check_model_name(name),
+        body.reason,
+        expect_champion=body.expect_champion,
+        by=g.token.name,
+    )
+    return _json(line)
+
+
+def post_release(name: str) -> Response:
+    body = _body(TrialRequest)
+    line = release(
+        control().store,
+        check_model_name(name),
+        Trial(version=body.challenger, share=body.share, shadow=body.shadow),
+        body.reason,
+        expect_champion=body.expect_champion,
+        by=g.token.name,
+    )
+    return _json(line)
+
+
+def post_withdrawal(name: str) -> Response:
+    body = _body(Withdrawal)
+    line = withdraw(
+        control().store,
+        check_model_name(name),
+        body.reason,
+        expect_challenger=body.expect_challenger,
+        by=g.token.name,
+    )
+    return _json(line)
+
+
+def livez() -> Response:
+    return Response("ok\n", mimetype="text/plain")
+
+
+def openapi() -> Response:
+    return _json(document())
+
+
+_MODEL = "/v1/models/<name>"
+# What programs use. Everything but the probe and the description asks for a token.
+ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
+    ("/livez", "GET", livez),
+    ("/openapi.json", "GET", openapi),
+    ("/v1/models", "GET", may_look(list_models)),
+    (_MODEL, "GET", may_look(show_model)),
+    (f"{_MODEL}/versions", "GET", may_look(list_versions)),
+    (f"{_MODEL}/versions/<int:version>", "GET", may_look(show_version)),
+    (f"{_MODEL}/versions/<int:version>/verdict", "GET", may_look(show_verdict)),
+    (f"{_MODEL}/traffic", "GET", may_look(show_traffic)),
+    (f"{_MODEL}/history", "GET", may_look(show_history)),
+    (f"{_MODEL}/audit", "GET", may_look(show_audit)),
+    (f"{_MODEL}/promote", "POST", may_decide(post_promotion)),
+    (f"{_MODEL}/roll-back", "POST", may_decide(post_roll_back)),
+    (f"{_MODEL}/release", "POST", may_decide(post_release)),
+    (f"{_MODEL}/withdraw", "POST", may_decide(post_withdrawal)),
+)
+
+
+def _standing(name: str) -> dict[str, Any]:
+    aliases, trial = control().store.standing(check_model_name(name))
+    return {"name": name, "aliases": aliases, "trial": trial}
+
+
+Body = TypeVar("Body", Promotion, RollBack, TrialRequest, Withdrawal)
+
+
+def _body(kind: type[Body]) -> Body:
+    try:
+        return msgspec.json.decode(request.get_data() or b"{}", type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise domain.UsageError(f"the body cannot be used: {error}") from error
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, mimetype="application/json")
+
+
+def _refuse(status: int, detail: str) -> Response:
+    response = _problem(status, "unauthorized" if status == 401 else "forbidden", detail)
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def _problem(status: int, title: str, detail: str) -> Response:
+    body = {
+        "type": f"urn:convoy:problem:{title.replace(' ', '-').lower()}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "error": detail,
+    }
+    return Response(msgspec.json.encode(body), status, mimetype="application/problem+json")
+
+
+def describe_error(error: Exception) -> tuple[int, str, str]:
+    """Status, title and detail of an error; what nobody foresaw is logged, and told nobody."""
+    if isinstance(error, HTTPException):
+        return error.code or 500, error.name, error.description or error.name
+    if (status := STATUS.get(type(error))) is not None:
+        return status, type(error).__name__, str(error)
+    log.error("unexpected error", exc_info=error)
+    return 500, "internal error", "something went wrong on our side; the log says what"
+
+
+def _answer_error(error: Exception) -> Response:
+    status, title, detail = describe_error(error)
+    response = _problem(status, title, detail)
+    if isinstance(error, HTTPException) and status == 405:
+        response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
+    return response

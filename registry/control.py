@@ -1,0 +1,65 @@
+"""Runs the control plane: one gunicorn process with threads, on a port of its own.
+
+The ledgers' webhooks go out from here, whoever has written the lines.
+"""
+
+import logging
+import os
+from threading import Event, Thread
+from typing import Any
+
+from gunicorn.app.base import BaseApplication
+
+from registry.home import convoy_home
+from registry.ledger_events import Sender, read_webhooks
+from registry.live import DEFAULT_SERVICE, service_addresses
+from registry.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+THREADS = 16
+# A promotion that times forward passes for the first time takes a minute or two.
+TIMEOUT_S = 900
+
+
+def serve(host: str, port: int) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    read_webhooks(convoy_home().webhooks)  # says what is wrong with them before anything starts
+    if not Tokens(convoy_home().tokens).all():
+        log.warning(
+            "nobody has a token yet; run: python -m registry token add NAME --role operator"
+        )
+    ControlPlane(host, port).run()
+    return 0
+
+
+class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+    """gunicorn, told by us instead of by a command line."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        super().__init__()
+
+    def load_config(self) -> None:
+        for name, value in {
+            "bind": self._bind,
+            "worker_class": "gthread",
+            "workers": 1,
+            "threads": THREADS,
+            "timeout": TIMEOUT_S,
+            "control_socket_disable": True,
+            "limit_request_line": 2000,
+        }.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Any:
+        from registry.api import create_app
+        from registry.store import ModelStore
+
+        home = convoy_home()
+        hooks = read_webhooks(home.webhooks)
+        if hooks:
+            sender = Sender(lambda: ModelStore(home), home.deliveries, hooks)
+            Thread(target=sender.watch, args=(Event(),), name="webhooks", daemon=True).start()
+        services = service_addresses(os.environ.get("CONVOY_SERVICE_URL") or DEFAULT_SERVICE)
+        return create_app(ModelStore(home), home, services)

@@ -1,0 +1,236 @@
+"""The gate asked about two versions of a registry: what it needs fetched, timed, compared, shown.
+
+``registry.gates`` compares; here are the bundles, the machine and the pictures. What came out is
+kept for a while, so that who promotes after having looked gets the judgement that was seen.
+"""
+
+import io
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+from PIL import Image
+
+from registry.bundle import HELDOUT, Bundle
+from registry.contract import ModelVersion, sha256_hex
+from registry.devices import CORES, forward_threads
+from registry.errors import BundleInvalid, PromotionRefused
+from registry.gates import Policy, Verdict, compare, read_policy
+from registry.home import Home
+from registry.plans.duel import time_both
+from registry.releases import write_atomically
+from registry.store import ModelStore
+
+log = logging.getLogger(__name__)
+
+KEPT_S = 3600.0
+SHOWN_FLIPS = 60  # of those gained, and of those lost
+
+
+class Flip(Struct, frozen=True, kw_only=True):
+    """A held-out picture that only one of the two gets right.
+
+    ``position`` is its place among the held-out pictures; each side's answer has its probability.
+    ``picture`` is a PNG of at most 64 px, where the bundle has one.
+    """
+
+    position: int
+    gained: bool
+    truth: str
+    champion: tuple[str, float]
+    challenger: tuple[str, float]
+    picture: bytes | None = None
+
+
+class Judgement(Struct, frozen=True, kw_only=True):
+    """What the gate says of a challenger, with what it says it by.
+
+    Without a ``verdict`` the two could not be compared, or there was no champion; ``summary`` says
+    which.
+    """
+
+    model: str
+    champion: int | None
+    challenger: int
+    accepted: bool
+    summary: str
+    verdict: Verdict | None = None
+    flips: tuple[Flip, ...] = ()
+    judged_unix_s: float
+
+    def table(self) -> str:
+        """The verdict for a terminal: a line for each check."""
+        lines = [
+            f"{self.model}: challenger {self.challenger}, champion {self.champion or 'none'}: "
+            + ("accepted" if self.accepted else "REFUSED")
+        ]
+        if self.verdict is None:
+            return "\n".join([*lines, f"  {self.summary}"])
+        lines.append(f"  {'':<22} {'champion':>10} {'challenger':>10}")
+        lines += [
+            f"  {check.what:<22} {check.champion:>10.4g} {check.challenger:>10.4g}  "
+            f"{'ok' if check.passed else 'NO'}, allowed: {check.allowed}"
+            + (f" ({check.note})" if check.note else "")
+            for check in self.verdict.checks
+        ]
+        lines.append(
+            f"  {self.verdict.examples:,} held-out pictures: {len(self.verdict.gained)} gained, "
+            f"{len(self.verdict.lost)} lost, McNemar p = {self.verdict.p_value:.3g}"
+        )
+        return "\n".join([*lines, *(f"  {note}" for note in self.verdict.notes)])
+
+
+class Judge:
+    """Judges versions of one registry, by the policies and on the machine of one home."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        home: Home,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        timed: bool = True,
+    ) -> None:
+        """``timed``: whether forward passes are run, which takes seconds, or a minute at first."""
+        self._store = store
+        self._home = home
+        self._device = environment.get("CONVOY_DEVICE") or "auto"
+        self._plan = environment.get("CONVOY_PLAN") or "auto"
+        self._threads = forward_threads(int(environment.get("CONVOY_WORKERS") or CORES))
+        self._timed = timed
+        self.last: Judgement | None = None
+
+    def judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> Judgement:
+        """The judgement on ``challenger``; what cannot be read or compared does not pass.
+
+        Raises:
+            RegistryUnavailable: the bundles cannot be fetched.
+            UsageError: the policy cannot be used.
+        """
+        policy = read_policy(self._home.policy(challenger.name))
+        self.last = self.known(champion, challenger, policy)
+        if self.last is not None:
+            return self.last
+        with tempfile.TemporaryDirectory(prefix="convoy-gate-") as folder:
+            judged = self.last = self._judge(champion, challenger, policy, Path(folder))
+        if judged.verdict is not None:  # what could not be fetched or read may be mended soon
+            file = self._file(champion, challenger, policy)
+            try:
+                write_atomically(file, msgspec.json.encode(judged))
+                _forget_old(file.parent)
+            except OSError as error:
+                log.warning("the judgement is not kept: %s", error)
+        return judged
+
+    def known(
+        self,
+        champion: ModelVersion | None,
+        challenger: ModelVersion,
+        policy: Policy | None = None,
+    ) -> Judgement | None:
+        """The judgement, if it was made within the last hour."""
+        policy = policy or read_policy(self._home.policy(challenger.name))
+        try:
+            data = self._file(champion, challenger, policy).read_bytes()
+            judged = msgspec.json.decode(data, type=Judgement)
+        except (OSError, msgspec.MsgspecError, ValueError):
+            return None
+        return judged if 0 <= time.time() - judged.judged_unix_s < KEPT_S else None
+
+    def _file(
+        self, champion: ModelVersion | None, challenger: ModelVersion, policy: Policy
+    ) -> Path:
+        sides = [(each.version, each.manifest_sha256) for each in (champion, challenger) if each]
+        facts = (challenger.name, sides, policy, self._timed, self._device, self._threads)
+        return self._home.verdicts / f"{sha256_hex(msgspec.json.encode(facts))[:32]}.json"
+
+    def _judge(
+        self,
+        champion: ModelVersion | None,
+        challenger: ModelVersion,
+        policy: Policy,
+        folder: Path,
+    ) -> Judgement:
+        judged = Judgement(
+            model=challenger.name,
+            champion=champion.version if champion else None,
+            challenger=challenger.version,
+            accepted=False,
+            summary="",
+            judged_unix_s=time.time(),
+        )
+        try:
+            ours = self._store.download(challenger, folder / "challenger")
+            if champion is None:
+                return msgspec.structs.replace(
+                    judged, accepted=True, summary="there was no champion to compare with"
+                )
+            theirs = self._store.download(
+                champion, folder / "champion", lambda each: [HELDOUT, *each.serving_files()]
+            )
+            compare(theirs, ours, policy)  # before anything slow: whether they can be compared
+            timed = None
+            if self._timed:
+                timed = time_both(
+                    theirs, ours, self._home.plans, self._device, self._plan, self._threads
+                )
+            verdict = compare(theirs, ours, policy, timed)
+        except (PromotionRefused, BundleInvalid) as error:
+            return msgspec.structs.replace(judged, summary=str(error))
+        return msgspec.structs.replace(
+            judged,
+            accepted=verdict.accepted,
+            summary=str(verdict),
+            verdict=verdict,
+            flips=_flips(verdict, theirs, ours),
+        )
+
+
+def _flips(verdict: Verdict, champion: Bundle, challenger: Bundle) -> tuple[Flip, ...]:
+    """What flipped, surest mistakes first, as many as can be looked at."""
+    labels = challenger.manifest.labels
+    old, new = champion.heldout(), challenger.heldout()
+    pictures = challenger.thumbnails()
+    flips = []
+    for positions, gained in ((verdict.lost, False), (verdict.gained, True)):
+        wrong = old if gained else new
+        surest = sorted(positions, key=lambda each: -float(wrong.probabilities[each].max()))
+        for position in surest[:SHOWN_FLIPS]:
+            sides = [
+                (labels[int(side.predicted[position])], float(side.probabilities[position].max()))
+                for side in (old, new)
+            ]
+            has_picture = pictures is not None and position < len(pictures)
+            flips.append(
+                Flip(
+                    position=position,
+                    gained=gained,
+                    truth=labels[int(new.labels[position])],
+                    champion=sides[0],
+                    challenger=sides[1],
+                    picture=_png(pictures[position])
+                    if has_picture and pictures is not None
+                    else None,
+                )
+            )
+    return tuple(flips)
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    """``pixels``, uint8 (H, W, C), as a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _forget_old(folder: Path) -> None:
+    for file in folder.glob("*.json"):
+        if time.time() - file.stat().st_mtime > KEPT_S:
+            file.unlink(missing_ok=True)

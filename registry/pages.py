@@ -1,0 +1,333 @@
+"""Pages over the control plane, for people. Reading them needs no JavaScript.
+
+A visitor signs in with a token and gets a session. Its cookie sends itself, so whatever decides
+something must also bring the session's own secret in the form, and come from this origin.
+"""
+
+import base64
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+from urllib.parse import urlsplit
+
+import jinja2
+from flask import (
+    Blueprint,
+    Flask,
+    Response,
+    g,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
+from werkzeug.exceptions import NotFound
+
+from registry.api import control, describe_error
+from registry.contract import ModelRef, Trial, check_model_name
+from registry.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
+from registry.gates import read_policy
+from registry.home import Home
+from registry.judging import Judgement
+from registry.live_history import HEIGHT, WIDTH, LiveHistory, curves
+from registry.promotion import promote, release, roll_back, withdraw
+
+blueprint = Blueprint("pages", __name__)
+P = ParamSpec("P")
+SESSION_S = 12 * 3600
+_PICTURE = re.compile(r"[A-Za-z0-9_.-]{1,80}\.png")
+
+
+def init_app(app: Flask) -> None:
+    app.register_blueprint(blueprint)
+    home = control_home(app)
+    app.secret_key = _session_key(home)
+    app.config.update(
+        SESSION_COOKIE_NAME="convoy",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Strict",
+        SESSION_COOKIE_SECURE=os.environ.get("CONVOY_CONTROL_HTTPS") == "1",
+        PERMANENT_SESSION_LIFETIME=SESSION_S,
+    )
+    app.extensions["convoy.live"] = LiveHistory(app.extensions["convoy"].live)
+    app.jinja_env.filters.update(FILTERS)
+    app.jinja_env.globals.update(width=WIDTH, height=HEIGHT)
+
+
+def control_home(app: Flask) -> Home:
+    home: Home = app.extensions["convoy"].home
+    return home
+
+
+def verdict_page(judged: Judgement) -> str:
+    """A judgement as one file that needs nothing else, with its pictures in it."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder / "templates"), autoescape=True
+    )
+    environment.filters.update(FILTERS)
+    style = (folder / "static" / "style.css").read_text()
+    return environment.get_template("verdict_alone.html").render(judged=judged, style=style)
+
+
+def for_visitors(view: Callable[P, Any]) -> Callable[P, Any]:
+    """Of a page: who has no session is sent to sign in."""
+
+    @wraps(view)
+    def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
+        if g.visitor is None:
+            return redirect(url_for("pages.sign_in", next=request.path), 303)
+        return view(*arguments, **named)
+
+    return guarded
+
+
+@blueprint.errorhandler(Exception)
+def show_error(error: Exception) -> tuple[str, int]:
+    status, title, detail = describe_error(error)
+    return render_template("error.html", title=title, detail=detail), status
+
+
+@blueprint.get("/login")
+def sign_in() -> str:
+    return render_template("login.html", next=request.args.get("next", ""), failed=False)
+
+
+@blueprint.post("/login")
+def signed_in() -> Any:
+    _check_origin()
+    token = control().tokens.find(request.form.get("token", "").strip())
+    target = request.form.get("next", "")
+    if token is None:
+        return render_template("login.html", next=target, failed=True), 401
+    session.clear()
+    session.permanent = True
+    session["token"] = token.sha256
+    session["csrf"] = secrets.token_urlsafe(32)
+    # Only to a page of ours: "//host" and "/\\host" are another's.
+    ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
+    return redirect(target if ours else url_for("pages.show_models"), 303)
+
+
+@blueprint.post("/logout")
+@for_visitors
+def sign_out() -> Any:
+    _check_form()
+    session.clear()
+    return redirect(url_for("pages.sign_in"), 303)
+
+
+@blueprint.get("/")
+@for_visitors
+def show_models() -> str:
+    store = control().store
+    rows = [(name, *store.standing(name)) for name in store.models()]
+    return render_template("models.html", rows=rows)
+
+
+@blueprint.get("/models/<name>")
+@for_visitors
+def show_model(name: str) -> str:
+    return _model_page(name)
+
+
+@blueprint.get("/models/<name>/live")
+@for_visitors
+def show_live(name: str) -> str:
+    return render_template("live.html", **_live(check_model_name(name)))
+
+
+@blueprint.get("/models/<name>/versions/<int:version>")
+@for_visitors
+def show_version(name: str, version: int) -> str:
+    return _version_page(name, version)
+
+
+@blueprint.get("/models/<name>/versions/<int:version>/report/<file>")
+@for_visitors
+def show_report(name: str, version: int, file: str) -> Response:
+    """A picture of the version's training report, fetched once and kept."""
+    if not _PICTURE.fullmatch(file):
+        raise NotFound
+    found = control().store.resolve(ModelRef(check_model_name(name), version))
+    folder = control().home.reports / found.manifest_sha256
+    path = f"report/{file}"
+    bundle = control().store.download(found, folder, lambda bundle: _report_files(bundle.manifest))
+    if path not in bundle.manifest.files:
+        raise NotFound
+    response = Response(bundle.read(path), mimetype="image/png")
+    response.headers["Cache-Control"] = "private, max-age=86400"
+    return response
+
+
+@blueprint.post("/models/<name>/decide")
+@for_visitors
+def decide(name: str) -> Any:
+    """Whatever a form on the model's or a version's page decides."""
+    _check_form()
+    form = request.form
+    version = _number("version")
+    try:
+        if not g.visitor.may_decide:
+            raise UsageError(f"the token {g.visitor.name!r} may look, not decide")
+        _carry_out(check_model_name(name), form.get("action", ""), version)
+    except ConvoyError as error:
+        status, _, detail = describe_error(error)
+        if not g.visitor.may_decide:
+            status = 403
+        if version is not None and isinstance(error, PromotionRefused):
+            return _version_page(name, version, detail), status
+        return _model_page(name, detail), status
+    return redirect(url_for("pages.show_model", name=name), 303)
+
+
+def _carry_out(name: str, action: str, version: int | None) -> None:
+    form, store, by = request.form, control().store, g.visitor.name
+    reason, expected = form.get("reason", "").strip() or None, _number("expect_champion")
+    if action in ("promote", "force") and version is not None:
+        promote(
+            store,
+            name,
+            version,
+            expect_champion=expected,
+            force=action == "force",
+            reason=reason,
+            judge=control().judge,
+            by=by,
+        )
+    elif action == "release" and version is not None:
+        trial = Trial(version=version, share=_percent("share"), shadow=_percent("shadow"))
+        release(store, name, trial, reason, expect_champion=expected, by=by)
+    elif action == "withdraw":
+        withdraw(store, name, reason, expect_challenger=version, by=by)
+    elif action == "roll-back":
+        roll_back(store, name, reason, expect_champion=expected, by=by)
+    else:
+        raise UsageError(f"the form asks for {action!r}, which is nothing that can be decided")
+
+
+def _model_page(name: str, error: str | None = None) -> str:
+    store = control().store
+    versions = store.versions(check_model_name(name))
+    aliases, trial = store.standing(name)
+    lines = list(reversed(store.ledger(name).lines))
+    return render_template(
+        "model.html",
+        name=name,
+        versions=versions,
+        aliases=aliases,
+        trial=trial,
+        lines=lines,
+        error=error,
+        **_live(name),
+    )
+
+
+def _version_page(name: str, version: int, error: str | None = None) -> str:
+    store = control().store
+    found = store.resolve(ModelRef(check_model_name(name), version))
+    manifest = store.manifest(found)
+    aliases, trial = store.standing(name)
+    champion = aliases.get("champion")
+    judged = control().judgement(name, version) if champion not in (None, version) else None
+    return render_template(
+        "version.html",
+        name=name,
+        found=found,
+        manifest=manifest,
+        pictures=[file.removeprefix("report/") for file in _report_files(manifest)],
+        champion=champion,
+        trial=trial,
+        judged=judged,
+        policy=read_policy(control().home.policy(name)),
+        error=error,
+    )
+
+
+def _live(name: str) -> dict[str, Any]:
+    from flask import current_app
+
+    history: LiveHistory = current_app.extensions["convoy.live"]
+    try:
+        samples = history.samples(name)
+    except ModelNotReady as error:
+        return {"live": None, "live_error": str(error), "curves": []}
+    return {"live": samples[-1][1], "live_error": None, "curves": curves(samples)}
+
+
+def _report_files(manifest: Any) -> list[str]:
+    return sorted(
+        file for file in manifest.files if _PICTURE.fullmatch(file.removeprefix("report/"))
+    )
+
+
+def _check_form() -> None:
+    """Refuse a form that another site has sent: it does not know the session's secret."""
+    _check_origin()
+    sent, known = request.form.get("csrf", ""), session.get("csrf", "")
+    if not known or not hmac.compare_digest(sent.encode(), known.encode()):
+        raise UsageError("the form is not of this session; go back, load the page again")
+
+
+def _check_origin() -> None:
+    origin = request.headers.get("Origin")
+    if request.headers.get("Sec-Fetch-Site") == "cross-site" or (
+        origin is not None and urlsplit(origin).netloc != request.host
+    ):
+        raise UsageError("the form comes from another site")
+
+
+def _number(field: str) -> int | None:
+    text = request.form.get(field, "")
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+
+
+def _percent(field: str) -> float:
+    text = request.form.get(field, "").strip().removesuffix("%") or "0"
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", text) or float(text) > 100:
+        raise UsageError(f"{field} is {text[:20]!r}; write a percentage from 0 to 100")
+    return float(text) / 100
+
+
+def _session_key(home: Home) -> bytes:
+    """The key that signs sessions, made once; only its owner may read it."""
+    file = home.session_key
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as fresh:
+            fresh.write(secrets.token_bytes(32))
+    except FileExistsError:
+        pass
+    return file.read_bytes()
+
+
+def _data_uri(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def _moment(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "data_uri": _data_uri,
+    "moment": _moment,
+    "figure": _figure,
+    "share": _share,
+}

@@ -1,0 +1,38 @@
+"""A home with a trained version, and a service that serves it."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.processes import Service, run, wait_for
+
+
+@pytest.fixture(scope="session")
+def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with one trained and promoted version."""
+    home = tmp_path_factory.mktemp("trained")
+    quick = ("--data", "digits", "--recipe", "dense", "--device", "cpu")
+    trained = run(home, "training", *quick, "--set", "epochs=2", "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["version"] == 1
+    assert run(home, "registry", "promote", "digits", "1").returncode == 0
+    return home
+
+
+@pytest.fixture
+def home(trained_home: Path, tmp_path: Path) -> Path:
+    """A copy of it, for one test; the artefacts stay where the database says they are."""
+    copied: Path = shutil.copytree(trained_home, tmp_path / "home")
+    return copied
+
+
+@pytest.fixture
+def service(home: Path) -> Iterator[Service]:
+    service = Service(home)
+    wait_for(service.is_ready, "the service did not become ready")
+    yield service
+    if service.process.is_running():
+        service.stop()

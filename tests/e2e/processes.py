@@ -1,0 +1,98 @@
+"""Real processes for the end-to-end tests: the command lines, and a service on a free port."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+PATIENCE_S = 60
+
+
+def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One of the command lines, as a user would type it."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env={**os.environ, "CONVOY_HOME": str(home), "CONVOY_PLAN": "torch-eager"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+class Service:
+    """``python -m service`` on a free port."""
+
+    def __init__(
+        self, home: Path, *arguments: str, module: tuple[str, ...] = ("service",), **more: str
+    ) -> None:
+        """``module`` and its first arguments stand for ``service``; ``more`` are variables."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.log = home / "service.log"
+        environment = {
+            **os.environ,
+            "CONVOY_HOME": str(home),
+            "CONVOY_PORT": str(self.port),
+            "CONVOY_MODEL": "models:/digits@champion",
+            "CONVOY_WORKERS": "2",
+            "CONVOY_PLAN": "torch-eager",
+            **more,
+        }
+        with self.log.open("ab") as log:
+            self.process = psutil.Popen(
+                [sys.executable, "-m", *module, *arguments],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
+        """Over a connection of its own, so that any worker may answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read() or b"{}")
+        finally:
+            connection.close()
+
+    def text(self, path: str) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.ask("GET", "/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status, when every process of the service is gone."""
+        family = [self.process, *self.process.children(recursive=True)]
+        self.process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+        for process in alive:
+            process.kill()
+        assert not alive, self.log.read_text()
+        return int(self.process.returncode)

@@ -1,0 +1,204 @@
+"""Releases with real processes: what is broken is refused, and nobody misses an answer."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from registry.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, open_bundle, write_bundle
+from registry.contract import ModelRef, Trial
+from registry.errors import PromotionRefused
+from registry.home import Home
+from registry.promotion import promote, release, roll_back
+from registry.store import ModelStore
+from tests.e2e.processes import Service, run, wait_for
+from training.datasets import Dataset
+from training.tracking import start_run
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def store(home: Path) -> ModelStore:
+    return ModelStore(Home(home))
+
+
+@pytest.fixture
+def answers(service: Service, digits: Dataset) -> Iterator[list[tuple[float, int, int | None]]]:
+    """What three clients that never stop are answered: when, status, version."""
+    found: list[tuple[float, int, int | None]] = []
+    stop, png = threading.Event(), digits.test.encode(0)
+
+    def ask() -> None:
+        while not stop.is_set():
+            status, answer = service.ask("POST", "/v1/classify", png)
+            version = answer.get("model", {}).get("version")
+            found.append((time.monotonic(), status, version))
+            time.sleep(0.002)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    yield found
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def served_by_all(service: Service, version: int) -> bool:
+    workers = service.ask("GET", "/v1/models/digits")[1]["workers"]
+    return len(workers) == 2 and {each["version"] for each in workers} == {version}
+
+
+def republish(
+    store: ModelStore, home: Path, change: Callable[[Bundle, dict[str, bytes]], None]
+) -> int:
+    """Register a copy of version 1 with other files."""
+    with_all = home / "copied" / "whole"
+    shutil.rmtree(with_all.parent, ignore_errors=True)
+    whole = store.download(store.resolve(ModelRef("digits", 1)), with_all)
+    files = {name: whole.read(name) for name in whole.manifest.files}
+    change(whole, files)
+    bundle = write_bundle(with_all.parent / "bundle", whole.manifest, files)
+    with start_run(store, "convoy", "broken"):
+        return store.publish(bundle, {}).version
+
+
+def with_nan(bundle: Bundle, files: dict[str, bytes]) -> None:
+    weights = {name: np.full_like(each, np.nan) for name, each in bundle.weights().items()}
+    files[WEIGHTS] = safetensors.numpy.save(weights)
+
+
+def with_other_golden(bundle: Bundle, files: dict[str, bytes]) -> None:
+    files[GOLDEN] = msgspec.json.encode(
+        [GoldenImage(each.file, each.probabilities[::-1]) for each in bundle.golden()]
+    )
+
+
+def with_other_report(bundle: Bundle, files: dict[str, bytes]) -> None:
+    files["report/report.html"] = b"another"
+
+
+def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_nothing(
+    home: Path, trained_home: Path, service: Service, store: ModelStore, answers
+) -> None:
+    def failed_swaps() -> float:
+        text = service.text("/metrics")
+        rows = [row for row in text.splitlines() if 'outcome="failed"' in row and "swaps" in row]
+        return sum(float(row.rpartition(" ")[2]) for row in rows)
+
+    def refusal(version: int) -> str | None:
+        for line in store.ledger("digits").lines:
+            if (line.entry.action, line.entry.to_version) == ("refused", version):
+                return line.entry.verdict
+        return None
+
+    for change, why in (
+        (with_nan, "NaN or infinity"),
+        (with_other_golden, "from its published probabilities"),
+    ):
+        before = failed_swaps()
+        version = republish(store, home, change)
+        promote(store, "digits", version, force=True, reason="a test")
+        wait_for(
+            lambda v=version: refusal(v) is not None, f"{change.__name__} is not in the ledger"
+        )
+        (ready,) = service.ask("GET", "/readyz")[1]["models"]
+        assert ready["version"] == 1
+        assert why in ready["error"], ready
+        assert why in str(refusal(version))
+        assert failed_swaps() > before
+        roll_back(store, "digits", "it is broken")
+        wait_for(
+            lambda: service.ask("GET", "/readyz")[1]["models"][0]["error"] is None,
+            "the error stays",
+        )
+
+    damaged = republish(store, home, with_other_report)
+    promoted = store.resolve(ModelRef("digits", damaged))
+    for path in Home(trained_home).artifacts.rglob(WEIGHTS):
+        if open_bundle(path.parent).manifest_sha256 == promoted.manifest_sha256:
+            path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PromotionRefused, match="has sha256"):
+        promote(store, "digits", damaged)
+    store._client.set_registered_model_alias("digits", "champion", str(damaged))
+    wait_for(
+        lambda: (
+            "has sha256" in str(service.ask("GET", "/readyz")[1]["models"][0]["registry_error"])
+        ),
+        "the puller has not refused it",
+    )
+    assert "has sha256" in str(refusal(damaged))
+
+    store._client.set_registered_model_alias("digits", "champion", "1")
+    wait_for(
+        lambda: service.ask("GET", "/readyz")[1]["models"][0]["registry_error"] is None,
+        "the registry's error stays",
+    )
+    store._client.delete_model_version("digits", "1")
+    wait_for(
+        lambda: service.ask("GET", "/readyz")[1]["models"][0]["registry_error"] is not None,
+        "nobody has noticed that the champion is gone",
+    )
+    assert service.ask("GET", "/readyz")[0] == 200
+    assert {(status, version) for _, status, version in answers} == {(200, 1)}
+
+
+def test_workers_switch_together_and_a_roll_back_takes_no_load(
+    home: Path, trained_home: Path, service: Service, store: ModelStore, answers
+) -> None:
+    trained = run(
+        *(home, "training", "--data", "digits", "--recipe", "dense", "--device", "cpu"),
+        *("--set", "epochs=8"),
+    )
+    assert trained.returncode == 0, trained.stderr
+    for decide, version in (
+        (lambda: promote(store, "digits", 2), 2),
+        (lambda: roll_back(store, "digits"), 1),
+        (lambda: roll_back(store, "digits"), 2),
+    ):
+        seen = len(answers)
+        decide()
+        wait_for(lambda v=version: served_by_all(service, v), f"not all serve version {version}")
+        fresh = answers[seen:]
+        first = next(when for when, _, answered in fresh if answered == version)
+        # Whoever asks after the first answer of the new version gets no other; a request may have
+        # been on its way for a while.
+        assert {each for when, _, each in fresh if when > first + 0.25} <= {version}
+    assert {status for _, status, _ in answers} == {200}
+
+
+def test_a_trial_that_fails_its_requests_ends_by_itself(
+    home: Path, service: Service, store: ModelStore, answers, digits: Dataset
+) -> None:
+    trained = run(
+        *(home, "training", "--data", "digits", "--recipe", "dense", "--device", "cpu"),
+        *("--set", "epochs=8"),
+    )
+    assert trained.returncode == 0, trained.stderr
+    release(store, "digits", Trial(version=2, shadow=1.0), "to see")
+    shadow = "/v1/models/digits/traffic"
+
+    def scored() -> int:
+        versions = service.ask("GET", shadow)[1]["versions"]
+        return sum(each["agreed"] + each["differed"] for each in versions if each["version"] == 2)
+
+    wait_for(lambda: scored() > 0, "nothing is scored in the shadow")
+    release(store, "digits", Trial(version=2, share=1.0), "all of it")
+    wait_for(lambda: answers[-1][2] == 2, "the challenger does not answer")
+    assert service.ask("GET", shadow)[1]["challenger"] == 2
+    broken = republish(store, home, with_nan)
+    release(store, "digits", Trial(version=broken, share=0.5), "it is broken")
+    wait_for(lambda: store.standing("digits")[1] is None, "the broken trial goes on")
+    last = store.ledger("digits").lines[-1].entry
+    assert (last.action, last.to_version) == ("withdrawn", broken)
+    assert "cannot serve it" in str(last.reason)
+    assert last.by.startswith("puller on ")
+    wait_for(lambda: answers[-1][2] == 1, "the champion does not answer again")
+    assert {status for _, status, _ in answers} == {200}

@@ -1,0 +1,215 @@
+"""The control plane: who may do what, what it answers, and that nobody else decides."""
+
+import re
+import threading
+
+import msgspec
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from registry import api
+from registry.api import create_app
+from registry.api_document import document
+from registry.contract import Trial
+from registry.errors import ModelNotReady, RegistryUnavailable
+from registry.home import Home
+from registry.judging import Judge
+from registry.live import Live, VersionTraffic
+from registry.promotion import promote
+from registry.store import ModelStore
+
+OPEN = {"/livez", "/openapi.json"}
+
+
+@pytest.fixture
+def app(store: ModelStore, registry_home: Home) -> Flask:
+    app = create_app(store, registry_home, ("http://somewhere",))
+    control = app.extensions["convoy"]
+    control.judge = Judge(store, registry_home, {}, timed=False)
+    return app
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def headers(app: Flask) -> dict[str, dict[str, str]]:
+    """What a viewer and an operator send."""
+    tokens = app.extensions["convoy"].tokens
+    return {
+        role: {"Authorization": f"Bearer {tokens.add(role, role)}"}
+        for role in ("viewer", "operator")
+    }
+
+
+@pytest.fixture
+def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]) -> None:
+    """Version 1, a better version 2, and 1 is champion."""
+    better, worse = better_and_worse_seed
+    publish(seed=worse)
+    publish(seed=better)
+    promote(store, "digits", 1)
+
+
+def routes() -> list[tuple[str, str]]:
+    return [(rule.replace("<name>", "digits"), method) for rule, method, _ in api.ROUTES]
+
+
+@pytest.mark.parametrize(("rule", "method"), routes())
+def test_every_route_wants_a_token_of_the_right_role(
+    client: FlaskClient, headers, promoted: None, store: ModelStore, rule: str, method: str
+) -> None:
+    path = rule.replace("<int:version>", "2")
+    if path in OPEN:
+        assert client.open(path, method=method).status_code == 200
+        return
+    before = len(store.ledger("digits").lines)
+    for sent in (
+        {},
+        {"Authorization": "Bearer convoy_guess"},
+        {"Authorization": "Bearer "},
+        {"Authorization": headers["operator"]["Authorization"].replace("Bearer", "Basic")},
+    ):
+        answer = client.open(path, method=method, headers=sent, json={"version": 2})
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.content_type == "application/problem+json"
+    if method == "POST":
+        answer = client.post(path, headers=headers["viewer"], json={"version": 2})
+        assert (answer.status_code, answer.json["title"]) == (403, "forbidden")
+    assert len(store.ledger("digits").lines) == before
+
+
+def test_the_description_has_every_route_and_no_other() -> None:
+    described = {
+        (method.upper(), path)
+        for path, methods in document()["paths"].items()
+        for method in methods
+    }
+    served = {
+        (method, re.sub(r"<(?:int:)?(\w+)>", r"{\1}", rule)) for rule, method, _ in api.ROUTES
+    }
+    assert described == served
+
+
+def test_models_versions_history_and_audit_are_told(
+    client: FlaskClient, headers, promoted: None
+) -> None:
+    viewer = headers["viewer"]
+    aliases = {"champion": 1, "challenger": 2}
+    standing = {"name": "digits", "aliases": aliases, "trial": None}
+    assert client.get("/v1/models", headers=viewer).json == {"models": [standing]}
+    assert client.get("/v1/models/digits", headers=viewer).json == standing
+    versions = client.get("/v1/models/digits/versions", headers=viewer).json["versions"]
+    assert [each["version"] for each in versions] == [2, 1]
+    one = client.get("/v1/models/digits/versions/1", headers=viewer).json
+    assert one["manifest"]["labels"] == list("0123456789")
+    lines = client.get("/v1/models/digits/history", headers=viewer).json["lines"]
+    assert [line["entry"]["action"] for line in lines] == ["promoted"]
+    day = lines[0]["entry"]["at"][:10]
+    at = client.get(f"/v1/models/digits/history?at={day}", headers=viewer).json["lines"]
+    assert [line["entry"]["to_version"] for line in at] == [1]
+    assert client.get("/v1/models/digits/history?at=Tuesday", headers=viewer).status_code == 400
+    assert client.get("/v1/models/digits/audit", headers=viewer).json == {"lines": 1, "faults": []}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nobody", "/nobody/history", "/nobody/audit", "/digits/versions/9", "/nobody/versions"],
+)
+def test_what_is_not_there_is_404(client: FlaskClient, headers, promoted: None, path: str) -> None:
+    assert client.get(f"/v1/models{path}", headers=headers["viewer"]).status_code == 404
+
+
+def test_a_verdict_is_found_in_the_background(client: FlaskClient, headers, promoted: None) -> None:
+    path = "/v1/models/digits/versions/2/verdict"
+    first = client.get(path, headers=headers["viewer"])
+    assert (first.status_code, first.headers["Retry-After"]) == (202, "2")
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(20)
+    found = client.get(path, headers=headers["viewer"])
+    assert found.status_code == 200
+    assert (found.json["accepted"], found.json["challenger"]) == (True, 2)
+
+
+def test_an_operator_promotes_tries_withdraws_and_rolls_back(
+    client: FlaskClient, headers, promoted: None, store: ModelStore
+) -> None:
+    def post(verb: str, **body):
+        return client.post(f"/v1/models/digits/{verb}", headers=headers["operator"], json=body)
+
+    assert post("release", challenger=2, share=0.1, reason="to see").status_code == 200
+    assert store.standing("digits")[1] == Trial(version=2, share=0.1)
+    assert post("withdraw", expect_challenger=2).json["entry"]["action"] == "withdrawn"
+    assert post("promote", version=2, expect_champion=7).status_code == 409
+    moved = post("promote", version=2, expect_champion=1, reason="better")
+    assert moved.json["entry"]["by"] == "operator"
+    refused = post("promote", version=1)
+    assert (refused.status_code, refused.json["title"]) == (422, "PromotionRefused")
+    assert post("promote", version=1, force=True).status_code == 400  # without a reason
+    assert post("promote", version=1, force=True, reason="test").status_code == 200
+    assert post("roll-back").json["entry"]["to_version"] == 2
+    assert [line.entry.action for line in store.ledger("digits").lines] == [
+        *("promoted", "tried", "withdrawn", "promoted", "refused", "forced", "rolled back")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"", 400),
+        (b"[" * 5000, 400),
+        (b'{"version": "2"}', 400),
+        (b'{"version": 2, "who": "me"}', 400),
+        (b'{"version": 2, "reason": "' + b"x" * 70_000 + b'"}', 413),
+        (b'{"version": 2, "reason": "' + b"x" * 20_000 + b'"}', 400),
+    ],
+)
+def test_a_body_that_cannot_be_used_decides_nothing(
+    client: FlaskClient, headers, promoted: None, store: ModelStore, data: bytes, status: int
+) -> None:
+    path = "/v1/models/digits/promote"
+    assert client.post(path, headers=headers["operator"], data=data).status_code == status
+    assert len(store.ledger("digits").lines) == 1
+
+
+def test_live_figures_come_from_the_services(
+    client: FlaskClient, headers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = Live(
+        model="digits", generation=1, champion=1, versions=(VersionTraffic(version=1, requests=7),)
+    )
+    monkeypatch.setattr(api, "read_live", lambda services, name: live)
+    answer = client.get("/v1/models/digits/traffic", headers=headers["viewer"])
+    assert msgspec.json.decode(answer.data, type=Live) == live
+
+    def silent(services, name):
+        raise ModelNotReady("nobody answers")
+
+    monkeypatch.setattr(api, "read_live", silent)
+    assert client.get("/v1/models/digits/traffic", headers=headers["viewer"]).status_code == 503
+
+
+def test_errors_are_problems_and_tell_nothing_internal(
+    client: FlaskClient, headers, store: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    assert client.get("/nowhere").status_code == 404
+    assert client.put("/v1/models").status_code == 405
+
+    def fail(error: Exception):
+        def models():
+            raise error
+
+        monkeypatch.setattr(store, "models", models)
+        return client.get("/v1/models", headers=headers["viewer"])
+
+    assert fail(RegistryUnavailable("down")).status_code == 503
+    answer = fail(RuntimeError("secret"))
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert any(record.levelname == "ERROR" for record in caplog.records)
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

@@ -1,0 +1,155 @@
+"""The gate asked about a registry's versions: fetched, compared, timed, shown."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from registry.__main__ import main as command
+from registry.bundle import HELDOUT
+from registry.contract import ModelRef
+from registry.errors import BundleInvalid
+from registry.gates import Policy, compare
+from registry.home import Home
+from registry.judging import Judge, Judgement
+from registry.plans import duel
+from registry.plans.duel import Timed, time_both
+from registry.promotion import promote
+from registry.store import ModelStore
+
+
+@pytest.fixture
+def both(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]):
+    """A worse version 1 and a better version 2 in the registry."""
+    better, worse = better_and_worse_seed
+    return publish(seed=worse), publish(seed=better)
+
+
+def judge(store: ModelStore, home: Home, *versions) -> Judgement:
+    return Judge(store, home, {}, timed=False).judge(*versions)
+
+
+def test_a_better_version_is_accepted_with_the_pictures_that_flipped(
+    store: ModelStore, both, registry_home: Home
+) -> None:
+    judged = judge(store, registry_home, *both)
+    assert judged.accepted
+    assert judged.verdict is not None
+    assert (judged.champion, judged.challenger) == (1, 2)
+    gained = [flip for flip in judged.flips if flip.gained]
+    assert {flip.position for flip in gained} == set(judged.verdict.gained)
+    for flip in judged.flips:
+        right, wrong = flip.challenger, flip.champion
+        if not flip.gained:
+            right, wrong = wrong, right
+        assert right[0] == flip.truth != wrong[0]
+        assert flip.picture is not None
+    sure = [flip.champion[1] for flip in gained]
+    assert sure == sorted(sure, reverse=True)
+    table = judged.table()
+    assert "challenger 2, champion 1: accepted" in table
+    assert "forward passes were not timed" in table
+    again = msgspec.json.decode(msgspec.json.encode(judged), type=Judgement)
+    assert again == judged
+
+
+def test_the_picture_is_the_one_of_the_held_out_record(
+    store: ModelStore, both, registry_home: Home, few_digits, tmp_path: Path
+) -> None:
+    flip = judge(store, registry_home, *both).flips[0]
+    assert flip.picture is not None
+    (tmp_path / "flip.png").write_bytes(flip.picture)
+    with Image.open(tmp_path / "flip.png") as shown:
+        expected = few_digits.validation.pixels[flip.position][..., 0]
+        assert np.array_equal(np.asarray(shown), expected)
+    assert few_digits.labels[few_digits.validation.labels[flip.position]] == flip.truth
+
+
+def test_a_judgement_is_kept_until_the_policy_or_a_version_is_another(
+    store: ModelStore, both, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = judge(store, registry_home, *both)
+    monkeypatch.setattr(store, "download", lambda *arguments: pytest.fail("judged again"))
+    assert judge(store, registry_home, *both) == first
+    assert Judge(store, registry_home, {}, timed=False).known(both[1], both[0]) is None
+    policy = registry_home.policy("digits")
+    policy.parent.mkdir()
+    policy.write_text("significance = 0.01")
+    assert Judge(store, registry_home, {}, timed=False).known(*both) is None
+
+
+def test_what_cannot_be_compared_or_read_does_not_pass(
+    store: ModelStore, publish, registry_home: Home
+) -> None:
+    first = publish(seed=0)
+    other = publish(
+        seed=1, change=lambda each: msgspec.structs.replace(each, labels=tuple("abcdefghij"))
+    )
+    judged = judge(store, registry_home, first, other)
+    assert (judged.accepted, judged.verdict) == (False, None)
+    assert "the labels differ" in judged.summary
+    assert "REFUSED" in judged.table()
+    whole = publish(seed=2)
+    for path in registry_home.artifacts.rglob(HELDOUT):
+        path.write_bytes(b"damaged")
+    assert "has sha256" in judge(store, registry_home, first, whole).summary
+    assert judge(store, registry_home, None, other).summary.startswith("there was no champion") is (
+        False
+    )
+
+
+def test_a_slow_challenger_is_refused(make_bundle) -> None:
+    bundle = make_bundle()
+    timed = Timed(
+        device="cpu",
+        plans=("a", "b"),
+        champion_ms={1: 1.0, 8: 4.0},
+        challenger_ms={1: 1.5, 8: 9.0},
+    )
+    verdict = compare(bundle, bundle, None, timed)
+    failed = [check.what for check in verdict.checks if not check.passed]
+    assert failed == ["forward ms of 8"]
+    assert compare(bundle, bundle, Policy(max_latency_ratio=3), timed).accepted
+    assert "not timed" not in str(verdict)
+
+
+def test_both_are_really_timed_in_a_process_of_their_own(make_bundle, home: Home) -> None:
+    timed = time_both(make_bundle(seed=0), make_bundle(seed=1), home.plans, "cpu", "torch-eager", 1)
+    assert timed is not None
+    assert (timed.device, timed.plans) == ("cpu", ("torch-eager", "torch-eager"))
+    for times in (timed.champion_ms, timed.challenger_ms):
+        assert set(times) == {1, 8}
+        assert all(0 < each < 1000 for each in times.values())
+
+
+def test_without_an_engine_nothing_is_timed_and_a_failure_says_why(
+    make_bundle, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle()
+    (bundle.folder / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(BundleInvalid, match=r"cannot be timed: .*has sha256"):
+        time_both(bundle, bundle, home.plans, "cpu", "torch-eager", 1)
+    monkeypatch.setattr(duel, "find_spec", lambda name: None)
+    assert time_both(bundle, bundle, home.plans, "cpu", "torch-eager", 1) is None
+
+
+def test_the_command_judges_without_moving_anything(
+    store: ModelStore, both, registry_home: Home, tmp_path: Path, capsys
+) -> None:
+    promote(store, "digits", 1)
+    page = tmp_path / "verdict.html"
+    assert command(["judge", "digits", "--untimed", "--page", str(page), "--json"]) == 0
+    shown = msgspec.json.decode(capsys.readouterr().out, type=Judgement)
+    assert shown.accepted
+    assert all(flip.picture is None for flip in shown.flips)
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == len(shown.flips)
+    assert "Accepted: version 2 beside the champion, version 1" in text
+    assert "<script" not in text
+    assert store.aliases("digits")["champion"] == 1
+    promote(store, "digits", 2)
+    assert command(["judge", "digits", "1", "--untimed"]) == 1
+    assert "REFUSED" in capsys.readouterr().out
+    assert store.resolve(ModelRef("digits", alias="champion")).version == 2

@@ -1,0 +1,267 @@
+"""The operators' pages: what forms may decide, and the pages driven in a real Chromium."""
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.serving import make_server
+
+from registry import api
+from registry.api import create_app
+from registry.home import Home
+from registry.judging import Judge
+from registry.live import Live, VersionTraffic, WorkerReport
+from registry.live_history import SAMPLES, curves
+from registry.promotion import promote, roll_back
+from registry.store import ModelStore
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def app(store: ModelStore, registry_home: Home, monkeypatch: pytest.MonkeyPatch) -> Flask:
+    worker = WorkerReport(pid=7, model="digits", version=1, generation=1)
+    versions = tuple(
+        VersionTraffic(version=number, requests=10 * number, buckets=((0.005, 10 * number),))
+        for number in (1, 2)
+    )
+    live = Live(
+        model="digits",
+        generation=1,
+        champion=1,
+        challenger=2,
+        workers=(worker,),
+        versions=versions,
+    )
+    monkeypatch.setattr(api, "read_live", lambda services, name: live)
+    app = create_app(store, registry_home, ("http://somewhere",))
+    app.extensions["convoy"].judge = Judge(store, registry_home, {}, timed=False)
+    return app
+
+
+@pytest.fixture
+def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]) -> None:
+    """A worse version 1, a better 2, which is champion, and a 3 like 1."""
+    better, worse = better_and_worse_seed
+    for seed in (worse, better, worse):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    promote(store, "digits", 2)
+
+
+@pytest.fixture
+def tokens(app: Flask) -> dict[str, str]:
+    found = app.extensions["convoy"].tokens
+    return {role: found.add(role, role) for role in ("viewer", "operator")}
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+def sign_in(client: FlaskClient, token: str, target: str = "") -> str:
+    """Sign in; the session's secret, as its forms carry it."""
+    answer = client.post("/login", data={"token": token, "next": target})
+    assert answer.status_code == 303
+    return re.findall(r'name="csrf" value="([^"]+)"', client.get("/").text)[0]
+
+
+def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None, tokens) -> None:
+    for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/live"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.headers["Location"]) == (303, f"/login?next={path}")
+    assert client.post("/login", data={"token": "convoy_guess"}).status_code == 401
+    answer = client.post("/login", data={"token": tokens["viewer"], "next": "/models/digits"})
+    assert answer.headers["Location"] == "/models/digits"
+    cookie = answer.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert tokens["viewer"] not in cookie
+    assert "digits" in client.get("/").text
+
+
+@pytest.mark.parametrize("target", ["//evil.example", "/\\evil.example", "https://evil.example"])
+def test_signing_in_leads_to_no_other_site(client: FlaskClient, tokens, target: str) -> None:
+    answer = client.post("/login", data={"token": tokens["viewer"], "next": target})
+    assert answer.headers["Location"] == "/"
+
+
+def test_a_removed_token_ends_its_session(client: FlaskClient, app: Flask, tokens) -> None:
+    sign_in(client, tokens["viewer"])
+    app.extensions["convoy"].tokens.remove("viewer")
+    assert client.get("/").status_code == 303
+
+
+def test_a_session_decides_only_by_its_own_forms(
+    client: FlaskClient, promoted: None, tokens, store: ModelStore
+) -> None:
+    csrf = sign_in(client, tokens["operator"])
+    good = {"action": "roll-back", "csrf": csrf}
+    path = "/models/digits/decide"
+    before = len(store.ledger("digits").lines)
+    for data, headers in (
+        ({**good, "csrf": ""}, {}),
+        ({**good, "csrf": "x"}, {}),
+        ({"action": "roll-back"}, {}),
+        (good, {"Origin": "https://evil.example"}),
+        (good, {"Origin": "null"}),
+        (good, {"Sec-Fetch-Site": "cross-site"}),
+    ):
+        assert client.post(path, data=data, headers=headers).status_code == 400
+    assert client.post("/v1/models/digits/roll-back", json={}).status_code == 401  # no cookie there
+    assert len(store.ledger("digits").lines) == before
+    assert client.post(path, data=good, headers={"Origin": "http://localhost"}).status_code == 303
+    assert store.aliases("digits")["champion"] == 1
+
+
+def test_a_viewer_sees_no_forms_and_decides_nothing(
+    client: FlaskClient, promoted: None, tokens, store: ModelStore
+) -> None:
+    csrf = sign_in(client, tokens["viewer"])
+    assert "/decide" not in client.get("/models/digits").text
+    before = len(store.ledger("digits").lines)
+    answer = client.post("/models/digits/decide", data={"action": "roll-back", "csrf": csrf})
+    assert answer.status_code == 403
+    assert "may look, not decide" in answer.text
+    assert len(store.ledger("digits").lines) == before
+
+
+@pytest.mark.parametrize(
+    ("form", "status", "text"),
+    [
+        ({"action": "release", "version": "3", "share": "200"}, 400, "from 0 to 100"),
+        ({"action": "release", "version": "3"}, 400, "a share of the requests"),
+        ({"action": "explode"}, 400, "nothing that can be decided"),
+        ({"action": "promote", "version": "1"}, 422, "is refused"),
+        ({"action": "promote", "version": "1", "expect_champion": "9"}, 409, "not 9"),
+        ({"action": "force", "version": "1"}, 400, "needs"),
+    ],
+)
+def test_what_a_form_cannot_have_is_said_on_the_page(
+    client: FlaskClient, promoted: None, tokens, form: dict[str, str], status: int, text: str
+) -> None:
+    csrf = sign_in(client, tokens["operator"])
+    answer = client.post("/models/digits/decide", data={**form, "csrf": csrf})
+    assert answer.status_code == status
+    assert text in answer.text
+    assert 'role="alert"' in answer.text
+
+
+def test_texts_of_others_are_escaped(
+    client: FlaskClient, promoted: None, tokens, store: ModelStore
+) -> None:
+    roll_back(store, "digits", "<script>alert(1)</script>")
+    sign_in(client, tokens["viewer"])
+    page = client.get("/models/digits").text
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert client.get("/models/digits/versions/1/report/..%2fmanifest.json").status_code == 404
+    assert client.get("/models/digits/versions/1/report/nothing.png").status_code == 404
+    assert client.get("/models/%3Cb%3E").status_code == 400
+
+
+def test_curves_are_of_what_happened_between_two_looks() -> None:
+    def live(requests: int) -> Live:
+        version = VersionTraffic(version=1, requests=requests, buckets=((0.004, requests),))
+        return Live(model="m", generation=1, champion=1, versions=(version,))
+
+    requests, median, errors = curves([(0.0, live(100)), (2.0, live(140)), (4.0, live(140))])
+    ((role, points, last), (_, none, _)) = requests.lines
+    assert (role, last, requests.top, none) == ("champion", 0.0, 20.0, "")
+    assert len(points.split()) == 2
+    assert median.lines[0][2] is None  # nothing was answered in the last two seconds
+    assert median.top == pytest.approx(2.0)
+    assert errors.lines[0][2] == 0
+    assert SAMPLES > 100
+
+
+@pytest.fixture
+def url(app: Flask) -> Iterator[str]:
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("this machine has no Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.browser
+def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
+    browser, url: str, promoted: None, tokens, store: ModelStore
+) -> None:
+    page = browser.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on(
+        "console", lambda said: faults.append(said.text) if "Content Security" in said.text else 0
+    )
+    page.goto(f"{url}/models/digits")
+    page.fill("input[name=token]", tokens["operator"])
+    page.click("main button")
+    assert page.text_content("h1") == "digits"
+    assert "worker" in page.text_content("#live").lower()
+    page.click("table a >> text=3")
+    page.wait_for_selector("text=Refused: version 3")
+    assert page.locator(".sheet img").count() > 0
+    assert page.evaluate("document.querySelector('.sheet img').naturalWidth") == 8
+    page.click("text=Ask the gate all the same")
+    assert "is refused" in page.text_content("[role=alert]")
+    page.click("text=Override and promote")
+    assert page.url.endswith("/decide")  # the browser itself asks for the reason
+    page.locator("form", has_text="Override").locator("input[name=reason]").fill("as a test")
+    page.click("text=Override and promote")
+    page.wait_for_url(f"{url}/models/digits")
+    assert store.aliases("digits") == {"champion": 3, "previous": 2}
+    page.locator("form", has_text="Roll back").locator("input[name=reason]").fill("enough")
+    page.click("button >> text=Roll back")
+    page.wait_for_selector("tr.champion >> text=2")
+    assert store.aliases("digits")["champion"] == 2
+    page.click("table a >> text=1")
+    page.wait_for_selector("text=Begin the trial")
+    page.fill("input[name=share]", "25")
+    page.click("text=Begin the trial")
+    page.wait_for_selector("text=On trial: version 1 on 25 % of the requests")
+    page.click("text=End the trial")
+    page.wait_for_selector("text=withdrawn")
+    actions = [line.entry.action for line in store.ledger("digits").lines]
+    assert actions[2:] == ["refused", "forced", "rolled back", "tried", "withdrawn"]
+    assert {line.entry.by for line in store.ledger("digits").lines[2:]} == {"operator"}
+    page.click("text=sign out")
+    assert "/login" in page.url
+    assert faults == []
+
+
+@pytest.mark.browser
+def test_reading_and_deciding_need_no_javascript(
+    browser, url: str, promoted: None, tokens, store: ModelStore
+) -> None:
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(url)
+    page.fill("input[name=token]", tokens["operator"])
+    page.click("main button")
+    page.click("text=digits")
+    assert "champion" in page.text_content("#live")
+    page.goto(f"{url}/models/digits/versions/3")
+    page.wait_for_selector("text=Refused: version 3")
+    page.goto(f"{url}/models/digits")
+    page.click("button >> text=Roll back")
+    assert store.aliases("digits")["champion"] == 1
