@@ -21,7 +21,8 @@ COPY constraints.txt ./
 
 FROM base AS registry
 RUN pip install -c constraints.txt \
-    mlflow psycopg2-binary msgspec numpy safetensors requests scipy sqlalchemy
+    flask gunicorn jinja2 mlflow psycopg2-binary msgspec numpy pillow safetensors requests scipy \
+    sqlalchemy
 COPY registry/ registry/
 USER 10001
 CMD ["python", "-m", "registry", "pull", "--watch"]
