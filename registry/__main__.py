@@ -1,4 +1,4 @@
-"""``python -m registry``: look at versions, promote, roll back, and follow the registry."""
+"""``python -m registry``: look at versions, judge, try, promote, take back, and follow."""
 
 import argparse
 import contextlib
@@ -18,24 +18,25 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from registry.contract import (
-    CHAMPION,
     ModelRef,
     ModelVersion,
     Trial,
     parse_model_ref,
     parse_model_refs,
 )
-from registry.devices import CORES, forward_threads
+from registry.devices import serving_threads
 from registry.errors import ConvoyError, UsageError
 from registry.home import Home, convoy_home
 
 if TYPE_CHECKING:
     from registry.bundle import Bundle
     from registry.ledger import Line
+    from registry.live import Live, VersionTraffic
     from registry.store import ModelStore
     from registry.webhooks import Receiver
 
 AUDIT_AGAIN_S = 2.0
+BAR = 24  # characters
 # On the machine that serves, requests come first.
 PULLER_NICE = 10
 
@@ -124,19 +125,18 @@ def _promote(arguments: argparse.Namespace) -> int:
     store = _store()
     number = store.resolve(_ref(arguments.name, arguments.version)).version
     judge = Judge(store, convoy_home(), timed=not arguments.untimed)
-    try:
-        line = promote(
-            store,
-            arguments.name,
-            number,
-            expect_champion=arguments.expect_champion,
-            force=arguments.force,
-            reason=arguments.reason,
-            judge=judge,
-        )
-    finally:
-        if judge.last is not None:
-            print(judge.last.table())
+    champion, challenger = store.sides(arguments.name, number)
+    if champion != challenger:
+        print(judge.judge(champion, challenger).table())
+    line = promote(
+        store,
+        arguments.name,
+        number,
+        expect_champion=arguments.expect_champion,
+        force=arguments.force,
+        reason=arguments.reason,
+        judge=judge,
+    )
     print(f"{arguments.name} version {number} is the champion now ({line.entry.action})")
     return 0
 
@@ -145,30 +145,22 @@ def _judge(arguments: argparse.Namespace) -> int:
     from registry.judging import Judge
 
     store = _store()
-    challenger = store.resolve(_ref(arguments.name, arguments.version))
-    champion = None
-    if (number := store.aliases(arguments.name).get(CHAMPION)) is not None:
-        champion = store.resolve(ModelRef(arguments.name, number))
-    judged = Judge(store, convoy_home(), timed=not arguments.untimed).judge(champion, challenger)
+    number = store.resolve(_ref(arguments.name, arguments.version)).version
+    judge = Judge(store, convoy_home(), timed=not arguments.untimed)
+    judged = judge.judge(*store.sides(arguments.name, number))
     if arguments.page is not None:
         from registry.pages import verdict_page
 
         arguments.page.write_text(verdict_page(judged))
-    if arguments.json:
-        shown = msgspec.structs.replace(
-            judged,
-            flips=tuple(msgspec.structs.replace(each, picture=None) for each in judged.flips),
-        )
-        print(msgspec.json.encode(shown).decode())
-    else:
-        print(judged.table())
-    return 0 if judged.accepted else 1
+    print(msgspec.json.encode(judged).decode() if arguments.json else judged.table())
+    return 0 if judged.accepted else 2
 
 
 def _roll_back(arguments: argparse.Namespace) -> int:
     from registry.promotion import roll_back
 
-    entry = roll_back(_store(), arguments.name, arguments.reason).entry
+    expected = arguments.expect_champion
+    entry = roll_back(_store(), arguments.name, arguments.reason, expect_champion=expected).entry
     print(
         f"{arguments.name} version {entry.to_version} is the champion again; "
         f"version {entry.from_version} is 'previous'"
@@ -203,16 +195,16 @@ def _withdraw(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from registry.live import DEFAULT_SERVICE, draw_live, read_live, service_addresses
+    from registry.services import read_live, service_addresses
 
-    services = service_addresses(os.environ.get("CONVOY_SERVICE_URL") or DEFAULT_SERVICE)
+    services = service_addresses()
     while True:
         live = read_live(services, arguments.name)
         if arguments.json:
             print(json.dumps(msgspec.to_builtins(live)))
         else:
             home = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
-            print(home + draw_live(live))
+            print(home + _draw(live))
         if not arguments.watch:
             return 0
         time.sleep(arguments.interval)
@@ -263,16 +255,18 @@ def _describe_line(line: "Line") -> str:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
+    if arguments.listen and not arguments.watch:
+        raise UsageError("--listen is of use with --watch only")
     if arguments.ref:
         refs = parse_model_refs(",".join(arguments.ref), said_by="REF")
     else:
         refs = parse_model_refs(os.environ.get("CONVOY_MODEL"))
     if not arguments.interval > 0:
         raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
-    from registry.live import service_addresses
     from registry.pull import Puller
+    from registry.services import service_addresses
 
-    services = service_addresses(os.environ.get("CONVOY_SERVICE_URL"))
+    services = service_addresses() if arguments.watch else ()
     puller = Puller(_store, convoy_home(), refs, services)
     if not arguments.watch:
         return 0 if puller.pull_all() else 2
@@ -292,11 +286,11 @@ def _listen(address: str, wake: Callable[[], None]) -> "Receiver":
     from registry.webhooks import Receiver, parse_secret
 
     host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise UsageError(f"--listen is {address!r}; write HOST:PORT")
     file = os.environ.get("CONVOY_WEBHOOK_SECRET_FILE")
-    if not file or not port.isdecimal():
-        raise UsageError(
-            "--listen HOST:PORT needs CONVOY_WEBHOOK_SECRET_FILE: who cannot sign wakes nobody"
-        )
+    if not file:
+        raise UsageError("--listen needs CONVOY_WEBHOOK_SECRET_FILE: who cannot sign wakes nobody")
     try:
         secret = parse_secret(Path(file).read_text().strip())
     except (OSError, UnicodeDecodeError) as error:
@@ -309,7 +303,9 @@ def _listen(address: str, wake: Callable[[], None]) -> "Receiver":
 def _serve(arguments: argparse.Namespace) -> int:
     from registry.control import serve
 
-    return serve(arguments.host, arguments.port)
+    if not arguments.port.isdecimal():
+        raise UsageError(f"the control plane's port is {arguments.port!r}; it must be a number")
+    return serve(arguments.host, int(arguments.port))
 
 
 def _add_token(arguments: argparse.Namespace) -> int:
@@ -345,7 +341,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     home = convoy_home()
     text = arguments.ref if arguments.ref.startswith("models:/") else f"models:/{arguments.ref}"
     wanted = EVERY if arguments.every else os.environ.get("CONVOY_PLAN") or AUTO
-    planner = Planner(home.plans, choose_device(arguments.device), arguments.threads, wanted)
+    threads = arguments.threads or serving_threads()
+    planner = Planner(home.plans, choose_device(arguments.device), threads, wanted)
     with tempfile.TemporaryDirectory(prefix="convoy-plan-") as folder:
         bundle = _bundle_at_hand(parse_model_ref(text), home, Path(folder))
         choice = planner.choose(bundle, anew=arguments.anew)
@@ -353,7 +350,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(msgspec.to_builtins(choice, str_keys=True)))
         return 0
-    print(f"{manifest.model} on {planner.device}, {arguments.threads} thread(s) a forward pass")
+    print(f"{manifest.model} on {planner.device}, {threads} thread(s) a forward pass")
     print(
         f"{'plan':<18} {'ms at 1':>9} {'at 8':>9} {'at 32':>9} {'memory MB':>10} "
         f"{'built in s':>10} {'difference':>10} {'held-out':>8}  verdict"
@@ -372,6 +369,54 @@ def _plan(arguments: argparse.Namespace) -> int:
         verdict = "chosen" if each.plan == choice.chosen else each.reason or "accepted"
         print(f"{each.plan:<18} {' '.join(cells)}  {verdict}")
     return 0
+
+
+def _draw(live: "Live") -> str:
+    """The comparison as text: a column for each version that serves, and its times as bars."""
+    here = [number for number in (live.champion, live.challenger) if number is not None]
+    shown = [live.of(number) for number in here]
+    names = ["champion", "challenger"][: len(here)]
+    rows: list[tuple[str, ...]] = [
+        ("", *(f"{name} {number}" for name, number in zip(names, here, strict=True)))
+    ]
+    rows += [
+        ("requests", *(f"{each.requests:,}" for each in shown)),
+        ("errors", *(f"{each.errors:,} ({each.error_rate:.2%})" for each in shown)),
+        ("p50 ms", *(_ms(each.quantile_s(0.5)) for each in shown)),
+        ("p99 ms", *(_ms(each.quantile_s(0.99)) for each in shown)),
+        ("mean confidence", *(_part(each.mean_confidence) for each in shown)),
+        ("agreement in the shadow", *(_part(each.agreement) for each in shown)),
+        ("shadowed / dropped", *(f"{each.shadowed:,} / {each.dropped:,}" for each in shown)),
+    ]
+    lines = [f"{row[0]:<24}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows]
+    for name, each in zip(names, shown, strict=True):
+        lines += [f"times of the {name}", *_bars(each)]
+    for worker in live.workers:
+        lines.append(
+            f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"
+            + (f", {worker.error}" if worker.error else "")
+        )
+    return "\n".join(lines)
+
+
+def _bars(version: "VersionTraffic") -> list[str]:
+    from registry.live import UNBOUNDED_S
+
+    most = max((count for _, count in version.buckets), default=0)
+    return [
+        f"  {'over' if upper >= UNBOUNDED_S else f'≤ {1000 * upper:g}':>7} ms "
+        f"{'█' * max(1, round(BAR * count / most)):<{BAR}} {count:,}"
+        for upper, count in version.buckets
+        if count
+    ]
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.3g}"
+
+
+def _part(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _cell(value: float | None, width: int, form: str) -> str:
@@ -397,13 +442,13 @@ def _ref(name: str, version: str) -> ModelRef:
 
 
 def _share(text: str) -> float:
-    """``10%`` and ``0.1`` alike."""
+    """``10%``; a bare number could as well mean that many of a hundred as that many times all."""
     try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 10% or 0.1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 10%")
     return share
 
 
@@ -414,7 +459,7 @@ def _when(version: ModelVersion) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m registry",
-        description="The registry of model versions: look, promote, roll back, follow.",
+        description="The registry of model versions: look, judge, try, promote, take back, follow.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -468,7 +513,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the champion's images that it scores too; alone: of all",
     )
     release.set_defaults(run=_release)
-    for command in (promote, release):
+    for command in (promote, roll_back, release):
         command.add_argument(
             "--expect-champion",
             type=int,
@@ -489,7 +534,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(run=_compare)
 
-    history = commands.add_parser("history", help="what was decided about a model's champion")
+    history = commands.add_parser("history", help="every decision about a model")
     history.add_argument("name")
     history.add_argument("--at", metavar="DAY", help="who was champion on 2026-11-17 (UTC)")
     history.add_argument("--json", action="store_true", help="print JSON")
@@ -509,7 +554,6 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--threads",
         type=int,
-        default=forward_threads(int(os.environ.get("CONVOY_WORKERS") or CORES)),
         metavar="N",
         help="of one forward pass; serving has cores / workers",
     )
@@ -518,9 +562,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="the control plane: an API and pages for operators")
     serve.add_argument("--host", default=os.environ.get("CONVOY_CONTROL_HOST") or "127.0.0.1")
-    serve.add_argument(
-        "--port", type=int, default=int(os.environ.get("CONVOY_CONTROL_PORT") or 8081)
-    )
+    serve.add_argument("--port", default=os.environ.get("CONVOY_CONTROL_PORT") or "8081")
     serve.set_defaults(run=_serve)
 
     token = commands.add_parser("token", help="who may use the control plane")

@@ -10,21 +10,23 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from threading import Lock, Thread
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 from flask import Flask, Response, current_app, g, request, session
-from msgspec import Meta, Struct
 from werkzeug.exceptions import HTTPException
 
 from registry import errors as domain
 from registry.api_document import document
-from registry.contract import CHAMPION, ModelRef, ModelVersion, Share, Trial, check_model_name
+from registry.contract import ModelRef, ModelVersion, Trial, check_model_name
+from registry.decisions import Promotion, RollBack, TrialRequest, Withdrawal
 from registry.home import Home
 from registry.judging import Judge, Judgement
 from registry.ledger import moments
-from registry.live import Live, read_live
+from registry.live import Live
+from registry.live_history import LiveHistory
 from registry.promotion import audit, promote, release, roll_back, withdraw
+from registry.services import read_live
 from registry.store import ModelStore
 from registry.tokens import Tokens
 
@@ -37,7 +39,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-STATUS: dict[type[Exception], int] = {
+STATUS: dict[type[domain.ConvoyError], int] = {
     domain.UsageError: 400,
     domain.ModelNotFound: 404,
     domain.VersionNotFound: 404,
@@ -48,34 +50,6 @@ STATUS: dict[type[Exception], int] = {
     domain.ModelNotReady: 503,
 }
 P = ParamSpec("P")
-Reason = Annotated[str, Meta(max_length=10_000)]
-
-
-class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of a promotion."""
-
-    version: Annotated[int, Meta(ge=1)]
-    expect_champion: int | None = None
-    force: bool = False
-    reason: Reason | None = None
-
-
-class RollBack(Struct, forbid_unknown_fields=True, kw_only=True):
-    expect_champion: int | None = None
-    reason: Reason | None = None
-
-
-class TrialRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    challenger: Annotated[int, Meta(ge=1)]
-    share: Share = 0.0
-    shadow: Share = 0.0
-    expect_champion: int | None = None
-    reason: Reason | None = None
-
-
-class Withdrawal(Struct, forbid_unknown_fields=True, kw_only=True):
-    expect_challenger: int | None = None
-    reason: Reason | None = None
 
 
 class Control:
@@ -87,18 +61,13 @@ class Control:
         self.services = services
         self.tokens = Tokens(home.tokens)
         self.judge = Judge(store, home)
+        self.history = LiveHistory(self.live)
         self._judging: dict[tuple[str, int], Thread] = {}
         self._lock = Lock()
 
-    def sides(self, name: str, version: int) -> tuple[ModelVersion | None, ModelVersion]:
-        """The champion, if there is one, and version ``version``."""
-        challenger = self.store.resolve(ModelRef(name, version))
-        number = self.store.aliases(name).get(CHAMPION)
-        return (self.store.resolve(ModelRef(name, number)) if number else None), challenger
-
     def judgement(self, name: str, version: int) -> Judgement | None:
         """The gate's word on a version; None while it is being found, which this begins."""
-        champion, challenger = self.sides(name, version)
+        champion, challenger = self.store.sides(name, version)
         if known := self.judge.known(champion, challenger):
             return known
         with self._lock:
@@ -111,8 +80,6 @@ class Control:
 
     def live(self, name: str) -> Live:
         """How the services serve ``name``; raises ``ModelNotReady`` when they do not say."""
-        if not self.services:
-            raise domain.ModelNotReady("CONVOY_SERVICE_URL names no service")
         return read_live(self.services, name)
 
     def _judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
@@ -362,8 +329,8 @@ def describe_error(error: Exception) -> tuple[int, str, str]:
     """Status, title and detail of an error; what nobody foresaw is logged, and told nobody."""
     if isinstance(error, HTTPException):
         return error.code or 500, error.name, error.description or error.name
-    if (status := STATUS.get(type(error))) is not None:
-        return status, type(error).__name__, str(error)
+    if isinstance(error, domain.ConvoyError) and type(error) in STATUS:
+        return STATUS[type(error)], error.title(), str(error)
     log.error("unexpected error", exc_info=error)
     return 500, "internal error", "something went wrong on our side; the log says what"
 

@@ -2,37 +2,21 @@
 
 from typing import Any
 
+import msgspec
+
+from registry.decisions import BODIES
+
 _FAILURES = {
     "400": "The body or a parameter cannot be used.",
     "401": "There is no token, or nobody's.",
     "403": "The token may look, not decide.",
     "404": "No such model or version, or nothing to take back.",
     "409": "The champion, or what is on trial, is not what was expected: look again.",
+    "413": "The body is too large.",
     "422": "The gate refuses; the refusal is in the ledger. `force` with a `reason` overrides.",
     "503": "The registry, or a service, cannot be reached.",
 }
-_REASON = {"type": ["string", "null"], "maxLength": 10_000}
 _NUMBER = {"type": "integer", "minimum": 1}
-_EXPECTED = {"type": ["integer", "null"], "description": "Refuse with 409 when it is another."}
-_SHARE = {"type": "number", "minimum": 0, "maximum": 1, "default": 0}
-_BODIES: dict[str, dict[str, Any]] = {
-    "promote": {
-        "version": _NUMBER,
-        "expect_champion": _EXPECTED,
-        "force": {"type": "boolean", "default": False, "description": "Needs a reason."},
-        "reason": _REASON,
-    },
-    "roll-back": {"expect_champion": _EXPECTED, "reason": _REASON},
-    "release": {
-        "challenger": _NUMBER,
-        "share": _SHARE,
-        "shadow": _SHARE,
-        "expect_champion": _EXPECTED,
-        "reason": _REASON,
-    },
-    "withdraw": {"expect_challenger": _EXPECTED, "reason": _REASON},
-}
-_REQUIRED = {"promote": ["version"], "release": ["challenger"]}
 _DECISIONS = {
     "promote": "Make a version the champion, if the gate lets it.",
     "roll-back": "Make the previous champion champion again.",
@@ -67,6 +51,9 @@ _PROBLEM = {
 
 def document() -> dict[str, Any]:
     """The description as plain data."""
+    _, bodies = msgspec.json.schema_components(
+        BODIES.values(), ref_template="#/components/schemas/{name}"
+    )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -86,7 +73,7 @@ def document() -> dict[str, Any]:
         },
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"Problem": _PROBLEM},
+            "schemas": {"Problem": _PROBLEM, **bodies},
         },
     }
 
@@ -111,12 +98,7 @@ def _read(path: str, summary: str) -> dict[str, Any]:
 
 
 def _decision(verb: str, summary: str) -> dict[str, Any]:
-    schema = {
-        "type": "object",
-        "properties": _BODIES[verb],
-        "required": _REQUIRED.get(verb, []),
-        "additionalProperties": False,
-    }
+    schema = {"$ref": f"#/components/schemas/{BODIES[verb].__name__}"}
     return {
         "summary": summary,
         "parameters": _path_parameters("{name}"),
@@ -124,7 +106,6 @@ def _decision(verb: str, summary: str) -> dict[str, Any]:
         "responses": {
             "200": _answer("The ledger's line."),
             **_problems(tuple(_FAILURES)),
-            "413": _problems(("400",))["400"] | {"description": "The body is too large."},
         },
     }
 

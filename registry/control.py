@@ -4,7 +4,6 @@ The ledgers' webhooks go out from here, whoever has written the lines.
 """
 
 import logging
-import os
 from threading import Event, Thread
 from typing import Any
 
@@ -12,7 +11,7 @@ from gunicorn.app.base import BaseApplication
 
 from registry.home import convoy_home
 from registry.ledger_events import Sender, read_webhooks
-from registry.live import DEFAULT_SERVICE, service_addresses
+from registry.services import service_addresses
 from registry.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -61,5 +60,4 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
         if hooks:
             sender = Sender(lambda: ModelStore(home), home.deliveries, hooks)
             Thread(target=sender.watch, args=(Event(),), name="webhooks", daemon=True).start()
-        services = service_addresses(os.environ.get("CONVOY_SERVICE_URL") or DEFAULT_SERVICE)
-        return create_app(ModelStore(home), home, services)
+        return create_app(ModelStore(home), home, service_addresses())

@@ -6,7 +6,7 @@ Torch is imported only where a GPU may be: a worker whose plan needs no torch lo
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,18 @@ _GPU_LIBRARIES = ("CUDA", "cuDNN", "cuBLAS")
 # With one of these, by Linux's names, a CPU multiplies natively so; the last of each is ARM's.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+
+
+def serving_threads(environment: Mapping[str, str] = os.environ) -> int:
+    """Threads of a forward pass in a service with these settings.
+
+    Raises:
+        UsageError: ``CONVOY_WORKERS`` is no number above 0.
+    """
+    text = environment.get("CONVOY_WORKERS") or str(CORES)
+    if not text.isdecimal() or not int(text):
+        raise UsageError(f"CONVOY_WORKERS={text!r}; it must be a whole number above 0")
+    return forward_threads(int(text))
 
 
 def forward_threads(workers: int) -> int:

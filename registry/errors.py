@@ -1,11 +1,19 @@
 """The errors that Convoy's own rules raise. They carry facts and know no HTTP.
 
-``service/errors.py`` has the one table that turns them into answers.
+``service/errors.py`` has the table that turns them into answers, ``registry/api.py`` that of the
+control plane.
 """
+
+import re
 
 
 class ConvoyError(Exception):
     """Base of every error that is somebody's to understand: its text is fit to be shown."""
+
+    @classmethod
+    def title(cls) -> str:
+        """The kind of error in words: ``model not found``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", " ", cls.__name__).lower()
 
 
 class InvalidImage(ConvoyError):

@@ -134,7 +134,7 @@ def compare(
         BundleInvalid: the held-out record of one is missing or damaged.
     """
     policy = policy or Policy()
-    _check_comparable(champion, challenger)
+    check_comparable(champion, challenger)
     old, new = champion.heldout(), challenger.heldout()
     for record in (old, new):
         if not len(record.labels) or not np.isfinite(record.probabilities).all():
@@ -185,7 +185,8 @@ def log_loss(heldout: Heldout) -> float:
     return float(-np.log(np.maximum(of_truth, 1e-12)).mean())
 
 
-def _check_comparable(champion: Bundle, challenger: Bundle) -> None:
+def check_comparable(champion: Bundle, challenger: Bundle) -> None:
+    """Raise ``PromotionRefused`` unless both have the same labels and held-out pictures."""
     ours, theirs = challenger.manifest, champion.manifest
     if ours.labels != theirs.labels:
         raise PromotionRefused(

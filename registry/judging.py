@@ -20,9 +20,9 @@ from PIL import Image
 
 from registry.bundle import HELDOUT, Bundle
 from registry.contract import ModelVersion, sha256_hex
-from registry.devices import CORES, forward_threads
+from registry.devices import serving_threads
 from registry.errors import BundleInvalid, PromotionRefused
-from registry.gates import Policy, Verdict, compare, read_policy
+from registry.gates import Policy, Verdict, check_comparable, compare, read_policy
 from registry.home import Home
 from registry.plans.duel import time_both
 from registry.releases import write_atomically
@@ -103,9 +103,8 @@ class Judge:
         self._home = home
         self._device = environment.get("CONVOY_DEVICE") or "auto"
         self._plan = environment.get("CONVOY_PLAN") or "auto"
-        self._threads = forward_threads(int(environment.get("CONVOY_WORKERS") or CORES))
+        self._threads = serving_threads(environment)
         self._timed = timed
-        self.last: Judgement | None = None
 
     def judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> Judgement:
         """The judgement on ``challenger``; what cannot be read or compared does not pass.
@@ -115,11 +114,10 @@ class Judge:
             UsageError: the policy cannot be used.
         """
         policy = read_policy(self._home.policy(challenger.name))
-        self.last = self.known(champion, challenger, policy)
-        if self.last is not None:
-            return self.last
+        if known := self.known(champion, challenger, policy):
+            return known
         with tempfile.TemporaryDirectory(prefix="convoy-gate-") as folder:
-            judged = self.last = self._judge(champion, challenger, policy, Path(folder))
+            judged = self._judge(champion, challenger, policy, Path(folder))
         if judged.verdict is not None:  # what could not be fetched or read may be mended soon
             file = self._file(champion, challenger, policy)
             try:
@@ -148,7 +146,8 @@ class Judge:
         self, champion: ModelVersion | None, challenger: ModelVersion, policy: Policy
     ) -> Path:
         sides = [(each.version, each.manifest_sha256) for each in (champion, challenger) if each]
-        facts = (challenger.name, sides, policy, self._timed, self._device, self._threads)
+        how = (self._timed, self._device, self._plan, self._threads)
+        facts = (challenger.name, sides, policy, how)
         return self._home.verdicts / f"{sha256_hex(msgspec.json.encode(facts))[:32]}.json"
 
     def _judge(
@@ -175,7 +174,7 @@ class Judge:
             theirs = self._store.download(
                 champion, folder / "champion", lambda each: [HELDOUT, *each.serving_files()]
             )
-            compare(theirs, ours, policy)  # before anything slow: whether they can be compared
+            check_comparable(theirs, ours)  # before anything slow
             timed = None
             if self._timed:
                 timed = time_both(
@@ -207,7 +206,6 @@ def _flips(verdict: Verdict, champion: Bundle, challenger: Bundle) -> tuple[Flip
                 (labels[int(side.predicted[position])], float(side.probabilities[position].max()))
                 for side in (old, new)
             ]
-            has_picture = pictures is not None and position < len(pictures)
             flips.append(
                 Flip(
                     position=position,
@@ -215,9 +213,7 @@ def _flips(verdict: Verdict, champion: Bundle, challenger: Bundle) -> tuple[Flip
                     truth=labels[int(new.labels[position])],
                     champion=sides[0],
                     challenger=sides[1],
-                    picture=_png(pictures[position])
-                    if has_picture and pictures is not None
-                    else None,
+                    picture=_png(pictures[position]) if position < len(pictures) else None,
                 )
             )
     return tuple(flips)

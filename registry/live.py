@@ -4,20 +4,11 @@ The service answers with it (``GET /v1/models/{name}/traffic``); whoever compare
 guards a trial, reads it. Light: records and arithmetic only.
 """
 
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Sequence
 
 import msgspec
 from msgspec import Struct
 
-from registry.errors import ModelNotReady
-
-DEFAULT_SERVICE = "http://127.0.0.1:8080"
-TIMEOUT_S = 2.0
-BAR = 24  # characters
-MOST_BYTES = 4_000_000
 UNBOUNDED_S = 1e9  # the bound of the last bucket: JSON has no infinity
 
 
@@ -49,7 +40,6 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
     version: int
     requests: int = 0
     errors: int = 0
-    seconds: float = 0.0
     buckets: tuple[tuple[float, int], ...] = ()
     images: int = 0
     confidence: float = 0.0
@@ -126,15 +116,6 @@ class Live(Struct, frozen=True, kw_only=True):
         return next(found, VersionTraffic(version=version or 0))
 
 
-def read_live(services: Sequence[str], model: str) -> Live:
-    """What ``services``, by their addresses, say of ``model``, added up.
-
-    Raises:
-        ModelNotReady: one of them cannot be asked, or does not serve it.
-    """
-    return add_up([_ask(service, model) for service in services])
-
-
 def add_up(found: Sequence[Live]) -> Live:
     """Several services as one; who serves what is as the first says."""
     versions: dict[int, VersionTraffic] = {}
@@ -147,11 +128,6 @@ def add_up(found: Sequence[Live]) -> Live:
     )
 
 
-def service_addresses(text: str | None) -> tuple[str, ...]:
-    """The addresses in ``CONVOY_SERVICE_URL``, with commas between them."""
-    return tuple(part.strip().rstrip("/") for part in (text or "").split(",") if part.strip())
-
-
 def refusals(workers: Iterable[WorkerReport]) -> dict[int, str]:
     """Versions that a worker could not load, and why."""
     return {
@@ -159,60 +135,3 @@ def refusals(workers: Iterable[WorkerReport]) -> dict[int, str]:
         for worker in workers
         if worker.refused is not None and worker.error is not None
     }
-
-
-def draw_live(live: Live) -> str:
-    """The comparison as text: a column for each version that serves, and its times as bars."""
-    here = [number for number in (live.champion, live.challenger) if number is not None]
-    shown = [live.of(number) for number in here]
-    names = ["champion", "challenger"][: len(here)]
-    rows: list[tuple[str, ...]] = [
-        ("", *(f"{name} {number}" for name, number in zip(names, here, strict=True)))
-    ]
-    rows += [
-        ("requests", *(f"{each.requests:,}" for each in shown)),
-        ("errors", *(f"{each.errors:,} ({each.error_rate:.2%})" for each in shown)),
-        ("p50 ms", *(_ms(each.quantile_s(0.5)) for each in shown)),
-        ("p99 ms", *(_ms(each.quantile_s(0.99)) for each in shown)),
-        ("mean confidence", *(_part(each.mean_confidence) for each in shown)),
-        ("agreement in the shadow", *(_part(each.agreement) for each in shown)),
-        ("shadowed / dropped", *(f"{each.shadowed:,} / {each.dropped:,}" for each in shown)),
-    ]
-    lines = [f"{row[0]:<24}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows]
-    for name, each in zip(names, shown, strict=True):
-        lines += [f"times of the {name}", *_bars(each)]
-    for worker in live.workers:
-        lines.append(
-            f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"
-            + (f", {worker.error}" if worker.error else "")
-        )
-    return "\n".join(lines)
-
-
-def _bars(version: VersionTraffic) -> list[str]:
-    most = max((count for _, count in version.buckets), default=0)
-    return [
-        f"  {'over' if upper >= UNBOUNDED_S else f'≤ {1000 * upper:g}':>7} ms "
-        f"{'█' * max(1, round(BAR * count / most)):<{BAR}} {count:,}"
-        for upper, count in version.buckets
-        if count
-    ]
-
-
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.3g}"
-
-
-def _part(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _ask(service: str, model: str) -> Live:
-    url = f"{service}/v1/models/{urllib.parse.quote(model)}/traffic"
-    if not url.startswith(("http://", "https://")):
-        raise ModelNotReady(f"{service} is no http or https address")
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - checked
-            return msgspec.json.decode(answer.read(MOST_BYTES), type=Live)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
-        raise ModelNotReady(f"{service} does not say how {model} is served: {error}") from error

@@ -1,20 +1,15 @@
 """How a model was served in the last minutes, sampled while somebody looks, drawn as curves."""
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from threading import Lock, Thread
 
 from msgspec import Struct
 
-from registry.errors import ModelNotReady
 from registry.live import Live
 
-log = logging.getLogger(__name__)
-
-SAMPLE_S = 2.0
+SAMPLE_S = 1.5
 SAMPLES = 150
 WATCHED_S = 60.0
 WIDTH, HEIGHT = 320, 90
@@ -31,52 +26,26 @@ class Curve(Struct, frozen=True, kw_only=True):
 
 
 class LiveHistory:
-    """Samples of the models that were asked for within the last minute, in a thread of its own."""
+    """Samples of each model that somebody looks at: taken when it is asked for, so by the pages."""
 
     def __init__(self, read: Callable[[str], Live]) -> None:
         self._read = read
         self._samples: dict[str, deque[tuple[float, Live]]] = {}
-        self._asked_at: dict[str, float] = {}
-        self._lock = Lock()
-        self._thread: Thread | None = None
 
     def samples(self, name: str) -> list[tuple[float, Live]]:
-        """What was sampled of ``name`` so far, oldest first; asking keeps the sampling going.
+        """What was sampled of ``name``, oldest first, the last within two seconds.
 
         Raises:
-            ModelNotReady: the services do not say, and never did lately.
+            ModelNotReady: the services do not say.
         """
-        with self._lock:
-            self._asked_at[name] = time.monotonic()
-            if name not in self._samples:
-                first = time.monotonic(), self._read(name)
-                self._samples[name] = deque([first], maxlen=SAMPLES)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = Thread(target=self._run, name="live", daemon=True)
-                self._thread.start()
-            return list(self._samples[name])
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(SAMPLE_S)
-            with self._lock:
-                now = time.monotonic()
-                for name in [n for n, at in self._asked_at.items() if now - at > WATCHED_S]:
-                    del self._asked_at[name]
-                    self._samples.pop(name, None)
-                names = list(self._samples)
-                if not names:
-                    self._thread = None
-                    return
-            for name in names:
-                try:
-                    live = self._read(name)
-                except ModelNotReady as error:
-                    log.debug("%s", error)
-                    continue
-                with self._lock:
-                    if name in self._samples:
-                        self._samples[name].append((time.monotonic(), live))
+        rows = self._samples.get(name, deque(maxlen=SAMPLES))
+        now = time.monotonic()
+        if rows and now - rows[-1][0] > WATCHED_S:
+            rows.clear()  # nobody has looked for so long that one line over it would be a lie
+        if not rows or now - rows[-1][0] >= SAMPLE_S:
+            rows.append((now, self._read(name)))
+        self._samples[name] = rows
+        return list(rows)
 
 
 def curves(samples: Sequence[tuple[float, Live]]) -> list[Curve]:

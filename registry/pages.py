@@ -28,27 +28,26 @@ from flask import (
     session,
     url_for,
 )
-from werkzeug.exceptions import NotFound
+from werkzeug.exceptions import Forbidden, NotFound
 
 from registry.api import control, describe_error
-from registry.contract import ModelRef, Trial, check_model_name
+from registry.contract import Manifest, ModelRef, Trial, check_model_name
 from registry.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
 from registry.gates import read_policy
 from registry.home import Home
 from registry.judging import Judgement
-from registry.live_history import HEIGHT, WIDTH, LiveHistory, curves
+from registry.live_history import HEIGHT, WIDTH, curves
 from registry.promotion import promote, release, roll_back, withdraw
 
 blueprint = Blueprint("pages", __name__)
 P = ParamSpec("P")
 SESSION_S = 12 * 3600
-_PICTURE = re.compile(r"[A-Za-z0-9_.-]{1,80}\.png")
+_REPORT = re.compile(r"report/[A-Za-z0-9_.-]{1,80}\.png")
 
 
 def init_app(app: Flask) -> None:
     app.register_blueprint(blueprint)
-    home = control_home(app)
-    app.secret_key = _session_key(home)
+    app.secret_key = _session_key(app.extensions["convoy"].home)
     app.config.update(
         SESSION_COOKIE_NAME="convoy",
         SESSION_COOKIE_HTTPONLY=True,
@@ -56,14 +55,8 @@ def init_app(app: Flask) -> None:
         SESSION_COOKIE_SECURE=os.environ.get("CONVOY_CONTROL_HTTPS") == "1",
         PERMANENT_SESSION_LIFETIME=SESSION_S,
     )
-    app.extensions["convoy.live"] = LiveHistory(app.extensions["convoy"].live)
     app.jinja_env.filters.update(FILTERS)
     app.jinja_env.globals.update(width=WIDTH, height=HEIGHT)
-
-
-def control_home(app: Flask) -> Home:
-    home: Home = app.extensions["convoy"].home
-    return home
 
 
 def verdict_page(judged: Judgement) -> str:
@@ -154,11 +147,11 @@ def show_version(name: str, version: int) -> str:
 @for_visitors
 def show_report(name: str, version: int, file: str) -> Response:
     """A picture of the version's training report, fetched once and kept."""
-    if not _PICTURE.fullmatch(file):
+    path = f"report/{file}"
+    if not _REPORT.fullmatch(path):
         raise NotFound
     found = control().store.resolve(ModelRef(check_model_name(name), version))
     folder = control().home.reports / found.manifest_sha256
-    path = f"report/{file}"
     bundle = control().store.download(found, folder, lambda bundle: _report_files(bundle.manifest))
     if path not in bundle.manifest.files:
         raise NotFound
@@ -174,14 +167,12 @@ def decide(name: str) -> Any:
     _check_form()
     form = request.form
     version = _number("version")
+    if not g.visitor.may_decide:
+        raise Forbidden(f"the token {g.visitor.name!r} may look, not decide")
     try:
-        if not g.visitor.may_decide:
-            raise UsageError(f"the token {g.visitor.name!r} may look, not decide")
         _carry_out(check_model_name(name), form.get("action", ""), version)
     except ConvoyError as error:
         status, _, detail = describe_error(error)
-        if not g.visitor.may_decide:
-            status = 403
         if version is not None and isinstance(error, PromotionRefused):
             return _version_page(name, version, detail), status
         return _model_page(name, detail), status
@@ -252,20 +243,15 @@ def _version_page(name: str, version: int, error: str | None = None) -> str:
 
 
 def _live(name: str) -> dict[str, Any]:
-    from flask import current_app
-
-    history: LiveHistory = current_app.extensions["convoy.live"]
     try:
-        samples = history.samples(name)
+        samples = control().history.samples(name)
     except ModelNotReady as error:
         return {"live": None, "live_error": str(error), "curves": []}
     return {"live": samples[-1][1], "live_error": None, "curves": curves(samples)}
 
 
-def _report_files(manifest: Any) -> list[str]:
-    return sorted(
-        file for file in manifest.files if _PICTURE.fullmatch(file.removeprefix("report/"))
-    )
+def _report_files(manifest: Manifest) -> list[str]:
+    return sorted(file for file in manifest.files if _REPORT.fullmatch(file))
 
 
 def _check_form() -> None:

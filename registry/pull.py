@@ -27,7 +27,7 @@ from registry.errors import (
 )
 from registry.gates import read_policy
 from registry.home import Home
-from registry.live import read_live, refusals
+from registry.live import refusals
 from registry.promotion import note_refusal, withdraw
 from registry.releases import (
     Release,
@@ -37,6 +37,7 @@ from registry.releases import (
     write_release,
     write_status,
 )
+from registry.services import read_live
 from registry.store import ModelStore
 from registry.trial_guard import TrialGuard
 
@@ -71,6 +72,7 @@ class Puller:
         self._verified: dict[Path, Traces] = {}
         self._guards: dict[str, TrialGuard] = {}
         self._told: set[tuple[str, int]] = set()
+        self._by = f"puller on {platform.node()}"
         self.wake = Event()
 
     def pull(self, ref: ModelRef) -> Release:
@@ -132,9 +134,9 @@ class Puller:
             guard = self._guards[ref.name] = TrialGuard(trial, policy, live)
         if broken := guard.look(live):
             log.warning("%s: the trial of %s ends: %s", ref.name, trial, broken)
-            by, number = f"puller on {platform.node()}", trial.version
+            number = trial.version
             with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
-                withdraw(store, ref.name, broken, expect_challenger=number, by=by)
+                withdraw(store, ref.name, broken, expect_challenger=number, by=self._by)
             self.pull(ref)
 
     def _tell(self, store: ModelStore, name: str, number: int, why: str) -> None:
@@ -143,7 +145,7 @@ class Puller:
             return
         with contextlib.suppress(VersionNotFound, BundleInvalid):  # deleted since
             version = store.resolve(ModelRef(name, number))
-            note_refusal(store, version, why, f"puller on {platform.node()}")
+            note_refusal(store, version, why, self._by)
         self._told.add((name, number))
 
     def _at_registry(self) -> ModelStore:

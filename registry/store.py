@@ -183,6 +183,15 @@ class ModelStore:
             entity = self._client.get_model_version(ref.name, str(number))
         return self._model_version(entity, aliases)
 
+    def sides(self, name: str, version: int) -> tuple[ModelVersion | None, ModelVersion]:
+        """The champion, unless there is none or it was deleted, and ``version`` beside it."""
+        challenger = self.resolve(ModelRef(name, version))
+        champion = None
+        if (number := self.aliases(name).get(CHAMPION)) is not None:
+            with suppress(VersionNotFound, BundleInvalid):
+                champion = self.resolve(ModelRef(name, number))
+        return champion, challenger
+
     def manifest(self, version: ModelVersion) -> Manifest:
         """The record inside its bundle; raises as ``download`` does."""
         with tempfile.TemporaryDirectory(prefix="convoy-manifest-") as folder:

@@ -41,6 +41,7 @@ class Crew:
         name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._state = folder / f"{name}{_STATE}"
         with self.locked():
+            self._forget_dead()
             # Held for as long as this object, or the process, lives, however that ends.
             alive = os.open(folder / f"{name}{_LOCK}", os.O_CREAT | os.O_WRONLY, 0o600)
             weakref.finalize(self, os.close, alive)
@@ -62,14 +63,11 @@ class Crew:
     def reports(self, model: str) -> list[WorkerReport]:
         """What every worker that lives says of ``model``, by process id; empty ones included."""
         found = []
-        for lock in sorted(self._folder.glob(f"*{_LOCK}")):
-            state = lock.with_suffix(_STATE)
-            if not _is_held(lock):  # its process has ended
-                state.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
-                continue
-            pid = int(lock.name.partition("-")[0])
-            found.append(_read(state).get(model) or WorkerReport(pid=pid, model=model))
+        for lock in self._folder.glob(f"*{_LOCK}"):
+            if _is_held(lock):
+                pid = int(lock.name.partition("-")[0])
+                said = _read(lock.with_suffix(_STATE)).get(model)
+                found.append(said or WorkerReport(pid=pid, model=model))
         return sorted(found, key=lambda report: report.pid)
 
     @contextlib.contextmanager
@@ -78,6 +76,12 @@ class Crew:
         with (self._folder / "crew").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _forget_dead(self) -> None:
+        for lock in self._folder.glob(f"*{_LOCK}"):
+            if not _is_held(lock):
+                lock.with_suffix(_STATE).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
     def _write(self) -> None:
         temporary = self._state.with_suffix(".new")

@@ -4,7 +4,6 @@ Each body also has the member ``error``, which clients of the Open Inference Pro
 """
 
 import logging
-import re
 from typing import Any
 
 import msgspec
@@ -16,7 +15,7 @@ from registry import errors as domain
 log = logging.getLogger(__name__)
 
 # Error → (status, whose it is). The second is the metrics' ``outcome``.
-TABLE: dict[type[Exception], tuple[int, str]] = {
+TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
     domain.InvalidImage: (422, "caller"),
     domain.UnsupportedImageType: (415, "caller"),
     domain.ImageTooLarge: (413, "caller"),
@@ -67,9 +66,9 @@ def describe(error: Exception, request_id: str) -> Problem:
     if isinstance(error, HTTPException):
         status, title = error.code or 500, error.name
         detail = error.description or title
-    elif type(error) in TABLE:
+    elif isinstance(error, domain.ConvoyError) and type(error) in TABLE:
         status, _ = TABLE[type(error)]
-        title = re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
+        title = type(error).title()
         detail = str(error)
     else:
         log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
@@ -89,6 +88,8 @@ def outcome(error: Exception) -> str:
     """Whose error it is, for the metrics: caller, load, state or ours."""
     if isinstance(error, HTTPException):
         return "caller" if (error.code or 500) < 500 else "ours"
+    if not isinstance(error, domain.ConvoyError):
+        return "ours"
     return TABLE.get(type(error), (500, "ours"))[1]
 
 

@@ -24,7 +24,7 @@ from registry.bundle import open_bundle
 from registry.classifier import Classifier
 from registry.contract import Manifest
 from registry.devices import CORES
-from registry.errors import BundleInvalid, ConvoyError, PlanUndecided
+from registry.errors import ConvoyError
 from registry.preprocess import Pixels, decode_image
 from registry.processes import end_with_standard_input
 from registry.releases import read_release_or_none, version_folder
@@ -43,12 +43,11 @@ _decode = msgspec.msgpack.Decoder(Sample).decode
 
 
 class Loaded(Struct, frozen=True):
-    """The challenger of a model, or None for one that could not be loaded, until ``retry_at``."""
+    """The challenger of a model."""
 
     version: int
-    manifest: Manifest | None = None
-    classifier: Classifier | None = None
-    retry_at: float = 0.0
+    manifest: Manifest
+    classifier: Classifier
 
 
 class Shadow:
@@ -59,6 +58,7 @@ class Shadow:
         self._planner = planner
         self._metrics = metrics
         self._loaded: dict[str, Loaded] = {}
+        self._retry_at: dict[tuple[str, int], float] = {}
 
     def serve(self, receiver: socket.socket) -> None:
         """Score what comes, until the process ends."""
@@ -71,7 +71,7 @@ class Shadow:
     def score(self, model: str, samples: list[Sample]) -> None:
         """Score ``samples`` of one model and note whether the challenger agrees."""
         loaded = self._challenger(model, samples[-1].challenger)
-        if loaded is None or loaded.classifier is None or loaded.manifest is None:
+        if loaded is None:
             return
         mine = [each for each in samples if each.challenger == loaded.version]
         try:
@@ -92,11 +92,12 @@ class Shadow:
                 self._metrics.shadowed(model, loaded.version, outcome, count)
 
     def _challenger(self, model: str, version: int) -> Loaded | None:
-        """The challenger of that version; None while the release does not name it."""
+        """The challenger of that version; None while the release does not name it, or it fails."""
         known = self._loaded.get(model)
-        now = time.monotonic()
-        if known and known.version == version and (known.classifier or now < known.retry_at):
+        if known and known.version == version:
             return known
+        if time.monotonic() < self._retry_at.get((model, version), 0.0):
+            return None
         release = read_release_or_none(self._settings.models_folder, model)
         released = release.challenger if release else None
         if released is None or released.version != version:
@@ -105,9 +106,10 @@ class Shadow:
         try:
             bundle = open_bundle(folder, released.manifest_sha256)
             fresh = Loaded(version, bundle.manifest, self._planner.load(bundle))
-        except (ConvoyError, PlanUndecided, BundleInvalid, OSError) as error:
+        except (ConvoyError, OSError) as error:
             log.warning("%s version %d cannot be scored: %s", model, version, error)
-            fresh = Loaded(version, retry_at=now + RETRY_S)
+            self._retry_at[model, version] = time.monotonic() + RETRY_S
+            return None
         self._loaded[model] = fresh
         return fresh
 

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from registry.bundle import Bundle, open_bundle
 from registry.devices import choose_device
-from registry.errors import BundleInvalid
+from registry.errors import BundleInvalid, ConvoyError
 from registry.processes import end_with_parent
 
 BATCHES = (1, 8)
@@ -88,7 +88,7 @@ def main() -> int:
     job = msgspec.json.decode(sys.argv[1], type=DuelJob)
     try:
         answer.write(msgspec.json.encode(_run(job)))
-    except BundleInvalid as error:
+    except ConvoyError as error:
         answer.write(str(error).encode())
         return 2
     finally:

@@ -20,14 +20,14 @@ import numpy as np
 from msgspec import Struct
 from werkzeug.exceptions import MethodNotAllowed, abort
 
-from registry.contract import ClassScore, Trial
+from registry.contract import ClassScore
 from registry.errors import ConvoyError, ImageTooLarge
 from registry.preprocess import Pixels, decode_image, decodes_quickly
 from service import errors
 from service.api.bodies import Images
 from service.batcher import Scored, Ticket
 from service.metrics import Answered
-from service.model_slot import ServedModel
+from service.model_slot import ServedModel, Serving
 from service.requests import answer_headers, identify
 from service.shadow_feed import Sample
 from service.state import State
@@ -134,49 +134,50 @@ class Classify:
         if in_loop and self._state.slot(name).current is None:
             raise Postpone  # it may have to be loaded first
         # Read once: one request, one version.
-        served, serving = self._state.served(name, int(version) if version else None, alias)
-        job.served = served
-        trial = serving.trial if not version and not alias else None
-        in_shadow = bool(trial and trial.shadow and random.random() < trial.shadow)  # noqa: S311
+        job.served, serving = self._state.served(name, int(version) if version else None, alias)
+        in_trial = serving.trial is not None and not version and not alias
         if query := environ.get("QUERY_STRING"):
             job.top_k = _top_k(query)
         settings = self._state.settings
         images = Images(environ, settings)
         decoded: list[Pixels | Exception] = []
-        encoded: list[bytes | ConvoyError] = []
         reading = time.perf_counter()
         for image in images:
-            if trial and not decoded and self._is_challengers(trial, image, environ):
-                assert serving.challenger is not None
-                served = job.served = serving.challenger
-                in_shadow = False
+            if in_trial and not decoded:
+                self._choose_side(job, serving, image, environ)
             if in_loop and job.decode_s > LOOP_DECODE_S:
                 raise Postpone
             decoding = time.perf_counter()
             job.read_s += decoding - reading
-            decoded.append(self._decode(image, served, in_loop))
-            if in_shadow:
-                encoded.append(image)
+            decoded.append(self._decode(image, job.served, in_loop))
+            if job.challenger is not None:
+                alike = job.challenger.manifest.preprocess == job.served.manifest.preprocess
+                job.samples.append(decoded[-1] if alike else image)
             reading = time.perf_counter()
             job.decode_s += reading - decoding
         job.many = images.many
         pixels = [each for each in decoded if not isinstance(each, Exception)]
         if isinstance(decoded[0], Exception) and not job.many:
             raise decoded[0]
-        tickets = iter(served.batcher.put(pixels, settings.deadline_s) if pixels else ())
+        tickets = iter(job.served.batcher.put(pixels, settings.deadline_s) if pixels else ())
         job.tickets = [each if isinstance(each, Exception) else next(tickets) for each in decoded]
-        if in_shadow and serving.challenger:
-            job.challenger = serving.challenger
-            alike = job.challenger.manifest.preprocess == served.manifest.preprocess
-            job.samples = list(decoded if alike else encoded)
 
-    def _is_challengers(
-        self, trial: Trial, image: bytes | ConvoyError, environ: "WSGIEnvironment"
-    ) -> bool:
-        """Whether the challenger answers this request, by the caller's own header or its image."""
+    def _choose_side(
+        self,
+        job: Job,
+        serving: Serving,
+        image: bytes | ConvoyError,
+        environ: "WSGIEnvironment",
+    ) -> None:
+        """Who answers, by the caller's header or the first image, and who else scores."""
+        trial, challenger = serving.trial, serving.challenger
+        assert trial is not None
         header = environ.get(self._sticky)
         key = header.encode() if header else b"" if isinstance(image, ConvoyError) else image
-        return is_challengers(trial, key)
+        if is_challengers(trial, key):
+            job.served = challenger
+        elif random.random() < trial.shadow:  # noqa: S311 - a sample, no secret
+            job.challenger = challenger
 
     def _decode(
         self, image: bytes | ConvoyError, served: ServedModel, in_loop: bool
@@ -255,15 +256,10 @@ class Classify:
         """Have the challenger score what the champion did; nobody waits for it."""
         for image, outcome in zip(samples, scored, strict=True):
             if not isinstance(image, Exception) and isinstance(outcome, Scored):
-                is_encoded = isinstance(image, bytes)
+                data = image if isinstance(image, bytes) else image.tobytes()
+                best = int(outcome.probabilities.argmax())
                 self._state.shadow.send(
-                    Sample(
-                        challenger.name,
-                        challenger.version,
-                        int(outcome.probabilities.argmax()),
-                        is_encoded,
-                        image if isinstance(image, bytes) else image.tobytes(),
-                    )
+                    Sample(challenger.name, challenger.version, best, data is image, data)
                 )
 
     def _refuse(

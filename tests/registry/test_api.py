@@ -149,7 +149,7 @@ def test_an_operator_promotes_tries_withdraws_and_rolls_back(
     moved = post("promote", version=2, expect_champion=1, reason="better")
     assert moved.json["entry"]["by"] == "operator"
     refused = post("promote", version=1)
-    assert (refused.status_code, refused.json["title"]) == (422, "PromotionRefused")
+    assert (refused.status_code, refused.json["title"]) == (422, "promotion refused")
     assert post("promote", version=1, force=True).status_code == 400  # without a reason
     assert post("promote", version=1, force=True, reason="test").status_code == 200
     assert post("roll-back").json["entry"]["to_version"] == 2

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry.__main__ import _draw
 from registry.contract import Trial
+from registry.errors import UsageError
 from registry.gates import TrialPolicy, read_policy
 from registry.live import (
     UNBOUNDED_S,
@@ -13,9 +15,8 @@ from registry.live import (
     VersionTraffic,
     WorkerReport,
     add_up,
-    draw_live,
-    service_addresses,
 )
+from registry.services import service_addresses
 from registry.trial_guard import TrialGuard
 
 TRIAL = Trial(version=2, share=0.1)
@@ -110,7 +111,7 @@ def test_the_comparison_survives_json_and_is_drawn() -> None:
     shown = live(traffic(1, 900), traffic(2, 100, 1, agreed=9, differed=1), workers=(worker,))
     again = msgspec.json.decode(msgspec.json.encode(shown), type=Live)
     assert again == shown
-    text = draw_live(again)
+    text = _draw(again)
     for part in ("champion 1", "challenger 2", "0.9000", "≤ 5 ms", "worker 7", "waits"):
         assert part in text
 
@@ -123,5 +124,9 @@ def test_a_policy_file_has_a_table_for_trials(tmp_path) -> None:
 
 
 def test_several_services_are_named_with_commas() -> None:
-    assert service_addresses("http://a:1/, http://b:2,") == ("http://a:1", "http://b:2")
-    assert service_addresses(None) == ()
+    named = {"CONVOY_SERVICE_URL": "http://a:1/, http://b:2,"}
+    assert service_addresses(named) == ("http://a:1", "http://b:2")
+    assert service_addresses({}) == ("http://127.0.0.1:8080",)
+    assert service_addresses({"CONVOY_PORT": "9"}) == ("http://127.0.0.1:9",)
+    with pytest.raises(UsageError, match="is no http"):
+        service_addresses({"CONVOY_SERVICE_URL": "file:///etc/passwd"})

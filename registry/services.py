@@ -1,0 +1,48 @@
+"""The services asked how they serve a model, over HTTP."""
+
+import os
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from registry.errors import ModelNotReady, UsageError
+from registry.live import Live, add_up
+
+DEFAULT_PORT = "8080"
+TIMEOUT_S = 2.0
+MOST_BYTES = 4_000_000
+
+
+def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Those in ``CONVOY_SERVICE_URL``, with commas between them; by default this machine's.
+
+    Raises:
+        UsageError: one is no http or https address.
+    """
+    port = environment.get("CONVOY_PORT") or DEFAULT_PORT
+    text = environment.get("CONVOY_SERVICE_URL") or f"http://127.0.0.1:{port}"
+    found = tuple(part.strip().rstrip("/") for part in text.split(",") if part.strip())
+    for address in found:
+        if not address.startswith(("http://", "https://")):
+            raise UsageError(f"CONVOY_SERVICE_URL={text!r}: {address!r} is no http(s) address")
+    return found
+
+
+def read_live(services: Sequence[str], model: str) -> Live:
+    """What ``services``, by their addresses, say of ``model``, added up.
+
+    Raises:
+        ModelNotReady: one of them cannot be asked, or does not serve it.
+    """
+    return add_up([_ask(service, model) for service in services])
+
+
+def _ask(service: str, model: str) -> Live:
+    url = f"{service}/v1/models/{urllib.parse.quote(model)}/traffic"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - checked
+            return msgspec.json.decode(answer.read(MOST_BYTES), type=Live)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise ModelNotReady(f"{service} does not say how {model} is served: {error}") from error
