@@ -7,7 +7,10 @@ API. Browsers get a session (``registry.pages``), whose cookie reads, and decide
 """
 
 import logging
+import re
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from threading import Lock, Thread
 from typing import Any, ParamSpec, TypeVar
@@ -18,7 +21,8 @@ from werkzeug.exceptions import HTTPException
 
 from registry import errors as domain
 from registry.api_document import document
-from registry.contract import ModelRef, ModelVersion, Trial, check_model_name
+from registry.bundle import Bundle, open_bundle
+from registry.contract import Manifest, ModelRef, ModelVersion, Trial, check_model_name
 from registry.decisions import Promotion, RollBack, TrialRequest, Withdrawal
 from registry.home import Home
 from registry.judging import Judge, Judgement
@@ -50,6 +54,8 @@ STATUS: dict[type[domain.ConvoyError], int] = {
     domain.ModelNotReady: 503,
 }
 P = ParamSpec("P")
+REPORT = re.compile(r"report/[A-Za-z0-9_.-]{1,80}\.png")
+REPORTS_KEPT = 20
 
 
 class Control:
@@ -64,6 +70,7 @@ class Control:
         self.history = LiveHistory(self.live)
         self._judging: dict[tuple[str, int], Thread] = {}
         self._lock = Lock()
+        self._fetching = Lock()
 
     def judgement(self, name: str, version: int) -> Judgement | None:
         """The gate's word on a version; None while it is being found, which this begins."""
@@ -81,6 +88,20 @@ class Control:
     def live(self, name: str) -> Live:
         """How the services serve ``name``; raises ``ModelNotReady`` when they do not say."""
         return read_live(self.services, name)
+
+    def report(self, version: ModelVersion) -> Bundle:
+        """A bundle of the version with the pictures of its report, fetched once and kept."""
+        folder = self.home.reports / version.manifest_sha256
+        with self._fetching:  # a page asks for all its pictures at once
+            with suppress(domain.BundleInvalid):
+                bundle = open_bundle(folder, version.manifest_sha256)
+                bundle.verify(report_files(bundle.manifest))
+                return bundle
+            bundle = self.store.download(version, folder, lambda each: report_files(each.manifest))
+            kept = sorted(folder.parent.iterdir(), key=lambda path: -path.stat().st_mtime)
+            for old in kept[REPORTS_KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
+            return bundle
 
     def _judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
         try:
@@ -110,6 +131,11 @@ def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) ->
         app.add_url_rule(rule, f"{method} {rule}", view, methods=[method])
     pages.init_app(app)
     return app
+
+
+def report_files(manifest: Manifest) -> list[str]:
+    """The pictures of a version's report that pages show."""
+    return sorted(file for file in manifest.files if REPORT.fullmatch(file))
 
 
 def control() -> Control:

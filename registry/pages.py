@@ -30,8 +30,8 @@ from flask import (
 )
 from werkzeug.exceptions import Forbidden, NotFound
 
-from registry.api import control, describe_error
-from registry.contract import Manifest, ModelRef, Trial, check_model_name
+from registry.api import REPORT, control, describe_error, report_files
+from registry.contract import ModelRef, Trial, check_model_name
 from registry.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
 from registry.gates import read_policy
 from registry.home import Home
@@ -42,7 +42,6 @@ from registry.promotion import promote, release, roll_back, withdraw
 blueprint = Blueprint("pages", __name__)
 P = ParamSpec("P")
 SESSION_S = 12 * 3600
-_REPORT = re.compile(r"report/[A-Za-z0-9_.-]{1,80}\.png")
 
 
 def init_app(app: Flask) -> None:
@@ -148,11 +147,10 @@ def show_version(name: str, version: int) -> str:
 def show_report(name: str, version: int, file: str) -> Response:
     """A picture of the version's training report, fetched once and kept."""
     path = f"report/{file}"
-    if not _REPORT.fullmatch(path):
+    if not REPORT.fullmatch(path):
         raise NotFound
     found = control().store.resolve(ModelRef(check_model_name(name), version))
-    folder = control().home.reports / found.manifest_sha256
-    bundle = control().store.download(found, folder, lambda bundle: _report_files(bundle.manifest))
+    bundle = control().report(found)
     if path not in bundle.manifest.files:
         raise NotFound
     response = Response(bundle.read(path), mimetype="image/png")
@@ -233,7 +231,7 @@ def _version_page(name: str, version: int, error: str | None = None) -> str:
         name=name,
         found=found,
         manifest=manifest,
-        pictures=[file.removeprefix("report/") for file in _report_files(manifest)],
+        pictures=[file.removeprefix("report/") for file in report_files(manifest)],
         champion=champion,
         trial=trial,
         judged=judged,
@@ -248,10 +246,6 @@ def _live(name: str) -> dict[str, Any]:
     except ModelNotReady as error:
         return {"live": None, "live_error": str(error), "curves": []}
     return {"live": samples[-1][1], "live_error": None, "curves": curves(samples)}
-
-
-def _report_files(manifest: Manifest) -> list[str]:
-    return sorted(file for file in manifest.files if _REPORT.fullmatch(file))
 
 
 def _check_form() -> None:

@@ -85,8 +85,8 @@ class Puller:
         aliases, trial = store.standing(ref.name)
         versions: tuple[ReleasedVersion, ...]
         versions = (self._lay_out(store, store.resolve_in(aliases, ref), ref.alias),)
-        if ref.alias != CHAMPION:
-            trial = None  # tried beside the champion, and beside nothing else
+        if ref.alias != CHAMPION or (trial and trial.version == versions[0].version):
+            trial = None  # tried beside the champion, beside nothing else, and not beside itself
         if trial is not None:
             try:
                 tried = store.resolve_in(aliases, ModelRef(ref.name, trial.version))

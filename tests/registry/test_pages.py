@@ -265,3 +265,37 @@ def test_reading_and_deciding_need_no_javascript(
     page.goto(f"{url}/models/digits")
     page.click("button >> text=Roll back")
     assert store.aliases("digits")["champion"] == 1
+
+
+def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
+    client: FlaskClient, app: Flask, publish, tokens, store: ModelStore, tmp_path, monkeypatch
+) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    for name in ("a.png", "b.png"):
+        (report / name).write_bytes(name.encode())
+    publish(seed=5)
+    sign_in(client, tokens["viewer"])
+    downloads: list[int] = []
+    download = store.download
+
+    def counted(version, *arguments):
+        downloads.append(version.version)
+        return download(version, *arguments)
+
+    monkeypatch.setattr(store, "download", counted)
+    found: list[tuple[int, bytes]] = []
+
+    def ask(name: str) -> None:
+        one = app.test_client()
+        one.post("/login", data={"token": tokens["viewer"]})
+        answer = one.get(f"/models/digits/versions/1/report/{name}")
+        found.append((answer.status_code, answer.data))
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("a.png", "b.png") * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [(200, b"a.png")] * 3 + [(200, b"b.png")] * 3
+    assert downloads == [1]

@@ -190,7 +190,10 @@ def test_a_version_on_trial_is_laid_out_and_released_beside_the_champion(
     ]
     assert released.trial == TRIAL
     assert puller.pull(ModelRef("digits", version=1)).trial is None
-    puller.pull(REF)
+    store._client.set_registered_model_alias("digits", "champion", "2")  # by other means
+    assert puller.pull(REF).trial is None
+    store._client.set_registered_model_alias("digits", "champion", "1")
+    assert puller.pull(REF).trial == TRIAL
     withdraw(store, "digits", "seen enough")
     after = puller.pull(REF)
     assert ([each.version for each in after.versions], after.trial) == ([1], None)
