@@ -44,10 +44,13 @@ check: $(INSTALLED) ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## speed beside what people would run instead, start-up, promotion
+bench: $(INSTALLED) ## speed beside what people would run instead, start-up, releases
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
 	$(BIN)/python -m benchmarks.served_accuracy --json benchmarks/results/served_accuracy.json
 	$(BIN)/python -m benchmarks.swap_under_load --json benchmarks/results/swap_under_load.json
+	$(BIN)/python -m benchmarks.swap_under_load --swaps 20 --keep-warm 600 \
+	    --json benchmarks/results/swap_warm.json
+	$(BIN)/python -m benchmarks.shadow --json benchmarks/results/shadow.json
 	@command -v wrk >/dev/null || { echo "make bench needs wrk (apt install wrk)"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json

@@ -9,6 +9,7 @@ API. Browsers get a session (``registry.pages``), whose cookie reads, and decide
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MOST_BYTES = 64 * 1024
 JUDGING_RETRY_S = 2
+SAID_S = 60.0  # a judgement without figures is not kept on disk: what is wrong may be mended
 # Nothing of another origin, nothing inline.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -69,15 +71,26 @@ class Control:
         self.judge = Judge(store, home)
         self.history = LiveHistory(self.live)
         self._judging: dict[tuple[str, int], Thread] = {}
+        self._said: dict[tuple[str, int], tuple[float, Judgement | Exception]] = {}
         self._lock = Lock()
         self._fetching = Lock()
 
     def judgement(self, name: str, version: int) -> Judgement | None:
-        """The gate's word on a version; None while it is being found, which this begins."""
+        """The gate's word on a version; None while it is being found, which this begins.
+
+        Raises:
+            ConvoyError: why it was not found, of the last minute.
+        """
         champion, challenger = self.store.sides(name, version)
         if known := self.judge.known(champion, challenger):
             return known
         with self._lock:
+            at, said = self._said.get((name, version), (-SAID_S, None))
+            if time.monotonic() - at < SAID_S:
+                if isinstance(said, Exception):
+                    raise said
+                if said and said.champion == (champion.version if champion else None):
+                    return said
             running = self._judging.get((name, version))
             if running is None or not running.is_alive():
                 thread = Thread(target=self._judge, args=(champion, challenger), daemon=True)
@@ -104,10 +117,14 @@ class Control:
             return bundle
 
     def _judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
+        said: Judgement | Exception
         try:
-            self.judge.judge(champion, challenger)
-        except Exception:  # the edge of a thread; who waits asks again
+            said = self.judge.judge(champion, challenger)
+        except Exception as error:  # the edge of a thread; who asks again is told
             log.exception("%s version %d was not judged", challenger.name, challenger.version)
+            said = error
+        with self._lock:
+            self._said[challenger.name, challenger.version] = time.monotonic(), said
 
 
 def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) -> Flask:

@@ -8,6 +8,7 @@ from threading import Event, Thread
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.workers.gthread import ThreadWorker
 
 from registry.home import convoy_home
 from registry.ledger_events import Sender, read_webhooks
@@ -17,6 +18,7 @@ from registry.tokens import Tokens
 log = logging.getLogger(__name__)
 
 THREADS = 16
+SILENT_S = 10.0
 # A promotion that times forward passes for the first time takes a minute or two.
 TIMEOUT_S = 900
 
@@ -32,6 +34,14 @@ def serve(host: str, port: int) -> int:
     return 0
 
 
+class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    """gthread, but a client that falls silent in a request does not hold a thread for long."""
+
+    def handle(self, conn: Any) -> Any:
+        conn.sock.settimeout(SILENT_S)
+        return super().handle(conn)
+
+
 class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """gunicorn, told by us instead of by a command line."""
 
@@ -42,7 +52,7 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
     def load_config(self) -> None:
         for name, value in {
             "bind": self._bind,
-            "worker_class": "gthread",
+            "worker_class": "registry.control.PatientWorker",
             "workers": 1,
             "threads": THREADS,
             "timeout": TIMEOUT_S,

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 import numpy as np
@@ -105,6 +106,7 @@ class Judge:
         self._plan = environment.get("CONVOY_PLAN") or "auto"
         self._threads = serving_threads(environment)
         self._timed = timed
+        self._one = Lock()  # several at a time would spoil each other's timings
 
     def judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> Judgement:
         """The judgement on ``challenger``; what cannot be read or compared does not pass.
@@ -114,9 +116,9 @@ class Judge:
             UsageError: the policy cannot be used.
         """
         policy = read_policy(self._home.policy(challenger.name))
-        if known := self.known(champion, challenger, policy):
-            return known
-        with tempfile.TemporaryDirectory(prefix="convoy-gate-") as folder:
+        with self._one, tempfile.TemporaryDirectory(prefix="convoy-gate-") as folder:
+            if known := self.known(champion, challenger, policy):
+                return known
             judged = self._judge(champion, challenger, policy, Path(folder))
         if judged.verdict is not None:  # what could not be fetched or read may be mended soon
             file = self._file(champion, challenger, policy)

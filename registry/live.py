@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from msgspec import Struct
 
+COUNTED = ("requests", "errors", "images", "agreed", "differed", "failed", "dropped")
 UNBOUNDED_S = 1e9  # the bound of the last bucket: JSON has no infinity
 
 
@@ -31,16 +32,17 @@ class WorkerReport(Struct, frozen=True, kw_only=True):
 class VersionTraffic(Struct, frozen=True, kw_only=True):
     """What one version did, counted since the service started or between two moments.
 
-    ``errors`` are those that are not the caller's. ``buckets`` are requests by their time, each
-    with its upper bound in seconds, not cumulative. ``agreed``, ``differed`` and ``failed`` are
-    images that were scored in the shadow of the champion's answers, ``dropped`` those that there
-    was no time for.
+    ``errors`` are those that are not the caller's, ``seconds`` what all answered took together.
+    ``buckets`` are requests by their time, each with its upper bound in seconds, not cumulative.
+    ``agreed``, ``differed`` and ``failed`` are images that were scored in the shadow of the
+    champion's answers, ``dropped`` those that there was no time for.
     """
 
     version: int
     requests: int = 0
     errors: int = 0
     buckets: tuple[tuple[float, int], ...] = ()
+    seconds: float = 0.0
     images: int = 0
     confidence: float = 0.0
     agreed: int = 0
@@ -52,6 +54,10 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
     def error_rate(self) -> float:
         """Of all requests that were not the caller's fault."""
         return self.errors / (self.requests + self.errors) if self.errors else 0.0
+
+    @property
+    def mean_s(self) -> float:
+        return self.seconds / self.requests if self.requests else 0.0
 
     @property
     def mean_confidence(self) -> float | None:
@@ -80,9 +86,10 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
     def since(self, before: "VersionTraffic") -> "VersionTraffic":
         """What came after ``before``; all of it where the service was started anew since."""
-        if self.requests < before.requests or self.shadowed < before.shadowed:
-            return self
-        return self._combined(before, -1)
+        change = self._combined(before, -1)
+        counts = [getattr(change, name) for name in COUNTED]
+        is_new = min([*counts, *(count for _, count in change.buckets)]) < 0
+        return self if is_new else change
 
     def plus(self, other: "VersionTraffic") -> "VersionTraffic":
         """Of two services together."""
@@ -94,8 +101,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
             counts[upper] = counts.get(upper, 0) + sign * count
         sums = {
             name: getattr(self, name) + sign * getattr(other, name)
-            for name in self.__struct_fields__
-            if name not in ("version", "buckets")
+            for name in (*COUNTED, "seconds", "confidence")
         }
         return VersionTraffic(version=self.version, buckets=tuple(sorted(counts.items())), **sums)
 

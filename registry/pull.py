@@ -23,9 +23,11 @@ from registry.errors import (
     ConvoyError,
     ModelNotReady,
     PromotionConflict,
+    RegistryUnavailable,
+    UsageError,
     VersionNotFound,
 )
-from registry.gates import read_policy
+from registry.gates import TrialPolicy, read_policy
 from registry.home import Home
 from registry.live import refusals
 from registry.promotion import note_refusal, withdraw
@@ -83,6 +85,7 @@ class Puller:
         """
         store = self._at_registry()
         aliases, trial = store.standing(ref.name)
+        before = read_release_or_none(self._models, ref.name)
         versions: tuple[ReleasedVersion, ...]
         versions = (self._lay_out(store, store.resolve_in(aliases, ref), ref.alias),)
         if ref.alias != CHAMPION or (trial and trial.version == versions[0].version):
@@ -91,10 +94,13 @@ class Puller:
             try:
                 tried = store.resolve_in(aliases, ModelRef(ref.name, trial.version))
                 versions = (*versions, self._lay_out(store, tried, CHALLENGER))
-            except (VersionNotFound, BundleInvalid) as error:  # the champion's matter it is not
+            except (ConvoyError, OSError) as error:  # the champion's matter it is not
                 log.warning("%s is not tried: %s", trial, error)
-                trial = None
-        before = read_release_or_none(self._models, ref.name)
+                is_down = isinstance(error, RegistryUnavailable)
+                if is_down and before is not None and before.trial == trial:
+                    versions = (*versions, before.versions[1])
+                else:
+                    trial = None
         release = write_release(self._models, ref.name, versions, trial)
         if before is None or before.generation != release.generation:
             log.info(
@@ -130,14 +136,22 @@ class Puller:
             return
         guard = self._guards.get(ref.name)
         if guard is None or guard.trial != trial:
-            policy = read_policy(self._home.policy(ref.name)).trial
-            guard = self._guards[ref.name] = TrialGuard(trial, policy, live)
+            guard = self._guards[ref.name] = TrialGuard(trial, self._policy(ref.name), live)
         if broken := guard.look(live):
             log.warning("%s: the trial of %s ends: %s", ref.name, trial, broken)
             number = trial.version
             with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
                 withdraw(store, ref.name, broken, expect_challenger=number, by=self._by)
+            self._guards.pop(ref.name)
             self.pull(ref)
+
+    def _policy(self, name: str) -> TrialPolicy:
+        """The policy of trials; one that cannot be used must not leave a trial unguarded."""
+        try:
+            return read_policy(self._home.policy(name)).trial
+        except UsageError as error:
+            log.warning("%s; trials are guarded by the default", error)
+            return TrialPolicy()
 
     def _tell(self, store: ModelStore, name: str, number: int, why: str) -> None:
         """Have the ledger say, once, that this machine refuses a version."""
@@ -176,7 +190,9 @@ class Puller:
             try:
                 self.pull(ref)
                 self.look_after(ref)
-            except (ConvoyError, OSError) as error:
+            except Exception as error:
+                if not isinstance(error, ConvoyError | OSError):
+                    log.error("cannot follow %s", ref, exc_info=error)
                 failure, self._store = str(error), None
                 failures += 1
                 log.warning("cannot follow %s: %s", ref, failure)

@@ -1,5 +1,6 @@
 """The services asked how they serve a model, over HTTP."""
 
+import http.client
 import os
 import urllib.parse
 import urllib.request
@@ -44,5 +45,5 @@ def _ask(service: str, model: str) -> Live:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - checked
             return msgspec.json.decode(answer.read(MOST_BYTES), type=Live)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
         raise ModelNotReady(f"{service} does not say how {model} is served: {error}") from error

@@ -6,6 +6,7 @@ it costs seconds and 170 MB: nothing that serves may do so.
 
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,7 @@ from registry.bundle import MANIFEST, Bundle, open_bundle
 from registry.contract import (
     CHALLENGER,
     CHAMPION,
+    MODEL_NAME,
     PREVIOUS,
     Manifest,
     ModelRef,
@@ -125,10 +127,10 @@ class ModelStore:
         return self.resolve(ModelRef(name, version))
 
     def models(self) -> list[str]:
-        """Names of all registered models, in alphabetical order."""
+        """Names of all registered models that could be Convoy's, in alphabetical order."""
         with self._errors():
             found = _all_pages(self._client.search_registered_models)
-        return sorted(model.name for model in found if not model.name.endswith(LEDGER))
+        return sorted(model.name for model in found if MODEL_NAME.fullmatch(model.name))
 
     def versions(self, name: str) -> list[tuple[ModelVersion, dict[str, str]]]:
         """Every version of ``name`` that Convoy published, with its tags, newest first.
@@ -261,7 +263,8 @@ class ModelStore:
         data = entry.to_json()
         ledger = f"{name}{LEDGER}"
         tags = {ENTRY_TAG: data.decode()}
-        source = f"models:/{name}/{entry.to_version}"  # MLflow insists on one
+        # MLflow insists on one; models:/ it would resolve, and fail for a version that is gone.
+        source = f"convoy:{name}/{entry.to_version}"
         about = f"{entry.action} {entry.to_version}: {entry.reason or entry.verdict or ''}"[:1000]
         with self._errors():
             for _ in range(APPEND_TRIES):
@@ -344,10 +347,10 @@ class ModelStore:
     def _model_version(self, entity: Any, aliases: dict[str, int]) -> ModelVersion:
         number = int(entity.version)  # an int from a database, a str over REST
         digest = entity.tags.get(DIGEST_TAG)
-        if digest is None:
+        if digest is None or not re.fullmatch("[0-9a-f]{64}", digest):
             raise BundleInvalid(
                 f"{entity.name} version {number} was not published by Convoy: "
-                f"it has no tag {DIGEST_TAG}"
+                f"its tag {DIGEST_TAG} is {digest!r}"
             )
         return ModelVersion(
             name=entity.name,

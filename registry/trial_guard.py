@@ -48,12 +48,14 @@ class TrialGuard:
     def _judge_latency(self, challenger: VersionTraffic, champion: VersionTraffic) -> str | None:
         if min(challenger.requests, champion.requests) < self._policy.min_requests:
             return None
-        ours, theirs = challenger.quantile_s(0.5), champion.quantile_s(0.5)
-        if not ours or not theirs or ours <= self._policy.max_latency_ratio * theirs:
+        # The mean is exact, but a few that hung may make it; of the median the bucket is known.
+        ours, theirs = challenger.quantile_s(0.5) or 0.0, champion.quantile_s(0.5) or 0.0
+        is_slow = challenger.mean_s > self._policy.max_latency_ratio * champion.mean_s
+        if not is_slow or ours <= theirs:
             return None
         return (
-            f"its median time is {1000 * ours:.3g} ms, the champion's {1000 * theirs:.3g} ms; "
-            f"allowed: {self._policy.max_latency_ratio:g} times"
+            f"its requests take {1000 * challenger.mean_s:.3g} ms, the champion's "
+            f"{1000 * champion.mean_s:.3g} ms; allowed: {self._policy.max_latency_ratio:g} times"
         )
 
     def _judge_shadow(self, challenger: VersionTraffic) -> str | None:

@@ -16,6 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 
@@ -37,6 +38,7 @@ class Crew:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._reports: dict[str, WorkerReport] = {}
+        self._reporting = Lock()
         self._posts: dict[str, Post] = {}
         name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._state = folder / f"{name}{_STATE}"
@@ -46,7 +48,7 @@ class Crew:
             alive = os.open(folder / f"{name}{_LOCK}", os.O_CREAT | os.O_WRONLY, 0o600)
             weakref.finalize(self, os.close, alive)
             fcntl.flock(alive, fcntl.LOCK_EX)
-            self._write()
+            self._write({})
 
     def post(self, model: str) -> "Post":
         """Where the crew agrees on what it serves of ``model``."""
@@ -56,9 +58,9 @@ class Crew:
 
     def report(self, report: WorkerReport) -> None:
         """Say to all what this worker serves, has prepared, or refuses."""
-        if self._reports.get(report.model) != report:
-            self._reports[report.model] = report
-            self._write()
+        with self._reporting:  # each model is looked after by a thread of its own
+            if self._reports.get(report.model) != report:
+                self._write({**self._reports, report.model: report})
 
     def reports(self, model: str) -> list[WorkerReport]:
         """What every worker that lives says of ``model``, by process id; empty ones included."""
@@ -83,10 +85,11 @@ class Crew:
                 lock.with_suffix(_STATE).unlink(missing_ok=True)
                 lock.unlink(missing_ok=True)
 
-    def _write(self) -> None:
+    def _write(self, reports: dict[str, WorkerReport]) -> None:
         temporary = self._state.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(self._reports))
+        temporary.write_bytes(msgspec.json.encode(reports))
         temporary.replace(self._state)
+        self._reports = reports
 
 
 class Post:
@@ -115,16 +118,23 @@ class Post:
         with self._crew.locked():
             if self.key == NOTHING:
                 return None
-            return msgspec.json.decode(self._release.read_bytes(), type=Release)
+            release = msgspec.json.decode(self._release.read_bytes(), type=Release)
+        # Another key: who was switching was killed before it had.
+        return release if release.key == self.key else None
 
     def switch(self, release: Release) -> list[WorkerReport]:
-        """Have all serve ``release`` from now on if all have prepared it; else who has not."""
+        """Have all serve ``release`` from now on if all have prepared it; else who has not.
+
+        At the very first nobody waits for others: there is no older version that one could see.
+        """
         with self._crew.locked():
             missing = [
                 report
                 for report in self._crew.reports(self._model)
                 if release.key not in (report.serving_key, report.prepared_key)
             ]
+            if self.key == NOTHING:
+                missing = []
             if not missing and self.key != release.key:
                 temporary = self._release.with_suffix(".new")
                 temporary.write_bytes(msgspec.json.encode(release))

@@ -254,6 +254,7 @@ class Tally:
         names = ("requests", "errors", "agreed", "differed", "failed", "dropped")
         return VersionTraffic(
             version=version,
+            seconds=self._counts.get("convoy_request_seconds_sum", 0.0),
             images=int(self._counts.get("convoy_images_total", 0)),
             confidence=self._counts.get("convoy_confidence_total", 0.0),
             buckets=tuple(

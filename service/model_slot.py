@@ -40,6 +40,7 @@ RETRY_S = 5.0
 MOST_RETRY_S = 300.0
 REQUEST_WAITS_S = 1.0
 LOADING_NICE = 10
+MOST_WARM = 2  # versions that do not serve any more
 # A worker that prepares takes a second; one that does not is worth a word.
 WAITING_S = 5.0
 
@@ -77,7 +78,9 @@ class Serving(Struct, frozen=True):
 
     @property
     def trial(self) -> Trial | None:
-        return self.release.trial if self.challenger else None
+        """What is tried here; nothing while the challenger is not loaded, or its device is lost."""
+        has_challenger = self.challenger is not None and not self.challenger.classifier.lost
+        return self.release.trial if has_challenger else None
 
     @property
     def whole(self) -> bool:
@@ -140,15 +143,17 @@ class ModelSlot:
         self._retry_at = 0.0
         self._pause_s = RETRY_S
         self._undecided: tuple[Release, Bundle] | None = None
+        self._decided: Release | None = None
         self._waiting_since: float | None = None
 
     @property
     def serving(self) -> Serving | None:
         """What the crew serves; None when nothing was loaded yet, or its device was lost since."""
-        held, key = self._held, self._post.key
-        for each in (held.serving, held.prepared):
-            if each is not None and each.key == key:
-                return None if each.champion.classifier.lost else each
+        for _ in range(2):  # between the two reads another may have been prepared and switched to
+            held, key = self._held, self._post.key
+            for each in (held.serving, held.prepared):
+                if each is not None and each.key == key:
+                    return None if each.champion.classifier.lost else each
         return None
 
     @property
@@ -172,7 +177,8 @@ class ModelSlot:
             self._look(REQUEST_WAITS_S)
         serving = self.serving
         if serving is None:
-            raise ModelNotReady(f"{self.ref.name}: {self.error or 'its device was lost'}")
+            was = "its device was lost" if self._held.serving else "not loaded yet"
+            raise ModelNotReady(f"{self.ref.name}: {self.error or was}")
         return serving
 
     def pull_status(self) -> PullStatus:
@@ -190,29 +196,22 @@ class ModelSlot:
         is mended.
         """
         swapped = self._look()
-        undecided = self._undecided
-        if undecided is None:
+        if self._undecided is None:
             return swapped
-        release, bundle = undecided
-        try:
-            self._decide(bundle)
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            again = release == self._failed
-            pause_s = min(2 * self._pause_s, MOST_RETRY_S) if again else RETRY_S
-            self._note_failure(error, release, pause_s)
-            self._report()
-            return False
-        swapped = self._look()
-        if self._undecided is not None:
-            damaged = BundleInvalid("the plan that was just chosen cannot be loaded")
-            self._note_failure(damaged, release, RETRY_S)
-            self._report()
-        return swapped
+        self._decide_undecided()
+        return self._look()
 
     def watch(self, stop: Event) -> None:
-        """Refresh until ``stop`` is set."""
+        """Look until ``stop`` is set; plans are chosen beside that, as it may take minutes."""
+        deciding: Thread | None = None
         while True:
-            self.refresh()
+            try:
+                self._look()
+            except Exception:  # the edge of a thread: a full disk must not end it
+                log.exception("%s: looking for a release failed", self.ref.name)
+            if self._undecided is not None and (deciding is None or not deciding.is_alive()):
+                deciding = Thread(target=self._decide_undecided, daemon=True)
+                deciding.start()
             if stop.wait(POLL_S):
                 return
 
@@ -238,6 +237,23 @@ class ModelSlot:
 
         Thread(target=watch, name=f"slot-{self.ref.name}", daemon=True).start()
         return stop
+
+    def _decide_undecided(self) -> None:
+        """Choose the plan that a load has missed."""
+        undecided = self._undecided
+        if undecided is None:
+            return
+        release, bundle = undecided
+        try:
+            self._decide(bundle)
+            self._decided = release
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+            with self._refreshing:
+                again = release == self._failed
+                pause_s = min(2 * self._pause_s, MOST_RETRY_S) if again else RETRY_S
+                self._note_failure(error, release, pause_s)
+                self._undecided = None
+                self._report()
 
     def _look(self, patience_s: float = -1) -> bool:
         """``refresh`` without choosing a plan; not at all if others look for ``patience_s`` yet."""
@@ -326,6 +342,9 @@ class ModelSlot:
         try:
             fresh = self._load(bundle, wanted)
         except PlanUndecided as error:
+            if release == self._decided:
+                self._decided = None
+                raise BundleInvalid("the plan that was just chosen cannot be loaded") from error
             self._undecided = release, bundle
             if release != self._failed:
                 self.error = str(error)
@@ -387,7 +406,7 @@ class ModelSlot:
         )
 
     def _let_go(self) -> None:
-        """Forget the versions that have not served for ``keep_warm_s``, and their memory."""
+        """Forget the versions that have not served for long, or before others, and their memory."""
         held = [each for each in (self._held.serving, self._held.prepared) if each]
         used = {
             (each.version, each.manifest_sha256)
@@ -399,7 +418,9 @@ class ModelSlot:
         for key in used:
             self._left_at.pop(key, None)
         for key in self._loaded.keys() - used:
-            if now - self._left_at.setdefault(key, now) >= self._keep_warm_s:
+            self._left_at.setdefault(key, now)
+        for place, (key, left) in enumerate(sorted(self._left_at.items(), key=lambda row: -row[1])):
+            if place >= MOST_WARM or now - left >= self._keep_warm_s:
                 del self._loaded[key], self._left_at[key]
                 give_back()
 
@@ -408,11 +429,15 @@ class ModelSlot:
         serving = self._held.serving
         if serving is None:
             return
-        serving.champion.classifier.check()
+        for served in filter(None, (serving.champion, serving.challenger)):
+            served.classifier.check()
         if serving.champion.classifier.lost:
             log.error("%s: %s was lost; loading again", self.ref.name, serving.champion.device)
             self._loaded.clear()
             self._held = Held()
+        elif serving.challenger and serving.challenger.classifier.lost:
+            log.error("%s: the challenger's device was lost; loading again", self.ref.name)
+            self._held = replace(self._held, serving=replace(serving, challenger=None))
 
     def _choose(self, release: Release) -> ReleasedVersion:
         """The released version that this slot was asked to serve."""
@@ -440,6 +465,8 @@ class ModelSlot:
         text = (
             str(error) if isinstance(error, BundleInvalid) else f"{type(error).__name__}: {error}"
         )
+        if not isinstance(error, BundleInvalid):
+            self._refused = None  # a device, a disk: the version is not at fault
         self._failed = release
         self._pause_s, self._retry_at = pause_s, time.monotonic() + pause_s
         if text != self.error:

@@ -24,7 +24,7 @@ from registry.bundle import open_bundle
 from registry.classifier import Classifier
 from registry.contract import Manifest
 from registry.devices import CORES
-from registry.errors import ConvoyError
+from registry.errors import ConvoyError, DeviceLost
 from registry.preprocess import Pixels, decode_image
 from registry.processes import end_with_standard_input
 from registry.releases import read_release_or_none, version_folder
@@ -77,6 +77,10 @@ class Shadow:
         try:
             pixels = np.stack([_pixels(each, loaded.manifest) for each in mine])
             scores = loaded.classifier.classify(pixels)
+        except DeviceLost as error:  # not the challenger's fault; another process takes over
+            log.warning("%s version %d: %s", model, loaded.version, error)
+            del self._loaded[model]
+            return
         except Exception as error:  # noqa: BLE001 - whatever it does, it is counted against it
             log.warning("%s version %d failed in the shadow: %s", model, loaded.version, error)
             self._metrics.shadowed(model, loaded.version, "failed", len(mine))

@@ -228,6 +228,27 @@ class Classify:
         answer = _describe(job, served, scored)
         body = _encode(answer)
         done = time.perf_counter()
+        failures = [outcome for each in scored if (outcome := _failure(each)) is not None]
+        if failures:  # a list is one request: what failed of it by our fault must show
+            self._state.metrics.refused(served.name, served.version, failures[0])
+        else:
+            self._note(job, served, scored, answer, done, done - encoding)
+        if job.challenger:
+            self._shadow(job.challenger, job.samples, scored)
+        if log.isEnabledFor(logging.DEBUG):
+            _log(job, served, scored, answer.timings_ms)
+        return body
+
+    def _note(
+        self,
+        job: Job,
+        served: ServedModel,
+        scored: list[Scored | Exception],
+        answer: Answer,
+        done: float,
+        encode_s: float,
+    ) -> None:
+        """Count an answered request."""
         self._state.metrics.answered(
             served.name,
             served.version,
@@ -236,16 +257,11 @@ class Classify:
                 read_s=job.read_s,
                 decode_s=job.decode_s,
                 queue_s=answer.timings_ms.queue / 1000,
-                encode_s=done - encoding,
+                encode_s=encode_s,
                 total_s=done - job.started,
                 confidence=sum(_confidence(each) for each in scored if isinstance(each, Scored)),
             ),
         )
-        if job.challenger:
-            self._shadow(job.challenger, job.samples, scored)
-        if log.isEnabledFor(logging.DEBUG):
-            _log(job, served, scored, answer.timings_ms)
-        return body
 
     def _shadow(
         self,
@@ -307,6 +323,12 @@ def _result(scored: Scored | Exception, served: ServedModel, job: Job) -> Result
     if isinstance(scored, Exception):
         return Result(error=errors.as_item(scored, job.request_id))
     return Result(predictions=_predictions(scored, served, job.top_k))
+
+
+def _failure(scored: Scored | Exception) -> str | None:
+    """Whose fault an image's error is, unless there is none or it is the caller's."""
+    outcome = errors.outcome(scored) if isinstance(scored, Exception) else "caller"
+    return None if outcome == "caller" else outcome
 
 
 def _confidence(scored: Scored) -> float:

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from msgspec.structs import replace
 
 from registry import api
 from registry.api import create_app
@@ -213,3 +214,27 @@ def test_errors_are_problems_and_tell_nothing_internal(
     assert "secret" not in answer.text
     assert any(record.levelname == "ERROR" for record in caplog.records)
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+
+def test_a_verdict_without_figures_is_told_too_and_found_once(
+    client: FlaskClient, headers, promoted: None, publish, store: ModelStore, monkeypatch
+) -> None:
+    publish(seed=9, change=lambda each: replace(each, labels=tuple("abcdefghij")))
+    downloads: list[int] = []
+    download = store.download
+
+    def counted(version, *arguments):
+        downloads.append(version.version)
+        return download(version, *arguments)
+
+    monkeypatch.setattr(store, "download", counted)
+    path = "/v1/models/digits/versions/3/verdict"
+    assert client.get(path, headers=headers["viewer"]).status_code == 202
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(20)
+    for _ in range(3):
+        found = client.get(path, headers=headers["viewer"])
+        assert (found.status_code, found.json["accepted"]) == (200, False)
+        assert "the labels differ" in found.json["summary"]
+    assert sorted(downloads) == [1, 3]

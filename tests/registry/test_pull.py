@@ -290,3 +290,59 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_bad_policy_leaves_no_trial_unguarded_and_the_registry_well(
+    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry_home.policy("digits").parent.mkdir()
+    registry_home.policy("digits").write_text("nonsense = 1")
+    puller = Puller(lambda: store, registry_home, (REF,), ("http://somewhere",))
+    puller.pull(REF)
+    good = VersionTraffic(version=1, requests=1000)
+    looked_after(puller, monkeypatch, versions=(good,))
+    looked_after(
+        puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
+    )
+    assert store.ledger("digits").lines[-1].entry.action == "withdrawn"
+    release(store, "digits", TRIAL)  # the same again, before the puller has looked
+    puller.pull(REF)
+    looked_after(
+        puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
+    )
+    assert store.standing("digits")[1] == TRIAL
+
+
+def test_a_registry_that_hangs_for_the_challenger_keeps_the_champion_and_the_trial(
+    puller: Puller, store: ModelStore, tried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = puller.pull(REF)
+    resolve_in = store.resolve_in
+
+    def flaky(aliases, ref):
+        if ref.version == 2:
+            raise RegistryUnavailable("down")
+        return resolve_in(aliases, ref)
+
+    monkeypatch.setattr(store, "resolve_in", flaky)
+    assert puller.pull(REF) == before
+
+
+def test_what_nobody_foresaw_of_one_model_does_not_stop_another(
+    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    publish()
+    promote(store, "digits", 1)
+    other = ModelRef("other", alias="champion")
+    puller = Puller(lambda: store, registry_home, (other, REF))
+    standing = store.standing
+
+    def odd(name: str):
+        if name == "other":
+            raise ZeroDivisionError("odd")
+        return standing(name)
+
+    monkeypatch.setattr(store, "standing", odd)
+    assert not puller.pull_all()
+    assert released_version(registry_home) == 1
+    assert any(record.levelname == "ERROR" for record in caplog.records)

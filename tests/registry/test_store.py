@@ -427,3 +427,19 @@ def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
         roll_back(store, "digits", expect_champion=1)
     roll_back(store, "digits", expect_champion=3, by="ann")
     assert store.aliases("digits")["champion"] == 1
+
+
+def test_a_trial_of_a_version_that_was_deleted_can_be_withdrawn(store: ModelStore, publish) -> None:
+    for seed in range(2):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    release(store, "digits", Trial(version=2, share=0.5))
+    store._client.delete_model_version("digits", "2")
+    assert withdraw(store, "digits").entry.to_version == 2
+    assert store.standing("digits")[1] is None
+
+
+def test_models_of_others_are_not_convoys(store: ModelStore, publish) -> None:
+    publish()
+    store._client.create_registered_model("My Model v2.0")
+    assert store.models() == ["digits"]

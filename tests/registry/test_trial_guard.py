@@ -29,6 +29,7 @@ def traffic(version: int, requests: int, errors: int = 0, ms: float = 4, **more)
         version=version,
         requests=requests,
         errors=errors,
+        seconds=requests * ms / 1000,
         buckets=tuple((upper, requests if upper == place else 0) for upper, _ in buckets),
         **more,
     )
@@ -58,7 +59,10 @@ def test_failing_requests_end_it_once_there_are_enough() -> None:
 
 def test_a_slow_challenger_ends_it() -> None:
     reason = str(look(traffic(1, 1000, ms=4), traffic(2, 100, ms=40)))
-    assert "its median time is 30 ms, the champion's 3.75 ms" in reason
+    assert "its requests take 40 ms, the champion's 4 ms; allowed: 3 times" in reason
+    assert look(traffic(1, 1000, ms=0.45), traffic(2, 100, ms=1.05)) is None
+    hung = msgspec.structs.replace(traffic(2, 100, ms=4), seconds=50.0)
+    assert look(traffic(1, 1000, ms=4), hung) is None  # a few that hung are not all of them
     assert look(traffic(1, 10, ms=4), traffic(2, 100, ms=40)) is None
     assert look(traffic(1, 1000, ms=4), traffic(2, 100, ms=9)) is None
 
@@ -84,6 +88,11 @@ def test_what_was_counted_before_the_trial_counts_no_more() -> None:
     assert guard.look(live(traffic(1, 900), traffic(2, 160, 40))) is None
     assert guard.look(live(traffic(1, 900), traffic(2, 200, 100))) is not None
     # The service was started anew: everything that it has counted is of this trial.
+    assert guard.look(live(traffic(1, 900, 0), traffic(2, 100, 30))) is not None
+    again = TrialGuard(TRIAL, TrialPolicy(), live(traffic(1, 10, 1000), traffic(2, 0)))
+    assert again.look(live(traffic(1, 2000, 0), traffic(2, 100, 100))) is not None
+    more = TrialGuard(TRIAL, TrialPolicy(), live(traffic(1, 100, 5), traffic(2, 0)))
+    assert more.look(live(traffic(1, 104, 0), traffic(2, 60, 60))) is not None
     assert guard.look(live(traffic(1, 90), traffic(2, 30, 35))) is not None
 
 

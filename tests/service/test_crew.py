@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from registry.bundle import WEIGHTS
@@ -34,7 +36,7 @@ def test_all_switch_in_the_moment_in_which_the_last_has_prepared(worker, release
     one, two = worker(), worker()
     release(1)
     one.refresh()
-    assert version(one) is None  # the other has not prepared it
+    assert version(one) == 1  # at the very first nobody waits
     two.refresh()
     assert (version(one), version(two)) == (1, 1)
     release(2, seed=1)
@@ -107,6 +109,8 @@ def test_a_worker_that_was_killed_is_not_waited_for(tmp_path: Path, worker, rele
         "sys.stdin.read()"
     )
     one = worker()
+    release(1)
+    one.refresh()
     other = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "crew")],
         stdin=subprocess.PIPE,
@@ -115,14 +119,49 @@ def test_a_worker_that_was_killed_is_not_waited_for(tmp_path: Path, worker, rele
     with other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"2\n"
-        release(1)
+        release(2, seed=1)
         one.refresh()
-        assert version(one) is None
+        assert version(one) == 1
         other.kill()
         other.wait()
         one.refresh()
-    assert version(one) == 1
+    assert version(one) == 2
     assert [each.pid for each in one.workers()] == [os.getpid()]
+    Crew(tmp_path / "crew")  # whoever joins sweeps up
+    assert len(list((tmp_path / "crew").glob("*.lock"))) == 2
+
+
+def test_a_switch_whose_worker_was_killed_half_way_is_none(tmp_path: Path) -> None:
+    crew = Crew(tmp_path)
+    post = crew.post("digits")
+    one, two = (
+        Release(
+            schema_version=2,
+            model="digits",
+            generation=number,
+            versions=(ReleasedVersion(version=number, manifest_sha256="a" * 64, alias=None),),
+        )
+        for number in (1, 2)
+    )
+    post.switch(one)
+    (tmp_path / "digits.release").write_bytes(msgspec.json.encode(two))  # and then it died
+    assert post.release is None
+    assert post.key == one.key
+
+
+def test_models_that_report_at_once_do_not_lose_a_report(tmp_path: Path) -> None:
+    crew = Crew(tmp_path)
+
+    def report(model: str) -> None:
+        for number in range(300):
+            crew.report(WorkerReport(pid=1, model=model, version=number))
+
+    threads = [threading.Thread(target=report, args=(model,)) for model in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [crew.reports(model)[0].version for model in ("a", "b", "c")] == [299] * 3
 
 
 def test_a_report_is_seen_by_all_and_a_switch_waits_for_all(tmp_path: Path) -> None:
@@ -130,7 +169,9 @@ def test_a_report_is_seen_by_all_and_a_switch_waits_for_all(tmp_path: Path) -> N
     posts = one.post("digits"), two.post("digits")
     released = ReleasedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
     release = Release(schema_version=2, model="digits", generation=1, versions=(released,))
+    first = msgspec.structs.replace(release, generation=7)
     assert (posts[0].key, posts[1].release) == (NOTHING, None)
+    assert posts[0].switch(first) == []
     assert len(posts[0].switch(release)) == 2
     one.report(WorkerReport(pid=1, model="digits", prepared_key=release.key))
     (missing,) = posts[0].switch(release)
@@ -158,3 +199,11 @@ def test_a_version_that_was_left_stays_in_memory_for_a_while(
             assert slot.refresh()
             slot.refresh()
         assert loads == expected
+
+
+def test_only_so_many_versions_stay_in_memory(models: Path, release) -> None:
+    slot = ModelSlot(REF, models, load, keep_warm_s=600)
+    for number in range(1, 7):
+        release(number, seed=number)
+        slot.refresh()
+    assert len(slot._loaded) == 1 + model_slot.MOST_WARM

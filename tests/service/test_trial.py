@@ -2,6 +2,8 @@
 
 import io
 import socket
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -9,14 +11,17 @@ import pytest
 from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from registry.bundle import WEIGHTS
+from registry.classifier import Classifier
 from registry.contract import ModelRef, Trial
+from registry.errors import DeviceLost, PlanUndecided
 from registry.live import Live
 from registry.plans.choice import Planner
 from registry.plans.torch_eager import EAGER
 from registry.releases import version_folder
-from service import model_slot, shadow
+from service import create_app, model_slot, shadow
 from service.metrics import Metrics
 from service.model_slot import ModelSlot
 from service.settings import Settings
@@ -213,3 +218,117 @@ def test_a_service_without_a_trial_tells_its_traffic_too(ready: FlaskClient, png
     live = msgspec.json.decode(ready.get("/v1/models/digits/traffic").data, type=Live)
     assert (live.champion, live.challenger, live.of(1).requests) == (1, None, 1)
     assert live.of(9).requests == 0
+
+
+class Switchable:
+    """A classifier whose device can be lost."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self.lost = False
+        self.device, self.plan = classifier.device, classifier.plan
+
+    def check(self) -> None: ...
+
+    def classify(self, pixels):
+        if self.lost:
+            raise DeviceLost("gone")
+        return self._classifier.classify(pixels)
+
+
+def test_while_the_challengers_device_is_lost_the_champion_answers_and_it_is_loaded_again(
+    models: Path, on_trial, metrics: Metrics, settings: Settings, images: list[bytes]
+) -> None:
+    loaded: list[tuple[int, Switchable]] = []
+
+    def switchable(bundle, released):
+        served = load(bundle, released, metrics)
+        loaded.append((released.version, Switchable(served.classifier)))
+        return replace(served, classifier=loaded[-1][1])
+
+    on_trial(share=1.0)
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, switchable)
+    slot.refresh()
+    client = create_app(settings, {"digits": slot}, metrics).test_client()
+    assert set(versions(client, images[:4])) == {2}
+    loaded[1][1].lost = True
+    assert set(versions(client, images[:4])) == {1}
+    slot.refresh()
+    assert [version for version, _ in loaded] == [1, 2, 2]
+    assert set(versions(client, images[:4])) == {2}
+    assert slot.workers()[0].refused is None
+
+
+def test_a_device_that_was_lost_is_no_refusal_of_a_version(models: Path, on_trial) -> None:
+    def lost(bundle, released):
+        raise DeviceLost("the process that owns the GPU is not running")
+
+    on_trial(share=1.0)
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, lost)
+    slot.refresh()
+    (report,) = slot.workers()
+    assert "DeviceLost" in str(report.error)
+    assert report.refused is None
+
+
+def test_a_list_whose_images_fail_by_our_fault_counts_as_failed(
+    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes], monkeypatch
+) -> None:
+    on_trial(share=1.0)
+    slot.refresh()
+    challenger = slot.require().challenger
+    assert challenger is not None
+    monkeypatch.setattr(challenger.batcher, "wait", lambda ticket: ArithmeticError("NaN"))
+    parts = {"image": [(io.BytesIO(each), "x.png") for each in images[:2]]}
+    answer = client.post("/v1/classify", data=parts).json
+    assert [each["error"]["status"] for each in answer["results"]] == [500, 500]
+    (traffic,) = client.get("/v1/models/digits/traffic").json["versions"]
+    assert (traffic["version"], traffic["requests"], traffic["errors"]) == (2, 0, 1)
+
+
+def test_the_shadow_forgets_a_challenger_whose_device_was_lost(
+    models: Path, on_trial, few_digits
+) -> None:
+    on_trial(shadow=1.0)
+    metrics = Metrics()
+    planner = Planner(Path("unused"), "cpu", None, EAGER)
+    scorer = Shadow(Settings(models_folder=models), planner, metrics)
+    sample = Sample("digits", 2, 0, False, few_digits.test.pixels[0].tobytes())
+    scorer.score("digits", [sample])
+    known = scorer._loaded["digits"]
+    lost = Switchable(known.classifier)
+    lost.lost = True
+    scorer._loaded["digits"] = replace(known, classifier=lost)
+    scorer.score("digits", [sample])
+    assert metrics.traffic("digits")[0].failed == 0
+    scorer.score("digits", [sample])
+    assert metrics.traffic("digits")[0].shadowed == 2
+
+
+def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path, release) -> None:
+    deciding, go_on = threading.Event(), threading.Event()
+
+    def undecided(bundle, released):
+        if released.version == 2:
+            raise PlanUndecided("no plan was chosen")
+        return load(bundle, released)
+
+    def decide(bundle) -> None:
+        deciding.set()
+        go_on.wait(20)
+
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, undecided, decide)
+    release(1)
+    stop = slot.start()
+    try:
+        release(2, seed=1)
+        assert deciding.wait(20)
+        release(1)
+        deadline = time.monotonic() + 20
+        while slot.require().release.generation != 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert slot.require().champion.version == 1
+    finally:
+        go_on.set()
+        stop.set()
