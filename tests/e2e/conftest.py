@@ -32,7 +32,9 @@ def home(trained_home: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def service(home: Path) -> Iterator[Service]:
     service = Service(home)
-    wait_for(service.is_ready, "the service did not become ready")
-    yield service
-    if service.process.is_running():
-        service.stop()
+    try:
+        wait_for(service.is_ready, "the service did not become ready")
+        yield service
+    finally:
+        if service.process.is_running():
+            service.stop()
