@@ -9,9 +9,10 @@ the other, with gate and ledger; with ``--keep-warm 0`` each of them is loaded a
 
 An answer has the wrong version if it is the old one though the request was sent after an answer of
 the new one had come, or if its scores are not those of the version that it names. A swap lasts from
-the command until half a second after the first answer of the new version. The process that promotes
-stands for an operator's machine, so it takes only what the cores have left; puller and service run
-as they always do.
+the command until half a second after the first answer of the new version; ``p99_ratio`` is the
+median over the swaps of its p99 by that of the second before it. The process that promotes stands
+for an operator's machine, so it takes only what the cores have left; puller and service run as they
+always do.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ from registry.home import Home
 from training.datasets import load_dataset
 
 LOAD = 0.7
-PAUSE_S = 1.5
+PAUSE_S = 1.0
 AFTER_S = 0.5
 
 
@@ -118,6 +119,14 @@ def judge(driver: Driver, windows: list[tuple[float, float]]) -> dict[str, Any]:
         inside |= (done >= began) & (done <= ended)
     taken_ms = 1000 * (done - due)
     quiet, swapping = (float(np.percentile(taken_ms[each], 99)) for each in (~inside, inside))
+    # Each swap against the quiet moments right before it: others use this machine, too.
+    ratios = []
+    for began, ended in windows:
+        before, during = (
+            taken_ms[(done >= first) & (done < last)]
+            for first, last in ((began - PAUSE_S, began), (began, ended))
+        )
+        ratios.append(float(np.percentile(during, 99) / np.percentile(before, 99)))
     order = np.argsort(done)
     wrong = driver.wrong_score
     # The moment from which each version was known to serve: its first answer after the other's.
@@ -133,7 +142,8 @@ def judge(driver: Driver, windows: list[tuple[float, float]]) -> dict[str, Any]:
         "swaps": len(windows),
         "failed": driver.failed + driver.lost,
         "wrong_version": wrong,
-        "p99_ratio": swapping / quiet,
+        "p99_ratio": statistics.median(ratios),
+        "p99_ratio_of_all_together": swapping / quiet,
         "longest_gap_ms": 1000 * float(np.diff(done[order]).max()),
         "quiet_p99_ms": quiet,
         "swap_p99_ms": swapping,

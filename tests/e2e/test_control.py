@@ -1,0 +1,71 @@
+"""The control plane as a process of its own, beside no service at all."""
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.processes import PATIENCE_S, run, wait_for
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def port(home: Path) -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    environment = {**os.environ, "CONVOY_HOME": str(home), "CONVOY_CONTROL_PORT": str(port)}
+    with (home / "control.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "registry", "serve"], env=environment, stdout=log, stderr=log
+        )
+    try:
+        wait_for(lambda: ask(port, "/livez")[0] == 200, "the control plane did not start")
+        yield port
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(port: int, path: str, token: str = "") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    except OSError:
+        return 0, ""
+    finally:
+        connection.close()
+
+
+def test_it_answers_those_who_have_a_token_and_silent_clients_do_not_hold_it(
+    home: Path, port: int
+) -> None:
+    made = run(home, "registry", "token", "add", "ann", "--role", "viewer")
+    token = made.stdout.strip()
+    assert "ann" in run(home, "registry", "token", "list").stdout
+    assert ask(port, "/v1/models")[0] == 401
+    status, body = ask(port, "/v1/models", token)
+    assert (status, '"name":"digits"' in body) == (200, True)
+    assert ask(port, "/v1/models/digits/traffic", token)[0] == 503  # no service is there
+    assert ask(port, "/login")[0] == 200
+
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+    try:
+        for each in silent:
+            each.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n")
+        wait_for(lambda: ask(port, "/livez")[0] == 200, "silent clients hold the control plane")
+    finally:
+        for each in silent:
+            each.close()
+    assert run(home, "registry", "token", "remove", "ann").returncode == 0
+    assert ask(port, "/v1/models", token)[0] == 401
