@@ -4,6 +4,8 @@ The ledgers' webhooks go out from here, whoever has written the lines.
 """
 
 import logging
+import socket
+import struct
 from threading import Event, Thread
 from typing import Any
 
@@ -18,7 +20,7 @@ from registry.tokens import Tokens
 log = logging.getLogger(__name__)
 
 THREADS = 16
-SILENT_S = 10.0
+SILENT_S = 10
 # A promotion that times forward passes for the first time takes a minute or two.
 TIMEOUT_S = 900
 
@@ -38,7 +40,9 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
     """gthread, but a client that falls silent in a request does not hold a thread for long."""
 
     def handle(self, conn: Any) -> Any:
-        conn.sock.settimeout(SILENT_S)
+        # Of the kernel's: gunicorn takes a time-out of Python's away again.
+        limit = struct.pack("ll", SILENT_S, 0)
+        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         return super().handle(conn)
 
 
