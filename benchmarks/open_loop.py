@@ -10,11 +10,17 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from benchmarks.common import RunningService, running_service
 from registry.home import Home
+from training.datasets import load_dataset
 
 CONNECTIONS = 16
 CAPACITY_S = 4.0
@@ -117,6 +123,17 @@ async def find_capacity(driver: Driver) -> float:
     await load
     driver.answers.clear()
     return capacity
+
+
+@contextmanager
+def two_versions(name: str) -> Iterator[tuple[Home, RunningService, bytes]]:
+    """A home with two small versions, a service that follows its registry, and a picture for it."""
+    with tempfile.TemporaryDirectory(prefix=f"convoy-{name}-") as folder:
+        home = Home(Path(folder))
+        prepare_two(home)
+        image = load_dataset("digits", home.datasets).test.encode(0)
+        with running_service(home.root, "models:/digits@champion", pull=True) as service:
+            yield home, service, image
 
 
 def prepare_two(home: Home) -> None:

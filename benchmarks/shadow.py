@@ -11,22 +11,19 @@ import asyncio
 import os
 import statistics
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import RunningService, parser, report, running_service
-from benchmarks.open_loop import Driver, find_capacity, prepare_two
+from benchmarks.common import RunningService, parser, report
+from benchmarks.open_loop import Driver, find_capacity, two_versions
 from registry.contract import Trial
 from registry.home import Home
 from registry.live import Live
 from registry.promotion import release, withdraw
 from registry.store import ModelStore
-from training.datasets import load_dataset
 
 LOAD = 0.5
 SETTLE_S = 5.0
@@ -37,12 +34,8 @@ def main() -> int:
     options = parser("What scoring in the shadow costs the champion's callers.")
     options.add_argument("--rounds", type=int, default=5)
     arguments = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="convoy-shadow-") as name:
-        home = Home(Path(name))
-        prepare_two(home)
-        image = load_dataset("digits", home.datasets).test.encode(0)
-        with running_service(home.root, "models:/digits@champion", pull=True) as service:
-            figures = asyncio.run(measure(home, service, image, arguments.rounds))
+    with two_versions("shadow") as (home, service, image):
+        figures = asyncio.run(measure(home, service, image, arguments.rounds))
     report(figures, arguments.json)
     return 0
 

@@ -21,7 +21,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import RunningService, parser, report, running_service
-from benchmarks.open_loop import Driver, find_capacity, prepare_two
+from benchmarks.common import RunningService, parser, report
+from benchmarks.open_loop import Driver, find_capacity, two_versions
 from registry.home import Home
-from training.datasets import load_dataset
 
 LOAD = 0.7
 PAUSE_S = 1.0
@@ -47,13 +45,9 @@ def main() -> int:
     arguments = options.parse_args()
     if arguments.promoter:
         return promote_on_demand(Home(arguments.promoter))
-    with tempfile.TemporaryDirectory(prefix="convoy-swap-") as name:
-        home = Home(Path(name))
-        prepare_two(home)
-        image = load_dataset("digits", home.datasets).test.encode(0)
-        os.environ["CONVOY_KEEP_WARM_S"] = str(arguments.keep_warm)
-        with running_service(home.root, "models:/digits@champion", pull=True) as service:
-            figures = asyncio.run(measure(home, service, image, arguments.swaps))
+    os.environ["CONVOY_KEEP_WARM_S"] = str(arguments.keep_warm)
+    with two_versions("swap") as (home, service, image):
+        figures = asyncio.run(measure(home, service, image, arguments.swaps))
     report({"keep_warm_s": arguments.keep_warm, **figures}, arguments.json)
     return 0 if not figures["failed"] and not figures["wrong_version"] else 1
 

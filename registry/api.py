@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from threading import Lock, Thread
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 import msgspec
 from flask import Flask, Response, current_app, g, request, session
@@ -23,14 +23,15 @@ from werkzeug.exceptions import HTTPException
 from registry import errors as domain
 from registry.api_document import document
 from registry.bundle import Bundle, open_bundle
-from registry.contract import Manifest, ModelRef, ModelVersion, Trial, check_model_name
-from registry.decisions import Promotion, RollBack, TrialRequest, Withdrawal
+from registry.contract import Manifest, ModelRef, ModelVersion, check_model_name
+from registry.decisions import BODIES, Decision
 from registry.home import Home
 from registry.judging import Judge, Judgement
-from registry.ledger import moments
+from registry.ledger import Line, moments
 from registry.live import Live
 from registry.live_history import LiveHistory
-from registry.promotion import audit, promote, release, roll_back, withdraw
+from registry.problems import Problem
+from registry.promotion import audit
 from registry.services import read_live
 from registry.store import ModelStore
 from registry.tokens import Tokens
@@ -97,6 +98,10 @@ class Control:
                 self._judging[name, version] = thread
                 thread.start()
         return None
+
+    def carry_out(self, decision: Decision, name: str, by: str) -> Line:
+        """The ledger's line of ``decision`` about the model ``name``; raises as promotions do."""
+        return decision.carry_out(self.store, self.judge, check_model_name(name), by)
 
     def live(self, name: str) -> Live:
         """How the services serve ``name``; raises ``ModelNotReady`` when they do not say."""
@@ -251,56 +256,17 @@ def show_audit(name: str) -> Response:
     return _json({"lines": lines, "faults": faults})
 
 
-def post_promotion(name: str) -> Response:
-    body = _body(Promotion)
-    line = promote(
-        control().store,
-        check_model_name(name),
-        body.version,
-        expect_champion=body.expect_champion,
-        force=body.force,
-        reason=body.reason,
-        judge=control().judge,
-        by=g.token.name,
-    )
-    return _json(line)
+def _decision(kind: type[Decision]) -> Callable[..., Response]:
+    """The view that has carried out what a body says."""
 
+    def post(name: str) -> Response:
+        try:
+            decision = msgspec.json.decode(request.get_data() or b"{}", type=kind)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise domain.UsageError(f"the body cannot be used: {error}") from error
+        return _json(control().carry_out(decision, name, g.token.name))
 
-def post_roll_back(name: str) -> Response:
-    body = _body(RollBack)
-    line = roll_back(
-        control().store,
-        check_model_name(name),
-        body.reason,
-        expect_champion=body.expect_champion,
-        by=g.token.name,
-    )
-    return _json(line)
-
-
-def post_release(name: str) -> Response:
-    body = _body(TrialRequest)
-    line = release(
-        control().store,
-        check_model_name(name),
-        Trial(version=body.challenger, share=body.share, shadow=body.shadow),
-        body.reason,
-        expect_champion=body.expect_champion,
-        by=g.token.name,
-    )
-    return _json(line)
-
-
-def post_withdrawal(name: str) -> Response:
-    body = _body(Withdrawal)
-    line = withdraw(
-        control().store,
-        check_model_name(name),
-        body.reason,
-        expect_challenger=body.expect_challenger,
-        by=g.token.name,
-    )
-    return _json(line)
+    return post
 
 
 def livez() -> Response:
@@ -324,10 +290,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     (f"{_MODEL}/traffic", "GET", may_look(show_traffic)),
     (f"{_MODEL}/history", "GET", may_look(show_history)),
     (f"{_MODEL}/audit", "GET", may_look(show_audit)),
-    (f"{_MODEL}/promote", "POST", may_decide(post_promotion)),
-    (f"{_MODEL}/roll-back", "POST", may_decide(post_roll_back)),
-    (f"{_MODEL}/release", "POST", may_decide(post_release)),
-    (f"{_MODEL}/withdraw", "POST", may_decide(post_withdrawal)),
+    *((f"{_MODEL}/{verb}", "POST", may_decide(_decision(kind))) for verb, kind in BODIES.items()),
 )
 
 
@@ -336,36 +299,15 @@ def _standing(name: str) -> dict[str, Any]:
     return {"name": name, "aliases": aliases, "trial": trial}
 
 
-Body = TypeVar("Body", Promotion, RollBack, TrialRequest, Withdrawal)
-
-
-def _body(kind: type[Body]) -> Body:
-    try:
-        return msgspec.json.decode(request.get_data() or b"{}", type=kind)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise domain.UsageError(f"the body cannot be used: {error}") from error
-
-
 def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, mimetype="application/json")
 
 
 def _refuse(status: int, detail: str) -> Response:
-    response = _problem(status, "unauthorized" if status == 401 else "forbidden", detail)
+    response = Problem.of(status, "unauthorized" if status == 401 else "forbidden", detail).answer()
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
-
-
-def _problem(status: int, title: str, detail: str) -> Response:
-    body = {
-        "type": f"urn:convoy:problem:{title.replace(' ', '-').lower()}",
-        "title": title,
-        "status": status,
-        "detail": detail,
-        "error": detail,
-    }
-    return Response(msgspec.json.encode(body), status, mimetype="application/problem+json")
 
 
 def describe_error(error: Exception) -> tuple[int, str, str]:
@@ -379,8 +321,4 @@ def describe_error(error: Exception) -> tuple[int, str, str]:
 
 
 def _answer_error(error: Exception) -> Response:
-    status, title, detail = describe_error(error)
-    response = _problem(status, title, detail)
-    if isinstance(error, HTTPException) and status == 405:
-        response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
-    return response
+    return Problem.of(*describe_error(error)).answer(error)

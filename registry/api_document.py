@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from registry.decisions import BODIES
+from registry.problems import responses, schema
 
 _FAILURES = {
     "400": "The body or a parameter cannot be used.",
@@ -35,18 +36,6 @@ _READS = {
     "/v1/models/{name}/history": "Every decision; with `at`, who was champion on that day.",
     "/v1/models/{name}/audit": "Whether the ledger was edited, and the aliases agree with it.",
 }
-_PROBLEM = {
-    "type": "object",
-    "description": "RFC 9457 problem details.",
-    "required": ["type", "title", "status", "detail", "error"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "error": {"type": "string"},
-    },
-}
 
 
 def document() -> dict[str, Any]:
@@ -73,7 +62,7 @@ def document() -> dict[str, Any]:
         },
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"Problem": _PROBLEM, **bodies},
+            "schemas": {"Problem": schema(), **bodies},
         },
     }
 
@@ -98,11 +87,11 @@ def _read(path: str, summary: str) -> dict[str, Any]:
 
 
 def _decision(verb: str, summary: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{BODIES[verb].__name__}"}
+    body = {"$ref": f"#/components/schemas/{BODIES[verb].__name__}"}
     return {
         "summary": summary,
         "parameters": _path_parameters("{name}"),
-        "requestBody": {"content": {"application/json": {"schema": schema}}},
+        "requestBody": {"content": {"application/json": {"schema": body}}},
         "responses": {
             "200": _answer("The ledger's line."),
             **_problems(tuple(_FAILURES)),
@@ -116,8 +105,7 @@ def _answer(description: str) -> dict[str, Any]:
 
 
 def _problems(codes: tuple[str, ...]) -> dict[str, Any]:
-    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {code: {"description": _FAILURES[code], "content": problem} for code in codes}
+    return responses({code: _FAILURES[code] for code in codes})
 
 
 def _path_parameters(path: str) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ GOLDEN = "golden/golden.json"
 HELDOUT = "heldout.npz"
 CALIBRATION = "calibration.npz"
 THUMBNAILS = "thumbnails.npz"
+CALIBRATION_BINS = 15
 
 
 class GoldenImage(Struct, frozen=True):
@@ -57,6 +58,24 @@ class Heldout(Struct, frozen=True):
         """bool (N,): whether the most probable class is the true one."""
         right: NDArray[np.bool_] = self.predicted == self.labels
         return right
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def log_loss(self) -> float:
+        """Mean negative log of the true class's probability, in nats."""
+        truth = self.probabilities[np.arange(len(self.labels)), self.labels]
+        return float(-np.log(np.maximum(truth, 1e-12)).mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error, 15 equal bins (Guo et al. 2017, arXiv:1706.04599)."""
+        confidence = self.probabilities.max(axis=1)
+        bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        gaps = np.bincount(bins, self.right - confidence, CALIBRATION_BINS)
+        return float(np.abs(gaps).sum() / len(confidence))
 
     def to_npz(self) -> bytes:
         return to_npz(labels=self.labels, probabilities=self.probabilities)

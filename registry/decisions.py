@@ -1,10 +1,14 @@
-"""What programs send to the control plane to have something decided."""
+"""What can be decided about a model, as a record that a program or a form fills in."""
 
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from registry.contract import Share
+from registry.contract import Share, Trial
+from registry.judging import Judge
+from registry.ledger import Line
+from registry.promotion import promote, release, roll_back, withdraw
+from registry.store import ModelStore
 
 Number = Annotated[int, Meta(ge=1)]
 Reason = Annotated[str, Meta(max_length=10_000)]
@@ -21,10 +25,25 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
     force: bool = False
     reason: Reason | None = None
 
+    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
+        return promote(
+            store,
+            name,
+            self.version,
+            expect_champion=self.expect_champion,
+            force=self.force,
+            reason=self.reason,
+            judge=judge,
+            by=by,
+        )
+
 
 class RollBack(Struct, forbid_unknown_fields=True, kw_only=True):
     expect_champion: Number | None = None
     reason: Reason | None = None
+
+    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
+        return roll_back(store, name, self.reason, expect_champion=self.expect_champion, by=by)
 
 
 class TrialRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -34,13 +53,22 @@ class TrialRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     expect_champion: Number | None = None
     reason: Reason | None = None
 
+    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
+        trial = Trial(version=self.challenger, share=self.share, shadow=self.shadow)
+        expected = self.expect_champion
+        return release(store, name, trial, self.reason, expect_champion=expected, by=by)
+
 
 class Withdrawal(Struct, forbid_unknown_fields=True, kw_only=True):
     expect_challenger: Number | None = None
     reason: Reason | None = None
 
+    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
+        return withdraw(store, name, self.reason, expect_challenger=self.expect_challenger, by=by)
 
-BODIES: dict[str, type[Struct]] = {
+
+Decision = Promotion | RollBack | TrialRequest | Withdrawal
+BODIES: dict[str, type[Decision]] = {
     "promote": Promotion,
     "roll-back": RollBack,
     "release": TrialRequest,

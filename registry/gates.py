@@ -13,11 +13,10 @@ from msgspec import Meta, Struct
 from scipy.stats import binomtest
 
 from registry.bundle import Bundle, Heldout
-from registry.contract import Share
+from registry.contract import Manifest, Share
 from registry.errors import PromotionRefused, UsageError
 from registry.plans.duel import Timed
 
-CALIBRATION_BINS = 15
 Z_95 = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
 
 
@@ -156,8 +155,8 @@ def compare(
         notes.append("the two see pictures through different preprocessing")
     return Verdict(
         examples=len(old.labels),
-        champion_accuracy=float(old.right.mean()),
-        challenger_accuracy=float(new.right.mean()),
+        champion_accuracy=old.accuracy,
+        challenger_accuracy=new.accuracy,
         gained=tuple(gained.tolist()),
         lost=tuple(lost.tolist()),
         p_value=p_value,
@@ -171,28 +170,19 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def calibration_error(heldout: Heldout) -> float:
-    """Expected calibration error in 15 bins of equal width (Guo et al. 2017, arXiv:1706.04599)."""
-    confidence = heldout.probabilities.max(axis=1)
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = np.bincount(bins, heldout.right - confidence, CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
-def log_loss(heldout: Heldout) -> float:
-    """Mean of −ln of the probability of the true class."""
-    of_truth = heldout.probabilities[np.arange(len(heldout.labels)), heldout.labels]
-    return float(-np.log(np.maximum(of_truth, 1e-12)).mean())
+def check_labels(champion: Manifest, challenger: Manifest) -> None:
+    """Raise ``PromotionRefused`` unless both give the same labels, in the same order."""
+    if challenger.labels != champion.labels:
+        raise PromotionRefused(
+            "the labels differ, so clients would get other answers: "
+            f"champion {list(champion.labels)}, challenger {list(challenger.labels)}"
+        )
 
 
 def check_comparable(champion: Bundle, challenger: Bundle) -> None:
     """Raise ``PromotionRefused`` unless both have the same labels and held-out pictures."""
     ours, theirs = challenger.manifest, champion.manifest
-    if ours.labels != theirs.labels:
-        raise PromotionRefused(
-            "the labels differ, so clients would get other answers: "
-            f"champion {list(theirs.labels)}, challenger {list(ours.labels)}"
-        )
+    check_labels(theirs, ours)
     if ours.data.heldout_sha256 != theirs.data.heldout_sha256:
         raise PromotionRefused(
             "the two were judged on different held-out pictures "
@@ -206,8 +196,8 @@ def _judge_accuracy(old: Heldout, new: Heldout, p_value: float, policy: Policy) 
     loss = (int(old.right.sum()) - int(new.right.sum())) / len(old.right)
     return Check(
         what="accuracy",
-        champion=float(old.right.mean()),
-        challenger=float(new.right.mean()),
+        champion=old.accuracy,
+        challenger=new.accuracy,
         allowed=f"no significant loss (p < {policy.significance:g}), none over "
         f"{100 * policy.max_accuracy_loss:g} points",
         passed=loss <= 0 or (loss <= policy.max_accuracy_loss and p_value >= policy.significance),
@@ -259,8 +249,8 @@ def _interval(gained: int, lost: int, count: int) -> tuple[float, float]:
 
 def _judge_calibration(old: Heldout, new: Heldout, policy: Policy) -> Check:
     before, after, limit = (
-        calibration_error(old),
-        calibration_error(new),
+        old.calibration_error,
+        new.calibration_error,
         policy.max_calibration_loss,
     )
     return Check(
@@ -289,7 +279,7 @@ def _judge_latency(timed: Timed | None, policy: Policy) -> list[Check]:
 
 
 def _judge_log_loss(old: Heldout, new: Heldout, policy: Policy) -> Check:
-    before, after, limit = log_loss(old), log_loss(new), policy.max_log_loss_ratio
+    before, after, limit = old.log_loss, new.log_loss, policy.max_log_loss_ratio
     return Check(
         what="log loss",
         champion=before,

@@ -31,13 +31,13 @@ from flask import (
 from werkzeug.exceptions import Forbidden, NotFound
 
 from registry.api import REPORT, control, describe_error, report_files
-from registry.contract import ModelRef, Trial, check_model_name
+from registry.contract import ModelRef, check_model_name
+from registry.decisions import Decision, Promotion, RollBack, TrialRequest, Withdrawal
 from registry.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
 from registry.gates import read_policy
 from registry.home import Home
 from registry.judging import Judgement
 from registry.live_history import HEIGHT, WIDTH, curves
-from registry.promotion import promote, release, roll_back, withdraw
 
 blueprint = Blueprint("pages", __name__)
 P = ParamSpec("P")
@@ -163,12 +163,12 @@ def show_report(name: str, version: int, file: str) -> Response:
 def decide(name: str) -> Any:
     """Whatever a form on the model's or a version's page decides."""
     _check_form()
-    form = request.form
     version = _number("version")
     if not g.visitor.may_decide:
         raise Forbidden(f"the token {g.visitor.name!r} may look, not decide")
     try:
-        _carry_out(check_model_name(name), form.get("action", ""), version)
+        decision = _read_form(request.form.get("action", ""), version)
+        control().carry_out(decision, name, g.visitor.name)
     except ConvoyError as error:
         status, _, detail = describe_error(error)
         if version is not None and isinstance(error, PromotionRefused):
@@ -177,29 +177,26 @@ def decide(name: str) -> Any:
     return redirect(url_for("pages.show_model", name=name), 303)
 
 
-def _carry_out(name: str, action: str, version: int | None) -> None:
-    form, store, by = request.form, control().store, g.visitor.name
-    reason, expected = form.get("reason", "").strip() or None, _number("expect_champion")
+def _read_form(action: str, version: int | None) -> Decision:
+    """What the form that was sent asks for."""
+    reason = request.form.get("reason", "").strip() or None
+    expected = _number("expect_champion")
     if action in ("promote", "force") and version is not None:
-        promote(
-            store,
-            name,
-            version,
+        force = action == "force"
+        return Promotion(version=version, force=force, expect_champion=expected, reason=reason)
+    if action == "release" and version is not None:
+        return TrialRequest(
+            challenger=version,
+            share=_percent("share"),
+            shadow=_percent("shadow"),
             expect_champion=expected,
-            force=action == "force",
             reason=reason,
-            judge=control().judge,
-            by=by,
         )
-    elif action == "release" and version is not None:
-        trial = Trial(version=version, share=_percent("share"), shadow=_percent("shadow"))
-        release(store, name, trial, reason, expect_champion=expected, by=by)
-    elif action == "withdraw":
-        withdraw(store, name, reason, expect_challenger=version, by=by)
-    elif action == "roll-back":
-        roll_back(store, name, reason, expect_champion=expected, by=by)
-    else:
-        raise UsageError(f"the form asks for {action!r}, which is nothing that can be decided")
+    if action == "withdraw":
+        return Withdrawal(expect_challenger=version, reason=reason)
+    if action == "roll-back":
+        return RollBack(expect_champion=expected, reason=reason)
+    raise UsageError(f"the form asks for {action!r}, which is nothing that can be decided")
 
 
 def _model_page(name: str, error: str | None = None) -> str:

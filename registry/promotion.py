@@ -12,16 +12,14 @@ import secrets
 import time
 from datetime import UTC, datetime
 
-import msgspec
-
 from registry.contract import CHAMPION, PREVIOUS, ModelRef, ModelVersion, Trial
 from registry.errors import (
-    BundleInvalid,
     PromotionConflict,
     PromotionRefused,
     UsageError,
     VersionNotFound,
 )
+from registry.gates import check_labels
 from registry.home import convoy_home
 from registry.judging import Judge
 from registry.ledger import Action, Entry, Ledger, Line
@@ -75,7 +73,7 @@ def promote(
     ledger = _settle_at(store, name, expect_champion)
     if ledger.champion == version:
         raise PromotionRefused(f"{name} version {version} is the champion already")
-    champion = _find(store, name, ledger.champion)
+    champion = store.find(name, ledger.champion)
     judged = (judge or Judge(store, convoy_home(), timed=False)).judge(champion, challenger)
     verdict = judged.summary
     if champion is None and ledger.champion is not None:
@@ -85,7 +83,13 @@ def promote(
         store,
         name,
         ledger,
-        _entry(action, ledger, version, challenger, reason, by, verdict, champion),
+        action,
+        version,
+        to=challenger,
+        left=champion,
+        reason=reason,
+        by=by,
+        verdict=verdict,
     )
     if action == "refused":
         raise PromotionRefused(f"{name} version {version} is refused: {verdict}")
@@ -113,12 +117,10 @@ def roll_back(
     if ledger.previous is None:
         raise VersionNotFound(f"{name} has no previous champion to roll back to")
     back = store.resolve(ModelRef(name, ledger.previous))
-    left = _find(store, name, ledger.champion)
+    left = store.find(name, ledger.champion)
+    number = back.version
     return _write(
-        store,
-        name,
-        ledger,
-        _entry("rolled back", ledger, back.version, back, reason, by, None, left),
+        store, name, ledger, "rolled back", number, to=back, left=left, reason=reason, by=by
     )
 
 
@@ -148,21 +150,25 @@ def release(
         raise UsageError("a trial needs a share of the requests, a shadow, or both")
     challenger = store.resolve(ModelRef(name, trial.version))
     ledger = _settle_at(store, name, expect_champion)
-    champion = _find(store, name, ledger.champion)
+    champion = store.find(name, ledger.champion)
     if champion is None:
         raise PromotionRefused(f"{name} has no champion beside which a version could be tried")
     if champion.version == trial.version:
         raise PromotionRefused(f"{name} version {trial.version} is the champion already")
-    ours, theirs = _labels(store, challenger), _labels(store, champion)
-    if ours != theirs:
-        raise PromotionRefused(
-            "the labels differ, so clients would get other answers: "
-            f"champion {list(theirs)}, challenger {list(ours)}"
-        )
-    entry = _entry(
-        "tried", ledger, trial.version, challenger, reason, by, str(trial), champion, trial
+    check_labels(store.manifest(champion), store.manifest(challenger))
+    return _write(
+        store,
+        name,
+        ledger,
+        "tried",
+        trial.version,
+        to=challenger,
+        left=champion,
+        reason=reason,
+        by=by,
+        verdict=str(trial),
+        trial=trial,
     )
-    return _write(store, name, ledger, entry)
 
 
 def withdraw(
@@ -187,10 +193,18 @@ def withdraw(
     number = ledger.trial.version
     if expect_challenger not in (None, number):
         raise PromotionConflict(f"{name}: version {number} is on trial, not {expect_challenger}")
-    challenger = _find(store, name, number)
-    left = _find(store, name, ledger.champion)
-    entry = _entry("withdrawn", ledger, number, challenger, reason, by, str(ledger.trial), left)
-    return _write(store, name, ledger, entry)
+    return _write(
+        store,
+        name,
+        ledger,
+        "withdrawn",
+        number,
+        to=store.find(name, number),
+        left=store.find(name, ledger.champion),
+        reason=reason,
+        by=by,
+        verdict=str(ledger.trial),
+    )
 
 
 def note_refusal(store: ModelStore, version: ModelVersion, verdict: str, by: str) -> None:
@@ -200,8 +214,8 @@ def note_refusal(store: ModelStore, version: ModelVersion, verdict: str, by: str
     for line in ledger.lines:
         if refused == (line.entry.action, line.entry.to_manifest_sha256, line.entry.by):
             return
-    entry = _entry("refused", ledger, version.version, version, None, by, verdict)
-    _write(store, version.name, ledger, entry)
+    number = version.version
+    _write(store, version.name, ledger, "refused", number, to=version, by=by, verdict=verdict)
 
 
 def settle(store: ModelStore, name: str) -> Ledger:
@@ -219,7 +233,7 @@ def settle(store: ModelStore, name: str) -> Ledger:
         alias = aliases.get(CHAMPION)
         if alias == ledger.champion:
             return ledger
-        if alias is None and _find(store, name, ledger.champion) is None:
+        if alias is None and store.find(name, ledger.champion) is None:
             return ledger  # the champion was deleted, and its alias with it
         if before != (ledger.last, alias):  # a disagreement of its own, not the last one's
             before, deadline = (ledger.last, alias), time.monotonic() + SETTLE_S
@@ -229,11 +243,17 @@ def settle(store: ModelStore, name: str) -> Ledger:
     if alias is None:
         return _follow(store, name)
     log.warning("%s: version %d was made the champion by other means", name, alias)
-    verdict = f"the ledger said version {ledger.champion}"
-    entry = _entry("adopted", ledger, alias, _find(store, name, alias), None, None, verdict)
-    if not ledger.crowned:  # of before there was a ledger: it can be rolled back all the same
-        entry = msgspec.structs.replace(entry, from_version=aliases.get(PREVIOUS))
-    _write(store, name, ledger, entry)
+    _write(
+        store,
+        name,
+        ledger,
+        "adopted",
+        alias,
+        to=store.find(name, alias),
+        verdict=f"the ledger said version {ledger.champion}",
+        # Of before there was a ledger: it can be rolled back all the same.
+        instead_of=None if ledger.crowned else aliases.get(PREVIOUS),
+    )
     return store.ledger(name)
 
 
@@ -264,9 +284,41 @@ def _settle_at(store: ModelStore, name: str, expect_champion: int | None) -> Led
     return ledger
 
 
-def _write(store: ModelStore, name: str, ledger: Ledger, entry: Entry) -> Line:
-    """Append ``entry`` and carry it out; ``PromotionConflict`` if another move came first."""
-    entry = ledger.continued(entry)
+def _write(
+    store: ModelStore,
+    name: str,
+    ledger: Ledger,
+    action: Action,
+    version: int,
+    *,
+    to: ModelVersion | None,
+    left: ModelVersion | None = None,
+    reason: str | None = None,
+    by: str | None = None,
+    verdict: str | None = None,
+    trial: Trial | None = None,
+    instead_of: int | None = None,
+) -> Line:
+    """Append a line and carry it out; ``PromotionConflict`` if another move came first.
+
+    ``version`` is the number that it is about, ``to`` that version where there still is one;
+    ``left`` was champion, or where nobody knows it any more, the number ``instead_of``.
+    """
+    entry = ledger.continued(
+        Entry(
+            action=action,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            by=by or _user(),
+            from_version=ledger.champion if instead_of is None else instead_of,
+            to_version=version,
+            from_manifest_sha256=left.manifest_sha256 if left else None,
+            to_manifest_sha256=to.manifest_sha256 if to else None,
+            reason=reason,
+            verdict=verdict,
+            trial=trial,
+            nonce=secrets.token_hex(8),
+        )
+    )
     store.append(name, entry)
     after = _follow(store, name, moved=entry.move is not None)
     written = [line for line in after.lines if line.entry.nonce == entry.nonce]
@@ -304,32 +356,6 @@ def _follow(store: ModelStore, name: str, *, moved: bool = True) -> Ledger:
             return ledger
 
 
-def _entry(
-    action: Action,
-    ledger: Ledger,
-    version: int,
-    to: ModelVersion | None,
-    reason: str | None,
-    by: str | None,
-    verdict: str | None,
-    left: ModelVersion | None = None,
-    trial: Trial | None = None,
-) -> Entry:
-    return Entry(
-        action=action,
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=by or _user(),
-        from_version=ledger.champion,
-        to_version=version,
-        from_manifest_sha256=left.manifest_sha256 if left else None,
-        to_manifest_sha256=to.manifest_sha256 if to else None,
-        reason=reason,
-        verdict=verdict,
-        trial=trial,
-        nonce=secrets.token_hex(8),
-    )
-
-
 def _user() -> str:
     try:
         return getpass.getuser()
@@ -342,17 +368,3 @@ def _check_text(reason: str | None) -> None:
         (reason or "").encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"the reason is not UTF-8: {error}") from error
-
-
-def _find(store: ModelStore, name: str, version: int | None) -> ModelVersion | None:
-    """The version, or None when there is no such number, or none of Convoy's any more."""
-    if version is None:
-        return None
-    try:
-        return store.resolve(ModelRef(name, version))
-    except (VersionNotFound, BundleInvalid):
-        return None
-
-
-def _labels(store: ModelStore, version: ModelVersion) -> tuple[str, ...]:
-    return store.manifest(version).labels

@@ -188,11 +188,16 @@ class ModelStore:
     def sides(self, name: str, version: int) -> tuple[ModelVersion | None, ModelVersion]:
         """The champion, unless there is none or it was deleted, and ``version`` beside it."""
         challenger = self.resolve(ModelRef(name, version))
-        champion = None
-        if (number := self.aliases(name).get(CHAMPION)) is not None:
-            with suppress(VersionNotFound, BundleInvalid):
-                champion = self.resolve(ModelRef(name, number))
-        return champion, challenger
+        return self.find(name, self.aliases(name).get(CHAMPION)), challenger
+
+    def find(self, name: str, number: int | None) -> ModelVersion | None:
+        """The version, or None when there is no such number, or none of Convoy's any more."""
+        if number is None:
+            return None
+        try:
+            return self.resolve(ModelRef(name, number))
+        except (VersionNotFound, BundleInvalid):
+            return None
 
     def manifest(self, version: ModelVersion) -> Manifest:
         """The record inside its bundle; raises as ``download`` does."""

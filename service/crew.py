@@ -86,9 +86,7 @@ class Crew:
                 lock.unlink(missing_ok=True)
 
     def _write(self, reports: dict[str, WorkerReport]) -> None:
-        temporary = self._state.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(reports))
-        temporary.replace(self._state)
+        _replace(self._state, msgspec.json.encode(reports))
         self._reports = reports
 
 
@@ -136,11 +134,16 @@ class Post:
             if self.key == NOTHING:
                 missing = []
             if not missing and self.key != release.key:
-                temporary = self._release.with_suffix(".new")
-                temporary.write_bytes(msgspec.json.encode(release))
-                temporary.replace(self._release)
+                _replace(self._release, msgspec.json.encode(release))
                 self._shared[0] = release.key
             return missing
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """As ``write_atomically``, without its flush: none of this outlives the machine."""
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def _is_held(lock: Path) -> bool:

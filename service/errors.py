@@ -6,11 +6,11 @@ Each body also has the member ``error``, which clients of the Open Inference Pro
 import logging
 from typing import Any
 
-import msgspec
 from flask import Flask, Response, g
 from werkzeug.exceptions import HTTPException
 
 from registry import errors as domain
+from registry.problems import Problem
 
 log = logging.getLogger(__name__)
 
@@ -33,31 +33,15 @@ RETRY_AFTER_S: dict[type[Exception], int] = {
 }
 
 
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """RFC 9457 problem details, with ``error`` and the request's id."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    error: str
-    request_id: str
-
-
 def init_app(app: Flask) -> None:
     app.register_error_handler(Exception, lambda error: answer(error, g.request_id))
 
 
 def answer(error: Exception, request_id: str) -> Response:
     """The response for ``error``; what nobody foresaw is logged here and answered as 500."""
-    problem = describe(error, request_id)
-    response = Response(
-        msgspec.json.encode(problem), problem.status, mimetype="application/problem+json"
-    )
+    response = describe(error, request_id).answer(error)
     if retry_after_s := RETRY_AFTER_S.get(type(error)):
         response.headers["Retry-After"] = str(retry_after_s)
-    elif isinstance(error, HTTPException) and problem.status == 405:
-        response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
     return response
 
 
@@ -74,14 +58,7 @@ def describe(error: Exception, request_id: str) -> Problem:
         log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
         status, title = 500, "internal error"
         detail = f"something went wrong on our side; ask the operator about {request_id}"
-    return Problem(
-        type=f"urn:convoy:problem:{title.replace(' ', '-').lower()}",
-        title=title,
-        status=status,
-        detail=detail,
-        error=detail,
-        request_id=request_id,
-    )
+    return Problem.of(status, title, detail, request_id)
 
 
 def outcome(error: Exception) -> str:

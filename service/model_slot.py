@@ -210,7 +210,7 @@ class ModelSlot:
             except Exception:  # the edge of a thread: a full disk must not end it
                 log.exception("%s: looking for a release failed", self.ref.name)
             if self._undecided is not None and (deciding is None or not deciding.is_alive()):
-                deciding = Thread(target=self._decide_undecided, daemon=True)
+                deciding = Thread(target=self.refresh, daemon=True)
                 deciding.start()
             if stop.wait(POLL_S):
                 return
@@ -263,7 +263,6 @@ class ModelSlot:
             before = self._held.serving
             self._adopt()
             self._prepare()
-            self._report()
             self._switch()
             self._adopt()
             self._let_go()

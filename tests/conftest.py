@@ -149,6 +149,20 @@ def store(registry_home: Home):
 
 
 @pytest.fixture
+def downloads(store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The versions whose files are fetched from now on, one entry for each time."""
+    found: list[int] = []
+    download = store.download
+
+    def counted(version, *arguments):
+        found.append(version.version)
+        return download(version, *arguments)
+
+    monkeypatch.setattr(store, "download", counted)
+    return found
+
+
+@pytest.fixture
 def publish(store, make_bundle: MakeBundle):
     """Registers a version: ``publish(seed=1)`` gives its ``ModelVersion``."""
     from training.tracking import start_run

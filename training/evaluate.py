@@ -8,33 +8,9 @@ from registry.classifier import Classifier
 from registry.preprocess import Pixels
 from training.datasets import Examples
 
-CALIBRATION_BINS = 15
-
 
 class Evaluation(Heldout, frozen=True):
     """Scores of every example of a split, and what they are worth."""
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.mean())
-
-    @property
-    def log_loss(self) -> float:
-        """Mean negative log of the true class's probability, in nats."""
-        truth = self.probabilities[np.arange(len(self.labels)), self.labels]
-        return float(-np.log(np.maximum(truth, 1e-12)).mean())
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017)."""
-        confidence = self.probabilities.max(axis=1)
-        bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-        gaps = [
-            abs(float(self.right[bins == index].mean()) - float(confidence[bins == index].mean()))
-            * float((bins == index).mean())
-            for index in np.unique(bins)
-        ]
-        return sum(gaps)
 
     def confusion(self) -> NDArray[np.int64]:
         """int64 (classes, classes): rows are true classes, columns predicted ones."""

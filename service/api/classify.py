@@ -228,54 +228,42 @@ class Classify:
         answer = _describe(job, served, scored)
         body = _encode(answer)
         done = time.perf_counter()
+        best = _best(answer)
         failures = [outcome for each in scored if (outcome := _failure(each)) is not None]
         if failures:  # a list is one request: what failed of it by our fault must show
             self._state.metrics.refused(served.name, served.version, failures[0])
         else:
-            self._note(job, served, scored, answer, done, done - encoding)
+            self._state.metrics.answered(
+                served.name,
+                served.version,
+                Answered(
+                    images=sum(each is not None for each in best),
+                    read_s=job.read_s,
+                    decode_s=job.decode_s,
+                    queue_s=answer.timings_ms.queue / 1000,
+                    encode_s=done - encoding,
+                    total_s=done - job.started,
+                    confidence=sum(each.probability for each in best if each),
+                ),
+            )
         if job.challenger:
-            self._shadow(job.challenger, job.samples, scored)
+            self._shadow(job.challenger, job.samples, best)
         if log.isEnabledFor(logging.DEBUG):
             _log(job, served, scored, answer.timings_ms)
         return body
-
-    def _note(
-        self,
-        job: Job,
-        served: ServedModel,
-        scored: list[Scored | Exception],
-        answer: Answer,
-        done: float,
-        encode_s: float,
-    ) -> None:
-        """Count an answered request."""
-        self._state.metrics.answered(
-            served.name,
-            served.version,
-            Answered(
-                images=sum(isinstance(each, Scored) for each in scored),
-                read_s=job.read_s,
-                decode_s=job.decode_s,
-                queue_s=answer.timings_ms.queue / 1000,
-                encode_s=encode_s,
-                total_s=done - job.started,
-                confidence=sum(_confidence(each) for each in scored if isinstance(each, Scored)),
-            ),
-        )
 
     def _shadow(
         self,
         challenger: ServedModel,
         samples: list[Pixels | bytes | Exception],
-        scored: list[Scored | Exception],
+        best: list[ClassScore | None],
     ) -> None:
         """Have the challenger score what the champion did; nobody waits for it."""
-        for image, outcome in zip(samples, scored, strict=True):
-            if not isinstance(image, Exception) and isinstance(outcome, Scored):
+        for image, answered in zip(samples, best, strict=True):
+            if answered is not None and not isinstance(image, Exception):
                 data = image if isinstance(image, bytes) else image.tobytes()
-                best = int(outcome.probabilities.argmax())
                 self._state.shadow.send(
-                    Sample(challenger.name, challenger.version, best, data is image, data)
+                    Sample(challenger.name, challenger.version, answered.index, data is image, data)
                 )
 
     def _refuse(
@@ -331,8 +319,11 @@ def _failure(scored: Scored | Exception) -> str | None:
     return None if outcome == "caller" else outcome
 
 
-def _confidence(scored: Scored) -> float:
-    return float(scored.probabilities.max())
+def _best(answer: Answer) -> list[ClassScore | None]:
+    """The most probable class of each image; None of one that has an error instead."""
+    if answer.results is None:
+        return [answer.predictions[0]] if answer.predictions else [None]
+    return [each.predictions[0] if each.predictions else None for each in answer.results]
 
 
 def _predictions(scored: Scored, served: ServedModel, top_k: int) -> list[ClassScore]:

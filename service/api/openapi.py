@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from registry.problems import responses, schema
+
 _PREDICTION = {
     "type": "object",
     "required": ["label", "index", "probability"],
@@ -12,19 +14,6 @@ _PREDICTION = {
     },
 }
 _PREDICTIONS = {"type": "array", "items": {"$ref": "#/components/schemas/Prediction"}}
-_PROBLEM = {
-    "type": "object",
-    "description": "RFC 9457 problem details; `error` repeats `detail` for OIP clients.",
-    "required": ["type", "title", "status", "detail", "error", "request_id"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "error": {"type": "string"},
-        "request_id": {"type": "string"},
-    },
-}
 _CLASSIFICATION = {
     "type": "object",
     "description": "`predictions` for one image, `results` for a list of them.",
@@ -152,7 +141,7 @@ def document() -> dict[str, Any]:
             "schemas": {
                 "Prediction": _PREDICTION,
                 "Classification": _CLASSIFICATION,
-                "Problem": _PROBLEM,
+                "Problem": schema("request_id"),
             }
         },
     }
@@ -168,7 +157,7 @@ def _classify(path: str) -> dict[str, Any]:
                 "description": "The most probable classes, best first.",
                 "content": _json("Classification"),
             },
-            **_problems(_FAILURES),
+            **responses(_FAILURES),
         },
     }
 
@@ -185,7 +174,7 @@ def _get(
         "responses": {
             "200": {"description": summary, "content": content},
             **not_ready,
-            **_problems(failures),
+            **responses(failures),
         },
     }
 
@@ -196,11 +185,6 @@ def _path_parameters(path: str) -> list[dict[str, Any]]:
         for name, described in _PARAMETERS.items()
         if "{" + name + "}" in path
     ]
-
-
-def _problems(failures: dict[str, str]) -> dict[str, Any]:
-    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {code: {"description": text, "content": problem} for code, text in failures.items()}
 
 
 def _json(schema: str) -> dict[str, Any]:

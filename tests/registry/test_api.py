@@ -217,17 +217,9 @@ def test_errors_are_problems_and_tell_nothing_internal(
 
 
 def test_a_verdict_without_figures_is_told_too_and_found_once(
-    client: FlaskClient, headers, promoted: None, publish, store: ModelStore, monkeypatch
+    client: FlaskClient, headers, promoted: None, publish, downloads: list[int]
 ) -> None:
     publish(seed=9, change=lambda each: replace(each, labels=tuple("abcdefghij")))
-    downloads: list[int] = []
-    download = store.download
-
-    def counted(version, *arguments):
-        downloads.append(version.version)
-        return download(version, *arguments)
-
-    monkeypatch.setattr(store, "download", counted)
     path = "/v1/models/digits/versions/3/verdict"
     assert client.get(path, headers=headers["viewer"]).status_code == 202
     for thread in threading.enumerate():

@@ -268,7 +268,7 @@ def test_reading_and_deciding_need_no_javascript(
 
 
 def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
-    client: FlaskClient, app: Flask, publish, tokens, store: ModelStore, tmp_path, monkeypatch
+    client: FlaskClient, app: Flask, publish, tokens, tmp_path, downloads: list[int]
 ) -> None:
     report = tmp_path / "report"
     report.mkdir()
@@ -276,14 +276,6 @@ def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
         (report / name).write_bytes(name.encode())
     publish(seed=5)
     sign_in(client, tokens["viewer"])
-    downloads: list[int] = []
-    download = store.download
-
-    def counted(version, *arguments):
-        downloads.append(version.version)
-        return download(version, *arguments)
-
-    monkeypatch.setattr(store, "download", counted)
     found: list[tuple[int, bytes]] = []
 
     def ask(name: str) -> None:

@@ -1,0 +1,60 @@
+"""Problem JSON (RFC 9457): the form of every error that an HTTP answer of Convoy's carries."""
+
+from typing import Any
+
+import msgspec
+from flask import Response
+from msgspec import Struct
+from werkzeug.exceptions import HTTPException
+
+
+class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was wrong with a request. ``error`` repeats ``detail``, for clients of the OIP."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: str
+    request_id: str | None = None
+
+    @classmethod
+    def of(cls, status: int, title: str, detail: str, request_id: str | None = None) -> "Problem":
+        """The problem whose kind, a URN, is its ``title`` in lower case."""
+        return cls(
+            type=f"urn:convoy:problem:{title.replace(' ', '-').lower()}",
+            title=title,
+            status=status,
+            detail=detail,
+            error=detail,
+            request_id=request_id,
+        )
+
+    def answer(self, error: Exception | None = None) -> Response:
+        """The response; with the methods that are allowed, where ``error`` knows them."""
+        response = Response(
+            msgspec.json.encode(self), self.status, mimetype="application/problem+json"
+        )
+        if isinstance(error, HTTPException) and self.status == 405:
+            response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
+        return response
+
+
+def schema(*more: str) -> dict[str, Any]:
+    """The OpenAPI description of a problem that also has the text members ``more``."""
+    texts = ("type", "title", "detail", "error", *more)
+    return {
+        "type": "object",
+        "description": "RFC 9457 problem details; `error` repeats `detail` for OIP clients.",
+        "required": [*texts, "status"],
+        "properties": {
+            **{name: {"type": "string"} for name in texts},
+            "status": {"type": "integer"},
+        },
+    }
+
+
+def responses(codes: dict[str, str]) -> dict[str, Any]:
+    """The OpenAPI responses of these statuses and descriptions, each a problem."""
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {code: {"description": text, "content": problem} for code, text in codes.items()}
