@@ -124,10 +124,6 @@ def _promote(arguments: argparse.Namespace) -> int:
 
     store = _store()
     number = store.resolve(_ref(arguments.name, arguments.version)).version
-    judge = Judge(store, convoy_home(), timed=not arguments.untimed)
-    champion, challenger = store.sides(arguments.name, number)
-    if champion != challenger:
-        print(judge.judge(champion, challenger).table())
     line = promote(
         store,
         arguments.name,
@@ -135,7 +131,8 @@ def _promote(arguments: argparse.Namespace) -> int:
         expect_champion=arguments.expect_champion,
         force=arguments.force,
         reason=arguments.reason,
-        judge=judge,
+        judge=Judge(store, convoy_home(), timed=not arguments.untimed),
+        on_judged=lambda judged: print(judged.table()),
     )
     print(f"{arguments.name} version {number} is the champion now ({line.entry.action})")
     return 0

@@ -22,7 +22,7 @@ from werkzeug.exceptions import HTTPException
 
 from registry import errors as domain
 from registry.api_document import document
-from registry.bundle import Bundle, open_bundle
+from registry.bundle import open_bundle
 from registry.contract import Manifest, ModelRef, ModelVersion, check_model_name
 from registry.decisions import BODIES, Decision
 from registry.home import Home
@@ -107,19 +107,18 @@ class Control:
         """How the services serve ``name``; raises ``ModelNotReady`` when they do not say."""
         return read_live(self.services, name)
 
-    def report(self, version: ModelVersion) -> Bundle:
-        """A bundle of the version with the pictures of its report, fetched once and kept."""
+    def picture(self, version: ModelVersion, path: str) -> bytes | None:
+        """A picture of the version's report, all of which are fetched once and kept."""
         folder = self.home.reports / version.manifest_sha256
         with self._fetching:  # a page asks for all its pictures at once
             with suppress(domain.BundleInvalid):
                 bundle = open_bundle(folder, version.manifest_sha256)
-                bundle.verify(report_files(bundle.manifest))
-                return bundle
+                return bundle.read(path) if path in report_files(bundle.manifest) else None
             bundle = self.store.download(version, folder, lambda each: report_files(each.manifest))
             kept = sorted(folder.parent.iterdir(), key=lambda path: -path.stat().st_mtime)
             for old in kept[REPORTS_KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
-            return bundle
+            return bundle.read(path) if path in report_files(bundle.manifest) else None
 
     def _judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
         said: Judgement | Exception
@@ -128,8 +127,12 @@ class Control:
         except Exception as error:  # the edge of a thread; who asks again is told
             log.exception("%s version %d was not judged", challenger.name, challenger.version)
             said = error
+        if isinstance(said, Judgement) and said.verdict is not None:
+            return  # it lies on disk
+        now = time.monotonic()
         with self._lock:
-            self._said[challenger.name, challenger.version] = time.monotonic(), said
+            self._said = {key: row for key, row in self._said.items() if now - row[0] < SAID_S}
+            self._said[challenger.name, challenger.version] = now, said
 
 
 def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) -> Flask:

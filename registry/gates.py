@@ -24,9 +24,9 @@ class TrialPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """When a trial on real traffic is ended: the table ``[trial]`` of a policy.
 
     Once the challenger has had ``min_requests``, its error rate may be ``max_error_gap`` above the
-    champion's, unless that may be chance, and its median time ``max_latency_ratio`` times the
-    champion's. In the shadow, where nobody waits, only failures count, and, if it is given,
-    ``min_agreement`` with the champion.
+    champion's, unless that may be chance, and its mean time ``max_latency_ratio`` times the
+    champion's, unless its median is no longer. In the shadow, where nobody waits, only failures
+    count, and, if it is given, ``min_agreement`` with the champion.
     """
 
     min_requests: Annotated[int, Meta(ge=1)] = 50

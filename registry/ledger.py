@@ -10,6 +10,7 @@ Each line carries a digest of all those that its writer had seen, so whoever edi
 breaks what follows it. Pure: where the lines are kept is the store's matter.
 """
 
+import hashlib
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -106,6 +107,11 @@ class Ledger:
             if stands and entry.move is not None:
                 moves = entry.move
             self.lines.append(Line(number=number, entry=entry, stands=stands))
+        running = hashlib.sha256()
+        self._digests_up_to = [running.hexdigest()]
+        for number in range(1, self.last + 1):
+            running.update(self.digests.get(number, "").encode())
+            self._digests_up_to.append(running.hexdigest())
 
     @property
     def moves(self) -> list[Line]:
@@ -154,7 +160,8 @@ class Ledger:
         )
 
     def _digest_up_to(self, last: int) -> str:
-        return sha256_hex("".join(self.digests.get(n, "") for n in range(1, last + 1)).encode())
+        """The digest of the digests of all lines up to ``last``, whether they are there or not."""
+        return self._digests_up_to[max(0, min(last, self.last))]
 
     def reigns(self, start: datetime, end: datetime) -> list[Line]:
         """The lines whose champion was that at some moment from ``start`` to ``end``, in order.

@@ -32,7 +32,7 @@ class WorkerReport(Struct, frozen=True, kw_only=True):
 class VersionTraffic(Struct, frozen=True, kw_only=True):
     """What one version did, counted since the service started or between two moments.
 
-    ``errors`` are those that are not the caller's, ``seconds`` what all answered took together.
+    ``errors`` are ours or for want of room, ``seconds`` what all answered took together.
     ``buckets`` are requests by their time, each with its upper bound in seconds, not cumulative.
     ``agreed``, ``differed`` and ``failed`` are images that were scored in the shadow of the
     champion's answers, ``dropped`` those that there was no time for.
@@ -52,7 +52,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
     @property
     def error_rate(self) -> float:
-        """Of all requests that were not the caller's fault."""
+        """Of the requests that were answered or failed so."""
         return self.errors / (self.requests + self.errors) if self.errors else 0.0
 
     @property

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from threading import Lock
 
 from msgspec import Struct
 
@@ -31,6 +32,7 @@ class LiveHistory:
     def __init__(self, read: Callable[[str], Live]) -> None:
         self._read = read
         self._samples: dict[str, deque[tuple[float, Live]]] = {}
+        self._locks: dict[str, Lock] = {}
 
     def samples(self, name: str) -> list[tuple[float, Live]]:
         """What was sampled of ``name``, oldest first, the last within two seconds.
@@ -38,14 +40,15 @@ class LiveHistory:
         Raises:
             ModelNotReady: the services do not say.
         """
-        rows = self._samples.get(name, deque(maxlen=SAMPLES))
-        now = time.monotonic()
-        if rows and now - rows[-1][0] > WATCHED_S:
-            rows.clear()  # nobody has looked for so long that one line over it would be a lie
-        if not rows or now - rows[-1][0] >= SAMPLE_S:
-            rows.append((now, self._read(name)))
-        self._samples[name] = rows
-        return list(rows)
+        with self._locks.setdefault(name, Lock()):  # samples come in the order of their clocks
+            rows = self._samples.get(name, deque(maxlen=SAMPLES))
+            now = time.monotonic()
+            if rows and now - rows[-1][0] > WATCHED_S:
+                rows.clear()  # nobody has looked for so long that one line over it would be a lie
+            if not rows or now - rows[-1][0] >= SAMPLE_S:
+                rows.append((now, self._read(name)))
+            self._samples[name] = rows
+            return list(rows)
 
 
 def curves(samples: Sequence[tuple[float, Live]]) -> list[Curve]:

@@ -30,7 +30,7 @@ from flask import (
 )
 from werkzeug.exceptions import Forbidden, NotFound
 
-from registry.api import REPORT, control, describe_error, report_files
+from registry.api import control, describe_error, report_files
 from registry.contract import ModelRef, check_model_name
 from registry.decisions import Decision, Promotion, RollBack, TrialRequest, Withdrawal
 from registry.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
@@ -146,14 +146,11 @@ def show_version(name: str, version: int) -> str:
 @for_visitors
 def show_report(name: str, version: int, file: str) -> Response:
     """A picture of the version's training report, fetched once and kept."""
-    path = f"report/{file}"
-    if not REPORT.fullmatch(path):
-        raise NotFound
     found = control().store.resolve(ModelRef(check_model_name(name), version))
-    bundle = control().report(found)
-    if path not in bundle.manifest.files:
+    picture = control().picture(found, f"report/{file}")
+    if picture is None:
         raise NotFound
-    response = Response(bundle.read(path), mimetype="image/png")
+    response = Response(picture, mimetype="image/png")
     response.headers["Cache-Control"] = "private, max-age=86400"
     return response
 

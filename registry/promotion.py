@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from registry.contract import CHAMPION, PREVIOUS, ModelRef, ModelVersion, Trial
@@ -21,7 +22,7 @@ from registry.errors import (
 )
 from registry.gates import check_labels
 from registry.home import convoy_home
-from registry.judging import Judge
+from registry.judging import Judge, Judgement
 from registry.ledger import Action, Entry, Ledger, Line
 from registry.store import ModelStore
 
@@ -43,6 +44,7 @@ def promote(
     reason: str | None = None,
     judge: Judge | None = None,
     by: str | None = None,
+    on_judged: Callable[[Judgement], None] = lambda judged: None,
 ) -> Line:
     """Make ``version`` the champion of ``name`` if the gate lets it. That ends a trial.
 
@@ -56,6 +58,7 @@ def promote(
         reason: why, for the record.
         judge: the gate; by default one that times no forward passes.
         by: who decides; by default the user of this process.
+        on_judged: told the judgement, before it is acted upon.
 
     Returns:
         The ledger's line, with the gate's verdict or objection as text.
@@ -75,6 +78,7 @@ def promote(
         raise PromotionRefused(f"{name} version {version} is the champion already")
     champion = store.find(name, ledger.champion)
     judged = (judge or Judge(store, convoy_home(), timed=False)).judge(champion, challenger)
+    on_judged(judged)
     verdict = judged.summary
     if champion is None and ledger.champion is not None:
         verdict += f" (version {ledger.champion}, the champion, is gone from the registry)"
@@ -229,10 +233,12 @@ def settle(store: ModelStore, name: str) -> Ledger:
     before: object = None
     deadline = 0.0
     while True:
-        ledger, aliases = store.ledger(name), store.aliases(name)
+        ledger, (aliases, trial) = store.ledger(name), store.standing(name)
         alias = aliases.get(CHAMPION)
         if alias == ledger.champion:
-            return ledger
+            # A trial's tag that is another was left behind by who died before moving it.
+            is_left = ledger.lines and trial != ledger.trial
+            return _follow(store, name) if is_left else ledger
         if alias is None and store.find(name, ledger.champion) is None:
             return ledger  # the champion was deleted, and its alias with it
         if before != (ledger.last, alias):  # a disagreement of its own, not the last one's

@@ -74,6 +74,7 @@ class Puller:
         self._verified: dict[Path, Traces] = {}
         self._guards: dict[str, TrialGuard] = {}
         self._told: set[tuple[str, int]] = set()
+        self._unguarded: set[str] = set()
         self._by = f"puller on {platform.node()}"
         self.wake = Event()
 
@@ -125,8 +126,12 @@ class Puller:
         try:
             live = read_live(self._services, ref.name)
         except ModelNotReady as error:  # a service that starts or ends; it says so itself
-            log.debug("%s", error)
+            is_news = release.trial is not None and ref.name not in self._unguarded
+            log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error)
+            if release.trial is not None:
+                self._unguarded.add(ref.name)
             return
+        self._unguarded.discard(ref.name)
         store = self._at_registry()
         for number, why in refusals(live.workers).items():
             self._tell(store, ref.name, number, why)

@@ -187,8 +187,12 @@ class ModelStore:
 
     def sides(self, name: str, version: int) -> tuple[ModelVersion | None, ModelVersion]:
         """The champion, unless there is none or it was deleted, and ``version`` beside it."""
-        challenger = self.resolve(ModelRef(name, version))
-        return self.find(name, self.aliases(name).get(CHAMPION)), challenger
+        aliases = self.aliases(name)
+        challenger = self.resolve_in(aliases, ModelRef(name, version))
+        champion = None
+        with suppress(VersionNotFound, BundleInvalid):
+            champion = self.resolve_in(aliases, ModelRef(name, alias=CHAMPION))
+        return champion, challenger
 
     def find(self, name: str, number: int | None) -> ModelVersion | None:
         """The version, or None when there is no such number, or none of Convoy's any more."""

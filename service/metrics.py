@@ -93,7 +93,7 @@ class Metrics:
         )
         self.swaps = Counter(
             "convoy_swaps",
-            "Versions that took over, or failed to.",
+            "Releases that took over, or failed to.",
             ("model_name", "outcome"),
             registry=registry,
         )
@@ -106,7 +106,7 @@ class Metrics:
         )
         self.model_info = Gauge(
             "convoy_model_info",
-            "1 for each version that serves, with the device and the plan that it serves by.",
+            "1 for the champion that serves, with the device and the plan that it serves by.",
             (*version, "device", "plan"),
             multiprocess_mode="livemax",
             registry=registry,

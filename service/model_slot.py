@@ -433,6 +433,7 @@ class ModelSlot:
         if serving.champion.classifier.lost:
             log.error("%s: %s was lost; loading again", self.ref.name, serving.champion.device)
             self._loaded.clear()
+            self._left_at.clear()
             self._held = Held()
         elif serving.challenger and serving.challenger.classifier.lost:
             log.error("%s: the challenger's device was lost; loading again", self.ref.name)

@@ -230,3 +230,17 @@ def test_a_verdict_without_figures_is_told_too_and_found_once(
         assert (found.status_code, found.json["accepted"]) == (200, False)
         assert "the labels differ" in found.json["summary"]
     assert sorted(downloads) == [1, 3]
+
+
+def test_a_verdict_follows_the_policy_at_once(
+    client: FlaskClient, headers, app: Flask, promoted: None, store: ModelStore, registry_home: Home
+) -> None:
+    control = app.extensions["convoy"]
+    control._judge(*store.sides("digits", 2))
+    path = "/v1/models/digits/versions/2/verdict"
+    assert client.get(path, headers=headers["viewer"]).json["accepted"] is True
+    registry_home.policy("digits").parent.mkdir()
+    registry_home.policy("digits").write_text("max_log_loss_ratio = 0.0001")
+    assert client.get(path, headers=headers["viewer"]).status_code == 202
+    control._judge(*store.sides("digits", 2))
+    assert client.get(path, headers=headers["viewer"]).json["accepted"] is False

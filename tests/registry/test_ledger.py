@@ -151,3 +151,10 @@ def test_a_trial_and_a_promotion_at_once_are_one_move() -> None:
     rivals = [seen.continued(entry(3)), seen.continued(entry(2, "tried", trial=Trial(version=2)))]
     rows += [(number, each.to_json()) for number, each in enumerate(rivals, start=2)]
     assert (Ledger(rows).champion, Ledger(rows).trial) == (3, None)
+
+
+def test_a_forged_line_that_claims_to_have_seen_nonsense_is_a_fault_and_no_crash() -> None:
+    rows = moved(1, 2)
+    for seen in (-1000, 1000):
+        forged = msgspec.structs.replace(entry(3), move=3, seen=seen, parents="0" * 64)
+        assert Ledger([*rows, (3, forged.to_json())]).faults((2, Ledger(rows).head[1]))

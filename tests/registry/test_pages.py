@@ -15,7 +15,7 @@ from registry.api import create_app
 from registry.home import Home
 from registry.judging import Judge
 from registry.live import Live, VersionTraffic, WorkerReport
-from registry.live_history import SAMPLES, curves
+from registry.live_history import SAMPLES, LiveHistory, curves
 from registry.promotion import promote, roll_back
 from registry.store import ModelStore
 
@@ -291,3 +291,20 @@ def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
         thread.join()
     assert sorted(found) == [(200, b"a.png")] * 3 + [(200, b"b.png")] * 3
     assert downloads == [1]
+
+
+def test_viewers_at_once_take_one_sample_and_none_out_of_order() -> None:
+    reads: list[int] = []
+
+    def read(name: str) -> Live:
+        reads.append(1)
+        return Live(model=name, generation=1, champion=1)
+
+    history = LiveHistory(read)
+    threads = [threading.Thread(target=history.samples, args=("m",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reads) == 1
+    assert len(history.samples("m")) == 1

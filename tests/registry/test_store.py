@@ -22,6 +22,7 @@ from registry.errors import (
     VersionNotFound,
 )
 from registry.home import Home
+from registry.judging import Judge
 from registry.ledger import Entry
 from registry.promotion import promote, release, roll_back, withdraw
 from registry.store import ModelStore
@@ -443,3 +444,46 @@ def test_models_of_others_are_not_convoys(store: ModelStore, publish) -> None:
     publish()
     store._client.create_registered_model("My Model v2.0")
     assert store.models() == ["digits"]
+
+
+def test_a_trial_that_was_ended_half_is_ended_by_the_next_who_looks(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(2):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    release(store, "digits", Trial(version=2, share=0.5))
+
+    def fail(*arguments, **named) -> None:
+        raise RegistryUnavailable("down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "point", fail)
+        with pytest.raises(RegistryUnavailable):
+            withdraw(store, "digits")
+    assert store.standing("digits")[1] is not None
+    with pytest.raises(VersionNotFound, match="is on trial"):
+        withdraw(store, "digits")
+    assert store.standing("digits")[1] is None
+    assert promotion.audit(store, "digits")[1] == []
+
+
+def test_one_promotion_is_judged_once_and_not_before_it_may_be(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    judged: list[int] = []
+    judge = Judge._judge
+
+    def counted(self, champion, challenger, policy, folder):
+        judged.append(challenger.version)
+        return judge(self, champion, challenger, policy, folder)
+
+    monkeypatch.setattr(Judge, "_judge", counted)
+    publish(seed=0)
+    assert command(["promote", "digits", "1", "--untimed"]) == 0
+    assert judged == [1]
+    publish(seed=1)
+    assert command(["promote", "digits", "2", "--force"]) == 2
+    assert command(["promote", "digits", "2", "--untimed", "--expect-champion", "7"]) == 2
+    assert judged == [1]
+    assert "accepted" in capsys.readouterr().out

@@ -332,3 +332,26 @@ def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path,
     finally:
         go_on.set()
         stop.set()
+
+
+def test_a_device_that_is_lost_beside_a_warm_version_is_recovered_from(
+    models: Path, release, metrics: Metrics
+) -> None:
+    loaded: list[Switchable] = []
+
+    def switchable(bundle, released):
+        served = load(bundle, released, metrics)
+        loaded.append(Switchable(served.classifier))
+        return replace(served, classifier=loaded[-1])
+
+    ref = ModelRef("digits", alias="champion")
+    slot = ModelSlot(ref, models, switchable, keep_warm_s=600)
+    for number in (1, 2):
+        release(number, seed=number)
+        assert slot.refresh()
+    loaded[-1].lost = True
+    assert slot.refresh()
+    for number in (3, 4, 5):  # more than stay in memory
+        release(number, seed=number)
+        assert slot.refresh()
+    assert slot.workers()[0].version == 5
