@@ -12,7 +12,7 @@ from registry.contract import ModelRef, parse_model_refs
 from registry.devices import CORES, forward_threads
 from registry.errors import UsageError
 from registry.home import convoy_home
-from registry.preprocess import DecodeLimits
+from registry.picture_parts import DecodeLimits
 
 Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
@@ -102,8 +102,13 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def loop_decode_limits(self) -> DecodeLimits:
-        """Of what a worker's loop decodes itself: a few milliseconds."""
-        return DecodeLimits(max_pixels=min(self.max_pixels, LOOP_PIXELS))
+        """Of what a worker's loop decodes itself: a few milliseconds.
+
+        The time for anything else does not hang on the pixels alone.
+        """
+        return DecodeLimits(
+            max_pixels=min(self.max_pixels, LOOP_PIXELS), max_scans=1, max_parts=100, max_packed=0
+        )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":

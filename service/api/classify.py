@@ -22,7 +22,7 @@ from werkzeug.exceptions import MethodNotAllowed, abort
 
 from registry.contract import ClassScore
 from registry.errors import ConvoyError, ImageTooLarge
-from registry.preprocess import Pixels, decode_image, decodes_quickly
+from registry.preprocess import Pixels, decode_image
 from service import errors
 from service.api.bodies import Images
 from service.batcher import Scored, Ticket
@@ -185,8 +185,6 @@ class Classify:
         """Pixels, or why the image has none; ``Postpone`` when decoding is not for the loop."""
         if isinstance(image, ConvoyError):
             return image
-        if in_loop and not decodes_quickly(image):
-            raise Postpone
         settings = self._state.settings
         limits = settings.loop_decode_limits if in_loop else settings.decode_limits
         try:

@@ -1,7 +1,6 @@
 """The decode edge: what pictures mean, and what is refused before it costs anything."""
 
 import struct
-import zlib
 from io import BytesIO
 
 import numpy as np
@@ -14,24 +13,20 @@ from PIL.PngImagePlugin import PngInfo
 from registry import preprocess
 from registry.contract import PreprocessSpec
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
+from registry.picture_parts import DecodeLimits
 from registry.preprocess import (
     TRUSTED_LIMITS,
-    DecodeLimits,
     as_served,
     decode_image,
     decode_training_image,
-    decodes_quickly,
     encode_png,
 )
+from tests.hostile_pictures import chunk, encoded, png
 
 GREY = PreprocessSpec(mode="L", width_px=8, height_px=6, mean=(0.5,), std=(0.5,))
 COLOUR = PreprocessSpec(mode="RGB", width_px=8, height_px=6, mean=(0.5,) * 3, std=(0.5,) * 3)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+TEXT = PngInfo()
+TEXT.add_text("comment", "x" * 1000, zip=True)
 
 
 def halves(width: int = 8, height: int = 6) -> Image.Image:
@@ -81,6 +76,16 @@ def test_sixteen_bit_grey_is_scaled_not_saturated() -> None:
     pixels = decode_image(encoded(Image.fromarray(wide)), GREY)
     assert pixels[3, 3, 0] == 128
     assert pixels[0, 0, 0] == 255
+
+
+def test_of_sixteen_bit_grey_the_transparent_value_is_white() -> None:
+    wide = Image.fromarray(np.array([[0, 257], [514, 65535]], dtype=np.uint16))
+    spec = PreprocessSpec(mode="L", width_px=2, height_px=2, mean=(0.5,), std=(0.5,))
+    data = encoded(wide)
+    assert decode_image(data, spec)[..., 0].tolist() == [[0, 1], [2, 255]]
+    at = data.index(b"IDAT") - 4
+    transparent = data[:at] + chunk(b"tRNS", b"\x01\x01") + data[at:]
+    assert decode_image(transparent, spec)[..., 0].tolist() == [[0, 255], [2, 255]]
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -170,25 +175,10 @@ def test_the_shorter_side_is_resized_and_the_centre_cut_out() -> None:
     np.testing.assert_array_equal(same, pixels)
 
 
-def png_claiming(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to no pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n"
-    return (
-        start + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-    )
-
-
 @pytest.mark.parametrize("size", [(4000, 3001), (13_400, 13_400), (20_000, 20_000)])
 def test_too_many_pixels_are_refused_from_the_header(size: tuple[int, int]) -> None:
     with pytest.raises(ImageTooLarge, match=r"pixels"):
-        decode_image(png_claiming(*size), COLOUR)
+        decode_image(png(*size), COLOUR)
 
 
 def test_a_thin_strip_is_refused_by_its_aspect() -> None:
@@ -278,11 +268,23 @@ def test_training_and_serving_see_the_same_pixels_of_a_large_jpeg() -> None:
     np.testing.assert_array_equal(trained, decode_image(buffer.getvalue(), spec))
 
 
-def test_what_may_take_long_to_decode_is_recognised() -> None:
-    image = Image.radial_gradient("L")
-    assert decodes_quickly(encoded(image, "JPEG"))
-    assert decodes_quickly(encoded(image))
-    assert not decodes_quickly(encoded(image, "JPEG", progressive=True))
-    texts = PngInfo()
-    texts.add_text("comment", "x" * 1000, zip=True)
-    assert not decodes_quickly(encoded(image, pnginfo=texts))
+@pytest.mark.parametrize(
+    ("data", "limits", "more"),
+    [
+        (encoded(halves(), "JPEG", progressive=True), DecodeLimits(max_scans=1), "scans"),
+        (encoded(halves(), "JPEG"), DecodeLimits(max_parts=3), "markers"),
+        (encoded(halves(), "WEBP", exif=b"Exif\0\0II*\0"), DecodeLimits(max_parts=2), "chunks"),
+        (encoded(halves(), pnginfo=TEXT), DecodeLimits(max_packed=0), "compressed texts"),
+        (encoded(halves()), DecodeLimits(max_parts=1), "chunks"),
+    ],
+)
+def test_more_parts_than_allowed_are_refused(data: bytes, limits: DecodeLimits, more: str) -> None:
+    assert decode_image(data, COLOUR).shape == COLOUR.shape
+    with pytest.raises(ImageTooLarge, match=f"more than . {more}"):
+        decode_image(data, COLOUR, limits)
+
+
+def test_the_scans_of_a_thumbnail_or_of_what_follows_are_not_the_pictures() -> None:
+    thumbnail = encoded(halves(), "JPEG")
+    data = encoded(halves(), "JPEG", comment=thumbnail) + b"\xff\xda" * 100
+    assert decode_image(data, COLOUR, DecodeLimits(max_scans=1)).shape == COLOUR.shape
