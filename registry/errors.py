@@ -29,7 +29,11 @@ class ImageTooLarge(ConvoyError):
 
 
 class Overloaded(ConvoyError):
-    """The queue is full; trying again soon may succeed."""
+    """Too many wait already; trying again after ``retry_after_s`` seconds may succeed."""
+
+    def __init__(self, text: str, retry_after_s: int = 1) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(ConvoyError):

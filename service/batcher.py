@@ -6,6 +6,7 @@ which the first of those waiting runs. So a lone request waits for nothing, and 
 batches. One thread may put many images before it waits for the first.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -62,13 +63,18 @@ class MicroBatcher:
         max_batch: int,
         queue_limit: int,
         batch_ms: float = 50.0,
+        max_wait_s: float = 1.0,
         on_batch: OnBatch = lambda size, forward_s, waiting: None,
     ) -> None:
-        """No batch has more than ``max_batch`` images, or more than ``batch_ms`` have time for."""
+        """No batch has more than ``max_batch`` images, or more than ``batch_ms`` have time for.
+
+        Nobody is queued behind so many that they will take longer than ``max_wait_s``.
+        """
         self._compute = compute
         self._max_batch = max_batch
         self._queue_limit = queue_limit
         self._batch_ms = batch_ms
+        self._max_wait_s = max_wait_s
         self._on_batch = on_batch
         self._image_ms = 0.0
         self._running_since: float | None = None
@@ -80,6 +86,11 @@ class MicroBatcher:
     def depth(self) -> int:
         """Images that wait now."""
         return len(self._waiting)
+
+    @property
+    def wait_s(self) -> float:
+        """How long an image that is queued now will wait: what those before it will take."""
+        return len(self._waiting) * self._image_ms / 1000
 
     @property
     def running_s(self) -> float:
@@ -94,6 +105,11 @@ class MicroBatcher:
             return self._max_batch
         return max(1, int(self._batch_ms / self._image_ms))
 
+    def check_room(self) -> None:
+        """Raise ``Overloaded`` if an image, were it queued now, would wait for too long."""
+        if (wait_s := self.wait_s) > self._max_wait_s:
+            raise Overloaded(f"{len(self._waiting)} images wait already", max(1, math.ceil(wait_s)))
+
     def put(self, images: Sequence[Pixels], deadline_s: float) -> list[Ticket]:
         """Queue ``images``; each ticket must be waited for.
 
@@ -105,6 +121,7 @@ class MicroBatcher:
         Raises:
             Overloaded: the queue has no room for all of them; none was queued.
         """
+        self.check_room()
         now = time.monotonic()
         tickets = [Ticket(pixels, now, now + deadline_s) for pixels in images]
         with self._lock:

@@ -27,7 +27,6 @@ TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
     domain.DeviceLost: (503, "state"),
 }
 RETRY_AFTER_S: dict[type[Exception], int] = {
-    domain.Overloaded: 1,
     domain.ModelNotReady: 2,
     domain.DeviceLost: 2,
 }
@@ -40,7 +39,8 @@ def init_app(app: Flask) -> None:
 def answer(error: Exception, request_id: str) -> Response:
     """The response for ``error``; what nobody foresaw is logged here and answered as 500."""
     response = describe(error, request_id).answer(error)
-    if retry_after_s := RETRY_AFTER_S.get(type(error)):
+    retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(type(error))
+    if retry_after_s:
         response.headers["Retry-After"] = str(retry_after_s)
     return response
 

@@ -13,9 +13,12 @@ from registry.devices import CORES, forward_threads
 from registry.errors import UsageError
 from registry.home import convoy_home
 from registry.picture_parts import DecodeLimits
+from service.connection import Limits
 
 Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
+# More of these are not decoded at once: each may take a fifth of a gigabyte.
+LARGE_PIXELS = 2_000_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 # Not for operators: ``python -m service`` tells the processes that it starts.
@@ -37,7 +40,9 @@ VARIABLES = {
     "CONVOY_MAX_PIXELS": "max_pixels",
     "CONVOY_QUEUE_LIMIT": "queue_limit",
     "CONVOY_DEADLINE_S": "deadline_s",
+    "CONVOY_MAX_WAIT_S": "max_wait_s",
     "CONVOY_DRAIN_S": "drain_s",
+    "CONVOY_UNREADY_S": "unready_s",
     "CONVOY_KEEP_WARM_S": "keep_warm_s",
     "CONVOY_STICKY_HEADER": "sticky_header",
     "CONVOY_SHADOW_CPU": "shadow_cpu",
@@ -73,7 +78,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_pixels: Count = 12_000_000
     queue_limit: Count = 256
     deadline_s: Seconds = 10.0
+    max_wait_s: Seconds = 1.0
     drain_s: Count = 30
+    unready_s: Annotated[float, Meta(ge=0)] = 0.0
     keep_warm_s: Annotated[float, Meta(ge=0)] = 600.0
     sticky_header: Annotated[str, Meta(pattern="^[A-Za-z0-9-]+$")] = "X-Session-Id"
     shadow_cpu: Annotated[float, Meta(gt=0, le=1)] = 0.2
@@ -97,8 +104,18 @@ class Settings(Struct, frozen=True, kw_only=True):
         return forward_threads(self.workers)
 
     @property
+    def limits(self) -> Limits:
+        """Of one client's connection."""
+        return Limits(max_body_bytes=self.max_body_bytes)
+
+    @property
     def decode_limits(self) -> DecodeLimits:
         return DecodeLimits(max_pixels=self.max_pixels)
+
+    @property
+    def common_decode_limits(self) -> DecodeLimits:
+        """Of what any number of threads may decode at once."""
+        return DecodeLimits(max_pixels=min(self.max_pixels, LARGE_PIXELS))
 
     @property
     def loop_decode_limits(self) -> DecodeLimits:

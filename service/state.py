@@ -125,6 +125,7 @@ def load_served(
             settings.max_batch,
             settings.queue_limit,
             settings.batch_ms,
+            settings.max_wait_s,
             metrics.on_batch(bundle.manifest.model, released.version),
         ),
     )

@@ -1,51 +1,74 @@
-"""The gunicorn worker: gthread, whose main loop answers small requests itself, many in a round.
+"""The gunicorn worker: one loop has every socket, and answers small requests itself.
 
-gthread hands every request from its loop to a thread and back. With small pictures those
-hand-overs, and the threads' contest for the interpreter, cost more than the work
-(docs/decisions/0007). So here a POST that has arrived whole, and is small, is answered by the loop:
-each round calls the application for every such request that is there, and iterates the answers
-after that, so that an application that queues its work in the call and waits for it in the
-iteration gets it into one batch. Whatever is large, slow to arrive or not a POST goes to a thread
-as in gthread.
+The loop reads requests until they are whole and sends answers as fast as they are taken, so that a
+slow client holds no thread (``service.connection``). With small pictures, handing each to a thread
+and back, and the threads' contest for the interpreter, would cost more than the work
+(docs/decisions/0007). So a POST that is small is answered by the loop: each round calls the
+application for every such request that is there, and iterates the answers after that, so that an
+application that queues its work in the call and waits for it in the iteration gets it into one
+batch. Large requests, and those that the application postpones, go to a few threads; whatever is no
+POST, probes among it, to others, so that neither waits for the other. Where too many wait already,
+the application is called to refuse one at once.
 
-Knows nothing of images. Builds on gunicorn 26's ``ThreadWorker`` and its connection, parser and
-response classes. In the loop there is no access log, and ``max_requests``, ``pre_request`` and
-``post_request`` are not honoured.
+Knows nothing of images. Builds on gunicorn 26's arbiter, parser and response. There is no access
+log; ``max_requests``, ``pre_request`` and ``post_request`` are not honoured.
 """
 
+import contextlib
 import errno
-import re
+import os
+import resource
 import selectors
 import socket
 import time
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from http import HTTPStatus
 from io import BytesIO
+from types import FrameType
 from typing import Any
 
+import msgspec
 from gunicorn import http
+from gunicorn.http import errors as http_errors
 from gunicorn.http import wsgi
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from gunicorn.workers.base import Worker
+from gunicorn.workers.gthread import PollableMethodQueue
+from msgspec import Struct
+from msgspec.structs import replace
+
+from registry.problems import Problem
+from service.connection import HEADERS_END, Asked, Connection, HeadTooLong, Phase
+from service.settings import Settings
 
 IN_LOOP = "convoy.in_loop"
 """In the environment of a request that the loop answers: it must not take long."""
+
+OVERLOADED = "convoy.overloaded"
+"""In the environment of a request that is to be refused, because too many wait already."""
+
+ENDING = "convoy.ending"
+"""In the environment of every request from the moment at which the worker was told to end."""
 
 SMALL_BYTES = 64 * 1024
 # A round ends when it has this many requests or has taken so long, and answers them.
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
 POLL_S = 0.02
+LOOK_S = 0.25
 # Of a client that waited longer it is looked whether it still does: in an overload, answers for
 # those who have left would be most of the work.
 PATIENCE_S = 1.0
-
+# Connections on which nothing is asked are closed so long after the order to end: who asks all the
+# time is answered, and told that it was the last time.
+IDLE_S = 1.0
+# For probes, metrics and pages.
+OTHER_THREADS = 4
+# Of bodies that have not arrived whole.
+MOST_RECEIVED_BYTES = 256 * 1024 * 1024
+RETRY = "Retry-After: 1\r\n"
 # Heads that are remembered, and the longest of them.
 HEADS, HEAD_BYTES = 1024, 1024
-
-_HEADERS_END = b"\r\n\r\n"
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*(?=\r\n)", re.IGNORECASE)
-# Whoever sends one of these expects a conversation, or a body of another form.
-_NOT_WHOLE = re.compile(rb"\r\n(?:expect|transfer-encoding|upgrade|http2-settings):", re.IGNORECASE)
 
 
 class Postpone(Exception):
@@ -53,283 +76,368 @@ class Postpone(Exception):
 
 
 class Answering:
-    """A request of this round: its connection, its bytes, and its answer while it is made.
+    """A request, and its answer while it is made.
 
     gunicorn writes an answer's head and body with a call each; here they are gathered, so that
     one ``send`` has both.
     """
 
-    __slots__ = ("body", "connection", "data", "gathered", "request", "response")
+    __slots__ = ("body", "connection", "environ", "gathered", "response")
 
-    def __init__(self, connection: Any, data: bytes) -> None:
+    def __init__(self, connection: Connection, request: Any, environ: dict[str, Any], cfg: Any):
         self.connection = connection
-        self.data = data
+        self.environ = environ
         self.gathered: list[bytes] = []
-        self.request: Any = None
-        self.response: Any = None
+        self.response = wsgi.Response(request, self, cfg)
         self.body: Iterable[bytes] = ()
 
     def sendall(self, data: bytes) -> None:
         """What gunicorn's response takes for a socket's."""
         self.gathered.append(bytes(data))
 
+    def call(self, application: Any) -> None:
+        """The first half: the application is called."""
+        self.body = application(self.environ, self.response.start_response)
 
-class LoopWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    def iterate(self) -> None:
+        """The second half: what it answers is gathered."""
+        for part in self.body:
+            self.response.write(part)
+        self.response.close()
+        if hasattr(self.body, "close"):
+            self.body.close()
+
+
+class Crowd(Struct):
+    """Threads for one kind of request, and how many requests are with them."""
+
+    threads: ThreadPoolExecutor
+    limit: int
+    count: int = 0
+
+
+class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """See the module."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self.alive: bool
+        self._connections: dict[Connection, None] = {}
         # Since when, and in that order: whoever is left out is first in the next round.
-        self._readable: dict[Any, float] = {}
-        self._round: dict[Any, Answering] = {}
+        self._readable: dict[Connection, float] = {}
+        self._round: dict[Connection, Answering] = {}
         self._heads: dict[Any, tuple[Any, dict[str, Any]]] = {}
-        self._next_murder = 0.0
-        self._next_poll = 0.0
+        self._ending = self._deaf = False
+        self._next_poll = self._next_look = 0.0
 
-    def accept(self, listener: socket.socket) -> None:
-        """Accept all who knock: one a round would let a crowd of hundreds wait for seconds.
+    def init_process(self) -> None:
+        settings = Settings.from_environment()
+        self._limits = replace(settings.limits, keep_alive_s=self.cfg.keepalive)
+        self._unready_s = settings.unready_s
+        self._poller = selectors.DefaultSelector()
+        self._done = PollableMethodQueue()
+        self._done.init()
+        threads = self.cfg.threads
+        self._workers = Crowd(ThreadPoolExecutor(threads, "work"), 3 * threads)
+        self._others = Crowd(ThreadPoolExecutor(OTHER_THREADS, "other"), 16 * OTHER_THREADS)
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_connections = min(self.cfg.worker_connections, max(16, soft - 128))
+        super().init_process()
 
-        Their first requests are waited for in the loop, where a silent connection costs no thread.
+    def run(self) -> None:
+        self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
+        for listener in self.sockets:
+            listener.setblocking(False)
+            self._poller.register(listener, selectors.EVENT_READ, self._accept)
+        while self.alive and os.getppid() == self.ppid:
+            self._turn()
+        self._drain()
+        self._workers.threads.shutdown(wait=False)
+        self._others.threads.shutdown(wait=False)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM: answer what is asked, then end."""
+        if self.alive:
+            self.alive = False
+            self._done.defer(lambda: None)  # wakes the poller
+
+    def _drain(self) -> None:
+        """End without losing a request.
+
+        First /readyz says no, while everything goes on, so that proxies look elsewhere. Then nobody
+        is accepted any more, and each answer says that it is the last on its connection.
         """
-        while self.nr_conns < self.worker_connections:
-            try:
-                client, address = listener.accept()
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
-                    raise
-                return
-            if client.family != socket.AF_UNIX:
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = TConn(self.cfg, client, address, listener.getsockname())
-            connection.set_timeout()
-            self.nr_conns += 1
-            self.keepalived_conns.append(connection)
-            self.poller.register(
-                client, selectors.EVENT_READ, partial(self.on_client_socket_readable, connection)
-            )
+        self._ending = True
+        now = time.monotonic()
+        ends, unready_until = now + self.cfg.graceful_timeout - 1, now + self._unready_s
+        while time.monotonic() < unready_until:
+            self._turn()
+        for listener in self.sockets:
+            self._poller.unregister(listener)
+            self._accept(listener)  # whom the kernel has welcomed already
+            listener.close()
+        self._deaf = True
+        idle_until = time.monotonic() + IDLE_S
+        while self._connections and (now := time.monotonic()) < ends:
+            self._turn()
+            if now > idle_until:
+                for each in [c for c in self._connections if c.phase is Phase.IDLE]:
+                    self._close(each)
 
-    def on_client_socket_readable(self, conn: Any, client: socket.socket) -> None:
-        if conn not in self._round:  # its next request, or its end, comes after its answer
-            self._readable.setdefault(conn, time.monotonic())
-
-    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+    def _turn(self) -> None:
         """One round: what is readable now, and what becomes so while that is being taken."""
-        if not self.alive:
-            self._close_idle()
-            if not self.nr_conns:
-                return  # else gthread would wait for an event of nobody's until its time is up
+        self.notify()
         now = time.monotonic()
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
             self._next_poll = now + POLL_S
-            super().wait_for_and_dispatch_events(0 if self._readable else timeout)
-        round_: dict[Any, Answering] = {}
-        self._round = round_
+            self._dispatch(0 if self._readable else LOOK_S)
+        self._round = {}
         ends = time.monotonic() + ROUND_S
-        while self._readable and len(round_) < ROUND_REQUESTS and time.monotonic() < ends:
+        while self._readable and len(self._round) < ROUND_REQUESTS and time.monotonic() < ends:
             connection = next(iter(self._readable))
             waited_s = time.monotonic() - self._readable.pop(connection)
-            if (answering := self._take(connection, waited_s)) is not None:
-                round_[connection] = answering
+            self._read(connection, waited_s)
             if not self._readable:
-                super().wait_for_and_dispatch_events(0)
-        self._round = {}
-        for answering in round_.values():
-            self._answer(answering)
+                self._dispatch(0)
+        answered, self._round = self._round, {}
+        for answering in answered.values():
+            self._finish(answering, answering.iterate)
             if (now := time.monotonic()) > ends + ROUND_S:  # a slow model, and many who ask it
                 self.notify()
                 ends = now
+        if now >= self._next_look:
+            self._next_look = now + LOOK_S
+            self._close_late(now)
 
-    def murder_keepalived(self) -> None:
-        """Close connections that were silent for too long; once a second, as none is reordered."""
-        now = time.monotonic()
-        if now < self._next_murder:
-            return
-        self._next_murder = now + 1
-        for connection in [each for each in self.keepalived_conns if each.timeout <= now]:
-            self._close(connection)
+    def _dispatch(self, timeout_s: float) -> None:
+        for key, _ in self._poller.select(timeout_s):
+            key.data(key.fileobj)
 
-    def _close_idle(self) -> None:
-        """Do not let connections on which nothing is asked hold up the end of the worker."""
-        super().wait_for_and_dispatch_events(0)
-        for connection in [each for each in self.keepalived_conns if each not in self._readable]:
-            self._close(connection)
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept all who knock: one a round would let a crowd of hundreds wait for seconds."""
+        while True:
+            try:
+                client, address = listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._make_room()
+                elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                    raise
+                return
+            if len(self._connections) >= self._most_connections:
+                self._make_room()
+            connection = Connection(client, address, listener.getsockname(), self._limits)
+            self._connections[connection] = None
+            self._watch(connection, selectors.EVENT_READ)
 
-    def finish_request(self, conn: Any, fs: Any) -> None:
-        """As in gthread; and what the client sent behind the answered request is next.
+    def _make_room(self) -> None:
+        """Close the connection of which the least is to be expected: idle, or slow, for longest."""
+        for phase in (Phase.IDLE, Phase.LINGERING, Phase.READING, Phase.WRITING):
+            waiting = [each for each in self._connections if each.phase is phase]
+            if waiting:
+                self._close(min(waiting, key=lambda each: each.deadline))
+                return
 
-        The poller would not report it: it has been read.
-        """
-        super().finish_request(conn, fs)
-        if (data := _read_ahead(conn)) and conn in self.keepalived_conns:
-            conn.parser.unreader.unread(data)
-            self._readable[conn] = time.monotonic()
-
-    def _take(self, connection: Any, waited_s: float) -> Answering | None:
-        """Read from ``connection``; if a whole small request is there, call the application."""
-        data = _read_ahead(connection)
-        try:
-            received = connection.sock.recv(SMALL_BYTES)
-            data += received
-            if not data or (waited_s > PATIENCE_S and _has_hung_up(connection)):
+    def _close_late(self, now: float) -> None:
+        """Close the connections whose time for the next step is over."""
+        for connection in [each for each in self._connections if each.deadline <= now]:
+            if connection.phase is Phase.READING:
+                self._refuse(connection, 408, "the request did not arrive in its time")
+            else:
                 self._close(connection)
-                return None
+
+    def _read(self, connection: Connection, waited_s: float = 0.0) -> None:
+        """Receive from ``connection``; what is whole is answered, or called in this round."""
+        try:
+            connection.receive()
         except BlockingIOError:
-            if not data:
-                return None
+            pass  # its next request has arrived with the last one
         except OSError:
             self._close(connection)
-            return None
-        if not is_whole_post(data):
-            self._to_thread(connection, data)
-            return None
-        answering = Answering(connection, data)
+            return
+        if connection.phase is Phase.LINGERING:
+            if connection.ended:
+                self._close(connection)
+            return
         try:
+            asked = connection.take()
+        except HeadTooLong:
+            self._refuse(connection, 431, "the head of the request is too long")
+            return
+        if asked is not None:
+            if waited_s > PATIENCE_S and connection.has_hung_up():
+                self._close(connection)
+            else:
+                self._ask(connection, asked)
+        elif connection.ended:
+            self._close(connection)
+        elif connection.expects():
+            with contextlib.suppress(OSError):
+                connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif len(connection.received) > SMALL_BYTES and self._received() > MOST_RECEIVED_BYTES:
+            self._refuse(connection, 503, "too many large requests arrive at once")
+
+    def _received(self) -> int:
+        return sum(len(each.received) for each in self._connections)
+
+    def _ask(self, connection: Connection, asked: Asked) -> None:
+        """Have the application called: here, or in a thread."""
+        connection.work()
+        try:
+            request, environ = self._understand(asked, connection)
+        except (http_errors.ParseException, ValueError) as error:
+            too_long = isinstance(error, http_errors.LimitRequestHeaders)
+            self._refuse(connection, 431 if too_long else 400, str(error))
+            return
+        environ["wsgi.input"] = BytesIO(asked.body)
+        answering = Answering(connection, request, environ, self.cfg)
+        if self._deaf or not asked.complete:
+            answering.response.force_close()
+        if asked.is_post and asked.complete and len(asked.body) <= SMALL_BYTES:
+            environ[IN_LOOP] = True
             self._call(answering)
-        except Postpone:
-            self._to_thread(connection, data)
-            return None
-        except Exception as error:  # noqa: BLE001 - as in gthread: whatever it is, it is answered
-            self._fail(answering, error)
-            return None
-        return answering
+        else:
+            self._to_thread(answering, self._workers if asked.is_post else self._others)
 
     def _call(self, answering: Answering) -> None:
-        head, _, body = answering.data.partition(_HEADERS_END)
-        answering.request, environ = self._read_head(head, answering.connection)
-        answering.response = wsgi.Response(answering.request, answering, self.cfg)
-        environ["wsgi.input"] = BytesIO(body)
-        answering.body = self.wsgi(environ, answering.response.start_response)
+        """Call the application in the loop; its answer is iterated at the end of the round."""
+        try:
+            answering.call(self.wsgi)
+        except Postpone:
+            del answering.environ[IN_LOOP]
+            answering.environ["wsgi.input"].seek(0)
+            self._to_thread(answering, self._workers)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
+            self._fail(answering.connection, error)
+        else:
+            self._round[answering.connection] = answering
 
-    def _read_head(self, head: bytes, connection: Any) -> tuple[Any, dict[str, Any]]:
+    def _to_thread(self, answering: Answering, crowd: Crowd) -> None:
+        self._watch(answering.connection, 0)
+        if crowd.count >= crowd.limit:
+            if crowd is self._others:
+                self._refuse(answering.connection, 503, "too many requests wait already")
+                return
+            answering.environ[IN_LOOP] = answering.environ[OVERLOADED] = True
+            self._call(answering)
+            return
+        crowd.count += 1
+
+        def work() -> None:
+            answering.call(self.wsgi)
+            answering.iterate()
+
+        def done(future: "Future[None]") -> None:
+            crowd.count -= 1
+            self._finish(answering, future.result)
+
+        crowd.threads.submit(work).add_done_callback(lambda future: self._done.defer(done, future))
+
+    def _understand(self, asked: Asked, connection: Connection) -> tuple[Any, dict[str, Any]]:
         """gunicorn's request and an environment of its own, without the body.
 
         A client sends the same head again and again, save the length of what it brings; what
         gunicorn made of one is remembered. That takes a quarter of the work off a small picture.
         """
         client, port = connection.client[:2] if connection.client else ("", "")  # "": no TCP
-        same, length = _without_length(head)
-        key = same, client, connection.server
+        key = asked.likeness, client, connection.server
         if (known := self._heads.get(key)) is None:
-            request = next(http.get_parser(self.cfg, [head, _HEADERS_END], connection.client))
+            request = next(http.get_parser(self.cfg, [asked.head, HEADERS_END], connection.client))
+            _check_head(request)
             _, environ = wsgi.create(request, None, connection.client, connection.server, self.cfg)
-            environ[IN_LOOP] = environ["wsgi.multithread"] = True
+            environ["wsgi.multithread"] = True
             for bound in ("gunicorn.socket", "wsgi.early_hints", "wsgi.input"):
                 environ.pop(bound)  # to this one connection
             request.body = request.unreader = None
             known = request, environ
-            if len(head) <= HEAD_BYTES:
+            if len(asked.head) <= HEAD_BYTES:
                 if len(self._heads) == HEADS:
                     self._heads.clear()
                 self._heads[key] = known
         request, environ = known
-        own = {"REMOTE_PORT": str(port)} | ({"CONTENT_LENGTH": length} if length else {})
+        own: dict[str, Any] = {"REMOTE_PORT": str(port)}
+        if asked.digits:
+            own["CONTENT_LENGTH"] = asked.digits
+        if self._ending:
+            own[ENDING] = True
         return request, environ | own
 
-    def _answer(self, answering: Answering) -> None:
-        """Iterate the application's answer and send it."""
-        connection, response = answering.connection, answering.response
-        # As in gthread: a worker that ends keeps none, and nobody keeps a place from all others.
-        if not self.alive or len(self.keepalived_conns) > self.max_keepalived:
-            response.force_close()
+    def _finish(self, answering: Answering, result: Callable[[], None]) -> None:
+        """Take the ``result`` of the application's work, and send what it has answered."""
+        connection = answering.connection
         try:
-            for part in answering.body:
-                response.write(part)
-            response.close()
-            if hasattr(answering.body, "close"):
-                answering.body.close()
-        except Exception as error:  # noqa: BLE001 - as in gthread: whatever it is, it is answered
-            self._fail(answering, error)
+            result()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
+            self._fail(connection, error)
             return
-        data = b"".join(answering.gathered)
+        connection.keep = not answering.response.should_close()
+        self._send(connection, b"".join(answering.gathered))
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        self.log.error("the application failed", exc_info=error)
+        self._refuse(connection, 500, "something went wrong on our side")
+
+    def _refuse(self, connection: Connection, status: int, detail: str) -> None:
+        """Answer without the application, and listen to that client no more."""
+        phrase = HTTPStatus(status).phrase
+        body = msgspec.json.encode(Problem.of(status, phrase, detail))
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\nConnection: close\r\n"
+            "Content-Type: application/problem+json\r\nX-Content-Type-Options: nosniff\r\n"
+            f"{RETRY if status == 503 else ''}Content-Length: {len(body)}\r\n\r\n"
+        )
+        connection.keep = False
+        self._send(connection, head.encode() + body)
+
+    def _send(self, connection: Connection, data: bytes) -> None:
+        connection.unsent = memoryview(data)
+        self._write(connection)
+
+    def _write(self, connection: Connection) -> None:
+        """Send what the client takes; when it has taken all, listen to it again."""
         try:
-            sent = connection.sock.send(data)
-        except BlockingIOError:
-            sent = 0
+            if not connection.send():
+                self._watch(connection, selectors.EVENT_WRITE)
+            elif connection.keep:
+                connection.rest()
+                self._watch(connection, selectors.EVENT_READ)
+                if connection.received or connection.ended:
+                    self._readable[connection] = time.monotonic()
+            else:
+                connection.linger()
+                self._watch(connection, selectors.EVENT_READ)
         except OSError:
             self._close(connection)
+
+    def _on_event(self, connection: Connection) -> None:
+        if connection.phase is Phase.WRITING:
+            self._write(connection)
+        elif connection not in self._round:  # its next request, or its end, comes after its answer
+            self._readable.setdefault(connection, time.monotonic())
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        """Be told when ``connection`` can be read (or written); 0: of nothing."""
+        if connection.watched == events:
             return
-        if sent < len(data):
-            self._send_in_thread(connection, data[sent:], not response.should_close())
-        elif response.should_close():
-            self._close(connection)
+        if not events:
+            self._poller.unregister(connection.sock)
         else:
-            connection.set_timeout()
+            change = self._poller.modify if connection.watched else self._poller.register
+            change(connection.sock, events, lambda sock: self._on_event(connection))
+        connection.watched = events
 
-    def _fail(self, answering: Answering, error: Exception) -> None:
-        connection = answering.connection
-        self.handle_error(answering.request, connection.sock, connection.client, error)
-        self._close(connection)
-
-    def _leave_loop(self, connection: Any) -> None:
-        self.poller.unregister(connection.sock)
-        self.keepalived_conns.remove(connection)
+    def _close(self, connection: Connection) -> None:
+        self._watch(connection, 0)
         self._readable.pop(connection, None)
-
-    def _close(self, connection: Any) -> None:
-        self._leave_loop(connection)
-        self.nr_conns -= 1
-        connection.close()
-
-    def _to_thread(self, connection: Any, data: bytes) -> None:
-        """Let a thread go on with what was read, as gthread would with an unread connection."""
-        self._leave_loop(connection)
-        connection.init()
-        connection.parser.unreader.unread(data)
-        connection.data_ready = True
-        self.enqueue_req(connection)
-
-    def _send_in_thread(self, connection: Any, data: bytes, keep: bool) -> None:
-        """Send the rest of an answer to a client that reads more slowly than it asks."""
-        self._leave_loop(connection)
-
-        def send() -> bool:
-            connection.sock.setblocking(True)
-            connection.sock.sendall(data)
-            return keep
-
-        future = self.tpool.submit(send)
-        future.add_done_callback(
-            lambda done: self.method_queue.defer(self.finish_request, connection, done)
-        )
+        del self._connections[connection]
+        connection.sock.close()
 
 
-def _without_length(head: bytes) -> tuple[bytes, str | None]:
-    """``head`` without the digits of its one Content-Length, and those; else as it is, and None.
-
-    Whether two of them may stand in one head is gunicorn's to judge, each time.
-    """
-    found = _LENGTH.search(head + b"\r\n")
-    if found is None or head.lower().count(b"content-length") != 1:
-        return head, None
-    return head[: found.start(1)] + head[found.end(1) :], found[1].decode()
-
-
-def _read_ahead(connection: Any) -> bytes:
-    """Take what a thread's parser has read beyond the request that it answered."""
-    if connection.parser is None:
-        return b""
-    data: bytes = connection.parser.unreader.take_buffered()
-    return data
-
-
-def _has_hung_up(connection: Any) -> bool:
-    """Whether the client sends no more: then, after a wait, it has most likely gone."""
-    try:
-        return not connection.sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-
-
-def is_whole_post(data: bytes) -> bool:
-    """Whether ``data`` is one POST, head and body, and nothing after it."""
-    if not data.startswith(b"POST "):
-        return False
-    end = data.find(_HEADERS_END)
-    if end < 0:
-        return False
-    head = data[: end + 2]
-    length = _LENGTH.search(head)
-    if length is None or _NOT_WHOLE.search(head):
-        return False
-    return len(data) == end + len(_HEADERS_END) + int(length[1])
+def _check_head(request: Any) -> None:
+    """Refuse what gunicorn lets pass, and proxies could take for something else."""
+    if request.version not in ((1, 0), (1, 1)):
+        raise http_errors.InvalidHTTPVersion(request.version)
+    hosts = sum(name == "HOST" for name, _ in request.headers)
+    if hosts > 1 or (hosts == 0 and request.version == (1, 1)):
+        raise ValueError("a request needs one Host")

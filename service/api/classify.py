@@ -12,6 +12,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Iterator
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
@@ -20,8 +21,8 @@ import numpy as np
 from msgspec import Struct
 from werkzeug.exceptions import MethodNotAllowed, abort
 
-from registry.contract import ClassScore
-from registry.errors import ConvoyError, ImageTooLarge
+from registry.contract import ClassScore, PreprocessSpec
+from registry.errors import ConvoyError, ImageTooLarge, Overloaded
 from registry.preprocess import Pixels, decode_image
 from service import errors
 from service.api.bodies import Images
@@ -32,7 +33,7 @@ from service.requests import answer_headers, identify
 from service.shadow_feed import Sample
 from service.state import State
 from service.traffic import is_challengers
-from service.worker import IN_LOOP, Postpone
+from service.worker import IN_LOOP, OVERLOADED, Postpone
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -42,6 +43,10 @@ log = logging.getLogger(__name__)
 DEFAULT_TOP_K = 5
 # What the images of one request may take of a worker's loop before the rest is for a thread.
 LOOP_DECODE_S = 0.01
+# While images that wait will take longer than this, the loop takes on no more: it has probes to
+# read, and others to refuse.
+LOOP_WAIT_S = 0.05
+LARGE_AT_ONCE = 2
 _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
     r"/classify"
@@ -107,6 +112,7 @@ class Classify:
     def __init__(self, app: "WSGIApplication", state: State) -> None:
         self._app = app
         self._state = state
+        self._large = Semaphore(LARGE_AT_ONCE)
         self._sticky = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
 
     def __call__(
@@ -130,11 +136,16 @@ class Classify:
         name, version, alias = target.groups()
         if environ["REQUEST_METHOD"] != "POST":
             raise MethodNotAllowed(["POST"])
+        if OVERLOADED in environ:
+            raise Overloaded("too many large requests wait already")
         in_loop = IN_LOOP in environ
         if in_loop and self._state.slot(name).current is None:
             raise Postpone  # it may have to be loaded first
         # Read once: one request, one version.
         job.served, serving = self._state.served(name, int(version) if version else None, alias)
+        job.served.batcher.check_room()  # decoding what is refused then would be for nothing
+        if in_loop and job.served.batcher.wait_s > LOOP_WAIT_S:
+            raise Postpone
         in_trial = serving.trial is not None and not version and not alias
         if query := environ.get("QUERY_STRING"):
             job.top_k = _top_k(query)
@@ -185,16 +196,28 @@ class Classify:
         """Pixels, or why the image has none; ``Postpone`` when decoding is not for the loop."""
         if isinstance(image, ConvoyError):
             return image
-        settings = self._state.settings
-        limits = settings.loop_decode_limits if in_loop else settings.decode_limits
+        settings, spec = self._state.settings, served.manifest.preprocess
+        limits = settings.loop_decode_limits if in_loop else settings.common_decode_limits
         try:
-            return decode_image(image, served.manifest.preprocess, limits)
+            return decode_image(image, spec, limits)
         except ImageTooLarge as error:
             if in_loop:
                 raise Postpone from error
-            return error
+            return self._decode_large(image, spec)
         except ConvoyError as error:
             return error
+
+    def _decode_large(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
+        """A few at a time, so that they take neither all memory nor all threads."""
+        settings = self._state.settings
+        if not self._large.acquire(timeout=settings.max_wait_s):
+            return Overloaded("too many large images are being decoded")
+        try:
+            return decode_image(image, spec, settings.decode_limits)
+        except ConvoyError as error:
+            return error
+        finally:
+            self._large.release()
 
     def _answer(self, job: Job, start_response: "StartResponse") -> Iterator[bytes]:
         """The second part: it begins when it is first iterated."""

@@ -4,11 +4,12 @@ import time
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 
 from service.metrics import CONTENT_TYPE
 from service.model_slot import ModelSlot
 from service.state import state
+from service.worker import ENDING
 
 blueprint = Blueprint("health", __name__)
 
@@ -28,7 +29,7 @@ def readyz() -> Response:
     while the registry is down is ready, and stale.
     """
     slots = state().slots.values()
-    ready = all(slot.current is not None for slot in slots)
+    ready = ENDING not in request.environ and all(slot.current is not None for slot in slots)
     body = {"ready": ready, "models": [_describe(slot) for slot in slots]}
     return Response(msgspec.json.encode(body), 200 if ready else 503, mimetype="application/json")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from service.worker import SMALL_BYTES, is_whole_post
+from service.worker import SMALL_BYTES
 
 APPLICATION = """
 import json, threading, time
-from service.worker import IN_LOOP, Postpone
+from service.worker import ENDING, IN_LOOP, OVERLOADED, Postpone
 
 called = []
 calls = 0
@@ -26,7 +27,8 @@ def application(environ, start_response):
     calls += 1
     body = environ["wsgi.input"].read() if environ["PATH_INFO"] != "/unread" else b""
     in_loop = IN_LOOP in environ
-    if body == b"slow" and in_loop:
+    overloaded = OVERLOADED in environ
+    if body == b"slow" and in_loop and not overloaded:
         raise Postpone
     if body == b"raise":
         raise ValueError("in the call")
@@ -44,7 +46,7 @@ def application(environ, start_response):
     def answer():
         if body == b"raise later":
             raise ValueError("in the iteration")
-        if body == b"slow":
+        if body == b"slow" and not overloaded:
             time.sleep(0.3)
         text = {
             "body": body.decode()[:20],
@@ -53,6 +55,8 @@ def application(environ, start_response):
             "port": environ["REMOTE_PORT"],
             "content_length": environ["CONTENT_LENGTH"] if body else None,
             "in_loop": in_loop,
+            "overloaded": overloaded,
+            "ending": ENDING in environ,
             "thread": threading.current_thread().name,
             "called_before_answered": len(called),
         }
@@ -70,7 +74,7 @@ def application(environ, start_response):
 class Server:
     """A gunicorn of one worker, which serves the small application."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         (folder / "small_application.py").write_text(APPLICATION)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -78,7 +82,9 @@ class Server:
         command = [sys.executable, "-m", "gunicorn", "--worker-class", "service.worker.LoopWorker"]
         command += ["--threads", "4", "--keep-alive", "4", "--no-control-socket"]
         command += ["--bind", f"127.0.0.1:{self.port}", "--pythonpath", str(folder)]
-        self.process = subprocess.Popen([*command, "small_application:application"])
+        self.process = subprocess.Popen(
+            [*command, "small_application:application"], env={**os.environ, **environment}
+        )
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
@@ -110,10 +116,12 @@ class Connection:
     def answer(self) -> tuple[int, bytes]:
         status = int(self.file.readline().split()[1])
         length = 0
+        self.closing = False
         while (line := self.file.readline()) not in (b"\r\n", b""):
             name, _, value = line.partition(b":")
             if name.lower() == b"content-length":
                 length = int(value)
+            self.closing |= line.lower().startswith(b"connection: close")
         return status, self.file.read(length)
 
     def ask(self, body: bytes, **options: str) -> dict:
@@ -170,9 +178,7 @@ def test_what_is_large_goes_to_a_thread(connection: Connection) -> None:
     assert connection.ask(b"small again")["in_loop"]
 
 
-def test_what_arrives_slowly_goes_to_a_thread_and_holds_nobody(
-    connection: Connection, port: int
-) -> None:
+def test_what_arrives_slowly_holds_nobody(connection: Connection, port: int) -> None:
     whole = post(b"in two parts")
     connection.send(whole[:-5])
     other = Connection(port)
@@ -229,10 +235,7 @@ def test_requests_that_are_sent_without_waiting_are_answered_in_their_order(
     assert connection.ask(b"fifth")["in_loop"]
 
 
-def test_what_a_thread_read_ahead_is_not_lost_behind_a_later_request(
-    connection: Connection,
-) -> None:
-    """A GET is answered by a thread, which reads the beginning of the POST behind it."""
+def test_the_beginning_of_a_request_behind_another_is_not_lost(connection: Connection) -> None:
     second = post(b"in two parts")
     connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + second[:-4])
     assert json.loads(connection.answer()[1])["body"] == ""
@@ -318,9 +321,7 @@ def test_a_silent_connection_is_closed_after_the_keep_alive_time(connection: Con
     assert connection.is_closed()
 
 
-def test_a_client_that_does_not_read_is_waited_for_by_a_thread(
-    connection: Connection, port: int
-) -> None:
+def test_a_client_that_does_not_read_holds_nobody(connection: Connection, port: int) -> None:
     connection.send(post(b"large"))
     time.sleep(0.2)  # the answer fills the socket's buffers
     other = Connection(port)
@@ -336,21 +337,114 @@ def test_a_malformed_request_is_400(connection: Connection) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "whole"),
+    ("head", "status"),
     [
-        (post(b"x"), True),
-        (post(b""), True),
-        (b"POST / HTTP/1.1\r\ncOnTent-LENGTH:2\r\n\r\nab", True),
-        (post(b"x")[:-1], False),
-        (post(b"x") + b"y", False),
-        (b"POST / HTTP/1.1\r\n\r\n", False),
-        (b"POST / HTTP/1.1\r\nContent-Len", False),
-        (b"GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", False),
-        (post(b"x", extra="Expect: 100-continue\r\n"), False),
-        (post(b"x", extra="Transfer-Encoding: chunked\r\n"), False),
-        (post(b"x", extra="transfer-encoding : chunked\r\n"), True),  # gunicorn's to refuse
-        (b"POST / HTTP/1.1\r\nX-Content-Length: 1\r\n\r\nx", False),
+        ("POST / HTTP/1.1\r\nContent-Length: 0", 400),  # no Host
+        ("POST / HTTP/1.1\r\nHost: x\r\nHost: y\r\nContent-Length: 0", 400),
+        ("POST / HTTP/1.9\r\nHost: x\r\nContent-Length: 0", 400),
+        ("POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: odd\r\n", 400),
+        ("POST / HTTP/1.1\r\nHost: x\r\nX: " + "y" * 40_000, 431),
+        ("POST / HTTP/1.1\r\nHost: x\r\n" + "X: y\r\n" * 200 + "Content-Length: 0", 431),
     ],
 )
-def test_only_a_whole_post_is_for_the_loop(data: bytes, whole: bool) -> None:
-    assert is_whole_post(data) is whole
+def test_what_two_readers_could_take_differently_is_refused(
+    connection: Connection, head: str, status: int
+) -> None:
+    connection.send(head.encode() + b"\r\n\r\n")
+    assert connection.answer()[0] == status
+    assert connection.is_closed()
+
+
+@pytest.mark.parametrize("extra", ["Transfer-Encoding: chunked\r\n", "Content-Length: +5\r\n"])
+def test_behind_a_body_of_unknown_length_no_request_is_looked_for(
+    connection: Connection, extra: str
+) -> None:
+    head = f"POST / HTTP/1.1\r\nHost: x\r\n{extra}\r\n"
+    connection.send(head.encode() + b"0\r\n\r\n" + post(b"smuggled"))
+    connection.answer()
+    assert connection.is_closed()
+
+
+def test_a_client_that_expects_to_be_told_is_told(connection: Connection) -> None:
+    whole = post(b"x" * 100_000, extra="Expect: 100-continue\r\n")
+    head, _, body = whole.partition(b"\r\n\r\n")
+    connection.send(head + b"\r\n\r\n")
+    assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
+    assert connection.file.readline() == b"\r\n"
+    connection.send(body)
+    assert json.loads(connection.answer()[1])["length"] == 100_000
+
+
+def test_hundreds_who_send_and_read_slowly_hold_nobody(port: int, connection: Connection) -> None:
+    slow = [Connection(port) for _ in range(300)]
+    for number, each in enumerate(slow):
+        each.send(post(b"x" * 100_000)[: 10 + number])
+    for number in range(20):
+        for each in slow:
+            each.send(b"x")
+        started = time.monotonic()
+        assert connection.ask(b"%d" % number)["in_loop"]
+        assert connection.ask(b"y" * 100_000)["length"] == 100_000
+        assert time.monotonic() - started < 1
+    for each in slow:
+        each.close()
+
+
+def test_a_request_that_does_not_arrive_in_its_time_is_told_so(connection: Connection) -> None:
+    started = time.monotonic()
+    connection.send(b"POST / HTTP/1.1\r\nHo")
+    assert connection.answer()[0] == 408
+    assert connection.is_closed()
+    assert 9 < time.monotonic() - started < 12
+
+
+def test_of_more_than_may_wait_one_is_refused_at_once(port: int) -> None:
+    many = [Connection(port) for _ in range(20)]
+    for each in many:
+        each.send(post(b"slow"))
+    answers = [json.loads(each.answer()[1]) for each in many]
+    refused = [each for each in answers if each["overloaded"]]
+    assert len(refused) == 20 - 12  # with four threads three times as many may be with them
+    assert all(each["in_loop"] for each in refused)
+    for each in many:
+        each.close()
+
+
+def test_who_asks_all_the_time_loses_no_request_when_the_worker_ends(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+
+    def ask_until_the_last() -> int:
+        count = 0
+        while True:
+            try:
+                asking = Connection(server.port)
+            except ConnectionRefusedError:
+                return count
+            open_ = True
+            while open_:
+                asking.send(post(b"x" * 70_000 if count % 5 == 0 else b"x"))
+                status, _ = asking.answer()
+                assert status == 200
+                count += 1
+                open_ = not asking.closing
+            asking.close()
+
+    with ThreadPoolExecutor(16) as pool:
+        counts = [pool.submit(ask_until_the_last) for _ in range(16)]
+        time.sleep(1)
+        server.stop()
+    assert all(each.result() > 10 for each in counts)
+
+
+def test_an_order_to_end_is_told_to_the_application_first(tmp_path: Path) -> None:
+    server = Server(tmp_path, CONVOY_UNREADY_S="1.5")
+    old = Connection(server.port)
+    assert not old.ask(b"x")["ending"]
+    server.process.terminate()
+    time.sleep(0.7)
+    new = Connection(server.port)  # still accepted
+    assert [each.ask(b"x")["ending"] for each in (old, new, old)] == [True, True, True]
+    assert server.process.wait(10) == 0
+    assert old.is_closed()
+    for each in (old, new):
+        each.close()

@@ -1,0 +1,241 @@
+"""``Connection``: what one client has sent and is not answered yet, and what it was not sent yet.
+
+Splits bytes into whole requests, and says until when the next step must be done. Never waits: a
+client that sends, or reads, a byte a second holds a connection and nothing else. Knows no HTTP
+beyond where a request ends, and no application.
+"""
+
+import re
+import socket
+import time
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+from msgspec import Struct
+
+HEADERS_END = b"\r\n\r\n"
+RECEIVE_BYTES = 64 * 1024
+MOST_HEAD_BYTES = 32 * 1024
+LINGER_S = 2.0
+# Slower than this, or slower to begin, and a request is not waited for.
+SLOWEST_BYTES_PER_S = 32 * 1024
+
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
+_ANY_LENGTH = re.compile(rb"[\r\n][ \t]*content-length", re.IGNORECASE)
+_CODED = re.compile(rb"[\r\n][ \t]*transfer-encoding", re.IGNORECASE)
+_EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
+
+
+class Limits(Struct, frozen=True):
+    """How much one client may send, and how long it may take.
+
+    Attributes:
+        max_body_bytes: of a longer body nothing is read; the application refuses it by its length.
+        head_s: from the first byte of a request to the end of its head, and of grace for the rest.
+        keep_alive_s: without a byte.
+    """
+
+    max_body_bytes: int = 64 * 1024 * 1024
+    head_s: float = 10.0
+    keep_alive_s: float = 75.0
+
+
+class Phase(Enum):
+    """What a connection waits for."""
+
+    IDLE = "the first byte of a request"
+    READING = "the rest of a request"
+    WORKING = "the application"
+    WRITING = "the client to take its answer"
+    LINGERING = "the client to have read the last answer"
+
+
+class HeadTooLong(Exception):
+    """The head of a request does not end."""
+
+
+class Asked(Struct, frozen=True):
+    """One whole request.
+
+    ``likeness`` is its head without the digits of its length, which are ``digits``: a client sends
+    the same one again and again. ``complete`` is False where the body was not read, because it is
+    too long or of unknown length: then no later request may be looked for on its connection.
+    """
+
+    head: bytes
+    likeness: bytes
+    digits: str | None
+    body: bytes
+    complete: bool
+
+    @property
+    def is_post(self) -> bool:
+        return self.head.startswith(b"POST ")
+
+
+class Connection:
+    """One client's socket, which never blocks."""
+
+    __slots__ = (
+        "_awaits_body",
+        "_digits",
+        "_expects",
+        "_head",
+        "_length",
+        "_likeness",
+        "_start",
+        "client",
+        "deadline",
+        "ended",
+        "keep",
+        "limits",
+        "phase",
+        "received",
+        "server",
+        "sock",
+        "unsent",
+        "watched",
+    )
+
+    def __init__(self, sock: socket.socket, client: Any, server: Any, limits: Limits) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.client = client
+        self.server = server
+        self.limits = limits
+        self.received = bytearray()
+        self.unsent: memoryview = memoryview(b"")
+        self.keep = True
+        """Whether the client is listened to after the answer that is being sent."""
+        self.watched = 0
+        """The events of its socket that the loop is told of."""
+        self.ended = False
+        """Whether the client has said that it will send no more."""
+        self._head: bytes | None = None
+        self._likeness = b""
+        self._digits: str | None = None
+        self._length: int | None = None
+        self._start = 0
+        self._awaits_body = self._expects = False
+        self.rest()
+
+    def rest(self) -> None:
+        """Wait for the next request."""
+        self.phase = Phase.IDLE
+        self.deadline = time.monotonic() + self.limits.keep_alive_s
+
+    def work(self) -> None:
+        """The application has the request; how long that takes is not the client's fault."""
+        self.phase = Phase.WORKING
+        self.deadline = float("inf")
+
+    def linger(self) -> None:
+        """Say no more; read on for a while, as closing at once would take the answer back."""
+        self.phase = Phase.LINGERING
+        self.deadline = time.monotonic() + LINGER_S
+        self.received.clear()
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def receive(self) -> None:
+        """Take what has arrived; raises as ``recv`` does, also when there is nothing."""
+        data = self.sock.recv(RECEIVE_BYTES)
+        if not data:
+            self.ended = True
+        elif self.phase is not Phase.LINGERING:
+            self.received += data
+
+    def take(self) -> Asked | None:
+        """The next request, once all of it has arrived.
+
+        Raises:
+            HeadTooLong: it is none, or not one for us.
+        """
+        received = self.received
+        if self._head is None:
+            end = received.find(HEADERS_END, 0, MOST_HEAD_BYTES)
+            if end < 0:
+                if len(received) >= MOST_HEAD_BYTES:
+                    raise HeadTooLong
+                if received and self.phase is Phase.IDLE:
+                    self._await(self.limits.head_s)
+                return None
+            self._start = end + len(HEADERS_END)
+            self._head = bytes(received[:end])
+            if b"100-continue" in self._head:
+                self._head, said = _EXPECT.subn(b"", self._head + b"\r\n")
+                self._head, self._expects = self._head[:-2], said > 0
+            self._likeness, self._digits, length = measure(self._head)
+            too_long = length is not None and length > self.limits.max_body_bytes
+            self._length = None if too_long else length
+        end = self._start + (self._length or 0)
+        if len(received) < end:
+            if self.phase is Phase.IDLE or not self._awaits_body:
+                self._awaits_body = True
+                self._await(self._time_for(end))
+            return None
+        body = bytes(received[self._start : end])
+        complete = self._length is not None
+        asked = Asked(self._head, self._likeness, self._digits, body, complete)
+        if len(received) == end:
+            self.received = bytearray()
+        else:
+            del received[:end]
+        self._head = None
+        self._awaits_body = self._expects = False
+        return asked
+
+    def expects(self) -> bool:
+        """Whether the client waits to be told to send the body; said once."""
+        expects, self._expects = self._expects, False
+        return expects
+
+    def send(self) -> bool:
+        """Send what the client takes now; whether that was all. Raises as ``send`` does."""
+        try:
+            sent = self.sock.send(self.unsent)
+        except BlockingIOError:
+            sent = 0
+        self.unsent = self.unsent[sent:]
+        if not self.unsent:
+            return True
+        if self.phase is not Phase.WRITING:
+            self.phase = Phase.WRITING
+            self.deadline = time.monotonic() + self._time_for(len(self.unsent))
+        return False
+
+    def has_hung_up(self) -> bool:
+        """Whether the client sends no more: then, after a wait, it has most likely gone."""
+        try:
+            return self.ended or not self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+
+    def _await(self, time_s: float) -> None:
+        self.phase = Phase.READING
+        self.deadline = time.monotonic() + time_s
+
+    def _time_for(self, size: int) -> float:
+        return self.limits.head_s + size / SLOWEST_BYTES_PER_S
+
+
+def measure(head: bytes) -> tuple[bytes, str | None, int | None]:
+    """``head`` without the digits of its length, those, and how many bytes follow it.
+
+    None where that is not said in the one plain form: in any other, two readers could differ about
+    where the next request begins.
+    """
+    found = _LENGTH.search(head + b"\r\n")
+    if found is None:
+        return head, None, 0 if _lengths(head) == 0 else None
+    likeness = head[: found.start(1)] + head[found.end(1) :]
+    digits = found[1].decode()
+    return likeness, digits, int(digits) if _lengths(likeness) == 1 else None
+
+
+@lru_cache(1024)
+def _lengths(head: bytes) -> int:
+    """How often ``head`` says how long the body is; 2 where it says so in another way."""
+    return 2 if _CODED.search(head) else len(_ANY_LENGTH.findall(head))

@@ -1,0 +1,165 @@
+"""Where a request ends, and how long a client may take for it: on socket pairs, without a loop."""
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from service.connection import (
+    MOST_HEAD_BYTES,
+    Connection,
+    HeadTooLong,
+    Limits,
+    Phase,
+    measure,
+)
+
+
+class Pair:
+    def __init__(self) -> None:
+        self.client, ours = socket.socketpair()
+        self.ours = Connection(ours, None, None, Limits(max_body_bytes=1000, keep_alive_s=60))
+
+    def sends(self, data: bytes) -> Connection:
+        self.client.sendall(data)
+        self.ours.receive()
+        return self.ours
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.client.close()
+    made.ours.sock.close()
+
+
+def post(body: bytes, extra: str = "") -> bytes:
+    return f"POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
+
+
+def left_s(connection: Connection) -> float:
+    return connection.deadline - time.monotonic()
+
+
+def test_a_request_is_taken_once_all_of_it_is_there(pair: Pair) -> None:
+    whole = post(b"hello")
+    for end in range(1, len(whole)):
+        pair.sends(whole[end - 1 : end])
+        assert pair.ours.take() is None
+        assert pair.ours.phase is Phase.READING
+    asked = pair.sends(whole[-1:]).take()
+    assert asked is not None
+    assert (asked.body, asked.digits, asked.is_post, asked.complete) == (b"hello", "5", True, True)
+    assert pair.ours.take() is None
+
+
+def test_requests_behind_each_other_are_taken_one_by_one(pair: Pair) -> None:
+    pair.sends(post(b"one") + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + post(b"two")[:-1])
+    bodies = [asked.body for asked in (pair.ours.take(), pair.ours.take()) if asked]
+    assert bodies == [b"one", b""]
+    assert pair.ours.take() is None
+    asked = pair.sends(b"o").take()
+    assert asked is not None
+    assert asked.body == b"two"
+
+
+def test_the_time_for_a_request_does_not_grow_with_each_byte(pair: Pair) -> None:
+    assert 59 < left_s(pair.ours) <= 60
+    whole = post(bytes(900))
+    pair.sends(whole[:3])
+    pair.ours.take()
+    assert 9 < left_s(pair.ours) <= 10
+    until = pair.ours.deadline
+    pair.sends(whole[3:9])
+    pair.ours.take()
+    assert pair.ours.deadline == until
+    pair.sends(whole[9:80])
+    pair.ours.take()
+    until = pair.ours.deadline
+    assert 9.9 < left_s(pair.ours) < 10.2  # head_s, and what 900 bytes may take
+    pair.sends(whole[80:90])
+    pair.ours.take()
+    assert pair.ours.deadline == until
+
+
+def test_an_endless_head_is_refused(pair: Pair) -> None:
+    for _ in range(MOST_HEAD_BYTES // 1024 - 1):
+        assert pair.sends(b"x" * 1024).take() is None
+    with pytest.raises(HeadTooLong):
+        pair.sends(b"x" * 1024).take()
+
+
+def test_a_body_over_the_limit_is_not_waited_for(pair: Pair) -> None:
+    asked = pair.sends(post(bytes(1001))[:60]).take()
+    assert asked is not None
+    assert (asked.complete, asked.body, asked.digits) == (False, b"", "1001")
+
+
+def test_a_client_that_expects_to_be_told_is_told_once(pair: Pair) -> None:
+    whole = post(b"hello", "Expect: 100-Continue\r\n".replace("C", "c"))
+    pair.sends(whole[:-5])
+    assert pair.ours.take() is None
+    assert pair.ours.expects()
+    assert not pair.ours.expects()
+    asked = pair.sends(whole[-5:]).take()
+    assert asked is not None
+    assert asked.body == b"hello"
+    assert b"Expect" not in asked.head
+    asked = pair.sends(whole).take()
+    assert asked is not None
+    assert b"Expect" not in asked.head
+    assert not pair.ours.expects()
+
+
+@pytest.mark.parametrize(
+    ("head", "length"),
+    [
+        ("POST / HTTP/1.1\r\nContent-Length: 5", 5),
+        ("POST / HTTP/1.1\r\ncOnTent-LENGTH:5", 5),
+        ("POST / HTTP/1.1\r\nContent-Length: 007", 7),
+        ("GET / HTTP/1.1\r\nHost: x", 0),
+        ("POST / HTTP/1.1\r\nX-Content-Length: 5", 0),
+        ("POST /content-length:5 HTTP/1.1", 0),
+        ("POST / HTTP/1.1\r\nContent-Length: +5", None),
+        ("POST / HTTP/1.1\r\nContent-Length: 5, 5", None),
+        ("POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 5", None),
+        ("POST / HTTP/1.1\r\nContent-Length: 5\r\nX: y\ncontent-length: 6", None),
+        ("POST / HTTP/1.1\r\nContent-Length : 5", None),
+        ("POST / HTTP/1.1\r\n Content-Length: 5", None),
+        ("POST / HTTP/1.1\r\nContent-Length: 1234567890123456", None),
+        ("POST / HTTP/1.1\r\nTransfer-Encoding: chunked", None),
+        ("POST / HTTP/1.1\r\nContent-Length: 5\r\ntransfer-encoding : chunked", None),
+    ],
+)
+def test_only_one_plain_length_counts(head: str, length: int | None) -> None:
+    assert measure(head.encode())[2] == length
+
+
+def test_heads_that_differ_in_length_only_are_alike() -> None:
+    likenesses = {measure(post(bytes(n))[:-n].partition(b"\r\n\r\n")[0])[0] for n in (3, 45, 678)}
+    assert len(likenesses) == 1
+
+
+def test_what_a_client_does_not_take_is_kept_for_it(pair: Pair) -> None:
+    data = bytes(range(256)) * 20_000
+    pair.ours.unsent = memoryview(data)
+    assert not pair.ours.send()
+    assert pair.ours.phase is Phase.WRITING
+    assert 10 < left_s(pair.ours) < 10 + len(data) / 32_768
+    received = b""
+    pair.client.setblocking(False)
+    while len(received) < len(data):
+        received += pair.client.recv(1 << 20)
+        pair.ours.send()
+    assert received == data
+
+
+def test_after_the_last_answer_what_still_comes_is_thrown_away(pair: Pair) -> None:
+    pair.sends(b"POST /")
+    pair.ours.linger()
+    pair.sends(b"x" * 1000)
+    assert not pair.ours.received
+    assert pair.client.recv(1) == b""
+    assert left_s(pair.ours) <= 2
