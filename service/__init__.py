@@ -39,16 +39,20 @@ def create_app(
     from service.settings import Settings
     from service.shadow_feed import ShadowFeed
     from service.state import State, open_slots
+    from service.watchdog import Watchdog
 
     settings = settings or Settings.from_environment()
     metrics = metrics or Metrics()
-    if slots is None:
-        slots = open_slots(settings, metrics)
+    is_worker = slots is None
+    slots = open_slots(settings, metrics) if slots is None else slots
+    watchdog = Watchdog(slots.values(), settings.hung_s, settings.max_rss_mb)
+    if is_worker:
         metrics.start()
+        watchdog.start()
     app = Flask(__name__)
     shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
     state = app.extensions["convoy"] = State(
-        settings=settings, slots=slots, metrics=metrics, shadow=shadow
+        settings=settings, slots=slots, metrics=metrics, shadow=shadow, watchdog=watchdog
     )
     requests.init_app(app)
     errors.init_app(app)

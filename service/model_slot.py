@@ -162,6 +162,13 @@ class ModelSlot:
         serving = self.serving
         return serving.champion if serving else None
 
+    @property
+    def running_s(self) -> float:
+        """For how long the longest forward pass of what serves has been running."""
+        serving = self._held.serving
+        served = (serving.champion, serving.challenger) if serving else ()
+        return max((each.batcher.running_s for each in served if each), default=0.0)
+
     def require(self) -> Serving:
         """What serves, read once per request.
 

@@ -43,6 +43,8 @@ VARIABLES = {
     "CONVOY_MAX_WAIT_S": "max_wait_s",
     "CONVOY_DRAIN_S": "drain_s",
     "CONVOY_UNREADY_S": "unready_s",
+    "CONVOY_HUNG_S": "hung_s",
+    "CONVOY_MAX_RSS_MB": "max_rss_mb",
     "CONVOY_KEEP_WARM_S": "keep_warm_s",
     "CONVOY_STICKY_HEADER": "sticky_header",
     "CONVOY_SHADOW_CPU": "shadow_cpu",
@@ -81,6 +83,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_wait_s: Seconds = 1.0
     drain_s: Count = 30
     unready_s: Annotated[float, Meta(ge=0)] = 0.0
+    hung_s: Seconds = 30.0
+    max_rss_mb: Count | None = None
     keep_warm_s: Annotated[float, Meta(ge=0)] = 600.0
     sticky_header: Annotated[str, Meta(pattern="^[A-Za-z0-9-]+$")] = "X-Session-Id"
     shadow_cpu: Annotated[float, Meta(gt=0, le=1)] = 0.2

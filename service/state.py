@@ -4,7 +4,7 @@ from flask import current_app
 from msgspec import Struct
 
 from registry.bundle import Bundle
-from registry.errors import ModelNotFound, UsageError, VersionNotFound
+from registry.errors import ModelNotFound, ModelNotReady, UsageError, VersionNotFound
 from registry.plans.choice import Planner
 from registry.releases import ReleasedVersion
 from service.batcher import MicroBatcher
@@ -14,6 +14,7 @@ from service.metrics import Metrics
 from service.model_slot import ModelSlot, ServedModel, Serving
 from service.settings import Settings
 from service.shadow_feed import ShadowFeed
+from service.watchdog import Watchdog
 
 Slots = dict[str, ModelSlot]
 """By model name; the first is the default model."""
@@ -24,6 +25,7 @@ class State(Struct, frozen=True, kw_only=True):
     slots: Slots
     metrics: Metrics
     shadow: ShadowFeed
+    watchdog: Watchdog
 
     def served(
         self, name: str | None = None, version: int | None = None, alias: str | None = None
@@ -34,6 +36,8 @@ class State(Struct, frozen=True, kw_only=True):
             ModelNotFound, VersionNotFound: it is not served here.
             ModelNotReady: it will be, but is not loaded yet.
         """
+        if self.watchdog.reason:
+            raise ModelNotReady(self.watchdog.reason)
         serving = self.slot(name).require()
         served = serving.find(version, alias)
         if served is None:

@@ -29,8 +29,9 @@ def readyz() -> Response:
     while the registry is down is ready, and stale.
     """
     slots = state().slots.values()
-    ready = ENDING not in request.environ and all(slot.current is not None for slot in slots)
-    body = {"ready": ready, "models": [_describe(slot) for slot in slots]}
+    ending = state().watchdog.reason or ("told to end" if ENDING in request.environ else None)
+    ready = ending is None and all(slot.current is not None for slot in slots)
+    body = {"ready": ready, "ending": ending, "models": [_describe(slot) for slot in slots]}
     return Response(msgspec.json.encode(body), 200 if ready else 503, mimetype="application/json")
 
 

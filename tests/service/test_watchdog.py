@@ -1,0 +1,61 @@
+"""When a worker ends itself."""
+
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from registry.contract import ModelRef
+from service import watchdog
+from service.watchdog import Watchdog, rss_mb
+
+
+class Ends:
+    def __init__(self) -> None:
+        self.signals: list[signal.Signals] = []
+
+    def __call__(self, number: signal.Signals) -> None:
+        self.signals.append(number)
+
+
+def slot(running_s: float) -> SimpleNamespace:
+    return SimpleNamespace(ref=ModelRef("digits", 1), running_s=running_s)
+
+
+def test_a_forward_pass_that_hangs_is_said_and_then_ends_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    end = Ends()
+    looked_after = slot(0.0), slot(29.0)
+    dog = Watchdog(looked_after, 30.0, end=end)
+    dog.look()
+    assert (dog.reason, end.signals) == (None, [])
+    looked_after[1].running_s = 31.0
+    said: list[str | None] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: said.append(dog.reason))
+    dog.look()
+    assert end.signals == [signal.SIGKILL]
+    assert said == ["digits: a forward pass has not ended for 31 s"]  # before it ended
+
+
+def test_a_worker_that_grows_ends_gently_and_not_with_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    end = Ends()
+    monkeypatch.setattr(watchdog, "JITTER_S", 0.2)
+    dog = Watchdog((), 30.0, max_rss_mb=1, end=end)
+    began = time.monotonic()
+    while not end.signals:
+        dog.look()
+        assert time.monotonic() - began < 1
+    dog.look()
+    assert end.signals == [signal.SIGTERM]
+    assert dog.reason is None  # it answers on until it has drained
+
+
+def test_without_a_limit_no_memory_is_too_much() -> None:
+    end = Ends()
+    Watchdog((), 30.0, end=end).look()
+    assert not end.signals
+    assert rss_mb() > 20
