@@ -27,13 +27,20 @@ class RunningService:
     """``python -m service`` on a free port of this machine."""
 
     def __init__(
-        self, home: Path, model: str, workers: int, pull: bool, plan: str = "auto"
+        self,
+        home: Path,
+        model: str,
+        workers: int,
+        pull: bool,
+        plan: str = "auto",
+        **more: str,
     ) -> None:
+        """``more`` are environment variables; ``CONVOY_PORT`` is among them or a free one."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+            self.port = int(more.get("CONVOY_PORT") or probe.getsockname()[1])
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long-lived as the service
-        environment = {
+        self._environment = {
             **os.environ,
             "CONVOY_HOME": str(home),
             "CONVOY_PORT": str(self.port),
@@ -41,11 +48,16 @@ class RunningService:
             "CONVOY_WORKERS": str(workers),
             "CONVOY_PLAN": plan,
             "CONVOY_LOG_LEVEL": "WARNING",
+            **more,
         }
-        command = [sys.executable, "-m", "service", *([] if pull else ["--no-pull"])]
+        self._command = [sys.executable, "-m", "service", *([] if pull else ["--no-pull"])]
+        self.start()
+
+    def start(self) -> None:
+        """Start, or after ``stop`` start again on the same port; returns when it is ready."""
         started = time.perf_counter()
         self.process = psutil.Popen(
-            command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
+            self._command, env=self._environment, stdout=self._log, stderr=subprocess.STDOUT
         )
         self._wait()
         self.start_to_ready_s = time.perf_counter() - started
@@ -55,8 +67,15 @@ class RunningService:
 
     def workers(self) -> list[psutil.Process]:
         """gunicorn's workers: the children of the gunicorn that is our child."""
-        (gunicorn,) = [p for p in self.process.children() if "gunicorn" in " ".join(p.cmdline())]
-        return list(gunicorn.children())
+        return list(self.gunicorn().children())
+
+    def gunicorn(self) -> psutil.Process:
+        (found,) = [p for p in self.process.children() if "gunicorn" in " ".join(p.cmdline())]
+        return found
+
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
 
     def stop(self) -> None:
         self.process.terminate()
@@ -76,19 +95,24 @@ class RunningService:
                 connection.close()
             time.sleep(0.01)
         self.process.terminate()
-        self._log.seek(0)
-        raise SystemExit(f"the service did not start:\n{self._log.read().decode()[-3000:]}")
+        raise SystemExit(f"the service did not start:\n{self.log()[-3000:]}")
 
 
 @contextmanager
 def running_service(
-    home: Path, model: str, workers: int = 2, pull: bool = False, plan: str = "auto"
+    home: Path,
+    model: str,
+    workers: int = 2,
+    pull: bool = False,
+    plan: str = "auto",
+    **more: str,
 ) -> Iterator[RunningService]:
-    service = RunningService(home, model, workers, pull, plan)
+    service = RunningService(home, model, workers, pull, plan, **more)
     try:
         yield service
     finally:
-        service.stop()
+        if service.process.is_running():
+            service.stop()
 
 
 def post_image(connection: http.client.HTTPConnection, image: bytes) -> tuple[int, dict[str, Any]]:

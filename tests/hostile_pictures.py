@@ -164,4 +164,16 @@ def mutants(seeds: list[bytes], count: int, seed: int = 0) -> Iterator[bytes]:
                 data[at : at + 4] = random.choice(
                     (b"\xff\xff\xff\xff", bytes(4), b"\x7f\xff\xff\xff")
                 )
-        yield bytes(data)
+        yield with_checksums(bytes(data)) if random.random() < 0.5 else bytes(data)
+
+
+def with_checksums(data: bytes) -> bytes:
+    """A PNG whose checksums are right again, so that what was changed is looked at."""
+    if not data.startswith(PNG):
+        return data
+    pieces, position = [PNG], len(PNG)
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        pieces.append(chunk(data[position + 4 : position + 8], data[position + 8 :][:length]))
+        position += length + 12
+    return b"".join(pieces)

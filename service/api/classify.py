@@ -27,6 +27,7 @@ from registry.preprocess import Pixels, decode_image
 from service import errors
 from service.api.bodies import Images
 from service.batcher import Scored, Ticket
+from service.memory import give_back
 from service.metrics import Answered
 from service.model_slot import ServedModel, Serving
 from service.requests import answer_headers, identify
@@ -217,6 +218,7 @@ class Classify:
         except ConvoyError as error:
             return error
         finally:
+            give_back()  # else every thread's share of the heap keeps its largest picture's
             self._large.release()
 
     def _answer(self, job: Job, start_response: "StartResponse") -> Iterator[bytes]:

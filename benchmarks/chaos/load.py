@@ -1,0 +1,197 @@
+"""Scenarios 6 and 7: more than can be answered, and clients that take their time."""
+
+import asyncio
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.chaos.traffic import Traffic, between, failed, get, in_turn, post, summary
+from benchmarks.chaos.workers import capacity
+from benchmarks.common import RunningService, running_service
+from benchmarks.open_loop import run
+from registry.home import Home
+from training.datasets import load_dataset
+
+TIMES = 10
+SLOW = 500
+SLOW_MODEL = "models:/slow@champion"
+IMAGE_PX = 96
+
+
+def overload(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
+    """Ten times as many requests as can be answered, open loop, of a network that takes a while."""
+    with home_of_two() as (home, _):
+        image = publish_slow(home)
+        with running_service(home.root, SLOW_MODEL, plan="torch-eager") as running:
+            return asyncio.run(_overload(running, image, seconds))
+
+
+def publish_slow(home: Home) -> bytes:
+    """A ResNet-18 at 96×96, hardly trained; a picture for it."""
+    digits = load_dataset("digits", home.datasets).test
+    folder = home.root / "pictures"
+    for number in range(10):
+        for copy in range(12):
+            target = folder / str(number) / f"{copy}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(digits.encode(number * 12 + copy))
+    data = ("--data", f"folder:{folder}", "--image-size", str(IMAGE_PX))
+    run(home, "training", *data, "--recipe", "resnet18", "--set", "epochs=1", "--model", "slow")
+    run(home, "registry", "promote", "slow", "1")
+    run(home, "registry", "pull", SLOW_MODEL)
+    return Path(folder / "0" / "0.png").read_bytes()
+
+
+async def _overload(
+    running: RunningService, image: bytes, seconds: int
+) -> tuple[dict[str, Any], Traffic]:
+    peak = await capacity(running.port, image, 8)
+    calm = Traffic(running.port, in_turn([post(image)]), 0.6 * peak)
+    probes = Traffic(running.port, in_turn([get("/livez", "livez")]), 10, connections=4)
+    crowd = Traffic(running.port, in_turn([post(image)]), TIMES * peak, connections=256)
+    crowd.began = calm.began
+    async with probes.running():
+        async with calm.running():
+            await asyncio.sleep(5)
+        crowd.fault(f"{TIMES} × as many")
+        began = time.perf_counter()
+        async with crowd.running():
+            await asyncio.sleep(seconds)
+            ended = time.perf_counter()
+        crowd.fault("as before")
+        after = Traffic(running.port, in_turn([post(image)]), 0.6 * peak)
+        stopped = time.perf_counter()
+        async with after.running():
+            await asyncio.sleep(8)
+    settled = between(crowd.rows, began + 2, ended)
+    good = [row for row in crowd.rows if row.status == 200 and began + 2 <= row.done < ended]
+    during = summary(settled)
+    alive_ms = [1000 * (row.done - row.due) for row in probes.rows if began <= row.due < ended]
+    before = summary(calm.rows)
+    figures = {
+        "peak_rps": peak,
+        "offered_rps": TIMES * peak,
+        "seconds": seconds,
+        **during,
+        "goodput_of_peak": len(good) / (ended - began - 2) / peak,
+        "livez": len(alive_ms),
+        "livez_failed": failed(probes.rows, ("livez",)),
+        "livez_p99_ms": sorted(alive_ms)[int(0.99 * len(alive_ms))],
+        "livez_worst_ms": max(alive_ms),
+        "quiet_p99_ms": before["p99_ms"],
+        "recovery_s": _recovery(after, stopped, 2 * before["p99_ms"]),
+        "failed_after": failed(after.rows),
+    }
+    crowd.rows += calm.rows + after.rows
+    return figures, crowd
+
+
+def _recovery(after: Traffic, since: float, bearable_ms: float) -> float:
+    """Until every quarter of a second's requests are answered as fast as before."""
+    bad = [
+        row.due
+        for row in after.rows
+        if row.status != 200 or 1000 * (row.done - row.due) > bearable_ms
+    ]
+    quarters = [int(4 * (due - since)) for due in bad]
+    crowded = [each for each in set(quarters) if quarters.count(each) > 2]
+    return (max(crowded) + 1) / 4 if crowded else 0.0
+
+
+def slow_clients(seconds: int = 300) -> tuple[dict[str, Any], Traffic]:
+    """500 connections that send or read a byte at a time, no proxy, and honest clients beside."""
+    with home_of_two() as (home, image), service(home) as running:
+        return asyncio.run(_slow_clients(running, image, seconds))
+
+
+async def _slow_clients(
+    running: RunningService, image: bytes, seconds: int
+) -> tuple[dict[str, Any], Traffic]:
+    rate = 0.5 * await capacity(running.port, image)
+    traffic = Traffic(
+        running.port, in_turn([post(image)] * 20 + [post(image + bytes(100_000))]), rate
+    )
+    closed: list[str] = []
+    async with traffic.running():
+        await asyncio.sleep(5)
+        traffic.fault("500 slow ones")
+        began = time.perf_counter()
+        until = began + seconds
+        kinds = (_slow_head, _slow_body, _slow_reader, _silent)
+        crowd = [
+            asyncio.ensure_future(_again(kinds[n % len(kinds)], running.port, until, closed))
+            for n in range(SLOW)
+        ]
+        await asyncio.gather(*crowd)
+        traffic.fault("gone")
+        await asyncio.sleep(2)
+    quiet = summary([row for row in traffic.rows if row.due < began])
+    figures = {
+        "slow_connections": SLOW,
+        "seconds": seconds,
+        "closed_by_us": len(closed),
+        "rate": rate,
+        **summary(traffic.rows),
+        "failed": failed(traffic.rows),
+        "quiet_p99_ms": quiet["p99_ms"],
+        "threads": sum(worker.num_threads() for worker in running.workers()),
+    }
+    return figures, traffic
+
+
+async def _again(kind: Any, port: int, until: float, closed: list[str]) -> None:
+    """One slow client, which connects anew when it is shown the door."""
+    await asyncio.sleep(random.uniform(0, 2))
+    while time.perf_counter() < until:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        except OSError:
+            await asyncio.sleep(0.5)
+            continue
+        try:
+            await kind(reader, writer, until)
+        except OSError:
+            closed.append(kind.__name__)
+        finally:
+            writer.close()
+
+
+async def _slow_head(reader: Any, writer: Any, until: float) -> None:
+    for byte in b"POST /v1/classify HTTP/1.1\r\nX: " + b"y" * 10_000:
+        await _step(reader, writer, bytes([byte]), until)
+
+
+async def _slow_body(reader: Any, writer: Any, until: float) -> None:
+    writer.write(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+    for _ in range(10_000):
+        await _step(reader, writer, b"z", until)
+
+
+async def _slow_reader(reader: Any, writer: Any, until: float) -> None:
+    """Asks a hundred times and takes a byte a second of the answers."""
+    writer.transport.pause_reading()
+    for _ in range(100):
+        writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+    while time.perf_counter() < until:
+        await asyncio.sleep(1)
+        if writer.transport.is_closing():
+            raise OSError
+
+
+async def _silent(reader: Any, writer: Any, until: float) -> None:
+    while time.perf_counter() < until:
+        await asyncio.sleep(1)
+        if reader.at_eof():
+            raise OSError
+
+
+async def _step(reader: Any, writer: Any, data: bytes, until: float) -> None:
+    if time.perf_counter() > until:
+        return
+    writer.write(data)
+    await writer.drain()
+    await asyncio.sleep(1)
+    if reader.at_eof() or writer.transport.is_closing():
+        raise OSError

@@ -1,0 +1,103 @@
+"""What the scenarios are played on: services of their own on loopback, and an nginx before them."""
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from benchmarks.common import RunningService, running_service
+from benchmarks.open_loop import prepare_two
+from registry.home import Home
+from training.datasets import load_dataset
+
+MODEL = "models:/digits@champion"
+
+NGINX = """
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+worker_processes 1;
+events {{ worker_connections 2048; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    client_max_body_size 64m;
+    upstream convoy {{
+        {servers}
+        keepalive 32;
+    }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://convoy;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_connect_timeout 1s;
+            proxy_next_upstream error timeout http_503 non_idempotent;
+            proxy_next_upstream_tries 4;
+        }}
+    }}
+}}
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def home_of_two() -> Iterator[tuple[Home, bytes]]:
+    """A home in which two small versions of a model are published, and a picture for it."""
+    with tempfile.TemporaryDirectory(prefix="convoy-chaos-") as folder:
+        home = Home(Path(folder))
+        prepare_two(home)
+        yield home, load_dataset("digits", home.datasets).test.encode(0)
+
+
+def service(
+    home: Home, workers: int = 2, pull: bool = False, **more: str
+) -> AbstractContextManager[RunningService]:
+    return running_service(home.root, MODEL, workers, pull, **more)
+
+
+@contextmanager
+def nginx(ports: list[int]) -> Iterator[int]:
+    """An nginx before the services on ``ports``, which tries another when one fails; its port."""
+    if shutil.which("nginx") is None:
+        raise SystemExit("this scenario needs nginx (apt install nginx-light)")
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="convoy-nginx-") as folder:
+        # Retried are classifications only: they change nothing. max_fails=0: never ruled out.
+        servers = " ".join(f"server 127.0.0.1:{each} max_fails=0;" for each in ports)
+        conf = Path(folder) / "nginx.conf"
+        conf.write_text(NGINX.format(folder=folder, port=port, servers=servers))
+        process = subprocess.Popen(
+            ["nginx", "-c", str(conf), "-p", folder, "-e", f"{folder}/error.log"]
+        )
+        try:
+            wait_for_port(port)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def wait_for_port(port: int, patience_s: float = 30.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise SystemExit(f"nobody listens on port {port}")

@@ -1,0 +1,302 @@
+"""An open-loop client that counts what becomes of every request, and draws it over time.
+
+Requests are sent when they are due, late answers or not, on connections that are kept, and opened
+anew when the server closes them, as any client's pool does. A request that was sent and never
+answered is lost; nothing is sent twice.
+"""
+
+import asyncio
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LOST, REFUSED = 0, -1
+PATIENCE_S = 20.0
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
+
+
+class Ask(NamedTuple):
+    """One request: what kind it is, for the table, and its bytes."""
+
+    kind: str
+    data: bytes
+
+
+class Row(NamedTuple):
+    """What became of one; times in seconds of ``perf_counter``.
+
+    ``status`` is the answer's, or ``LOST``, or ``REFUSED`` when there was nobody to connect to.
+    """
+
+    kind: str
+    due: float
+    sent: float
+    done: float
+    status: int
+    head: bytes
+
+
+def post(image: bytes, path: str = "/v1/classify?top_k=1", kind: str = "honest") -> Ask:
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Content-Type: application/octet-stream\r\nContent-Length: {len(image)}\r\n\r\n"
+    )
+    return Ask(kind, head.encode() + image)
+
+
+def get(path: str, kind: str) -> Ask:
+    return Ask(kind, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+
+
+class Client(asyncio.Protocol):
+    """One connection, a request at a time."""
+
+    def __init__(self, traffic: "Traffic") -> None:
+        self._traffic = traffic
+        self._data = bytearray()
+        self._asked: tuple[Ask, float, float] | None = None
+        self._transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._traffic.free.append(self)
+        self._traffic.give()
+
+    def ask(self, ask: Ask, due: float) -> None:
+        self._asked = ask, due, time.perf_counter()
+        self._transport.write(ask.data)
+
+    def waits_since(self) -> float | None:
+        return self._asked[2] if self._asked else None
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        end = self._data.find(b"\r\n\r\n")
+        length = _LENGTH.search(self._data, 0, end + 2) if end > 0 else None
+        if end < 0 or (length and len(self._data) < end + 4 + int(length[1])):
+            return
+        head = bytes(self._data[:end])
+        self._data.clear()
+        closing = _CLOSE.search(head) is not None
+        self._settle(int(head.split(b" ", 2)[1]), head)
+        if closing:
+            self._transport.close()
+        else:
+            self._traffic.free.append(self)
+            self._traffic.give()
+
+    def eof_received(self) -> None:
+        if self in self._traffic.free:
+            self._traffic.free.remove(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.eof_received()
+        self._traffic.open -= 1
+        self._traffic.clients.discard(self)
+        self._settle(LOST, b"")
+        self._traffic.give()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def _settle(self, status: int, head: bytes) -> None:
+        if self._asked is not None:
+            ask, due, sent = self._asked
+            self._asked = None
+            self._traffic.rows.append(Row(ask.kind, due, sent, time.perf_counter(), status, head))
+
+
+class Traffic:
+    """Sends what ``choose`` gives, ``rate`` times a second; 0: as often as answers come."""
+
+    def __init__(
+        self, port: int, choose: Callable[[], Ask], rate: float, connections: int = 16
+    ) -> None:
+        self.rows: list[Row] = []
+        self.free: deque[Client] = deque()
+        self.open = 0
+        self.faults: list[tuple[float, str]] = []
+        self.began = time.perf_counter()
+        self._port = port
+        self._choose = choose
+        self._rate = rate
+        self._connections = connections
+        self._waiting: deque[tuple[Ask, float]] = deque()
+        self.clients: set[Client] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def fault(self, name: str) -> None:
+        """Mark this moment in the picture."""
+        self.faults.append((time.perf_counter(), name))
+
+    def give(self) -> None:
+        while self._waiting and self.free:
+            self.free.popleft().ask(*self._waiting.popleft())
+        while self.open < self._connections and len(self._connecting) < len(self._waiting):
+            self.open += 1
+            task = asyncio.ensure_future(self._connect())
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            _, client = await loop.create_connection(lambda: Client(self), "127.0.0.1", self._port)
+        except OSError:
+            self.open -= 1
+            if self._waiting:
+                ask, due = self._waiting.popleft()
+                now = time.perf_counter()
+                self.rows.append(Row(ask.kind, due, now, now, REFUSED, b""))
+            return
+        self.clients.add(client)
+
+    @asynccontextmanager
+    async def running(self) -> Any:
+        """Sends while the block runs; on leaving, waits for what is not answered yet."""
+        stop = asyncio.Event()
+        sending = asyncio.ensure_future(self._send(stop))
+        try:
+            yield self
+        finally:
+            stop.set()
+            await sending
+
+    async def _send(self, stop: asyncio.Event) -> None:
+        started, count = time.perf_counter(), 0
+        looked = started
+        while not stop.is_set():
+            now = time.perf_counter()
+            if self._rate:
+                while (due := started + count / self._rate) <= now:
+                    self._waiting.append((self._choose(), due))
+                    count += 1
+            elif len(self._waiting) + self._busy() < self._connections:
+                missing = self._connections - len(self._waiting) - self._busy()
+                self._waiting.extend((self._choose(), now) for _ in range(missing))
+            self.give()
+            if now - looked > 1:
+                looked = now
+                self._give_up(now)
+            await asyncio.sleep(0.001)
+        deadline = time.perf_counter() + PATIENCE_S
+        while (self._waiting or self._busy()) and time.perf_counter() < deadline:
+            self.give()
+            await asyncio.sleep(0.01)
+        for client in list(self.clients):
+            client.abort()
+        await asyncio.sleep(0.1)
+
+    def _busy(self) -> int:
+        return sum(client.waits_since() is not None for client in self.clients)
+
+    def _give_up(self, now: float) -> None:
+        for client in self.clients:
+            since = client.waits_since()
+            if since is not None and now - since > PATIENCE_S:
+                client.abort()
+
+
+def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, Any]:
+    """Counts, and times from when a request was due, of these kinds."""
+    mine = [row for row in rows if row.kind in kinds]
+    good_ms = [1000 * (row.done - row.due) for row in mine if row.status == 200]
+    refused_ms = [1000 * (row.done - row.sent) for row in mine if row.status == 503]
+    figures: dict[str, Any] = {
+        "requests": len(mine),
+        "ok": len(good_ms),
+        "refused_503": len(refused_ms),
+        "not_connected": sum(row.status == REFUSED for row in mine),
+        "lost": sum(row.status == LOST for row in mine),
+        "other": sum(row.status not in (200, 503, LOST, REFUSED) for row in mine),
+    }
+    figures |= {f"{name}_ms": round(value, 2) for name, value in percentiles(good_ms).items()}
+    if refused_ms:
+        figures["p99_503_ms"] = round(float(np.percentile(refused_ms, 99)), 2)
+    return figures
+
+
+def failed(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> int:
+    """Requests of these kinds that were not answered with 200."""
+    return sum(row.status != 200 for row in rows if row.kind in kinds)
+
+
+def percentiles(values_ms: list[float]) -> dict[str, float]:
+    if not values_ms:
+        return {}
+    return {f"p{p}": float(np.percentile(values_ms, p)) for p in (50, 99)} | {
+        "worst": max(values_ms)
+    }
+
+
+def between(rows: list[Row], start: float, end: float) -> list[Row]:
+    return [row for row in rows if start <= row.due < end]
+
+
+def draw(traffic: Traffic, file: Path, title: str, step_s: float = 0.5) -> None:
+    """The requests over time: what became of them, how long they took, and the faults."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows, began = traffic.rows, traffic.began
+    edges = np.arange(0, max(row.done for row in rows) - began + step_s, step_s)
+    figure, (counts, times) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, layout="tight")
+    groups = {
+        "200": ("tab:green", lambda row: row.status == 200),
+        "4xx": ("tab:blue", lambda row: 400 <= row.status < 500),
+        "503": ("tab:orange", lambda row: row.status == 503),
+        "lost, or another 5xx": (
+            "tab:red",
+            lambda row: row.status <= 0 or (row.status >= 500 and row.status != 503),
+        ),
+    }
+    for label, (colour, belongs) in groups.items():
+        at = [row.done - began for row in rows if belongs(row)]
+        if at or label.startswith(("200", "lost")):
+            rate = np.histogram(at, edges)[0] / step_s
+            counts.step(
+                edges[:-1], rate, where="post", color=colour, label=f"{label} ({len(at):,})"
+            )
+    counts.set_ylabel("answers a second")
+    counts.legend(loc="upper right", fontsize=8)
+    counts.set_title(title)
+    good = [row for row in rows if row.status == 200]
+    places = np.digitize([row.due - began for row in good], edges) - 1
+    taken_ms = np.array([1000 * (row.done - row.due) for row in good])
+    for p, colour in ((50, "tab:green"), (99, "tab:purple")):
+        line = [
+            np.percentile(taken_ms[places == n], p) if (places == n).any() else np.nan
+            for n in range(len(edges) - 1)
+        ]
+        times.step(edges[:-1], line, where="post", color=colour, label=f"p{p} of 200s")
+    times.set_yscale("log")
+    times.set_ylabel("ms from due")
+    times.set_xlabel("seconds")
+    times.legend(loc="upper right", fontsize=8)
+    for at, name in traffic.faults:
+        for axes in (counts, times):
+            axes.axvline(at - began, color="grey", linewidth=0.6, alpha=0.7)
+        if len(traffic.faults) <= 24:
+            counts.text(at - began, counts.get_ylim()[1], name, fontsize=6, rotation=90, va="top")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def in_turn(asks: list[Ask]) -> Callable[[], Ask]:
+    """Each of ``asks``, again and again."""
+
+    def forever() -> Iterator[Ask]:
+        while True:
+            yield from asks
+
+    return forever().__next__
