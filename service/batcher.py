@@ -88,9 +88,13 @@ class MicroBatcher:
         return len(self._waiting)
 
     @property
-    def wait_s(self) -> float:
-        """How long an image that is queued now will wait: what those before it will take."""
-        return len(self._waiting) * self._image_ms / 1000
+    def image_ms(self) -> float:
+        """What an image takes of a forward pass, lately; 0 before the first."""
+        return self._image_ms
+
+    def wait_s(self, before: int = 0) -> float:
+        """How long an image will wait that is queued behind those here and ``before`` more."""
+        return (len(self._waiting) + before) * self._image_ms / 1000
 
     @property
     def running_s(self) -> float:
@@ -105,10 +109,11 @@ class MicroBatcher:
             return self._max_batch
         return max(1, int(self._batch_ms / self._image_ms))
 
-    def check_room(self) -> None:
-        """Raise ``Overloaded`` if an image, were it queued now, would wait for too long."""
-        if (wait_s := self.wait_s) > self._max_wait_s:
-            raise Overloaded(f"{len(self._waiting)} images wait already", max(1, math.ceil(wait_s)))
+    def check_room(self, before: int = 0) -> None:
+        """Raise ``Overloaded`` if an image, queued behind ``before`` more, would wait too long."""
+        if (wait_s := self.wait_s(before)) > self._max_wait_s:
+            waiting = len(self._waiting) + before
+            raise Overloaded(f"{waiting} images wait already", max(1, math.ceil(wait_s)))
 
     def put(self, images: Sequence[Pixels], deadline_s: float) -> list[Ticket]:
         """Queue ``images``; each ticket must be waited for.

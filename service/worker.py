@@ -3,12 +3,12 @@
 The loop reads requests until they are whole and sends answers as fast as they are taken, so that a
 slow client holds no thread (``service.connection``). With small pictures, handing each to a thread
 and back, and the threads' contest for the interpreter, would cost more than the work
-(docs/decisions/0007). So a POST that is small is answered by the loop: each round calls the
-application for every such request that is there, and iterates the answers after that, so that an
+(docs/decisions/0007). So POSTs are answered by the loop: each round calls the application for
+every one that is there, and iterates the answers after that, so that an
 application that queues its work in the call and waits for it in the iteration gets it into one
-batch. Large requests, and those that the application postpones, go to a few threads; whatever is no
-POST, probes among it, to others, so that neither waits for the other. Where too many wait already,
-the application is called to refuse one at once.
+batch. What takes longer the application postpones, or refuses at once if too much of that waits
+already; it is called again by one of a few threads. Whatever is no POST, probes among it, goes to
+others, so that neither waits for the other.
 
 Knows nothing of images. Builds on gunicorn 26's arbiter, parser and response. There is no access
 log; ``max_requests``, ``pre_request`` and ``post_request`` are not honoured.
@@ -38,19 +38,21 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from registry.problems import Problem
-from service.connection import HEADERS_END, Asked, Connection, HeadTooLong, Phase
+from service.connection import HEADERS_END, RECEIVE_BYTES, Asked, Connection, HeadTooLong, Phase
 from service.settings import Settings
 
 IN_LOOP = "convoy.in_loop"
-"""In the environment of a request that the loop answers: it must not take long."""
+"""In the environment of a request that the loop answers, the size of its body in bytes.
 
-OVERLOADED = "convoy.overloaded"
-"""In the environment of a request that is to be refused, because too many wait already."""
+It must not take long.
+"""
+
+WAITING = "convoy.waiting"
+"""In the environment of a request that the loop answers: how many are with the threads."""
 
 ENDING = "convoy.ending"
 """In the environment of every request from the moment at which the worker was told to end."""
 
-SMALL_BYTES = 64 * 1024
 # A round ends when it has this many requests or has taken so long, and answers them.
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
@@ -64,6 +66,7 @@ PATIENCE_S = 1.0
 IDLE_S = 1.0
 # For probes, metrics and pages.
 OTHER_THREADS = 4
+MOST_WAITING = 512
 # Of bodies that have not arrived whole.
 MOST_RECEIVED_BYTES = 256 * 1024 * 1024
 RETRY = "Retry-After: 1\r\n"
@@ -112,7 +115,6 @@ class Crowd(Struct):
     """Threads for one kind of request, and how many requests are with them."""
 
     threads: ThreadPoolExecutor
-    limit: int
     count: int = 0
 
 
@@ -137,9 +139,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._poller = selectors.DefaultSelector()
         self._done = PollableMethodQueue()
         self._done.init()
-        threads = self.cfg.threads
-        self._workers = Crowd(ThreadPoolExecutor(threads, "work"), 3 * threads)
-        self._others = Crowd(ThreadPoolExecutor(OTHER_THREADS, "other"), 16 * OTHER_THREADS)
+        self._workers = Crowd(ThreadPoolExecutor(self.cfg.threads, "work"))
+        self._others = Crowd(ThreadPoolExecutor(OTHER_THREADS, "other"))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_connections = min(self.cfg.worker_connections, max(16, soft - 128))
         super().init_process()
@@ -275,7 +276,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         elif connection.expects():
             with contextlib.suppress(OSError):
                 connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif len(connection.received) > SMALL_BYTES and self._received() > MOST_RECEIVED_BYTES:
+        elif len(connection.received) > RECEIVE_BYTES and self._received() > MOST_RECEIVED_BYTES:
             self._refuse(connection, 503, "too many large requests arrive at once")
 
     def _received(self) -> int:
@@ -294,19 +295,21 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         answering = Answering(connection, request, environ, self.cfg)
         if self._deaf or not asked.complete:
             answering.response.force_close()
-        if asked.is_post and asked.complete and len(asked.body) <= SMALL_BYTES:
-            environ[IN_LOOP] = True
+        if asked.is_post:
             self._call(answering)
         else:
-            self._to_thread(answering, self._workers if asked.is_post else self._others)
+            self._to_thread(answering, self._others)
 
     def _call(self, answering: Answering) -> None:
         """Call the application in the loop; its answer is iterated at the end of the round."""
+        environ = answering.environ
+        size = len(environ["wsgi.input"].getbuffer())
+        environ[IN_LOOP], environ[WAITING] = size, self._workers.count
         try:
             answering.call(self.wsgi)
         except Postpone:
-            del answering.environ[IN_LOOP]
-            answering.environ["wsgi.input"].seek(0)
+            del environ[IN_LOOP], environ[WAITING]
+            environ["wsgi.input"].seek(0)
             self._to_thread(answering, self._workers)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self._fail(answering.connection, error)
@@ -314,14 +317,10 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._round[answering.connection] = answering
 
     def _to_thread(self, answering: Answering, crowd: Crowd) -> None:
-        self._watch(answering.connection, 0)
-        if crowd.count >= crowd.limit:
-            if crowd is self._others:
-                self._refuse(answering.connection, 503, "too many requests wait already")
-                return
-            answering.environ[IN_LOOP] = answering.environ[OVERLOADED] = True
-            self._call(answering)
+        if crowd.count >= MOST_WAITING:
+            self._refuse(answering.connection, 503, "too many requests wait already")
             return
+        self._watch(answering.connection, 0)
         crowd.count += 1
 
         def work() -> None:

@@ -15,9 +15,10 @@ from registry.home import Home
 from training.datasets import load_dataset
 
 TIMES = 10
+PEAK_S = 8.0
 SLOW = 500
 SLOW_MODEL = "models:/slow@champion"
-IMAGE_PX = 96
+IMAGE_PX = 224
 
 
 def overload(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
@@ -29,7 +30,7 @@ def overload(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
 
 
 def publish_slow(home: Home) -> bytes:
-    """A ResNet-18 at 96×96, hardly trained; a picture for it."""
+    """A ResNet-18 at 224×224, hardly trained; a picture for it."""
     digits = load_dataset("digits", home.datasets).test
     folder = home.root / "pictures"
     for number in range(10):
@@ -47,7 +48,9 @@ def publish_slow(home: Home) -> bytes:
 async def _overload(
     running: RunningService, image: bytes, seconds: int
 ) -> tuple[dict[str, Any], Traffic]:
-    peak = await capacity(running.port, image, 8)
+    used = _cpu_s(running)
+    peak = await capacity(running.port, image, PEAK_S)
+    peak_cores = (_cpu_s(running) - used) / PEAK_S
     calm = Traffic(running.port, in_turn([post(image)]), 0.6 * peak)
     probes = Traffic(running.port, in_turn([get("/livez", "livez")]), 10, connections=4)
     crowd = Traffic(running.port, in_turn([post(image)]), TIMES * peak, connections=256)
@@ -56,10 +59,12 @@ async def _overload(
         async with calm.running():
             await asyncio.sleep(5)
         crowd.fault(f"{TIMES} × as many")
-        began = time.perf_counter()
+        began, used, own = time.perf_counter(), _cpu_s(running), time.process_time()
         async with crowd.running():
             await asyncio.sleep(seconds)
             ended = time.perf_counter()
+            cores = (_cpu_s(running) - used) / (ended - began)
+            own_cores = (time.process_time() - own) / (ended - began)
         crowd.fault("as before")
         after = Traffic(running.port, in_turn([post(image)]), 0.6 * peak)
         stopped = time.perf_counter()
@@ -76,6 +81,11 @@ async def _overload(
         "seconds": seconds,
         **during,
         "goodput_of_peak": len(good) / (ended - began - 2) / peak,
+        # The clients are on the same cores: what they take, the workers do not have.
+        "cores_of_clients": own_cores,
+        "cores_of_workers": cores,
+        "cores_of_workers_at_peak": peak_cores,
+        "goodput_of_peak_by_cores": len(good) / (ended - began - 2) / cores / (peak / peak_cores),
         "livez": len(alive_ms),
         "livez_failed": failed(probes.rows, ("livez",)),
         "livez_p99_ms": sorted(alive_ms)[int(0.99 * len(alive_ms))],
@@ -86,6 +96,12 @@ async def _overload(
     }
     crowd.rows += calm.rows + after.rows
     return figures, crowd
+
+
+def _cpu_s(running: RunningService) -> float:
+    """Seconds of the processor that the workers have used."""
+    times = [worker.cpu_times() for worker in running.workers()]
+    return sum(each.user + each.system for each in times)
 
 
 def _recovery(after: Traffic, since: float, bearable_ms: float) -> float:

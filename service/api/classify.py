@@ -34,7 +34,7 @@ from service.requests import answer_headers, identify
 from service.shadow_feed import Sample
 from service.state import State
 from service.traffic import is_challengers
-from service.worker import IN_LOOP, OVERLOADED, Postpone
+from service.worker import IN_LOOP, WAITING, Postpone
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -44,9 +44,10 @@ log = logging.getLogger(__name__)
 DEFAULT_TOP_K = 5
 # What the images of one request may take of a worker's loop before the rest is for a thread.
 LOOP_DECODE_S = 0.01
-# While images that wait will take longer than this, the loop takes on no more: it has probes to
-# read, and others to refuse.
-LOOP_WAIT_S = 0.05
+LOOP_BYTES = 64 * 1024
+# A slower network would keep the loop from reading probes, and from refusing others.
+LOOP_IMAGE_MS = 2.0
+LOOP_WAIT_S = 0.02
 LARGE_AT_ONCE = 2
 _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
@@ -137,15 +138,19 @@ class Classify:
         name, version, alias = target.groups()
         if environ["REQUEST_METHOD"] != "POST":
             raise MethodNotAllowed(["POST"])
-        if OVERLOADED in environ:
-            raise Overloaded("too many large requests wait already")
         in_loop = IN_LOOP in environ
         if in_loop and self._state.slot(name).current is None:
             raise Postpone  # it may have to be loaded first
         # Read once: one request, one version.
         job.served, serving = self._state.served(name, int(version) if version else None, alias)
-        job.served.batcher.check_room()  # decoding what is refused then would be for nothing
-        if in_loop and job.served.batcher.wait_s > LOOP_WAIT_S:
+        batcher = job.served.batcher
+        # Before it is decoded: that would be for nothing.
+        batcher.check_room(environ.get(WAITING, 0))
+        if in_loop and (
+            environ[IN_LOOP] > LOOP_BYTES
+            or batcher.image_ms > LOOP_IMAGE_MS
+            or batcher.wait_s() > LOOP_WAIT_S
+        ):
             raise Postpone
         in_trial = serving.trial is not None and not version and not alias
         if query := environ.get("QUERY_STRING"):

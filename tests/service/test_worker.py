@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from service.worker import SMALL_BYTES
-
 APPLICATION = """
 import json, threading, time
-from service.worker import ENDING, IN_LOOP, OVERLOADED, Postpone
+from service.worker import ENDING, IN_LOOP, WAITING, Postpone
 
 called = []
 calls = 0
@@ -27,7 +25,9 @@ def application(environ, start_response):
     calls += 1
     body = environ["wsgi.input"].read() if environ["PATH_INFO"] != "/unread" else b""
     in_loop = IN_LOOP in environ
-    overloaded = OVERLOADED in environ
+    overloaded = environ.get(WAITING, 0) >= 12
+    if environ.get(IN_LOOP, 0) > 64 * 1024:
+        raise Postpone
     if body == b"slow" and in_loop and not overloaded:
         raise Postpone
     if body == b"raise":
@@ -54,7 +54,7 @@ def application(environ, start_response):
             "calls": calls,
             "port": environ["REMOTE_PORT"],
             "content_length": environ["CONTENT_LENGTH"] if body else None,
-            "in_loop": in_loop,
+            "in_loop": IN_LOOP in environ,
             "overloaded": overloaded,
             "ending": ENDING in environ,
             "thread": threading.current_thread().name,
@@ -173,8 +173,8 @@ def test_requests_that_are_there_together_are_all_called_before_one_is_answered(
 
 
 def test_what_is_large_goes_to_a_thread(connection: Connection) -> None:
-    answer = connection.ask(b"x" * (2 * SMALL_BYTES))
-    assert (answer["in_loop"], answer["length"]) == (False, 2 * SMALL_BYTES)
+    answer = connection.ask(b"x" * 100_000)
+    assert (answer["in_loop"], answer["length"]) == (False, 100_000)
     assert connection.ask(b"small again")["in_loop"]
 
 
@@ -398,13 +398,13 @@ def test_a_request_that_does_not_arrive_in_its_time_is_told_so(connection: Conne
     assert 9 < time.monotonic() - started < 12
 
 
-def test_of_more_than_may_wait_one_is_refused_at_once(port: int) -> None:
+def test_the_application_can_refuse_at_once_when_many_wait(port: int) -> None:
     many = [Connection(port) for _ in range(20)]
     for each in many:
         each.send(post(b"slow"))
     answers = [json.loads(each.answer()[1]) for each in many]
     refused = [each for each in answers if each["overloaded"]]
-    assert len(refused) == 20 - 12  # with four threads three times as many may be with them
+    assert len(refused) == 20 - 12
     assert all(each["in_loop"] for each in refused)
     for each in many:
         each.close()
