@@ -562,11 +562,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", default=os.environ.get("CONVOY_CONTROL_PORT") or "8081")
     serve.set_defaults(run=_serve)
 
-    token = commands.add_parser("token", help="who may use the control plane")
+    token = commands.add_parser("token", help="who may use the service and the control plane")
     verbs = token.add_subparsers(required=True, metavar="VERB")
     add = verbs.add_parser("add", help="make a token; it is shown once")
     add.add_argument("name")
-    add.add_argument("--role", choices=["viewer", "operator"], required=True)
+    add.add_argument("--role", choices=["classify", "viewer", "admin"], required=True)
     add.set_defaults(run=_add_token)
     remove = verbs.add_parser("remove", help="have a token open nothing any more")
     remove.add_argument("name")

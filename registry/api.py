@@ -173,8 +173,11 @@ def may_look(view: Callable[P, Any]) -> Callable[P, Any]:
 
     @wraps(view)
     def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
-        if g.token is None and g.visitor is None:
+        known = g.token or g.visitor
+        if known is None:
             return _refuse(401, "send a token: Authorization: Bearer …")
+        if not known.may_look:
+            return _refuse(403, f"the token {known.name!r} may classify, not look")
         return view(*arguments, **named)
 
     return guarded
@@ -307,10 +310,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _refuse(status: int, detail: str) -> Response:
-    response = Problem.of(status, "unauthorized" if status == 401 else "forbidden", detail).answer()
-    if status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response
+    return Problem.of(status, "unauthorized" if status == 401 else "forbidden", detail).answer()
 
 
 def describe_error(error: Exception) -> tuple[int, str, str]:

@@ -29,9 +29,7 @@ def serve(host: str, port: int) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     read_webhooks(convoy_home().webhooks)  # says what is wrong with them before anything starts
     if not Tokens(convoy_home().tokens).all():
-        log.warning(
-            "nobody has a token yet; run: python -m registry token add NAME --role operator"
-        )
+        log.warning("nobody has a token yet; run: python -m registry token add NAME --role admin")
     ControlPlane(host, port).run()
     return 0
 

@@ -36,6 +36,18 @@ class Overloaded(ConvoyError):
         self.retry_after_s = retry_after_s
 
 
+class RateExceeded(Overloaded):
+    """This caller asks more often than it may; ``retry_after_s`` as in ``Overloaded``."""
+
+
+class KeyMissing(ConvoyError):
+    """The caller has not said who it is, or is not known."""
+
+
+class KeyInsufficient(ConvoyError):
+    """The caller is known, and may not do this."""
+
+
 class DeadlineExceeded(ConvoyError):
     """The work was not started within its time."""
 

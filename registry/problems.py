@@ -37,6 +37,8 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
         if isinstance(error, HTTPException) and self.status == 405:
             response.headers["Allow"] = ", ".join(getattr(error, "valid_methods", None) or ())
+        if self.status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
         return response
 
 

@@ -12,6 +12,9 @@ from registry.errors import ModelNotReady, UsageError
 from registry.live import Live, add_up
 
 DEFAULT_PORT = "8080"
+SERVICE_KEY = "CONVOY_SERVICE_KEY"
+"""Who knows this variable's value may look at a service that asks for keys."""
+
 TIMEOUT_S = 2.0
 MOST_BYTES = 4_000_000
 
@@ -42,8 +45,11 @@ def read_live(services: Sequence[str], model: str) -> Live:
 
 def _ask(service: str, model: str) -> Live:
     url = f"{service}/v1/models/{urllib.parse.quote(model)}/traffic"
+    key = os.environ.get(SERVICE_KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - checked
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - checked
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
             return msgspec.json.decode(answer.read(MOST_BYTES), type=Live)
     except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
         raise ModelNotReady(f"{service} does not say how {model} is served: {error}") from error

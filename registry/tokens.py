@@ -1,8 +1,8 @@
-"""Who may use the control plane: bearer tokens, of which only digests are kept.
+"""Who may use the service and the control plane: bearer tokens, of which only digests are kept.
 
 A token is 256 random bits, so a plain SHA-256 of it is as good as any slow hash, and a file of
-digests tells nobody a token. The file is read at every request: what is added or removed counts at
-once.
+digests tells nobody a token. Whether the file has changed is looked at at every request: what is
+added or removed counts at once.
 """
 
 import hmac
@@ -19,12 +19,12 @@ from registry.contract import MODEL_NAME, Sha256, sha256_hex
 from registry.errors import UsageError
 from registry.releases import write_atomically
 
-Role = Literal["viewer", "operator"]
+Role = Literal["classify", "viewer", "admin"]
 PREFIX = "convoy_"
 
 
 class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A named token; ``viewer`` may look, ``operator`` may also decide."""
+    """A named token: ``classify`` may do that, ``viewer`` may look, ``admin`` all, and decide."""
 
     name: str
     role: Role
@@ -32,8 +32,16 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     made: str
 
     @property
+    def may_classify(self) -> bool:
+        return self.role != "viewer"
+
+    @property
+    def may_look(self) -> bool:
+        return self.role != "classify"
+
+    @property
     def may_decide(self) -> bool:
-        return self.role == "operator"
+        return self.role == "admin"
 
 
 class Tokens:
@@ -41,6 +49,7 @@ class Tokens:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._known: tuple[tuple[int, int, int] | None, tuple[Token, ...]] = None, ()
 
     def all(self) -> tuple[Token, ...]:
         """Every token, by name.
@@ -49,12 +58,18 @@ class Tokens:
             UsageError: the file cannot be read.
         """
         try:
+            stat = self._file.stat()
+            trace = stat.st_mtime_ns, stat.st_size, stat.st_ino
+            if trace == self._known[0]:
+                return self._known[1]
             found = msgspec.json.decode(self._file.read_bytes(), type=tuple[Token, ...])
         except FileNotFoundError:
             return ()
         except (OSError, msgspec.MsgspecError, ValueError) as error:
             raise UsageError(f"the tokens in {self._file} cannot be read: {error}") from error
-        return tuple(sorted(found, key=lambda token: token.name))
+        tokens = tuple(sorted(found, key=lambda token: token.name))
+        self._known = trace, tokens
+        return tokens
 
     def add(self, name: str, role: Role) -> str:
         """Make a token and return it; it cannot be shown again.

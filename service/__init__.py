@@ -35,6 +35,7 @@ def create_app(
     from service import errors, requests
     from service.api import docs, health, models, page
     from service.api.classify import Classify
+    from service.door import Door
     from service.metrics import Metrics
     from service.settings import Settings
     from service.shadow_feed import ShadowFeed
@@ -52,7 +53,12 @@ def create_app(
     app = Flask(__name__)
     shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
     state = app.extensions["convoy"] = State(
-        settings=settings, slots=slots, metrics=metrics, shadow=shadow, watchdog=watchdog
+        settings=settings,
+        slots=slots,
+        metrics=metrics,
+        shadow=shadow,
+        watchdog=watchdog,
+        door=Door(settings),
     )
     requests.init_app(app)
     errors.init_app(app)

@@ -31,7 +31,12 @@ def _classify(arguments: argparse.Namespace) -> int:
     from service.client import classify_files
 
     return classify_files(
-        arguments.files, arguments.url, arguments.model, arguments.top_k, arguments.json
+        arguments.files,
+        arguments.url,
+        arguments.model,
+        arguments.top_k,
+        arguments.json,
+        os.environ.get("CONVOY_KEY"),  # no option: other users can read command lines
     )
 
 

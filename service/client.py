@@ -13,8 +13,17 @@ TIMEOUT_S = 30.0
 BAR_WIDTH = 24
 
 
-def classify_files(files: list[str], url: str, model: str | None, top_k: int, as_json: bool) -> int:
+def classify_files(
+    files: list[str],
+    url: str,
+    model: str | None,
+    top_k: int,
+    as_json: bool,
+    key: str | None = None,
+) -> int:
     """Classify each file over one connection and print the answers.
+
+    ``key`` is for a service that asks for one.
 
     Returns:
         0, or 1 when a file got no prediction.
@@ -37,7 +46,7 @@ def classify_files(files: list[str], url: str, model: str | None, top_k: int, as
     failures = 0
     for name in files:
         try:
-            answer = _ask(connection, f"{path}?top_k={top_k}", Path(name).read_bytes())
+            answer = _ask(connection, f"{path}?top_k={top_k}", Path(name).read_bytes(), key)
         except OSError as error:
             if error.filename is None:
                 raise UsageError(f"no answer from {url}: {error}") from error
@@ -51,10 +60,13 @@ def classify_files(files: list[str], url: str, model: str | None, top_k: int, as
     return 1 if failures else 0
 
 
-def _ask(connection: http.client.HTTPConnection, path: str, image: bytes) -> dict[str, Any]:
-    connection.request(
-        "POST", path, body=image, headers={"Content-Type": "application/octet-stream"}
-    )
+def _ask(
+    connection: http.client.HTTPConnection, path: str, image: bytes, key: str | None
+) -> dict[str, Any]:
+    headers = {"Content-Type": "application/octet-stream"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    connection.request("POST", path, body=image, headers=headers)
     response = connection.getresponse()
     body = response.read()
     try:

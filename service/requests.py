@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import abort
 
+from service.state import state
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
 
@@ -20,6 +22,10 @@ _TRACEPARENT = re.compile(
 )
 # An id names a request, it guards nothing: a system call for each would be for nothing.
 _random = random.Random()  # noqa: S311
+# Endpoints that say something of the models; probes, pages and documentation say nothing.
+GUARDED = {"models.list_models", "models.show_model", "models.show_traffic", "health.metrics"}
+# What is no page loads nothing and is framed by nobody, whatever a browser takes it for.
+NO_PAGE = "default-src 'none'; frame-ancestors 'none'"
 _LENGTH = re.compile(r"[0-9]{1,15}")
 
 
@@ -76,9 +82,13 @@ def read_body(stream: "InputStream", length: int) -> bytes:
 
 def _begin() -> None:
     g.request_id, g.trace_id = identify(request.environ)
+    if request.endpoint in GUARDED:
+        state().door.admit_looker(request.environ)
 
 
 def _finish(response: Response) -> Response:
     served = g.get("served")
     response.headers.update(answer_headers(g.request_id, served.version if served else None))
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers.setdefault("Content-Security-Policy", NO_PAGE)
     return response

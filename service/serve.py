@@ -10,6 +10,7 @@ import errno
 import importlib.util
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from registry.devices import may_use_gpu
 from registry.errors import UsageError
 from registry.processes import end_with_parent
 from registry.releases import read_release_or_none
+from registry.services import SERVICE_KEY
 from service.settings import GPU_SOCKET, METRICS, RUN_FOLDER, Settings
 
 log = logging.getLogger(__name__)
@@ -129,6 +131,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
             **os.environ,
             RUN_FOLDER: str(folder),
             "PROMETHEUS_MULTIPROC_DIR": str(folder / METRICS),
+            SERVICE_KEY: os.environ.get(SERVICE_KEY) or secrets.token_urlsafe(32),
             "CONVOY_SERVICE_URL": os.environ.get("CONVOY_SERVICE_URL") or settings.address,
         }
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -13,6 +13,7 @@ from registry.devices import CORES, forward_threads
 from registry.errors import UsageError
 from registry.home import convoy_home
 from registry.picture_parts import DecodeLimits
+from registry.services import SERVICE_KEY
 from service.connection import Limits
 
 Count = Annotated[int, Meta(ge=1)]
@@ -48,6 +49,9 @@ VARIABLES = {
     "CONVOY_KEEP_WARM_S": "keep_warm_s",
     "CONVOY_STICKY_HEADER": "sticky_header",
     "CONVOY_SHADOW_CPU": "shadow_cpu",
+    "CONVOY_KEYS": "keys",
+    "CONVOY_RATE": "rate",
+    "CONVOY_BURST": "burst",
     "CONVOY_LOG_LEVEL": "log_level",
 }
 
@@ -61,7 +65,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     ``run_folder`` what the processes of this service share while they run. ``keep_warm_s`` is how
     long a version that was replaced stays in memory; requests with the same ``sticky_header`` get
     the same version during a trial; ``shadow_cpu`` is the part of the machine's cores that scoring
-    in the shadow may take.
+    in the shadow may take. With ``keys``, callers need a token of the file ``tokens``; who knows
+    ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -88,6 +93,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     keep_warm_s: Annotated[float, Meta(ge=0)] = 600.0
     sticky_header: Annotated[str, Meta(pattern="^[A-Za-z0-9-]+$")] = "X-Session-Id"
     shadow_cpu: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    keys: Literal["off", "required"] = "off"
+    tokens: Path = Path("var/tokens.json")
+    service_key: str | None = None
+    rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    burst: Count = 20
     log_level: str = "INFO"
     gpu_socket: Path | None = None
     run_folder: Path | None = None
@@ -144,6 +154,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         values["models"] = parse_model_refs(environment.get("CONVOY_MODEL"))
         home = convoy_home(environment)
         values["models_folder"], values["plans_folder"] = home.models, home.plans
+        values["tokens"], values["service_key"] = home.tokens, environment.get(SERVICE_KEY)
         for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
             if environment.get(name):
                 values[field] = Path(environment[name])

@@ -9,6 +9,7 @@ from registry.plans.choice import Planner
 from registry.releases import ReleasedVersion
 from service.batcher import MicroBatcher
 from service.crew import Crew
+from service.door import Door
 from service.gpu import GpuPlanner, Planning
 from service.metrics import Metrics
 from service.model_slot import ModelSlot, ServedModel, Serving
@@ -26,6 +27,7 @@ class State(Struct, frozen=True, kw_only=True):
     metrics: Metrics
     shadow: ShadowFeed
     watchdog: Watchdog
+    door: Door
 
     def served(
         self, name: str | None = None, version: int | None = None, alias: str | None = None

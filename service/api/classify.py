@@ -53,6 +53,8 @@ _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
     r"/classify"
 )
+# A request that was postponed comes twice, and is counted once.
+CALLED = "convoy.called"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -139,6 +141,8 @@ class Classify:
         if environ["REQUEST_METHOD"] != "POST":
             raise MethodNotAllowed(["POST"])
         in_loop = IN_LOOP in environ
+        self._state.door.admit(environ, again=CALLED in environ)
+        environ[CALLED] = True
         if in_loop and self._state.slot(name).current is None:
             raise Postpone  # it may have to be loaded first
         # Read once: one request, one version.

@@ -15,7 +15,7 @@ blueprint = Blueprint("docs", __name__)
 
 @blueprint.get("/openapi.json")
 def openapi() -> Response:
-    return Response(msgspec.json.encode(document()), mimetype="application/json")
+    return Response(_encoded(), mimetype="application/json")
 
 
 @blueprint.get("/docs")
@@ -23,6 +23,11 @@ def docs() -> Response:
     response = Response(_page(), mimetype="text/html")
     response.headers["Content-Security-Policy"] = POLICY
     return response
+
+
+@cache
+def _encoded() -> bytes:
+    return msgspec.json.encode(document())
 
 
 @cache

@@ -42,11 +42,16 @@ _CLASSIFICATION = {
 }
 _FAILURES = {
     "400": "The request is malformed.",
+    "401": "The service asks for a key: Authorization: Bearer …",
+    "403": "The key may not do this.",
     "404": "The model, version or alias is not served here.",
+    "408": "The request did not arrive in its time.",
     "411": "The body has no Content-Length.",
     "413": "Too many bytes, pixels or images.",
     "415": "Not an image type that is accepted (JPEG, PNG, WebP).",
     "422": "The image cannot be decoded.",
+    "429": "This caller asks more often than it may; see Retry-After.",
+    "431": "The head of the request is too long.",
     "500": "Something went wrong on the service's side; the body has the request's id.",
     "503": "The queue is full, or no version is loaded yet; see Retry-After.",
     "504": "The image waited longer than its time.",
@@ -117,7 +122,7 @@ def document() -> dict[str, Any]:
                     "/v1/models/{name}/aliases/{alias}",
                 )
             },
-            "/v1/models": {"get": _get("The models that are served.")},
+            "/v1/models": {"get": _get("The models that are served.", "/v1/models")},
             **{
                 path: {"get": _get("One model: labels, preprocessing, metrics, device.", path)}
                 for path in (
@@ -135,14 +140,17 @@ def document() -> dict[str, Any]:
             "/livez": {"get": _get("Whether the process answers.", text=True)},
             "/readyz": {"get": _get("Whether every model is loaded and warmed up.", ready=True)},
             "/healthz": {"get": _get("The same as /readyz.", ready=True)},
-            "/metrics": {"get": _get("Metrics in Prometheus' text format.", text=True)},
+            "/metrics": {"get": _get("Metrics in Prometheus' text format.", "/metrics", text=True)},
         },
+        # Of which a service asks only if it was told to; probes and pages are open always.
+        "security": [{}, {"key": []}],
         "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             "schemas": {
                 "Prediction": _PREDICTION,
                 "Classification": _CLASSIFICATION,
                 "Problem": schema("request_id"),
-            }
+            },
         },
     }
 
@@ -166,7 +174,7 @@ def _get(
     summary: str, path: str = "", *, text: bool = False, ready: bool = False
 ) -> dict[str, Any]:
     content = {"text/plain": {}} if text else {"application/json": {"schema": {"type": "object"}}}
-    failures = {code: _FAILURES[code] for code in ("404", "503") if path}
+    failures = {code: _FAILURES[code] for code in ("401", "403", "404", "503") if path}
     not_ready = {"503": {"description": "Not ready.", "content": content}} if ready else {}
     return {
         "summary": summary,

@@ -1,13 +1,27 @@
 "use strict";
 
 const byId = (id) => document.getElementById(id);
+const key = byId("key"); // kept in this page only, so that it goes nowhere by itself
 const [drop, file, preview, hint, status, bars] =
   ["drop", "file", "preview", "hint", "status", "bars"].map(byId);
 const SMALL_PX = 128; // below this, single pixels are worth seeing
 let newest = 0;
 
+// Services may ask for a key: the field for it shows when one does.
+async function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  if (key.value) headers.Authorization = `Bearer ${key.value}`;
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) byId("door").hidden = false;
+  return answer;
+}
+
 async function showModel() {
-  const answer = await fetch("/v1/models");
+  const answer = await ask("/v1/models");
+  if (!answer.ok) {
+    byId("model").textContent = (await answer.json()).detail;
+    return;
+  }
   const [model] = (await answer.json()).models;
   byId("model").textContent = model.ready
     ? `${model.name} version ${model.version}` +
@@ -53,7 +67,7 @@ async function classify(picture) {
   say("classifying …");
   try {
     const started = performance.now();
-    const answer = await fetch("/v1/classify", {
+    const answer = await ask("/v1/classify", {
       method: "POST",
       headers: { "Content-Type": "application/octet-stream" },
       body: picture,
@@ -86,4 +100,5 @@ document.addEventListener("paste", (event) => {
   const [picture] = event.clipboardData.files;
   if (picture) classify(picture);
 });
+key.addEventListener("change", showModel);
 showModel().catch((error) => { byId("model").textContent = error.message; });

@@ -41,8 +41,7 @@ def headers(app: Flask) -> dict[str, dict[str, str]]:
     """What a viewer and an operator send."""
     tokens = app.extensions["convoy"].tokens
     return {
-        role: {"Authorization": f"Bearer {tokens.add(role, role)}"}
-        for role in ("viewer", "operator")
+        role: {"Authorization": f"Bearer {tokens.add(role, role)}"} for role in ("viewer", "admin")
     }
 
 
@@ -72,7 +71,7 @@ def test_every_route_wants_a_token_of_the_right_role(
         {},
         {"Authorization": "Bearer convoy_guess"},
         {"Authorization": "Bearer "},
-        {"Authorization": headers["operator"]["Authorization"].replace("Bearer", "Basic")},
+        {"Authorization": headers["admin"]["Authorization"].replace("Bearer", "Basic")},
     ):
         answer = client.open(path, method=method, headers=sent, json={"version": 2})
         assert answer.status_code == 401
@@ -141,14 +140,14 @@ def test_an_operator_promotes_tries_withdraws_and_rolls_back(
     client: FlaskClient, headers, promoted: None, store: ModelStore
 ) -> None:
     def post(verb: str, **body):
-        return client.post(f"/v1/models/digits/{verb}", headers=headers["operator"], json=body)
+        return client.post(f"/v1/models/digits/{verb}", headers=headers["admin"], json=body)
 
     assert post("release", challenger=2, share=0.1, reason="to see").status_code == 200
     assert store.standing("digits")[1] == Trial(version=2, share=0.1)
     assert post("withdraw", expect_challenger=2).json["entry"]["action"] == "withdrawn"
     assert post("promote", version=2, expect_champion=7).status_code == 409
     moved = post("promote", version=2, expect_champion=1, reason="better")
-    assert moved.json["entry"]["by"] == "operator"
+    assert moved.json["entry"]["by"] == "admin"
     refused = post("promote", version=1)
     assert (refused.status_code, refused.json["title"]) == (422, "promotion refused")
     assert post("promote", version=1, force=True).status_code == 400  # without a reason
@@ -174,7 +173,7 @@ def test_a_body_that_cannot_be_used_decides_nothing(
     client: FlaskClient, headers, promoted: None, store: ModelStore, data: bytes, status: int
 ) -> None:
     path = "/v1/models/digits/promote"
-    assert client.post(path, headers=headers["operator"], data=data).status_code == status
+    assert client.post(path, headers=headers["admin"], data=data).status_code == status
     assert len(store.ledger("digits").lines) == 1
 
 

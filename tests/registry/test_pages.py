@@ -56,7 +56,7 @@ def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int])
 @pytest.fixture
 def tokens(app: Flask) -> dict[str, str]:
     found = app.extensions["convoy"].tokens
-    return {role: found.add(role, role) for role in ("viewer", "operator")}
+    return {role: found.add(role, role) for role in ("viewer", "admin")}
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_removed_token_ends_its_session(client: FlaskClient, app: Flask, token
 def test_a_session_decides_only_by_its_own_forms(
     client: FlaskClient, promoted: None, tokens, store: ModelStore
 ) -> None:
-    csrf = sign_in(client, tokens["operator"])
+    csrf = sign_in(client, tokens["admin"])
     good = {"action": "roll-back", "csrf": csrf}
     path = "/models/digits/decide"
     before = len(store.ledger("digits").lines)
@@ -145,7 +145,7 @@ def test_a_viewer_sees_no_forms_and_decides_nothing(
 def test_what_a_form_cannot_have_is_said_on_the_page(
     client: FlaskClient, promoted: None, tokens, form: dict[str, str], status: int, text: str
 ) -> None:
-    csrf = sign_in(client, tokens["operator"])
+    csrf = sign_in(client, tokens["admin"])
     answer = client.post("/models/digits/decide", data={**form, "csrf": csrf})
     assert answer.status_code == status
     assert text in answer.text
@@ -215,7 +215,7 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
         "console", lambda said: faults.append(said.text) if "Content Security" in said.text else 0
     )
     page.goto(f"{url}/models/digits")
-    page.fill("input[name=token]", tokens["operator"])
+    page.fill("input[name=token]", tokens["admin"])
     page.click("main button")
     assert page.text_content("h1") == "digits"
     assert "worker" in page.text_content("#live").lower()
@@ -244,7 +244,7 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
     page.wait_for_selector("text=withdrawn")
     actions = [line.entry.action for line in store.ledger("digits").lines]
     assert actions[2:] == ["refused", "forced", "rolled back", "tried", "withdrawn"]
-    assert {line.entry.by for line in store.ledger("digits").lines[2:]} == {"operator"}
+    assert {line.entry.by for line in store.ledger("digits").lines[2:]} == {"admin"}
     page.click("text=sign out")
     assert "/login" in page.url
     assert faults == []
@@ -256,7 +256,7 @@ def test_reading_and_deciding_need_no_javascript(
 ) -> None:
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(url)
-    page.fill("input[name=token]", tokens["operator"])
+    page.fill("input[name=token]", tokens["admin"])
     page.click("main button")
     page.click("text=digits")
     assert "champion" in page.text_content("#live")

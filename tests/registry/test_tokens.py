@@ -15,7 +15,7 @@ def tokens(home: Home) -> Tokens:
 
 
 def test_a_token_opens_and_its_text_is_nowhere(tokens: Tokens, home: Home) -> None:
-    text = tokens.add("ann", "operator")
+    text = tokens.add("ann", "admin")
     found = tokens.find(text)
     assert found is not None
     assert (found.name, found.may_decide) == ("ann", True)
@@ -45,7 +45,7 @@ def test_a_removed_token_opens_nothing_any_more(tokens: Tokens, home: Home) -> N
 def test_names_are_plain_and_taken_once(tokens: Tokens) -> None:
     tokens.add("ann", "viewer")
     with pytest.raises(UsageError, match="already"):
-        tokens.add("ann", "operator")
+        tokens.add("ann", "admin")
     with pytest.raises(UsageError, match="is no name"):
         tokens.add("<b>", "viewer")
 

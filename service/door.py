@@ -1,0 +1,116 @@
+"""Who may ask, and how often: keys, and a bucket of tokens for each caller.
+
+The buckets lie in memory that all workers of a service share, 8 bytes a caller, so that a caller
+has one however its connections are spread; nothing that a caller sends can make more of them.
+Several machines have several buckets.
+"""
+
+import logging
+import math
+import mmap
+import os
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.contract import sha256_hex
+from registry.errors import KeyInsufficient, KeyMissing, RateExceeded, UsageError
+from registry.tokens import Token, Tokens
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+BUCKETS = 8192
+_UNKNOWN = "send a key that is known here: Authorization: Bearer …"
+
+
+class Door:
+    """Lets callers in; both methods raise what is to be answered instead."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._asks_for_keys = settings.keys == "required"
+        self._tokens = Tokens(settings.tokens)
+        self._service_digest = sha256_hex((settings.service_key or "").encode())
+        self._has_service_key = settings.service_key is not None
+        self._buckets = (
+            Buckets(settings.rate, settings.burst, settings.run_folder) if settings.rate else None
+        )
+
+    def admit(self, environ: "WSGIEnvironment", again: bool = False) -> None:
+        """One classification; ``again`` when it was counted already.
+
+        Raises:
+            KeyMissing, KeyInsufficient: by the caller's key.
+            RateExceeded: it has asked too often.
+        """
+        caller = environ.get("REMOTE_ADDR", "")
+        if self._asks_for_keys:
+            token = self._find(environ)
+            if not token.may_classify:
+                raise KeyInsufficient(f"the key {token.name!r} may look, not classify")
+            caller = f"key {token.name}"
+        if self._buckets is not None and not again and (wait_s := self._buckets.take(caller)):
+            raise RateExceeded("you ask more often than you may", math.ceil(wait_s))
+
+    def admit_looker(self, environ: "WSGIEnvironment") -> None:
+        """Somebody who wants to see models, traffic or metrics; raises as ``admit``."""
+        if not self._asks_for_keys:
+            return
+        text = _bearer(environ)
+        if self._has_service_key and sha256_hex(text.encode()) == self._service_digest:
+            return  # of digests, so that the time says nothing
+        token = self._find(environ)
+        if not token.may_look:
+            raise KeyInsufficient(f"the key {token.name!r} may classify, not look")
+
+    def _find(self, environ: "WSGIEnvironment") -> Token:
+        try:
+            token = self._tokens.find(_bearer(environ))
+        except UsageError as error:
+            log.error("%s; nobody is let in", error)
+            raise KeyMissing("keys cannot be checked now") from error
+        if token is None:
+            raise KeyMissing(_UNKNOWN)
+        return token
+
+
+class Buckets:
+    """Generic cell rate algorithm (ITU-T I.371): of each caller, when its bucket will be full."""
+
+    def __init__(self, rate: float, burst: int, folder: Path | None = None) -> None:
+        """``rate`` a second, ``burst`` at once; shared by those who name the same ``folder``."""
+        self._interval_ns = int(1e9 / rate)
+        self._burst_ns = (burst - 1) * self._interval_ns
+        if folder is None:
+            descriptor, name = tempfile.mkstemp(prefix="convoy-buckets-")
+            Path(name).unlink()
+        else:
+            descriptor = os.open(folder / "buckets", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, 8 * BUCKETS)
+            self._full_at = memoryview(mmap.mmap(descriptor, 8 * BUCKETS)).cast("q")
+        finally:
+            os.close(descriptor)
+
+    def take(self, caller: str) -> float:
+        """0 if ``caller`` may ask now; else the seconds after which it may.
+
+        Two workers may take at the same instant and count one of the two: the price of no lock.
+        """
+        place = zlib.crc32(caller.encode()) % BUCKETS
+        now = time.monotonic_ns()
+        full_at = max(self._full_at[place], now)
+        if (wait_ns := full_at - now - self._burst_ns) > 0:
+            return wait_ns / 1e9
+        self._full_at[place] = full_at + self._interval_ns
+        return 0.0
+
+
+def _bearer(environ: "WSGIEnvironment") -> str:
+    scheme, _, text = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    return text.strip() if scheme.lower() == "bearer" else ""

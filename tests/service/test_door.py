@@ -1,0 +1,156 @@
+"""Keys and rates, at the door itself and through the app."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flask.testing import FlaskClient
+from msgspec.structs import replace
+
+from registry.bundle import Bundle
+from registry.errors import RateExceeded
+from registry.tokens import Tokens
+from service import create_app
+from service.door import Buckets, Door
+from service.metrics import Metrics
+from service.model_slot import ModelSlot
+from service.settings import Settings
+
+OPEN = ("/docs", "/livez", "/readyz", "/healthz", "/openapi.json")
+LOOK = ("/v1/models", "/v1/models/digits", "/v1/models/digits/traffic", "/metrics")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, str]:
+    tokens = Tokens(tmp_path / "tokens.json")
+    return {role: tokens.add(role, role) for role in ("classify", "viewer", "admin")} | {
+        "wrong": "convoy_wrong",
+        "service": "between ourselves",
+    }
+
+
+@pytest.fixture
+def client(
+    slot: ModelSlot,
+    settings: Settings,
+    metrics: Metrics,
+    release: Callable[..., Bundle],
+    texts: dict[str, str],
+    tmp_path: Path,
+) -> FlaskClient:
+    """A client of an app that asks for keys."""
+    release(1)
+    assert slot.refresh()
+    asking = replace(
+        settings,
+        keys="required",
+        tokens=tmp_path / "tokens.json",
+        service_key=texts["service"],
+    )
+    return create_app(asking, {"digits": slot}, metrics).test_client()
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {text}"}
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_probes_and_pages_ask_for_no_key(client: FlaskClient, path: str) -> None:
+    assert client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("role", "classifies", "looks"),
+    [
+        ("classify", 200, 403),
+        ("viewer", 403, 200),
+        ("admin", 200, 200),
+        ("wrong", 401, 401),
+        ("service", 401, 200),
+        (None, 401, 401),
+    ],
+)
+def test_each_key_opens_what_it_is_for(
+    client: FlaskClient,
+    texts: dict[str, str],
+    png: bytes,
+    role: str | None,
+    classifies: int,
+    looks: int,
+) -> None:
+    headers = bearer(texts[role]) if role else {}
+    answer = client.post("/v1/classify", data=png, headers=headers)
+    assert answer.status_code == classifies
+    for path in LOOK:
+        assert client.get(path, headers=headers).status_code == looks
+    if classifies == 401:
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.json["type"] == "urn:convoy:problem:key-missing"
+
+
+@pytest.mark.parametrize("sent", ["convoy_x", "Basic convoy_x", "Bearer", "Bearer  ", "Bearer ä"])
+def test_what_is_no_key_opens_nothing(client: FlaskClient, png: bytes, sent: str) -> None:
+    answer = client.post("/v1/classify", data=png, headers={"Authorization": sent})
+    assert answer.status_code == 401
+
+
+def test_keys_are_rotated_without_a_restart(
+    client: FlaskClient, texts: dict[str, str], png: bytes, tmp_path: Path
+) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    fresh = tokens.add("fresh", "classify")
+    tokens.remove("classify")
+    statuses = [
+        client.post("/v1/classify", data=png, headers=bearer(text)).status_code
+        for text in (fresh, texts["classify"])
+    ]
+    assert statuses == [200, 401]
+
+
+def test_a_file_of_keys_that_cannot_be_read_lets_nobody_in(
+    client: FlaskClient, texts: dict[str, str], png: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens.json").write_text("[{")
+    answer = client.post("/v1/classify", data=png, headers=bearer(texts["admin"]))
+    assert answer.status_code == 401
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(
+    slot: ModelSlot, settings: Settings, release: Callable[..., Bundle], png: bytes
+) -> None:
+    release(1)
+    assert slot.refresh()
+    limited = replace(settings, rate=0.5, burst=3)
+    client = create_app(limited, {"digits": slot}, Metrics()).test_client()
+    answers = [client.post("/v1/classify", data=png) for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
+    assert answers[3].headers["Retry-After"] == "2"
+    assert json.loads(answers[3].data)["title"] == "rate exceeded"
+    assert client.get("/v1/models").status_code == 200
+
+
+def test_a_caller_gets_its_rate_and_no_more() -> None:
+    buckets = Buckets(rate=200, burst=10)
+    began = time.monotonic()
+    admitted = 0
+    while time.monotonic() - began < 0.5:
+        admitted += buckets.take("ann") == 0
+    assert 100 <= admitted <= 112
+    assert buckets.take("bob") == 0
+
+
+def test_workers_share_a_callers_bucket(tmp_path: Path) -> None:
+    one, other = (Buckets(rate=0.1, burst=4, folder=tmp_path) for _ in range(2))
+    waits = [each.take("ann") for each in (one, other, one, other, one, other)]
+    assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
+    assert (tmp_path / "buckets").stat().st_size < 100_000
+
+
+def test_a_request_that_a_thread_takes_over_is_counted_once(tmp_path: Path) -> None:
+    door = Door(Settings(rate=0.1, burst=1))
+    door.admit({"REMOTE_ADDR": "192.0.2.1"})
+    door.admit({"REMOTE_ADDR": "192.0.2.1"}, again=True)
+    with pytest.raises(RateExceeded):
+        door.admit({"REMOTE_ADDR": "192.0.2.1"})
