@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from registry import trust_commands
 from registry.contract import (
     ModelRef,
     ModelVersion,
@@ -305,31 +306,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve(arguments.host, int(arguments.port))
 
 
-def _add_token(arguments: argparse.Namespace) -> int:
-    from registry.tokens import Tokens
-
-    text = Tokens(convoy_home().tokens).add(arguments.name, arguments.role)
-    print(text)
-    print(f"{arguments.role} {arguments.name}: keep it, it is not shown again", file=sys.stderr)
-    return 0
-
-
-def _remove_token(arguments: argparse.Namespace) -> int:
-    from registry.tokens import Tokens
-
-    Tokens(convoy_home().tokens).remove(arguments.name)
-    print(f"the token {arguments.name} opens nothing any more")
-    return 0
-
-
-def _list_tokens(arguments: argparse.Namespace) -> int:
-    from registry.tokens import Tokens
-
-    for token in Tokens(convoy_home().tokens).all():
-        print(f"{token.name:<24} {token.role:<10} {token.made}")
-    return 0
-
-
 def _plan(arguments: argparse.Namespace) -> int:
     from registry.devices import choose_device
     from registry.plans.choice import AUTO, EVERY, Planner, score
@@ -562,16 +538,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", default=os.environ.get("CONVOY_CONTROL_PORT") or "8081")
     serve.set_defaults(run=_serve)
 
-    token = commands.add_parser("token", help="who may use the service and the control plane")
-    verbs = token.add_subparsers(required=True, metavar="VERB")
-    add = verbs.add_parser("add", help="make a token; it is shown once")
-    add.add_argument("name")
-    add.add_argument("--role", choices=["classify", "viewer", "admin"], required=True)
-    add.set_defaults(run=_add_token)
-    remove = verbs.add_parser("remove", help="have a token open nothing any more")
-    remove.add_argument("name")
-    remove.set_defaults(run=_remove_token)
-    verbs.add_parser("list", help="names and roles").set_defaults(run=_list_tokens)
+    trust_commands.add_to(commands)
 
     pull = commands.add_parser("pull", help="bring what should serve to disk and release it")
     pull.add_argument(

@@ -180,7 +180,7 @@ def manifest_from_json(data: bytes) -> Manifest:
 
 
 class ModelVersion(Struct, frozen=True, kw_only=True):
-    """One version of a model as the registry knows it."""
+    """One version of a model as the registry knows it; ``signature`` is an envelope, unchecked."""
 
     name: str
     version: int
@@ -188,6 +188,7 @@ class ModelVersion(Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...]
     run_id: str
     created_unix_s: float
+    signature: str | None = None
 
 
 class Trial(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -34,12 +34,15 @@ from registry.promotion import note_refusal, withdraw
 from registry.releases import (
     Release,
     ReleasedVersion,
+    floor_file,
     read_release_or_none,
     version_folder,
+    write_atomically,
     write_release,
     write_status,
 )
 from registry.services import read_live
+from registry.signing import SIGNATURE, Signed, TrustedKeys, check_serial
 from registry.store import ModelStore
 from registry.trial_guard import TrialGuard
 
@@ -71,6 +74,7 @@ class Puller:
         self._models = home.models
         self._refs = refs
         self._services = services
+        self._trust = TrustedKeys.from_environment()
         self._verified: dict[Path, Traces] = {}
         self._guards: dict[str, TrialGuard] = {}
         self._told: set[tuple[str, int]] = set()
@@ -88,7 +92,10 @@ class Puller:
         aliases, trial = store.standing(ref.name)
         before = read_release_or_none(self._models, ref.name)
         versions: tuple[ReleasedVersion, ...]
-        versions = (self._lay_out(store, store.resolve_in(aliases, ref), ref.alias),)
+        wanted = store.resolve_in(aliases, ref)
+        versions = (self._lay_out(store, wanted, ref.alias),)
+        if self._trust:
+            check_serial(self._vouched(wanted), floor_file(self._models, ref.name), time.time())
         if ref.alias != CHAMPION or (trial and trial.version == versions[0].version):
             trial = None  # tried beside the champion, beside nothing else, and not beside itself
         if trial is not None:
@@ -177,14 +184,23 @@ class Puller:
     ) -> ReleasedVersion:
         """``version`` on disk, whole and verified, whatever that takes."""
         folder = version_folder(self._models, version.name, version.version)
+        if self._trust:
+            self._vouched(version)
         if not self._is_here(folder, version):
             try:
                 self._fetch(store, folder, version)
             except BundleInvalid as error:
                 self._tell(store, version.name, version.version, str(error))
                 raise
+        if self._trust and _read(folder / SIGNATURE) != version.signature:
+            write_atomically(folder / SIGNATURE, (version.signature or "").encode())
         return ReleasedVersion(
             version=version.version, manifest_sha256=version.manifest_sha256, alias=alias
+        )
+
+    def _vouched(self, version: ModelVersion) -> Signed:
+        return self._trust.check(
+            version.signature, version.name, version.version, version.manifest_sha256
         )
 
     def pull_all(self) -> bool:
@@ -265,6 +281,13 @@ class Puller:
         for folder in newest_first[VERSIONS_KEPT:]:
             log.info("removing %s: not served, and %d newer ones are kept", folder, VERSIONS_KEPT)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def _traces(folder: Path, version: ModelVersion) -> Traces:

@@ -54,6 +54,7 @@ DIGEST_TAG = "convoy.manifest_sha256"
 LEDGER = ".ledger"
 ENTRY_TAG, HEAD_TAG = "convoy.entry", "convoy.ledger_head"
 TRIAL_TAG = "convoy.trial"
+SIGNATURE_TAG = "convoy.signature"
 APPEND_TRIES = 20
 # Where mlflow.pyfunc.log_model puts its data_path.
 BUNDLE_PATH = "data/bundle"
@@ -262,6 +263,13 @@ class ModelStore:
         with suppress(OSError):  # a puller that is not woken looks by itself soon
             self._decided.touch()
 
+    def sign(self, version: ModelVersion, envelope: str) -> None:
+        """Keep the ``envelope`` of a signature with the version, instead of an earlier one."""
+        with self._errors():
+            self._client.set_model_version_tag(
+                version.name, str(version.version), SIGNATURE_TAG, envelope
+            )
+
     def append(self, name: str, entry: Entry) -> None:
         """Write ``entry`` at the end of the ledger of ``name``.
 
@@ -368,6 +376,7 @@ class ModelStore:
             aliases=tuple(sorted(alias for alias, n in aliases.items() if n == number)),
             run_id=entity.run_id,
             created_unix_s=entity.creation_timestamp / 1000,
+            signature=entity.tags.get(SIGNATURE_TAG),
         )
 
     @contextmanager

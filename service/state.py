@@ -3,10 +3,11 @@
 from flask import current_app
 from msgspec import Struct
 
-from registry.bundle import Bundle
+from registry.bundle import WEIGHTS, Bundle
 from registry.errors import ModelNotFound, ModelNotReady, UsageError, VersionNotFound
 from registry.plans.choice import Planner
 from registry.releases import ReleasedVersion
+from registry.signing import TrustedKeys, check_signature
 from service.batcher import MicroBatcher
 from service.crew import Crew
 from service.door import Door
@@ -80,12 +81,15 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
             worker that was started without the process that owns it.
     """
     planner = open_planner(settings)
+    trust = TrustedKeys.from_environment()
     crew = Crew(settings.run_folder and settings.run_folder / "crew")
     slots = {
         ref.name: ModelSlot(
             ref,
             settings.models_folder,
-            lambda bundle, released: load_served(bundle, released, planner, settings, metrics),
+            lambda bundle, released: load_served(
+                bundle, released, planner, settings, metrics, trust
+            ),
             planner.choose,
             metrics.swapped,
             crew,
@@ -117,8 +121,17 @@ def load_served(
     planner: Planning,
     settings: Settings,
     metrics: Metrics,
+    trust: TrustedKeys | None = None,
 ) -> ServedModel:
-    """The version in ``bundle``, warmed up and proved; raises as ``planner.load`` does."""
+    """The version in ``bundle``, warmed up and proved; raises as ``planner.load`` does.
+
+    And ``BundleInvalid`` when there are keys to ``trust``, and none has signed it. Whether it may
+    still serve is the puller's to judge: what serves must not end by the calendar.
+    """
+    # The weights are, as they are read; what this plan does not read must be whole all the same.
+    bundle.verify(name for name in bundle.serving_files() if name != WEIGHTS)
+    if trust:
+        check_signature(bundle, released.version, trust)
     classifier = planner.load(bundle)
     return ServedModel(
         manifest=bundle.manifest,

@@ -1,0 +1,200 @@
+"""Who vouches for a version, and what of it a stranger can change."""
+
+import base64
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from registry import signing
+from registry.__main__ import main
+from registry.contract import ModelRef, ModelVersion
+from registry.errors import BundleInvalid, UsageError
+from registry.home import Home
+from registry.promotion import promote
+from registry.pull import Puller
+from registry.releases import read_release, version_folder
+from registry.signing import SIGNATURE, TrustedKeys, check_serial, make_key, sign
+from registry.store import ModelStore
+
+REF = ModelRef("digits", alias="champion")
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return tmp_path / "ann.pem"
+
+
+@pytest.fixture
+def trusted(key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of trusted keys, and the variable that names it."""
+    file = tmp_path / "trusted"
+    file.write_text(f"# ours\n\n{make_key(key)}  # ann's\n")
+    monkeypatch.setenv("CONVOY_TRUSTED_KEYS", str(file))
+    return file
+
+
+def version(number: int = 3, digest: str = "ab" * 32) -> ModelVersion:
+    return ModelVersion(
+        name="digits",
+        version=number,
+        manifest_sha256=digest,
+        aliases=(),
+        run_id="",
+        created_unix_s=0.0,
+    )
+
+
+def test_what_is_signed_is_believed(key: Path, trusted: Path) -> None:
+    envelope = sign(version(), key, serial=7, days=30)
+    signed = TrustedKeys.from_environment().check(envelope, "digits", 3, "ab" * 32)
+    assert (signed.by, signed.statement.serial) == ("ann", 7)
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "digest"),
+    [("other", 3, "ab" * 32), ("digits", 4, "ab" * 32), ("digits", 3, "cd" * 32)],
+)
+def test_a_signature_of_another_version_counts_for_nothing(
+    key: Path, trusted: Path, name: str, number: int, digest: str
+) -> None:
+    envelope = sign(version(), key, serial=7, days=30)
+    with pytest.raises(BundleInvalid, match="its signature is of digits version 3"):
+        TrustedKeys.from_environment().check(envelope, name, number, digest)
+
+
+def test_no_byte_of_an_envelope_can_be_changed(key: Path, trusted: Path) -> None:
+    keys = TrustedKeys.from_environment()
+    envelope = sign(version(), key, serial=7, days=30)
+    believed = 0
+    for at in range(len(envelope)):
+        changed = envelope[:at] + chr(ord(envelope[at]) ^ 1) + envelope[at + 1 :]
+        try:
+            signed = keys.check(changed, "digits", 3, "ab" * 32)
+        except BundleInvalid:
+            continue
+        believed += 1
+        assert signed.statement.serial == 7  # the hint keyid may be anything
+    assert believed <= 16 + len('"keyid":')
+
+
+def test_a_signature_of_a_stranger_or_of_something_else_is_refused(
+    key: Path, trusted: Path, tmp_path: Path
+) -> None:
+    keys = TrustedKeys.from_environment()
+    make_key(tmp_path / "mallory.pem")
+    forged = sign(version(), tmp_path / "mallory.pem", serial=7, days=30)
+    with pytest.raises(BundleInvalid, match="no trusted key"):
+        keys.check(forged, "digits", 3, "ab" * 32)
+    private = signing._read_private_key(key)
+    payload = base64.b64decode(json.loads(sign(version(), key, 7, 30))["payload"])
+    other = "application/vnd.in-toto+json"
+    envelope = {
+        "payloadType": other,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [
+            {
+                "keyid": "",
+                "sig": base64.b64encode(private.sign(signing._to_sign(other, payload))).decode(),
+            }
+        ],
+    }
+    with pytest.raises(BundleInvalid, match="signed is a"):
+        keys.check(json.dumps(envelope), "digits", 3, "ab" * 32)
+
+
+@pytest.mark.parametrize("envelope", [None, "", "{}", "[" * 5000, "x" * 100_000, "null"])
+def test_without_a_signature_nothing_serves_where_keys_are_set(
+    trusted: Path, envelope: str | None
+) -> None:
+    with pytest.raises(BundleInvalid):
+        TrustedKeys.from_environment().check(envelope, "digits", 3, "ab" * 32)
+
+
+def test_an_older_signature_does_not_serve_again_and_an_ended_one_neither(
+    key: Path, trusted: Path, tmp_path: Path
+) -> None:
+    keys, floor = TrustedKeys.from_environment(), tmp_path / "serial"
+    old, new = (keys.check(sign(version(n), key, n, 1), "digits", n, "ab" * 32) for n in (3, 4))
+    check_serial(old, floor, 0)
+    check_serial(new, floor, 0)
+    check_serial(new, floor, 0)
+    with pytest.raises(BundleInvalid, match="before one that has served"):
+        check_serial(old, floor, 0)
+    with pytest.raises(BundleInvalid, match="has ended"):
+        check_serial(new, floor, new.statement.expires_unix_s + 1)
+    floor.write_text("what?")
+    with pytest.raises(BundleInvalid, match="cannot be read"):
+        check_serial(new, floor, 0)
+
+
+@pytest.mark.parametrize("text", ["", "ann\n", "ann !!!\n", "ann aGVsbG8=\n", "a b c\n"])
+def test_a_file_of_keys_that_says_nothing_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    monkeypatch.setenv("CONVOY_TRUSTED_KEYS", str(file))
+    with pytest.raises(UsageError, match="CONVOY_TRUSTED_KEYS"):
+        TrustedKeys.from_environment()
+
+
+def test_a_key_is_not_written_over(key: Path, trusted: Path) -> None:
+    with pytest.raises(UsageError, match="exists"):
+        make_key(key)
+
+
+def test_signed_by_command_pulled_and_rolled_back_only_when_signed_again(
+    key: Path,
+    trusted: Path,
+    store: ModelStore,
+    registry_home: Home,
+    publish: Callable[..., ModelVersion],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    puller = Puller(lambda: store, registry_home, (REF,))
+    publish(seed=0)
+    promote(store, "digits", 1)
+    with pytest.raises(BundleInvalid, match="not signed"):
+        puller.pull(REF)
+    assert read_release(registry_home.models, "digits") is None
+    assert main(["verify", "digits", "1"]) == 2
+    assert main(["sign", "digits", "1", "--key", str(key)]) == 0
+    assert main(["verify", "digits", "champion"]) == 0
+    assert "signed by ann" in capsys.readouterr().out
+    assert puller.pull(REF).versions[0].version == 1
+    assert (version_folder(registry_home.models, "digits", 1) / SIGNATURE).is_file()
+
+    publish(seed=1)
+    promote(store, "digits", 2, force=True, reason="test")
+    assert main(["sign", "digits", "2", "--key", str(key)]) == 0
+    assert puller.pull(REF).versions[0].version == 2
+    promote(store, "digits", 1, force=True, reason="somebody who writes to the registry")
+    with pytest.raises(BundleInvalid, match="sign it again"):
+        puller.pull(REF)
+    release = read_release(registry_home.models, "digits")
+    assert release is not None
+    assert release.versions[0].version == 2  # serves on
+    assert main(["sign", "digits", "1", "--key", str(key)]) == 0
+    assert puller.pull(REF).versions[0].version == 1
+
+
+def test_a_worker_looks_for_itself(
+    key: Path, trusted: Path, make_bundle: Callable[..., signing.Bundle]
+) -> None:
+    bundle = make_bundle()
+    keys = TrustedKeys.from_environment()
+    with pytest.raises(BundleInvalid, match="not signed"):
+        signing.check_signature(bundle, 3, keys)
+    envelope = sign(version(3, bundle.manifest_sha256), key, 1, 1)
+    (bundle.folder / SIGNATURE).write_text(envelope)
+    assert signing.check_signature(bundle, 3, keys).by == "ann"
+    with pytest.raises(BundleInvalid, match="is of digits version 3"):
+        signing.check_signature(bundle, 4, keys)
+    (bundle.folder / SIGNATURE).unlink()
+    (bundle.folder / SIGNATURE).mkdir()
+    with pytest.raises(BundleInvalid):
+        signing.check_signature(bundle, 3, keys)

@@ -1,0 +1,93 @@
+"""Bundles of strangers and broken ones: the old version serves on, and none of their code runs."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from registry.bundle import Bundle, open_bundle
+from registry.errors import BundleInvalid
+from registry.releases import ReleasedVersion, version_folder, write_release
+from service.model_slot import ModelSlot
+from tests.conftest import MakeBundle
+from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
+
+# What nobody reads here, or nobody can know: with digests that fit, these serve.
+HARMLESS = {
+    "labels are swapped": "who can rewrite the manifest and the registry can: sign versions",
+    "calibration is an array of objects": "read for int8 plans only, and refused there",
+}
+
+
+@pytest.fixture
+def serving(slot: ModelSlot, release: Callable[..., Bundle]) -> ModelSlot:
+    release(1)
+    assert slot.refresh()
+    return slot
+
+
+def put_forward(models: Path, version: int, digest: str) -> None:
+    write_release(
+        models,
+        "digits",
+        (ReleasedVersion(version=version, manifest_sha256=digest, alias="champion"),),
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE_BUNDLES)
+@pytest.mark.parametrize("digests_fit", [True, False])
+def test_none_takes_over_and_none_runs(
+    name: str,
+    digests_fit: bool,
+    serving: ModelSlot,
+    make_bundle: MakeBundle,
+    models: Path,
+    tmp_path: Path,
+) -> None:
+    marker = tmp_path / "marker"
+    bundle = make_bundle(seed=1, folder=version_folder(models, "digits", 2))
+    before = bundle.manifest_sha256
+    HOSTILE_BUNDLES[name](bundle, marker)
+    put_forward(models, 2, as_published(bundle) if digests_fit else before)
+    if name in HARMLESS and digests_fit:
+        assert serving.refresh()
+        assert not marker.exists()
+        return
+    assert not serving.refresh()
+    assert serving.current is not None
+    assert serving.current.version == 1
+    assert serving.error
+    assert not marker.exists()
+
+
+def test_an_array_of_objects_is_refused_where_it_is_read(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    bundle = make_bundle()
+    HOSTILE_BUNDLES["calibration is an array of objects"](bundle, tmp_path / "marker")
+    changed = open_bundle(bundle.folder)
+    with pytest.raises(BundleInvalid):
+        changed.calibration()
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_bundle_in_which_one_byte_is_another_never_takes_over(
+    serving: ModelSlot, make_bundle: MakeBundle, models: Path
+) -> None:
+    bundle = make_bundle(seed=1, folder=version_folder(models, "digits", 2))
+    files = [bundle.folder / name for name in (*bundle.serving_files(), "manifest.json")]
+    dice = random.Random(0)
+    for _ in range(60):
+        file = dice.choice(files)
+        good = file.read_bytes()
+        at = dice.randrange(len(good))
+        file.write_bytes(good[:at] + bytes([good[at] ^ (1 << dice.randrange(8))]) + good[at + 1 :])
+        serving._failed = None  # not after a pause
+        put_forward(models, 2, bundle.manifest_sha256)
+        assert not serving.refresh()
+        assert serving.current is not None
+        assert serving.current.version == 1
+        file.write_bytes(good)
+    serving._failed = None
+    assert serving.refresh()  # it was good but for the byte
