@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train promote serve test check bench up down clean
+.PHONY: help demo train promote serve test check torture chaos sbom bench up down clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -39,10 +39,23 @@ serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
 test: $(INSTALLED) ## all tests, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
-check: $(INSTALLED) ## formatting, lint, types
+check: $(INSTALLED) ## formatting, lint, types, secrets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive registry service training
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --baseline .secrets.baseline
+
+torture: $(INSTALLED) ## fail every call to the registry, the disk and torch in turn (long)
+	$(BIN)/python -m pytest -m torture tests/torture $(ARGS)
+
+chaos: $(INSTALLED) ## what a hostile world does, all of docs/reliability.md (over an hour)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,chaos]'
+	$(BIN)/python -m benchmarks.chaos all --json benchmarks/results/chaos --picture docs/pictures
+
+sbom: $(INSTALLED) ## what is installed here, as CycloneDX: build/sbom.cdx.json
+	@mkdir -p build
+	$(BIN)/cyclonedx-py environment $(BIN)/python --output-format JSON -o build/sbom.cdx.json
 
 bench: $(INSTALLED) ## speed beside what people would run instead, start-up, releases
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json

@@ -417,8 +417,8 @@ class ModelStore:
 def _all_pages(search: Callable[..., Any], *arguments: str) -> list[Any]:
     """Everything that one of MLflow's searches finds, page by page."""
     found: list[Any] = []
-    token: str | None = None
-    while token != "":
+    token: str | None = None  # of the next page
+    while token != "":  # nosec B105
         page = search(*arguments, page_token=token)
         found += page
         token = page.token or ""

@@ -294,7 +294,9 @@ def _save_checkpoint(
 def _load_checkpoint(path: Path | None, recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
     if path is None or not path.exists():
         raise UsageError(f"there is no checkpoint to resume from at {path}")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(  # noqa: TID251 - what this machine itself has written
+        path, map_location="cpu", weights_only=True
+    )
     if state["key"] != _run_key(recipe, data, seed):
         raise UsageError(f"the checkpoint {path} is of a run with another recipe, data set or seed")
     return state
