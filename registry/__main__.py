@@ -272,6 +272,7 @@ def _pull(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.nice(PULLER_NICE)
+    threading.Thread(target=puller.guard, args=(stop,), name="guard", daemon=True).start()
     with contextlib.ExitStack() as stack:
         if arguments.listen:
             stack.callback(_listen(arguments.listen, puller.wake.set).close)

@@ -6,7 +6,9 @@ there, what lies on disk stays as it is and goes on serving.
 """
 
 import contextlib
+import errno
 import logging
+import os
 import platform
 import random
 import shutil
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
-from registry.bundle import fsync_tree, open_bundle
+from registry.bundle import Bundle, fsync_tree, open_bundle
 from registry.contract import CHALLENGER, CHAMPION, ModelRef, ModelVersion
 from registry.errors import (
     BundleInvalid,
@@ -53,6 +55,14 @@ VERSIONS_KEPT = 5
 
 # How often the file is looked at that says that somebody on this machine has decided something.
 WAKE_S = 0.05
+# A pull that brings less than this in such a time hangs; a byte a second keeps every time-out of
+# MLflow's from ending it.
+HANGS_S, HANGS_BYTES = 60.0, 65_536
+# Beyond what a manifest says, or of a manifest: whoever sends more means no good.
+SLACK_BYTES = 64 * 1024 * 1024
+INCOMING = ".incoming-"
+
+EX_TEMPFAIL = 75
 
 Traces = tuple[str, tuple[tuple[str, int, int], ...]]
 
@@ -79,6 +89,8 @@ class Puller:
         self._guards: dict[str, TrialGuard] = {}
         self._told: set[tuple[str, int]] = set()
         self._unguarded: set[str] = set()
+        self._pulling_since: float | None = None
+        self._expected_bytes = 0
         self._by = f"puller on {platform.node()}"
         self.wake = Event()
 
@@ -209,6 +221,7 @@ class Puller:
         for ref in self._refs:
             failure: str | None = None
             try:
+                self._pulling_since = time.monotonic()
                 self.pull(ref)
                 self.look_after(ref)
             except Exception as error:
@@ -217,11 +230,48 @@ class Puller:
                 failure, self._store = str(error), None
                 failures += 1
                 log.warning("cannot follow %s: %s", ref, failure)
+            finally:
+                self._pulling_since = None
             try:
                 write_status(self._models, ref.name, failure)
             except OSError as error:  # a full or read-only disk: what serves is not touched
                 log.warning("cannot note the state of %s: %s", ref, error)
         return failures == 0
+
+    def guard(self, stop: Event, end: Callable[[], object] = lambda: os._exit(EX_TEMPFAIL)) -> None:
+        """End this process when a pull hangs or brings what was not said, until ``stop`` is set.
+
+        Nothing less ends a thread that waits for a socket; whoever has started the puller starts it
+        again. For a thread of its own.
+        """
+        progress, since = 0, time.monotonic()
+        while not stop.wait(1.0):
+            started, arrived = self._pulling_since, self._arrived_bytes()
+            now = time.monotonic()
+            progress = min(progress, arrived)
+            if started is None or started > since or arrived - progress >= HANGS_BYTES:
+                progress, since = arrived, now
+            why = None
+            if started is not None and now - since > HANGS_S:
+                why = f"the registry has sent next to nothing for {HANGS_S:.0f} s"
+            elif arrived > self._expected_bytes + SLACK_BYTES:
+                why = f"the registry has sent {arrived:,} bytes of {self._expected_bytes:,}"
+            if why is not None:
+                log.error("%s; the puller ends, to begin anew", why)
+                for ref in self._refs:
+                    with contextlib.suppress(OSError):
+                        write_status(self._models, ref.name, why)
+                end()
+                since = now
+
+    def _arrived_bytes(self) -> int:
+        """What lies in folders that are being filled."""
+        files = self._models.glob(f"*/versions/{INCOMING}*/**/*")
+        total = 0
+        for file in files:
+            with contextlib.suppress(OSError):  # it was renamed meanwhile
+                total += file.stat().st_size if file.is_file() else 0
+        return total
 
     def watch(self, stop: Event, interval_s: float) -> None:
         """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set.
@@ -262,14 +312,28 @@ class Puller:
     def _fetch(self, store: ModelStore, folder: Path, version: ModelVersion) -> None:
         """Fetch into a temporary folder, verify, flush, rename: never half a bundle in place."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incoming-") as name:
+        for left in folder.parent.glob(f"{INCOMING}*"):  # of a puller that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=INCOMING) as name:
             incoming = Path(name) / "bundle"
-            store.download(version, incoming, lambda bundle: bundle.serving_files())
+            store.download(version, incoming, self._room_for)
             fsync_tree(incoming)
             if folder.exists():
                 folder.rename(Path(name) / "damaged")
             incoming.rename(folder)
         self._verified[folder] = _traces(folder, version)
+
+    def _room_for(self, bundle: Bundle) -> list[str]:
+        """The files to fetch, if the disk has room for them."""
+        names = bundle.serving_files()
+        self._expected_bytes = sum(bundle.manifest.files[name].size_bytes for name in names)
+        free = shutil.disk_usage(self._models).free
+        if free < self._expected_bytes + SLACK_BYTES:
+            needed = f"{self._expected_bytes:,} bytes and {SLACK_BYTES:,} to spare"
+            raise OSError(
+                errno.ENOSPC, f"{needed} are needed, {free:,} are free", str(self._models)
+            )
+        return names
 
     def _prune(self, name: str, serving: set[int]) -> None:
         folders = [

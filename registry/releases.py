@@ -9,11 +9,13 @@ what is served changes.
 import hashlib
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from registry.contract import ModelRef, Sha256, Trial
 from registry.errors import BundleInvalid
@@ -69,11 +71,23 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class PullStatus(Struct, frozen=True, kw_only=True):
     """The puller's last word: when it last agreed with the registry, and what is wrong since.
 
-    Times are seconds since the epoch, written and read on one machine.
+    ``agreed_unix_s`` is for people. How long ago it was is told by the clock that counts since
+    this machine's start, ``boot``, which nobody sets.
     """
 
     agreed_unix_s: float | None
+    agreed_boot_s: float | None = None
+    boot: str = ""
     error: str | None = None
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the puller last agreed with the registry; None if it never did."""
+        if self.agreed_unix_s is None:
+            return None
+        if self.agreed_boot_s is not None and self.boot == boot_id():
+            return max(0.0, boot_s() - self.agreed_boot_s)
+        return max(0.0, time.time() - self.agreed_unix_s)  # the machine was started since
 
 
 def model_folder(models: Path, name: str) -> Path:
@@ -157,9 +171,25 @@ def read_status(models: Path, name: str) -> PullStatus:
 
 def write_status(models: Path, name: str, error: str | None) -> None:
     """Note that the registry was reached (``error`` None), or why not."""
-    agreed = time.time() if error is None else read_status(models, name).agreed_unix_s
-    status = PullStatus(agreed_unix_s=agreed, error=error)
+    if error is None:
+        status = PullStatus(agreed_unix_s=time.time(), agreed_boot_s=boot_s(), boot=boot_id())
+    else:
+        status = replace(read_status(models, name), error=error)
     write_atomically(model_folder(models, name) / "pull.json", msgspec.json.encode(status) + b"\n")
+
+
+def boot_s() -> float:
+    """Seconds since this machine's start, sleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@cache
+def boot_id() -> str:
+    """What tells this start of the machine from others."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def write_atomically(path: Path, data: bytes) -> None:

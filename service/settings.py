@@ -49,6 +49,7 @@ VARIABLES = {
     "CONVOY_KEEP_WARM_S": "keep_warm_s",
     "CONVOY_STICKY_HEADER": "sticky_header",
     "CONVOY_SHADOW_CPU": "shadow_cpu",
+    "CONVOY_STALE_S": "stale_s",
     "CONVOY_KEYS": "keys",
     "CONVOY_RATE": "rate",
     "CONVOY_BURST": "burst",
@@ -93,6 +94,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     keep_warm_s: Annotated[float, Meta(ge=0)] = 600.0
     sticky_header: Annotated[str, Meta(pattern="^[A-Za-z0-9-]+$")] = "X-Session-Id"
     shadow_cpu: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    stale_s: Annotated[float, Meta(gt=0)] = 60.0
     keys: Literal["off", "required"] = "off"
     tokens: Path = Path("var/tokens.json")
     service_key: str | None = None

@@ -1,6 +1,5 @@
 """Probes and metrics, for orchestrators and monitors rather than for people."""
 
-import time
 from typing import Any
 
 import msgspec
@@ -39,23 +38,21 @@ def readyz() -> Response:
 def metrics() -> Response:
     current = state()
     for slot in current.slots.values():
-        if (age_s := _registry_age_s(slot)) is not None:
-            current.metrics.registry_age_seconds.labels(slot.ref.name).set(age_s)
+        if (age_s := slot.pull_status().age_s) is not None:
+            current.metrics.registry_age_seconds.labels(slot.ref.name).set(round(age_s, 1))
     return Response(current.metrics.render(), content_type=CONTENT_TYPE)
 
 
 def _describe(slot: ModelSlot) -> dict[str, Any]:
+    status = slot.pull_status()
+    age_s = status.age_s
     return {
         "name": slot.ref.name,
         "version": slot.current.version if slot.current else None,
         "device": slot.current.device if slot.current else None,
         "plan": slot.current.plan if slot.current else None,
         "error": slot.error,
-        "registry_age_s": _registry_age_s(slot),
-        "registry_error": slot.pull_status().error,
+        "registry_age_s": None if age_s is None else round(age_s, 1),
+        "stale": age_s is not None and age_s > state().settings.stale_s,
+        "registry_error": status.error,
     }
-
-
-def _registry_age_s(slot: ModelSlot) -> float | None:
-    agreed = slot.pull_status().agreed_unix_s
-    return None if agreed is None else round(max(0.0, time.time() - agreed), 1)

@@ -6,6 +6,7 @@ from threading import Event, Thread
 
 import pytest
 
+from registry import pull
 from registry.bundle import WEIGHTS, open_bundle
 from registry.contract import ModelRef, Trial, sha256_hex
 from registry.errors import BundleInvalid, RegistryUnavailable
@@ -346,3 +347,71 @@ def test_what_nobody_foresaw_of_one_model_does_not_stop_another(
     assert not puller.pull_all()
     assert released_version(registry_home) == 1
     assert any(record.levelname == "ERROR" for record in caplog.records)
+
+
+def test_a_pull_that_hangs_ends_the_puller_and_says_why(
+    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull, "HANGS_S", 1.5)
+    incoming = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}x"
+    incoming.mkdir(parents=True)
+    stop, ends = Event(), list[float]()
+
+    def end() -> None:
+        ends.append(time.monotonic())
+        stop.set()
+
+    guard = Thread(target=puller.guard, args=(stop, end))
+    began = puller._pulling_since = time.monotonic()
+    guard.start()
+    (incoming / "slow").write_bytes(b"a byte or two")
+    guard.join(10)
+    assert 1.5 < ends[0] - began < 5
+    status = read_status(registry_home.models, "digits")
+    assert "next to nothing" in str(status.error)
+
+
+def test_a_pull_that_goes_on_is_left_alone_and_one_that_brings_too_much_is_not(
+    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull, "HANGS_S", 1.5)
+    monkeypatch.setattr(pull, "SLACK_BYTES", 1_000_000)
+    incoming = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}x"
+    incoming.mkdir(parents=True)
+    stop, ends = Event(), list[float]()
+    guard = Thread(target=puller.guard, args=(stop, lambda: (ends.append(1), stop.set())))
+    puller._pulling_since = time.monotonic()
+    guard.start()
+    with (incoming / "file").open("wb") as file:
+        for _ in range(10):
+            assert not ends
+            file.write(bytes(90_000))
+            file.flush()
+            time.sleep(0.3)
+        file.write(bytes(200_000))
+        file.flush()
+        guard.join(5)
+    assert ends
+
+
+def test_what_a_killed_puller_left_is_removed(
+    puller: Puller, store: ModelStore, publish, registry_home: Home
+) -> None:
+    left = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}left"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"half")
+    publish()
+    promote(store, "digits", 1)
+    puller.pull(REF)
+    assert not left.exists()
+
+
+def test_without_room_on_the_disk_nothing_is_fetched(
+    puller: Puller, store: ModelStore, publish, registry_home: Home, monkeypatch, caplog
+) -> None:
+    publish()
+    promote(store, "digits", 1)
+    monkeypatch.setattr(pull, "SLACK_BYTES", 10**18)
+    assert not puller.pull_all()
+    assert "are free" in caplog.text
+    assert not version_folder(registry_home.models, "digits", 1).exists()

@@ -7,6 +7,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from registry import releases
 from registry.releases import write_status
 from service.api.openapi import document
 from service.model_slot import ModelSlot
@@ -152,6 +153,20 @@ def test_registry_age_counts_from_the_last_agreement(
     ready: FlaskClient, slot: ModelSlot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_status(slot._models_folder, "digits", None)
+    now = releases.boot_s()
+    monkeypatch.setattr(releases, "boot_s", lambda: now + 100)
+    (model,) = ready.get("/readyz").json["models"]
+    assert 99 <= model["registry_age_s"] <= 101
+    assert model["stale"]
+
+
+@pytest.mark.parametrize("jump_s", [-1e9, -3600, 3600, 1e9])
+def test_a_clock_that_is_set_does_not_make_the_registry_stale(
+    ready: FlaskClient, slot: ModelSlot, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    write_status(slot._models_folder, "digits", None)
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 100)
-    assert 99 <= ready.get("/readyz").json["models"][0]["registry_age_s"] <= 101
+    monkeypatch.setattr(time, "time", lambda: now + jump_s)
+    (model,) = ready.get("/readyz").json["models"]
+    assert model["registry_age_s"] < 60
+    assert not model["stale"]
