@@ -22,8 +22,8 @@ LINGER_S = 2.0
 SLOWEST_BYTES_PER_S = 32 * 1024
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
-_ANY_LENGTH = re.compile(rb"[\r\n][ \t]*content-length", re.IGNORECASE)
-_CODED = re.compile(rb"[\r\n][ \t]*transfer-encoding", re.IGNORECASE)
+_ANY_LENGTH = re.compile(rb"[\r\n][ \t]*content[-_]length", re.IGNORECASE)
+_CODED = re.compile(rb"[\r\n][ \t]*transfer[-_]encoding", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
 
 

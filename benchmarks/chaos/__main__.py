@@ -9,33 +9,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos import load, pictures, workers
+from benchmarks.chaos import bundles, load, pictures, protocol, registry, soak, workers
 from benchmarks.chaos.traffic import Traffic, draw
 from benchmarks.common import parser, report
 
 Scenario = Callable[..., tuple[dict[str, Any], Traffic | None]]
+# In the order of docs/reliability.md.
 SCENARIOS: dict[str, Scenario] = {
     "kill-workers": workers.kill_workers,
     "rolling-restarts": workers.rolling_restarts,
     "sigterm": workers.sigterm,
+    "registry-faults": registry.registry_faults,
     "hostile-pictures": pictures.hostile_pictures,
     "overload": load.overload,
     "slow-clients": load.slow_clients,
+    "hostile-bundles": bundles.hostile_bundles,
+    "malformed-http": protocol.malformed_http,
     "mutants": pictures.many_mutants,
+    "described-api": protocol.described_api,
+    "soak": soak.soak,
+    "locked-doors": protocol.locked_doors,
 }
 
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("scenario", choices=SCENARIOS)
+    options.add_argument("scenario", choices=[*SCENARIOS, "all"])
     options.add_argument("--picture", type=Path, metavar="FILE", help="draw the requests over time")
-    options.add_argument("--amount", type=int, help="times, seconds or pictures; see the scenario")
+    options.add_argument(
+        "--amount", type=int, metavar="N", help="times, seconds or pictures, as the scenario has it"
+    )
     arguments = options.parse_args()
-    scenario = SCENARIOS[arguments.scenario]
-    figures, traffic = scenario(*([arguments.amount] if arguments.amount else []))
-    report({"scenario": arguments.scenario, **figures}, arguments.json)
-    if arguments.picture and traffic is not None:
-        draw(traffic, arguments.picture, (scenario.__doc__ or "").partition("\n")[0])
+    if arguments.scenario != "all":
+        play(arguments.scenario, arguments.json, arguments.picture, arguments.amount)
+        return
+    for name in SCENARIOS:  # --json and --picture are folders then
+        print(f"== {name}", flush=True)
+        figures = arguments.json and arguments.json / f"{name}.json"
+        play(name, figures, arguments.picture and arguments.picture / f"chaos-{name}.png", None)
+
+
+def play(name: str, file: Path | None, picture: Path | None, amount: int | None) -> None:
+    scenario = SCENARIOS[name]
+    figures, traffic = scenario(*([amount] if amount else []))
+    report({"scenario": name, **figures}, file)
+    if picture and traffic is not None:
+        draw(traffic, picture, (scenario.__doc__ or "").partition("\n")[0])
 
 
 if __name__ == "__main__":

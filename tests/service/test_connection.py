@@ -130,6 +130,7 @@ def test_a_client_that_expects_to_be_told_is_told_once(pair: Pair) -> None:
         ("POST / HTTP/1.1\r\n Content-Length: 5", None),
         ("POST / HTTP/1.1\r\nContent-Length: 1234567890123456", None),
         ("POST / HTTP/1.1\r\nTransfer-Encoding: chunked", None),
+        ("POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer_Encoding: chunked", None),
         ("POST / HTTP/1.1\r\nContent-Length: 5\r\ntransfer-encoding : chunked", None),
     ],
 )

@@ -1,0 +1,95 @@
+"""Scenario 12: half an hour of requests and fifty swaps; does anything grow?"""
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.chaos.traffic import Ask, Traffic, failed, get, in_turn, post, summary
+from benchmarks.common import RunningService
+from benchmarks.open_loop import run
+from registry.home import Home
+from tests.hostile_pictures import HOSTILE
+
+RATE = 500.0
+SWAPS = 50
+SAMPLE_S = 5.0
+WARM_UP = 0.25  # of the time: until every thread has had the largest picture once
+
+
+def soak(seconds: int = 1800) -> tuple[dict[str, Any], Traffic]:
+    """Half an hour of small, large and refused pictures, with fifty promotions of two versions."""
+    with home_of_two() as (home, image):
+        run(home, "registry", "plan", "digits/2")
+        with service(home, pull=True, CONVOY_KEEP_WARM_S="0") as running:
+            return asyncio.run(_soak(home, running, image, seconds))
+
+
+async def _soak(
+    home: Home, running: RunningService, image: bytes, seconds: int
+) -> tuple[dict[str, Any], Traffic]:
+    names = ("jpeg of 5,000 scans", "jpeg of one byte", "a gif", "png of 30 packed texts")
+    others = [post(HOSTILE[name](), kind="other") for name in names]
+    pages = [get(path, "other") for path in ("/readyz", "/metrics", "/v1/models", "/docs")]
+    asks: list[Ask] = [post(image)] * 92 + others + pages
+    traffic = Traffic(running.port, in_turn(asks), RATE)
+    samples: list[tuple[float, list[int], int, int]] = []
+    workers = running.workers()
+    swaps = asyncio.ensure_future(_swap(home, traffic, seconds))
+    async with traffic.running():
+        began = time.perf_counter()
+        with tqdm(total=seconds, desc="soak", unit="s", disable=None) as bar:
+            while (now := time.perf_counter() - began) < seconds:
+                samples.append(
+                    (
+                        now,
+                        [worker.memory_info().rss for worker in workers],
+                        sum(worker.num_threads() for worker in workers),
+                        sum(worker.num_fds() for worker in workers),
+                    )
+                )
+                bar.n = int(now)
+                bar.refresh()
+                await asyncio.sleep(SAMPLE_S)
+        swapped = await swaps
+    settled = [sample for sample in samples if sample[0] > WARM_UP * seconds]
+    at = np.array([sample[0] for sample in settled]) / 3600
+    slopes = [
+        float(np.polyfit(at, np.array([sample[1][n] for sample in settled]) / 2**20, 1)[0])
+        for n in range(len(workers))
+    ]
+    figures = {
+        "seconds": seconds,
+        "swaps": swapped,
+        **summary(traffic.rows),
+        "failed": failed(traffic.rows),
+        "others": sum(row.kind == "other" for row in traffic.rows),
+        "others_5xx_or_lost": sum(
+            row.status >= 500 or row.status <= 0 for row in traffic.rows if row.kind == "other"
+        ),
+        "rss_slope_mb_per_h": [round(slope, 2) for slope in slopes],
+        "rss_mb_first_settled_last": [
+            [round(sample[1][n] / 2**20, 1) for sample in (samples[0], settled[0], samples[-1])]
+            for n in range(len(workers))
+        ],
+        "threads_settled_last": [settled[0][2], samples[-1][2]],
+        "descriptors_settled_last": [settled[0][3], samples[-1][3]],
+        "same_workers": [worker.pid for worker in workers]
+        == [worker.pid for worker in running.workers()],
+    }
+    return figures, traffic
+
+
+async def _swap(home: Home, traffic: Traffic, seconds: int) -> int:
+    """Promote one of the two versions after the other, evenly over the time."""
+    loop = asyncio.get_running_loop()
+    for number in range(SWAPS):
+        await asyncio.sleep(0.9 * seconds / SWAPS)
+        traffic.fault("swap")
+        version = str(2 - number % 2)
+        arguments = ("registry", "promote", "digits", version, "--force", "--reason", "soak")
+        await loop.run_in_executor(None, run, home, *arguments)
+    return SWAPS
