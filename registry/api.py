@@ -246,7 +246,8 @@ def show_verdict(name: str, version: int) -> Response:
 
 
 def show_traffic(name: str) -> Response:
-    return _json(control().live(check_model_name(name)))
+    control().store.aliases(check_model_name(name))  # says so if there is no such model
+    return _json(control().live(name))
 
 
 def show_history(name: str) -> Response:
