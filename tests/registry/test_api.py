@@ -178,8 +178,10 @@ def test_a_body_that_cannot_be_used_decides_nothing(
 
 
 def test_live_figures_come_from_the_services(
-    client: FlaskClient, headers, monkeypatch: pytest.MonkeyPatch
+    client: FlaskClient, headers, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert client.get("/v1/models/digits/traffic", headers=headers["viewer"]).status_code == 404
+    publish()
     live = Live(
         model="digits", generation=1, champion=1, versions=(VersionTraffic(version=1, requests=7),)
     )

@@ -1,0 +1,232 @@
+"""Every call to the registry, the file system and torch fails once, in its turn, as curl's torture.
+
+A walk is made again and again; the first time its first call fails, the second time the second,
+until one goes through. Whatever fails: the error is one that somebody can understand, what served
+before serves on, nothing half is left where it could serve, and the next walk succeeds.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import requests
+import torch
+from mlflow import MlflowClient
+
+from registry.bundle import open_bundle
+from registry.contract import ModelRef, ModelVersion
+from registry.errors import ConvoyError, PromotionRefused
+from registry.home import Home
+from registry.promotion import audit, promote
+from registry.pull import Puller
+from registry.releases import ReleasedVersion, read_release, version_folder, write_release
+from registry.store import ModelStore
+from service.model_slot import ModelSlot
+from tests.conftest import MakeBundle
+from tests.service.conftest import load
+
+pytestmark = pytest.mark.torture
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+REF = ModelRef("digits", alias="champion")
+MOST_CALLS = 400
+FILES = [
+    *((Path, name) for name in ("open", "mkdir", "rename", "replace", "iterdir", "stat", "unlink")),
+    *((os, name) for name in ("open", "fsync", "replace", "ftruncate")),
+]
+REGISTRY = [
+    (MlflowClient, name)
+    for name in (
+        "get_registered_model",
+        "get_model_version",
+        "get_model_version_download_uri",
+        "search_model_versions",
+        "create_model_version",
+        "create_registered_model",
+        "set_registered_model_alias",
+        "delete_registered_model_alias",
+        "set_registered_model_tag",
+        "set_model_version_tag",
+    )
+] + [(mlflow.artifacts, "download_artifacts")]
+TORCH = [
+    (torch, "from_numpy"),
+    (torch, "softmax"),
+    (torch.nn.Linear, "forward"),
+    (torch.nn.Module, "load_state_dict"),
+    (torch.nn.Module, "to"),
+]
+
+
+class Fault:
+    """The ``number``-th call of any of ``targets`` raises; ``struck`` says whether it came."""
+
+    def __init__(self, number: int, error: Callable[[], BaseException]) -> None:
+        self._number = number
+        self._error = error
+        self._calls = 0
+        self.struck = ""
+        self.after = False
+        """Whether the call is made all the same, and only its answer lost."""
+
+    @contextmanager
+    def at(self, targets: list[tuple[Any, str]]) -> Iterator["Fault"]:
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in targets:
+                patch.setattr(owner, name, self._wrap(getattr(owner, name), name))
+            yield self
+
+    def _wrap(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            # Of files, those that serve; MLflow's own, and Python's, are not ours to guard.
+            ours = not isinstance(arguments[0], str | Path) or "/models/" in f"{arguments[0]}/"
+            self._calls += ours
+            if ours and self._calls == self._number:
+                self.struck = f"call {self._calls}, {name}{arguments[:2]}"
+                if self.after:
+                    call(*arguments, **named)
+                raise self._error()
+            return call(*arguments, **named)
+
+        return counted
+
+
+def every_fault(error: Callable[[], BaseException]) -> Iterator[Fault]:
+    """Faults for the caller's walk: at its first call, its second, until it makes no more."""
+    for number in range(1, MOST_CALLS):
+        fault = Fault(number, error)
+        yield fault
+        if not fault.struck:
+            assert number > 3, "the walk makes next to none of these calls: this proves nothing"
+            return
+    raise AssertionError(f"more than {MOST_CALLS} calls")
+
+
+def disk_full() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+def read_only() -> OSError:
+    return OSError(errno.EROFS, "Read-only file system")
+
+
+def unreachable() -> requests.ConnectionError:
+    return requests.ConnectionError("connection refused")
+
+
+def out_of_memory() -> MemoryError:
+    return MemoryError("cannot allocate")
+
+
+@pytest.mark.parametrize(
+    ("targets", "error"),
+    [(REGISTRY, unreachable), (FILES, disk_full), (FILES, read_only)],
+    ids=["registry", "disk-full", "read-only"],
+)
+def test_pulling(
+    targets: list[tuple[Any, str]],
+    error: Callable[[], BaseException],
+    store: ModelStore,
+    publish: Callable[..., ModelVersion],
+    registry_home: Home,
+) -> None:
+    old, new = publish(seed=0), publish(seed=1)
+    promote(store, "digits", 1)
+    Puller(lambda: store, registry_home, (REF,)).pull(REF)
+    promote(store, "digits", 2, force=True, reason="test")
+    models = registry_home.models
+    for fault in every_fault(error):
+        before = ReleasedVersion(version=1, manifest_sha256=old.manifest_sha256, alias="champion")
+        write_release(models, "digits", (before,))
+        shutil.rmtree(version_folder(models, "digits", 2), ignore_errors=True)
+        with fault.at(targets):
+            well = Puller(lambda: store, registry_home, (REF,)).pull_all()  # never raises
+        release = read_release(models, "digits")
+        assert release is not None, fault.struck
+        (served,) = release.versions
+        assert served.version == 2 or not well, fault.struck
+        bundle = open_bundle(version_folder(models, "digits", served.version))
+        assert bundle.manifest_sha256 == served.manifest_sha256
+        bundle.verify(bundle.serving_files())  # what is released is whole
+    assert served.version == new.version
+    versions = models / "digits" / "versions"
+    assert sorted(path.name for path in versions.iterdir()) == ["1", "2"]  # nothing half
+
+
+@pytest.mark.parametrize(
+    ("targets", "error"),
+    [(FILES, disk_full), (FILES, read_only), (TORCH, out_of_memory), (TORCH, RuntimeError)],
+    ids=["disk-full", "read-only", "torch-memory", "torch-error"],
+)
+def test_loading(
+    targets: list[tuple[Any, str]],
+    error: Callable[[], BaseException],
+    make_bundle: MakeBundle,
+    models: Path,
+) -> None:
+    versions = {
+        number: ReleasedVersion(
+            version=number,
+            manifest_sha256=make_bundle(
+                seed=number, folder=version_folder(models, "digits", number)
+            ).manifest_sha256,
+            alias="champion",
+        )
+        for number in (1, 2)
+    }
+    for fault in every_fault(error):
+        write_release(models, "digits", (versions[1],))
+        slot = ModelSlot(REF, models, load)
+        assert slot.refresh()
+        write_release(models, "digits", (versions[2],))
+        with fault.at(targets), contextlib.suppress(OSError, ConvoyError):
+            slot.refresh()  # what it raises, the thread that watches logs
+        assert slot.current is not None, fault.struck
+        pixels = np.zeros((1, *slot.current.manifest.preprocess.shape), np.uint8)
+        assert np.isfinite(slot.current.classifier.classify(pixels)).all(), fault.struck
+        slot._retry_at = 0.0  # not after a pause
+        slot.refresh()
+        assert slot.current.version == 2, fault.struck
+        assert slot.error is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "error"),
+    "lost_answer",
+    [False, True],
+    ids=["never-arrived", "done-but-answer-lost"],
+)
+def test_promoting(
+    lost_answer: bool, store: ModelStore, publish: Callable[..., ModelVersion]
+) -> None:
+    for seed in (0, 1):
+        publish(seed=seed)
+    promote(store, "digits", 1)
+    champion = 1
+    for fault in every_fault(unreachable):
+        fault.after = lost_answer
+        other = 3 - champion
+        with fault.at(REGISTRY), contextlib.suppress(OSError, ConvoyError):
+            promote(store, "digits", other, force=True, reason="torture")
+        assert store.aliases("digits")["champion"] in (1, 2), fault.struck
+        # What the ledger says stands; who asks again makes the alias agree with it.
+        with contextlib.suppress(PromotionRefused):  # it is the champion already
+            promote(store, "digits", other, force=True, reason="once more")
+        champion = store.aliases("digits")["champion"]
+        assert champion == other, fault.struck
+        lines, faults = audit(store, "digits")
+        assert not faults, (fault.struck, faults)
+    assert len(lines) > 3
