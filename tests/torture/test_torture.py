@@ -204,10 +204,7 @@ def test_loading(
 
 
 @pytest.mark.parametrize(
-    ("targets", "error"),
-    "lost_answer",
-    [False, True],
-    ids=["never-arrived", "done-but-answer-lost"],
+    "lost_answer", [False, True], ids=["never-arrived", "done-but-answer-lost"]
 )
 def test_promoting(
     lost_answer: bool, store: ModelStore, publish: Callable[..., ModelVersion]
