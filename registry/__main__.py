@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ from registry.contract import (
 from registry.devices import serving_threads
 from registry.errors import ConvoyError, UsageError
 from registry.home import Home, convoy_home
+from registry.plain_logs import log_to_stderr
 
 if TYPE_CHECKING:
     from registry.bundle import Bundle
@@ -45,9 +45,7 @@ PULLER_NICE = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr
-    )
+    log_to_stderr("%(asctime)s %(name)s %(message)s")
     try:
         return int(arguments.run(arguments))
     except ConvoyError as error:

@@ -1,18 +1,18 @@
 """``python -m service``: serve; ``python -m service classify FILE…``: ask a running service."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from registry.errors import ConvoyError
+from registry.plain_logs import log_to_stderr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         return int(arguments.run(arguments))
     except ConvoyError as error:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,13 +9,14 @@ from collections.abc import Callable, Sequence
 from registry.contract import check_model_name
 from registry.errors import ConvoyError, UsageError
 from registry.home import convoy_home
+from registry.plain_logs import log_to_stderr
 from training.config import RECIPES, choose_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(_with_default_command(sys.argv[1:] if argv is None else argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         return int(arguments.run(arguments))
     except ConvoyError as error:

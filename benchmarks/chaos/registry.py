@@ -91,7 +91,7 @@ async def _registry_faults(
 
 def _cold_start(home: Home, uri: str) -> float:
     """Seconds that another service takes to be ready, from the same disk and with that registry."""
-    other = RunningService(home.root, MODEL, 1, True, MLFLOW_TRACKING_URI=uri)
+    other = RunningService(home.root, MODEL, 2, True, MLFLOW_TRACKING_URI=uri)
     try:
         return other.start_to_ready_s
     finally:
