@@ -74,8 +74,9 @@ TORCH = [
 class Fault:
     """The ``number``-th call of any of ``targets`` raises; ``struck`` says whether it came."""
 
-    def __init__(self, number: int, error: Callable[[], BaseException]) -> None:
+    def __init__(self, number: int, error: Callable[[], BaseException], folder: Path) -> None:
         self._number = number
+        self._folder = folder
         self._error = error
         self._calls = 0
         self.struck = ""
@@ -92,7 +93,8 @@ class Fault:
     def _wrap(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def counted(*arguments: Any, **named: Any) -> Any:
             # Of files, those that serve; MLflow's own, and Python's, are not ours to guard.
-            ours = not isinstance(arguments[0], str | Path) or "/models/" in f"{arguments[0]}/"
+            file = next(iter(arguments), None)
+            ours = not isinstance(file, str | Path) or self._folder in Path(file).parents
             self._calls += ours
             if ours and self._calls == self._number:
                 self.struck = f"call {self._calls}, {name}{arguments[:2]}"
@@ -104,10 +106,13 @@ class Fault:
         return counted
 
 
-def every_fault(error: Callable[[], BaseException]) -> Iterator[Fault]:
-    """Faults for the caller's walk: at its first call, its second, until it makes no more."""
+def every_fault(error: Callable[[], BaseException], folder: Path = Path("/")) -> Iterator[Fault]:
+    """Faults for the caller's walk: at its first call, its second, until it makes no more.
+
+    Of the calls about files, those about what lies under ``folder``.
+    """
     for number in range(1, MOST_CALLS):
-        fault = Fault(number, error)
+        fault = Fault(number, error, folder)
         yield fault
         if not fault.struck:
             assert number > 3, "the walk makes next to none of these calls: this proves nothing"
@@ -148,7 +153,7 @@ def test_pulling(
     Puller(lambda: store, registry_home, (REF,)).pull(REF)
     promote(store, "digits", 2, force=True, reason="test")
     models = registry_home.models
-    for fault in every_fault(error):
+    for fault in every_fault(error, models):
         before = ReleasedVersion(version=1, manifest_sha256=old.manifest_sha256, alias="champion")
         write_release(models, "digits", (before,))
         shutil.rmtree(version_folder(models, "digits", 2), ignore_errors=True)
@@ -187,7 +192,7 @@ def test_loading(
         )
         for number in (1, 2)
     }
-    for fault in every_fault(error):
+    for fault in every_fault(error, models):
         write_release(models, "digits", (versions[1],))
         slot = ModelSlot(REF, models, load)
         assert slot.refresh()
