@@ -182,6 +182,7 @@ def resnet(
     return nn.Sequential(layers)
 
 
+MOST_LAYERS = 1000
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"dense": dense, "cnn": cnn, "resnet": resnet}
 
 
@@ -255,16 +256,21 @@ def load_program(bundle: Bundle) -> Program:
         BundleInvalid: the weights do not fit the network.
     """
     manifest = bundle.manifest
+    spec, (height_px, width_px, channels) = manifest.network, manifest.preprocess.shape
     try:
-        program = build_program(manifest.network, manifest.preprocess, len(manifest.labels))
-        weights = bundle.weights()
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
-        program.network.load_state_dict(tensors, strict=True)
+        with torch.device("meta"):  # takes no memory, whatever a stranger's manifest asks for
+            shape = channels, height_px, width_px
+            network = build_network(spec.name, shape, len(manifest.labels), **spec.args)
+        tensors = {name: torch.from_numpy(array) for name, array in bundle.weights().items()}
+        for name, wanted in network.state_dict().items():
+            if name in tensors and tensors[name].dtype != wanted.dtype:
+                raise NetworkImpossible(f"{name} is {tensors[name].dtype}, not {wanted.dtype}")
+        network.load_state_dict(tensors, strict=True, assign=True)
     except (UsageError, NetworkImpossible, RuntimeError) as error:
         raise BundleInvalid(
             f"the weights of {manifest.model} do not fit its network: {error}"
         ) from error
-    return program.eval()
+    return Program(network, manifest.preprocess).eval()
 
 
 def _check_kernel(layer: str, name: str, size: int, map_size: tuple[int, int], pad: int) -> None:
@@ -281,6 +287,8 @@ def _check_kernel(layer: str, name: str, size: int, map_size: tuple[int, int], p
 
 def _sizes(name: str, values: int | Sequence[int]) -> list[int]:
     sizes: list[int] = [values] if isinstance(values, int) else list(values)
+    if len(sizes) > MOST_LAYERS:
+        raise NetworkImpossible(f"{name} has {len(sizes)} values; at most {MOST_LAYERS} are built")
     if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
         raise NetworkImpossible(f"{name} is {values!r}; it must be whole numbers of at least 1")
     return sizes

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from registry.bundle import Bundle, open_bundle
+from registry.contract import NetworkSpec
 from registry.errors import BundleInvalid
+from registry.networks import load_program
 from registry.releases import ReleasedVersion, version_folder, write_release
 from service.model_slot import ModelSlot
+from service.watchdog import rss_mb
 from tests.conftest import MakeBundle
 from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 
@@ -59,6 +62,16 @@ def test_none_takes_over_and_none_runs(
     assert serving.current.version == 1
     assert serving.error
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["network would need 10¹⁶ bytes", "pictures of 4096×4096"])
+def test_none_takes_memory_for_what_it_claims(name: str, make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(network=NetworkSpec("dense", {"hidden": [512]}))
+    HOSTILE_BUNDLES[name](bundle, Path("unused"))
+    before = rss_mb()
+    with pytest.raises(BundleInvalid, match="do not fit"):
+        load_program(open_bundle(bundle.folder))
+    assert rss_mb() - before < 50
 
 
 def test_an_array_of_objects_is_refused_where_it_is_read(
