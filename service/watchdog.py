@@ -1,8 +1,8 @@
 """Ends a worker that cannot serve any more, so that gunicorn starts another.
 
 gunicorn notices a worker whose loop stands still; not one whose threads wait for a forward pass
-that never ends, nor one that grows. Memory is bounded by design; the restart for its sake is the
-last resort, before the kernel's, which would lose what is being answered.
+that never ends, nor one that grows. What the allocator has kept is given back; the restart for memory's
+sake is the last resort, before the kernel's, which would lose what is being answered.
 """
 
 import logging
@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Thread
 
+from service.memory import give_back
 from service.model_slot import ModelSlot
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ LOOK_S = 0.5
 UNREADY_S = 2.0
 # So that the workers of a service, which grow alike, do not end together.
 JITTER_S = 60.0
+# Grown by so much, and what the allocator keeps of it is given back.
+TRIM_MB = 16
 _STATM = Path("/proc/self/statm")
 
 
@@ -44,6 +47,7 @@ class Watchdog:
         self._max_rss_mb = max_rss_mb
         self._end = end
         self._restart_at: float | None = None
+        self._trimmed_mb = 0
 
     def start(self) -> None:
         """Look from a daemon thread from now on."""
@@ -63,7 +67,11 @@ class Watchdog:
                 log.critical("%s; this worker ends", self.reason)
                 time.sleep(UNREADY_S)
                 self._end(signal.SIGKILL)
-        if self._max_rss_mb is not None and (rss := rss_mb()) > self._max_rss_mb:
+        rss = rss_mb()
+        if rss > self._trimmed_mb + TRIM_MB:
+            give_back()
+            self._trimmed_mb = rss = rss_mb()
+        if self._max_rss_mb is not None and rss > self._max_rss_mb:
             now = time.monotonic()
             if self._restart_at is None:
                 self._restart_at = now + random.uniform(0, JITTER_S)  # noqa: S311 - no secret

@@ -12,6 +12,8 @@ from benchmarks.chaos.traffic import REFUSED, Traffic, failed, in_turn, post, su
 from benchmarks.common import RunningService
 
 LOAD = 0.5  # of what the services answered when asked as fast as they could
+# While one of the two restarts, the other has half of the cores, and the start takes one.
+RESTART_LOAD = 0.15
 
 
 async def capacity(port: int, image: bytes, seconds: float = 4.0) -> float:
@@ -98,7 +100,7 @@ def rolling_restarts(restarts: int = 20) -> tuple[dict[str, Any], Traffic]:
 async def _restart(
     port: int, image: bytes, services: tuple[RunningService, ...], restarts: int
 ) -> tuple[dict[str, Any], Traffic]:
-    rate = LOAD * await capacity(port, image)
+    rate = RESTART_LOAD * await capacity(port, image)
     traffic = Traffic(port, in_turn([post(image)]), rate)
     loop = asyncio.get_running_loop()
     async with traffic.running():
