@@ -12,16 +12,15 @@ from service.settings import METRICS, RUN_FOLDER, Settings
 settings = Settings.from_environment()
 
 wsgi_app = "service:create_app()"
-host = f"[{settings.host}]" if ":" in settings.host else settings.host
-bind = f"{host}:{settings.port}"
+# Each worker binds a socket of its own, once it has loaded (service.worker): the kernel spreads
+# connections over them; from one shared socket whoever wakes first took all.
+bind: list[str] = []
+reuse_port = True
 worker_class = "service.worker.LoopWorker"
 workers = settings.workers
 threads = settings.threads
 # Each worker loads its own model: neither CUDA nor OpenMP's threads survive a fork.
 preload_app = False
-# The kernel spreads connections over the workers; from one shared socket whoever wakes first took
-# all of them.
-reuse_port = True
 keepalive = 75
 graceful_timeout = settings.drain_s
 timeout = 60

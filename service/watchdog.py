@@ -1,8 +1,8 @@
 """Ends a worker that cannot serve any more, so that gunicorn starts another.
 
 gunicorn notices a worker whose loop stands still; not one whose threads wait for a forward pass
-that never ends, nor one that grows. What the allocator has kept is given back; the restart for memory's
-sake is the last resort, before the kernel's, which would lose what is being answered.
+that never ends, nor one that grows. What the allocator has kept is given back; the restart for the
+sake of memory is the last resort, before the kernel's, which would lose what is being answered.
 """
 
 import logging

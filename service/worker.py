@@ -124,6 +124,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.alive: bool
+        self.sockets: list[Any]
         self._connections: dict[Connection, None] = {}
         # Since when, and in that order: whoever is left out is first in the next round.
         self._readable: dict[Connection, float] = {}
@@ -136,6 +137,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         settings = Settings.from_environment()
         self._limits = replace(settings.limits, keep_alive_s=self.cfg.keepalive)
         self._unready_s = settings.unready_s
+        self._address = settings.host, settings.port
         self._poller = selectors.DefaultSelector()
         self._done = PollableMethodQueue()
         self._done.init()
@@ -147,6 +149,15 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def run(self) -> None:
         self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
+        if not self.sockets:  # only now: whom a worker welcomes before it has loaded would wait
+            host, port = self._address
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self.sockets = [
+                socket.create_server(
+                    (host, port), family=family, backlog=self.cfg.backlog, reuse_port=True
+                )
+            ]
+            self.log.info("listening on %s port %d", host, port)
         for listener in self.sockets:
             listener.setblocking(False)
             self._poller.register(listener, selectors.EVENT_READ, self._accept)
