@@ -55,24 +55,28 @@ class IdxFile(NamedTuple):
 FILES = (
     IdxFile(
         "train-images-idx3-ubyte.gz",
+        # pragma: allowlist nextline secret
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         16,
         (60_000, 28, 28),
     ),
     IdxFile(
         "train-labels-idx1-ubyte.gz",
+        # pragma: allowlist nextline secret
         "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
         8,
         (60_000,),
     ),
     IdxFile(
         "t10k-images-idx3-ubyte.gz",
+        # pragma: allowlist nextline secret
         "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
         16,
         (10_000, 28, 28),
     ),
     IdxFile(
         "t10k-labels-idx1-ubyte.gz",
+        # pragma: allowlist nextline secret
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         8,
         (10_000,),

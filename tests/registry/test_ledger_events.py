@@ -70,6 +70,7 @@ def test_webhooks_are_read_with_their_secrets(write_file) -> None:
     ("fields", "why"),
     [
         ("url = 'ftp://example.org/'", "https"),
+        # pragma: allowlist nextline secret
         ("url = 'https://me:pw@example.org/'", "without user"),
         ("url = 'https:///path'", "https"),
         ("url = 'https://example.org:99999/'", "[Pp]ort"),

@@ -111,6 +111,7 @@ def test_a_registry_of_another_schema_says_what_to_do(registry_home: Home) -> No
 def test_a_registry_that_is_down_answers_soon_and_hides_its_password(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # pragma: allowlist nextline secret
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     with pytest.raises(RegistryUnavailable) as caught:
         ModelStore(home).models()

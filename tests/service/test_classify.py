@@ -281,7 +281,7 @@ def test_a_sane_request_id_is_kept_and_another_replaced(ready: FlaskClient) -> N
 
 
 def test_traceparent_names_the_request(ready: FlaskClient, png: bytes, caplog) -> None:
-    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
     caplog.set_level("DEBUG")
     response = ready.post("/v1/classify", data=png, headers=headers, **RAW)
