@@ -198,3 +198,29 @@ def test_a_worker_looks_for_itself(
     (bundle.folder / SIGNATURE).mkdir()
     with pytest.raises(BundleInvalid):
         signing.check_signature(bundle, 3, keys)
+
+
+def test_keys_and_tokens_by_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], store: ModelStore
+) -> None:
+    assert main(["keygen", str(tmp_path / "bob.pem")]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("bob ")
+    assert "yours alone" in said.err
+    assert main(["keygen", str(tmp_path / "bob.pem")]) == 2
+    assert main(["token", "add", "ann", "--role", "classify"]) == 0
+    assert main(["token", "list"]) == 0
+    assert "ann" in capsys.readouterr().out
+    assert main(["token", "remove", "ann"]) == 0
+    assert main(["token", "remove", "ann"]) == 2
+    assert main(["sign", "digits", "1", "--key", "x", "--days", "0"]) == 2
+    assert main(["sign", "digits", "1", "--key", "x"]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_what_is_no_key_signs_nothing(tmp_path: Path) -> None:
+    for text in ("", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"):
+        (tmp_path / "key").write_text(text)
+        with pytest.raises(UsageError, match="cannot be read"):
+            sign(version(), tmp_path / "key", 1, 1)
+    assert signing.serial_of("[") == 0
