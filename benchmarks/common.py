@@ -23,6 +23,13 @@ from registry.devices import describe_machine
 START_TIMEOUT_S = 60.0
 
 
+def free_port() -> int:
+    """A port of loopback on which nobody listens at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class RunningService:
     """``python -m service`` on a free port of this machine."""
 
@@ -35,10 +42,8 @@ class RunningService:
         plan: str = "auto",
         **more: str,
     ) -> None:
-        """``more`` are environment variables; ``CONVOY_PORT`` is among them or a free one."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(more.get("CONVOY_PORT") or probe.getsockname()[1])
+        """``more`` are environment variables."""
+        self.port = free_port()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long-lived as the service
         self._environment = {
             **os.environ,

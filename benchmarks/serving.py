@@ -14,7 +14,6 @@ servers must agree on the pictures. Beside FILE the raw figures (``.details.json
 import http.client
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from benchmarks.common import RunningService, machine, parser
+from benchmarks.common import RunningService, free_port, machine, parser
 from registry.bundle import Bundle, open_bundle
 from registry.home import Home
 from registry.plans.choice import AUTO, Planner
@@ -178,9 +177,7 @@ PEERS = {
 @contextmanager
 def peer(name: str, bundle: Bundle) -> Iterator[int]:
     """The port of a server that was started for this, and ends with it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     program, *options = PEERS[name]
     listen = ["--bind", f"127.0.0.1:{port}", "--no-control-socket", "--keep-alive", "75"]
     if program == "uvicorn":

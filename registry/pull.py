@@ -62,8 +62,6 @@ HANGS_S, HANGS_BYTES = 60.0, 65_536
 SLACK_BYTES = 64 * 1024 * 1024
 INCOMING = ".incoming-"
 
-EX_TEMPFAIL = 75
-
 Traces = tuple[str, tuple[tuple[str, int, int], ...]]
 
 
@@ -238,7 +236,9 @@ class Puller:
                 log.warning("cannot note the state of %s: %s", ref, error)
         return failures == 0
 
-    def guard(self, stop: Event, end: Callable[[], object] = lambda: os._exit(EX_TEMPFAIL)) -> None:
+    def guard(
+        self, stop: Event, end: Callable[[], object] = lambda: os._exit(os.EX_TEMPFAIL)
+    ) -> None:
         """End this process when a pull hangs or brings what was not said, until ``stop`` is set.
 
         Nothing less ends a thread that waits for a socket; whoever has started the puller starts it

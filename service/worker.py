@@ -4,11 +4,11 @@ The loop reads requests until they are whole and sends answers as fast as they a
 slow client holds no thread (``service.connection``). With small pictures, handing each to a thread
 and back, and the threads' contest for the interpreter, would cost more than the work
 (docs/decisions/0007). So POSTs are answered by the loop: each round calls the application for
-every one that is there, and iterates the answers after that, so that an
-application that queues its work in the call and waits for it in the iteration gets it into one
-batch. What takes longer the application postpones, or refuses at once if too much of that waits
-already; it is called again by one of a few threads. Whatever is no POST, probes among it, goes to
-others, so that neither waits for the other.
+every one that is there, and iterates the answers after that, so that an application that queues its
+work in the call and waits for it in the iteration gets it into one batch. What takes longer the
+application postpones, or refuses at once if too much of that waits already; it is called again by
+one of a few threads. Whatever is no POST, probes among it, goes to others, so that neither waits
+for the other.
 
 Knows nothing of images. Builds on gunicorn 26's arbiter, parser and response. There is no access
 log; ``max_requests``, ``pre_request`` and ``post_request`` are not honoured.
@@ -438,6 +438,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         connection.watched = events
 
     def _close(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return  # one event of a poll closed it to make room; another of the same was its own
         self._watch(connection, 0)
         self._readable.pop(connection, None)
         del self._connections[connection]

@@ -53,13 +53,6 @@ def object_array(marker: Path) -> bytes:
     return buffer.getvalue()
 
 
-def packed_array() -> bytes:
-    """80 MB of zeros in 80 KB."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, pixels=np.zeros(80_000_000, np.uint8))
-    return buffer.getvalue()
-
-
 def header(text: str, payload: bytes = b"") -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data + payload

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.stack import free_port, home_of_two, service, wait_for_port
+from benchmarks.chaos.stack import home_of_two, service, wait_for_port
+from benchmarks.common import free_port
 from registry.api import ROUTES
 from registry.home import Home
 from registry.tokens import Tokens

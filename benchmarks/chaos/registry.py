@@ -9,9 +9,9 @@ from typing import Any
 import aiohttp
 
 from benchmarks.chaos.proxy import Fault, FaultProxy
-from benchmarks.chaos.stack import MODEL, free_port, home_of_two, service, wait_for_port
+from benchmarks.chaos.stack import MODEL, home_of_two, service, wait_for_port
 from benchmarks.chaos.traffic import Traffic, failed, in_turn, post, summary
-from benchmarks.common import RunningService
+from benchmarks.common import RunningService, free_port
 from registry.home import Home
 
 RATE = 300.0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from benchmarks.common import RunningService, running_service
+from benchmarks.common import RunningService, free_port, running_service
 from benchmarks.open_loop import prepare_two
 from registry.home import Home
 from training.datasets import load_dataset
@@ -49,12 +49,6 @@ http {{
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def home_of_two() -> Iterator[tuple[Home, bytes]]:
     """A home in which two small versions of a model are published, and a picture for it."""
@@ -90,6 +84,18 @@ def nginx(ports: list[int]) -> Iterator[int]:
         finally:
             process.terminate()
             process.wait(10)
+
+
+@contextmanager
+def two_behind_nginx() -> Iterator[tuple[int, bytes, tuple[RunningService, RunningService]]]:
+    """nginx's port, a picture, and two services of one worker each that serve behind it."""
+    with (
+        home_of_two() as (home, image),
+        service(home, workers=1) as one,
+        service(home, workers=1) as two,
+        nginx([one.port, two.port]) as port,
+    ):
+        yield port, image, (one, two)
 
 
 def wait_for_port(port: int, patience_s: float = 30.0) -> None:

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from benchmarks.chaos.stack import home_of_two, nginx, service
+from benchmarks.chaos.stack import home_of_two, service, two_behind_nginx
 from benchmarks.chaos.traffic import REFUSED, Traffic, failed, in_turn, post, summary
 from benchmarks.common import RunningService
 
@@ -27,13 +27,8 @@ async def capacity(port: int, image: bytes, seconds: float = 4.0) -> float:
 
 def kill_workers(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
     """kill -9 of a worker each second, two services behind nginx."""
-    with (
-        home_of_two() as (home, image),
-        service(home, workers=1) as one,
-        service(home, workers=1) as two,
-        nginx([one.port, two.port]) as port,
-    ):
-        return asyncio.run(_kill_workers(port, image, (one, two), seconds))
+    with two_behind_nginx() as (port, image, services):
+        return asyncio.run(_kill_workers(port, image, services, seconds))
 
 
 async def _kill_workers(
@@ -88,13 +83,8 @@ async def _until_ready(port: int, since: float) -> float:
 
 def rolling_restarts(restarts: int = 20) -> tuple[dict[str, Any], Traffic]:
     """Two services behind nginx are replaced in turn, under load."""
-    with (
-        home_of_two() as (home, image),
-        service(home, workers=1) as one,
-        service(home, workers=1) as two,
-        nginx([one.port, two.port]) as port,
-    ):
-        return asyncio.run(_restart(port, image, (one, two), restarts))
+    with two_behind_nginx() as (port, image, services):
+        return asyncio.run(_restart(port, image, services, restarts))
 
 
 async def _restart(

@@ -23,6 +23,7 @@ from werkzeug.exceptions import MethodNotAllowed, abort
 
 from registry.contract import ClassScore, PreprocessSpec
 from registry.errors import ConvoyError, ImageTooLarge, Overloaded
+from registry.picture_parts import check_parts
 from registry.preprocess import Pixels, decode_image
 from service import errors
 from service.api.bodies import Images
@@ -220,6 +221,10 @@ class Classify:
     def _decode_large(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
         """A few at a time, so that they take neither all memory nor all threads."""
         settings = self._state.settings
+        try:
+            check_parts(image, settings.decode_limits)  # what is refused takes nobody's place
+        except ConvoyError as error:
+            return error
         if not self._large.acquire(timeout=settings.max_wait_s):
             return Overloaded("too many large images are being decoded")
         try:

@@ -448,3 +448,21 @@ def test_an_order_to_end_is_told_to_the_application_first(tmp_path: Path) -> Non
     assert old.is_closed()
     for each in (old, new):
         each.close()
+
+
+def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> None:
+    """One poll of the sockets tells of a newcomer, and of a byte from who is closed for it."""
+    server = Server(tmp_path, GUNICORN_CMD_ARGS="--worker-connections 16")
+    many = [Connection(server.port) for _ in range(16)]
+    for each in many:
+        each.ask(b"here")
+    many[-1].send(post(b"hold up"))
+    time.sleep(0.3)  # while that is called, both happen
+    newcomer = Connection(server.port)
+    many[0].send(post(b"too late"))
+    assert newcomer.ask(b"new")["body"] == "new"
+    assert many[-1].answer()[0] == 200
+    assert [each.ask(b"on")["body"] for each in many[1:]] == ["on"] * 15  # of the same worker
+    for each in (*many, newcomer):
+        each.close()
+    server.stop()
