@@ -160,6 +160,8 @@ def resnet(
     """
     widths = _sizes("widths", widths)
     depths = _per_layer("blocks", blocks, len(widths), least=1)
+    if sum(depths) > MOST_LAYERS:
+        raise NetworkImpossible(f"blocks is {blocks!r}; at most {MOST_LAYERS} are built")
     opening = _choose("stem", stem, STEMS)(shape[0], widths[0])
     smallest = min(shape[1:]) if stem == "small" else (min(shape[1:]) + 3) // 4
     if smallest < 2 ** (len(widths) - 1):

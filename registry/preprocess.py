@@ -44,8 +44,7 @@ _TURNS = {
 REDUCING_GAP = 2
 # Pillow warns of each odd tag: a picture of a stranger's would write a thousand lines into the log,
 # and have Python remember each of them.
-PILLOW = r"PIL\."
-warnings.filterwarnings("ignore", module=PILLOW)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 DEFAULT_LIMITS = DecodeLimits()

@@ -7,6 +7,7 @@ there, what lies on disk stays as it is and goes on serving.
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import platform
@@ -14,7 +15,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event
 
@@ -44,7 +45,7 @@ from registry.releases import (
     write_status,
 )
 from registry.services import read_live
-from registry.signing import SIGNATURE, Signed, TrustedKeys, check_serial
+from registry.signing import SIGNATURE, Signed, TrustedKeys, check_serial, raise_floor
 from registry.store import ModelStore
 from registry.trial_guard import TrialGuard
 
@@ -88,6 +89,8 @@ class Puller:
         self._told: set[tuple[str, int]] = set()
         self._unguarded: set[str] = set()
         self._pulling_since: float | None = None
+        # Of the download that is on its way.
+        self._incoming: Path | None = None
         self._expected_bytes = 0
         self._by = f"puller on {platform.node()}"
         self.wake = Event()
@@ -103,15 +106,15 @@ class Puller:
         before = read_release_or_none(self._models, ref.name)
         versions: tuple[ReleasedVersion, ...]
         wanted = store.resolve_in(aliases, ref)
-        versions = (self._lay_out(store, wanted, ref.alias),)
+        versions = (self._lay_out(store, wanted, ref.alias, before),)
         if self._trust:
-            check_serial(self._vouched(wanted), floor_file(self._models, ref.name), time.time())
+            raise_floor(self._vouched(wanted), floor_file(self._models, ref.name))
         if ref.alias != CHAMPION or (trial and trial.version == versions[0].version):
             trial = None  # tried beside the champion, beside nothing else, and not beside itself
         if trial is not None:
             try:
                 tried = store.resolve_in(aliases, ModelRef(ref.name, trial.version))
-                versions = (*versions, self._lay_out(store, tried, CHALLENGER))
+                versions = (*versions, self._lay_out(store, tried, CHALLENGER, before))
             except (ConvoyError, OSError) as error:  # the champion's matter it is not
                 log.warning("%s is not tried: %s", trial, error)
                 is_down = isinstance(error, RegistryUnavailable)
@@ -190,12 +193,15 @@ class Puller:
         return self._store
 
     def _lay_out(
-        self, store: ModelStore, version: ModelVersion, alias: str | None
+        self, store: ModelStore, version: ModelVersion, alias: str | None, before: Release | None
     ) -> ReleasedVersion:
         """``version`` on disk, whole and verified, whatever that takes."""
         folder = version_folder(self._models, version.name, version.version)
         if self._trust:
-            self._vouched(version)
+            signed = self._vouched(version)
+            # How old that is counts when a version is chosen, not while it serves.
+            if not before or version.manifest_sha256 not in _digests(before):
+                check_serial(signed, floor_file(self._models, version.name), time.time())
         if not self._is_here(folder, version):
             try:
                 self._fetch(store, folder, version)
@@ -265,10 +271,9 @@ class Puller:
                 since = now
 
     def _arrived_bytes(self) -> int:
-        """What lies in folders that are being filled."""
-        files = self._models.glob(f"*/versions/{INCOMING}*/**/*")
+        """What has come of the download that is on its way."""
         total = 0
-        for file in files:
+        for file in self._incoming.rglob("*") if self._incoming else ():
             with contextlib.suppress(OSError):  # it was renamed meanwhile
                 total += file.stat().st_size if file.is_file() else 0
         return total
@@ -312,11 +317,17 @@ class Puller:
     def _fetch(self, store: ModelStore, folder: Path, version: ModelVersion) -> None:
         """Fetch into a temporary folder, verify, flush, rename: never half a bundle in place."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f"{INCOMING}*"):  # of a puller that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=INCOMING) as name:
+        _remove_left(folder.parent)
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=INCOMING) as name,
+            _locked(Path(name)),
+        ):
+            self._incoming, self._expected_bytes = Path(name), 0
             incoming = Path(name) / "bundle"
-            store.download(version, incoming, self._room_for)
+            try:
+                store.download(version, incoming, self._room_for)
+            finally:
+                self._incoming = None
             fsync_tree(incoming)
             if folder.exists():
                 folder.rename(Path(name) / "damaged")
@@ -347,10 +358,32 @@ class Puller:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Show other pullers of these models that this folder is in use; ``OSError`` if it is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left(versions: Path) -> None:
+    """Remove what pullers that were killed have left."""
+    for left in versions.glob(f"{INCOMING}*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _digests(release: Release) -> set[str]:
+    return {each.manifest_sha256 for each in release.versions}
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text()
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

@@ -167,7 +167,7 @@ def check_signature(bundle: Bundle, version: int, keys: TrustedKeys) -> Signed:
 
 
 def check_serial(signed: Signed, floor_file: Path, now_unix_s: float) -> None:
-    """Refuse a champion whose signature has ended, or is older than one that served here.
+    """Refuse a version whose signature has ended, or is older than one of a champion here.
 
     Raises:
         BundleInvalid: so it is.
@@ -182,8 +182,12 @@ def check_serial(signed: Signed, floor_file: Path, now_unix_s: float) -> None:
             f"{what} was signed before one that has served here (serial {said.serial} < {floor}); "
             "if it is meant to serve again, sign it again"
         )
-    if said.serial > floor:
-        write_atomically(floor_file, b"%d\n" % said.serial)
+
+
+def raise_floor(signed: Signed, floor_file: Path) -> None:
+    """Note that this champion serves here: what was signed before it shall not any more."""
+    if signed.statement.serial > read_floor(floor_file):
+        write_atomically(floor_file, b"%d\n" % signed.statement.serial)
 
 
 def read_floor(floor_file: Path) -> int:

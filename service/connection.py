@@ -164,7 +164,7 @@ class Connection:
                 return None
             self._start = end + len(HEADERS_END)
             self._head = bytes(received[:end])
-            if b"100-continue" in self._head:
+            if b"100-continue" in self._head.lower():
                 self._head, said = _EXPECT.subn(b"", self._head + b"\r\n")
                 self._head, self._expects = self._head[:-2], said > 0
             self._likeness, self._digits, length = measure(self._head)
@@ -212,6 +212,8 @@ class Connection:
             return self.ended or not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
+        except OSError:  # it was reset
+            return True
 
     def _await(self, time_s: float) -> None:
         self.phase = Phase.READING

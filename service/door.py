@@ -5,13 +5,16 @@ has one however its connections are spread; nothing that a caller sends can make
 Several machines have several buckets.
 """
 
+import contextlib
+import hashlib
+import ipaddress
 import logging
 import math
 import mmap
 import os
+import secrets
 import tempfile
 import time
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +38,8 @@ class Door:
     def __init__(self, settings: Settings) -> None:
         self._asks_for_keys = settings.keys == "required"
         self._tokens = Tokens(settings.tokens)
-        self._service_digest = sha256_hex((settings.service_key or "").encode())
-        self._has_service_key = settings.service_key is not None
+        key = settings.service_key
+        self._service_digest = sha256_hex(key.encode()) if key else None
         self._buckets = (
             Buckets(settings.rate, settings.burst, settings.run_folder) if settings.rate else None
         )
@@ -61,8 +64,7 @@ class Door:
         """Somebody who wants to see models, traffic or metrics; raises as ``admit``."""
         if not self._asks_for_keys:
             return
-        text = _bearer(environ)
-        if self._has_service_key and sha256_hex(text.encode()) == self._service_digest:
+        if sha256_hex(_bearer(environ).encode()) == self._service_digest:
             return  # of digests, so that the time says nothing
         token = self._find(environ)
         if not token.may_look:
@@ -91,24 +93,39 @@ class Buckets:
             Path(name).unlink()
         else:
             descriptor = os.open(folder / "buckets", os.O_RDWR | os.O_CREAT, 0o600)
+        size = 8 * (BUCKETS + 1)
         try:
-            os.ftruncate(descriptor, 8 * BUCKETS)
-            self._full_at = memoryview(mmap.mmap(descriptor, 8 * BUCKETS)).cast("q")
+            os.ftruncate(descriptor, size)
+            self._full_at = memoryview(mmap.mmap(descriptor, size)).cast("q")
         finally:
             os.close(descriptor)
+        # Behind the buckets lies what nobody outside knows, so that nobody can choose another's.
+        if self._full_at[BUCKETS] == 0:
+            self._full_at[BUCKETS] = secrets.randbits(62) + 1
 
     def take(self, caller: str) -> float:
         """0 if ``caller`` may ask now; else the seconds after which it may.
 
         Two workers may take at the same instant and count one of the two: the price of no lock.
         """
-        place = zlib.crc32(caller.encode()) % BUCKETS
+        salt = self._full_at[BUCKETS].to_bytes(8)
+        digest = hashlib.blake2b(_network(caller).encode(), digest_size=8, key=salt).digest()
+        place = int.from_bytes(digest) % BUCKETS
         now = time.monotonic_ns()
         full_at = max(self._full_at[place], now)
         if (wait_ns := full_at - now - self._burst_ns) > 0:
             return wait_ns / 1e9
         self._full_at[place] = full_at + self._interval_ns
         return 0.0
+
+
+def _network(caller: str) -> str:
+    """An IPv6 caller's first 64 bits, of which it can choose the rest; any other as it is."""
+    if ":" not in caller:
+        return caller
+    with contextlib.suppress(ValueError):
+        return str(int(ipaddress.IPv6Address(caller)) >> 64)
+    return caller
 
 
 def _bearer(environ: "WSGIEnvironment") -> str:

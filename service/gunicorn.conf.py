@@ -15,7 +15,6 @@ wsgi_app = "service:create_app()"
 # Each worker binds a socket of its own, once it has loaded (service.worker): the kernel spreads
 # connections over them; from one shared socket whoever wakes first took all.
 bind: list[str] = []
-reuse_port = True
 worker_class = "service.worker.LoopWorker"
 workers = settings.workers
 threads = settings.threads

@@ -164,10 +164,8 @@ class ModelSlot:
 
     @property
     def running_s(self) -> float:
-        """For how long the longest forward pass of what serves has been running."""
-        serving = self._held.serving
-        served = (serving.champion, serving.challenger) if serving else ()
-        return max((each.batcher.running_s for each in served if each), default=0.0)
+        """For how long the longest forward pass of what is in memory has been running."""
+        return max((each.batcher.running_s for each in list(self._loaded.values())), default=0.0)
 
     def require(self) -> Serving:
         """What serves, read once per request.

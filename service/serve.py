@@ -191,8 +191,7 @@ def _on_end_signals(handler: Callable[[int, FrameType | None], object]) -> None:
 
 def _check_port(settings: Settings) -> None:
     """Say who is to blame for a taken port before gunicorn retries five times."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket(settings.family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))

@@ -1,6 +1,7 @@
 """Every setting of the service, parsed once from the environment into one immutable record."""
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from service.connection import Limits
 
 Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
+DRAIN_LEAST_S = 3.0
 # More of these are not decoded at once: each may take a fifth of a gigabyte.
 LARGE_PIXELS = 2_000_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
@@ -105,6 +107,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     run_folder: Path | None = None
 
     @property
+    def family(self) -> socket.AddressFamily:
+        """Of the address to listen on."""
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
+    @property
     def shadow_socket(self) -> Path | None:
         """Where samples for the shadow go; None where nothing else runs beside this process."""
         return self.run_folder / "shadow" if self.run_folder else None
@@ -156,7 +163,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         values["models"] = parse_model_refs(environment.get("CONVOY_MODEL"))
         home = convoy_home(environment)
         values["models_folder"], values["plans_folder"] = home.models, home.plans
-        values["tokens"], values["service_key"] = home.tokens, environment.get(SERVICE_KEY)
+        values["tokens"], values["service_key"] = home.tokens, environment.get(SERVICE_KEY) or None
         for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
             if environment.get(name):
                 values[field] = Path(environment[name])
@@ -166,7 +173,13 @@ class Settings(Struct, frozen=True, kw_only=True):
                 f"CONVOY_LOG_LEVEL={values['log_level']!r}: use DEBUG, INFO, WARNING or ERROR"
             )
         try:
-            return msgspec.convert(values, cls, strict=False)
+            settings = msgspec.convert(values, cls, strict=False)
+            if settings.unready_s > max(0.0, settings.drain_s - DRAIN_LEAST_S):
+                raise UsageError(
+                    f"CONVOY_UNREADY_S={settings.unready_s:g} leaves no time to drain: it must be "
+                    f"{DRAIN_LEAST_S:g} s below CONVOY_DRAIN_S={settings.drain_s}"
+                )
+            return settings
         except msgspec.ValidationError as error:
             text = str(error)
             for name, field in VARIABLES.items():

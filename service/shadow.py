@@ -28,6 +28,7 @@ from registry.errors import ConvoyError, DeviceLost
 from registry.preprocess import Pixels, decode_image
 from registry.processes import end_with_standard_input
 from registry.releases import read_release_or_none, version_folder
+from registry.signing import TrustedKeys, check_signature
 from service.gpu import Planning
 from service.metrics import Metrics
 from service.settings import Settings
@@ -55,6 +56,7 @@ class Shadow:
 
     def __init__(self, settings: Settings, planner: Planning, metrics: Metrics) -> None:
         self._settings = settings
+        self._trust = TrustedKeys.from_environment()
         self._planner = planner
         self._metrics = metrics
         self._loaded: dict[str, Loaded] = {}
@@ -109,6 +111,8 @@ class Shadow:
         folder = version_folder(self._settings.models_folder, model, version)
         try:
             bundle = open_bundle(folder, released.manifest_sha256)
+            if self._trust:
+                check_signature(bundle, version, self._trust)
             fresh = Loaded(version, bundle.manifest, self._planner.load(bundle))
         except (ConvoyError, OSError) as error:
             log.warning("%s version %d cannot be scored: %s", model, version, error)

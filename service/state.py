@@ -121,7 +121,7 @@ def load_served(
     planner: Planning,
     settings: Settings,
     metrics: Metrics,
-    trust: TrustedKeys | None = None,
+    trust: TrustedKeys,
 ) -> ServedModel:
     """The version in ``bundle``, warmed up and proved; raises as ``planner.load`` does.
 

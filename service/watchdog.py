@@ -55,7 +55,10 @@ class Watchdog:
         def watch() -> None:
             while True:
                 time.sleep(LOOK_S)
-                self.look()
+                try:
+                    self.look()
+                except Exception:  # the edge of a thread: no descriptor free must not end it
+                    log.exception("the watchdog could not look")
 
         Thread(target=watch, name="watchdog", daemon=True).start()
 
@@ -71,7 +74,9 @@ class Watchdog:
         if rss > self._trimmed_mb + TRIM_MB:
             give_back()
             self._trimmed_mb = rss = rss_mb()
-        if self._max_rss_mb is not None and rss > self._max_rss_mb:
+        if self._max_rss_mb is None or rss <= self._max_rss_mb:
+            self._restart_at = None
+        else:
             now = time.monotonic()
             if self._restart_at is None:
                 self._restart_at = now + random.uniform(0, JITTER_S)  # noqa: S311 - no secret

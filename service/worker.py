@@ -67,7 +67,7 @@ IDLE_S = 1.0
 # For probes, metrics and pages.
 OTHER_THREADS = 4
 MOST_WAITING = 512
-# Of bodies that have not arrived whole.
+# Of requests that are not answered yet.
 MOST_RECEIVED_BYTES = 256 * 1024 * 1024
 RETRY = "Retry-After: 1\r\n"
 # Heads that are remembered, and the longest of them.
@@ -104,18 +104,21 @@ class Answering:
 
     def iterate(self) -> None:
         """The second half: what it answers is gathered."""
-        for part in self.body:
-            self.response.write(part)
-        self.response.close()
-        if hasattr(self.body, "close"):
-            self.body.close()
+        try:
+            for part in self.body:
+                self.response.write(part)
+            self.response.close()
+        finally:
+            if hasattr(self.body, "close"):
+                self.body.close()
 
 
 class Crowd(Struct):
-    """Threads for one kind of request, and how many requests are with them."""
+    """Threads for one kind of request, how many are with them, and the bytes of their bodies."""
 
     threads: ThreadPoolExecutor
     count: int = 0
+    size: int = 0
 
 
 class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
@@ -137,7 +140,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         settings = Settings.from_environment()
         self._limits = replace(settings.limits, keep_alive_s=self.cfg.keepalive)
         self._unready_s = settings.unready_s
-        self._address = settings.host, settings.port
+        self._address, self._family = (settings.host, settings.port), settings.family
         self._poller = selectors.DefaultSelector()
         self._done = PollableMethodQueue()
         self._done.init()
@@ -150,14 +153,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def run(self) -> None:
         self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
         if not self.sockets:  # only now: whom a worker welcomes before it has loaded would wait
-            host, port = self._address
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self.sockets = [
                 socket.create_server(
-                    (host, port), family=family, backlog=self.cfg.backlog, reuse_port=True
+                    self._address, family=self._family, backlog=self.cfg.backlog, reuse_port=True
                 )
             ]
-            self.log.info("listening on %s port %d", host, port)
+            self.log.info("listening on %s port %d", *self._address)
         for listener in self.sockets:
             listener.setblocking(False)
             self._poller.register(listener, selectors.EVENT_READ, self._accept)
@@ -209,7 +210,11 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         while self._readable and len(self._round) < ROUND_REQUESTS and time.monotonic() < ends:
             connection = next(iter(self._readable))
             waited_s = time.monotonic() - self._readable.pop(connection)
-            self._read(connection, waited_s)
+            try:
+                self._read(connection, waited_s)
+            except Exception:  # whatever one client brings about, it is the end of no other
+                self.log.exception("a connection is given up")
+                self._close(connection)
             if not self._readable:
                 self._dispatch(0)
         answered, self._round = self._round, {}
@@ -220,6 +225,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 ends = now
         if now >= self._next_look:
             self._next_look = now + LOOK_S
+            self._dispatch(0)  # what has arrived in time is not late
             self._close_late(now)
 
     def _dispatch(self, timeout_s: float) -> None:
@@ -227,15 +233,15 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             key.data(key.fileobj)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Accept all who knock: one a round would let a crowd of hundreds wait for seconds."""
-        while True:
+        """Accept many who knock: one a round would let a crowd of hundreds wait for seconds."""
+        for _ in range(ROUND_REQUESTS):
             try:
                 client, address = listener.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._make_room()
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
-                    raise
+                    self.log.warning("nobody could be accepted: %s", error)
                 return
             if len(self._connections) >= self._most_connections:
                 self._make_room()
@@ -253,7 +259,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _close_late(self, now: float) -> None:
         """Close the connections whose time for the next step is over."""
-        for connection in [each for each in self._connections if each.deadline <= now]:
+        late = [c for c in self._connections if c.deadline <= now and c not in self._readable]
+        for connection in late:
             if connection.phase is Phase.READING:
                 self._refuse(connection, 408, "the request did not arrive in its time")
             else:
@@ -291,16 +298,18 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._refuse(connection, 503, "too many large requests arrive at once")
 
     def _received(self) -> int:
-        return sum(len(each.received) for each in self._connections)
+        """Bytes of requests that are not answered yet."""
+        arriving = sum(len(each.received) for each in self._connections)
+        return arriving + self._workers.size + self._others.size
 
     def _ask(self, connection: Connection, asked: Asked) -> None:
         """Have the application called: here, or in a thread."""
         connection.work()
         try:
             request, environ = self._understand(asked, connection)
-        except (http_errors.ParseException, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - gunicorn's parser raises many kinds
             too_long = isinstance(error, http_errors.LimitRequestHeaders)
-            self._refuse(connection, 431 if too_long else 400, str(error))
+            self._refuse(connection, 431 if too_long else 400, str(error) or "no request")
             return
         environ["wsgi.input"] = BytesIO(asked.body)
         answering = Answering(connection, request, environ, self.cfg)
@@ -314,8 +323,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _call(self, answering: Answering) -> None:
         """Call the application in the loop; its answer is iterated at the end of the round."""
         environ = answering.environ
-        size = len(environ["wsgi.input"].getbuffer())
-        environ[IN_LOOP], environ[WAITING] = size, self._workers.count
+        environ[IN_LOOP], environ[WAITING] = _body_size(answering), self._workers.count
         try:
             answering.call(self.wsgi)
         except Postpone:
@@ -328,11 +336,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._round[answering.connection] = answering
 
     def _to_thread(self, answering: Answering, crowd: Crowd) -> None:
-        if crowd.count >= MOST_WAITING:
+        size = _body_size(answering)
+        if crowd.count >= MOST_WAITING or self._received() + size > MOST_RECEIVED_BYTES:
             self._refuse(answering.connection, 503, "too many requests wait already")
             return
         self._watch(answering.connection, 0)
         crowd.count += 1
+        crowd.size += size
 
         def work() -> None:
             answering.call(self.wsgi)
@@ -340,6 +350,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
         def done(future: "Future[None]") -> None:
             crowd.count -= 1
+            crowd.size -= size
             self._finish(answering, future.result)
 
         crowd.threads.submit(work).add_done_callback(lambda future: self._done.defer(done, future))
@@ -352,7 +363,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """
         client, port = connection.client[:2] if connection.client else ("", "")  # "": no TCP
         key = asked.likeness, client, connection.server
-        if (known := self._heads.get(key)) is None:
+        known = self._heads.get(key) if asked.complete else None
+        if known is None:
             request = next(http.get_parser(self.cfg, [asked.head, HEADERS_END], connection.client))
             _check_head(request)
             _, environ = wsgi.create(request, None, connection.client, connection.server, self.cfg)
@@ -361,7 +373,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 environ.pop(bound)  # to this one connection
             request.body = request.unreader = None
             known = request, environ
-            if len(asked.head) <= HEAD_BYTES:
+            if asked.complete and len(asked.head) <= HEAD_BYTES:
                 if len(self._heads) == HEADS:
                     self._heads.clear()
                 self._heads[key] = known
@@ -444,6 +456,10 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._readable.pop(connection, None)
         del self._connections[connection]
         connection.sock.close()
+
+
+def _body_size(answering: Answering) -> int:
+    return len(answering.environ["wsgi.input"].getbuffer())
 
 
 def _check_head(request: Any) -> None:

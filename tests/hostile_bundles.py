@@ -156,6 +156,9 @@ HOSTILE_BUNDLES: dict[str, Change] = {
     "network is not on our list": manifest(lambda m: m["network"].update(name="os.system")),
     "network has other arguments": manifest(lambda m: m["network"].update(args={"evil": 1})),
     "network would need 10¹⁶ bytes": huge_network,
+    "network of a million blocks": manifest(
+        lambda m: m["network"].update(name="resnet", args={"widths": [1], "blocks": 1_000_000})
+    ),
     "pictures of 4096×4096": manifest(
         lambda m: m["preprocess"].update(width_px=4096, height_px=4096)
     ),

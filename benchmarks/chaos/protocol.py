@@ -90,6 +90,10 @@ def payloads() -> Iterator[tuple[str, bytes]]:
     ]  # fmt: skip
     for line in lines:
         yield "request line", line + b"\r\nHost: x\r\nContent-Length: +1\r\n\r\n" + SMUGGLED
+    for nasty in (b"\r\n\r\n", b"\r\n" * 50, b"\x00\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        yield "no request", nasty
+    for expectation in (b"100-Continue", b"100-CONTINUE", b"100-continue, x", b"200-ok"):
+        yield "expect", head + b"Content-Length: 5, 5\r\nExpect: " + expectation + b"\r\n\r\nhello"
     headers = [
         b"", b"Host: x\r\nHost: y", b"Host: x\r\n folded: y", b"Host: x\r\nNo colon", b": empty",
         b"Host: x\r\nBad Name: y", b"Host: x\r\nX: \x00", b"Host: x\r\nX: a\rb", b"Host : x",

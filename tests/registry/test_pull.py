@@ -355,6 +355,7 @@ def test_a_pull_that_hangs_ends_the_puller_and_says_why(
     monkeypatch.setattr(pull, "HANGS_S", 1.5)
     incoming = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}x"
     incoming.mkdir(parents=True)
+    puller._incoming = incoming
     stop, ends = Event(), list[float]()
 
     def end() -> None:
@@ -378,6 +379,7 @@ def test_a_pull_that_goes_on_is_left_alone_and_one_that_brings_too_much_is_not(
     monkeypatch.setattr(pull, "SLACK_BYTES", 1_000_000)
     incoming = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}x"
     incoming.mkdir(parents=True)
+    puller._incoming = incoming
     stop, ends = Event(), list[float]()
     guard = Thread(target=puller.guard, args=(stop, lambda: (ends.append(1), stop.set())))
     puller._pulling_since = time.monotonic()
@@ -415,3 +417,31 @@ def test_without_room_on_the_disk_nothing_is_fetched(
     assert not puller.pull_all()
     assert "are free" in caplog.text
     assert not version_folder(registry_home.models, "digits", 1).exists()
+
+
+def test_another_pullers_download_is_left_alone(
+    puller: Puller, store: ModelStore, publish, registry_home: Home
+) -> None:
+    theirs = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}theirs"
+    theirs.mkdir(parents=True)
+    publish()
+    promote(store, "digits", 1)
+    with pull._locked(theirs):
+        puller.pull(REF)
+        assert theirs.exists()
+
+
+def test_what_was_left_does_not_end_the_next_puller(
+    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull, "SLACK_BYTES", 1000)
+    left = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}left"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(bytes(10_000))
+    stop, ends = Event(), list[float]()
+    guard = Thread(target=puller.guard, args=(stop, lambda: ends.append(1)))
+    guard.start()
+    time.sleep(1.5)
+    stop.set()
+    guard.join(5)
+    assert not ends

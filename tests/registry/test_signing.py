@@ -3,6 +3,7 @@
 import base64
 import json
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import pytest
 
 from registry import signing
 from registry.__main__ import main
-from registry.contract import ModelRef, ModelVersion
+from registry.contract import ModelRef, ModelVersion, Trial
 from registry.errors import BundleInvalid, UsageError
 from registry.home import Home
 from registry.promotion import promote
 from registry.pull import Puller
 from registry.releases import read_release, version_folder
-from registry.signing import SIGNATURE, TrustedKeys, check_serial, make_key, sign
+from registry.signing import SIGNATURE, TrustedKeys, check_serial, make_key, raise_floor, sign
 from registry.store import ModelStore
 
 REF = ModelRef("digits", alias="champion")
@@ -119,9 +120,9 @@ def test_an_older_signature_does_not_serve_again_and_an_ended_one_neither(
 ) -> None:
     keys, floor = TrustedKeys.from_environment(), tmp_path / "serial"
     old, new = (keys.check(sign(version(n), key, n, 1), "digits", n, "ab" * 32) for n in (3, 4))
-    check_serial(old, floor, 0)
-    check_serial(new, floor, 0)
-    check_serial(new, floor, 0)
+    for signed in (old, new, new):
+        check_serial(signed, floor, 0)
+        raise_floor(signed, floor)
     with pytest.raises(BundleInvalid, match="before one that has served"):
         check_serial(old, floor, 0)
     with pytest.raises(BundleInvalid, match="has ended"):
@@ -224,3 +225,32 @@ def test_what_is_no_key_signs_nothing(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="cannot be read"):
             sign(version(), tmp_path / "key", 1, 1)
     assert signing.serial_of("[") == 0
+
+
+def test_what_is_old_or_ended_is_tried_on_nobody_and_what_serves_serves_on(
+    key: Path,
+    trusted: Path,
+    store: ModelStore,
+    registry_home: Home,
+    publish: Callable[..., ModelVersion],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    puller, models = Puller(lambda: store, registry_home, (REF,)), registry_home.models
+    for seed in (0, 1):
+        publish(seed=seed)
+    for number in ("1", "2"):
+        assert main(["sign", "digits", number, "--key", str(key)]) == 0
+    promote(store, "digits", 2)
+    assert puller.pull(REF).versions[0].version == 2
+    store.point("digits", champion=None, previous=None, trial=Trial(version=1, share=1.0))
+    assert puller.pull(REF).trial is None  # signed before the champion
+    assert main(["sign", "digits", "1", "--key", str(key)]) == 0
+    assert puller.pull(REF).trial == Trial(version=1, share=1.0)
+    (version_folder(models, "digits", 1) / SIGNATURE).write_bytes(b"\xff\xfe")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 400 * signing.DAY_S)
+    assert puller.pull(REF).trial == Trial(version=1, share=1.0)  # mended, and serves on
+    store.point("digits", champion=None, previous=None, trial=None)
+    assert puller.pull(REF).trial is None
+    store.point("digits", champion=None, previous=None, trial=Trial(version=1, share=1.0))
+    assert puller.pull(REF).trial is None  # it would have to be chosen anew

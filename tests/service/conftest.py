@@ -15,6 +15,7 @@ from registry.contract import ModelRef, Trial
 from registry.plans.choice import Planner
 from registry.plans.torch_eager import EAGER
 from registry.releases import ReleasedVersion, version_folder, write_release
+from registry.signing import TrustedKeys
 from service import create_app
 from service.metrics import Metrics
 from service.model_slot import ModelSlot, ServedModel
@@ -26,7 +27,7 @@ from tests.conftest import MakeBundle
 def load(bundle: Bundle, released: ReleasedVersion, metrics: Metrics | None = None) -> ServedModel:
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     settings = Settings(max_batch=8, queue_limit=64)
-    return load_served(bundle, released, planner, settings, metrics or Metrics())
+    return load_served(bundle, released, planner, settings, metrics or Metrics(), TrustedKeys({}))
 
 
 @pytest.fixture

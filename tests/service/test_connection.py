@@ -98,7 +98,7 @@ def test_a_body_over_the_limit_is_not_waited_for(pair: Pair) -> None:
 
 
 def test_a_client_that_expects_to_be_told_is_told_once(pair: Pair) -> None:
-    whole = post(b"hello", "Expect: 100-Continue\r\n".replace("C", "c"))
+    whole = post(b"hello", "Expect: 100-Continue\r\n")
     pair.sends(whole[:-5])
     assert pair.ours.take() is None
     assert pair.ours.expects()

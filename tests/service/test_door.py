@@ -10,7 +10,7 @@ from flask.testing import FlaskClient
 from msgspec.structs import replace
 
 from registry.bundle import Bundle
-from registry.errors import RateExceeded
+from registry.errors import KeyMissing, RateExceeded
 from registry.tokens import Tokens
 from service import create_app
 from service.door import Buckets, Door
@@ -154,3 +154,21 @@ def test_a_request_that_a_thread_takes_over_is_counted_once(tmp_path: Path) -> N
     door.admit({"REMOTE_ADDR": "192.0.2.1"}, again=True)
     with pytest.raises(RateExceeded):
         door.admit({"REMOTE_ADDR": "192.0.2.1"})
+
+
+def test_an_empty_service_key_opens_nothing() -> None:
+    door = Door(Settings.from_environment({"CONVOY_KEYS": "required", "CONVOY_SERVICE_KEY": ""}))
+    with pytest.raises(KeyMissing):
+        door.admit_looker({})
+
+
+def test_nobody_chooses_anothers_bucket_and_a_network_has_one() -> None:
+    places = set()
+    for _ in range(20):
+        buckets = Buckets(rate=0.1, burst=1)
+        assert buckets.take("192.0.2.7") == 0
+        places.add(next(n for n in range(8192) if buckets._full_at[n]))
+    assert len(places) > 10
+    assert buckets.take("2001:db8::1") == 0
+    assert buckets.take("2001:db8::4d23") > 0
+    assert buckets.take("2001:db8:1::1") == 0

@@ -109,3 +109,10 @@ def test_a_log_line_is_one_json_object_whatever_is_in_it(capfd) -> None:
     assert lines[0]["event"] == 'a forged"\n{"level": "error"}'
     assert lines[0]["request_id"] == "r\n1"
     assert "ValueError: reason" in lines[1]["exception"]
+
+
+def test_the_time_to_be_unready_leaves_some_to_drain() -> None:
+    environment = {"CONVOY_UNREADY_S": "5", "CONVOY_DRAIN_S": "8"}
+    assert Settings.from_environment(environment).unready_s == 5
+    with pytest.raises(UsageError, match="leaves no time to drain"):
+        Settings.from_environment({**environment, "CONVOY_DRAIN_S": "7"})

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -59,3 +60,33 @@ def test_without_a_limit_no_memory_is_too_much() -> None:
     Watchdog((), 30.0, end=end).look()
     assert not end.signals
     assert rss_mb() > 20
+
+
+def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, looks = Ends(), iter([OSError("no descriptor is free"), 0.0])
+    looked = Event()
+
+    class Slot:
+        @property
+        def running_s(self) -> float:
+            found = next(looks, None)
+            if isinstance(found, OSError):
+                raise found
+            looked.set()
+            return 0.0
+
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+    Watchdog((Slot(),), 30.0, end=end).start()
+    assert looked.wait(5)
+
+
+def test_who_has_shrunk_again_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, sizes = Ends(), iter([200, 50, 50, 200])
+    monkeypatch.setattr(watchdog, "rss_mb", lambda: next(sizes))
+    monkeypatch.setattr(watchdog, "TRIM_MB", 1000)
+    monkeypatch.setattr(watchdog, "JITTER_S", 1e-9)
+    dog = Watchdog((), 30.0, max_rss_mb=100, end=end)
+    dog.look()
+    assert len(end.signals) <= 1
+    dog.look()
+    assert dog._restart_at is None

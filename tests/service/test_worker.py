@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 APPLICATION = """
-import json, threading, time
+import json, os, threading, time
 from service.worker import ENDING, IN_LOOP, WAITING, Postpone
 
 called = []
@@ -28,6 +29,8 @@ def application(environ, start_response):
     overloaded = environ.get(WAITING, 0) >= 12
     if environ.get(IN_LOOP, 0) > 64 * 1024:
         raise Postpone
+    if body.startswith(b"ss") and not in_loop:
+        time.sleep(0.5)
     if body == b"slow" and in_loop and not overloaded:
         raise Postpone
     if body == b"raise":
@@ -57,6 +60,7 @@ def application(environ, start_response):
             "in_loop": IN_LOOP in environ,
             "overloaded": overloaded,
             "ending": ENDING in environ,
+            "pid": os.getpid(),
             "thread": threading.current_thread().name,
             "called_before_answered": len(called),
         }
@@ -466,3 +470,78 @@ def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> 
     for each in (*many, newcomer):
         each.close()
     server.stop()
+
+
+@pytest.mark.parametrize(
+    "nasty",
+    [
+        b"\r\n\r\n",
+        b"\r\n" * 100,
+        b"\x00" * 50 + b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\n\r\n",
+        post(b"x", extra="Expect: 100-Continue\r\n"),
+        post(b"x", extra="Expect: 200-ok\r\n"),
+        post(b"x", extra="Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_nothing_that_a_client_sends_ends_the_worker(
+    port: int, connection: Connection, nasty: bytes
+) -> None:
+    before = connection.ask(b"before")["pid"]
+    other = Connection(port)
+    other.send(nasty)
+    other.socket.shutdown(socket.SHUT_WR)
+    assert other.file.read().startswith((b"HTTP/1.1 4", b"HTTP/1.1 200", b"HTTP/1.1 100"))
+    other.close()
+    assert connection.ask(b"after")["pid"] == before
+
+
+def test_a_client_that_resets_its_connection_after_a_wait_ends_nobody(
+    port: int, connection: Connection
+) -> None:
+    slow, leaving = Connection(port), Connection(port)
+    for each in (slow, leaving):
+        before = each.ask(b"here")["pid"]
+    for each in (connection, slow):
+        each.send(post(b"hold up"))
+        time.sleep(0.1)
+    leaving.send(post(b"gone"))
+    leaving.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    leaving.close()
+    assert [each.answer()[0] for each in (connection, slow)] == [200, 200]
+    assert connection.ask(b"after")["pid"] == before
+    slow.close()
+
+
+def test_what_arrived_in_time_is_not_late(tmp_path: Path) -> None:
+    server = Server(tmp_path, GUNICORN_CMD_ARGS="--keep-alive 2")
+    busy, patient = Connection(server.port), Connection(server.port)
+    patient.ask(b"here")
+    time.sleep(1.4)
+    busy.send(post(b"hold up"))  # for 1.2 s, over the end of the other's time
+    time.sleep(0.3)
+    assert patient.ask(b"in time")["body"] == "in time"
+    for each in (busy, patient):
+        each.close()
+    server.stop()
+
+
+def test_bodies_that_wait_have_an_end(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    many = [Connection(server.port) for _ in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        for each in many:
+            pool.submit(each.send, post(b"s" * 40_000_000))
+        statuses = sorted(each.answer()[0] for each in many)
+    assert 503 in statuses
+    assert statuses.count(200) >= 4
+    for each in many:
+        each.close()
+    server.stop()
+
+
+def test_no_length_is_not_taken_for_a_length_that_was_seen(connection: Connection) -> None:
+    connection.ask(b"12345", extra="X-Empty: yes\r\n")
+    connection.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: \r\nX-Empty: yes\r\n\r\n")
+    assert connection.answer()[0] == 400
