@@ -17,6 +17,7 @@ from registry.classifier import Classifier
 from registry.contract import ModelRef
 from registry.errors import BundleInvalid, DeviceLost, ModelNotReady, PlanUndecided
 from registry.plans.plan import Run
+from registry.signing import TrustedKeys
 from service import create_app, gpu
 from service.gpu import GpuPlanner, GpuServer, RemoteRun
 from service.metrics import Metrics
@@ -333,7 +334,7 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
     owner, metrics = own(losable), Metrics()
 
     def load(bundle, released):
-        return load_served(bundle, released, owner.client, SETTINGS, metrics)
+        return load_served(bundle, released, owner.client, SETTINGS, metrics, TrustedKeys({}))
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_swap=metrics.swapped)
     release(1)
