@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common import RunningService, parser, report
-from benchmarks.open_loop import Driver, find_capacity, two_versions
+from benchmarks.traffic import Traffic, capacity, failed, in_turn, post
+from benchmarks.two_versions import two_versions
 from registry.contract import Trial
 from registry.home import Home
 from registry.live import Live
@@ -42,35 +43,31 @@ def main() -> int:
 
 async def measure(home: Home, service: RunningService, image: bytes, rounds: int) -> dict[str, Any]:
     store = ModelStore(home)
-    driver = Driver(service.port, image)
-    await driver.connect()
-    capacity = await find_capacity(driver)
-    stop = asyncio.Event()
-    load = asyncio.create_task(driver.run(LOAD * capacity, stop))
+    rps = await capacity(service.port, image)
+    traffic = Traffic(service.port, in_turn([post(image)]), LOAD * rps)
     p50: dict[bool, list[float]] = {False: [], True: []}
     p99: dict[bool, list[float]] = {False: [], True: []}
     cpu: list[float] = []
-    for _ in tqdm(range(rounds), unit="round", disable=None):
-        for shadow in (False, True):
+    async with traffic.running():
+        for turn in tqdm(range(2 * rounds), unit="turn", disable=None):
+            shadow = turn % 2 == 1
             if shadow:
                 await asyncio.to_thread(release, store, "digits", Trial(version=2, shadow=1.0))
             elif cpu:
                 await asyncio.to_thread(withdraw, store, "digits")
             await asyncio.sleep(SETTLE_S)
-            before, used_s = len(driver.answers), shadow_cpu_s(service)
+            before, used_s = len(traffic.rows), shadow_cpu_s(service)
             await asyncio.sleep(MEASURE_S)
             if shadow:
                 cpu.append((shadow_cpu_s(service) - used_s) / MEASURE_S / (os.cpu_count() or 1))
-            taken = [1000 * (done - due) for due, _, done, _ in driver.answers[before:]]
+            taken = [1000 * (row.done - row.due) for row in traffic.rows[before:]]
             p50[shadow].append(float(np.percentile(taken, 50)))
             p99[shadow].append(float(np.percentile(taken, 99)))
-    stop.set()
-    await load
     ratios = [after / before for before, after in zip(p50[False], p50[True], strict=True)]
     return {
-        "requests": len(driver.answers) + driver.failed,
-        "failed": driver.failed + driver.lost,
-        "load_rps": LOAD * capacity,
+        "requests": len(traffic.rows),
+        "failed": failed(traffic.rows),
+        "load_rps": LOAD * rps,
         "p50_ms_without": statistics.median(p50[False]),
         "p50_ms_with": statistics.median(p50[True]),
         "p50_ratio": statistics.median(ratios),

@@ -18,6 +18,7 @@ always do.
 import asyncio
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -29,11 +30,14 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common import RunningService, parser, report
-from benchmarks.open_loop import Driver, find_capacity, two_versions
+from benchmarks.traffic import Row, Traffic, capacity, failed, in_turn, post
+from benchmarks.two_versions import two_versions
 from registry.home import Home
 
 LOAD = 0.7
 PAUSE_S = 1.0
+_VERSION = re.compile(rb"\r\nX-Model-Version: (\d+)\r\n", re.IGNORECASE)
+_SCORE = re.compile(rb'"probability":([0-9.e-]+)')
 AFTER_S = 0.5
 
 
@@ -53,9 +57,7 @@ def main() -> int:
 
 
 async def measure(home: Home, service: RunningService, image: bytes, swaps: int) -> dict[str, Any]:
-    driver = Driver(service.port, image)
-    await driver.connect()
-    capacity = await find_capacity(driver)
+    rps = await capacity(service.port, image)
     before_mb = memory_mb(service)
     promoter = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.swap_under_load", "--promoter", str(home.root)),
@@ -65,38 +67,36 @@ async def measure(home: Home, service: RunningService, image: bytes, swaps: int)
     assert promoter.stdin
     assert promoter.stdout
     await promoter.stdout.readline()  # it has loaded MLflow
-    stop = asyncio.Event()
-    load = asyncio.create_task(driver.run(LOAD * capacity, stop))
-    await asyncio.sleep(PAUSE_S)
+    traffic = Traffic(service.port, in_turn([post(image)]), LOAD * rps)
     windows: list[tuple[float, float]] = []
     command_s, decided_s = [], []
-    for number in tqdm(range(swaps), unit="swap", disable=None):
-        version = 2 if number % 2 == 0 else 1
-        began = time.perf_counter()
-        promoter.stdin.write(b"%d\n" % version)
-        seen = len(driver.answers)
-        said = asyncio.create_task(promoter.stdout.readline())
-        first = None
-        while first is None:
-            await asyncio.sleep(0.005)
-            new = (done for _, _, done, answered in driver.answers[seen:] if answered == version)
-            first = next(new, None)
-            if time.perf_counter() - began > 60:
-                raise SystemExit(f"version {version} has not answered within 60 s")
-        decided = float(json.loads(await said)["decided"])
-        command_s.append(first - began)
-        decided_s.append(max(0.0, first - decided))
-        await asyncio.sleep(AFTER_S)
-        windows.append((began, time.perf_counter()))
+    async with traffic.running():
         await asyncio.sleep(PAUSE_S)
-    stop.set()
-    await load
+        for number in tqdm(range(swaps), unit="swap", disable=None):
+            version = 2 if number % 2 == 0 else 1
+            began = time.perf_counter()
+            promoter.stdin.write(b"%d\n" % version)
+            seen = len(traffic.rows)
+            said = asyncio.create_task(promoter.stdout.readline())
+            first = None
+            while first is None:
+                await asyncio.sleep(0.005)
+                new = (row.done for row in traffic.rows[seen:] if version_of(row) == version)
+                first = next(new, None)
+                if time.perf_counter() - began > 60:
+                    raise SystemExit(f"version {version} has not answered within 60 s")
+            decided = float(json.loads(await said)["decided"])
+            command_s.append(first - began)
+            decided_s.append(max(0.0, first - decided))
+            await asyncio.sleep(AFTER_S)
+            windows.append((began, time.perf_counter()))
+            await asyncio.sleep(PAUSE_S)
     promoter.stdin.close()
     await promoter.wait()
     return {
-        **judge(driver, windows),
-        "capacity_rps": capacity,
-        "load_rps": LOAD * capacity,
+        **judge(traffic.rows, windows),
+        "capacity_rps": rps,
+        "load_rps": LOAD * rps,
         "command_to_first_answer_median_s": statistics.median(command_s),
         "command_to_first_answer_worst_s": max(command_s),
         "decision_to_first_answer_median_s": statistics.median(decided_s),
@@ -106,8 +106,16 @@ async def measure(home: Home, service: RunningService, image: bytes, swaps: int)
     }
 
 
-def judge(driver: Driver, windows: list[tuple[float, float]]) -> dict[str, Any]:
-    due, sent, done, version = (np.array(column) for column in zip(*driver.answers, strict=True))
+def version_of(row: Row) -> int | None:
+    """The version that answered; None of what is no answer."""
+    found = _VERSION.search(row.answer) if row.status == 200 else None
+    return int(found[1]) if found else None
+
+
+def judge(rows: list[Row], windows: list[tuple[float, float]]) -> dict[str, Any]:
+    good = [row for row in rows if version_of(row) is not None]
+    due, sent, done = np.array([(row.due, row.sent, row.done) for row in good]).T
+    version = np.array([version_of(row) for row in good])
     inside = np.zeros(len(due), bool)
     for began, ended in windows:
         inside |= (done >= began) & (done <= ended)
@@ -122,7 +130,12 @@ def judge(driver: Driver, windows: list[tuple[float, float]]) -> dict[str, Any]:
         )
         ratios.append(float(np.percentile(during, 99) / np.percentile(before, 99)))
     order = np.argsort(done)
-    wrong = driver.wrong_score
+    scores: dict[int | None, bytes] = {}
+    wrong = 0
+    for row in good:
+        score = _SCORE.search(row.answer)
+        mine = score[1][:6] if score else b""
+        wrong += scores.setdefault(version_of(row), mine) != mine
     # The moment from which each version was known to serve: its first answer after the other's.
     turns = order[1:][np.diff(version[order]) != 0]
     for began, ended in windows:
@@ -132,9 +145,9 @@ def judge(driver: Driver, windows: list[tuple[float, float]]) -> dict[str, Any]:
             late = (sent > known) & (done <= ended) & (version != fresh)
             wrong += int(late.sum())
     return {
-        "requests": len(due) + driver.failed,
+        "requests": len(rows),
         "swaps": len(windows),
-        "failed": driver.failed + driver.lost,
+        "failed": failed(rows),
         "wrong_version": wrong,
         "p99_ratio": statistics.median(ratios),
         "p99_ratio_of_all_together": swapping / quiet,

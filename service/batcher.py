@@ -92,9 +92,12 @@ class MicroBatcher:
         """What an image takes of a forward pass, lately; 0 before the first."""
         return self._image_ms
 
-    def wait_s(self, before: int = 0) -> float:
-        """How long an image will wait that is queued behind those here and ``before`` more."""
-        return (len(self._waiting) + before) * self._image_ms / 1000
+    def wait_s(self, known: int = 0) -> float:
+        """How long an image will wait behind those queued, or the ``known`` if they are more.
+
+        The caller may know of requests that are on their way here; most of the queued are theirs.
+        """
+        return max(len(self._waiting), known) * self._image_ms / 1000
 
     @property
     def running_s(self) -> float:
@@ -109,10 +112,10 @@ class MicroBatcher:
             return self._max_batch
         return max(1, int(self._batch_ms / self._image_ms))
 
-    def check_room(self, before: int = 0) -> None:
-        """Raise ``Overloaded`` if an image, queued behind ``before`` more, would wait too long."""
-        if (wait_s := self.wait_s(before)) > self._max_wait_s:
-            waiting = len(self._waiting) + before
+    def check_room(self, known: int = 0) -> None:
+        """Raise ``Overloaded`` if an image would have to wait too long (see ``wait_s``)."""
+        if (wait_s := self.wait_s(known)) > self._max_wait_s:
+            waiting = max(len(self._waiting), known)
             raise Overloaded(f"{waiting} images wait already", max(1, math.ceil(wait_s)))
 
     def put(self, images: Sequence[Pixels], deadline_s: float) -> list[Ticket]:

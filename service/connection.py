@@ -5,6 +5,7 @@ client that sends, or reads, a byte a second holds a connection and nothing else
 beyond where a request ends, and no application.
 """
 
+import random
 import re
 import socket
 import time
@@ -34,11 +35,14 @@ class Limits(Struct, frozen=True):
         max_body_bytes: of a longer body nothing is read; the application refuses it by its length.
         head_s: from the first byte of a request to the end of its head, and of grace for the rest.
         keep_alive_s: without a byte.
+        age_s: the answer after that is the last on its connection. Who keeps one for ever would
+            stay with the worker that took it, whatever others have come since.
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
     head_s: float = 10.0
     keep_alive_s: float = 75.0
+    age_s: float = 60.0
 
 
 class Phase(Enum):
@@ -84,6 +88,7 @@ class Connection:
         "_head",
         "_length",
         "_likeness",
+        "_old",
         "_start",
         "client",
         "deadline",
@@ -110,6 +115,8 @@ class Connection:
         self.unsent: memoryview = memoryview(b"")
         self.keep = True
         """Whether the client is listened to after the answer that is being sent."""
+        # Not all at the same moment that were opened at the same moment.
+        self._old = time.monotonic() + limits.age_s * random.uniform(0.75, 1.25)  # noqa: S311
         self.watched = 0
         """The events of its socket that the loop is told of."""
         self.ended = False
@@ -205,6 +212,10 @@ class Connection:
             self.phase = Phase.WRITING
             self.deadline = time.monotonic() + self._time_for(len(self.unsent))
         return False
+
+    def is_old(self) -> bool:
+        """Whether the client should connect anew."""
+        return time.monotonic() > self._old
 
     def has_hung_up(self) -> bool:
         """Whether the client sends no more: then, after a wait, it has most likely gone."""

@@ -313,7 +313,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             return
         environ["wsgi.input"] = BytesIO(asked.body)
         answering = Answering(connection, request, environ, self.cfg)
-        if self._deaf or not asked.complete:
+        if self._deaf or not asked.complete or connection.is_old():
             answering.response.force_close()
         if asked.is_post:
             self._call(answering)

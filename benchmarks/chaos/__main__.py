@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos import bundles, load, pictures, protocol, registry, soak, workers
-from benchmarks.chaos.traffic import Traffic, draw
 from benchmarks.common import parser, report
+from benchmarks.traffic import Traffic, draw
 
 Scenario = Callable[..., tuple[dict[str, Any], Traffic | None]]
 # In the order of docs/reliability.md.

@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.chaos.stack import home_of_two, service
-from benchmarks.chaos.traffic import Traffic, failed, in_turn, post, summary
 from benchmarks.common import RunningService
+from benchmarks.traffic import Traffic, failed, in_turn, post, summary
 from registry.bundle import open_bundle
 from registry.home import Home
 from registry.releases import ReleasedVersion, read_release, version_folder, write_release
@@ -43,7 +43,7 @@ async def _hostile_bundles(
     async with traffic.running():
         await asyncio.sleep(2)
         figures = await loop.run_in_executor(None, _release_all, home, running, good, flips)
-    versions = {row.head.lower().partition(b"x-model-version: ")[2][:3] for row in traffic.rows}
+    versions = {row.answer.lower().partition(b"x-model-version: ")[2][:3] for row in traffic.rows}
     figures |= {
         **summary(traffic.rows),
         "failed": failed(traffic.rows),

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.stack import home_of_two, service
-from benchmarks.chaos.traffic import Traffic, between, failed, get, in_turn, post, summary
-from benchmarks.chaos.workers import capacity
 from benchmarks.common import RunningService, running_service
-from benchmarks.open_loop import run
+from benchmarks.traffic import Traffic, between, capacity, failed, get, in_turn, post, summary
+from benchmarks.two_versions import run
 from registry.home import Home
 from training.datasets import load_dataset
 
 TIMES = 10
 PEAK_S = 8.0
+# Of more, some would be refused.
+PEAK_CONNECTIONS = 8
 SLOW = 500
 SLOW_MODEL = "models:/slow@champion"
 IMAGE_PX = 224
@@ -49,7 +50,7 @@ async def _overload(
     running: RunningService, image: bytes, seconds: int
 ) -> tuple[dict[str, Any], Traffic]:
     used = _cpu_s(running)
-    peak = await capacity(running.port, image, PEAK_S)
+    peak = await capacity(running.port, image, PEAK_S, PEAK_CONNECTIONS)
     peak_cores = (_cpu_s(running) - used) / PEAK_S
     calm = Traffic(running.port, in_turn([post(image)]), 0.6 * peak)
     probes = Traffic(running.port, in_turn([get("/livez", "livez")]), 10, connections=4)

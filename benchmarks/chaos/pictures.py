@@ -18,9 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.chaos.stack import home_of_two, service
-from benchmarks.chaos.traffic import Ask, Traffic, failed, in_turn, percentiles, post, summary
-from benchmarks.chaos.workers import capacity
 from benchmarks.common import RunningService
+from benchmarks.traffic import Ask, Traffic, capacity, failed, in_turn, percentiles, post, summary
 from registry.contract import PreprocessSpec
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
 from registry.preprocess import decode_image

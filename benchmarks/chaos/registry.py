@@ -10,8 +10,8 @@ import aiohttp
 
 from benchmarks.chaos.proxy import Fault, FaultProxy
 from benchmarks.chaos.stack import MODEL, home_of_two, service, wait_for_port
-from benchmarks.chaos.traffic import Traffic, failed, in_turn, post, summary
 from benchmarks.common import RunningService, free_port
+from benchmarks.traffic import Traffic, failed, in_turn, post, summary
 from registry.home import Home
 
 RATE = 300.0

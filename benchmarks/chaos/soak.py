@@ -8,9 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.chaos.stack import home_of_two, service
-from benchmarks.chaos.traffic import Ask, Traffic, failed, get, in_turn, post, summary
 from benchmarks.common import RunningService
-from benchmarks.open_loop import run
+from benchmarks.traffic import Ask, Traffic, failed, get, in_turn, post, summary
+from benchmarks.two_versions import run
 from registry.home import Home
 from tests.hostile_pictures import HOSTILE
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from benchmarks.common import RunningService, free_port, running_service
-from benchmarks.open_loop import prepare_two
+from benchmarks.two_versions import prepare_two
 from registry.home import Home
 from training.datasets import load_dataset
 

@@ -8,21 +8,12 @@ import time
 from typing import Any
 
 from benchmarks.chaos.stack import home_of_two, service, two_behind_nginx
-from benchmarks.chaos.traffic import REFUSED, Traffic, failed, in_turn, post, summary
 from benchmarks.common import RunningService
+from benchmarks.traffic import REFUSED, Traffic, capacity, failed, in_turn, post, summary
 
 LOAD = 0.5  # of what the services answered when asked as fast as they could
 # While one of the two restarts, the other has half of the cores, and the start takes one.
 RESTART_LOAD = 0.15
-
-
-async def capacity(port: int, image: bytes, seconds: float = 4.0) -> float:
-    """Requests a second when each connection asks again as soon as it is answered."""
-    traffic = Traffic(port, in_turn([post(image)]), 0)
-    async with traffic.running():
-        await asyncio.sleep(seconds)
-    late = [row for row in traffic.rows if row.done - traffic.began > 1]
-    return len(late) / (seconds - 1)
 
 
 def kill_workers(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:

@@ -440,6 +440,20 @@ def test_who_asks_all_the_time_loses_no_request_when_the_worker_ends(tmp_path: P
     assert all(each.result() > 10 for each in counts)
 
 
+def test_an_old_connection_is_told_to_come_anew(tmp_path: Path) -> None:
+    server = Server(tmp_path, CONVOY_CONNECTION_S="1")
+    connection = Connection(server.port)
+    for _ in range(2):
+        connection.ask(b"x")
+        assert not connection.closing
+    time.sleep(1.3)  # it is a quarter more at most
+    connection.ask(b"x")
+    assert connection.closing
+    assert connection.is_closed()
+    connection.close()
+    server.stop()
+
+
 def test_an_order_to_end_is_told_to_the_application_first(tmp_path: Path) -> None:
     server = Server(tmp_path, CONVOY_UNREADY_S="1.5")
     old = Connection(server.port)

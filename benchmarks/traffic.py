@@ -1,8 +1,9 @@
 """An open-loop client that counts what becomes of every request, and draws it over time.
 
-Requests are sent when they are due, late answers or not, on connections that are kept, and opened
-anew when the server closes them, as any client's pool does. A request that was sent and never
-answered is lost; nothing is sent twice.
+Requests are sent when they are due, late answers or not: what a client waits for is counted from
+when it would have asked, and a server that stalls cannot hide it by being asked less. Connections
+are kept, and opened anew when the server closes them, as any client's pool does. A request that was
+sent and never answered is lost; nothing is sent twice.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LOST, REFUSED = 0, -1
+ANSWER_BYTES = 640
 PATIENCE_S = 20.0
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
@@ -40,7 +42,8 @@ class Row(NamedTuple):
     sent: float
     done: float
     status: int
-    head: bytes
+    answer: bytes
+    """Its beginning."""
 
 
 def post(image: bytes, path: str = "/v1/classify?top_k=1", kind: str = "honest") -> Ask:
@@ -82,10 +85,10 @@ class Client(asyncio.Protocol):
         length = _LENGTH.search(self._data, 0, end + 2) if end > 0 else None
         if end < 0 or (length and len(self._data) < end + 4 + int(length[1])):
             return
-        head = bytes(self._data[:end])
+        closing = _CLOSE.search(self._data, 0, end) is not None
+        answer = bytes(self._data[:ANSWER_BYTES])
         self._data.clear()
-        closing = _CLOSE.search(head) is not None
-        self._settle(int(head.split(b" ", 2)[1]), head)
+        self._settle(int(answer.split(b" ", 2)[1]), answer)
         if closing:
             self._transport.close()
         else:
@@ -106,11 +109,11 @@ class Client(asyncio.Protocol):
     def abort(self) -> None:
         self._transport.abort()
 
-    def _settle(self, status: int, head: bytes) -> None:
+    def _settle(self, status: int, answer: bytes) -> None:
         if self._asked is not None:
             ask, due, sent = self._asked
             self._asked = None
-            self._traffic.rows.append(Row(ask.kind, due, sent, time.perf_counter(), status, head))
+            self._traffic.rows.append(Row(ask.kind, due, sent, time.perf_counter(), status, answer))
 
 
 class Traffic:
@@ -185,7 +188,7 @@ class Traffic:
             if now - looked > 1:
                 looked = now
                 self._give_up(now)
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001 if self._rate else 0)
         deadline = time.perf_counter() + PATIENCE_S
         while (self._waiting or self._busy()) and time.perf_counter() < deadline:
             self.give()
@@ -202,6 +205,15 @@ class Traffic:
             since = client.waits_since()
             if since is not None and now - since > PATIENCE_S:
                 client.abort()
+
+
+async def capacity(port: int, image: bytes, seconds: float = 4.0, connections: int = 16) -> float:
+    """200s a second when each connection asks again as soon as it is answered."""
+    traffic = Traffic(port, in_turn([post(image)]), 0, connections)
+    async with traffic.running():
+        await asyncio.sleep(seconds)
+    late = [row for row in traffic.rows if row.status == 200 and row.done - traffic.began > 1]
+    return len(late) / (seconds - 1)
 
 
 def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, Any]:
