@@ -66,6 +66,8 @@ class RunningService:
         )
         self._wait()
         self.start_to_ready_s = time.perf_counter() - started
+        while not all(map(_listens, self.workers())):  # else every client stays with the first
+            time.sleep(0.01)
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -101,6 +103,10 @@ class RunningService:
             time.sleep(0.01)
         self.process.terminate()
         raise SystemExit(f"the service did not start:\n{self.log()[-3000:]}")
+
+
+def _listens(worker: psutil.Process) -> bool:
+    return any(each.status == psutil.CONN_LISTEN for each in worker.net_connections())
 
 
 @contextmanager

@@ -130,6 +130,7 @@ class Traffic:
         self._port = port
         self._choose = choose
         self._rate = rate
+        self._endless = False  # while it runs, if there is no rate
         self._connections = connections
         self._waiting: deque[tuple[Ask, float]] = deque()
         self.clients: set[Client] = set()
@@ -140,6 +141,9 @@ class Traffic:
         self.faults.append((time.perf_counter(), name))
 
     def give(self) -> None:
+        if self._endless:
+            now = time.perf_counter()
+            self._waiting.extend((self._choose(), now) for _ in self.free)
         while self._waiting and self.free:
             self.free.popleft().ask(*self._waiting.popleft())
         while self.open < self._connections and len(self._connecting) < len(self._waiting):
@@ -175,8 +179,9 @@ class Traffic:
     async def _send(self, stop: asyncio.Event) -> None:
         started, count = time.perf_counter(), 0
         looked = started
+        self._endless = not self._rate
         while not stop.is_set():
-            now = time.perf_counter()
+            now, due = time.perf_counter(), 0.0
             if self._rate:
                 while (due := started + count / self._rate) <= now:
                     self._waiting.append((self._choose(), due))
@@ -188,7 +193,9 @@ class Traffic:
             if now - looked > 1:
                 looked = now
                 self._give_up(now)
-            await asyncio.sleep(0.001 if self._rate else 0)
+            # Not more often than needed: what the client takes of the cores, the service lacks.
+            await asyncio.sleep(min(max(due - now, 0.001), 0.01))
+        self._endless = False
         deadline = time.perf_counter() + PATIENCE_S
         while (self._waiting or self._busy()) and time.perf_counter() < deadline:
             self.give()

@@ -57,6 +57,7 @@ ENDING = "convoy.ending"
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
 POLL_S = 0.02
+PAUSE_S = 0.02
 LOOK_S = 0.25
 # Of a client that waited longer it is looked whether it still does: in an overload, answers for
 # those who have left would be most of the work.
@@ -200,6 +201,10 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _turn(self) -> None:
         """One round: what is readable now, and what becomes so while that is being taken."""
         self.notify()
+        if self._workers.count > 2 * self.cfg.threads:
+            # Whoever comes now waits anyway, or is refused; to wake for each would cost a tenth of
+            # a slow network's time.
+            time.sleep(PAUSE_S)
         now = time.monotonic()
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
