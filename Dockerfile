@@ -35,7 +35,7 @@ RUN pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_
         nncf onnx onnxruntime onnxscript openvino
 
 FROM torch AS service
-RUN pip install -c constraints.txt flask gunicorn multipart prometheus-client structlog
+RUN pip install -c constraints.txt flask gunicorn multipart prometheus-client redis structlog
 COPY registry/ registry/
 COPY service/ service/
 USER 10001

@@ -48,6 +48,10 @@ class KeyInsufficient(ConvoyError):
     """The caller is known, and may not do this."""
 
 
+class KeysUnavailable(ConvoyError):
+    """Nobody's key can be checked now, which is not the caller's fault."""
+
+
 class DeadlineExceeded(ConvoyError):
     """The work was not started within its time."""
 

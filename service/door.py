@@ -2,7 +2,7 @@
 
 The buckets lie in memory that all workers of a service share, 8 bytes a caller, so that a caller
 has one however its connections are spread; nothing that a caller sends can make more of them.
-Several machines have several buckets.
+Several machines have several buckets, unless they share a Redis (``service.shared_rate``).
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.contract import sha256_hex
-from registry.errors import KeyInsufficient, KeyMissing, RateExceeded, UsageError
+from registry.errors import KeyInsufficient, KeyMissing, KeysUnavailable, RateExceeded, UsageError
 from registry.tokens import Token, Tokens
 from service.settings import Settings
+from service.shared_rate import SharedBuckets, Takes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -40,18 +41,17 @@ class Door:
         self._tokens = Tokens(settings.tokens)
         key = settings.service_key
         self._service_digest = sha256_hex(key.encode()) if key else None
-        self._buckets = (
-            Buckets(settings.rate, settings.burst, settings.run_folder) if settings.rate else None
-        )
+        self._buckets = _buckets(settings)
 
     def admit(self, environ: "WSGIEnvironment", again: bool = False) -> None:
         """One classification; ``again`` when it was counted already.
 
         Raises:
             KeyMissing, KeyInsufficient: by the caller's key.
+            KeysUnavailable: there are keys, and they cannot be read.
             RateExceeded: it has asked too often.
         """
-        caller = environ.get("REMOTE_ADDR", "")
+        caller = _network(environ.get("REMOTE_ADDR", ""))
         if self._asks_for_keys:
             token = self._find(environ)
             if not token.may_classify:
@@ -75,10 +75,19 @@ class Door:
             token = self._tokens.find(_bearer(environ))
         except UsageError as error:
             log.error("%s; nobody is let in", error)
-            raise KeyMissing("keys cannot be checked now") from error
+            raise KeysUnavailable("keys cannot be checked now") from error
         if token is None:
             raise KeyMissing(_UNKNOWN)
         return token
+
+
+def _buckets(settings: Settings) -> Takes | None:
+    if settings.rate is None:
+        return None
+    own = Buckets(settings.rate, settings.burst, settings.run_folder)
+    if settings.rate_store is None:
+        return own
+    return SharedBuckets(settings.rate_store, settings.rate, settings.burst, own)
 
 
 class Buckets:
@@ -109,7 +118,7 @@ class Buckets:
         Two workers may take at the same instant and count one of the two: the price of no lock.
         """
         salt = self._full_at[BUCKETS].to_bytes(8)
-        digest = hashlib.blake2b(_network(caller).encode(), digest_size=8, key=salt).digest()
+        digest = hashlib.blake2b(caller.encode(), digest_size=8, key=salt).digest()
         place = int.from_bytes(digest) % BUCKETS
         now = time.monotonic_ns()
         full_at = max(self._full_at[place], now)

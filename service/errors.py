@@ -27,10 +27,12 @@ TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
     domain.Overloaded: (503, "load"),
     domain.DeadlineExceeded: (504, "load"),
     domain.ModelNotReady: (503, "state"),
+    domain.KeysUnavailable: (503, "state"),
     domain.DeviceLost: (503, "state"),
 }
 RETRY_AFTER_S: dict[type[Exception], int] = {
     domain.ModelNotReady: 2,
+    domain.KeysUnavailable: 2,
     domain.DeviceLost: 2,
 }
 

@@ -56,6 +56,7 @@ VARIABLES = {
     "CONVOY_KEYS": "keys",
     "CONVOY_RATE": "rate",
     "CONVOY_BURST": "burst",
+    "CONVOY_RATE_STORE": "rate_store",
     "CONVOY_LOG_LEVEL": "log_level",
 }
 
@@ -70,7 +71,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     long a version that was replaced stays in memory; requests with the same ``sticky_header`` get
     the same version during a trial; ``shadow_cpu`` is the part of the machine's cores that scoring
     in the shadow may take. With ``keys``, callers need a token of the file ``tokens``; who knows
-    ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``.
+    ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``;
+    ``rate_store`` is the address of the Redis where services share it.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -104,6 +106,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     service_key: str | None = None
     rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     burst: Count = 20
+    rate_store: str | None = None
     log_level: str = "INFO"
     gpu_socket: Path | None = None
     run_folder: Path | None = None

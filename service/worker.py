@@ -18,6 +18,7 @@ import contextlib
 import errno
 import os
 import resource
+import secrets
 import selectors
 import socket
 import time
@@ -402,20 +403,22 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._send(connection, b"".join(answering.gathered))
 
     def _fail(self, connection: Connection, error: Exception) -> None:
-        self.log.error("the application failed", exc_info=error)
-        self._refuse(connection, 500, "something went wrong on our side")
+        request_id = self._refuse(connection, 500, "something went wrong on our side")
+        self.log.error("the application failed at %s", request_id, exc_info=error)
 
-    def _refuse(self, connection: Connection, status: int, detail: str) -> None:
-        """Answer without the application, and listen to that client no more."""
+    def _refuse(self, connection: Connection, status: int, detail: str) -> str:
+        """Answer without the application, and listen to that client no more; the request's id."""
         phrase = HTTPStatus(status).phrase
-        body = msgspec.json.encode(Problem.of(status, phrase, detail))
+        request_id = secrets.token_hex(16)
+        body = msgspec.json.encode(Problem.of(status, phrase, detail, request_id))
         head = (
-            f"HTTP/1.1 {status} {phrase}\r\nConnection: close\r\n"
+            f"HTTP/1.1 {status} {phrase}\r\nConnection: close\r\nX-Request-Id: {request_id}\r\n"
             "Content-Type: application/problem+json\r\nX-Content-Type-Options: nosniff\r\n"
             f"{RETRY if status == 503 else ''}Content-Length: {len(body)}\r\n\r\n"
         )
         connection.keep = False
         self._send(connection, head.encode() + body)
+        return request_id
 
     def _send(self, connection: Connection, data: bytes) -> None:
         connection.unsent = memoryview(data)

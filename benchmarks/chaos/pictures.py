@@ -4,6 +4,7 @@ import asyncio
 import io
 import itertools
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -127,7 +128,10 @@ def corpus() -> list[bytes]:
 
 
 def many_mutants(count: int = 100_000) -> tuple[dict[str, Any], None]:
-    """Mutants straight through the decoder; anything but an answer or a refusal is unhandled."""
+    """Mutants straight through the decoder; anything but an answer or a refusal is unhandled.
+
+    First so many that are made blindly, then so many that atheris makes.
+    """
     seeds = [data for data in corpus() if len(data) < 20_000 and _opens(data)]
     outcomes: Counter[str] = Counter()
     slowest_ms = 0.0
@@ -150,8 +154,29 @@ def many_mutants(count: int = 100_000) -> tuple[dict[str, Any], None]:
         "unhandled": sum(n for name, n in outcomes.items() if name.startswith("unhandled")),
         "slowest_ms": slowest_ms,
         "rss_growth_mb": (process.memory_info().rss - before) / 2**20,
+        **_guided(seeds, count),
     }
     return figures, None
+
+
+def _guided(seeds: list[bytes], count: int) -> dict[str, Any]:
+    """What atheris finds, which keeps the mutants that reach new code and goes on from those."""
+    with tempfile.TemporaryDirectory(prefix="convoy-guided-") as folder:
+        for number, data in enumerate(seeds):
+            (Path(folder) / str(number)).write_bytes(data)
+        command = [sys.executable, "-m", "benchmarks.chaos.guided", folder, f"-runs={count}"]
+        # Of longer than 5 s, or of more than 4 GB, libFuzzer makes an error, too.
+        command += ["-timeout=5", "-rss_limit_mb=4096", "-seed=1", f"-artifact_prefix={folder}/"]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        kept = len(list(Path(folder).iterdir())) - len(seeds)
+    if run.returncode:
+        print(run.stderr[-3000:], file=sys.stderr)
+    done = re.search(r"Done (\d+) runs", run.stderr)
+    return {
+        "guided_mutants": int(done[1]) if done else 0,
+        "guided_that_reached_new_code": kept,
+        "guided_unhandled": int(run.returncode != 0),
+    }
 
 
 def _opens(data: bytes) -> bool:

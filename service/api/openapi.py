@@ -53,7 +53,7 @@ _FAILURES = {
     "429": "This caller asks more often than it may; see Retry-After.",
     "431": "The head of the request is too long.",
     "500": "Something went wrong on the service's side; the body has the request's id.",
-    "503": "The queue is full, or no version is loaded yet; see Retry-After.",
+    "503": "Too many wait, no version is loaded, or keys cannot be read; see Retry-After.",
     "504": "The image waited longer than its time.",
 }
 _BASE64 = {"type": "string", "contentEncoding": "base64"}

@@ -169,3 +169,51 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
     said = service.log.read_text()
     assert "the GPU's process ended with -9; again in 1 s" in said
     assert "the GPU was lost: CUDA error: device-side assert" in said
+
+
+HANG_ONCE = """
+import os, time
+from pathlib import Path
+from service.batcher import MicroBatcher
+
+begin = MicroBatcher.__init__
+
+def begin_with_a_hook(self, compute, *arguments, **named):
+    def may_hang(pixels):
+        try:
+            Path(os.environ["HANG"]).unlink()
+        except FileNotFoundError:
+            return compute(pixels)
+        time.sleep(3600)
+
+    begin(self, may_hang, *arguments, **named)
+
+MicroBatcher.__init__ = begin_with_a_hook
+"""
+
+
+def test_a_worker_whose_forward_pass_hangs_is_replaced(
+    home: Path, tmp_path: Path, digits: Dataset
+) -> None:
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks" / "sitecustomize.py").write_text(HANG_ONCE)
+    hang = tmp_path / "hang"
+    service = Service(
+        home,
+        PYTHONPATH=str(tmp_path / "hooks"),
+        HANG=str(hang),
+        CONVOY_WORKERS="1",
+        CONVOY_HUNG_S="1",
+    )
+    try:
+        wait_for(service.is_ready, "the service did not become ready")
+        png = digits.test.encode(0)
+        assert service.ask("POST", "/v1/classify", png)[0] == 200
+        hang.touch()
+        with pytest.raises(OSError, match=r"without response|reset"):  # its worker was ended
+            service.ask("POST", "/v1/classify", png)
+        wait_for(service.is_ready, "no other worker came")
+        assert service.ask("POST", "/v1/classify", png)[0] == 200
+        assert "a forward pass has not ended" in service.log.read_text()
+    finally:
+        service.stop()
