@@ -16,7 +16,7 @@ from tests.hostile_pictures import HOSTILE
 
 RATE = 500.0
 SWAPS = 50
-SAMPLE_S = 5.0
+SAMPLE_S = 2.0
 WARM_UP = 0.25  # of the time: until every thread has had the largest picture once
 
 
@@ -56,9 +56,8 @@ async def _soak(
                 await asyncio.sleep(SAMPLE_S)
         swapped = await swaps
     settled = [sample for sample in samples if sample[0] > WARM_UP * seconds]
-    at = np.array([sample[0] for sample in settled]) / 3600
     slopes = [
-        float(np.polyfit(at, np.array([sample[1][n] for sample in settled]) / 2**20, 1)[0])
+        _slope([(at, rss[n]) for at, rss, _, _ in settled], seconds / SWAPS)
         for n in range(len(workers))
     ]
     figures = {
@@ -70,7 +69,9 @@ async def _soak(
         "others_5xx_or_lost": sum(
             row.status >= 500 or row.status <= 0 for row in traffic.rows if row.kind == "other"
         ),
-        "rss_slope_mb_per_h": [round(slope, 2) for slope in slopes],
+        "rss_slope_mb_per_h": [round(slope, 2) for slope, _ in slopes],
+        "rss_slope_error_mb_per_h": [round(error, 2) for _, error in slopes],
+        "rss_mb": [[round(each / 2**20, 1) for each in rss] for _, rss, _, _ in samples],
         "rss_mb_first_settled_last": [
             [round(sample[1][n] / 2**20, 1) for sample in (samples[0], settled[0], samples[-1])]
             for n in range(len(workers))
@@ -81,6 +82,22 @@ async def _soak(
         == [worker.pid for worker in running.workers()],
     }
     return figures, traffic
+
+
+def _slope(samples: list[tuple[float, int]], swap_s: float) -> tuple[float, float]:
+    """MiB an hour by which the least of each swap's time grows, and that figure's standard error.
+
+    While a version is loaded, a worker has both and what loading takes: that comes and goes, and is
+    no leak. What is left at the lowest is what is kept.
+    """
+    least: dict[int, tuple[float, int]] = {}
+    for at, rss in samples:
+        turn = int(at / swap_s)
+        least[turn] = min(least.get(turn, (at, rss)), (at, rss), key=lambda each: each[1])
+    at_h = np.array([at for at, _ in least.values()]) / 3600
+    mb = np.array([rss for _, rss in least.values()]) / 2**20
+    (slope, _), covariance = np.polyfit(at_h, mb, 1, cov=True)
+    return float(slope), float(np.sqrt(covariance[0, 0]))
 
 
 async def _swap(home: Home, traffic: Traffic, seconds: int) -> int:
