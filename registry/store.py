@@ -55,6 +55,8 @@ LEDGER = ".ledger"
 ENTRY_TAG, HEAD_TAG = "convoy.entry", "convoy.ledger_head"
 TRIAL_TAG = "convoy.trial"
 SIGNATURE_TAG = "convoy.signature"
+# What the databases take for a number: 32 bits.
+MOST_VERSIONS = 2**31 - 1
 APPEND_TRIES = 20
 # Where mlflow.pyfunc.log_model puts its data_path.
 BUNDLE_PATH = "data/bundle"
@@ -182,7 +184,10 @@ class ModelStore:
             raise VersionNotFound(
                 f"{ref.name} has no alias {ref.alias!r}; its aliases are: {known}"
             )
-        with self._errors(f"{ref.name} has no version {number}"):
+        missing = f"{ref.name} has no version {number}"
+        if number > MOST_VERSIONS:
+            raise VersionNotFound(missing)
+        with self._errors(missing):
             entity = self._client.get_model_version(ref.name, str(number))
         return self._model_version(entity, aliases)
 

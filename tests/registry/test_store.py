@@ -58,6 +58,8 @@ def test_what_does_not_exist_is_named(store: ModelStore, publish) -> None:
         store.resolve(ModelRef("nobody", version=1))
     with pytest.raises(VersionNotFound, match="no version 7"):
         store.resolve(ModelRef("digits", version=7))
+    with pytest.raises(VersionNotFound, match="no version 6090089627946417389568"):
+        store.resolve(ModelRef("digits", version=6090089627946417389568))  # no database has such
     with pytest.raises(VersionNotFound, match="no alias 'champion'; its aliases are: challenger"):
         store.resolve(ModelRef("digits", alias="champion"))
 
