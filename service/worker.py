@@ -40,6 +40,7 @@ from msgspec.structs import replace
 
 from registry.problems import Problem
 from service.connection import HEADERS_END, RECEIVE_BYTES, Asked, Connection, HeadTooLong, Phase
+from service.memory import share_heap
 from service.settings import Settings
 
 IN_LOOP = "convoy.in_loop"
@@ -139,6 +140,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._next_poll = self._next_look = 0.0
 
     def init_process(self) -> None:
+        share_heap()
         settings = Settings.from_environment()
         self._limits = replace(settings.limits, keep_alive_s=self.cfg.keepalive)
         self._unready_s = settings.unready_s
