@@ -6,6 +6,7 @@ sake of memory is the last resort, before the kernel's, which would lose what is
 """
 
 import logging
+import math
 import os
 import random
 import signal
@@ -24,8 +25,8 @@ LOOK_S = 0.5
 UNREADY_S = 2.0
 # So that the workers of a service, which grow alike, do not end together.
 JITTER_S = 60.0
-# Grown by so much, and what the allocator keeps of it is given back.
-TRIM_MB = 16
+# A few milliseconds each time, in which the interpreter goes on.
+TRIM_S = 5.0
 _STATM = Path("/proc/self/statm")
 
 
@@ -44,10 +45,10 @@ class Watchdog:
         """Why this worker is about to end."""
         self._slots = slots
         self._hung_s = hung_s
-        self._max_rss_mb = max_rss_mb
+        self._max_rss_mb = math.inf if max_rss_mb is None else max_rss_mb
         self._end = end
         self._restart_at: float | None = None
-        self._trimmed_mb = 0
+        self._trim_at = 0.0
 
     def start(self) -> None:
         """Look from a daemon thread from now on."""
@@ -70,17 +71,16 @@ class Watchdog:
                 log.critical("%s; this worker ends", self.reason)
                 time.sleep(UNREADY_S)
                 self._end(signal.SIGKILL)
-        rss = rss_mb()
-        if rss > self._trimmed_mb + TRIM_MB:
+        now, rss = time.monotonic(), rss_mb()
+        if now >= self._trim_at or rss > self._max_rss_mb:
             give_back()
-            self._trimmed_mb = rss = rss_mb()
-        if self._max_rss_mb is None or rss <= self._max_rss_mb:
+            self._trim_at, rss = now + TRIM_S, rss_mb()
+        if rss <= self._max_rss_mb:
             self._restart_at = None
         else:
-            now = time.monotonic()
             if self._restart_at is None:
                 self._restart_at = now + random.uniform(0, JITTER_S)  # noqa: S311 - no secret
-                log.warning("%d MB of memory, over %d: ending soon", rss, self._max_rss_mb)
+                log.warning("%d MB of memory, over %g: ending soon", rss, self._max_rss_mb)
             if now >= self._restart_at:
                 self._restart_at = float("inf")
                 self._end(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from itertools import pairwise
 from threading import Event
 from types import SimpleNamespace
 
@@ -81,12 +82,23 @@ def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_who_has_shrunk_again_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, sizes = Ends(), iter([200, 50, 50, 200])
+    end, sizes = Ends(), iter([200, 200, 50, 50])
     monkeypatch.setattr(watchdog, "rss_mb", lambda: next(sizes))
-    monkeypatch.setattr(watchdog, "TRIM_MB", 1000)
     monkeypatch.setattr(watchdog, "JITTER_S", 1e-9)
     dog = Watchdog((), 30.0, max_rss_mb=100, end=end)
     dog.look()
     assert len(end.signals) <= 1
     dog.look()
     assert dog._restart_at is None
+
+
+def test_what_is_kept_is_given_back_though_nothing_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in use at one time may not be at the next."""
+    given: list[float] = []
+    monkeypatch.setattr(watchdog, "give_back", lambda: given.append(time.monotonic()))
+    monkeypatch.setattr(watchdog, "rss_mb", lambda: 100)
+    monkeypatch.setattr(watchdog, "TRIM_S", 0.05)
+    dog = Watchdog((), 30.0, end=Ends())
+    while len(given) < 3:
+        dog.look()
+    assert all(later - sooner >= 0.05 for sooner, later in pairwise(given))
