@@ -1,6 +1,7 @@
 """What the tests share: tiny seeded networks on real pictures, and homes of their own."""
 
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,13 @@ from training.publish import build_manifest, write_version
 
 MakeBundle = Callable[..., Bundle]
 CPU = torch.device("cpu")
+
+
+def free_port() -> int:
+    """A port of loopback on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,12 @@ from random import Random
 
 from PIL import Image
 
+from registry.contract import PreprocessSpec
+
+# As a network for photographs has it.
+SPEC = PreprocessSpec(
+    mode="RGB", width_px=224, height_px=224, resize_shorter_px=256, mean=(0.5,) * 3, std=(0.5,) * 3
+)
 PNG = b"\x89PNG\r\n\x1a\n"
 MEGAPIXEL = 1_000_000
 

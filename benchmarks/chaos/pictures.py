@@ -21,18 +21,14 @@ from tqdm import tqdm
 from benchmarks.chaos.stack import home_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import Ask, Traffic, capacity, failed, in_turn, percentiles, post, summary
-from registry.contract import PreprocessSpec
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
 from registry.preprocess import decode_image
-from tests.hostile_pictures import HOSTILE, mutants
+from tests.hostile_pictures import HOSTILE, SPEC, mutants
 
 # Test pictures of Pillow (with the finds of OSS-Fuzz) and PngSuite, in their source packages.
 SOURCES = ("pillow==13.0.0", "pypng==0.20220715.0")
 WARM_UP = 1000
 MOST_BYTES = 8 * 1024 * 1024
-SPEC = PreprocessSpec(
-    mode="RGB", width_px=224, height_px=224, resize_shorter_px=256, mean=(0.5,) * 3, std=(0.5,) * 3
-)
 
 
 def hostile_pictures(count: int = 6000) -> tuple[dict[str, Any], Traffic]:

@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from tests.conftest import free_port
 
 PATIENCE_S = 60
 
@@ -41,9 +42,7 @@ class Service:
         self, home: Path, *arguments: str, module: tuple[str, ...] = ("service",), **more: str
     ) -> None:
         """``module`` and its first arguments stand for ``service``; ``more`` are variables."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.log = home / "service.log"
         environment = {
             **os.environ,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import free_port
 from tests.e2e.processes import PATIENCE_S, run, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -17,9 +18,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def port(home: Path) -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     environment = {**os.environ, "CONVOY_HOME": str(home), "CONVOY_CONTROL_PORT": str(port)}
     with (home / "control.log").open("wb") as log:
         process = subprocess.Popen(

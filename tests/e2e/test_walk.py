@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import free_port
 from tests.e2e.processes import PATIENCE_S, Service, run, wait_for
 from training.datasets import Dataset
 
@@ -103,9 +103,7 @@ def test_a_device_that_is_not_there_ends_the_service_with_the_reason(home: Path)
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     environment = {**os.environ, "CONVOY_HOME": str(home), "CONVOY_DEVICE": "cuda"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment["CONVOY_PORT"] = str(probe.getsockname()[1])
+    environment["CONVOY_PORT"] = str(free_port())
     ended = subprocess.run(
         [sys.executable, "-m", "service", "--no-pull"],
         env=environment,

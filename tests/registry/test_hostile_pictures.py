@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from registry.contract import PreprocessSpec
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
 from registry.preprocess import decode_image, decode_training_image
-from tests.hostile_pictures import HOSTILE, encoded, mutants
+from tests.hostile_pictures import HOSTILE, SPEC, encoded, mutants
 
-SPEC = PreprocessSpec(
-    mode="RGB", width_px=224, height_px=224, resize_shorter_px=256, mean=(0.5,) * 3, std=(0.5,) * 3
-)
 REFUSALS = (ImageTooLarge, InvalidImage, UnsupportedImageType)
 # What a careful decoder can answer; the rest must be refused, and before it is decoded.
 ANSWERED = {

@@ -13,16 +13,11 @@ from registry.errors import RateExceeded, UsageError
 from service.door import Buckets, Door
 from service.settings import Settings
 from service.shared_rate import SharedBuckets
+from tests.conftest import free_port
 
 pytestmark = pytest.mark.skipif(
     shutil.which("redis-server") is None, reason="no redis-server (apt install redis-server)"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

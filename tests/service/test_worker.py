@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import free_port
+
 APPLICATION = """
 import json, os, threading, time
 from service.worker import ENDING, IN_LOOP, WAITING, Postpone
@@ -80,9 +82,7 @@ class Server:
 
     def __init__(self, folder: Path, **environment: str) -> None:
         (folder / "small_application.py").write_text(APPLICATION)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         command = [sys.executable, "-m", "gunicorn", "--worker-class", "service.worker.LoopWorker"]
         command += ["--threads", "4", "--keep-alive", "4", "--no-control-socket"]
         command += ["--bind", f"127.0.0.1:{self.port}", "--pythonpath", str(folder)]
