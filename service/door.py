@@ -133,7 +133,8 @@ def _network(caller: str) -> str:
     if ":" not in caller:
         return caller
     with contextlib.suppress(ValueError):
-        return str(int(ipaddress.IPv6Address(caller)) >> 64)
+        address = ipaddress.IPv6Address(caller)
+        return str(address.ipv4_mapped or int(address) >> 64)
     return caller
 
 

@@ -23,5 +23,5 @@ def share_heap() -> None:
 
 def give_back() -> None:
     """After a version or a large picture was let go: glibc keeps what was freed, many megabytes."""
-    if _libc is not None and hasattr(_libc, "malloc_trim"):
+    if _libc is not None:
         _libc.malloc_trim(0)

@@ -21,6 +21,7 @@ import resource
 import secrets
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from typing import Any
 
 import msgspec
 from gunicorn import http
+from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors as http_errors
 from gunicorn.http import wsgi
 from gunicorn.workers.base import Worker
@@ -59,7 +61,6 @@ ENDING = "convoy.ending"
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
 POLL_S = 0.02
-PAUSE_S = 0.02
 LOOK_S = 0.25
 # Of a client that waited longer it is looked whether it still does: in an overload, answers for
 # those who have left would be most of the work.
@@ -157,12 +158,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def run(self) -> None:
         self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
         if not self.sockets:  # only now: whom a worker welcomes before it has loaded would wait
-            self.sockets = [
-                socket.create_server(
-                    self._address, family=self._family, backlog=self.cfg.backlog, reuse_port=True
-                )
-            ]
-            self.log.info("listening on %s port %d", *self._address)
+            self.sockets = [self._listen()]
         for listener in self.sockets:
             listener.setblocking(False)
             self._poller.register(listener, selectors.EVENT_READ, self._accept)
@@ -171,6 +167,22 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._drain()
         self._workers.threads.shutdown(wait=False)
         self._others.threads.shutdown(wait=False)
+
+    def _listen(self) -> socket.socket:
+        host, port = self._address
+        try:
+            listener = socket.create_server(
+                self._address,
+                family=self._family,
+                backlog=self.cfg.backlog,
+                reuse_port=True,
+                dualstack_ipv6=self._family == socket.AF_INET6,
+            )
+        except OSError as error:
+            self.log.error("cannot listen on %s port %d: %s", host, port, error)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)  # and the arbiter: another fares no better
+        self.log.info("listening on %s port %d", host, port)
+        return listener
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM: answer what is asked, then end."""
@@ -191,23 +203,22 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._turn()
         for listener in self.sockets:
             self._poller.unregister(listener)
-            self._accept(listener)  # whom the kernel has welcomed already
+            while self._accept(listener):  # whom the kernel has welcomed already
+                pass
             listener.close()
         self._deaf = True
         idle_until = time.monotonic() + IDLE_S
         while self._connections and (now := time.monotonic()) < ends:
             self._turn()
             if now > idle_until:
-                for each in [c for c in self._connections if c.phase is Phase.IDLE]:
+                self._dispatch(0)  # who has asked already is not idle
+                idle = [c for c in self._connections if c.phase is Phase.IDLE]
+                for each in [c for c in idle if c not in self._readable]:
                     self._close(each)
 
     def _turn(self) -> None:
         """One round: what is readable now, and what becomes so while that is being taken."""
         self.notify()
-        if self._workers.count > 2 * self.cfg.threads:
-            # Whoever comes now waits anyway, or is refused; to wake for each would cost a tenth of
-            # a slow network's time.
-            time.sleep(PAUSE_S)
         now = time.monotonic()
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
@@ -240,8 +251,11 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         for key, _ in self._poller.select(timeout_s):
             key.data(key.fileobj)
 
-    def _accept(self, listener: socket.socket) -> None:
-        """Accept many who knock: one a round would let a crowd of hundreds wait for seconds."""
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept many who knock, as one a round would let a crowd of hundreds wait for seconds.
+
+        Whether there may be more.
+        """
         for _ in range(ROUND_REQUESTS):
             try:
                 client, address = listener.accept()
@@ -250,19 +264,21 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                     self._make_room()
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                     self.log.warning("nobody could be accepted: %s", error)
-                return
+                return False
             if len(self._connections) >= self._most_connections:
                 self._make_room()
             connection = Connection(client, address, listener.getsockname(), self._limits)
             self._connections[connection] = None
             self._watch(connection, selectors.EVENT_READ)
+        return True
 
     def _make_room(self) -> None:
         """Close the connection of which the least is to be expected: idle, or slow, for longest."""
         for phase in (Phase.IDLE, Phase.LINGERING, Phase.READING, Phase.WRITING):
             waiting = [each for each in self._connections if each.phase is phase]
             if waiting:
-                self._close(min(waiting, key=lambda each: each.deadline))
+                # Of those who have asked, and wait to be read, the last.
+                self._close(min(waiting, key=lambda each: (each in self._readable, each.deadline)))
                 return
 
     def _close_late(self, now: float) -> None:
@@ -302,8 +318,23 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         elif connection.expects():
             with contextlib.suppress(OSError):
                 connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif len(connection.received) > RECEIVE_BYTES and self._received() > MOST_RECEIVED_BYTES:
-            self._refuse(connection, 503, "too many large requests arrive at once")
+        elif len(connection.received) > RECEIVE_BYTES:
+            self._make_space(0)
+
+    def _make_space(self, size: int) -> bool:
+        """Refuse those who have sent most and are not done, until ``size`` bytes more may come.
+
+        Whether they may. Who is slow with a large body would keep out everybody else's.
+        """
+        if self._workers.size + self._others.size + size > MOST_RECEIVED_BYTES:
+            return False  # that would help nobody
+        while self._received() + size > MOST_RECEIVED_BYTES:
+            sending = [each for each in self._connections if each.phase is Phase.READING]
+            if not sending:
+                return False
+            most = max(sending, key=lambda each: len(each.received))
+            self._refuse(most, 503, "too many large requests arrive at once")
+        return True
 
     def _received(self) -> int:
         """Bytes of requests that are not answered yet."""
@@ -321,7 +352,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             return
         environ["wsgi.input"] = BytesIO(asked.body)
         answering = Answering(connection, request, environ, self.cfg)
-        if self._deaf or not asked.complete or connection.is_old():
+        is_old = connection.is_old() and not connection.received  # nothing asked behind it
+        if self._deaf or not asked.complete or is_old:
             answering.response.force_close()
         if asked.is_post:
             self._call(answering)
@@ -345,7 +377,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _to_thread(self, answering: Answering, crowd: Crowd) -> None:
         size = _body_size(answering)
-        if crowd.count >= MOST_WAITING or self._received() + size > MOST_RECEIVED_BYTES:
+        if crowd.count >= MOST_WAITING or (size and not self._make_space(size)):
             self._refuse(answering.connection, 503, "too many requests wait already")
             return
         self._watch(answering.connection, 0)

@@ -232,7 +232,7 @@ class Classify:
         except ConvoyError as error:
             return error
         finally:
-            give_back()  # else every thread's share of the heap keeps its largest picture's
+            give_back()  # else the heap keeps what the largest picture took
             self._large.release()
 
     def _answer(self, job: Job, start_response: "StartResponse") -> Iterator[bytes]:

@@ -175,3 +175,7 @@ def test_nobody_chooses_anothers_bucket_and_a_network_has_one() -> None:
     with pytest.raises(RateExceeded):
         door.admit({"REMOTE_ADDR": "2001:db8::4d23"})
     door.admit({"REMOTE_ADDR": "2001:db8:1::1"})
+    door.admit({"REMOTE_ADDR": "::ffff:192.0.2.7"})
+    door.admit({"REMOTE_ADDR": "::ffff:192.0.2.8"})
+    with pytest.raises(RateExceeded):
+        door.admit({"REMOTE_ADDR": "192.0.2.8"})

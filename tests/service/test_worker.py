@@ -560,3 +560,54 @@ def test_no_length_is_not_taken_for_a_length_that_was_seen(connection: Connectio
     connection.ask(b"12345", extra="X-Empty: yes\r\n")
     connection.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: \r\nX-Empty: yes\r\n\r\n")
     assert connection.answer()[0] == 400
+
+
+def test_who_has_asked_before_the_order_to_end_is_answered(tmp_path: Path) -> None:
+    """More than one round accepts, and more than the time that idle connections are given."""
+    server = Server(tmp_path)
+    holding = Connection(server.port)
+    kept = [Connection(server.port) for _ in range(150)]
+    for each in kept:
+        each.ask(b"x")
+    holding.send(post(b"hold up"))
+    time.sleep(0.2)
+    many = [*kept, *(Connection(server.port) for _ in range(150))]  # not accepted yet
+    for each in many:
+        each.send(post(b"hold up" if each is kept[0] else b"x"))
+    server.process.terminate()
+    assert {each.answer()[0] for each in many} == {200}
+    for each in (holding, *many):
+        each.close()
+    server.stop()
+
+
+def test_who_is_slow_with_large_bodies_keeps_out_nobody(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    slow = [Connection(server.port) for _ in range(5)]
+    large = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 60000000\r\n\r\n" + bytes(55_000_000)
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(lambda each: each.send(large), slow))
+    honest = Connection(server.port)
+    for _ in range(3):
+        assert honest.ask(b"s" * 200_000)["length"] == 200_000
+    for each in (honest, *slow):
+        each.close()
+    server.stop()
+
+
+def test_a_port_that_was_taken_meanwhile_ends_the_server(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (tmp_path / "small_application.py").write_text(APPLICATION)
+        port = str(taken.getsockname()[1])
+        (tmp_path / "conf.py").write_text("bind = []\n")
+        command = [sys.executable, "-m", "gunicorn", "-c", str(tmp_path / "conf.py")]
+        command += ["--worker-class", "service.worker.LoopWorker", "--no-control-socket"]
+        ended = subprocess.run(
+            [*command, "--pythonpath", str(tmp_path), "small_application:application"],
+            env={**os.environ, "CONVOY_PORT": port},
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert ended.returncode == 3
+    assert f"cannot listen on 127.0.0.1 port {port}" in ended.stderr
