@@ -1,5 +1,6 @@
 """Buckets that the services of several machines share, in a Redis; without it, each has its own."""
 
+import contextlib
 import logging
 import time
 from typing import Protocol
@@ -10,7 +11,9 @@ log = logging.getLogger(__name__)
 
 # A request waits for it, and in the loop all others do.
 TIMEOUT_S = 0.05
-# For so long a Redis that failed is not asked again.
+# An answer that takes longer is used, and the last for a while.
+SLOW_S = 0.025
+# For so long a Redis that failed, or is slow, is not asked again.
 PAUSE_S = 5.0
 # By the clock of the Redis: those of the machines may differ.
 TAKE = """
@@ -63,16 +66,24 @@ class SharedBuckets:
         self._burst_us = (burst - 1) * self._interval_us
         self._own = own
         self._down_until = 0.0
+        with contextlib.suppress(*self._failures):  # not in the first request's time
+            client.script_load(TAKE)
 
     def take(self, caller: str) -> float:
-        if time.monotonic() < self._down_until:
+        began = time.monotonic()
+        if began < self._down_until:
             return self._own.take(caller)
         try:
             wait_us = self._script(
                 keys=[f"convoy:rate:{caller}"], args=[self._interval_us, self._burst_us]
             )
         except self._failures as error:
-            log.warning("the Redis of the rates does not answer: %s; each has its own now", error)
-            self._down_until = time.monotonic() + PAUSE_S
+            self._leave_alone(str(error))
             return self._own.take(caller)
+        if (took_s := time.monotonic() - began) > SLOW_S:
+            self._leave_alone(f"it takes {1000 * took_s:.0f} ms")
         return int(wait_us) / 1e6
+
+    def _leave_alone(self, reason: str) -> None:
+        log.warning("the Redis of the rates is not asked for %g s: %s", PAUSE_S, reason)
+        self._down_until = time.monotonic() + PAUSE_S

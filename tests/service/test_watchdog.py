@@ -101,4 +101,4 @@ def test_what_is_kept_is_given_back_though_nothing_grows(monkeypatch: pytest.Mon
     dog = Watchdog((), 30.0, end=Ends())
     while len(given) < 3:
         dog.look()
-    assert all(later - sooner >= 0.05 for sooner, later in pairwise(given))
+    assert all(later - sooner > 0.04 for sooner, later in pairwise(given))
