@@ -66,7 +66,10 @@ class RunningService:
         )
         self._wait()
         self.start_to_ready_s = time.perf_counter() - started
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not all(map(_listens, self.workers())):  # else every client stays with the first
+            if time.monotonic() > deadline:
+                raise SystemExit(f"a worker does not listen:\n{self.log()[-3000:]}")
             time.sleep(0.01)
 
     def connect(self) -> http.client.HTTPConnection:

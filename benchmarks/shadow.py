@@ -60,7 +60,9 @@ async def measure(home: Home, service: RunningService, image: bytes, rounds: int
             await asyncio.sleep(MEASURE_S)
             if shadow:
                 cpu.append((shadow_cpu_s(service) - used_s) / MEASURE_S / (os.cpu_count() or 1))
-            taken = [1000 * (row.done - row.due) for row in traffic.rows[before:]]
+            taken = [
+                1000 * (row.done - row.due) for row in traffic.rows[before:] if row.status == 200
+            ]
             p50[shadow].append(float(np.percentile(taken, 50)))
             p99[shadow].append(float(np.percentile(taken, 99)))
     ratios = [after / before for before, after in zip(p50[False], p50[True], strict=True)]

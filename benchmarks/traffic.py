@@ -200,6 +200,10 @@ class Traffic:
         while (self._waiting or self._busy()) and time.perf_counter() < deadline:
             self.give()
             await asyncio.sleep(0.01)
+        ended = time.perf_counter()
+        while self._waiting:  # nobody would ask these any more
+            ask, due = self._waiting.popleft()
+            self.rows.append(Row(ask.kind, due, ended, ended, LOST, b""))
         for client in list(self.clients):
             client.abort()
         await asyncio.sleep(0.1)
@@ -219,15 +223,15 @@ async def capacity(port: int, image: bytes, seconds: float = 4.0, connections: i
     traffic = Traffic(port, in_turn([post(image)]), 0, connections)
     async with traffic.running():
         await asyncio.sleep(seconds)
-    late = [row for row in traffic.rows if row.status == 200 and row.done - traffic.began > 1]
-    return len(late) / (seconds - 1)
+    settled = between(traffic.rows, traffic.began + 1, traffic.began + seconds, by="done")
+    return sum(row.status == 200 for row in settled) / (seconds - 1)
 
 
 def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, Any]:
     """Counts, and times from when a request was due, of these kinds."""
     mine = [row for row in rows if row.kind in kinds]
     good_ms = [1000 * (row.done - row.due) for row in mine if row.status == 200]
-    refused_ms = [1000 * (row.done - row.sent) for row in mine if row.status == 503]
+    refused_ms = [1000 * (row.done - row.due) for row in mine if row.status == 503]
     figures: dict[str, Any] = {
         "requests": len(mine),
         "ok": len(good_ms),
@@ -255,8 +259,8 @@ def percentiles(values_ms: list[float]) -> dict[str, float]:
     }
 
 
-def between(rows: list[Row], start: float, end: float) -> list[Row]:
-    return [row for row in rows if start <= row.due < end]
+def between(rows: list[Row], start: float, end: float, by: str = "due") -> list[Row]:
+    return [row for row in rows if start <= getattr(row, by) < end]
 
 
 def draw(traffic: Traffic, file: Path, title: str, step_s: float = 0.5) -> None:

@@ -72,7 +72,8 @@ async def _overload(
         async with after.running():
             await asyncio.sleep(8)
     settled = between(crowd.rows, began + 2, ended)
-    good = [row for row in crowd.rows if row.status == 200 and began + 2 <= row.done < ended]
+    answered = between(crowd.rows, began + 2, ended, by="done")
+    good = [row for row in answered if row.status == 200]
     during = summary(settled)
     alive_ms = [1000 * (row.done - row.due) for row in probes.rows if began <= row.due < ended]
     before = summary(calm.rows)

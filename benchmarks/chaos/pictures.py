@@ -58,8 +58,10 @@ async def _hostile_pictures(
     asks = iter([post(data, kind="hostile") for data in nasty])
     turn = itertools.count()
 
+    good = post(image)
+
     def choose() -> Ask:
-        return next(asks, post(image)) if next(turn) % 10 == 9 else post(image)
+        return next(asks, good) if next(turn) % 10 == 9 else good
 
     traffic = Traffic(running.port, choose, rate)
     with tqdm(total=len(nasty), desc="pictures", disable=None) as bar:
@@ -69,9 +71,9 @@ async def _hostile_pictures(
                 await asyncio.sleep(1)
                 bar.n = sum(row.kind == "hostile" for row in traffic.rows)
                 bar.refresh()
-    rss_after = [worker.memory_info().rss for worker in workers if worker.is_running()]
+    rss_after = [worker.memory_info().rss if worker.is_running() else 0 for worker in workers]
     rows = [row for row in traffic.rows if row.kind == "hostile"]
-    refused_ms = [1000 * (row.done - row.sent) for row in rows if 400 <= row.status < 500]
+    refused_ms = [1000 * (row.done - row.due) for row in rows if 400 <= row.status < 500]
     alone, beside = summary(honest.rows), summary(traffic.rows)
     figures = {
         "hostile": len(rows),
@@ -80,7 +82,7 @@ async def _hostile_pictures(
         "workers_lost": sum(not worker.is_running() for worker in workers),
         **{f"refusal_{name}_ms": value for name, value in percentiles(refused_ms).items()},
         "hostile_answered_worst_ms": max(
-            1000 * (row.done - row.sent) for row in rows if row.status == 200
+            1000 * (row.done - row.due) for row in rows if row.status == 200
         ),
         "rss_growth_mb": [
             round((after - before) / 2**20, 1)
@@ -156,13 +158,16 @@ def many_mutants(count: int = 100_000) -> tuple[dict[str, Any], None]:
 
 
 def _guided(seeds: list[bytes], count: int) -> dict[str, Any]:
-    """What atheris finds, which keeps the mutants that reach new code and goes on from those."""
+    """What atheris finds, which keeps the mutants that reach new code and goes on from those.
+
+    A picture that is unhandled stays in the working folder as ``crash-…``.
+    """
     with tempfile.TemporaryDirectory(prefix="convoy-guided-") as folder:
         for number, data in enumerate(seeds):
             (Path(folder) / str(number)).write_bytes(data)
         command = [sys.executable, "-m", "benchmarks.chaos.guided", folder, f"-runs={count}"]
         # Of longer than 5 s, or of more than 4 GB, libFuzzer makes an error, too.
-        command += ["-timeout=5", "-rss_limit_mb=4096", "-seed=1", f"-artifact_prefix={folder}/"]
+        command += ["-timeout=5", "-rss_limit_mb=4096", "-seed=1"]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")
         kept = len(list(Path(folder).iterdir())) - len(seeds)
     if run.returncode:
