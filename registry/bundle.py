@@ -1,8 +1,9 @@
 """A bundle: all files of one model version in one folder, each named with its digest.
 
-Nothing in it can run code: JSON, safetensors, encoded pictures and one ``.npz`` read without
-pickle. Whoever reads a file gets the very bytes whose digest was checked, so nothing can change
-between the check and the use. Knows neither torch nor MLflow.
+Nothing in it can run code: JSON, safetensors, encoded pictures, ``.npz`` read without pickle, and
+the network as graphs of operations that the engines have themselves. Whoever reads a file gets the
+very bytes whose digest was checked, so nothing can change between the check and the use. Knows
+neither torch nor MLflow.
 """
 
 import io
@@ -25,8 +26,10 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden/golden.json"
 HELDOUT = "heldout.npz"
-CALIBRATION = "calibration.npz"
 THUMBNAILS = "thumbnails.npz"
+# The network with its weights, for engines other than torch; a version may lack some or all.
+ONNX_GRAPH = "exports/network.onnx"
+INT8_GRAPH, INT8_WEIGHTS = "exports/int8.xml", "exports/int8.bin"
 CALIBRATION_BINS = 15
 
 
@@ -108,11 +111,11 @@ class Bundle:
             self.read(name)
 
     def serving_files(self) -> list[str]:
-        """What serving needs beside the manifest: weights, golden and calibration pictures."""
+        """What serving needs beside the manifest: weights, exported graphs, golden pictures."""
         return [
             name
             for name in self.manifest.files
-            if name in (WEIGHTS, CALIBRATION) or name.startswith("golden/")
+            if name == WEIGHTS or name.startswith(("exports/", "golden/"))
         ]
 
     def weights(self) -> dict[str, NDArray[Any]]:
@@ -121,6 +124,18 @@ class Bundle:
             return safetensors.numpy.load(self.read(WEIGHTS))
         except safetensors.SafetensorError as error:
             raise BundleInvalid(f"{self.folder / WEIGHTS}: {error}") from error
+
+    def onnx_graph(self) -> bytes:
+        """The network as ONNX, whole: engines would read what it names outside, unchecked.
+
+        Raises:
+            BundleInvalid: as for ``read``, or it may name another file.
+        """
+        graph = self.read(ONNX_GRAPH)
+        # How the format says where a tensor lies outside, in whatever way the field is encoded.
+        if b"location" in graph:
+            raise BundleInvalid(f"{self.folder / ONNX_GRAPH} refers to other files")
+        return graph
 
     def golden(self) -> list[GoldenImage]:
         try:
@@ -131,10 +146,6 @@ class Bundle:
     def heldout(self) -> Heldout:
         arrays = self._arrays(HELDOUT, "labels", "probabilities")
         return Heldout(arrays["labels"], arrays["probabilities"])
-
-    def calibration(self) -> NDArray[np.uint8]:
-        """Pictures of the training part, uint8 (N, H, W, C): int8 plans take their ranges there."""
-        return self._arrays(CALIBRATION, "pixels")["pixels"]
 
     def thumbnails(self) -> NDArray[np.uint8]:
         """Small pictures of the first held-out examples, uint8 (N, H, W, C), to be looked at.

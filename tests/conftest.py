@@ -20,7 +20,8 @@ from registry.plans.torch_eager import EAGER, eager_classifier
 from training.config import Recipe
 from training.datasets import Dataset, load_dataset, take
 from training.evaluate import evaluate
-from training.publish import build_manifest, write_version
+from training.export import export_network
+from training.publish import build_manifest, choose_calibration, write_version
 
 MakeBundle = Callable[..., Bundle]
 CPU = torch.device("cpu")
@@ -91,9 +92,15 @@ def load_eager(bundle: Bundle) -> Classifier:
     return Planner(Path("unused"), "cpu", None, EAGER).load(bundle)
 
 
+EXPORTS: dict[bytes, dict[str, bytes]] = {}
+
+
 @pytest.fixture
 def make_bundle(few_digits: Dataset, tmp_path: Path) -> MakeBundle:
-    """Writes a real bundle: ``make_bundle(seed=1, change=lambda manifest: …)``."""
+    """Writes a real bundle: ``make_bundle(seed=1, change=lambda manifest: …)``.
+
+    Without what ``export`` adds, torch's plans are the only ones; exporting takes seconds.
+    """
 
     def make(
         seed: int = 0,
@@ -101,6 +108,7 @@ def make_bundle(few_digits: Dataset, tmp_path: Path) -> MakeBundle:
         data: Dataset = few_digits,
         change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
         network: NetworkSpec = TINY,
+        export: bool = False,
     ) -> Bundle:
         spec, program = network, tiny_program(data, seed, network)
         heldout = evaluate(eager_classifier(program, "cpu"), data.validation)
@@ -111,7 +119,11 @@ def make_bundle(few_digits: Dataset, tmp_path: Path) -> MakeBundle:
         (report / "report.html").write_text("<title>report</title>")
         # The store insists on the folder's name.
         target = folder or tmp_path / f"version-{seed}" / "bundle"
-        return write_version(target, change(manifest), program, data, heldout, report)
+        key = msgspec.json.encode((network, seed, data.sha256))
+        if export and key not in EXPORTS:
+            EXPORTS[key] = export_network(program, choose_calibration(data.train))
+        exports = EXPORTS[key] if export else {}
+        return write_version(target, change(manifest), program, data, heldout, report, exports)
 
     return make
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from registry.bundle import CALIBRATION, GOLDEN, MANIFEST, WEIGHTS, Bundle
+from registry.bundle import GOLDEN, HELDOUT, MANIFEST, WEIGHTS, Bundle
 from registry.contract import sha256_hex
 
 Change = Callable[[Bundle, Path], None]
@@ -141,8 +141,8 @@ HOSTILE_BUNDLES: dict[str, Change] = {
     "weights are turned round": other_weights,
     "weights are a link to elsewhere": outside,
     "an MLmodel that brings code": mlmodel,
-    "calibration is an array of objects": lambda bundle, marker: replace_file(
-        bundle, CALIBRATION, object_array(marker)
+    "held-out scores are an array of objects": lambda bundle, marker: replace_file(
+        bundle, HELDOUT, object_array(marker)
     ),
     "manifest is no JSON": lambda bundle, marker: (
         (bundle.folder / MANIFEST).write_bytes(b"[" * 100_000) and None

@@ -5,7 +5,7 @@ import logging
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import safetensors.torch
 from numpy.typing import NDArray
 
 from registry.bundle import (
-    CALIBRATION,
     GOLDEN,
     HELDOUT,
     THUMBNAILS,
@@ -38,6 +37,7 @@ from registry.store import ModelStore
 from training.config import Recipe
 from training.datasets import Dataset, Examples
 from training.evaluate import Evaluation
+from training.export import export_network
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,11 @@ def publish(
         BundleInvalid: what was written does not score like what was trained; nothing is registered.
     """
     with tempfile.TemporaryDirectory(prefix="convoy-publish-") as name:
-        bundle = write_version(Path(name) / "bundle", manifest, program, data, heldout, report)
+        log.info("exporting the network for other engines")
+        exports = export_network(program, choose_calibration(data.train))
+        bundle = write_version(
+            Path(name) / "bundle", manifest, program, data, heldout, report, exports
+        )
         pixels = rescore(bundle, data.validation, heldout, device)
         bundle = record_plan_accuracy(bundle, pixels, heldout.labels, device)
         tags = {
@@ -123,8 +127,9 @@ def write_version(
     data: Dataset,
     heldout: Evaluation,
     report: Path,
+    exports: Mapping[str, bytes],
 ) -> Bundle:
-    """The bundle of one version in ``folder``."""
+    """The bundle of one version in ``folder``; ``exports`` are of ``export_network``."""
     state = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in program.network.state_dict().items()
@@ -132,8 +137,8 @@ def write_version(
     files = {
         WEIGHTS: safetensors.torch.save(state),
         HELDOUT: heldout.to_npz(),
-        CALIBRATION: to_npz(pixels=choose_calibration(data.train)),
         THUMBNAILS: to_npz(pixels=shrink(data.validation.pixels)),
+        **exports,
     }
     golden = []
     for position in choose_golden(data.validation):

@@ -155,6 +155,7 @@ class Planner:
             if plan.precision != "fp32"
             and not plan.builds_slowly
             and not plan.unsupported(self.device)
+            and not missing_exports(plan, bundle.manifest)
         ]
         accuracies: dict[str, float] = {}
         limit_s = LIMIT_S + round(SCORE_S * len(pixels))
@@ -255,7 +256,11 @@ class Planner:
         """A finding for each of ``plans``, in their order."""
         found: dict[str, Finding] = {}
         for plan in plans:
-            reason = plan.unsupported(self.device) or refused_by_record(plan, bundle.manifest)
+            reason = (
+                plan.unsupported(self.device)
+                or missing_exports(plan, bundle.manifest)
+                or refused_by_record(plan, bundle.manifest)
+            )
             if reason:
                 found[plan.name] = Finding(plan=plan.name, reason=reason)
         waiting = [plan.name for plan in plans if plan.name not in found]
@@ -338,6 +343,12 @@ def score(batch_ms: dict[int, float]) -> float:
     if not batch_ms:
         return math.inf
     return geometric_mean(milliseconds / size for size, milliseconds in batch_ms.items())
+
+
+def missing_exports(plan: Plan, manifest: Manifest) -> str | None:
+    """Why ``plan`` has nothing to read in the version's bundle, or None."""
+    missing = [name for name in plan.exports if name not in manifest.files]
+    return f"the version was published without {', '.join(missing)}" if missing else None
 
 
 def refused_by_record(plan: Plan, manifest: Manifest) -> str | None:

@@ -4,22 +4,17 @@ One model takes any batch size: fixed sizes of 1, 8 and 32 were at most a fifth 
 (docs/decisions/0006), and each costs its own memory.
 """
 
-import contextlib
-import os
 import sys
-import warnings
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
 from registry.contract import Precision
 from registry.devices import BF16_FLAGS, INT8_FLAGS
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
 from registry.preprocess import Pixels
-
-MODEL, WEIGHTS = "model.xml", "model.bin"
 
 
 class OpenVino(Plan):
@@ -27,22 +22,15 @@ class OpenVino(Plan):
 
     name = "openvino-fp32"
     precision: ClassVar[Precision] = "fp32"
-    packages: ClassVar[tuple[str, ...]] = ("torch", "openvino")
+    packages = ("openvino",)
+    exports: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
 
-    def build(self, source: Source, folder: Path) -> None:
-        openvino = _import_openvino()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its torch front end uses what torch 2.13 deprecates
-            model = openvino.convert_model(source.scored_program, example_input=source.example())
-        model.reshape({0: [-1, *source.bundle.manifest.preprocess.shape]})
-        openvino.save_model(self.prepare(model, source), folder / MODEL, compress_to_fp16=False)
-
-    def prepare(self, model: Any, source: Source) -> Any:
-        """The model to write, from the one that was converted."""
-        return model
+    def graph(self, source: Source) -> tuple[bytes, ...]:
+        """The graph, and its weights where they lie in another file."""
+        return (source.bundle.onnx_graph(),)
 
     def load(self, source: Source, read: ReadArtefact) -> Run:
-        openvino = _import_openvino()
+        openvino = import_openvino()
         core = openvino.Core()
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
@@ -52,7 +40,7 @@ class OpenVino(Plan):
         }
         if source.threads is not None:
             options["INFERENCE_NUM_THREADS"] = source.threads
-        model = core.read_model(read(MODEL), read(WEIGHTS))
+        model = core.read_model(*self.graph(source))
         request = core.compile_model(model, "CPU", options).create_infer_request()
 
         def run(pixels: Pixels) -> NDArray[np.float32]:
@@ -70,28 +58,16 @@ class OpenVinoBf16(OpenVino):
 
 
 class OpenVinoInt8(OpenVino):
-    """Ranges come from the bundle's calibration pictures, which training took from its own part."""
-
     name = "openvino-int8"
     precision: ClassVar[Precision] = "int8"
-    packages = (*OpenVino.packages, "nncf")
+    exports = (INT8_GRAPH, INT8_WEIGHTS)
     cpu_flags = INT8_FLAGS
 
-    def prepare(self, model: Any, source: Source) -> Any:
-        import nncf
-
-        pixels = source.bundle.calibration()
-        calibration = nncf.Dataset([pixels[index : index + 1] for index in range(len(pixels))])
-        with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):
-            return nncf.quantize(
-                model,
-                calibration,
-                preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(pixels),
-            )
+    def graph(self, source: Source) -> tuple[bytes, ...]:
+        return source.bundle.read(INT8_GRAPH), source.bundle.read(INT8_WEIGHTS)
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
     # It and NNCF report to their makers, without having asked, wherever they can import this.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino

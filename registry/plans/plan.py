@@ -22,8 +22,6 @@ from registry.errors import UsageError
 from registry.preprocess import Pixels
 
 if TYPE_CHECKING:
-    import torch
-
     from registry.networks import Program
 
 Run = Callable[[Pixels], NDArray[np.float32]]
@@ -49,19 +47,6 @@ class Source:
 
         return load_program(self.bundle)
 
-    @cached_property
-    def scored_program(self) -> "torch.nn.Module":
-        """``program`` with softmax behind it: what engines with a graph of their own convert."""
-        import torch
-
-        return torch.nn.Sequential(self.program, torch.nn.Softmax(dim=1)).eval()
-
-    def example(self) -> "torch.Tensor":
-        """Zeros, uint8 (2, H, W, C); exporters take a batch of 1 for a fixed size."""
-        import torch
-
-        return torch.zeros((2, *self.bundle.manifest.preprocess.shape), dtype=torch.uint8)
-
 
 class Plan(ABC):
     """One way to run a network. Has no state: what it makes lies in files or in a ``Run``."""
@@ -72,6 +57,8 @@ class Plan(ABC):
     """The kind of device: ``cpu``, ``cuda`` or ``any``."""
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     """Distributions that it needs, and whose versions a verdict about it hangs on."""
+    exports: ClassVar[tuple[str, ...]] = ()
+    """Files of the bundle that it reads instead of the weights."""
     cpu_flags: ClassVar[frozenset[str]] = frozenset()
     """Of which the CPU needs one: without, an engine would emulate, slower than fp32."""
     batch_sizes: ClassVar[tuple[int, ...]] = (1, 3)

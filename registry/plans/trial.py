@@ -5,8 +5,10 @@ It writes one JSON line for each plan that it finished to what was its standard 
 that libraries print goes to standard error.
 """
 
+import contextlib
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -58,6 +60,8 @@ class Finding(Struct, frozen=True, kw_only=True):
 def main() -> int:
     end_with_parent(signal.SIGKILL)  # nobody would read the answer, and others time plans here
     job = msgspec.json.decode(sys.argv[1], type=Job)
+    if job.device == "cpu":
+        _limit_memory()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     bundle = open_bundle(Path(job.bundle), job.manifest_sha256)
@@ -72,6 +76,14 @@ def main() -> int:
             finding = Finding(plan=name, reason=f"{type(error).__name__}: {text[0][:300]}")
         answers.write(msgspec.json.encode(finding) + b"\n")
     return 0
+
+
+def _limit_memory() -> None:
+    """To half of what there is: a graph may ask for any amount, and others live here, too."""
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # "max": this container has no limit of its own
+        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    resource.setrlimit(resource.RLIMIT_DATA, (most // 2, most // 2))
 
 
 def _build(name: str, source: Source, job: Job) -> Finding:

@@ -9,9 +9,21 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
-from registry.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, with_manifest, write_bundle
+from registry.bundle import (
+    GOLDEN,
+    INT8_GRAPH,
+    INT8_WEIGHTS,
+    ONNX_GRAPH,
+    WEIGHTS,
+    Bundle,
+    GoldenImage,
+    with_manifest,
+    write_bundle,
+)
 from registry.classifier import Classifier, replay_golden
 from registry.contract import DEFAULT_TOLERANCES, NetworkSpec
 from registry.devices import BF16_FLAGS, INT8_FLAGS
@@ -28,8 +40,8 @@ SMALL_RESNET = NetworkSpec("resnet", {"widths": [4, 8]})
 
 @pytest.fixture
 def bundle(make_bundle: MakeBundle) -> Bundle:
-    """One with batch norm in it, and a record that lets int8 in."""
-    made = make_bundle(network=SMALL_RESNET)
+    """One with batch norm in it, its exports, and a record that lets int8 in."""
+    made = make_bundle(network=SMALL_RESNET, export=True)
     accuracy = made.manifest.metrics["validation_accuracy"]
     plans = {"openvino-int8": accuracy, "openvino-bf16": accuracy}
     return with_manifest(made, msgspec.structs.replace(made.manifest, plan_accuracy=plans))
@@ -62,19 +74,21 @@ def test_a_plan_gives_the_answers_of_fp32(
         )
 
 
-def test_no_engine_reports_to_its_makers(bundle: Bundle, tmp_path: Path) -> None:
-    code = (
+def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
+    load = (
         "import sys; from pathlib import Path; from registry.bundle import open_bundle;"
         "from registry.plans.plan import Source, find_plan;"
         f"source = Source(open_bundle(Path({str(bundle.folder)!r})));"
-        "plan, folder = find_plan('openvino-int8'), Path(sys.argv[2]);"
-        "plan.build(source, folder) if sys.argv[1] == 'build' else "
-        "plan.load(source, lambda file: (folder / file).read_bytes());"
-        "print('nncf' in sys.modules, sys.modules['openvino_telemetry'])"
+        "find_plan('openvino-int8').load(source, None);"
     )
-    for step, with_nncf in (("build", "True"), ("load", "False")):
-        command = [sys.executable, "-c", code, step, str(tmp_path)]
-        printed = subprocess.run(command, capture_output=True, text=True)
+    export = (
+        "import sys; import numpy as np; import training.export; from registry.bundle import *;"
+        f"graph = open_bundle(Path({str(bundle.folder)!r})).read(ONNX_GRAPH);"
+        "training.export._to_int8(graph, np.zeros((2, 8, 8, 1), np.uint8));"
+    )
+    for code, with_nncf in ((export, "True"), (load, "False")):
+        code += "print('nncf' in sys.modules, sys.modules['openvino_telemetry'])"
+        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert printed.stdout.split()[-2:] == [with_nncf, "None"], printed.stderr
 
 
@@ -122,15 +136,108 @@ def test_what_a_worker_loads_needs_no_torch(bundle: Bundle, tmp_path: Path) -> N
     assert printed.stdout.split() == ["False"], printed.stderr
 
 
-def test_a_damaged_artefact_is_chosen_anew(bundle: Bundle, tmp_path: Path) -> None:
-    planner = Planner(tmp_path / "plans", "cpu", 1, "openvino-fp32")
+def test_a_damaged_artefact_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    if reason := find_plan("inductor-fp32").unsupported("cpu"):
+        pytest.skip(reason)
+    planner = Planner(tmp_path / "plans", "cpu", 1, "inductor-fp32")
     planner.choose(bundle)
-    (weights,) = (tmp_path / "plans").rglob("model.bin")
-    weights.write_bytes(weights.read_bytes()[:-1])
+    assert planner.load(bundle).plan == "inductor-fp32"
+    (package,) = (tmp_path / "plans").rglob("package.pt2")
+    package.write_bytes(package.read_bytes()[:-1])
     with pytest.raises(PlanUndecided, match=r"can no longer be loaded: .* has sha256"):
         planner.load(bundle)
-    planner.choose(bundle)
-    assert planner.load(bundle).plan == "openvino-fp32"
+    with pytest.raises(PlanUndecided, match="no plan was chosen"):  # forgotten
+        planner.load(bundle)
+
+
+def onnx_model(nodes: list[onnx.NodeProto], *tensors: onnx.TensorProto) -> bytes:
+    pixels = helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["n", 8, 8, 1])
+    scores = helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, ["n", 10])
+    graph = helper.make_graph(nodes, "hostile", [pixels], [scores], tensors)
+    opset = helper.make_opsetid("", 18)
+    data: bytes = helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+    return data
+
+
+def dense_model(weights: onnx.TensorProto) -> bytes:
+    """Flatten and multiply by ``weights`` (64, 10)."""
+    return onnx_model(
+        [
+            helper.make_node("Cast", ["pixels"], ["float"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Flatten", ["float"], ["flat"]),
+            helper.make_node("MatMul", ["flat", weights.name], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["scores"]),
+        ],
+        weights,
+    )
+
+
+def reads_a_file(location: str) -> bytes:
+    weights = onnx.TensorProto(name="weights", data_type=onnx.TensorProto.FLOAT, dims=[64, 10])
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value=location)
+    weights.external_data.add(key="length", value="2560")
+    return dense_model(weights)
+
+
+def fills_the_memory() -> bytes:
+    shape = numpy_helper.from_array(np.array([1 << 20, 1 << 20]), "shape")
+    return onnx_model(
+        [
+            helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+            helper.make_node("ReduceSum", ["zeros"], ["zero"], keepdims=0),
+            helper.make_node("Cast", ["pixels"], ["float"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("ReduceSum", ["float"], ["sum"], keepdims=0),
+            helper.make_node("Add", ["zero", "sum"], ["scores"]),
+        ],
+        shape,
+    )
+
+
+def other_network() -> bytes:
+    weights = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    return dense_model(numpy_helper.from_array(weights, "weights"))
+
+
+HOSTILE_GRAPHS = {
+    "no graph": (b"no graph at all", ""),
+    "that reads a file here": (reads_a_file("weights"), "refers to other files"),
+    "that reads a file anywhere": (reads_a_file("/etc/passwd"), "refers to other files"),
+    "that takes 4 TB": (fills_the_memory(), ""),
+    "of another network": (other_network(), "differs by"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_GRAPHS)
+def test_a_hostile_graph_is_a_rejected_plan(
+    name: str, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    graph, reason = HOSTILE_GRAPHS[name]
+    bundle = make_bundle()
+    files = {each: bundle.read(each) for each in bundle.manifest.files}
+    files |= {ONNX_GRAPH: graph, INT8_GRAPH: graph, INT8_WEIGHTS: bytes(640)}
+    accuracy = {"openvino-int8": bundle.manifest.metrics["validation_accuracy"]}
+    manifest = msgspec.structs.replace(bundle.manifest, plan_accuracy=accuracy)
+    hostile = write_bundle(tmp_path / "hostile", manifest, files)
+    plans = [find_plan(each) for each in ("onnxruntime-fp32", "openvino-fp32", "openvino-int8")]
+    planner = Planner(tmp_path / "plans", "cpu", 1)
+    work = tmp_path / "work"
+    work.mkdir()
+    found = planner._find_out(hostile, [*plans, find_plan(EAGER)], work)
+    *engines, torch = [each.reason for each in found]
+    assert torch is None
+    assert all(engines)
+    assert reason in str(engines[0])
+
+
+def test_a_version_without_exports_is_served_by_torch(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    found = Planner(tmp_path, "cpu", 1)._find_out(
+        make_bundle(), [find_plan("openvino-fp32"), find_plan(EAGER)], tmp_path
+    )
+    assert found[0].reason == f"the version was published without {ONNX_GRAPH}"
+    assert found[1].reason is None
 
 
 def test_a_damaged_verdict_is_ignored(
@@ -259,7 +366,7 @@ def test_a_plan_that_is_not_in_the_catalogue_is_named(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_cpu.OpenVino, "packages", ("torch", "no_such_engine"))
+    monkeypatch.setattr(openvino_cpu.OpenVino, "packages", ("no_such_engine",))
     assert find_plan("openvino-fp32").unsupported("cpu") == "not installed: no_such_engine"
 
 
@@ -413,4 +520,4 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(
 
 
 def test_weights_are_part_of_what_serving_pulls(bundle: Bundle) -> None:
-    assert {WEIGHTS, "calibration.npz"} <= set(bundle.serving_files())
+    assert {WEIGHTS, ONNX_GRAPH, INT8_GRAPH, INT8_WEIGHTS} <= set(bundle.serving_files())

@@ -19,7 +19,7 @@ from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 # What nobody reads here, or nobody can know: with digests that fit, these serve.
 HARMLESS = {
     "labels are swapped": "who can rewrite the manifest and the registry can: sign versions",
-    "calibration is an array of objects": "read for int8 plans only, and refused there",
+    "held-out scores are an array of objects": "read for int8 plans only, and refused there",
 }
 
 
@@ -78,10 +78,10 @@ def test_an_array_of_objects_is_refused_where_it_is_read(
     make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
     bundle = make_bundle()
-    HOSTILE_BUNDLES["calibration is an array of objects"](bundle, tmp_path / "marker")
+    HOSTILE_BUNDLES["held-out scores are an array of objects"](bundle, tmp_path / "marker")
     changed = open_bundle(bundle.folder)
     with pytest.raises(BundleInvalid):
-        changed.calibration()
+        changed.heldout()
     assert not (tmp_path / "marker").exists()
 
 

@@ -1,0 +1,95 @@
+"""The network as graphs that engines read without torch, written once, when a version is published.
+
+So what publishing measured is, byte for byte, what serves, and machines that serve need neither
+torch nor exporters. Every graph takes pixels and ends in probabilities, as ``registry.plans`` says.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
+from registry.networks import Program
+from registry.plans.openvino_cpu import import_openvino
+from registry.preprocess import Pixels
+
+log = logging.getLogger(__name__)
+
+LARGEST_BATCH = 4096
+
+
+def export_network(program: Program, calibration: Pixels) -> dict[str, bytes]:
+    """Files of a bundle, by name: the graph in fp32 as ONNX, and in int8 as OpenVINO has it.
+
+    What cannot be made here is left out, with a warning: other plans serve then.
+
+    Args:
+        program: the trained one, on any device; it is copied.
+        calibration: uint8 (N, H, W, C), pictures of the training part: int8 takes its ranges there.
+    """
+    try:
+        graph = _to_onnx(program, calibration)
+    except Exception as error:  # noqa: BLE001 - exporters raise whatever they meet
+        log.warning("the network cannot be exported: %s", str(error).partition("\n")[0])
+        return {}
+    files = {ONNX_GRAPH: graph}
+    if missing := [name for name in ("openvino", "nncf") if not importlib.util.find_spec(name)]:
+        log.warning("no int8: not installed: %s", ", ".join(missing))
+        return files
+    try:
+        files |= _to_int8(graph, calibration)
+    except Exception as error:  # noqa: BLE001 - as above
+        log.warning("no int8: %s", str(error).partition("\n")[0])
+    return files
+
+
+def _to_onnx(program: Program, calibration: Pixels) -> bytes:
+    on_cpu = copy.deepcopy(program).cpu().eval()
+    scored = nn.Sequential(on_cpu, nn.Softmax(dim=1)).eval()
+    example = torch.zeros((2, *calibration.shape[1:]), dtype=torch.uint8)  # 1 would be a fixed size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13's exporter warns of its own code
+        exported = torch.onnx.export(
+            scored,
+            (example,),
+            input_names=["pixels"],
+            dynamic_shapes=({0: torch.export.Dim("images", min=1, max=LARGEST_BATCH)},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert exported is not None
+    graph = exported.model_proto
+    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info):
+        part.ClearField("metadata_props")  # stack traces, with the paths of this machine
+    data: bytes = graph.SerializeToString()
+    return data
+
+
+def _to_int8(graph: bytes, calibration: Pixels) -> dict[str, bytes]:
+    """Quantised after training; in int8 as far as its accuracy allows, by NNCF's mixed preset."""
+    openvino = import_openvino()
+    import nncf
+
+    examples = nncf.Dataset([calibration[index : index + 1] for index in range(len(calibration))])
+    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):
+        quantised = nncf.quantize(
+            openvino.Core().read_model(graph),
+            examples,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(calibration),
+        )
+    with tempfile.TemporaryDirectory(prefix="convoy-export-") as folder:
+        written = Path(folder, "int8.xml")
+        openvino.save_model(quantised, written, compress_to_fp16=False)
+        return {
+            INT8_GRAPH: written.read_bytes(),
+            INT8_WEIGHTS: written.with_suffix(".bin").read_bytes(),
+        }
