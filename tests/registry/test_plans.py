@@ -82,9 +82,11 @@ def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
         "find_plan('openvino-int8').load(source, None);"
     )
     export = (
-        "import sys; import numpy as np; import training.export; from registry.bundle import *;"
-        f"graph = open_bundle(Path({str(bundle.folder)!r})).read(ONNX_GRAPH);"
-        "training.export._to_int8(graph, np.zeros((2, 8, 8, 1), np.uint8));"
+        "import sys; import numpy as np; from pathlib import Path;"
+        "from registry.bundle import open_bundle; from registry.networks import load_program;"
+        "from training.export import export_network;"
+        f"program = load_program(open_bundle(Path({str(bundle.folder)!r})));"
+        "export_network(program, np.zeros((2, 8, 8, 1), np.uint8));"
     )
     for code, with_nncf in ((export, "True"), (load, "False")):
         code += "print('nncf' in sys.modules, sys.modules['openvino_telemetry'])"
