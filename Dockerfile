@@ -1,6 +1,7 @@
-# Three images from one file: registry (MLflow server, puller, command line; no torch), service (no
-# MLflow) and trainer. The stages are in this order because older builders build every stage before
-# the target.
+# Four images from one file: registry (MLflow server, puller, control plane, command line; no torch),
+# service (by OpenVINO; neither torch nor MLflow), service-torch (for GPUs, and where torch must run
+# the network) and trainer. Each takes its packages from a stage that is thrown away. The stages are
+# in this order because older builders build every stage before the target.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
@@ -8,47 +9,75 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    PIP_NO_CACHE_DIR=1 \
     GIT_PYTHON_REFRESH=quiet \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
     CONVOY_HOME=/var/lib/convoy
-RUN python -m venv /opt/venv \
-    && useradd --uid 10001 --no-create-home --home-dir /var/lib/convoy convoy \
-    && install -d -o convoy -g convoy \
-        /var/lib/convoy /var/lib/convoy/models /var/lib/convoy/plans /artifacts
+RUN useradd --uid 10001 --no-create-home --home-dir /var/lib/convoy convoy \
+    && install -d -o convoy -g convoy /artifacts /var/lib/convoy \
+        /var/lib/convoy/models /var/lib/convoy/plans /var/lib/convoy/tokens
 WORKDIR /app
-COPY constraints.txt ./
+STOPSIGNAL SIGTERM
+LABEL org.opencontainers.image.title="Convoy" \
+    org.opencontainers.image.licenses="Apache-2.0"
+# What runs has its secrets from files: NAME_FILE says where the value of NAME lies.
+ENTRYPOINT ["python", "-m", "registry.secret_files"]
+
+FROM base AS packages
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY pyproject.toml constraints.txt deploy/requirements.py ./
+RUN python -m venv /opt/venv
+
+FROM packages AS registry-packages
+RUN python requirements.py server s3 >wanted && pip install -c constraints.txt -r wanted
+COPY deploy/prune.sh ./
+RUN sh prune.sh
 
 FROM base AS registry
-RUN pip install -c constraints.txt \
-    flask gunicorn jinja2 mlflow psycopg2-binary msgspec numpy pillow safetensors requests scipy \
-    sqlalchemy
+COPY --from=registry-packages /opt/venv /opt/venv
+COPY deploy/mlflow-auth.ini /etc/convoy/
 COPY registry/ registry/
 USER 10001
 CMD ["python", "-m", "registry", "pull", "--watch"]
 
-FROM base AS torch
-# PyTorch's index of CPU builds saves gigabytes; empty takes the ordinary one, with CUDA.
-ARG TORCH_INDEX_URL=
-RUN pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} torch \
-    && pip install -c constraints.txt msgspec numpy pillow safetensors \
-        nncf onnx onnxruntime onnxscript openvino
-
-FROM torch AS service
-RUN pip install -c constraints.txt flask gunicorn multipart prometheus-client redis structlog
+FROM base AS served
 COPY registry/ registry/
 COPY service/ service/
 USER 10001
 ENV CONVOY_HOST=0.0.0.0
 EXPOSE 8080
-HEALTHCHECK --interval=5s --timeout=3s --start-period=60s CMD \
+HEALTHCHECK --interval=5s --timeout=3s --start-period=120s CMD \
     ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
 CMD ["python", "-m", "service", "--no-pull"]
 
-FROM torch AS trainer
-RUN pip install -c constraints.txt \
-    matplotlib mlflow psycopg2-binary requests scikit-learn scipy sqlalchemy tqdm
+FROM packages AS service-packages
+RUN python requirements.py service signing redis openvino >wanted \
+    && pip install -c constraints.txt -r wanted
+COPY deploy/prune.sh ./
+RUN sh prune.sh
+
+FROM served AS service
+COPY --from=service-packages /opt/venv /opt/venv
+
+FROM packages AS torch-packages
+# PyTorch's index of CPU builds saves gigabytes; empty takes the ordinary one, with CUDA.
+ARG TORCH_INDEX_URL=
+RUN apt-get update && apt-get install -y --no-install-recommends binutils
+RUN python requirements.py service signing redis torch >wanted \
+    && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted
+COPY deploy/prune.sh ./
+RUN sh prune.sh
+
+FROM served AS service-torch
+COPY --from=torch-packages /opt/venv /opt/venv
+
+FROM packages AS trainer-packages
+ARG TORCH_INDEX_URL=
+RUN python requirements.py training server >wanted \
+    && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted
+
+FROM base AS trainer
+COPY --from=trainer-packages /opt/venv /opt/venv
 COPY registry/ registry/
 COPY training/ training/
 USER 10001
-ENTRYPOINT ["python", "-m", "training"]
+CMD ["python", "-m", "training"]

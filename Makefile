@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train promote serve test check torture chaos sbom bench up down clean
+.PHONY: help demo train promote serve test check torture chaos sbom bench up down backup restore test-containers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -72,14 +72,31 @@ bench: $(INSTALLED) ## speed beside what people would run instead, start-up, rel
 	$(BIN)/python -m benchmarks.mixed --json benchmarks/results/mixed.json
 	$(BIN)/python -m benchmarks.flame --svg docs/pictures/flame.svg --json benchmarks/results/flame.json
 
-.env:
-	@echo "POSTGRES_PASSWORD=$$($(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(24))')" > $@
+.env: # made once; what is new in .env.example has its default
+	@cp .env.example $@
 
-up: .env ## build and start the containers (docs/operations.md)
-	$(COMPOSE) up --build -d
+# Random, made once. Their folder lets nobody else in; in containers another user reads the files.
+SECRETS := $(addprefix secrets/,database_password mlflow_password mlflow_session_key service_key \
+    grafana_password metrics_token)
+$(SECRETS):
+	@mkdir -p -m 700 secrets
+	@$(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(32))' > $@ && chmod 444 $@
+
+up: .env $(SECRETS) ## build and start the containers (docs/operations.md)
+	$(COMPOSE) build proxy service puller
+	$(COMPOSE) up -d --scale service=$$(sed -n 's/^CONVOY_REPLICAS=//p' .env | grep . || echo 2)
 
 down: ## stop the containers; the volumes stay
 	$(COMPOSE) down
+
+backup: ## the registry of the containers into one file: FILE=backups/DATE.tar
+	deploy/backup.sh $(FILE)
+
+restore: ## destroy the registry of the containers and put a backup in its place: FILE=…
+	deploy/restore.sh $(FILE)
+
+test-containers: $(INSTALLED) ## the containers for real; starts an engine and makes base images if need be
+	$(BIN)/python -m pytest -m containers tests/containers $(ARGS)
 
 clean: ## remove .venv and caches; what was trained stays in var/
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info

@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Stand-ins for the two base images, made with debootstrap, for machines that reach Debian's
-# packages but no image registry. They get the tags of the real ones, so that the Dockerfile and
-# docker-compose.yml stay as they are. Needs root, debootstrap and a running engine; about 4 minutes.
+# Stand-ins for the base images, made with debootstrap, for machines that reach Debian's packages but
+# no image registry. They get the tags of the real ones, so that the Dockerfile and
+# docker-compose.yml stay as they are. Needs root, debootstrap and a running engine; three minutes.
 #   deploy/stand-in-images.sh [WORK_FOLDER]
 set -euo pipefail
 work=${1:-$(mktemp -d)}
 root=$work/root
+mkdir -p "$work"
 
 if [ ! -x "$root/usr/bin/python3" ]; then
   debootstrap --variant=minbase \
-    --include=ca-certificates,python3,python3-venv,python3-pip,python-is-python3 bookworm "$root"
+    --include=ca-certificates,python3,python3-venv,python3-pip,python-is-python3 bookworm "$root" \
+    >"$work/debootstrap.log" || { tail "$work/debootstrap.log"; exit 1; }
+  # As the real one has none of these either; `du` then says the same of both.
+  rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* \
+    "$root"/usr/share/{doc,man,locale,info}/* "$root"/usr/lib/python3*/test
+  find "$root" -name __pycache__ -prune -exec rm -rf {} +
 fi
 # Builds must trust and use what this machine does; neither goes into a real image.
 cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$root/etc/pip.conf"
-tar -C "$root" -c . | docker import - python:3.11-slim-bookworm
+tar -C "$root" -c . | docker import - python:3.11-slim-bookworm >/dev/null
 
 mkdir -p "$work/postgres"
-cat >"$work/postgres/entrypoint" <<'EOF'
+cat >"$work/postgres/entrypoint" <<'END'
 #!/bin/bash
 set -euo pipefail
 PATH=$(echo /usr/lib/postgresql/*/bin):$PATH
@@ -25,7 +31,7 @@ data=/var/lib/postgresql/data
 as_postgres() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
 if [ ! -s "$data/PG_VERSION" ]; then
   chown postgres "$data"
-  install -m 600 -o postgres /dev/stdin /tmp/password <<<"$POSTGRES_PASSWORD"
+  install -m 600 -o postgres "$POSTGRES_PASSWORD_FILE" /tmp/password
   as_postgres initdb -D "$data" -U "$POSTGRES_USER" --encoding=UTF8 --locale=C.UTF-8 \
     --auth-host=scram-sha-256 --auth-local=trust --pwfile=/tmp/password
   rm /tmp/password
@@ -33,13 +39,28 @@ if [ ! -s "$data/PG_VERSION" ]; then
   as_postgres postgres --single -D "$data" postgres <<<"CREATE DATABASE $POSTGRES_DB;" >/dev/null
 fi
 exec setpriv --reuid=postgres --regid=postgres --clear-groups postgres -D "$data" -h '*' -k /tmp
-EOF
+END
 chmod +x "$work/postgres/entrypoint"
-cat >"$work/postgres/Dockerfile" <<'EOF'
+cat >"$work/postgres/Dockerfile" <<'END'
 FROM python:3.11-slim-bookworm
-RUN apt-get update && apt-get install -y --no-install-recommends postgresql && rm -rf /var/lib/apt/lists/*
-RUN ln -s /usr/lib/postgresql/*/bin/pg_isready /usr/local/bin/pg_isready && mkdir -p /var/lib/postgresql/data
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql \
+    && ln -s /usr/lib/postgresql/*/bin/* /usr/local/bin/ && mkdir -p /var/lib/postgresql/data
 COPY entrypoint /usr/local/bin/entrypoint
+ENV PGHOST=/tmp
 ENTRYPOINT ["/usr/local/bin/entrypoint"]
-EOF
-DOCKER_BUILDKIT=0 docker build --network host -t postgres:16-bookworm "$work/postgres"
+END
+
+mkdir -p "$work/haproxy"
+cat >"$work/haproxy/Dockerfile" <<'END'
+FROM python:3.11-slim-bookworm
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy
+STOPSIGNAL SIGUSR1
+USER haproxy
+ENTRYPOINT ["haproxy", "-W", "-db", "-f"]
+CMD ["/usr/local/etc/haproxy/haproxy.cfg"]
+END
+for image in postgres:16-bookworm haproxy:2.8-bookworm; do
+  name=${image%%:*}
+  DOCKER_BUILDKIT=0 docker build --network host -t "$image" "$work/$name" >"$work/$name.log" 2>&1 \
+    || { tail "$work/$name.log"; exit 1; }
+done

@@ -28,6 +28,7 @@ from registry.devices import serving_threads
 from registry.errors import ConvoyError, UsageError
 from registry.home import Home, convoy_home
 from registry.plain_logs import log_to_stderr
+from registry.secret_files import with_secrets
 
 if TYPE_CHECKING:
     from registry.bundle import Bundle
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     log_to_stderr("%(asctime)s %(name)s %(message)s")
     try:
+        os.environ.update(with_secrets(os.environ))
         return int(arguments.run(arguments))
     except ConvoyError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,9 @@ Torch is imported only where a GPU may be: a worker whose plan needs no torch lo
 """
 
 import functools
+import importlib.util
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +16,18 @@ from registry.errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, Us
 
 log = logging.getLogger(__name__)
 
-CORES = len(os.sched_getaffinity(0))
+
+def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Those that this process may use, by its affinity and by its container's quota."""
+    mine = len(os.sched_getaffinity(0))
+    try:
+        allowed, period = quota.read_text().split()
+        return min(mine, math.ceil(int(allowed) / int(period)))
+    except (OSError, ValueError):  # no container, or one whose quota is "max"
+        return mine
+
+
+CORES = cores()
 
 # What a GPU's driver makes: NVIDIA's, AMD's, and Windows' in WSL.
 _DRIVER_NODES = ("nvidiactl", "kfd", "dxg")
@@ -62,15 +75,18 @@ def choose_device(wanted: str = "auto") -> str:
     kind, _, index = wanted.partition(":")
     if wanted != "auto" and (kind != "cuda" or (index and not index.isdigit())):
         raise UsageError(f"device {wanted!r} is not known; use auto, cpu, cuda or cuda:N")
-    import torch
+    usable = importlib.util.find_spec("torch") is not None
+    if usable:
+        import torch
 
-    if wanted == "auto" and not torch.cuda.is_available():
-        log.warning("a GPU's driver is here, but torch cannot use it; using the CPU")
+        usable = torch.cuda.is_available()
+    if wanted == "auto" and not usable:
+        log.warning("a GPU's driver is here, but no torch that can use it; using the CPU")
         return "cpu"
     device = f"cuda:{int(index or 0)}"
     try:
         _run_kernel(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts when built without CUDA
+    except (ImportError, RuntimeError, AssertionError) as error:  # it asserts when it has no CUDA
         reason = str(error).splitlines()[0]
         if wanted != "auto":
             raise DeviceUnavailable(f"device {wanted} cannot run a kernel: {reason}") from error

@@ -35,8 +35,8 @@ class Home(Struct, frozen=True):
 
     @property
     def tokens(self) -> Path:
-        """Who may use the control plane."""
-        return self.root / "tokens.json"
+        """Who may use the service and the control plane, in a folder that both may see."""
+        return self.root / "tokens" / "tokens.json"
 
     @property
     def session_key(self) -> Path:

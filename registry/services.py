@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ MOST_BYTES = 4_000_000
 def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Those in ``CONVOY_SERVICE_URL``, with commas between them; by default this machine's.
 
+    Of an http address with a name, every machine of that name is one: replicas.
+
     Raises:
         UsageError: one is no http or https address.
     """
@@ -40,7 +43,23 @@ def read_live(services: Sequence[str], model: str) -> Live:
     Raises:
         ModelNotReady: one of them cannot be asked, or does not serve it.
     """
-    return add_up([_ask(service, model) for service in services])
+    return add_up([_ask(each, model) for service in services for each in _replicas(service)])
+
+
+def _replicas(service: str) -> list[str]:
+    """The addresses of all that have ``service``'s name; of https itself, for its certificate."""
+    parts = urllib.parse.urlsplit(service)
+    if parts.scheme == "https":
+        return [service]
+    port = parts.port or 80
+    try:
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ModelNotReady(f"{service} cannot be found: {error}") from error
+    hosts = sorted({str(address[0]) for *_, address in found})
+    if "127.0.0.1" in hosts:
+        hosts = ["127.0.0.1"]  # localhost is one machine by two addresses
+    return [f"http://{f'[{host}]' if ':' in host else host}:{port}{parts.path}" for host in hosts]
 
 
 def _ask(service: str, model: str) -> Live:

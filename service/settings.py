@@ -102,7 +102,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     shadow_cpu: Annotated[float, Meta(gt=0, le=1)] = 0.2
     stale_s: Annotated[float, Meta(gt=0)] = 60.0
     keys: Literal["off", "required"] = "off"
-    tokens: Path = Path("var/tokens.json")
+    tokens: Path = Path("var/tokens/tokens.json")
     service_key: str | None = None
     rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     burst: Count = 20

@@ -1,4 +1,7 @@
 import logging
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +43,31 @@ def test_auto_says_that_a_driver_is_of_no_use_to_this_torch(
     monkeypatch.setattr(devices, "_has_driver", lambda: True)
     assert choose_device("auto") == "cpu"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "torch cannot use it" in caplog.text
+    assert "no torch that can use it" in caplog.text
+
+
+def test_without_torch_the_cpu_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(devices, "_has_driver", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_device("auto") == "cpu"
+    assert "no torch that can use it" in caplog.text
+    with pytest.raises(DeviceUnavailable, match="cuda cannot run a kernel"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("50000 100000", 1), ("99900000 100000", None), ("max 100000", None)]
+)
+def test_a_containers_quota_is_a_limit_to_the_cores(
+    tmp_path: Path, quota: str, expected: int | None
+) -> None:
+    mine = len(os.sched_getaffinity(0))
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert devices.cores(tmp_path / "cpu.max") == (expected or mine)
+    assert devices.cores(tmp_path / "none") == mine
 
 
 @pytest.mark.parametrize(

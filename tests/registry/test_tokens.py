@@ -52,6 +52,7 @@ def test_names_are_plain_and_taken_once(tokens: Tokens) -> None:
 
 def test_a_damaged_file_opens_nothing_and_is_named(tokens: Tokens, home: Home) -> None:
     home.root.mkdir(parents=True)
+    home.tokens.parent.mkdir(parents=True, exist_ok=True)
     home.tokens.write_text('[{"name": "ann", "role": "king"}]')
     with pytest.raises(UsageError, match=r"tokens\.json cannot be read"):
         tokens.find("convoy_x")

@@ -1,0 +1,79 @@
+"""docker-compose.yml as a stack for Swarm.
+
+``python deploy/stack.py | docker stack deploy --resolve-image never -c - convoy``
+
+Reads what ``docker-compose config`` prints and says what a stack needs otherwise: no order of
+starting (a stack starts again what has ended until all are there), images instead of builds, names
+that resolve to every replica, a rolling update that takes itself back when the new image is bad.
+On several nodes the volume ``models`` must be one that they share, or each node needs a puller.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NOT_OF_A_STACK = ("build", "depends_on", "restart", "security_opt", "profiles", "shm_size")
+ROLLING: dict[str, Any] = {
+    "update_config": {
+        "parallelism": 1,
+        "order": "start-first",
+        "failure_action": "rollback",
+        "monitor": "15s",
+        "max_failure_ratio": 0.0,
+    },
+    "rollback_config": {"parallelism": 1, "order": "start-first", "monitor": "5s"},
+}
+
+
+def as_stack(config: dict[str, Any]) -> dict[str, Any]:
+    """The stack of what ``docker-compose config`` says; the trainer is not part of it."""
+    services = {
+        name: _service(name, service)
+        for name, service in config["services"].items()
+        if "profiles" not in service
+    }
+    kept = {name: config.get(name) or {} for name in ("networks", "volumes", "secrets")}
+    return {"version": "3.8", "services": services, **kept}
+
+
+def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
+    made = {key: value for key, value in service.items() if key not in NOT_OF_A_STACK}
+    deploy = dict(made.get("deploy") or {})
+    deploy["endpoint_mode"] = "dnsrr"  # the proxy asks for every replica by the service's name
+    deploy["restart_policy"] = {"condition": "any", "delay": "2s"}
+    if name == "service":
+        deploy |= ROLLING
+    if name in ("database", "mlflow", "control", "puller"):
+        deploy["placement"] = {"constraints": ["node.role == manager"]}  # where their volumes are
+    made["deploy"] = deploy
+    if "ports" in made:
+        made["ports"] = [_port(port) for port in made["ports"]]
+    return made
+
+
+def _port(port: str | dict[str, Any]) -> dict[str, Any]:
+    """On the node itself: names that resolve to replicas have no address of their own.
+
+    A stack cannot say which of the node's addresses; a firewall must.
+    """
+    if isinstance(port, dict):
+        return {**port, "mode": "host"}
+    published, target = port.rpartition(":")[0].rpartition(":")[2], port.rpartition(":")[2]
+    return {"target": int(target.split("/")[0]), "published": int(published), "mode": "host"}
+
+
+def main() -> int:
+    command = [*os.environ.get("COMPOSE", "docker-compose").split(), "config"]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    if printed.returncode:
+        return printed.returncode
+    yaml.safe_dump(as_stack(yaml.safe_load(printed.stdout)), sys.stdout, sort_keys=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""One stack for all tests of containers: building and starting it takes minutes."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.containers.stack import CannotRun, Stack, base_images, engine, say
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[dict[str, str]]:
+    """The environment in which an engine answers; that there cannot be one is said loudly."""
+    try:
+        with engine() as environment:
+            base_images(environment)
+            yield environment
+    except CannotRun as reason:
+        say(f"NOT TESTED: this machine runs no containers: {reason}")
+        pytest.skip(f"this machine runs no containers: {reason}")
+
+
+@pytest.fixture(scope="session")
+def stack(docker: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Everything built; nothing of it is left afterwards."""
+    made = Stack(docker, tmp_path_factory.mktemp("stack"))
+    try:
+        say("building the images")
+        say(f"built in {made.build('proxy', 'service', 'puller', 'trainer'):.0f} s")
+        yield made
+    finally:
+        made.down()
+    assert not made.left_behind()

@@ -1,0 +1,242 @@
+"""An engine, base images and the stack of docker-compose.yml, for tests and benchmarks.
+
+What is there is used: a running engine, images that a registry answers with. Else the engine is
+started here and the base images are made, and both are gone afterwards.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tests.conftest import free_port
+
+ROOT = Path(__file__).parents[2]
+BASE_IMAGES = ("python:3.11-slim-bookworm", "postgres:16-bookworm", "haproxy:2.8-bookworm")
+PULL_S, START_S = 60, 240
+NEEDED = ("docker", "docker-compose", "dockerd", "debootstrap", "iptables")
+
+
+class CannotRun(Exception):
+    """This machine cannot run containers; the text says what is missing."""
+
+
+def say(text: str) -> None:
+    print(f"[containers] {text}", flush=True)
+
+
+def run(
+    *command: str, environment: Mapping[str, str], timeout_s: float = 900, **options: object
+) -> subprocess.CompletedProcess[str]:
+    """What a command printed.
+
+    Raises:
+        AssertionError: it failed; the text has the end of what it said.
+    """
+    ended = subprocess.run(
+        command, env=dict(environment), cwd=ROOT, text=True, capture_output=True, timeout=timeout_s,
+        **options,
+    )  # fmt: skip
+    said = (ended.stdout + ended.stderr)[-3000:]
+    assert ended.returncode == 0, f"{' '.join(command)} ended with {ended.returncode}:\n{said}"
+    return ended
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[dict[str, str]]:
+    """The environment in which ``docker`` finds an engine.
+
+    Raises:
+        CannotRun: there is none, and none can be started.
+    """
+    environment = {**os.environ, "DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"}
+    if shutil.which("docker") and _answers(environment):
+        yield environment
+        return
+    if missing := [name for name in NEEDED if not shutil.which(name)]:
+        raise CannotRun(f"no engine answers, and to start one these lack: {', '.join(missing)}")
+    if os.geteuid() != 0:
+        raise CannotRun("no engine answers, and only root can start one")
+    folder = Path(tempfile.mkdtemp(prefix="convoy-engine-"))
+    socket = f"unix://{folder}/docker.sock"
+    environment["DOCKER_HOST"] = socket
+    say(f"starting an engine in {folder}")
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            ["dockerd", "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec",
+             "--pidfile", f"{folder}/pid", "-H", socket],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 30
+        while not _answers(environment):
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = (folder / "log").read_text()[-1500:]
+                raise CannotRun(f"an engine cannot be started here:\n{said}")
+            time.sleep(0.2)
+        yield environment
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(environment: Mapping[str, str]) -> bool:
+    command = ["docker", "info", "--format", "{{.ServerVersion}}"]
+    try:
+        ended = subprocess.run(command, env=dict(environment), capture_output=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return False
+    return ended.returncode == 0 and bool(ended.stdout.strip())
+
+
+def base_images(environment: Mapping[str, str]) -> None:
+    """Have the engine know the base images, from a registry or made here."""
+    for image in BASE_IMAGES:
+        if _has(image, environment):
+            continue
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            run("docker", "pull", image, environment=environment, timeout_s=PULL_S)
+            continue
+        say(f"no image registry answers for {image}: making stand-ins (three minutes)")
+        with tempfile.TemporaryDirectory(prefix="convoy-stand-in-") as work:
+            run("deploy/stand-in-images.sh", work, environment=environment)
+        return
+
+
+def _has(image: str, environment: Mapping[str, str]) -> bool:
+    command = ["docker", "image", "inspect", image]
+    return not subprocess.run(command, env=dict(environment), capture_output=True).returncode
+
+
+@contextlib.contextmanager
+def torch_index() -> Iterator[str]:
+    """Address of an index that has the build of torch that this machine's own pip finds."""
+    if index := os.environ.get("TORCH_INDEX_URL"):
+        yield index
+        return
+    with tempfile.TemporaryDirectory(prefix="convoy-torch-") as folder:
+        wheels = Path(folder, "torch")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        run(*command, "-d", str(wheels), "-c", "constraints.txt", "torch", environment=os.environ)
+        port = free_port()
+        server = subprocess.Popen(
+            [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", folder],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+class Stack:
+    """The containers of docker-compose.yml under a project name of their own."""
+
+    def __init__(self, environment: Mapping[str, str], work: Path, **settings: str) -> None:
+        self.port, self.control_port = free_port(), free_port()
+        secrets = work / "secrets"
+        secrets.mkdir(mode=0o700)
+        for name in ("database_password", "mlflow_password", "mlflow_session_key", "service_key"):
+            (secrets / name).write_text(os.urandom(24).hex())
+        self.environment = {
+            **environment,
+            "COMPOSE_PROJECT_NAME": f"convoytest{os.getpid()}",
+            "COMPOSE": "docker-compose",
+            "CONVOY_SECRETS": str(secrets),
+            "CONVOY_PORT": str(self.port),
+            "CONVOY_CONTROL_PORT": str(self.control_port),
+            "MLFLOW_PORT": str(free_port()),
+            "BUILD_NETWORK": "host",
+            **settings,
+        }
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @property
+    def project(self) -> str:
+        return self.environment["COMPOSE_PROJECT_NAME"]
+
+    def compose(self, *arguments: str, timeout_s: float = 900) -> str:
+        command = ("docker-compose", *arguments)
+        return run(*command, environment=self.environment, timeout_s=timeout_s).stdout
+
+    def docker(self, *arguments: str) -> str:
+        return run("docker", *arguments, environment=self.environment).stdout.strip()
+
+    def build(self, *services: str) -> float:
+        """Seconds that it took."""
+        started = time.perf_counter()
+        with torch_index() as index:
+            self.environment["TORCH_INDEX_URL"] = index
+            self.compose("build", *services, timeout_s=1500)
+        return time.perf_counter() - started
+
+    def up(self, *services: str, replicas: int = 2) -> None:
+        self.compose("up", "-d", "--no-build", "--scale", f"service={replicas}", *services)
+
+    def registry(self, *arguments: str) -> str:
+        return self.compose("exec", "-T", "control", "python", "-m", "registry", *arguments)
+
+    def replicas(self) -> list[str]:
+        """The ids of the service's containers."""
+        return self.compose("ps", "-q", "service").split()
+
+    def served_version(self) -> int | None:
+        """The version that answers through the proxy, or None while nothing does."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as answer:
+                return json.load(answer)["models"][0]["version"]
+        except (OSError, KeyError, IndexError, ValueError, urllib.error.URLError):
+            return None
+
+    def wait_for_version(self, version: int, limit_s: float = START_S) -> float:
+        """Seconds until ``version`` answered.
+
+        Raises:
+            AssertionError: it did not; the text has the end of what the containers said.
+        """
+        started = time.perf_counter()
+        while self.served_version() != version:
+            if time.perf_counter() - started > limit_s:
+                logs = self.compose("logs", "--tail=40", "puller", "service", "proxy")
+                raise AssertionError(f"version {version} does not serve:\n{logs[-6000:]}")
+            time.sleep(0.2)
+        return time.perf_counter() - started
+
+    def wait_healthy(self, *services: str, limit_s: float = START_S) -> float:
+        """Seconds until every container of ``services`` was healthy."""
+        started = time.perf_counter()
+        for service in services:
+            for container in self.compose("ps", "-q", service).split():
+                while (
+                    self.docker("inspect", "-f", "{{.State.Health.Status}}", container) != "healthy"
+                ):
+                    assert time.perf_counter() - started < limit_s, (
+                        f"{service} is not healthy:\n{self.compose('logs', '--tail=40', service)}"
+                    )
+                    time.sleep(0.5)
+        return time.perf_counter() - started
+
+    def classify(self, picture: bytes) -> dict:
+        request = urllib.request.Request(f"{self.url}/v1/classify", data=picture)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def down(self) -> None:
+        self.compose("--profile", "train", "down", "--volumes", "--remove-orphans", "-t", "20")
+
+    def left_behind(self) -> str:
+        """Whatever of the project the engine still knows."""
+        label = f"label=com.docker.compose.project={self.project}"
+        kinds = (("ps", "-aq"), ("volume", "ls", "-q"), ("network", "ls", "-q"))
+        return "".join(self.docker(*kind, "--filter", label) for kind in kinds)

@@ -1,0 +1,185 @@
+"""The stack of docker-compose.yml for real: train, promote, classify, break, restore."""
+
+import asyncio
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from benchmarks.traffic import Traffic, post
+from tests.containers.stack import ROOT, Stack, say
+
+pytestmark = pytest.mark.containers
+
+EPOCHS = "epochs=1"
+MOST_BYTES = {"service": 350_000_000, "registry": 1_000_000_000}
+
+
+@pytest.fixture(scope="module")
+def up(stack: Stack) -> Stack:
+    """The stack with version 1, trained on Fashion-MNIST, as its champion."""
+    started = time.perf_counter()
+    stack.up()
+    stack.wait_healthy("mlflow", "control")
+    say(f"up in {time.perf_counter() - started:.0f} s; training")
+    train(stack, seed=0)
+    stack.registry("promote", "fashion", "challenger")
+    stack.wait_for_version(1)
+    say(f"from nothing to the first answer: {time.perf_counter() - started:.0f} s")
+    return stack
+
+
+def train(stack: Stack, seed: int) -> None:
+    stack.compose(
+        *("--profile", "train", "run", "--rm", "trainer", "python", "-m", "training"),
+        *("--model", "fashion", "--seed", str(seed), "--set", EPOCHS),
+    )
+
+
+@pytest.fixture(scope="module")
+def picture(up: Stack) -> bytes:
+    """A picture of the test set, as the trainer fetched it."""
+    code = (
+        "import sys; from registry.home import convoy_home;"
+        "from training.datasets import load_dataset;"
+        "data = load_dataset('fashion-mnist', convoy_home().datasets);"
+        "sys.stdout.buffer.write(data.test.encode(0))"
+    )
+    command = ["docker-compose", "--profile", "train", "run", "--rm", "-T", "trainer"]
+    ended = subprocess.run(
+        [*command, "python", "-c", code], cwd=ROOT, env=up.environment, capture_output=True
+    )
+    assert ended.stdout.startswith(b"\x89PNG"), ended.stderr[-2000:]
+    return ended.stdout
+
+
+@contextmanager
+def load(stack: Stack, picture: bytes, rate: float = 40.0) -> Iterator[Counter[int]]:
+    """Requests through the proxy while the block runs; what became of them is there afterwards."""
+    counts: Counter[int] = Counter()
+    traffic = Traffic(stack.port, lambda: post(picture), rate)
+    stop = False
+
+    async def drive() -> None:
+        async with traffic.running():
+            while not stop:
+                await asyncio.sleep(0.05)
+
+    thread = Thread(target=lambda: asyncio.run(drive()))
+    thread.start()
+    try:
+        time.sleep(1)
+        yield counts
+        time.sleep(2)
+    finally:
+        stop = True
+        thread.join()
+        counts.update(row.status for row in traffic.rows)
+
+
+def test_the_first_picture_is_classified_through_the_proxy(up: Stack, picture: bytes) -> None:
+    answer = up.classify(picture)
+    assert answer["model"]["version"] == 1
+    assert answer["predictions"][0]["label"] == "Ankle boot"
+
+
+def test_images_are_small_and_run_nothing_as_root(up: Stack) -> None:
+    for name, most in MOST_BYTES.items():
+        size = int(up.docker("image", "inspect", "-f", "{{.Size}}", f"convoy-{name}:latest"))
+        say(f"convoy-{name}: {size / 1e6:.0f} MB")
+        assert size < most
+    assert "mlflow" not in up.compose("exec", "-T", "service", "ls", "/opt/venv/bin")
+    for service in ("service", "puller", "control", "mlflow"):
+        status = up.compose("exec", "-T", service, "cat", "/proc/1/status")
+        uid, capabilities = (
+            re.search(rf"{name}:\s+(\w+)", status)[1] for name in ("Uid", "CapEff")
+        )
+        assert (uid, int(capabilities, 16)) == ("10001", 0)
+        with pytest.raises(AssertionError, match=r"Read-only file system"):
+            up.compose("exec", "-T", service, "touch", "/app/written")
+
+
+def test_what_serves_cannot_reach_the_registry(up: Stack) -> None:
+    look = "import socket; socket.create_connection(('{}', {}), 3)"
+    for host, port in (("mlflow", 5000), ("database", 5432)):
+        with pytest.raises(AssertionError, match=r"gaierror|timed out"):
+            up.compose("exec", "-T", "service", "python", "-c", look.format(host, port))
+    with pytest.raises(AssertionError, match=r"Read-only file system"):
+        up.compose("exec", "-T", "service", "touch", "/var/lib/convoy/models/x")
+
+
+def test_the_registry_asks_for_a_password(up: Stack) -> None:
+    code = (
+        "import urllib.request as r, urllib.error as e\n"
+        "try: r.urlopen('http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1')\n"
+        "except e.HTTPError as error: print(error.code)"
+    )
+    assert up.compose("exec", "-T", "control", "python", "-c", code).strip() == "401"
+
+
+def test_nothing_is_lost_while_all_of_it_is_moved_about(up: Stack, picture: bytes) -> None:
+    """Promoted, killed, scaled, restarted, with the registry gone: each request is answered 200."""
+    train(up, seed=1)
+    with load(up, picture) as counts:
+        up.registry("promote", "fashion", "challenger", "--force", "--reason", "a test")
+        say(f"version 2 after {up.wait_for_version(2):.1f} s")
+        say("killing a replica")
+        up.docker("kill", "--signal", "KILL", up.replicas()[0])
+        time.sleep(3)
+        up.up("service")
+        say("4 replicas, then 1, then 2")
+        for replicas in (4, 1, 2):
+            up.up("service", replicas=replicas)
+            time.sleep(4)
+        say("the registry stops")
+        up.compose("stop", "mlflow", "database")
+        time.sleep(3)
+        up.docker("restart", "-t", "45", up.replicas()[0])
+        up.compose("start", "database", "mlflow")
+        up.wait_healthy("mlflow")
+        up.registry("roll-back", "fashion", "--reason", "a test")
+        say(f"version 1 again after {up.wait_for_version(1):.1f} s")
+    say(f"answers by status: {dict(counts)}")
+    assert set(counts) == {200}
+
+
+def test_a_registry_that_was_destroyed_is_restored(
+    up: Stack, tmp_path: Path, picture: bytes
+) -> None:
+    def facts() -> str:
+        listed = up.registry("list"), up.registry("history", "fashion")
+        runs = up.compose(
+            "exec", "-T", "database", "psql", "-U", "mlflow", "-Atc",
+            "select run_uuid, status from runs order by 1",
+        )  # fmt: skip
+        return "\n".join([*listed, runs])
+
+    before = facts()
+    assert "promoted" in before or "promote" in before
+    up.registry("token", "add", "ann", "--role", "viewer")
+    file = tmp_path / "backup.tar"
+    environment = up.environment
+    with load(up, picture, 20) as counts:
+        subprocess.run(["deploy/backup.sh", str(file)], cwd=ROOT, env=environment, check=True)
+        up.compose("rm", "-sf", "mlflow", "control", "puller", "database")
+        for volume in ("database", "artifacts", "control"):
+            up.docker("volume", "rm", f"{up.project}_{volume}")
+        started = time.perf_counter()
+        subprocess.run(["deploy/restore.sh", str(file)], cwd=ROOT, env=environment, check=True)
+        up.wait_healthy("mlflow", "control")
+        say(f"restored in {time.perf_counter() - started:.0f} s")
+    assert facts() == before
+    assert "ann" in up.registry("token", "list")
+    assert set(counts) == {200}
+    file.write_bytes(file.read_bytes()[:-20_000])
+    damaged = subprocess.run(
+        ["deploy/restore.sh", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert damaged.returncode != 0
+    assert up.served_version() == 1

@@ -1,0 +1,61 @@
+"""The Compose files, by the old docker-compose and by the published schema of the new one."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from check_jsonschema.builtin_schemas import get_builtin_schema
+
+from service.metrics import Metrics
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(ROOT.glob("docker-compose*.yml"))
+OBSERVE = ROOT / "deploy" / "observe"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_file_fits_the_specification(file: Path) -> None:
+    schema = get_builtin_schema("vendor.compose-spec")
+    jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"services": {"x": {"imag": "y"}}}, schema)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_docker_compose_1_29_takes_a_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not shutil.which("docker-compose"):
+        pytest.skip("this machine has no docker-compose")
+    monkeypatch.setenv("S3_BUCKET", "artefacts")
+    command = ["docker-compose", "-f", "docker-compose.yml", "-f", file.name, "config"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    services = yaml.safe_load(ended.stdout)["services"]
+    assert {"proxy", "service", "puller", "control", "mlflow", "database"} <= set(services)
+
+
+def test_one_file_has_every_setting() -> None:
+    """What a Compose file takes from the environment, .env.example names."""
+    named = re.findall(r"^([A-Z_0-9]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    taken = {name for file in FILES for name in re.findall(r"\$\{([A-Z_0-9]+)", file.read_text())}
+    assert taken == set(named)
+    assert len(named) == len(set(named))
+
+
+def test_what_is_drawn_and_what_alarms_is_measured() -> None:
+    """Each metric in a rule or on the dashboard is one of the service's, or of the proxy's."""
+    measured = {metric.name for metric in Metrics()._registry.collect()}
+    dashboard = json.loads((OBSERVE / "grafana" / "dashboards" / "convoy.json").read_text())
+    drawn = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = yaml.safe_load((ROOT / "deploy" / "alerts.yml").read_text())["groups"][0]["rules"]
+    for expression in (*drawn, *(rule["expr"] for rule in rules)):
+        for name in re.findall(r"\bconvoy_\w+", expression):
+            base = re.sub(r"_(total|bucket|sum|count)$", "", name)
+            assert base in measured or name in measured, name
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    for rule in rules:
+        assert f"`{rule['alert']}`" in operations, rule["alert"]

@@ -1,0 +1,225 @@
+"""The Helm chart, rendered, and held against the published schemas of several versions."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.settings import VARIABLES
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy" / "helm" / "convoy"
+VERSIONS = ("1.27.0", "1.30.0", "1.33.0", "1.37.0")
+# Made by operators: their schemas are in no package, so only what this file asserts is checked.
+CUSTOM = ("ServiceMonitor", "InferenceService")
+
+VALUES = {
+    "default": "",
+    "everything": """
+        service:
+          settings: {CONVOY_RATE: "100", CONVOY_RATE_STORE: "redis://10.0.0.1:6379/0"}
+          tokensSecret: tokens
+          keySecret: key
+          trustedKeysConfigMap: trusted
+          autoscaling: {enabled: true, queueDepth: 16}
+          ingress: {enabled: true, className: nginx, host: convoy.example, tlsSecret: tls}
+        trainer: {enabled: true}
+        networkPolicy: {serviceFrom: [{namespaceSelector: {}}], controlFrom: [{podSelector: {}}]}
+        serviceMonitor: {enabled: true, tokenSecret: metrics}
+        imagePullSecrets: [{name: pull}]
+        """,
+    "gpu, registry elsewhere": """
+        service: {gpu: {enabled: true, count: 1, nodeSelector: {pool: gpu}}}
+        registry: {trackingUri: "https://mlflow.example"}
+        control: {enabled: false}
+        trainer: {enabled: true, gpu: true}
+        """,
+    "artefacts in S3": """
+        registry:
+          mlflow: {artifacts: {s3: {bucket: b, endpointUrl: "https://s3.example", secret: s}}}
+        """,
+}
+
+
+def render(name: str, folder: Path) -> list[dict[str, Any]]:
+    file = folder / "values.yaml"
+    file.write_text(VALUES[name])
+    helm = str(Path(sys.executable).with_name("helm"))
+    command = [
+        helm,
+        "template",
+        "prod",
+        str(CHART),
+        "--values",
+        str(file),
+        "--kube-version",
+        "1.30",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return [each for each in yaml.safe_load_all(ended.stdout) if each]
+
+
+@pytest.fixture(params=VALUES)
+def documents(request: pytest.FixtureRequest, tmp_path: Path) -> list[dict[str, Any]]:
+    return render(request.param, tmp_path)
+
+
+def pods(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The pod specifications by the name of what makes them."""
+    return {
+        each["metadata"]["name"]: each["spec"]["template"]["spec"]
+        for each in documents
+        if each["kind"] in ("Deployment", "Job")
+    }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_all_of_it_fits_the_published_schemas(
+    documents: list[dict[str, Any]], version: str
+) -> None:
+    checked = 0
+    for each in documents:
+        if each["kind"] not in CUSTOM:
+            kubernetes_validate.validate(each, version, strict=True)
+            checked += 1
+    assert checked >= 5
+
+
+def test_a_schema_refuses_what_is_wrong() -> None:
+    broken = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"port": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, VERSIONS[0], strict=True)
+
+
+def test_nothing_runs_as_root_or_writes_its_own_image(documents: list[dict[str, Any]]) -> None:
+    for spec in pods(documents).values():
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["automountServiceAccountToken"] is False
+        for container in spec["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["limits"]["memory"]
+
+
+def test_volumes_and_selectors_are_of_what_is_there(documents: list[dict[str, Any]]) -> None:
+    for spec in pods(documents).values():
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        mounted = {each["name"] for one in spec["containers"] for each in one["volumeMounts"]}
+        assert mounted == volumes
+    labels = [
+        each["spec"]["template"]["metadata"]["labels"].items()
+        for each in documents
+        if each["kind"] in ("Deployment", "Job")
+    ]
+    claims = {each["metadata"]["name"] for each in documents if "Claim" in each["kind"]}
+    for each in documents:
+        if each["kind"] == "Service":
+            assert any(each["spec"]["selector"].items() <= found for found in labels)
+        if each["kind"] == "NetworkPolicy":
+            wanted = each["spec"]["podSelector"]["matchLabels"].items()
+            assert any(wanted <= found for found in labels)
+    for spec in pods(documents).values():
+        for volume in spec["volumes"]:
+            if claim := volume.get("persistentVolumeClaim"):
+                assert claim["claimName"] in claims
+
+
+def test_pods_that_serve_end_after_all_that_they_do_at_the_end(tmp_path: Path) -> None:
+    spec = pods(render("default", tmp_path))["prod-service"]
+    service, puller = spec["containers"]
+    environment = {each["name"]: each.get("value") for each in service["env"]}
+    sleep = int(service["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert spec["terminationGracePeriodSeconds"] > sleep + int(environment["CONVOY_DRAIN_S"])
+    assert service["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert service["livenessProbe"]["httpGet"]["path"] == "/livez"  # not killed for want of a model
+    assert service["startupProbe"]["httpGet"]["path"] == "/livez"
+    assert not [each for each in service["env"] if "MLFLOW" in each["name"]]
+    secrets = {
+        each["valueFrom"]["secretKeyRef"]["name"] for each in puller["env"] if "valueFrom" in each
+    }
+    assert secrets == {"convoy-mlflow-reader"}
+
+
+def test_what_serves_reaches_names_and_the_registry_only(tmp_path: Path) -> None:
+    policies = {
+        each["metadata"]["name"]: each["spec"]
+        for each in render("default", tmp_path)
+        if each["kind"] == "NetworkPolicy"
+    }
+    ports = [port["port"] for rule in policies["prod-service"]["egress"] for port in rule["ports"]]
+    assert ports == [53, 53, 5000]
+    elsewhere = render("gpu, registry elsewhere", tmp_path)
+    (policy,) = [each["spec"] for each in elsewhere if each["kind"] == "NetworkPolicy"]
+    assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == [53, 53, 443]
+
+
+def test_a_gpu_pool_is_asked_for(tmp_path: Path) -> None:
+    found = pods(render("gpu, registry elsewhere", tmp_path))
+    assert set(found) == {"prod-service", "prod-trainer-1"}
+    spec = found["prod-service"]
+    assert spec["containers"][0]["image"] == "convoy-service-torch:latest"
+    assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert spec["nodeSelector"] == {"pool": "gpu"}
+    assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+
+
+def test_scaling_follows_the_service_s_own_load(tmp_path: Path) -> None:
+    documents = render("everything", tmp_path)
+    (scaler,) = [each for each in documents if each["kind"] == "HorizontalPodAutoscaler"]
+    cpu, queue = scaler["spec"]["metrics"]
+    assert cpu["containerResource"]["container"] == "service"
+    assert queue["pods"]["metric"]["name"] == "convoy_queue_depth"
+    (deployment,) = [each for each in documents if each["metadata"]["name"] == "prod-service"
+                     and each["kind"] == "Deployment"]  # fmt: skip
+    assert "replicas" not in deployment["spec"]  # else each upgrade would undo the scaler's choice
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ("service: {replicas: many}", "replicas"),
+        ("service: {settings: {PATH: /}}", "PATH"),
+        ("servce: {}", "servce"),
+        ("service: {ingress: {enabled: true}}", "service.ingress.host"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(values: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(values)
+    helm = str(Path(sys.executable).with_name("helm"))
+    command = [helm, "template", "x", str(CHART), "--values", str(tmp_path / "values.yaml")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert said in ended.stderr
+
+
+def test_images_and_settings_are_those_that_there_are(documents: list[dict[str, Any]]) -> None:
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.M))
+    registry = (ROOT / "docs" / "operations.md").read_text()
+    kserve = yaml.safe_load((ROOT / "deploy" / "kserve" / "inference-service.yaml").read_text())
+    for spec in (*pods(documents).values(), kserve["spec"]["predictor"]):
+        for container in spec["containers"]:
+            name = container["image"].removeprefix("convoy-").partition(":")[0]
+            assert name in targets
+            for each in container["env"]:
+                if each["name"].startswith("CONVOY_"):
+                    assert each["name"] in VARIABLES or f"`{each['name']}`" in registry
+
+
+def test_the_kserve_example_has_the_chart_s_probes_and_security(tmp_path: Path) -> None:
+    kserve = yaml.safe_load((ROOT / "deploy" / "kserve" / "inference-service.yaml").read_text())
+    example = kserve["spec"]["predictor"]
+    chart = pods(render("default", tmp_path))["prod-service"]
+    for ours, theirs in zip(example["containers"], chart["containers"], strict=True):
+        assert ours["securityContext"] == theirs["securityContext"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            if probe in theirs:
+                assert ours[probe]["httpGet"]["path"] == theirs[probe]["httpGet"]["path"]
+    assert example["volumes"] == chart["volumes"]
