@@ -22,8 +22,7 @@ from tests.containers.stack import ROOT, Stack, base_images, engine, say
 LOAD = 0.6
 CALM_S = 10.0
 # Small pictures for a large network: what is measured is the service, not who asks it.
-HEAVY = ("--data", "digits", "--recipe", "resnet", "--set", "widths=128,256", "--set", "epochs=2")
-LIGHT = ("--set", "epochs=1")
+HEAVY = ("--data", "digits", "--recipe", "resnet", "--set", "widths=128,256")
 Step = Callable[[], Awaitable[Any]]
 
 
@@ -45,14 +44,14 @@ def main() -> None:
             stack.build("proxy", "service", "puller", "trainer")
             stack.up(replicas=1 if is_heavy else 2)
             stack.wait_healthy("mlflow", "control")
-            _train(stack, model, *(HEAVY if is_heavy else LIGHT))
+            stack.train(*(HEAVY if is_heavy else ()), model=model)
             stack.registry("promote", model, "challenger")
             stack.wait_for_version(1)
-            picture = _picture(stack, "digits" if is_heavy else "fashion-mnist")
+            picture = stack.picture("digits" if is_heavy else "fashion-mnist")
             if is_heavy:
                 figures = replicas(stack, picture, arguments.rounds) | {"cpus": arguments.cpus}
             else:
-                _train(stack, model, "--seed", "1", *LIGHT)
+                stack.train("--seed", "1")
                 figures, traffic = asyncio.run(faults(stack, picture, arguments.gone))
                 if arguments.picture:
                     draw(traffic, arguments.picture, "A steady load through the proxy")
@@ -165,25 +164,6 @@ def replicas(stack: Stack, picture: bytes, rounds: int) -> dict[str, Any]:
             str(count): round(median / (count * medians[1]), 3) for count, median in medians.items()
         },
     }
-
-
-def _train(stack: Stack, model: str, *options: str) -> None:
-    command = ("--profile", "train", "run", "--rm", "trainer", "python", "-m", "training")
-    stack.compose(*command, "--model", model, *options)
-
-
-def _picture(stack: Stack, data: str) -> bytes:
-    code = (
-        "import sys; from registry.home import convoy_home;"
-        "from training.datasets import load_dataset;"
-        f"data = load_dataset({data!r}, convoy_home().datasets);"
-        "sys.stdout.buffer.write(data.test.encode(0))"
-    )
-    command = ["docker-compose", "--profile", "train", "run", "--rm", "-T", "trainer"]
-    ended = subprocess.run(
-        [*command, "python", "-c", code], cwd=ROOT, env=stack.environment, capture_output=True
-    )
-    return ended.stdout
 
 
 def _update(stack: Stack) -> None:

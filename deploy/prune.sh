@@ -8,7 +8,7 @@ site=$(echo /opt/venv/lib/python3*/site-packages)
 /opt/venv/bin/pip uninstall --quiet --yes openvino-telemetry networkx sympy mpmath setuptools pip || true
 cd "$site"
 [ ! -d torch ] || find torch/bin -type f ! -name torch_shm_manager -delete
-rm -rf numpy/tests numpy/*/tests numpy/f2py scipy/*/tests pandas/tests pyarrow/tests pyarrow/include \
+rm -rf numpy/tests numpy/*/tests scipy/*/tests pandas/tests pyarrow/tests pyarrow/include \
     torch/include torch/test torch/_inductor torch/share \
     openvino/include openvino/tools openvino/libs/cache.json \
     openvino/libs/libopenvino_intel_gpu_plugin.so openvino/libs/libopenvino_intel_npu_plugin.so

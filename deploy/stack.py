@@ -45,6 +45,9 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     deploy = dict(made.get("deploy") or {})
     deploy["endpoint_mode"] = "dnsrr"  # the proxy asks for every replica by the service's name
     deploy["restart_policy"] = {"condition": "any", "delay": "2s"}
+    limits = (deploy.get("resources") or {}).get("limits") or {}
+    if cores := float(limits.pop("cpus", 0)):
+        limits["cpus"] = str(cores)  # 0, none, is something that a stack leaves out
     if name == "service":
         deploy |= ROLLING
     if name in ("database", "mlflow", "control", "puller"):

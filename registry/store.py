@@ -286,7 +286,7 @@ class ModelStore:
         ledger = f"{name}{LEDGER}"
         tags = {ENTRY_TAG: data.decode()}
         # MLflow insists on one; models:/ it would resolve, and fail for a version that is gone.
-        source = f"convoy:{name}/{entry.to_version}"
+        source = f"convoy:/{name}/{entry.to_version}"  # servers want an absolute path
         about = f"{entry.action} {entry.to_version}: {entry.reason or entry.verdict or ''}"[:1000]
         with self._errors():
             for _ in range(APPEND_TRIES):

@@ -4,6 +4,7 @@ What is there is used: a running engine, images that a registry answers with. El
 started here and the base images are made, and both are gone afterwards.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,9 +15,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Event, Thread
 
+from benchmarks.traffic import Traffic, post
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +191,26 @@ class Stack:
     def registry(self, *arguments: str) -> str:
         return self.compose("exec", "-T", "control", "python", "-m", "registry", *arguments)
 
+    def train(self, *options: str, model: str = "fashion") -> None:
+        """Train for an epoch and register the next version."""
+        command = ("--profile", "train", "run", "--rm", "trainer", "python", "-m", "training")
+        self.compose(*command, "--model", model, "--set", "epochs=1", *options)
+
+    def picture(self, data: str = "fashion-mnist") -> bytes:
+        """The first picture of the test set, as the trainer has it."""
+        code = (
+            "import sys; from registry.home import convoy_home;"
+            "from training.datasets import load_dataset;"
+            f"data = load_dataset({data!r}, convoy_home().datasets);"
+            "sys.stdout.buffer.write(data.test.encode(0))"
+        )
+        command = ["docker-compose", "--profile", "train", "run", "--rm", "-T", "trainer"]
+        ended = subprocess.run(
+            [*command, "python", "-c", code], cwd=ROOT, env=self.environment, capture_output=True
+        )
+        assert ended.stdout.startswith(b"\x89PNG"), ended.stderr[-2000:]
+        return ended.stdout
+
     def replicas(self) -> list[str]:
         """The ids of the service's containers."""
         return self.compose("ps", "-q", "service").split()
@@ -216,14 +240,16 @@ class Stack:
     def wait_healthy(self, *services: str, limit_s: float = START_S) -> float:
         """Seconds until every container of ``services`` was healthy."""
         started = time.perf_counter()
+        template = "{{.State.Health.Status}} {{.RestartCount}}"
         for service in services:
             for container in self.compose("ps", "-q", service).split():
-                while (
-                    self.docker("inspect", "-f", "{{.State.Health.Status}}", container) != "healthy"
-                ):
-                    assert time.perf_counter() - started < limit_s, (
-                        f"{service} is not healthy:\n{self.compose('logs', '--tail=40', service)}"
-                    )
+                while True:
+                    health, restarts = self.docker("inspect", "-f", template, container).split()
+                    if health == "healthy":
+                        break
+                    if int(restarts) > 2 or time.perf_counter() - started > limit_s:
+                        logs = self.compose("logs", "--tail=40", service)
+                        raise AssertionError(f"{service} does not get healthy:\n{logs}")
                     time.sleep(0.5)
         return time.perf_counter() - started
 
@@ -240,3 +266,29 @@ class Stack:
         label = f"label=com.docker.compose.project={self.project}"
         kinds = (("ps", "-aq"), ("volume", "ls", "-q"), ("network", "ls", "-q"))
         return "".join(self.docker(*kind, "--filter", label) for kind in kinds)
+
+
+@contextlib.contextmanager
+def load(stack: Stack, picture: bytes, rate: float = 40.0) -> Iterator[Counter[int]]:
+    """Requests through the proxy while the block runs; what became of them is there afterwards."""
+    counts: Counter[int] = Counter()
+    traffic = Traffic(stack.port, lambda: post(picture), rate)
+    stop = Event()
+
+    async def drive() -> None:
+        async with traffic.running():
+            await asyncio.to_thread(stop.wait)
+
+    thread = Thread(target=lambda: asyncio.run(drive()))
+    thread.start()
+    try:
+        time.sleep(1)
+        yield counts
+        time.sleep(2)
+    finally:
+        stop.set()
+        thread.join()
+        counts.update(row.status for row in traffic.rows)
+        for row in traffic.rows:
+            if row.status != 200:
+                say(f"{row.due - traffic.began:.1f} s, after {row.done - row.due:.2f} s: {row}")

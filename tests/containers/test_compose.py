@@ -1,86 +1,17 @@
 """The stack of docker-compose.yml for real: train, promote, classify, break, restore."""
 
-import asyncio
 import re
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
-from benchmarks.traffic import Traffic, post
-from tests.containers.stack import ROOT, Stack, say
+from tests.containers.stack import ROOT, Stack, load, say
 
 pytestmark = pytest.mark.containers
 
-EPOCHS = "epochs=1"
 MOST_BYTES = {"service": 350_000_000, "registry": 1_000_000_000}
-
-
-@pytest.fixture(scope="module")
-def up(stack: Stack) -> Stack:
-    """The stack with version 1, trained on Fashion-MNIST, as its champion."""
-    started = time.perf_counter()
-    stack.up()
-    stack.wait_healthy("mlflow", "control")
-    say(f"up in {time.perf_counter() - started:.0f} s; training")
-    train(stack, seed=0)
-    stack.registry("promote", "fashion", "challenger")
-    stack.wait_for_version(1)
-    say(f"from nothing to the first answer: {time.perf_counter() - started:.0f} s")
-    return stack
-
-
-def train(stack: Stack, seed: int) -> None:
-    stack.compose(
-        *("--profile", "train", "run", "--rm", "trainer", "python", "-m", "training"),
-        *("--model", "fashion", "--seed", str(seed), "--set", EPOCHS),
-    )
-
-
-@pytest.fixture(scope="module")
-def picture(up: Stack) -> bytes:
-    """A picture of the test set, as the trainer fetched it."""
-    code = (
-        "import sys; from registry.home import convoy_home;"
-        "from training.datasets import load_dataset;"
-        "data = load_dataset('fashion-mnist', convoy_home().datasets);"
-        "sys.stdout.buffer.write(data.test.encode(0))"
-    )
-    command = ["docker-compose", "--profile", "train", "run", "--rm", "-T", "trainer"]
-    ended = subprocess.run(
-        [*command, "python", "-c", code], cwd=ROOT, env=up.environment, capture_output=True
-    )
-    assert ended.stdout.startswith(b"\x89PNG"), ended.stderr[-2000:]
-    return ended.stdout
-
-
-@contextmanager
-def load(stack: Stack, picture: bytes, rate: float = 40.0) -> Iterator[Counter[int]]:
-    """Requests through the proxy while the block runs; what became of them is there afterwards."""
-    counts: Counter[int] = Counter()
-    traffic = Traffic(stack.port, lambda: post(picture), rate)
-    stop = False
-
-    async def drive() -> None:
-        async with traffic.running():
-            while not stop:
-                await asyncio.sleep(0.05)
-
-    thread = Thread(target=lambda: asyncio.run(drive()))
-    thread.start()
-    try:
-        time.sleep(1)
-        yield counts
-        time.sleep(2)
-    finally:
-        stop = True
-        thread.join()
-        counts.update(row.status for row in traffic.rows)
 
 
 def test_the_first_picture_is_classified_through_the_proxy(up: Stack, picture: bytes) -> None:
@@ -123,9 +54,31 @@ def test_the_registry_asks_for_a_password(up: Stack) -> None:
     assert up.compose("exec", "-T", "control", "python", "-c", code).strip() == "401"
 
 
+def test_an_account_that_may_only_read_pulls_and_decides_nothing(up: Stack) -> None:
+    make = (
+        "import base64, json, os, urllib.request as r\n"
+        "password = open('/run/secrets/mlflow_password').read()\n"
+        "data = json.dumps({'username': 'reader', 'password': 'only-to-be-read'}).encode()\n"
+        "request = r.Request('http://mlflow:5000/api/2.0/mlflow/users/create', data,"
+        " {'Content-Type': 'application/json'})\n"
+        "token = base64.b64encode(f'admin:{password}'.encode()).decode()\n"
+        "request.add_header('Authorization', f'Basic {token}')\n"
+        "print(r.urlopen(request).status)"
+    )
+    assert up.compose("exec", "-T", "control", "python", "-c", make).strip() == "200"
+    as_reader = (
+        "exec", "-T", "-e", "MLFLOW_TRACKING_USERNAME=reader",
+        "-e", "MLFLOW_TRACKING_PASSWORD_FILE=", "-e", "MLFLOW_TRACKING_PASSWORD=only-to-be-read",
+        "-e", "CONVOY_HOME=/tmp/reader", "control", "python", "-m", "registry",
+    )  # fmt: skip
+    assert "version 1" in up.compose(*as_reader, "pull", "models:/fashion@champion")
+    with pytest.raises(AssertionError, match=r"(?i)permission denied|not allowed|PERMISSION"):
+        up.compose(*as_reader, "promote", "fashion", "1", "--force", "--reason", "mischief")
+
+
 def test_nothing_is_lost_while_all_of_it_is_moved_about(up: Stack, picture: bytes) -> None:
     """Promoted, killed, scaled, restarted, with the registry gone: each request is answered 200."""
-    train(up, seed=1)
+    up.train("--seed", "1")
     with load(up, picture) as counts:
         up.registry("promote", "fashion", "challenger", "--force", "--reason", "a test")
         say(f"version 2 after {up.wait_for_version(2):.1f} s")

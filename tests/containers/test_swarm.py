@@ -1,0 +1,82 @@
+"""The same Compose file as a stack of Swarm: updated, and a bad image taken back."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.stack import as_stack
+from tests.containers.stack import Stack, run, say
+
+pytestmark = pytest.mark.containers
+
+NAME = "convoyswarm"
+LIMIT_S = 180
+
+
+@pytest.fixture(scope="module")
+def swarm(up: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The proxy and two replicas as a stack, on volumes in which a version is released already."""
+    up.compose("stop", "-t", "20")
+    up.docker("swarm", "init", "--advertise-addr", "127.0.0.1")
+    config = yaml.safe_load(up.compose("config"))
+    kept = {"proxy", "service"}
+    config["services"] = {name: config["services"][name] for name in kept}
+    made = as_stack(config)
+    made["volumes"] = {
+        name: {"external": True, "name": f"{up.project}_{name}"}
+        for name in ("models", "plans", "tokens")
+    }
+    made["secrets"] = {"service_key": made["secrets"]["service_key"]}
+    made["networks"] = {"front": {}}
+    file = tmp_path_factory.mktemp("swarm") / "stack.yml"
+    file.write_text(yaml.safe_dump(made))
+    try:
+        deploy = ("docker", "stack", "deploy", "--resolve-image", "never", "-c", str(file), NAME)
+        run(*deploy, environment=up.environment)
+        yield up
+    finally:
+        up.docker("stack", "rm", NAME)
+        wait_until(lambda: not up.docker("ps", "-q", "--filter", f"name={NAME}_"))
+        up.docker("swarm", "leave", "--force")
+
+
+def wait_until(condition: Callable[[], bool]) -> float:
+    started = time.perf_counter()
+    while not condition():
+        assert time.perf_counter() - started < LIMIT_S
+        time.sleep(0.5)
+    return time.perf_counter() - started
+
+
+def update_state(stack: Stack) -> str:
+    (service,) = json.loads(stack.docker("service", "inspect", f"{NAME}_service"))
+    return (service.get("UpdateStatus") or {}).get("State", "")
+
+
+def test_a_stack_is_updated_and_a_bad_image_takes_itself_back(
+    swarm: Stack, tmp_path: Path, picture: bytes
+) -> None:
+    swarm.wait_for_version(1)
+    good, bad = "convoy-service:next", "convoy-service:bad"
+    swarm.docker("tag", "convoy-service:latest", good)
+    (tmp_path / "Dockerfile").write_text(
+        'FROM convoy-service:latest\nENV CONVOY_WORKERS=none\nLABEL is="bad"\n'
+    )
+    swarm.docker("build", "-q", "-t", bad, str(tmp_path))
+    update = ("service", "update", "--detach", "--no-resolve-image", "--image")
+    with load(swarm, picture) as counts:
+        swarm.docker(*update, good, f"{NAME}_service")
+        took = wait_until(lambda: update_state(swarm) == "completed")
+        say(f"Swarm: updated in {took:.0f} s")
+        swarm.docker(*update, bad, f"{NAME}_service")
+        took = wait_until(lambda: update_state(swarm) == "rollback_completed")
+        say(f"Swarm: a bad image taken back in {took:.0f} s")
+    template = "{{.Spec.TaskTemplate.ContainerSpec.Image}}"
+    image = swarm.docker("service", "inspect", "-f", template, f"{NAME}_service")
+    assert image == good
+    say(f"Swarm: answers by status: {dict(counts)}")
+    assert set(counts) == {200}
