@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deploy.stack import as_stack
-from tests.containers.stack import Stack, run, say
+from tests.containers.stack import Stack, load, run, say
 
 pytestmark = pytest.mark.containers
 
