@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train promote serve test check torture chaos sbom bench up down backup restore test-containers clean
+.PHONY: help demo train promote serve test check torture chaos sbom bench up down update upgrade backup restore test-containers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -91,6 +91,16 @@ down: ## stop the containers; the volumes stay
 
 backup: ## the registry of the containers into one file: FILE=backups/DATE.tar
 	deploy/backup.sh $(FILE)
+
+upgrade: ## back the registry up, then bring its tables to the image's version of MLflow
+	deploy/backup.sh
+	$(COMPOSE) stop mlflow control puller
+	$(COMPOSE) run --rm mlflow mlflow db upgrade postgresql+psycopg2://mlflow@database/mlflow
+	$(COMPOSE) up -d mlflow control puller
+
+update: ## replace every replica of the service by the image as it is now, losing nothing
+	$(COMPOSE) build service
+	deploy/update.sh
 
 restore: ## destroy the registry of the containers and put a backup in its place: FILE=…
 	deploy/restore.sh $(FILE)

@@ -53,6 +53,8 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     if name in ("database", "mlflow", "control", "puller"):
         deploy["placement"] = {"constraints": ["node.role == manager"]}  # where their volumes are
     made["deploy"] = deploy
+    for folder in made.pop("tmpfs", ()):  # which a stack leaves out without a word
+        made["volumes"] = [*made.get("volumes", ()), {"type": "tmpfs", "target": folder}]
     if "ports" in made:
         made["ports"] = [_port(port) for port in made["ports"]]
     return made

@@ -1,5 +1,6 @@
 """The stack of docker-compose.yml for real: train, promote, classify, break, restore."""
 
+import json
 import re
 import subprocess
 import time
@@ -54,28 +55,6 @@ def test_the_registry_asks_for_a_password(up: Stack) -> None:
     assert up.compose("exec", "-T", "control", "python", "-c", code).strip() == "401"
 
 
-def test_an_account_that_may_only_read_pulls_and_decides_nothing(up: Stack) -> None:
-    make = (
-        "import base64, json, os, urllib.request as r\n"
-        "password = open('/run/secrets/mlflow_password').read()\n"
-        "data = json.dumps({'username': 'reader', 'password': 'only-to-be-read'}).encode()\n"
-        "request = r.Request('http://mlflow:5000/api/2.0/mlflow/users/create', data,"
-        " {'Content-Type': 'application/json'})\n"
-        "token = base64.b64encode(f'admin:{password}'.encode()).decode()\n"
-        "request.add_header('Authorization', f'Basic {token}')\n"
-        "print(r.urlopen(request).status)"
-    )
-    assert up.compose("exec", "-T", "control", "python", "-c", make).strip() == "200"
-    as_reader = (
-        "exec", "-T", "-e", "MLFLOW_TRACKING_USERNAME=reader",
-        "-e", "MLFLOW_TRACKING_PASSWORD_FILE=", "-e", "MLFLOW_TRACKING_PASSWORD=only-to-be-read",
-        "-e", "CONVOY_HOME=/tmp/reader", "control", "python", "-m", "registry",
-    )  # fmt: skip
-    assert "version 1" in up.compose(*as_reader, "pull", "models:/fashion@champion")
-    with pytest.raises(AssertionError, match=r"(?i)permission denied|not allowed|PERMISSION"):
-        up.compose(*as_reader, "promote", "fashion", "1", "--force", "--reason", "mischief")
-
-
 def test_nothing_is_lost_while_all_of_it_is_moved_about(up: Stack, picture: bytes) -> None:
     """Promoted, killed, scaled, restarted, with the registry gone: each request is answered 200."""
     up.train("--seed", "1")
@@ -127,6 +106,8 @@ def test_a_registry_that_was_destroyed_is_restored(
         subprocess.run(["deploy/restore.sh", str(file)], cwd=ROOT, env=environment, check=True)
         up.wait_healthy("mlflow", "control")
         say(f"restored in {time.perf_counter() - started:.0f} s")
+        address = "postgresql+psycopg2://mlflow@database/mlflow"
+        up.compose("run", "--rm", "-T", "mlflow", "mlflow", "db", "upgrade", address)
     assert facts() == before
     assert "ann" in up.registry("token", "list")
     assert set(counts) == {200}
@@ -136,3 +117,27 @@ def test_a_registry_that_was_destroyed_is_restored(
     )
     assert damaged.returncode != 0
     assert up.served_version() == 1
+
+
+def test_an_account_that_may_only_read_pulls_and_decides_nothing(up: Stack) -> None:
+    make = (
+        "import base64, json, os, urllib.request as r\n"
+        "password = open('/run/secrets/mlflow_password').read()\n"
+        "data = json.dumps({'username': 'reader', 'password': 'only-to-be-read'}).encode()\n"
+        "request = r.Request('http://mlflow:5000/api/2.0/mlflow/users/create', data,"
+        " {'Content-Type': 'application/json'})\n"
+        "token = base64.b64encode(f'admin:{password}'.encode()).decode()\n"
+        "request.add_header('Authorization', f'Basic {token}')\n"
+        "print(r.urlopen(request).status)"
+    )
+    assert up.compose("exec", "-T", "control", "python", "-c", make).strip() == "200"
+    as_reader = (
+        "exec", "-T", "-e", "MLFLOW_TRACKING_USERNAME=reader",
+        "-e", "MLFLOW_TRACKING_PASSWORD_FILE=", "-e", "MLFLOW_TRACKING_PASSWORD=only-to-be-read",
+        "-e", "CONVOY_HOME=/tmp/reader", "control", "python", "-m", "registry",
+    )  # fmt: skip
+    up.compose(*as_reader, "pull", "models:/fashion@champion")
+    pulled = up.compose("exec", "-T", "control", "cat", "/tmp/reader/models/fashion/release.json")
+    assert json.loads(pulled)["versions"][0]["version"] == 1
+    with pytest.raises(AssertionError, match=r"(?i)permission denied|not allowed|PERMISSION"):
+        up.compose(*as_reader, "promote", "fashion", "2", "--force", "--reason", "mischief")

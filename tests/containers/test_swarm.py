@@ -14,6 +14,7 @@ from tests.containers.stack import Stack, load, run, say
 pytestmark = pytest.mark.containers
 
 NAME = "convoyswarm"
+GOOD, BAD = "convoy-service:convoytest-next", "convoy-service:convoytest-bad"
 LIMIT_S = 180
 
 
@@ -40,8 +41,9 @@ def swarm(up: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack
         yield up
     finally:
         up.docker("stack", "rm", NAME)
-        wait_until(lambda: not up.docker("ps", "-q", "--filter", f"name={NAME}_"))
+        wait_until(lambda: not up.docker("ps", "-aq", "--filter", f"name={NAME}_"))
         up.docker("swarm", "leave", "--force")
+        up.docker("rmi", "--force", GOOD, BAD)
 
 
 def wait_until(condition: Callable[[], bool]) -> float:
@@ -60,23 +62,22 @@ def update_state(stack: Stack) -> str:
 def test_a_stack_is_updated_and_a_bad_image_takes_itself_back(
     swarm: Stack, tmp_path: Path, picture: bytes
 ) -> None:
-    swarm.wait_for_version(1)
-    good, bad = "convoy-service:next", "convoy-service:bad"
-    swarm.docker("tag", "convoy-service:latest", good)
+    say(f"Swarm: version 1 serves after {wait_until(lambda: swarm.served_version() == 1):.0f} s")
+    swarm.docker("tag", "convoy-service:latest", GOOD)
     (tmp_path / "Dockerfile").write_text(
-        'FROM convoy-service:latest\nENV CONVOY_WORKERS=none\nLABEL is="bad"\n'
+        'FROM convoy-service:latest\nCMD ["python", "-c", "raise SystemExit(1)"]\n'
     )
-    swarm.docker("build", "-q", "-t", bad, str(tmp_path))
+    swarm.docker("build", "-q", "-t", BAD, str(tmp_path))
     update = ("service", "update", "--detach", "--no-resolve-image", "--image")
     with load(swarm, picture) as counts:
-        swarm.docker(*update, good, f"{NAME}_service")
+        swarm.docker(*update, GOOD, f"{NAME}_service")
         took = wait_until(lambda: update_state(swarm) == "completed")
         say(f"Swarm: updated in {took:.0f} s")
-        swarm.docker(*update, bad, f"{NAME}_service")
+        swarm.docker(*update, BAD, f"{NAME}_service")
         took = wait_until(lambda: update_state(swarm) == "rollback_completed")
         say(f"Swarm: a bad image taken back in {took:.0f} s")
     template = "{{.Spec.TaskTemplate.ContainerSpec.Image}}"
     image = swarm.docker("service", "inspect", "-f", template, f"{NAME}_service")
-    assert image == good
+    assert image == GOOD
     say(f"Swarm: answers by status: {dict(counts)}")
     assert set(counts) == {200}
