@@ -1,7 +1,7 @@
 # Four images from one file: registry (MLflow server, puller, control plane, command line; no torch),
-# service (by OpenVINO; neither torch nor MLflow), service-torch (for GPUs, and where torch must run
-# the network) and trainer. Each takes its packages from a stage that is thrown away. The stages are
-# in this order because older builders build every stage before the target.
+# service (by OpenVINO; neither torch nor MLflow), trainer, and service-torch (for GPUs, and where
+# torch must run the network). Each takes its packages from a stage that is thrown away. The stages
+# are in this order because older builders build every stage before the target.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
@@ -29,19 +29,19 @@ RUN python -m venv /opt/venv
 
 FROM packages AS registry-packages
 RUN python requirements.py server s3 >wanted && pip install -c constraints.txt -r wanted
+
+FROM registry-packages AS registry-pruned
 COPY deploy/prune.sh ./
 RUN sh prune.sh
 
 FROM base AS registry
-COPY --from=registry-packages /opt/venv /opt/venv
+COPY --from=registry-pruned /opt/venv /opt/venv
 COPY deploy/mlflow-auth.ini /etc/convoy/
 COPY registry/ registry/
 USER 10001
 CMD ["python", "-m", "registry", "pull", "--watch"]
 
 FROM base AS served
-COPY registry/ registry/
-COPY service/ service/
 USER 10001
 ENV CONVOY_HOST=0.0.0.0
 EXPOSE 8080
@@ -57,6 +57,20 @@ RUN sh prune.sh
 
 FROM served AS service
 COPY --from=service-packages /opt/venv /opt/venv
+COPY registry/ registry/
+COPY service/ service/
+
+FROM registry-packages AS trainer-packages
+ARG TORCH_INDEX_URL=
+RUN python requirements.py training server >wanted \
+    && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted
+
+FROM base AS trainer
+COPY --from=trainer-packages /opt/venv /opt/venv
+COPY registry/ registry/
+COPY training/ training/
+USER 10001
+CMD ["python", "-m", "training"]
 
 FROM packages AS torch-packages
 # PyTorch's index of CPU builds saves gigabytes; empty takes the ordinary one, with CUDA.
@@ -69,15 +83,5 @@ RUN sh prune.sh
 
 FROM served AS service-torch
 COPY --from=torch-packages /opt/venv /opt/venv
-
-FROM packages AS trainer-packages
-ARG TORCH_INDEX_URL=
-RUN python requirements.py training server >wanted \
-    && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted
-
-FROM base AS trainer
-COPY --from=trainer-packages /opt/venv /opt/venv
 COPY registry/ registry/
-COPY training/ training/
-USER 10001
-CMD ["python", "-m", "training"]
+COPY service/ service/

@@ -12,6 +12,7 @@ from tests.containers.stack import ROOT, Stack, load, say
 
 pytestmark = pytest.mark.containers
 
+READERS = "of-the-reader"  # a password of MLflow's
 MOST_BYTES = {"service": 350_000_000, "registry": 1_000_000_000}
 
 
@@ -123,7 +124,7 @@ def test_an_account_that_may_only_read_pulls_and_decides_nothing(up: Stack) -> N
     make = (
         "import base64, json, os, urllib.request as r\n"
         "password = open('/run/secrets/mlflow_password').read()\n"
-        "data = json.dumps({'username': 'reader', 'password': 'only-to-be-read'}).encode()\n"
+        f"data = json.dumps({{'username': 'reader', 'password': '{READERS}'}}).encode()\n"
         "request = r.Request('http://mlflow:5000/api/2.0/mlflow/users/create', data,"
         " {'Content-Type': 'application/json'})\n"
         "token = base64.b64encode(f'admin:{password}'.encode()).decode()\n"
@@ -133,7 +134,7 @@ def test_an_account_that_may_only_read_pulls_and_decides_nothing(up: Stack) -> N
     assert up.compose("exec", "-T", "control", "python", "-c", make).strip() == "200"
     as_reader = (
         "exec", "-T", "-e", "MLFLOW_TRACKING_USERNAME=reader",
-        "-e", "MLFLOW_TRACKING_PASSWORD_FILE=", "-e", "MLFLOW_TRACKING_PASSWORD=only-to-be-read",
+        "-e", "MLFLOW_TRACKING_PASSWORD_FILE=", "-e", f"MLFLOW_TRACKING_PASSWORD={READERS}",
         "-e", "CONVOY_HOME=/tmp/reader", "control", "python", "-m", "registry",
     )  # fmt: skip
     up.compose(*as_reader, "pull", "models:/fashion@champion")
