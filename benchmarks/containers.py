@@ -22,7 +22,7 @@ from tests.containers.stack import ROOT, Stack, base_images, engine, say
 LOAD = 0.6
 CALM_S = 10.0
 # Small pictures for a large network: what is measured is the service, not who asks it.
-HEAVY = ("--data", "digits", "--recipe", "resnet", "--set", "widths=128,256")
+HEAVY = ("--data", "digits", "--recipe", "resnet", "--set", "widths=256,512")
 Step = Callable[[], Awaitable[Any]]
 
 
