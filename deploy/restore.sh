@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Put a backup in the place of the containers' registry. What serves goes on meanwhile, from the
-# versions that it has.
+# Put a backup in the place of the containers' registry. All of it is laid out beside what is there
+# before anything is replaced. What serves goes on meanwhile, from the versions that it has. The
+# passwords are those of the time of the backup: secrets/ must be, too.
 #   deploy/restore.sh FILE
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,26 +9,41 @@ compose=${COMPOSE:-docker-compose}
 [ $# -eq 1 ] && [ -f "$1" ] || { echo "usage: deploy/restore.sh FILE" >&2; exit 2; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-tar -C "$work" -xf "$1"
-(cd "$work" && sha256sum --quiet -c SHA256SUMS) || { echo "$1 is damaged; nothing was changed" >&2; exit 1; }
+{ tar -C "$work" -xf "$1" && (cd "$work" && sha256sum --quiet -c SHA256SUMS); } \
+  || { echo "$1 is damaged; nothing was changed" >&2; exit 1; }
 
-$compose stop mlflow control puller >/dev/null 2>&1
+$compose stop mlflow control puller
+trap 'rm -rf "$work"; $compose up -d mlflow control puller' EXIT
 $compose up -d database
 for _ in $(seq 60); do
   $compose exec -T database pg_isready -q -h 127.0.0.1 -U mlflow && break
   sleep 1
 done
+psql() { $compose exec -T database psql -q -v ON_ERROR_STOP=1 -U mlflow -d postgres "$@"; }
+in_volume() { # SERVICE COMMAND, as the image's user, without what the service does
+  $compose run --rm -T --no-deps --entrypoint sh "$1" -ec "$2"
+}
+parts="control:control:/var/lib/convoy tokens:control:/var/lib/convoy/tokens"
+[ ! -f "$work/artifacts.tar" ] || parts="artifacts:mlflow:/artifacts $parts"
+
 echo "the database …"
-psql() { $compose exec -T database psql -q -v ON_ERROR_STOP=1 -U mlflow "$@"; }
-psql -d postgres -c "DROP DATABASE IF EXISTS mlflow WITH (FORCE)" -c "CREATE DATABASE mlflow"
-$compose exec -T database pg_restore -U mlflow -d mlflow --exit-on-error --no-owner <"$work/database.dump"
-for part in artifacts:mlflow:/artifacts control:control:/var/lib/convoy tokens:control:/var/lib/convoy/tokens; do
+psql -c "DROP DATABASE IF EXISTS restored" -c "CREATE DATABASE restored"
+$compose exec -T database pg_restore -U mlflow -d restored --exit-on-error --no-owner \
+  <"$work/database.dump"
+for part in $parts; do
   IFS=: read -r name service folder <<<"$part"
   echo "$name …"
-  # As the images' user; without the services, which are stopped.
-  $compose run --rm -T --no-deps --entrypoint sh "$service" -c \
-    "cd $folder && find . -mindepth 1 -not -path './tokens*' -not -path './models*' -not -path './plans*' -delete 2>/dev/null; tar -x" \
+  in_volume "$service" "cd $folder; rm -rf .restored; mkdir .restored; tar -C .restored -x" \
     <"$work/$name.tar"
 done
-$compose up -d mlflow control puller
+
+for part in $parts; do # from here on nothing is unpacked any more, only moved
+  IFS=: read -r name service folder <<<"$part"
+  keep=$([ "$name" != control ] || echo "-not -name tokens -not -name models -not -name plans")
+  in_volume "$service" "cd $folder
+    find . -mindepth 1 -maxdepth 1 -not -name .restored $keep -exec rm -rf {} +
+    find .restored -mindepth 1 -maxdepth 1 -exec mv {} . \;
+    rmdir .restored" </dev/null
+done
+psql -c "DROP DATABASE IF EXISTS mlflow WITH (FORCE)" -c "ALTER DATABASE restored RENAME TO mlflow"
 echo "restored; the puller looks at it within seconds"

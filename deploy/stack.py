@@ -36,8 +36,16 @@ def as_stack(config: dict[str, Any]) -> dict[str, Any]:
         for name, service in config["services"].items()
         if "profiles" not in service
     }
-    kept = {name: config.get(name) or {} for name in ("networks", "volumes", "secrets")}
+    kept = {
+        name: {key: _plain(each) for key, each in (config.get(name) or {}).items()}
+        for name in ("networks", "volumes", "secrets")
+    }
     return {"version": "3.8", "services": services, **kept}
+
+
+def _plain(each: dict[str, Any] | None) -> dict[str, Any]:
+    """Without the names that Compose 2 gives: a stack has its own."""
+    return {key: value for key, value in (each or {}).items() if key not in ("name", "ipam")}
 
 
 def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +73,8 @@ def _port(port: str | dict[str, Any]) -> dict[str, Any]:
 
     A stack cannot say which of the node's addresses; a firewall must.
     """
-    if isinstance(port, dict):
-        return {**port, "mode": "host"}
+    if isinstance(port, dict):  # as Compose 2 says it
+        return {"target": port["target"], "published": int(port["published"]), "mode": "host"}
     published, target = port.rpartition(":")[0].rpartition(":")[2], port.rpartition(":")[2]
     return {"target": int(target.split("/")[0]), "published": int(published), "mode": "host"}
 

@@ -42,6 +42,7 @@ class Door:
         key = settings.service_key
         self._service_digest = sha256_hex(key.encode()) if key else None
         self._buckets = _buckets(settings)
+        self._proxies = settings.proxy_networks
 
     def admit(self, environ: "WSGIEnvironment", again: bool = False) -> None:
         """One classification; ``again`` when it was counted already.
@@ -51,7 +52,7 @@ class Door:
             KeysUnavailable: there are keys, and they cannot be read.
             RateExceeded: it has asked too often.
         """
-        caller = _network(environ.get("REMOTE_ADDR", ""))
+        caller = self._address(environ)
         if self._asks_for_keys:
             token = self._find(environ)
             if not token.may_classify:
@@ -69,6 +70,17 @@ class Door:
         token = self._find(environ)
         if not token.may_look:
             raise KeyInsufficient(f"the key {token.name!r} may classify, not look")
+
+    def _address(self, environ: "WSGIEnvironment") -> str:
+        """Whose the request is: the peer's, or whom a proxy of ours says that it speaks for."""
+        peer = environ.get("REMOTE_ADDR", "")
+        told = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+        if told and self._proxies:
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(peer)
+                if any(address in network for network in self._proxies):
+                    return _network(told)
+        return _network(peer)
 
     def _find(self, environ: "WSGIEnvironment") -> Token:
         try:

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from registry.picture_parts import DecodeLimits
 from registry.services import SERVICE_KEY
 from service.connection import Limits
 
+Network = IPv4Network | IPv6Network
 Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
 DRAIN_LEAST_S = 3.0
@@ -57,6 +59,7 @@ VARIABLES = {
     "CONVOY_RATE": "rate",
     "CONVOY_BURST": "burst",
     "CONVOY_RATE_STORE": "rate_store",
+    "CONVOY_PROXIES": "proxies",
     "CONVOY_LOG_LEVEL": "log_level",
 }
 
@@ -72,7 +75,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     the same version during a trial; ``shadow_cpu`` is the part of the machine's cores that scoring
     in the shadow may take. With ``keys``, callers need a token of the file ``tokens``; who knows
     ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``;
-    ``rate_store`` is the address of the Redis where services share it.
+    ``rate_store`` is the address of the Redis where services share it. Of ``proxies``, networks
+    with commas between them, the last address in X-Forwarded-For is the caller's.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -107,6 +111,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     burst: Count = 20
     rate_store: str | None = None
+    proxies: str = ""
     log_level: str = "INFO"
     gpu_socket: Path | None = None
     run_folder: Path | None = None
@@ -126,6 +131,10 @@ class Settings(Struct, frozen=True, kw_only=True):
         """Where a process on this machine reaches the service."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def proxy_networks(self) -> tuple[Network, ...]:
+        return tuple(ip_network(each.strip()) for each in self.proxies.split(",") if each.strip())
 
     @property
     def forward_threads(self) -> int:
@@ -179,6 +188,10 @@ class Settings(Struct, frozen=True, kw_only=True):
             )
         try:
             settings = msgspec.convert(values, cls, strict=False)
+            try:
+                _ = settings.proxy_networks
+            except ValueError as error:
+                raise UsageError(f"CONVOY_PROXIES={settings.proxies!r}: {error}") from error
             if settings.unready_s > max(0.0, settings.drain_s - DRAIN_LEAST_S):
                 raise UsageError(
                     f"CONVOY_UNREADY_S={settings.unready_s:g} leaves no time to drain: it must be "

@@ -22,7 +22,7 @@ VALUES = {
     "default": "",
     "everything": """
         service:
-          settings: {CONVOY_RATE: "100", CONVOY_RATE_STORE: "redis://10.0.0.1:6379/0"}
+          settings: {CONVOY_RATE: "100", CONVOY_RATE_STORE: "redis://10.0.0.1:6390/0"}
           tokensSecret: tokens
           keySecret: key
           trustedKeysConfigMap: trusted
@@ -101,6 +101,7 @@ def test_nothing_runs_as_root_or_writes_its_own_image(documents: list[dict[str, 
     for spec in pods(documents).values():
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False  # else CONVOY_CONTROL_PORT=tcp://…
         for container in spec["containers"]:
             security = container["securityContext"]
             assert security["readOnlyRootFilesystem"] is True
@@ -161,6 +162,26 @@ def test_what_serves_reaches_names_and_the_registry_only(tmp_path: Path) -> None
     assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == [53, 53, 443]
 
 
+def test_ports_are_those_of_the_addresses(tmp_path: Path) -> None:
+    everything = render("everything", tmp_path)
+    policies = [each for each in everything if each["kind"] == "NetworkPolicy"]
+    (service,) = [each for each in policies if each["metadata"]["name"] == "prod-service"]
+    ports = [port["port"] for rule in service["spec"]["egress"] for port in rule["ports"]]
+    assert ports == [53, 53, 5000, 6390]
+    (tmp_path / "values.yaml").write_text('registry: {trackingUri: "http://mlflow.ml.svc"}')
+    helm = str(Path(sys.executable).with_name("helm"))
+    command = [helm, "template", "x", str(CHART), "--values", str(tmp_path / "values.yaml")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "port: 80}" in text
+
+
+def test_workers_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    """A pod without a limit of cores sees all of its node's."""
+    service = pods(render("default", tmp_path))["prod-service"]["containers"][0]
+    (workers,) = [each for each in service["env"] if each["name"] == "CONVOY_WORKERS"]
+    assert workers["valueFrom"]["resourceFieldRef"]["resource"] == "requests.cpu"
+
+
 def test_a_gpu_pool_is_asked_for(tmp_path: Path) -> None:
     found = pods(render("gpu, registry elsewhere", tmp_path))
     assert set(found) == {"prod-service", "prod-trainer-1"}
@@ -189,6 +210,7 @@ def test_scaling_follows_the_service_s_own_load(tmp_path: Path) -> None:
         ("service: {settings: {PATH: /}}", "PATH"),
         ("servce: {}", "servce"),
         ("service: {ingress: {enabled: true}}", "service.ingress.host"),
+        ("service: {tokensSecret: tokens}", "service.tokensSecret needs service.keySecret"),
     ],
 )
 def test_values_that_cannot_be_are_refused(values: str, said: str, tmp_path: Path) -> None:

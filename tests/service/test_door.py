@@ -10,7 +10,7 @@ from flask.testing import FlaskClient
 from msgspec.structs import replace
 
 from registry.bundle import Bundle
-from registry.errors import KeyMissing, RateExceeded
+from registry.errors import KeyMissing, RateExceeded, UsageError
 from registry.tokens import Tokens
 from service import create_app
 from service.door import Buckets, Door
@@ -179,3 +179,24 @@ def test_nobody_chooses_anothers_bucket_and_a_network_has_one() -> None:
     door.admit({"REMOTE_ADDR": "::ffff:192.0.2.8"})
     with pytest.raises(RateExceeded):
         door.admit({"REMOTE_ADDR": "192.0.2.8"})
+
+
+@pytest.mark.parametrize(
+    ("peer", "told", "caller"),
+    [
+        ("10.0.0.9", "203.0.113.7", "203.0.113.7"),
+        ("10.0.0.9", "198.51.100.1, 203.0.113.7", "203.0.113.7"),  # the last is our proxy's word
+        ("10.0.0.9", "", "10.0.0.9"),
+        ("192.0.2.1", "203.0.113.7", "192.0.2.1"),  # who is no proxy may say what it likes
+        ("", "203.0.113.7", ""),
+    ],
+)
+def test_a_proxy_of_ours_says_whose_a_request_is(peer: str, told: str, caller: str) -> None:
+    door = Door(Settings(proxies="10.0.0.0/8, fd00::/8"))
+    environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": told}
+    assert door._address(environ) == caller
+
+
+def test_networks_that_are_none_stop_the_start() -> None:
+    with pytest.raises(UsageError, match=r"CONVOY_PROXIES='10.0.0.0/99'"):
+        Settings.from_environment({"CONVOY_PROXIES": "10.0.0.0/99"})
