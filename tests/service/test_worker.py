@@ -107,12 +107,24 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     server.stop()
 
 
+OPENED: list["Connection"] = []
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_left() -> Iterator[None]:
+    """What a test that fails leaves open would be another one's warning."""
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
 class Connection:
     """A keep-alive connection that sends bytes as they are given."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.file = self.socket.makefile("rb")
+        OPENED.append(self)
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
@@ -472,9 +484,10 @@ def test_an_order_to_end_is_told_to_the_application_first(tmp_path: Path) -> Non
 def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> None:
     """One poll of the sockets tells of a newcomer, and of a byte from who is closed for it."""
     server = Server(tmp_path, GUNICORN_CMD_ARGS="--worker-connections 16")
-    many = [Connection(server.port) for _ in range(16)]
-    for each in many:
-        each.ask(b"here")
+    many = []
+    for _ in range(16):  # each asks before the next comes: so who looked for the server is gone
+        many.append(Connection(server.port))
+        many[-1].ask(b"here")
     many[-1].send(post(b"hold up"))
     time.sleep(0.3)  # while that is called, both happen
     newcomer = Connection(server.port)
