@@ -210,7 +210,7 @@ def test_scaling_follows_the_service_s_own_load(tmp_path: Path) -> None:
         ("service: {settings: {PATH: /}}", "PATH"),
         ("servce: {}", "servce"),
         ("service: {ingress: {enabled: true}}", "service.ingress.host"),
-        ("service: {tokensSecret: tokens}", "service.tokensSecret needs service.keySecret"),
+        ("service: {tokensSecret: tokens}", "tokens without the key of the service"),
     ],
 )
 def test_values_that_cannot_be_are_refused(values: str, said: str, tmp_path: Path) -> None:
