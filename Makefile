@@ -84,7 +84,7 @@ $(SECRETS):
 
 up: .env $(SECRETS) ## build and start the containers (docs/operations.md)
 	$(COMPOSE) build proxy service puller
-	$(COMPOSE) up -d --scale service=$$(sed -n 's/^CONVOY_REPLICAS=//p' .env | grep . || echo 2)
+	$(COMPOSE) up -d
 
 down: ## stop the containers; the volumes stay
 	$(COMPOSE) down

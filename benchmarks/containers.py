@@ -136,12 +136,13 @@ async def faults(stack: Stack, picture: bytes, gone_s: float) -> tuple[dict[str,
 
 
 def _figures(before: list[Row], during: list[Row]) -> dict[str, Any]:
+    found = summary(during)
     return {
         "requests": len(during),
         "failed": failed(during),
         "p99_before_ms": summary(before).get("p99_ms"),
-        "p99_during_ms": summary(during).get("p99_ms"),
-        "worst_ms": summary(during).get("worst_ms"),
+        "p99_during_ms": found.get("p99_ms"),
+        "worst_ms": found.get("worst_ms"),
     }
 
 

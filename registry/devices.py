@@ -4,7 +4,6 @@ Torch is imported only where a GPU may be: a worker whose plan needs no torch lo
 """
 
 import functools
-import importlib.util
 import logging
 import math
 import os
@@ -75,11 +74,12 @@ def choose_device(wanted: str = "auto") -> str:
     kind, _, index = wanted.partition(":")
     if wanted != "auto" and (kind != "cuda" or (index and not index.isdigit())):
         raise UsageError(f"device {wanted!r} is not known; use auto, cpu, cuda or cuda:N")
-    usable = importlib.util.find_spec("torch") is not None
-    if usable:
+    try:
         import torch
 
         usable = torch.cuda.is_available()
+    except ImportError:
+        usable = False
     if wanted == "auto" and not usable:
         log.warning("a GPU's driver is here, but no torch that can use it; using the CPU")
         return "cpu"

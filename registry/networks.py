@@ -244,6 +244,22 @@ class Program(nn.Module):
         return logits.float()
 
 
+def scored(program: Program) -> nn.Module:
+    """``program`` with softmax behind it, in evaluation mode: what engines make their own of."""
+    return nn.Sequential(program, nn.Softmax(dim=1)).eval()
+
+
+def any_batch(shape: tuple[int, int, int]) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
+    """For exporters: pixels of ``shape`` (H, W, C), and that there may be 1 to 4096 of them.
+
+    Returns:
+        Arguments of ``Program``, uint8 (2, H, W, C), as a batch of 1 would be taken for a fixed
+        size; and their dynamic shapes.
+    """
+    pixels = torch.zeros((2, *shape), dtype=torch.uint8)
+    return (pixels,), ({0: torch.export.Dim("images", min=1, max=4096)},)
+
+
 def build_program(spec: NetworkSpec, preprocess: PreprocessSpec, classes: int) -> Program:
     """The program for ``spec``, weights freshly drawn; raises as ``build_network`` does."""
     height_px, width_px, channels = preprocess.shape

@@ -134,7 +134,12 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def proxy_networks(self) -> tuple[Network, ...]:
-        return tuple(ip_network(each.strip()) for each in self.proxies.split(",") if each.strip())
+        """Of ``proxies``; raises ``UsageError`` when one is no network."""
+        try:
+            parts = (part.strip() for part in self.proxies.split(","))
+            return tuple(ip_network(part) for part in parts if part)
+        except ValueError as error:
+            raise UsageError(f"CONVOY_PROXIES={self.proxies!r}: {error}") from error
 
     @property
     def forward_threads(self) -> int:
@@ -188,10 +193,7 @@ class Settings(Struct, frozen=True, kw_only=True):
             )
         try:
             settings = msgspec.convert(values, cls, strict=False)
-            try:
-                _ = settings.proxy_networks
-            except ValueError as error:
-                raise UsageError(f"CONVOY_PROXIES={settings.proxies!r}: {error}") from error
+            _ = settings.proxy_networks  # here, not when the first worker starts
             if settings.unready_s > max(0.0, settings.drain_s - DRAIN_LEAST_S):
                 raise UsageError(
                     f"CONVOY_UNREADY_S={settings.unready_s:g} leaves no time to drain: it must be "

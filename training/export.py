@@ -6,7 +6,6 @@ torch nor exporters. Every graph takes pixels and ends in probabilities, as ``re
 
 import contextlib
 import copy
-import importlib.util
 import logging
 import os
 import tempfile
@@ -17,13 +16,11 @@ import torch
 from torch import nn
 
 from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
-from registry.networks import Program
+from registry.networks import Program, any_batch, scored
 from registry.plans.openvino_cpu import import_openvino
 from registry.preprocess import Pixels
 
 log = logging.getLogger(__name__)
-
-LARGEST_BATCH = 4096
 
 
 def export_network(program: Program, calibration: Pixels) -> dict[str, bytes]:
@@ -35,31 +32,28 @@ def export_network(program: Program, calibration: Pixels) -> dict[str, bytes]:
         program: the trained one, on any device; it is copied.
         calibration: uint8 (N, H, W, C), pictures of the training part: int8 takes its ranges there.
     """
-    scored = nn.Sequential(copy.deepcopy(program).cpu(), nn.Softmax(dim=1)).eval()
-    example = torch.zeros((2, *calibration.shape[1:]), dtype=torch.uint8)  # 1 would be a fixed size
+    ready = scored(copy.deepcopy(program).cpu())
     try:
-        files = {ONNX_GRAPH: _to_onnx(scored, example)}
+        files = {ONNX_GRAPH: _to_onnx(ready, calibration)}
     except Exception as error:  # noqa: BLE001 - exporters raise whatever they meet
         log.warning("the network cannot be exported: %s", str(error).partition("\n")[0])
         return {}
-    if missing := [name for name in ("openvino", "nncf") if not importlib.util.find_spec(name)]:
-        log.warning("no int8: not installed: %s", ", ".join(missing))
-        return files
     try:
-        files |= _to_int8(scored, example, calibration)
-    except Exception as error:  # noqa: BLE001 - as above
+        files |= _to_int8(ready, calibration)
+    except Exception as error:  # noqa: BLE001 - as above, or it is not installed
         log.warning("no int8: %s", str(error).partition("\n")[0])
     return files
 
 
-def _to_onnx(scored: nn.Module, example: torch.Tensor) -> bytes:
+def _to_onnx(ready: nn.Module, calibration: Pixels) -> bytes:
+    arguments, sizes = any_batch(calibration.shape[1:])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.13's exporter warns of its own code
         exported = torch.onnx.export(
-            scored,
-            (example,),
+            ready,
+            arguments,
             input_names=["pixels"],
-            dynamic_shapes=({0: torch.export.Dim("images", min=1, max=LARGEST_BATCH)},),
+            dynamic_shapes=sizes,
             dynamo=True,
             verbose=False,
         )
@@ -71,7 +65,7 @@ def _to_onnx(scored: nn.Module, example: torch.Tensor) -> bytes:
     return data
 
 
-def _to_int8(scored: nn.Module, example: torch.Tensor, calibration: Pixels) -> dict[str, bytes]:
+def _to_int8(ready: nn.Module, calibration: Pixels) -> dict[str, bytes]:
     """Quantised after training, from OpenVINO's own conversion.
 
     From the ONNX graph NNCF made one with an accuracy of 0.38 instead of 0.95
@@ -80,9 +74,10 @@ def _to_int8(scored: nn.Module, example: torch.Tensor, calibration: Pixels) -> d
     openvino = import_openvino()
     import nncf
 
+    (pixels,), _ = any_batch(calibration.shape[1:])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its torch front end uses what torch 2.13 deprecates
-        model = openvino.convert_model(scored, example_input=example)
+        model = openvino.convert_model(ready, example_input=pixels)
     model.reshape({0: [-1, *calibration.shape[1:]]})
     examples = nncf.Dataset([calibration[index : index + 1] for index in range(len(calibration))])
     with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):

@@ -31,13 +31,15 @@ class CudaFp16(Plan):
     def load(self, source: Source, read: ReadArtefact) -> Run:
         import torch
 
+        from registry.networks import scored
+
         device = torch.device(source.device)
         with device_errors():
             program = fold(source.program, self.precision).to(device)
-            scored = torch.nn.Sequential(program, torch.nn.Softmax(dim=1)).eval()
+            ready = scored(program)
             shape = source.bundle.manifest.preprocess.shape
             pool = torch.cuda.graph_pool_handle()
-            graphs = {size: _capture(scored, (size, *shape), device, pool) for size in BUCKETS}
+            graphs = {size: _capture(ready, (size, *shape), device, pool) for size in BUCKETS}
 
         @device_errors()
         @torch.inference_mode()

@@ -36,14 +36,13 @@ class InductorFp32(Plan):
         import torch
         from torch import _inductor
 
-        shape = source.bundle.manifest.preprocess.shape
-        scored = torch.nn.Sequential(fold(source.program, self.precision), torch.nn.Softmax(dim=1))
+        from registry.networks import any_batch, scored
+
+        arguments, sizes = any_batch(source.bundle.manifest.preprocess.shape)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.13's exporter warns of its own code
             exported = torch.export.export(
-                scored.eval(),
-                (torch.zeros((2, *shape), dtype=torch.uint8),),  # 1 would be a fixed size
-                dynamic_shapes=({0: torch.export.Dim("images", min=1, max=4096)},),
+                scored(fold(source.program, self.precision)), arguments, dynamic_shapes=sizes
             )
             # Not with inductor's "freezing": in torch 2.13 its answers were off by 0.97.
             _inductor.aoti_compile_and_package(exported, package_path=str(folder / PACKAGE))

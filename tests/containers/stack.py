@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Event, Thread
 
@@ -38,8 +38,24 @@ def say(text: str) -> None:
     print(f"[containers] {text}", flush=True)
 
 
+def wait_until(
+    condition: Callable[[], bool], limit_s: float = START_S, why: Callable[[], str] = str
+) -> float:
+    """Seconds until ``condition`` held.
+
+    Raises:
+        AssertionError: it did not; the text is what ``why`` says then.
+    """
+    started = time.perf_counter()
+    while not condition():
+        if time.perf_counter() - started > limit_s:
+            raise AssertionError(f"not after {limit_s:g} s: {why()[-6000:]}")
+        time.sleep(0.2)
+    return time.perf_counter() - started
+
+
 def run(
-    *command: str, environment: Mapping[str, str], timeout_s: float = 900, **options: object
+    *command: str, environment: Mapping[str, str], timeout_s: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """What a command printed.
 
@@ -47,9 +63,8 @@ def run(
         AssertionError: it failed; the text has the end of what it said.
     """
     ended = subprocess.run(
-        command, env=dict(environment), cwd=ROOT, text=True, capture_output=True, timeout=timeout_s,
-        **options,
-    )  # fmt: skip
+        command, env=dict(environment), cwd=ROOT, text=True, capture_output=True, timeout=timeout_s
+    )
     said = (ended.stdout + ended.stderr)[-3000:]
     assert ended.returncode == 0, f"{' '.join(command)} ended with {ended.returncode}:\n{said}"
     return ended
@@ -82,12 +97,11 @@ def engine() -> Iterator[dict[str, str]]:
             stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 30
-        while not _answers(environment):
-            if process.poll() is not None or time.monotonic() > deadline:
-                said = (folder / "log").read_text()[-1500:]
-                raise CannotRun(f"an engine cannot be started here:\n{said}")
-            time.sleep(0.2)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: process.poll() is not None or _answers(environment), 30)
+        if not _answers(environment):
+            said = (folder / "log").read_text()[-1500:]
+            raise CannotRun(f"an engine cannot be started here:\n{said}")
         yield environment
     finally:
         process.terminate()
@@ -239,29 +253,28 @@ class Stack:
         Raises:
             AssertionError: it did not; the text has the end of what the containers said.
         """
-        started = time.perf_counter()
-        while self.served_version() != version:
-            if time.perf_counter() - started > limit_s:
-                logs = self.compose("logs", "--tail=40", "puller", "service", "proxy")
-                raise AssertionError(f"version {version} does not serve:\n{logs[-6000:]}")
-            time.sleep(0.2)
-        return time.perf_counter() - started
+
+        def logs() -> str:
+            return self.compose("logs", "--tail=40", "puller", "service", "proxy")
+
+        return wait_until(lambda: self.served_version() == version, limit_s, logs)
 
     def wait_healthy(self, *services: str, limit_s: float = START_S) -> float:
         """Seconds until every container of ``services`` was healthy."""
-        started = time.perf_counter()
         template = "{{.State.Health.Status}} {{.RestartCount}}"
-        for service in services:
-            for container in self.compose("ps", "-q", service).split():
-                while True:
-                    health, restarts = self.docker("inspect", "-f", template, container).split()
-                    if health == "healthy":
-                        break
-                    if int(restarts) > 2 or time.perf_counter() - started > limit_s:
-                        logs = self.compose("logs", "--tail=40", service)
-                        raise AssertionError(f"{service} does not get healthy:\n{logs}")
-                    time.sleep(0.5)
-        return time.perf_counter() - started
+
+        def healthy() -> bool:
+            found = self.docker(
+                "inspect", "-f", template, *self.compose("ps", "-q", *services).split()
+            )
+            states = [line.split() for line in found.splitlines()]
+            assert all(int(restarts) <= 2 for _, restarts in states), f"it ends again: {logs()}"
+            return all(health == "healthy" for health, _ in states)
+
+        def logs() -> str:
+            return self.compose("logs", "--tail=40", *services)
+
+        return wait_until(healthy, limit_s, logs)
 
     def classify(self, picture: bytes) -> dict:
         request = urllib.request.Request(f"{self.url}/v1/classify", data=picture)

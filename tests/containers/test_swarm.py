@@ -1,21 +1,19 @@
 """The same Compose file as a stack of Swarm: updated, and a bad image taken back."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from deploy.stack import as_stack
-from tests.containers.stack import Stack, load, run, say
+from tests.containers.stack import Stack, load, run, say, wait_until
 
 pytestmark = pytest.mark.containers
 
 NAME = "convoyswarm"
 GOOD, BAD = "convoy-service:convoytest-next", "convoy-service:convoytest-bad"
-LIMIT_S = 180
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +42,6 @@ def swarm(up: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack
         wait_until(lambda: not up.docker("ps", "-aq", "--filter", f"name={NAME}_"))
         up.docker("swarm", "leave", "--force")
         up.docker("rmi", "--force", GOOD, BAD)
-
-
-def wait_until(condition: Callable[[], bool]) -> float:
-    started = time.perf_counter()
-    while not condition():
-        assert time.perf_counter() - started < LIMIT_S
-        time.sleep(0.5)
-    return time.perf_counter() - started
 
 
 def update_state(stack: Stack) -> str:

@@ -46,21 +46,15 @@ VALUES = {
 }
 
 
-def render(name: str, folder: Path) -> list[dict[str, Any]]:
-    file = folder / "values.yaml"
-    file.write_text(VALUES[name])
+def template(values: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "values.yaml").write_text(values)
     helm = str(Path(sys.executable).with_name("helm"))
-    command = [
-        helm,
-        "template",
-        "prod",
-        str(CHART),
-        "--values",
-        str(file),
-        "--kube-version",
-        "1.30",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    command = [helm, "template", "prod", str(CHART), "--values", str(folder / "values.yaml")]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def render(name: str, folder: Path) -> list[dict[str, Any]]:
+    ended = template(VALUES[name], folder)
     assert ended.returncode == 0, ended.stderr
     return [each for each in yaml.safe_load_all(ended.stdout) if each]
 
@@ -168,11 +162,9 @@ def test_ports_are_those_of_the_addresses(tmp_path: Path) -> None:
     (service,) = [each for each in policies if each["metadata"]["name"] == "prod-service"]
     ports = [port["port"] for rule in service["spec"]["egress"] for port in rule["ports"]]
     assert ports == [53, 53, 5000, 6390]
-    (tmp_path / "values.yaml").write_text('registry: {trackingUri: "http://mlflow.ml.svc"}')
-    helm = str(Path(sys.executable).with_name("helm"))
-    command = [helm, "template", "x", str(CHART), "--values", str(tmp_path / "values.yaml")]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "port: 80}" in text
+    plain = template('registry: {trackingUri: "http://mlflow.ml.svc"}', tmp_path)
+    assert plain.returncode == 0
+    assert "port: 80}" in plain.stdout
 
 
 def test_workers_are_those_that_were_asked_for(tmp_path: Path) -> None:
@@ -214,10 +206,7 @@ def test_scaling_follows_the_service_s_own_load(tmp_path: Path) -> None:
     ],
 )
 def test_values_that_cannot_be_are_refused(values: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "values.yaml").write_text(values)
-    helm = str(Path(sys.executable).with_name("helm"))
-    command = [helm, "template", "x", str(CHART), "--values", str(tmp_path / "values.yaml")]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = template(values, tmp_path)
     assert ended.returncode != 0
     assert said in ended.stderr
 
