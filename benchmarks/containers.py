@@ -7,6 +7,7 @@ Everything runs in an engine that is there, or in one that is started and ended 
 
 import asyncio
 import re
+import statistics
 import subprocess
 import tempfile
 import time
@@ -156,7 +157,7 @@ def replicas(stack: Stack, picture: bytes, rounds: int) -> dict[str, Any]:
             time.sleep(4)
             found.append(asyncio.run(capacity(stack.port, picture, 10, connections=8 * count)))
             say(f"round {number + 1}: {count} replicas: {found[-1]:.1f} answers/s")
-    medians = {count: sorted(found)[len(found) // 2] for count, found in rates.items()}
+    medians = {count: statistics.median(found) for count, found in rates.items()}
     return {
         "answers_per_s": {
             str(count): [round(x, 1) for x in found] for count, found in rates.items()

@@ -64,19 +64,22 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     for folder in made.pop("tmpfs", ()):  # which a stack leaves out without a word
         made["volumes"] = [*made.get("volumes", ()), {"type": "tmpfs", "target": folder}]
     if "ports" in made:
-        made["ports"] = [_port(port) for port in made["ports"]]
+        made["ports"] = [port for each in made["ports"] if (port := _port(each))]
     return made
 
 
-def _port(port: str | dict[str, Any]) -> dict[str, Any]:
+def _port(port: str | dict[str, Any]) -> dict[str, Any] | None:
     """On the node itself: names that resolve to replicas have no address of their own.
 
-    A stack cannot say which of the node's addresses; a firewall must.
+    None for one of loopback: a stack cannot say which of the node's addresses, and all is too many.
     """
     if isinstance(port, dict):  # as Compose 2 says it
-        return {"target": port["target"], "published": int(port["published"]), "mode": "host"}
-    published, target = port.rpartition(":")[0].rpartition(":")[2], port.rpartition(":")[2]
-    return {"target": int(target.split("/")[0]), "published": int(published), "mode": "host"}
+        host, published, target = port.get("host_ip", ""), port["published"], port["target"]
+    else:
+        host, published, target = port.partition("/")[0].rsplit(":", 2)
+    if host.startswith("127.") or host == "::1":
+        return None
+    return {"target": int(target), "published": int(published), "mode": "host"}
 
 
 def main() -> int:

@@ -125,16 +125,19 @@ class Bundle:
         except safetensors.SafetensorError as error:
             raise BundleInvalid(f"{self.folder / WEIGHTS}: {error}") from error
 
-    def onnx_graph(self) -> bytes:
-        """The network as ONNX, whole: engines would read what it names outside, unchecked.
+    def graph(self, name: str) -> bytes:
+        """An exported graph, whole: engines would read what it names outside, unchecked.
 
         Raises:
-            BundleInvalid: as for ``read``, or it may name another file.
+            BundleInvalid: as for ``read``; or it may name another file, or is ONNX (which could)
+                where OpenVINO's own format is expected, as that engine looks at the content only.
         """
-        graph = self.read(ONNX_GRAPH)
-        # How the format says where a tensor lies outside, in whatever way the field is encoded.
-        if b"location" in graph:
-            raise BundleInvalid(f"{self.folder / ONNX_GRAPH} refers to other files")
+        graph = self.read(name)
+        if name == INT8_GRAPH and not graph.startswith(b"<?xml"):
+            raise BundleInvalid(f"{self.folder / name} is not in OpenVINO's format")
+        # How ONNX says where a tensor lies outside, in whatever way the field is encoded.
+        if name == ONNX_GRAPH and b"location" in graph:
+            raise BundleInvalid(f"{self.folder / name} refers to other files")
         return graph
 
     def golden(self) -> list[GoldenImage]:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Those that this process may use, by its affinity and by its container's quota."""
+    """Those that this process may use, by its affinity and its container's quota (cgroup v2)."""
     mine = len(os.sched_getaffinity(0))
     try:
         allowed, period = quota.read_text().split()

@@ -43,11 +43,16 @@ def read_live(services: Sequence[str], model: str) -> Live:
     Raises:
         ModelNotReady: one of them cannot be asked, or does not serve it.
     """
-    return add_up([_ask(each, model) for service in services for each in _replicas(service)])
+    return add_up(
+        [_ask(each, service, model) for service in services for each in _replicas(service)]
+    )
 
 
 def _replicas(service: str) -> list[str]:
-    """The addresses of all that have ``service``'s name; of https itself, for its certificate."""
+    """The addresses of all that have ``service``'s name; of https itself, for its certificate.
+
+    A machine has one address of a family, and may have one of each: one family counts.
+    """
     parts = urllib.parse.urlsplit(service)
     if parts.scheme == "https":
         return [service]
@@ -56,16 +61,17 @@ def _replicas(service: str) -> list[str]:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ModelNotReady(f"{service} cannot be found: {error}") from error
-    hosts = sorted({str(address[0]) for *_, address in found})
-    if "127.0.0.1" in hosts:
-        hosts = ["127.0.0.1"]  # localhost is one machine by two addresses
+    first = min(family for family, *_ in found)  # IPv4, if there is any
+    hosts = sorted({str(address[0]) for family, *_, address in found if family == first})
     return [f"http://{f'[{host}]' if ':' in host else host}:{port}{parts.path}" for host in hosts]
 
 
-def _ask(service: str, model: str) -> Live:
-    url = f"{service}/v1/models/{urllib.parse.quote(model)}/traffic"
+def _ask(replica: str, service: str, model: str) -> Live:
+    url = f"{replica}/v1/models/{urllib.parse.quote(model)}/traffic"
     key = os.environ.get(SERVICE_KEY)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Host": urllib.parse.urlsplit(service).netloc.rpartition("@")[2]}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - checked
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310

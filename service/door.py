@@ -5,7 +5,6 @@ has one however its connections are spread; nothing that a caller sends can make
 Several machines have several buckets, unless they share a Redis (``service.shared_rate``).
 """
 
-import contextlib
 import hashlib
 import ipaddress
 import logging
@@ -74,12 +73,10 @@ class Door:
     def _address(self, environ: "WSGIEnvironment") -> str:
         """Whose the request is: the peer's, or whom a proxy of ours says that it speaks for."""
         peer = environ.get("REMOTE_ADDR", "")
-        told = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
-        if told and self._proxies:
-            with contextlib.suppress(ValueError):
-                address = ipaddress.ip_address(peer)
-                if any(address in network for network in self._proxies):
-                    return _network(told)
+        if self._proxies and (address := _parsed(peer)):
+            told = _parsed(environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip())
+            if told and any(address in network for network in self._proxies):
+                return _network(str(told))
         return _network(peer)
 
     def _find(self, environ: "WSGIEnvironment") -> Token:
@@ -142,12 +139,23 @@ class Buckets:
 
 def _network(caller: str) -> str:
     """An IPv6 caller's first 64 bits, of which it can choose the rest; any other as it is."""
-    if ":" not in caller:
+    address = _parsed(caller)
+    if address is None:
         return caller
-    with contextlib.suppress(ValueError):
-        address = ipaddress.IPv6Address(caller)
-        return str(address.ipv4_mapped or int(address) >> 64)
-    return caller
+    return str(address) if address.version == 4 else str(int(address) >> 64)
+
+
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address in ``text``, a port behind it left out; an IPv4 one in IPv6's clothes as such."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _bearer(environ: "WSGIEnvironment") -> str:

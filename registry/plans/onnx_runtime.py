@@ -24,7 +24,7 @@ class OnnxRuntime(Plan):
         options.intra_op_num_threads = source.threads or 0
         options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(
-            source.bundle.onnx_graph(), options, providers=["CPUExecutionProvider"]
+            source.bundle.graph(ONNX_GRAPH), options, providers=["CPUExecutionProvider"]
         )
 
         def run(pixels: Pixels) -> NDArray[np.float32]:

@@ -25,10 +25,6 @@ class OpenVino(Plan):
     packages = ("openvino",)
     exports: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
 
-    def graph(self, source: Source) -> tuple[bytes, ...]:
-        """The graph, and its weights where they lie in another file."""
-        return (source.bundle.onnx_graph(),)
-
     def load(self, source: Source, read: ReadArtefact) -> Run:
         openvino = import_openvino()
         core = openvino.Core()
@@ -40,7 +36,8 @@ class OpenVino(Plan):
         }
         if source.threads is not None:
             options["INFERENCE_NUM_THREADS"] = source.threads
-        model = core.read_model(*self.graph(source))
+        graph, *weights = self.exports
+        model = core.read_model(source.bundle.graph(graph), *map(source.bundle.read, weights))
         request = core.compile_model(model, "CPU", options).create_infer_request()
 
         def run(pixels: Pixels) -> NDArray[np.float32]:
@@ -62,9 +59,6 @@ class OpenVinoInt8(OpenVino):
     precision: ClassVar[Precision] = "int8"
     exports = (INT8_GRAPH, INT8_WEIGHTS)
     cpu_flags = INT8_FLAGS
-
-    def graph(self, source: Source) -> tuple[bytes, ...]:
-        return source.bundle.read(INT8_GRAPH), source.bundle.read(INT8_WEIGHTS)
 
 
 def import_openvino() -> Any:

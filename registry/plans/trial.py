@@ -60,7 +60,7 @@ class Finding(Struct, frozen=True, kw_only=True):
 def main() -> int:
     end_with_parent(signal.SIGKILL)  # nobody would read the answer, and others time plans here
     job = msgspec.json.decode(sys.argv[1], type=Job)
-    if job.device == "cpu":
+    if job.device == "cpu":  # on a GPU only torch's own plans run, and CUDA maps far more
         _limit_memory()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -79,7 +79,10 @@ def main() -> int:
 
 
 def _limit_memory() -> None:
-    """To half of what there is: a graph may ask for any amount, and others live here, too."""
+    """To half of the machine's, or of its container's by cgroup v2.
+
+    A graph may ask for any amount, and others live here, too.
+    """
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):  # "max": this container has no limit of its own
         most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))

@@ -21,6 +21,7 @@ def swarm(up: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack
     """The proxy and two replicas as a stack, on volumes in which a version is released already."""
     up.compose("stop", "-t", "20")
     up.docker("swarm", "init", "--advertise-addr", "127.0.0.1")
+    up.environment["CONVOY_BIND"] = "0.0.0.0"  # a stack leaves out ports of loopback
     config = yaml.safe_load(up.compose("config"))
     kept = {"proxy", "service"}
     config["services"] = {name: config["services"][name] for name in kept}

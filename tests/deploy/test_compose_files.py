@@ -11,6 +11,7 @@ import pytest
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
+from deploy.stack import as_stack
 from service.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,24 @@ def test_docker_compose_1_29_takes_a_file(file: Path, monkeypatch: pytest.Monkey
     assert ended.returncode == 0, ended.stderr
     services = yaml.safe_load(ended.stdout)["services"]
     assert {"proxy", "service", "puller", "control", "mlflow", "database"} <= set(services)
+
+
+@pytest.mark.parametrize(
+    ("port", "published"),
+    [
+        ("0.0.0.0:8080:80/tcp", {"target": 80, "published": 8080, "mode": "host"}),
+        ("127.0.0.1:5000:5000/tcp", None),  # else MLflow would be everybody's
+        ({"target": 80, "published": "8080"}, {"target": 80, "published": 8080, "mode": "host"}),
+        ({"target": 80, "published": "8080", "host_ip": "127.0.0.1"}, None),
+    ],
+)
+def test_a_stack_publishes_nothing_that_was_for_this_machine(port, published) -> None:
+    service = {"image": "x", "ports": [port], "tmpfs": ["/tmp"], "depends_on": {"y": {}}}
+    made = as_stack({"services": {"mlflow": service, "t": {"profiles": ["train"]}}})
+    assert made["services"]["mlflow"]["ports"] == ([published] if published else [])
+    assert made["services"]["mlflow"]["volumes"] == [{"type": "tmpfs", "target": "/tmp"}]
+    assert set(made["services"]) == {"mlflow"}
+    assert "depends_on" not in made["services"]["mlflow"]
 
 
 def test_one_file_has_every_setting() -> None:

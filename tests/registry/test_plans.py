@@ -201,9 +201,10 @@ def other_network() -> bytes:
     return dense_model(numpy_helper.from_array(weights, "weights"))
 
 
+WHOLE = "whole-weights"  # there, and of the right size
 HOSTILE_GRAPHS = {
     "no graph": (b"no graph at all", ""),
-    "that reads a file here": (reads_a_file("weights"), "refers to other files"),
+    "that reads a file here": (reads_a_file(WHOLE), "refers to other files"),
     "that reads a file anywhere": (reads_a_file("/etc/passwd"), "refers to other files"),
     "that takes 4 TB": (fills_the_memory(), ""),
     "of another network": (other_network(), "differs by"),
@@ -212,9 +213,11 @@ HOSTILE_GRAPHS = {
 
 @pytest.mark.parametrize("name", HOSTILE_GRAPHS)
 def test_a_hostile_graph_is_a_rejected_plan(
-    name: str, make_bundle: MakeBundle, tmp_path: Path
+    name: str, make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, reason = HOSTILE_GRAPHS[name]
+    monkeypatch.chdir(tmp_path)
+    Path(WHOLE).write_bytes(bytes(2560))
     bundle = make_bundle()
     files = {each: bundle.read(each) for each in bundle.manifest.files}
     files |= {ONNX_GRAPH: graph, INT8_GRAPH: graph, INT8_WEIGHTS: bytes(640)}
@@ -229,7 +232,19 @@ def test_a_hostile_graph_is_a_rejected_plan(
     *engines, torch = [each.reason for each in found]
     assert torch is None
     assert all(engines)
-    assert reason in str(engines[0])
+    assert all(reason in str(each) for each in engines[:2])
+    assert "is not in OpenVINO's format" in str(engines[2])
+
+
+def test_an_int8_graph_that_is_broken_is_a_rejected_plan(bundle: Bundle, tmp_path: Path) -> None:
+    files = {each: bundle.read(each) for each in bundle.manifest.files}
+    files[INT8_GRAPH] = files[INT8_GRAPH][:-100]
+    broken = write_bundle(tmp_path / "broken", bundle.manifest, files)
+    (tmp_path / "work").mkdir()
+    (found,) = Planner(tmp_path / "plans", "cpu", 1)._find_out(
+        broken, [find_plan("openvino-int8")], tmp_path / "work"
+    )
+    assert found.reason
 
 
 def test_a_version_without_exports_is_served_by_torch(

@@ -189,6 +189,10 @@ def test_nobody_chooses_anothers_bucket_and_a_network_has_one() -> None:
         ("10.0.0.9", "", "10.0.0.9"),
         ("192.0.2.1", "203.0.113.7", "192.0.2.1"),  # who is no proxy may say what it likes
         ("", "203.0.113.7", ""),
+        ("::ffff:10.0.0.9", "203.0.113.7", "203.0.113.7"),  # as a socket for both families sees it
+        ("10.0.0.9", "203.0.113.7:51000", "203.0.113.7"),
+        ("fd00::1", "[2001:db8::5]:80", str(0x20010DB800000000)),
+        ("10.0.0.9", "x" * 50, "10.0.0.9"),
     ],
 )
 def test_a_proxy_of_ours_says_whose_a_request_is(peer: str, told: str, caller: str) -> None:

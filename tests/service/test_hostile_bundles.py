@@ -19,7 +19,7 @@ from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 # What nobody reads here, or nobody can know: with digests that fit, these serve.
 HARMLESS = {
     "labels are swapped": "who can rewrite the manifest and the registry can: sign versions",
-    "held-out scores are an array of objects": "read for int8 plans only, and refused there",
+    "held-out scores are an array of objects": "read by the gate only, and refused there",
 }
 
 

@@ -1,9 +1,11 @@
 """The registry asks a service how it does; where that asks for keys, with the one of its own."""
 
+import socket
+
 import pytest
 
 from registry.errors import ModelNotReady
-from registry.services import SERVICE_KEY, read_live
+from registry.services import SERVICE_KEY, _replicas, read_live
 
 
 def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12,3 +14,30 @@ def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch)
     assert live.champion == 1
     with pytest.raises(ModelNotReady, match="does not say"):
         read_live([url], "other")
+
+
+def found(*hosts: str) -> list[tuple]:
+    return [
+        (socket.AF_INET6 if ":" in host else socket.AF_INET, 1, 6, "", (host, 8080))
+        for host in hosts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "asked"),
+    [
+        (["10.0.0.2", "10.0.0.1"], ["http://10.0.0.1:8080", "http://10.0.0.2:8080"]),
+        (["2001:db8::5", "10.0.0.1"], ["http://10.0.0.1:8080"]),  # one machine, two families
+        (["2001:db8::5"], ["http://[2001:db8::5]:8080"]),
+    ],
+)
+def test_every_machine_of_a_name_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, hosts: list[str], asked: list[str]
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found(*hosts))
+    assert _replicas("http://service:8080") == asked
+
+
+def test_a_name_that_nobody_has_is_said() -> None:
+    with pytest.raises(ModelNotReady, match="cannot be found"):
+        read_live(["http://no-such-name.invalid:1"], "digits")
