@@ -7,6 +7,8 @@ set -euo pipefail
 work=${1:-$(mktemp -d)}
 root=$work/root
 mkdir -p "$work"
+# debootstrap mounts these, and a folder with them cannot be removed.
+trap 'umount -q "$root/proc" "$root/sys" 2>/dev/null || true' EXIT
 
 if [ ! -x "$root/usr/bin/python3" ]; then
   debootstrap --variant=minbase \

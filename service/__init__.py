@@ -46,6 +46,8 @@ def create_app(
     metrics = metrics or Metrics()
     is_worker = slots is None
     slots = open_slots(settings, metrics) if slots is None else slots
+    for name in slots:
+        metrics.expect(name)
     watchdog = Watchdog(slots.values(), settings.hung_s, settings.max_rss_mb)
     if is_worker:
         metrics.start()

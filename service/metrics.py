@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 FLUSH_S = 0.5
 MOST_NOTES = 100_000  # where metrics cannot be written, memory has an end
+OUTCOMES = ("ok", "caller", "load", "state", "ours")
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -65,7 +66,7 @@ class Metrics:
         version = ("model_name", "model_version")
         self.requests = Counter(
             "convoy_requests",
-            "Classification requests by outcome (ok, caller, load, state, ours).",
+            f"Classification requests by outcome ({', '.join(OUTCOMES)}).",
             (*version, "outcome"),
             registry=registry,
         )
@@ -138,6 +139,16 @@ class Metrics:
             registry=registry,
         )
 
+    def expect(self, name: str, version: str = "") -> None:
+        """Begin a version's, or a model's, counters that alarms look at.
+
+        Prometheus sees no increase where the first value is 1 already.
+        """
+        for outcome in OUTCOMES:
+            self.requests.labels(name, version, outcome)
+        for outcome in ("ok", "failed"):
+            self.swaps.labels(name, outcome)
+
     def answered(self, name: str, version: int, request: "Answered") -> None:
         """Note a request that was answered."""
         self._series(name, version).requests.append(request)
@@ -174,8 +185,10 @@ class Metrics:
         Thread(target=run, name="metrics", daemon=True).start()
 
     def _series(self, name: str, version: int) -> "Series":
-        series = self._of_version.get((name, version))
-        return series or self._of_version.setdefault((name, version), Series())
+        if series := self._of_version.get((name, version)):
+            return series
+        self.expect(name, str(version))
+        return self._of_version.setdefault((name, version), Series())
 
     def _write(self, name: str, version: str, series: "Series") -> None:
         if requests := _drain(series.requests):

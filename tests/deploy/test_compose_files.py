@@ -65,6 +65,18 @@ def test_one_file_has_every_setting() -> None:
     assert len(named) == len(set(named))
 
 
+def test_each_alarm_comes_when_it_should_and_only_then() -> None:
+    if not shutil.which("promtool"):
+        pytest.skip("this machine has no promtool (Debian's package prometheus)")
+    cases = ROOT / "tests" / "deploy" / "alerts.yml"
+    command = ["promtool", "test", "rules", str(cases)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rules = yaml.safe_load((ROOT / "deploy" / "alerts.yml").read_text())["groups"][0]["rules"]
+    never = [rule["alert"] for rule in rules if f'"{rule["alert"]}"' not in cases.read_text()]
+    assert not never
+
+
 def test_what_is_drawn_and_what_alarms_is_measured() -> None:
     """Each metric in a rule or on the dashboard is one of the service's, or of the proxy's."""
     measured = {metric.name for metric in Metrics()._registry.collect()}

@@ -85,6 +85,16 @@ def test_metrics_count_what_happened(ready: FlaskClient, png: bytes) -> None:
         assert f'convoy_stage_seconds_count{{{labels},stage="{stage}"}} 2.0' in text
 
 
+def test_what_alarms_look_at_is_there_before_it_happens(ready: FlaskClient) -> None:
+    """Prometheus sees no increase where the first value is 1: the first failure would be silent."""
+    text = ready.get("/metrics").text
+    for version in ("", "1"):
+        labels = f'model_name="digits",model_version="{version}"'
+        for outcome in ("ours", "load"):
+            assert f'convoy_requests_total{{{labels},outcome="{outcome}"}} 0.0' in text
+    assert 'convoy_swaps_total{model_name="digits",outcome="failed"} 0.0' in text
+
+
 def test_callers_cannot_add_series(ready: FlaskClient, png: bytes) -> None:
     def series() -> int:
         return len(ready.get("/metrics").text.splitlines())

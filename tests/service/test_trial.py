@@ -282,8 +282,9 @@ def test_a_list_whose_images_fail_by_our_fault_counts_as_failed(
     parts = {"image": [(io.BytesIO(each), "x.png") for each in images[:2]]}
     answer = client.post("/v1/classify", data=parts).json
     assert [each["error"]["status"] for each in answer["results"]] == [500, 500]
-    (traffic,) = client.get("/v1/models/digits/traffic").json["versions"]
+    of_champion, traffic = client.get("/v1/models/digits/traffic").json["versions"]
     assert (traffic["version"], traffic["requests"], traffic["errors"]) == (2, 0, 1)
+    assert (of_champion["requests"], of_champion["errors"]) == (0, 0)
 
 
 def test_the_shadow_forgets_a_challenger_whose_device_was_lost(
