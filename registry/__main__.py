@@ -10,35 +10,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from registry import trust_commands
-from registry.contract import (
-    ModelRef,
-    ModelVersion,
-    Trial,
-    parse_model_ref,
-    parse_model_refs,
-)
+from registry.contract import ModelRef, Trial, parse_model_ref, parse_model_refs
 from registry.devices import serving_threads
 from registry.errors import ConvoyError, UsageError
 from registry.home import Home, convoy_home
 from registry.plain_logs import log_to_stderr
 from registry.secret_files import with_secrets
+from registry.tables import decision, live_page, plans_table, version_page, versions_table
 
 if TYPE_CHECKING:
     from registry.bundle import Bundle
-    from registry.ledger import Line
-    from registry.live import Live, VersionTraffic
     from registry.store import ModelStore
     from registry.webhooks import Receiver
 
 AUDIT_AGAIN_S = 2.0
-BAR = 24  # characters
 # On the machine that serves, requests come first.
 PULLER_NICE = 10
 
@@ -73,15 +64,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if not rows:
         print("no versions yet; python -m training makes one")
         return 0
-    heading = f"{'model':<20} {'version':>7}  {'aliases':<22} {'validation':>10} {'test':>8}"
-    print(f"{heading}  recipe    made")
-    for version, tags in rows:
-        print(
-            f"{version.name:<20} {version.version:>7}  {', '.join(version.aliases):<22} "
-            f"{tags.get('convoy.validation_accuracy', ''):>10.6} "
-            f"{tags.get('convoy.test_accuracy', ''):>8.6}  {tags.get('convoy.recipe', ''):<8}  "
-            f"{_when(version)}"
-        )
+    print(versions_table(rows))
     return 0
 
 
@@ -99,23 +82,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(shown))
         return 0
-    print(f"{version.name} version {version.version} ({', '.join(version.aliases) or 'no alias'})")
-    print(f"  made       {_when(version)}, run {version.run_id}")
-    print(f"  network    {manifest.network.name} {manifest.network.args or ''}")
-    print(f"  labels     {', '.join(manifest.labels)}")
-    print(
-        f"  input      {manifest.preprocess.mode} {manifest.preprocess.width_px}×"
-        f"{manifest.preprocess.height_px}"
-    )
-    print(f"  data       {manifest.data.name} {manifest.data.counts}, {manifest.data.sha256[:12]}…")
-    print(
-        f"  source     {manifest.source.recipe}, seed {manifest.source.seed}, "
-        f"{manifest.source.device}, commit {manifest.source.git_commit}"
-    )
-    for name, value in manifest.metrics.items():
-        print(f"  {name:<28} {value:.4f}")
-    for line in lines:
-        print(f"  {_describe_line(line)}")
+    print(version_page(version, manifest, lines))
     return 0
 
 
@@ -202,7 +169,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             print(json.dumps(msgspec.to_builtins(live)))
         else:
             home = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
-            print(home + _draw(live))
+            print(home + live_page(live))
         if not arguments.watch:
             return 0
         time.sleep(arguments.interval)
@@ -222,7 +189,7 @@ def _history(arguments: argparse.Namespace) -> int:
         versions = ", then ".join(str(line.entry.to_version) for line in lines)
         print(f"{arguments.name} on {arguments.at}: version {versions or 'none'}")
     for line in lines:
-        print(_describe_line(line))
+        print(decision(line))
     return 0
 
 
@@ -242,16 +209,6 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _describe_line(line: "Line") -> str:
-    entry = line.entry
-    overtaken = "" if line.stands else ", overtaken"
-    return (
-        f"{line.number:>4}  {entry.at}  {entry.by}  {entry.action} version {entry.to_version} "
-        f"(champion was {entry.from_version}){overtaken}: "
-        f"{'; '.join(filter(None, (entry.reason, entry.verdict))) or 'no reason given'}"
-    )
-
-
 def _pull(arguments: argparse.Namespace) -> int:
     if arguments.listen and not arguments.watch:
         raise UsageError("--listen is of use with --watch only")
@@ -261,11 +218,13 @@ def _pull(arguments: argparse.Namespace) -> int:
         refs = parse_model_refs(os.environ.get("CONVOY_MODEL"))
     if not arguments.interval > 0:
         raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
+    from registry.lookout import Lookout
     from registry.pull import Puller
     from registry.services import service_addresses
 
     services = service_addresses() if arguments.watch else ()
-    puller = Puller(_store, convoy_home(), refs, services)
+    lookout = Lookout(convoy_home(), services, "puller") if arguments.guard else None
+    puller = Puller(_store, convoy_home(), refs, lookout)
     if not arguments.watch:
         return 0 if puller.pull_all() else 2
     stop = threading.Event()
@@ -304,13 +263,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     if not arguments.port.isdecimal():
         raise UsageError(f"the control plane's port is {arguments.port!r}; it must be a number")
-    return serve(arguments.host, int(arguments.port))
+    return serve(arguments.host, int(arguments.port), guard=arguments.guard)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from registry.devices import choose_device
-    from registry.plans.choice import AUTO, EVERY, Planner, score
-    from registry.plans.plan import find_plan
+    from registry.plans.choice import AUTO, EVERY, Planner
 
     home = convoy_home()
     text = arguments.ref if arguments.ref.startswith("models:/") else f"models:/{arguments.ref}"
@@ -325,76 +283,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(msgspec.to_builtins(choice, str_keys=True)))
         return 0
     print(f"{manifest.model} on {planner.device}, {threads} thread(s) a forward pass")
-    print(
-        f"{'plan':<18} {'ms at 1':>9} {'at 8':>9} {'at 32':>9} {'memory MB':>10} "
-        f"{'built in s':>10} {'difference':>10} {'held-out':>8}  verdict"
-    )
-    for each in sorted(choice.findings, key=lambda finding: score(finding.batch_ms)):
-        accuracy = manifest.plan_accuracy.get(each.plan)
-        if each.reason is None and find_plan(each.plan).precision == "fp32":
-            accuracy = manifest.metrics.get("validation_accuracy")
-        cells = [
-            *(_cell(each.batch_ms.get(size), 9, ".3f") for size in (1, 8, 32)),
-            _cell(each.peak_mb, 10, ".0f"),
-            _cell(each.build_s or None, 10, ".1f"),
-            _cell(each.max_difference, 10, ".2g"),
-            _cell(accuracy, 8, ".4f"),
-        ]
-        verdict = "chosen" if each.plan == choice.chosen else each.reason or "accepted"
-        print(f"{each.plan:<18} {' '.join(cells)}  {verdict}")
+    print(plans_table(choice, manifest))
     return 0
-
-
-def _draw(live: "Live") -> str:
-    """The comparison as text: a column for each version that serves, and its times as bars."""
-    here = [number for number in (live.champion, live.challenger) if number is not None]
-    shown = [live.of(number) for number in here]
-    names = ["champion", "challenger"][: len(here)]
-    rows: list[tuple[str, ...]] = [
-        ("", *(f"{name} {number}" for name, number in zip(names, here, strict=True)))
-    ]
-    rows += [
-        ("requests", *(f"{each.requests:,}" for each in shown)),
-        ("errors", *(f"{each.errors:,} ({each.error_rate:.2%})" for each in shown)),
-        ("p50 ms", *(_ms(each.quantile_s(0.5)) for each in shown)),
-        ("p99 ms", *(_ms(each.quantile_s(0.99)) for each in shown)),
-        ("mean confidence", *(_part(each.mean_confidence) for each in shown)),
-        ("agreement in the shadow", *(_part(each.agreement) for each in shown)),
-        ("shadowed / dropped", *(f"{each.shadowed:,} / {each.dropped:,}" for each in shown)),
-    ]
-    lines = [f"{row[0]:<24}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows]
-    for name, each in zip(names, shown, strict=True):
-        lines += [f"times of the {name}", *_bars(each)]
-    for worker in live.workers:
-        lines.append(
-            f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"
-            + (f", {worker.error}" if worker.error else "")
-        )
-    return "\n".join(lines)
-
-
-def _bars(version: "VersionTraffic") -> list[str]:
-    from registry.live import UNBOUNDED_S
-
-    most = max((count for _, count in version.buckets), default=0)
-    return [
-        f"  {'over' if upper >= UNBOUNDED_S else f'≤ {1000 * upper:g}':>7} ms "
-        f"{'█' * max(1, round(BAR * count / most)):<{BAR}} {count:,}"
-        for upper, count in version.buckets
-        if count
-    ]
-
-
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.3g}"
-
-
-def _part(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _cell(value: float | None, width: int, form: str) -> str:
-    return "–".rjust(width) if value is None else f"{value:>{width}{form}}"
 
 
 def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
@@ -424,10 +314,6 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share; write 10%")
     return share
-
-
-def _when(version: ModelVersion) -> str:
-    return datetime.fromtimestamp(version.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -537,6 +423,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="the control plane: an API and pages for operators")
     serve.add_argument("--host", default=os.environ.get("CONVOY_CONTROL_HOST") or "127.0.0.1")
     serve.add_argument("--port", default=os.environ.get("CONVOY_CONTROL_PORT") or "8081")
+    serve.add_argument(
+        "--guard", action="store_true", help="end trials that break the policy, instead of pullers"
+    )
     serve.set_defaults(run=_serve)
 
     trust_commands.add_to(commands)
@@ -554,6 +443,12 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("CONVOY_WEBHOOK_LISTEN"),
         metavar="HOST:PORT",
         help="look at once when a signed webhook comes there (POST /wake)",
+    )
+    pull.add_argument(
+        "--no-guard",
+        dest="guard",
+        action="store_false",
+        help="write nothing to the registry: `serve --guard` ends trials, and says what is refused",
     )
     pull.set_defaults(run=_pull)
     return parser

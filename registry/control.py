@@ -1,6 +1,7 @@
 """Runs the control plane: one gunicorn process with threads, on a port of its own.
 
-The ledgers' webhooks go out from here, whoever has written the lines.
+The ledgers' webhooks go out from here, whoever has written the lines; and where pullers may not
+write, trials are guarded from here.
 """
 
 import logging
@@ -14,6 +15,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from registry.home import convoy_home
 from registry.ledger_events import Sender, read_webhooks
+from registry.lookout import Lookout
 from registry.services import service_addresses
 from registry.tokens import Tokens
 
@@ -25,12 +27,12 @@ SILENT_S = 10
 TIMEOUT_S = 900
 
 
-def serve(host: str, port: int) -> int:
-    """Serve until SIGTERM or Ctrl-C."""
+def serve(host: str, port: int, guard: bool = False) -> int:
+    """Serve until SIGTERM or Ctrl-C; ``guard`` trials, too."""
     read_webhooks(convoy_home().webhooks)  # says what is wrong with them before anything starts
     if not Tokens(convoy_home().tokens).all():
         log.warning("nobody has a token yet; run: python -m registry token add NAME --role admin")
-    ControlPlane(host, port).run()
+    ControlPlane(host, port, guard).run()
     return 0
 
 
@@ -47,7 +49,8 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
 class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """gunicorn, told by us instead of by a command line."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, guard: bool) -> None:
+        self._guard = guard
         self._bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         super().__init__()
 
@@ -67,9 +70,13 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
         from registry.api import create_app
         from registry.store import ModelStore
 
-        home = convoy_home()
+        home, services = convoy_home(), service_addresses()
         hooks = read_webhooks(home.webhooks)
         if hooks:
             sender = Sender(lambda: ModelStore(home), home.deliveries, hooks)
             Thread(target=sender.watch, args=(Event(),), name="webhooks", daemon=True).start()
-        return create_app(ModelStore(home), home, service_addresses())
+        if self._guard:
+            watch = Lookout(home, services, "control plane").watch
+            arguments = (lambda: ModelStore(home), Event())
+            Thread(target=watch, args=arguments, name="guard", daemon=True).start()
+        return create_app(ModelStore(home), home, services)

@@ -1,8 +1,7 @@
 """The puller: follows the registry, verifies what it fetches, and lays it out for the workers.
 
-It is the only part that talks to the registry at run time, so it also tells it what happens here: a
-version that a worker refuses, and a trial that breaks the policy and is ended. Whatever happens
-there, what lies on disk stays as it is and goes on serving.
+Beside it a lookout tells the registry what happens here. Whatever happens there, what lies on disk
+stays as it is and goes on serving.
 """
 
 import contextlib
@@ -10,12 +9,11 @@ import errno
 import fcntl
 import logging
 import os
-import platform
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 
@@ -24,16 +22,10 @@ from registry.contract import CHALLENGER, CHAMPION, ModelRef, ModelVersion
 from registry.errors import (
     BundleInvalid,
     ConvoyError,
-    ModelNotReady,
-    PromotionConflict,
     RegistryUnavailable,
-    UsageError,
-    VersionNotFound,
 )
-from registry.gates import TrialPolicy, read_policy
 from registry.home import Home
-from registry.live import refusals
-from registry.promotion import note_refusal, withdraw
+from registry.lookout import Lookout
 from registry.releases import (
     Release,
     ReleasedVersion,
@@ -44,10 +36,8 @@ from registry.releases import (
     write_release,
     write_status,
 )
-from registry.services import read_live
 from registry.signing import SIGNATURE, Signed, TrustedKeys, check_serial, raise_floor
 from registry.store import ModelStore
-from registry.trial_guard import TrialGuard
 
 log = logging.getLogger(__name__)
 
@@ -74,25 +64,21 @@ class Puller:
         open_store: Callable[[], ModelStore],
         home: Home,
         refs: tuple[ModelRef, ...],
-        services: Sequence[str] = (),
+        lookout: Lookout | None = None,
     ) -> None:
-        """``services``: the addresses of those who serve from here, to be asked how it goes."""
+        """Without a ``lookout`` nothing is written to the registry: reading it is enough."""
         self._open_store = open_store
         self._store: ModelStore | None = None
         self._home = home
         self._models = home.models
         self._refs = refs
-        self._services = services
+        self._lookout = lookout
         self._trust = TrustedKeys.from_environment()
         self._verified: dict[Path, Traces] = {}
-        self._guards: dict[str, TrialGuard] = {}
-        self._told: set[tuple[str, int]] = set()
-        self._unguarded: set[str] = set()
         self._pulling_since: float | None = None
         # Of the download that is on its way.
         self._incoming: Path | None = None
         self._expected_bytes = 0
-        self._by = f"puller on {platform.node()}"
         self.wake = Event()
 
     def pull(self, ref: ModelRef) -> Release:
@@ -141,51 +127,10 @@ class Puller:
             RegistryUnavailable: it cannot be told now; the next look tries again.
         """
         release = read_release_or_none(self._models, ref.name)
-        if not self._services or release is None:
+        if self._lookout is None or release is None:
             return
-        try:
-            live = read_live(self._services, ref.name)
-        except ModelNotReady as error:  # a service that starts or ends; it says so itself
-            is_news = release.trial is not None and ref.name not in self._unguarded
-            log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error)
-            if release.trial is not None:
-                self._unguarded.add(ref.name)
-            return
-        self._unguarded.discard(ref.name)
-        store = self._at_registry()
-        for number, why in refusals(live.workers).items():
-            self._tell(store, ref.name, number, why)
-        trial = release.trial
-        if trial is None:
-            self._guards.pop(ref.name, None)
-            return
-        guard = self._guards.get(ref.name)
-        if guard is None or guard.trial != trial:
-            guard = self._guards[ref.name] = TrialGuard(trial, self._policy(ref.name), live)
-        if broken := guard.look(live):
-            log.warning("%s: the trial of %s ends: %s", ref.name, trial, broken)
-            number = trial.version
-            with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
-                withdraw(store, ref.name, broken, expect_challenger=number, by=self._by)
-            self._guards.pop(ref.name)
+        if self._lookout.look(self._at_registry(), ref.name, release.trial):
             self.pull(ref)
-
-    def _policy(self, name: str) -> TrialPolicy:
-        """The policy of trials; one that cannot be used must not leave a trial unguarded."""
-        try:
-            return read_policy(self._home.policy(name)).trial
-        except UsageError as error:
-            log.warning("%s; trials are guarded by the default", error)
-            return TrialPolicy()
-
-    def _tell(self, store: ModelStore, name: str, number: int, why: str) -> None:
-        """Have the ledger say, once, that this machine refuses a version."""
-        if (name, number) in self._told:
-            return
-        with contextlib.suppress(VersionNotFound, BundleInvalid):  # deleted since
-            version = store.resolve(ModelRef(name, number))
-            note_refusal(store, version, why, self._by)
-        self._told.add((name, number))
 
     def _at_registry(self) -> ModelStore:
         if self._store is None:
@@ -206,7 +151,8 @@ class Puller:
             try:
                 self._fetch(store, folder, version)
             except BundleInvalid as error:
-                self._tell(store, version.name, version.version, str(error))
+                if self._lookout is not None:
+                    self._lookout.tell(store, version, str(error))
                 raise
         if self._trust and _read(folder / SIGNATURE) != version.signature:
             write_atomically(folder / SIGNATURE, (version.signature or "").encode())

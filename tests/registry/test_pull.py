@@ -12,6 +12,7 @@ from registry.contract import ModelRef, Trial, sha256_hex
 from registry.errors import BundleInvalid, RegistryUnavailable
 from registry.home import Home
 from registry.live import Live, VersionTraffic, WorkerReport
+from registry.lookout import Lookout
 from registry.promotion import promote, release, withdraw
 from registry.pull import VERSIONS_KEPT, Puller
 from registry.releases import read_release, read_status, release_file, version_folder
@@ -22,7 +23,11 @@ REF = ModelRef("digits", alias="champion")
 
 @pytest.fixture
 def puller(store: ModelStore, registry_home: Home) -> Puller:
-    return Puller(lambda: store, registry_home, (REF,))
+    return Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+
+
+def lookout(home: Home) -> Lookout:
+    return Lookout(home, ("http://somewhere",), "puller")
 
 
 def files(folder: Path) -> set[str]:
@@ -213,7 +218,7 @@ def test_a_challenger_that_is_gone_or_damaged_does_not_hold_up_the_champion(
     assert (last.action, last.to_version) == ("refused", 2)
     assert "has sha256" in str(last.verdict)
     puller.pull(REF)
-    Puller(lambda: store, registry_home, (REF,)).pull(REF)
+    Puller(lambda: store, registry_home, (REF,), lookout(registry_home)).pull(REF)
     assert len(store.ledger("digits").lines) == 3  # it is said once
     store._client.delete_model_version("digits", "2")
     assert puller.pull(REF).trial is None
@@ -221,14 +226,14 @@ def test_a_challenger_that_is_gone_or_damaged_does_not_hold_up_the_champion(
 
 def looked_after(puller: Puller, monkeypatch: pytest.MonkeyPatch, **live) -> None:
     found = Live(model="digits", generation=1, champion=1, challenger=2, **live)
-    monkeypatch.setattr("registry.pull.read_live", lambda services, name: found)
+    monkeypatch.setattr("registry.lookout.read_live", lambda services, name: found)
     puller.look_after(REF)
 
 
 def test_a_trial_that_breaks_the_policy_is_withdrawn_and_the_ledger_says_why(
     store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    puller = Puller(lambda: store, registry_home, (REF,), ("http://somewhere",))
+    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
     puller.pull(REF)
     good = VersionTraffic(version=1, requests=1000)
     looked_after(puller, monkeypatch, versions=(good,))
@@ -244,12 +249,64 @@ def test_a_trial_that_breaks_the_policy_is_withdrawn_and_the_ledger_says_why(
     assert store.standing("digits")[1] is None
 
 
+def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
+    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Puller(lambda: store, registry_home, (REF,))
+    reader.pull(REF)
+    failing = VersionTraffic(version=2, requests=10, errors=90)
+    lives = [VersionTraffic(version=1, requests=1000)], [failing]
+    shown = iter(lives)
+
+    def read_live(services, name: str) -> Live:
+        versions = tuple(next(shown, [failing]))
+        return Live(model=name, generation=1, champion=1, challenger=2, versions=versions)
+
+    monkeypatch.setattr("registry.lookout.read_live", read_live)
+    monkeypatch.setattr("registry.lookout.LOOK_S", 0.01)
+    before = len(store.ledger("digits").lines)
+    reader.look_after(REF)
+    assert len(store.ledger("digits").lines) == before
+    watch = Lookout(registry_home, ("http://somewhere",), "control plane").watch
+    stop = Event()
+    thread = Thread(target=watch, args=(lambda: store, stop))
+    thread.start()
+    try:
+        wait_until(lambda: store.standing("digits")[1] is None)
+    finally:
+        stop.set()
+        thread.join()
+    last = store.ledger("digits").lines[-1].entry
+    assert (last.action, last.to_version) == ("withdrawn", 2)
+    assert last.by.startswith("control plane on ")
+
+
+def test_the_control_planes_lookout_survives_whatever_fails(
+    registry_home: Home, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr("registry.lookout.LOOK_S", 0.01)
+    failures = iter([RegistryUnavailable("down"), RegistryUnavailable("down"), ValueError("odd")])
+    opened, stop = [], Event()
+
+    def open_store():
+        opened.append(1)
+        if failure := next(failures, None):
+            raise failure
+        stop.set()
+        raise RegistryUnavailable("down")
+
+    Lookout(registry_home, ("http://somewhere",), "control plane").watch(open_store, stop)
+    assert len(opened) == 4
+    said = [record.message for record in caplog.records if "not guarded" in record.message]
+    assert said == ["trials are not guarded: down", "trials are not guarded: odd"]
+
+
 def test_a_version_that_a_worker_refuses_stands_in_the_ledger_once(
     store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    puller = Puller(lambda: store, registry_home, (REF,), ("http://somewhere",))
+    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
     puller.pull(REF)
     worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
     for _ in range(3):
@@ -298,7 +355,7 @@ def test_a_bad_policy_leaves_no_trial_unguarded_and_the_registry_well(
 ) -> None:
     registry_home.policy("digits").parent.mkdir()
     registry_home.policy("digits").write_text("nonsense = 1")
-    puller = Puller(lambda: store, registry_home, (REF,), ("http://somewhere",))
+    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
     puller.pull(REF)
     good = VersionTraffic(version=1, requests=1000)
     looked_after(puller, monkeypatch, versions=(good,))

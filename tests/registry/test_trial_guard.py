@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.__main__ import _draw
 from registry.contract import Trial
 from registry.errors import UsageError
 from registry.gates import TrialPolicy, read_policy
@@ -17,6 +16,7 @@ from registry.live import (
     add_up,
 )
 from registry.services import service_addresses
+from registry.tables import live_page
 from registry.trial_guard import TrialGuard
 
 TRIAL = Trial(version=2, share=0.1)
@@ -120,7 +120,7 @@ def test_the_comparison_survives_json_and_is_drawn() -> None:
     shown = live(traffic(1, 900), traffic(2, 100, 1, agreed=9, differed=1), workers=(worker,))
     again = msgspec.json.decode(msgspec.json.encode(shown), type=Live)
     assert again == shown
-    text = _draw(again)
+    text = live_page(again)
     for part in ("champion 1", "challenger 2", "0.9000", "≤ 5 ms", "worker 7", "waits"):
         assert part in text
 

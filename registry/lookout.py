@@ -1,0 +1,113 @@
+"""Looks how versions do where they serve, and has the ledger say what went wrong.
+
+A version that a worker refuses is written down, and a trial that breaks the policy is ended. The
+puller does this on a machine of its own; where pullers may only read, the control plane does.
+"""
+
+import contextlib
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from threading import Event
+
+from registry.contract import ModelRef, ModelVersion, Trial
+from registry.errors import (
+    BundleInvalid,
+    ConvoyError,
+    ModelNotReady,
+    PromotionConflict,
+    UsageError,
+    VersionNotFound,
+)
+from registry.gates import TrialPolicy, read_policy
+from registry.home import Home
+from registry.live import refusals
+from registry.promotion import note_refusal, withdraw
+from registry.services import read_live
+from registry.store import ModelStore
+from registry.trial_guard import TrialGuard
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 2.0
+
+
+class Lookout:
+    """Asks ``services``, by their addresses, how each model is served; asks nobody if none."""
+
+    def __init__(self, home: Home, services: Sequence[str], who: str) -> None:
+        """``who`` looks: the ledger says "``who`` on" this machine."""
+        self._home = home
+        self._services = services
+        self._by = f"{who} on {platform.node()}"
+        self._guards: dict[str, TrialGuard] = {}
+        self._told: set[tuple[str, int]] = set()
+        self._unguarded: set[str] = set()
+
+    def look(self, store: ModelStore, name: str, trial: Trial | None) -> bool:
+        """Whether ``trial`` of ``name`` was ended; what is refused is told.
+
+        Raises:
+            RegistryUnavailable: it cannot be told now; the next look tries again.
+        """
+        if not self._services:
+            return False
+        try:
+            live = read_live(self._services, name)
+        except ModelNotReady as error:  # a service that starts or ends; it says so itself
+            is_news = trial is not None and name not in self._unguarded
+            log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error)
+            if trial is not None:
+                self._unguarded.add(name)
+            return False
+        self._unguarded.discard(name)
+        for number, why in refusals(live.workers).items():
+            with contextlib.suppress(VersionNotFound):  # deleted since
+                self.tell(store, store.resolve(ModelRef(name, number)), why)
+        if trial is None:
+            self._guards.pop(name, None)
+            return False
+        guard = self._guards.get(name)
+        if guard is None or guard.trial != trial:
+            guard = self._guards[name] = TrialGuard(trial, self._policy(name), live)
+        broken = guard.look(live)
+        if broken is None:
+            return False
+        log.warning("%s: the trial of %s ends: %s", name, trial, broken)
+        with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
+            withdraw(store, name, broken, expect_challenger=trial.version, by=self._by)
+        self._guards.pop(name)
+        return True
+
+    def tell(self, store: ModelStore, version: ModelVersion, why: str) -> None:
+        """Have the ledger say, once, that ``version`` is refused where this looks."""
+        key = (version.name, version.version)
+        if key in self._told:
+            return
+        with contextlib.suppress(VersionNotFound, BundleInvalid):  # deleted since
+            note_refusal(store, version, why, self._by)
+        self._told.add(key)
+
+    def watch(self, open_store: Callable[[], ModelStore], stop: Event) -> None:
+        """Look at every model of the registry, again and again, until ``stop`` is set."""
+        store, failing = None, False
+        while not stop.wait(LOOK_S):
+            try:
+                store = store or open_store()
+                for name in store.models():
+                    _, trial = store.standing(name)
+                    self.look(store, name, trial)
+                failing = False
+            except Exception as error:  # the edge of a thread: whatever failed, the next look comes
+                unexpected = not isinstance(error, ConvoyError | OSError)
+                if unexpected or not failing:
+                    log.warning("trials are not guarded: %s", error, exc_info=unexpected)
+                store, failing = None, True
+
+    def _policy(self, name: str) -> TrialPolicy:
+        """The policy of trials; one that cannot be used must not leave a trial unguarded."""
+        try:
+            return read_policy(self._home.policy(name)).trial
+        except UsageError as error:
+            log.warning("%s; trials are guarded by the default", error)
+            return TrialPolicy()
