@@ -18,7 +18,7 @@ from registry.live import UNBOUNDED_S, VersionTraffic
 
 if TYPE_CHECKING:
     from service.batcher import OnBatch
-    from service.model_slot import ServedModel
+    from service.served import ServedModel
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from registry.bundle import Bundle, open_bundle
-from registry.classifier import Classifier
-from registry.contract import Manifest, ModelRef, Trial
+from registry.contract import ModelRef
 from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.live import WorkerReport
 from registry.releases import (
@@ -28,9 +27,9 @@ from registry.releases import (
     read_status,
     version_folder,
 )
-from service.batcher import MicroBatcher
 from service.crew import Crew
 from service.memory import give_back
+from service.served import ServedModel, Serving
 
 log = logging.getLogger(__name__)
 
@@ -45,60 +44,31 @@ MOST_WARM = 2  # versions that do not serve any more
 WAITING_S = 5.0
 
 
-class ServedModel(Struct, frozen=True, kw_only=True):
-    """One version, loaded, warmed up and proved. Immutable, shared by all threads."""
-
-    manifest: Manifest
-    manifest_sha256: str
-    version: int
-    alias: str | None
-    classifier: Classifier
-    batcher: MicroBatcher
-
-    @property
-    def name(self) -> str:
-        return self.manifest.model
-
-    @property
-    def device(self) -> str:
-        return self.classifier.device
-
-    @property
-    def plan(self) -> str:
-        return self.classifier.plan
-
-
-class Serving(Struct, frozen=True):
-    """A release, loaded. ``challenger`` is on trial; without it the champion answers its share."""
-
-    key: int
-    release: Release
-    champion: ServedModel
-    challenger: ServedModel | None = None
-
-    @property
-    def trial(self) -> Trial | None:
-        """What is tried here; nothing while the challenger is not loaded, or its device is lost."""
-        has_challenger = self.challenger is not None and not self.challenger.classifier.lost
-        return self.release.trial if has_challenger else None
-
-    @property
-    def whole(self) -> bool:
-        return (self.challenger is None) == (self.release.trial is None)
-
-    def find(self, version: int | None, alias: str | None) -> ServedModel | None:
-        """The version of that number or alias, if it serves; the champion without either."""
-        for served in (self.champion, self.challenger):
-            if served and version in (None, served.version) and alias in (None, served.alias):
-                return served
-        return None
-
-
 class Held(Struct, frozen=True):
     """What a slot serves, and what it has ready. One reference, so that it is read as one."""
 
     serving: Serving | None = None
     prepared: Serving | None = None
+
+
+class Undecided(Struct, frozen=True):
+    """A version whose plan has to be chosen before it can be loaded."""
+
+    release: Release
+    version: int
+    bundle: Bundle
+
+
+class Failure(Struct, frozen=True):
+    """What could not be served, and when that is tried again.
+
+    ``version`` is the one whose fault it is; None: a device's, a disk's, the release's.
+    """
+
+    release: Release | None
+    version: int | None
+    pause_s: float
+    retry_at: float
 
 
 OnSwap = Callable[[str, ServedModel | None, ServedModel | None], None]
@@ -138,12 +108,9 @@ class ModelSlot:
         self._loaded: dict[tuple[int, str], ServedModel] = {}
         self._left_at: dict[tuple[int, str], float] = {}
         self._refreshing = Lock()
-        self._failed: Release | None = None
-        self._refused: int | None = None
-        self._retry_at = 0.0
-        self._pause_s = RETRY_S
-        self._undecided: tuple[Release, Bundle] | None = None
-        self._decided: Release | None = None
+        self._failure: Failure | None = None
+        self._undecided: Undecided | None = None
+        self._decided: str | None = None  # a manifest's digest: a trial has two to choose
         self._waiting_since: float | None = None
 
     @property
@@ -248,17 +215,22 @@ class ModelSlot:
         undecided = self._undecided
         if undecided is None:
             return
-        release, bundle = undecided
+        failure: Exception | None = None
         try:
-            self._decide(bundle)
-            self._decided = release
+            self._decide(undecided.bundle)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            with self._refreshing:
-                again = release == self._failed
-                pause_s = min(2 * self._pause_s, MOST_RETRY_S) if again else RETRY_S
-                self._note_failure(error, release, pause_s)
+            failure = error
+        with self._refreshing:
+            if self._undecided is undecided:
                 self._undecided = None
-                self._report()
+            if failure is None:
+                self._decided = undecided.bundle.manifest_sha256
+                return
+            before, pause_s = self._failure, RETRY_S
+            if before is not None and before.release == undecided.release:
+                pause_s = min(2 * before.pause_s, MOST_RETRY_S)
+            self._note_failure(failure, undecided.release, undecided.version, pause_s)
+            self._report()
 
     def _look(self, patience_s: float = -1) -> bool:
         """``refresh`` without choosing a plan; not at all if others look for ``patience_s`` yet."""
@@ -278,31 +250,36 @@ class ModelSlot:
 
     def _prepare(self) -> None:
         """Have what is wanted loaded, as far as that can be done now."""
-        release: Release | None = None
-        self._undecided = None
         self._forget_lost()
+        release: Release | None = None
         try:
             release = self._wanted()
-            for held in (self._held.serving, self._held.prepared):
-                if held is not None and held.release == release and held.whole:
-                    self._hold_prepared(held if held is self._held.prepared else None)
-                    if held is self._held.serving:
-                        self.error = self._failed = self._refused = None
-                    return
-            if release == self._failed and time.monotonic() < self._retry_at:
-                return
-            fresh = self._load_release(release)
-            if fresh is not None and fresh.whole:
-                self.error = self._failed = self._refused = None
-            self._hold_prepared(fresh)
+            wanted = self._choose(release)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
-            self._note_failure(error, release, RETRY_S)
+            self._note_failure(error, release, None, RETRY_S)
+            return
+        if self._undecided is not None and self._undecided.release != release:
+            self._undecided = None
+        for held in (self._held.serving, self._held.prepared):
+            if held is not None and held.release == release and held.whole:
+                self._hold_prepared(held if held is self._held.prepared else None)
+                if held is self._held.serving:
+                    self.error = self._failure = None
+                return
+        failed = self._failure
+        if failed and failed.release == release and time.monotonic() < failed.retry_at:
+            return
+        fresh = self._load_release(release, wanted)
+        if fresh is not None and fresh.whole:
+            self.error = self._failure = None
+        self._hold_prepared(fresh)
 
     def _wanted(self) -> Release:
         """What is released; a worker that comes late begins with what the others serve."""
         serving = self._held.serving
         others = self._post.release if serving is None else None
-        if others is not None and others != self._failed:
+        failed = self._failure.release if self._failure else None
+        if others is not None and others != failed:
             return others
         release = read_release(self._models_folder, self.ref.name)
         if release is None:
@@ -311,51 +288,57 @@ class ModelSlot:
             return replace(release, versions=(self._choose(release),), trial=None)
         return release
 
-    def _load_release(self, release: Release) -> Serving | None:
-        """All of ``release``; of one that waits for a plan, what can serve meanwhile, or None.
+    def _load_release(self, release: Release, wanted: ReleasedVersion) -> Serving | None:
+        """All of ``release``, whose champion is ``wanted``, or what of it can serve meanwhile.
+
+        None if that is nothing new.
 
         A challenger that fails stops the switch to its trial. But where nothing serves yet, the
         champion does so alone.
         """
-        champion = self._load_version(release, self._choose(release))
+        champion = self._load_version(release, wanted)
         if champion is None:
             return None
         alone = Serving(release.key, release, champion)
         if (tried := release.challenger) is None:
             return alone
-        try:
-            challenger = self._load_version(release, tried)
-        except Exception as error:
-            self._refused = tried.version
-            if self._held.serving is not None:
-                raise
-            self._note_failure(error, release, RETRY_S)
-            return alone
+        challenger = self._load_version(release, tried)
         if challenger is None:
             return alone if self._held.serving is None else None
         return replace(alone, challenger=challenger)
 
     def _load_version(self, release: Release, wanted: ReleasedVersion) -> ServedModel | None:
-        """The version, from memory if it is there; None if its plan was not chosen yet."""
+        """The version, from memory if it is there; None if it failed or has no plan yet."""
         key = wanted.version, wanted.manifest_sha256
         if (known := self._loaded.get(key)) and not known.classifier.lost:
             return replace(known, alias=wanted.alias)
-        self._refused = wanted.version
+        if self._undecided and self._undecided.bundle.manifest_sha256 == wanted.manifest_sha256:
+            return None  # it would be read again at every look
         folder = version_folder(self._models_folder, self.ref.name, wanted.version)
-        bundle = open_bundle(folder, wanted.manifest_sha256)
         try:
-            fresh = self._load(bundle, wanted)
+            bundle = open_bundle(folder, wanted.manifest_sha256)
+            fresh = self._load_decided(release, wanted, bundle)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+            self._note_failure(error, release, wanted.version, RETRY_S)
+            return None
+        if fresh is not None:
+            self._loaded[key] = fresh
+        return fresh
+
+    def _load_decided(
+        self, release: Release, wanted: ReleasedVersion, bundle: Bundle
+    ) -> ServedModel | None:
+        """The version, loaded; None, and noted, if its plan has to be chosen first."""
+        try:
+            return self._load(bundle, wanted)
         except PlanUndecided as error:
-            if release == self._decided:
+            if self._decided == bundle.manifest_sha256:
                 self._decided = None
                 raise BundleInvalid("the plan that was just chosen cannot be loaded") from error
-            self._undecided = release, bundle
-            if release != self._failed:
-                self.error = str(error)
+            self._undecided = Undecided(release, wanted.version, bundle)
+            if self._failure is None or self._failure.release != release:
+                self.error, self._failure = str(error), None
             return None
-        self._refused = None
-        self._loaded[key] = fresh
-        return fresh
 
     def _hold_prepared(self, prepared: Serving | None) -> None:
         """Have ``prepared`` ready instead of what was; not while the crew is switching to that."""
@@ -396,7 +379,7 @@ class ModelSlot:
         self._held = Held(fresh)
         self._waiting_since = None
         if fresh.whole:
-            self.error = self._failed = None
+            self.error = self._failure = None
         left = before.champion if before else None
         self._on_swap(self.ref.name, left, fresh.champion)
         log.info(
@@ -462,18 +445,21 @@ class ModelSlot:
                 serving_key=serving.key if serving else 0,
                 prepared_key=prepared.key if prepared else 0,
                 error=self.error,
-                refused=self._refused if self.error and self._undecided is None else None,
+                refused=self._failure.version if self._failure else None,
             )
         )
 
-    def _note_failure(self, error: Exception, release: Release | None, pause_s: float) -> None:
-        text = (
-            str(error) if isinstance(error, BundleInvalid) else f"{type(error).__name__}: {error}"
-        )
-        if not isinstance(error, BundleInvalid):
-            self._refused = None  # a device, a disk: the version is not at fault
-        self._failed = release
-        self._pause_s, self._retry_at = pause_s, time.monotonic() + pause_s
+    def _note_failure(
+        self,
+        error: Exception,
+        release: Release | None,
+        version: int | None,
+        pause_s: float,
+    ) -> None:
+        is_fault = isinstance(error, BundleInvalid)  # else a device, a disk: the version is good
+        text = str(error) if is_fault else f"{type(error).__name__}: {error}"
+        retry_at = time.monotonic() + pause_s
+        self._failure = Failure(release, version if is_fault else None, pause_s, retry_at)
         if text != self.error:
             serving = f"version {self.current.version}" if self.current else "nothing"
             log.warning("%s: %s; %s serves on", self.ref.name, text, serving)

@@ -13,7 +13,8 @@ from service.crew import Crew
 from service.door import Door
 from service.gpu import GpuPlanner, Planning
 from service.metrics import Metrics
-from service.model_slot import ModelSlot, ServedModel, Serving
+from service.model_slot import ModelSlot
+from service.served import ServedModel, Serving
 from service.settings import Settings
 from service.shadow_feed import ShadowFeed
 from service.watchdog import Watchdog

@@ -30,8 +30,8 @@ from service.api.bodies import Images
 from service.batcher import Scored, Ticket
 from service.memory import give_back
 from service.metrics import Answered
-from service.model_slot import ServedModel, Serving
 from service.requests import answer_headers, identify
+from service.served import ServedModel, Serving
 from service.shadow_feed import Sample
 from service.state import State
 from service.traffic import is_challengers

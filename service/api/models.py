@@ -6,7 +6,8 @@ import msgspec
 from flask import Blueprint, Response, g
 
 from registry.live import Live
-from service.model_slot import ModelSlot, ServedModel
+from service.model_slot import ModelSlot
+from service.served import ServedModel
 from service.state import state
 
 blueprint = Blueprint("models", __name__)

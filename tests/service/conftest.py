@@ -18,7 +18,8 @@ from registry.releases import ReleasedVersion, version_folder, write_release
 from registry.signing import TrustedKeys
 from service import create_app
 from service.metrics import Metrics
-from service.model_slot import ModelSlot, ServedModel
+from service.model_slot import ModelSlot
+from service.served import ServedModel
 from service.settings import Settings
 from service.state import load_served
 from tests.conftest import MakeBundle

@@ -96,11 +96,11 @@ def test_a_bundle_in_which_one_byte_is_another_never_takes_over(
         good = file.read_bytes()
         at = dice.randrange(len(good))
         file.write_bytes(good[:at] + bytes([good[at] ^ (1 << dice.randrange(8))]) + good[at + 1 :])
-        serving._failed = None  # not after a pause
+        serving._failure = None  # not after a pause
         put_forward(models, 2, bundle.manifest_sha256)
         assert not serving.refresh()
         assert serving.current is not None
         assert serving.current.version == 1
         file.write_bytes(good)
-    serving._failed = None
+    serving._failure = None
     assert serving.refresh()  # it was good but for the byte

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from registry.bundle import WEIGHTS
 from registry.contract import ModelRef
 from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.releases import release_file, version_folder
 from service import model_slot
-from service.model_slot import ModelSlot, ServedModel
+from service.model_slot import ModelSlot
+from service.served import ServedModel
 from tests.service.conftest import load
 
 
@@ -188,9 +190,38 @@ def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_s
     assert (careful.require().champion.version, chosen) == (2, [1, 2])
 
 
-def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
-    models: Path, release, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(models: Path, on_trial) -> None:
+    """Both plans have to be chosen, one after the other: that is no fault of the challenger's."""
+    on_trial(share=0.5)
+    chosen: set[int] = set()
+    read: list[int] = []
+
+    def undecided(bundle, released):
+        read.append(released.version)
+        if released.version not in chosen:
+            raise PlanUndecided("no plan was chosen on this machine yet")
+        return load(bundle, released)
+
+    def decide(bundle) -> None:
+        number = int(bundle.folder.name)
+        before = list(read)
+        for _ in range(5):  # the looks meanwhile, which must not read it all again
+            slot._look()
+            assert {each.refused for each in slot.workers()} == {None}
+        assert read == before
+        chosen.add(number)
+
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, undecided, decide)
+    slot.refresh()
+    assert slot.require().champion.version == 1
+    assert slot.require().challenger is None
+    slot.refresh()
+    assert slot.require().trial is not None
+    assert (chosen, slot.error) == ({1, 2}, None)
+    assert {each.refused for each in slot.workers()} == {None}
+
+
+def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(models: Path, release) -> None:
     release(1)
     decided = []
 
@@ -201,13 +232,13 @@ def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
     for _ in range(5):
         assert not slot.refresh()
     assert len(decided) == 1
-    monkeypatch.setattr(slot, "_retry_at", 0.0)
+    try_at_once(slot)
     slot.refresh()
     assert len(decided) == 2
 
 
 def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
-    models: Path, release, monkeypatch: pytest.MonkeyPatch, caplog
+    models: Path, release, caplog
 ) -> None:
     release(1)
 
@@ -221,13 +252,19 @@ def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
     pauses = []
     for _ in range(9):
         slot.refresh()
-        pauses.append(slot._pause_s)
-        monkeypatch.setattr(slot, "_retry_at", 0.0)
+        pauses.append(try_at_once(slot))
     assert pauses == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert len([each for each in caplog.records if each.levelname == "WARNING"]) == 1
     release(2, seed=1)
     slot.refresh()
-    assert slot._pause_s == 5
+    assert try_at_once(slot) == 5
+
+
+def try_at_once(slot: ModelSlot) -> float:
+    """Has the slot not wait until it tries again; for how many seconds it would have."""
+    assert slot._failure is not None
+    slot._failure = replace(slot._failure, retry_at=0.0)
+    return slot._failure.pause_s
 
 
 def wait_for(condition) -> None:
