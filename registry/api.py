@@ -48,13 +48,13 @@ POLICY = (
 )
 STATUS: dict[type[domain.ConvoyError], int] = {
     domain.UsageError: 400,
-    domain.ModelNotFound: 404,
     domain.VersionNotFound: 404,
     domain.PromotionConflict: 409,
     domain.PromotionRefused: 422,
     domain.BundleInvalid: 422,
     domain.RegistryUnavailable: 503,
     domain.ModelNotReady: 503,
+    domain.KeysUnavailable: 503,
 }
 P = ParamSpec("P")
 REPORT = re.compile(r"report/[A-Za-z0-9_.-]{1,80}\.png")
@@ -94,7 +94,8 @@ class Control:
                     return said
             running = self._judging.get((name, version))
             if running is None or not running.is_alive():
-                thread = Thread(target=self._judge, args=(champion, challenger), daemon=True)
+                sides = (champion, challenger)
+                thread = Thread(target=self._judge, args=sides, name="judge", daemon=True)
                 self._judging[name, version] = thread
                 thread.start()
         return None
@@ -205,7 +206,7 @@ def _identify() -> None:
     if scheme.lower() == "bearer":
         g.token = tokens.find(text.strip())
     elif digest := session.get("token"):
-        g.visitor = next((each for each in tokens.all() if each.sha256 == digest), None)
+        g.visitor = tokens.find_digest(digest)
 
 
 def _harden(response: Response) -> Response:

@@ -148,7 +148,22 @@ class Bundle:
 
     def heldout(self) -> Heldout:
         arrays = self._arrays(HELDOUT, "labels", "probabilities")
-        return Heldout(arrays["labels"], arrays["probabilities"])
+        labels, probabilities = arrays["labels"], arrays["probabilities"]
+        classes = len(self.manifest.labels)
+        fits = (
+            labels.dtype.kind in "iu"
+            and probabilities.dtype.kind == "f"
+            and labels.ndim == 1
+            and labels.size > 0
+            and probabilities.shape == (labels.size, classes)
+            and 0 <= labels.min() <= labels.max() < classes
+        )
+        if not fits:
+            raise BundleInvalid(
+                f"{self.folder / HELDOUT}: labels {labels.dtype}{labels.shape} and probabilities "
+                f"{probabilities.dtype}{probabilities.shape} are none of {classes} classes"
+            )
+        return Heldout(labels, probabilities)
 
     def thumbnails(self) -> NDArray[np.uint8]:
         """Small pictures of the first held-out examples, uint8 (N, H, W, C), to be looked at.
@@ -157,13 +172,18 @@ class Bundle:
         """
         if THUMBNAILS not in self.manifest.files:
             return np.zeros((0, 1, 1, 1), np.uint8)
-        return self._arrays(THUMBNAILS, "pixels")["pixels"]
+        pixels = self._arrays(THUMBNAILS, "pixels")["pixels"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
+            raise BundleInvalid(
+                f"{self.folder / THUMBNAILS}: {pixels.dtype}{pixels.shape} are no pictures"
+            )
+        return pixels
 
     def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:
         try:
             with np.load(io.BytesIO(self.read(file)), allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in names}
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # of bytes that are no such file, zip and zlib raise their own
             raise BundleInvalid(f"{self.folder / file}: {error}") from error
 
 

@@ -4,7 +4,6 @@
 kept for a while, so that who promotes after having looked gets the judgement that was seen.
 """
 
-import io
 import logging
 import os
 import tempfile
@@ -14,10 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 import msgspec
-import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
-from PIL import Image
 
 from registry.bundle import HELDOUT, Bundle
 from registry.contract import ModelVersion, sha256_hex
@@ -26,6 +22,7 @@ from registry.errors import BundleInvalid, PromotionRefused
 from registry.gates import Policy, Verdict, check_comparable, compare, read_policy
 from registry.home import Home
 from registry.plans.duel import time_both
+from registry.preprocess import encode_png
 from registry.releases import write_atomically
 from registry.store import ModelStore
 
@@ -215,17 +212,10 @@ def _flips(verdict: Verdict, champion: Bundle, challenger: Bundle) -> tuple[Flip
                     truth=labels[int(new.labels[position])],
                     champion=sides[0],
                     challenger=sides[1],
-                    picture=_png(pictures[position]) if position < len(pictures) else None,
+                    picture=encode_png(pictures[position]) if position < len(pictures) else None,
                 )
             )
     return tuple(flips)
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """``pixels``, uint8 (H, W, C), as a PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _forget_old(folder: Path) -> None:

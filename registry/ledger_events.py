@@ -164,7 +164,10 @@ class Sender:
         while not stop.is_set():
             if wake is not None:
                 wake.clear()
-            self._start()
+            try:
+                self._start()
+            except Exception:  # the edge of a thread: later lines must be sent all the same
+                log.exception("webhooks could not be looked after")
             (wake or stop).wait(interval_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
         patience_ends_s = time.monotonic() + TIMEOUT_S
         for courier in self._couriers:

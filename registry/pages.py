@@ -70,11 +70,11 @@ def verdict_page(judged: Judgement) -> str:
 
 
 def for_visitors(view: Callable[P, Any]) -> Callable[P, Any]:
-    """Of a page: who has no session is sent to sign in."""
+    """Of a page: who has no session, or may not look any more, is sent to sign in."""
 
     @wraps(view)
     def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
-        if g.visitor is None:
+        if g.visitor is None or not g.visitor.may_look:
             return redirect(url_for("pages.sign_in", next=request.path), 303)
         return view(*arguments, **named)
 
@@ -97,7 +97,7 @@ def signed_in() -> Any:
     _check_origin()
     token = control().tokens.find(request.form.get("token", "").strip())
     target = request.form.get("next", "")
-    if token is None:
+    if token is None or not token.may_look:
         return render_template("login.html", next=target, failed=True), 401
     session.clear()
     session.permanent = True

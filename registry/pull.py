@@ -218,9 +218,9 @@ class Puller:
 
     def _arrived_bytes(self) -> int:
         """What has come of the download that is on its way."""
-        total = 0
-        for file in self._incoming.rglob("*") if self._incoming else ():
-            with contextlib.suppress(OSError):  # it was renamed meanwhile
+        incoming, total = self._incoming, 0
+        with contextlib.suppress(OSError):  # it was renamed meanwhile
+            for file in incoming.rglob("*") if incoming else ():
                 total += file.stat().st_size if file.is_file() else 0
         return total
 

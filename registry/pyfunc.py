@@ -5,7 +5,6 @@ probabilities. The bundle's ``MLmodel`` names this module; Convoy's own serving 
 """
 
 import base64
-import binascii
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +75,6 @@ def _as_bytes(item: Any) -> bytes:
     if isinstance(item, str):
         try:
             return base64.b64decode(item, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise InvalidImage(f"neither bytes nor base64: {error}") from error
     return bytes(item)

@@ -26,13 +26,18 @@ def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str,
     Of an http address with a name, every machine of that name is one: replicas.
 
     Raises:
-        UsageError: one is no http or https address.
+        UsageError: one is no http or https address, or there is none.
     """
     port = environment.get("CONVOY_PORT") or DEFAULT_PORT
     text = environment.get("CONVOY_SERVICE_URL") or f"http://127.0.0.1:{port}"
     found = tuple(part.strip().rstrip("/") for part in text.split(",") if part.strip())
-    for address in found:
-        if not address.startswith(("http://", "https://")):
+    for address in found or [text]:
+        try:
+            parts = urllib.parse.urlsplit(address)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number
+            good = False
+        if not good:
             raise UsageError(f"CONVOY_SERVICE_URL={text!r}: {address!r} is no http(s) address")
     return found
 

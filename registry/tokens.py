@@ -6,6 +6,7 @@ added or removed counts at once.
 """
 
 import hmac
+import logging
 import os
 import secrets
 from datetime import UTC, datetime
@@ -16,8 +17,10 @@ import msgspec
 from msgspec import Struct
 
 from registry.contract import MODEL_NAME, Sha256, sha256_hex
-from registry.errors import UsageError
+from registry.errors import KeysUnavailable, UsageError
 from registry.releases import write_atomically
+
+log = logging.getLogger(__name__)
 
 Role = Literal["classify", "viewer", "admin"]
 PREFIX = "convoy_"
@@ -96,10 +99,22 @@ class Tokens:
         self._write(rest)
 
     def find(self, text: str) -> Token | None:
-        """The token that ``text`` is; every one is compared, in constant time."""
-        digest = sha256_hex(text.encode(errors="replace"))
+        """The token that ``text`` is; raises as ``find_digest``."""
+        return self.find_digest(sha256_hex(text.encode(errors="replace")))
+
+    def find_digest(self, digest: str) -> Token | None:
+        """The token of that SHA-256; every one is compared, in constant time.
+
+        Raises:
+            KeysUnavailable: the file cannot be read, which is not the caller's fault.
+        """
+        try:
+            tokens = self.all()
+        except UsageError as error:
+            log.error("%s; nobody is let in", error)
+            raise KeysUnavailable("keys cannot be checked now") from error
         found = None
-        for token in self.all():
+        for token in tokens:
             if hmac.compare_digest(token.sha256, digest):
                 found = token
         return found

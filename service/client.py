@@ -1,5 +1,6 @@
 """The client behind ``python -m service classify``: files in, a table or JSON lines out."""
 
+import contextlib
 import http.client
 import json
 import sys
@@ -44,19 +45,21 @@ def classify_files(
     connection = connect(address.hostname, port, timeout=TIMEOUT_S)
     path = f"/v1/models/{quote(model, safe='')}/classify" if model else "/v1/classify"
     failures = 0
-    for name in files:
-        try:
-            answer = _ask(connection, f"{path}?top_k={top_k}", Path(name).read_bytes(), key)
-        except OSError as error:
-            if error.filename is None:
-                raise UsageError(f"no answer from {url}: {error}") from error
-            answer = {"error": f"{error.strerror}"}
-        failures += "predictions" not in answer
-        if as_json:
-            print(json.dumps({"file": name, **answer}))
-        else:
-            _print(name, answer)
-    connection.close()
+    with contextlib.closing(connection):
+        for name in files:
+            try:
+                answer = _ask(connection, f"{path}?top_k={top_k}", Path(name).read_bytes(), key)
+            except http.client.HTTPException as error:
+                raise UsageError(f"{url} does not speak HTTP: {error!r}") from error
+            except OSError as error:
+                if error.filename is None:
+                    raise UsageError(f"no answer from {url}: {error}") from error
+                answer = {"error": f"{error.strerror}"}
+            failures += "predictions" not in answer
+            if as_json:
+                print(json.dumps({"file": name, **answer}))
+            else:
+                _print(name, answer)
     return 1 if failures else 0
 
 

@@ -183,7 +183,8 @@ class Connection:
                 self._awaits_body = True
                 self._await(self._time_for(end))
             return None
-        body = bytes(received[self._start : end])
+        with memoryview(received) as whole:  # a slice of the bytes themselves is a copy more
+            body = bytes(whole[self._start : end])
         complete = self._length is not None
         asked = Asked(self._head, self._likeness, self._digits, body, complete)
         if len(received) == end:

@@ -7,7 +7,6 @@ Several machines have several buckets, unless they share a Redis (``service.shar
 
 import hashlib
 import ipaddress
-import logging
 import math
 import mmap
 import os
@@ -18,15 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.contract import sha256_hex
-from registry.errors import KeyInsufficient, KeyMissing, KeysUnavailable, RateExceeded, UsageError
+from registry.errors import KeyInsufficient, KeyMissing, RateExceeded
 from registry.tokens import Token, Tokens
 from service.settings import Settings
 from service.shared_rate import SharedBuckets, Takes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
-
-log = logging.getLogger(__name__)
 
 BUCKETS = 8192
 _UNKNOWN = "send a key that is known here: Authorization: Bearer …"
@@ -80,11 +77,7 @@ class Door:
         return _network(peer)
 
     def _find(self, environ: "WSGIEnvironment") -> Token:
-        try:
-            token = self._tokens.find(_bearer(environ))
-        except UsageError as error:
-            log.error("%s; nobody is let in", error)
-            raise KeysUnavailable("keys cannot be checked now") from error
+        token = self._tokens.find(_bearer(environ))
         if token is None:
             raise KeyMissing(_UNKNOWN)
         return token

@@ -13,6 +13,7 @@ process that takes its place has chosen a device afresh.
 
 import logging
 import logging.config
+import math
 import os
 import signal
 import socket
@@ -187,7 +188,9 @@ class Loaded:
         self.device = classifier.device
         self.plan = classifier.plan
         # Each connection brings one batch at a time, from a queue that its worker keeps short.
-        self.batcher = MicroBatcher(classifier.classify, max_batch, sys.maxsize, batch_ms)
+        self.batcher = MicroBatcher(
+            classifier.classify, max_batch, sys.maxsize, batch_ms, max_wait_s=math.inf
+        )
 
 
 class GpuServer:

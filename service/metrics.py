@@ -63,6 +63,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._of_version: dict[tuple[str, int], Series] = {}
         self._flushing = Lock()
+        self._said: dict[str, tuple[str, str, str, str]] = {}
         version = ("model_name", "model_version")
         self.requests = Counter(
             "convoy_requests",
@@ -214,9 +215,11 @@ class Metrics:
         self.swaps.labels(name, "ok" if after else "failed").inc()
         if after is None:
             return
-        if before is not None:
-            self.model_info.labels(name, str(before.version), before.device, before.plan).set(0)
-        self.model_info.labels(name, str(after.version), after.device, after.plan).set(1)
+        # As it was said, not by ``before``: a version whose device was lost is none any more.
+        if said := self._said.get(name):
+            self.model_info.labels(*said).set(0)
+        self._said[name] = said = name, str(after.version), after.device, after.plan
+        self.model_info.labels(*said).set(1)
         self.serving_version.labels(name).set(after.version)
 
     def render(self) -> bytes:

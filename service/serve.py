@@ -71,14 +71,24 @@ class Companion:
         if self._process is None:
             if now >= self._start_at:
                 self._started = now
-                self._process = _start(self._command, stdin=subprocess.PIPE, env=self._environment)
+                try:
+                    self._process = _start(
+                        self._command, stdin=subprocess.PIPE, env=self._environment
+                    )
+                except OSError as error:  # no room for a process: what runs must not end by that
+                    log.warning("%s cannot be started: %s", self._name, error)
+                    self._wait()
         elif (status := self._process.poll()) is not None:
             if now - self._started >= CALM_S:
                 self._pause_s = FIRST_PAUSE_S
             log.warning("%s ended with %s; again in %.0f s", self._name, status, self._pause_s)
             self.end()
-            self._start_at = now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._wait()
+
+    def _wait(self) -> None:
+        """Have the next start come after a pause, and the one after that later yet."""
+        self._start_at = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     def wait_for(self, path: Path) -> int | None:
         """Wait until the process makes ``path``; its exit status if it ends instead.

@@ -24,7 +24,7 @@ from registry.bundle import open_bundle
 from registry.classifier import Classifier
 from registry.contract import Manifest
 from registry.devices import CORES
-from registry.errors import ConvoyError, DeviceLost
+from registry.errors import DeviceLost
 from registry.preprocess import Pixels, decode_image
 from registry.processes import end_with_standard_input
 from registry.releases import read_release_or_none, version_folder
@@ -77,7 +77,7 @@ class Shadow:
             return
         mine = [each for each in samples if each.challenger == loaded.version]
         try:
-            pixels = np.stack([_pixels(each, loaded.manifest) for each in mine])
+            pixels = np.stack([self._pixels(each, loaded.manifest) for each in mine])
             scores = loaded.classifier.classify(pixels)
         except DeviceLost as error:  # not the challenger's fault; another process takes over
             log.warning("%s version %d: %s", model, loaded.version, error)
@@ -114,12 +114,18 @@ class Shadow:
             if self._trust:
                 check_signature(bundle, version, self._trust)
             fresh = Loaded(version, bundle.manifest, self._planner.load(bundle))
-        except (ConvoyError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - an engine may raise anything
             log.warning("%s version %d cannot be scored: %s", model, version, error)
             self._retry_at[model, version] = time.monotonic() + RETRY_S
             return None
         self._loaded[model] = fresh
         return fresh
+
+    def _pixels(self, sample: Sample, manifest: Manifest) -> Pixels:
+        if sample.is_encoded:
+            limits = self._settings.decode_limits
+            return decode_image(sample.image, manifest.preprocess, limits)
+        return np.frombuffer(sample.image, np.uint8).reshape(manifest.preprocess.shape)
 
 
 class Budget:
@@ -156,12 +162,6 @@ def _by_model(samples: list[Sample]) -> dict[str, list[Sample]]:
     for sample in samples:
         found.setdefault(sample.model, []).append(sample)
     return found
-
-
-def _pixels(sample: Sample, manifest: Manifest) -> Pixels:
-    if sample.is_encoded:
-        return decode_image(sample.image, manifest.preprocess)
-    return np.frombuffer(sample.image, np.uint8).reshape(manifest.preprocess.shape)
 
 
 def _yield_to_all() -> None:

@@ -31,7 +31,6 @@ from types import FrameType
 from typing import Any
 
 import msgspec
-from gunicorn import http
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors as http_errors
 from gunicorn.http import wsgi
@@ -41,7 +40,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from registry.problems import Problem
-from service.connection import HEADERS_END, RECEIVE_BYTES, Asked, Connection, HeadTooLong, Phase
+from service.connection import RECEIVE_BYTES, Asked, Connection, HeadTooLong, Phase
+from service.heads import Heads
 from service.memory import share_heap
 from service.settings import Settings
 
@@ -74,8 +74,6 @@ MOST_WAITING = 512
 # Of requests that are not answered yet.
 MOST_RECEIVED_BYTES = 256 * 1024 * 1024
 RETRY = "Retry-After: 1\r\n"
-# Heads that are remembered, and the longest of them.
-HEADS, HEAD_BYTES = 1024, 1024
 
 
 class Postpone(Exception):
@@ -89,10 +87,14 @@ class Answering:
     one ``send`` has both.
     """
 
-    __slots__ = ("body", "connection", "environ", "gathered", "response")
+    __slots__ = ("body", "connection", "environ", "gathered", "response", "size")
 
-    def __init__(self, connection: Connection, request: Any, environ: dict[str, Any], cfg: Any):
+    def __init__(
+        self, connection: Connection, request: Any, environ: dict[str, Any], cfg: Any, size: int
+    ) -> None:
+        """``size``: of the request's body, in bytes."""
         self.connection = connection
+        self.size = size
         self.environ = environ
         self.gathered: list[bytes] = []
         self.response = wsgi.Response(request, self, cfg)
@@ -136,13 +138,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         # Since when, and in that order: whoever is left out is first in the next round.
         self._readable: dict[Connection, float] = {}
         self._round: dict[Connection, Answering] = {}
-        self._heads: dict[Any, tuple[Any, dict[str, Any]]] = {}
         self._ending = self._deaf = False
         self._next_poll = self._next_look = 0.0
 
     def init_process(self) -> None:
         share_heap()
         settings = Settings.from_environment()
+        self._heads = Heads(self.cfg)
         self._limits = replace(settings.limits, keep_alive_s=self.cfg.keepalive)
         self._unready_s = settings.unready_s
         self._address, self._family = (settings.host, settings.port), settings.family
@@ -345,13 +347,15 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """Have the application called: here, or in a thread."""
         connection.work()
         try:
-            request, environ = self._understand(asked, connection)
+            request, environ = self._heads.read(asked, connection)
         except Exception as error:  # noqa: BLE001 - gunicorn's parser raises many kinds
             too_long = isinstance(error, http_errors.LimitRequestHeaders)
             self._refuse(connection, 431 if too_long else 400, str(error) or "no request")
             return
         environ["wsgi.input"] = BytesIO(asked.body)
-        answering = Answering(connection, request, environ, self.cfg)
+        if self._ending:
+            environ[ENDING] = True
+        answering = Answering(connection, request, environ, self.cfg, len(asked.body))
         is_old = connection.is_old() and not connection.received  # nothing asked behind it
         if self._deaf or not asked.complete or is_old:
             answering.response.force_close()
@@ -363,7 +367,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _call(self, answering: Answering) -> None:
         """Call the application in the loop; its answer is iterated at the end of the round."""
         environ = answering.environ
-        environ[IN_LOOP], environ[WAITING] = _body_size(answering), self._workers.count
+        environ[IN_LOOP], environ[WAITING] = answering.size, self._workers.count
         try:
             answering.call(self.wsgi)
         except Postpone:
@@ -376,7 +380,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._round[answering.connection] = answering
 
     def _to_thread(self, answering: Answering, crowd: Crowd) -> None:
-        size = _body_size(answering)
+        size = answering.size
         if crowd.count >= MOST_WAITING or (size and not self._make_space(size)):
             self._refuse(answering.connection, 503, "too many requests wait already")
             return
@@ -394,36 +398,6 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._finish(answering, future.result)
 
         crowd.threads.submit(work).add_done_callback(lambda future: self._done.defer(done, future))
-
-    def _understand(self, asked: Asked, connection: Connection) -> tuple[Any, dict[str, Any]]:
-        """gunicorn's request and an environment of its own, without the body.
-
-        A client sends the same head again and again, save the length of what it brings; what
-        gunicorn made of one is remembered. That takes a quarter of the work off a small picture.
-        """
-        client, port = connection.client[:2] if connection.client else ("", "")  # "": no TCP
-        key = asked.likeness, client, connection.server
-        known = self._heads.get(key) if asked.complete else None
-        if known is None:
-            request = next(http.get_parser(self.cfg, [asked.head, HEADERS_END], connection.client))
-            _check_head(request)
-            _, environ = wsgi.create(request, None, connection.client, connection.server, self.cfg)
-            environ["wsgi.multithread"] = True
-            for bound in ("gunicorn.socket", "wsgi.early_hints", "wsgi.input"):
-                environ.pop(bound)  # to this one connection
-            request.body = request.unreader = None
-            known = request, environ
-            if asked.complete and len(asked.head) <= HEAD_BYTES:
-                if len(self._heads) == HEADS:
-                    self._heads.clear()
-                self._heads[key] = known
-        request, environ = known
-        own: dict[str, Any] = {"REMOTE_PORT": str(port)}
-        if asked.digits:
-            own["CONTENT_LENGTH"] = asked.digits
-        if self._ending:
-            own[ENDING] = True
-        return request, environ | own
 
     def _finish(self, answering: Answering, result: Callable[[], None]) -> None:
         """Take the ``result`` of the application's work, and send what it has answered."""
@@ -498,16 +472,3 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._readable.pop(connection, None)
         del self._connections[connection]
         connection.sock.close()
-
-
-def _body_size(answering: Answering) -> int:
-    return len(answering.environ["wsgi.input"].getbuffer())
-
-
-def _check_head(request: Any) -> None:
-    """Refuse what gunicorn lets pass, and proxies could take for something else."""
-    if request.version not in ((1, 0), (1, 1)):
-        raise http_errors.InvalidHTTPVersion(request.version)
-    hosts = sum(name == "HOST" for name, _ in request.headers)
-    if hosts > 1 or (hosts == 0 and request.version == (1, 1)):
-        raise ValueError("a request needs one Host")

@@ -21,17 +21,17 @@ import numpy as np
 from msgspec import Struct
 from werkzeug.exceptions import MethodNotAllowed, abort
 
-from registry.contract import ClassScore, PreprocessSpec
+from registry.contract import ClassScore, PreprocessSpec, Trial
 from registry.errors import ConvoyError, ImageTooLarge, Overloaded
 from registry.picture_parts import check_parts
 from registry.preprocess import Pixels, decode_image
 from service import errors
 from service.api.bodies import Images
-from service.batcher import Scored, Ticket
+from service.batcher import MicroBatcher, Scored, Ticket
 from service.memory import give_back
 from service.metrics import Answered
 from service.requests import answer_headers, identify
-from service.served import ServedModel, Serving
+from service.served import ServedModel
 from service.shadow_feed import Sample
 from service.state import State
 from service.traffic import is_challengers
@@ -54,7 +54,7 @@ _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
     r"/classify"
 )
-# A request that was postponed comes twice, and is counted once.
+# When a request came: one that was postponed comes twice, and is counted once.
 CALLED = "convoy.called"
 _encode = msgspec.json.Encoder().encode
 
@@ -133,7 +133,8 @@ class Classify:
         except Postpone:
             raise
         except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
-            return self._refuse(job, target["name"], error, start_response)
+            method = environ["REQUEST_METHOD"]
+            return self._refuse(job, target["name"], error, start_response, method)
         return self._answer(job, start_response)
 
     def _queue(self, job: Job, environ: "WSGIEnvironment", target: re.Match[str]) -> None:
@@ -143,7 +144,7 @@ class Classify:
             raise MethodNotAllowed(["POST"])
         in_loop = IN_LOOP in environ
         self._state.door.admit(environ, again=CALLED in environ)
-        environ[CALLED] = True
+        job.started = environ.setdefault(CALLED, job.started)
         if in_loop and self._state.slot(name).current is None:
             raise Postpone  # it may have to be loaded first
         # Read once: one request, one version.
@@ -151,13 +152,9 @@ class Classify:
         batcher = job.served.batcher
         # Before it is decoded: that would be for nothing.
         batcher.check_room(environ.get(WAITING, 0))
-        if in_loop and (
-            environ[IN_LOOP] > LOOP_BYTES
-            or batcher.image_ms > LOOP_IMAGE_MS
-            or batcher.wait_s() > LOOP_WAIT_S
-        ):
+        if in_loop and (environ[IN_LOOP] > LOOP_BYTES or _is_slow(batcher)):
             raise Postpone
-        in_trial = serving.trial is not None and not version and not alias
+        trial = None if version or alias else serving.trial
         if query := environ.get("QUERY_STRING"):
             job.top_k = _top_k(query)
         settings = self._state.settings
@@ -165,8 +162,10 @@ class Classify:
         decoded: list[Pixels | Exception] = []
         reading = time.perf_counter()
         for image in images:
-            if in_trial and not decoded:
-                self._choose_side(job, serving, image, environ)
+            if trial is not None and not decoded:
+                self._choose_side(job, trial, serving.challenger, image, environ)
+                if in_loop and _is_slow(job.served.batcher):
+                    raise Postpone  # of the challenger's
             if in_loop and job.decode_s > LOOP_DECODE_S:
                 raise Postpone
             decoding = time.perf_counter()
@@ -181,19 +180,19 @@ class Classify:
         pixels = [each for each in decoded if not isinstance(each, Exception)]
         if isinstance(decoded[0], Exception) and not job.many:
             raise decoded[0]
-        tickets = iter(job.served.batcher.put(pixels, settings.deadline_s) if pixels else ())
+        left_s = settings.deadline_s - (time.perf_counter() - job.started)
+        tickets = iter(job.served.batcher.put(pixels, left_s) if pixels else ())
         job.tickets = [each if isinstance(each, Exception) else next(tickets) for each in decoded]
 
     def _choose_side(
         self,
         job: Job,
-        serving: Serving,
+        trial: Trial,
+        challenger: ServedModel | None,
         image: bytes | ConvoyError,
         environ: "WSGIEnvironment",
     ) -> None:
         """Who answers, by the caller's header or the first image, and who else scores."""
-        trial, challenger = serving.trial, serving.challenger
-        assert trial is not None
         header = environ.get(self._sticky)
         key = header.encode() if header else b"" if isinstance(image, ConvoyError) else image
         if is_challengers(trial, key):
@@ -304,7 +303,12 @@ class Classify:
                 )
 
     def _refuse(
-        self, job: Job, name: str | None, error: Exception, start_response: "StartResponse"
+        self,
+        job: Job,
+        name: str | None,
+        error: Exception,
+        start_response: "StartResponse",
+        method: str = "POST",
     ) -> Iterable[bytes]:
         name = name or next(iter(self._state.slots))
         known = name if name in self._state.slots else ""
@@ -316,7 +320,12 @@ class Classify:
         )
         response = errors.answer(error, job.request_id)
         response.headers.update(answer_headers(job.request_id, served.version if served else None))
-        return response({"REQUEST_METHOD": "POST"}, start_response)
+        return response({"REQUEST_METHOD": method}, start_response)
+
+
+def _is_slow(batcher: MicroBatcher) -> bool:
+    """Whether this version's images are not for the loop, which has others to answer."""
+    return batcher.image_ms > LOOP_IMAGE_MS or batcher.wait_s() > LOOP_WAIT_S
 
 
 def _top_k(query: str) -> int:

@@ -44,13 +44,13 @@ def metrics() -> Response:
 
 
 def _describe(slot: ModelSlot) -> dict[str, Any]:
-    status = slot.pull_status()
+    served, status = slot.current, slot.pull_status()
     age_s = status.age_s
     return {
         "name": slot.ref.name,
-        "version": slot.current.version if slot.current else None,
-        "device": slot.current.device if slot.current else None,
-        "plan": slot.current.plan if slot.current else None,
+        "version": served.version if served else None,
+        "device": served.device if served else None,
+        "plan": served.plan if served else None,
         "error": slot.error,
         "registry_age_s": None if age_s is None else round(age_s, 1),
         "stale": age_s is not None and age_s > state().settings.stale_s,

@@ -54,6 +54,12 @@ def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int])
     promote(store, "digits", 1)
 
 
+def wait_for_judges() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "judge":
+            thread.join(20)
+
+
 def routes() -> list[tuple[str, str]]:
     return [(rule.replace("<name>", "digits"), method) for rule, method, _ in api.ROUTES]
 
@@ -128,9 +134,7 @@ def test_a_verdict_is_found_in_the_background(client: FlaskClient, headers, prom
     path = "/v1/models/digits/versions/2/verdict"
     first = client.get(path, headers=headers["viewer"])
     assert (first.status_code, first.headers["Retry-After"]) == (202, "2")
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(20)
+    wait_for_judges()
     found = client.get(path, headers=headers["viewer"])
     assert found.status_code == 200
     assert (found.json["accepted"], found.json["challenger"]) == (True, 2)
@@ -217,15 +221,21 @@ def test_errors_are_problems_and_tell_nothing_internal(
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
 
 
+def test_tokens_that_cannot_be_read_are_no_fault_of_the_caller(
+    client: FlaskClient, headers, registry_home: Home
+) -> None:
+    registry_home.tokens.write_text("[{")
+    answer = client.get("/v1/models", headers=headers["viewer"])
+    assert (answer.status_code, answer.json["detail"]) == (503, "keys cannot be checked now")
+
+
 def test_a_verdict_without_figures_is_told_too_and_found_once(
     client: FlaskClient, headers, promoted: None, publish, downloads: list[int]
 ) -> None:
     publish(seed=9, change=lambda each: replace(each, labels=tuple("abcdefghij")))
     path = "/v1/models/digits/versions/3/verdict"
     assert client.get(path, headers=headers["viewer"]).status_code == 202
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(20)
+    wait_for_judges()
     for _ in range(3):
         found = client.get(path, headers=headers["viewer"])
         assert (found.status_code, found.json["accepted"]) == (200, False)

@@ -1,10 +1,20 @@
+import io
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from registry.bundle import MANIFEST, WEIGHTS, fsync_tree, open_bundle, write_bundle
+from registry.bundle import (
+    HELDOUT,
+    MANIFEST,
+    THUMBNAILS,
+    WEIGHTS,
+    fsync_tree,
+    open_bundle,
+    to_npz,
+    write_bundle,
+)
 from registry.contract import FileEntry
 from registry.errors import BundleInvalid
 from tests.conftest import MakeBundle
@@ -95,3 +105,39 @@ def test_files_that_are_not_what_they_are_called_are_refused(
     wrong = write_bundle(tmp_path / "wrong", bundle.manifest, {**files, file: b"not this format"})
     with pytest.raises(BundleInvalid, match=file.split("/")[-1]):
         getattr(wrong, method)()
+
+
+def bare(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+ONES = np.ones((2, 10), np.float32) / 10
+HOSTILE_ARRAYS = {
+    "nothing": b"",
+    "no zip behind its mark": b"PK\x03\x04" + bytes(40),
+    "one array": bare(np.zeros(2)),
+    "other names": to_npz(x=np.zeros(2)),
+    "probabilities of one dimension": to_npz(labels=np.zeros(2, int), probabilities=np.zeros(2)),
+    "of other classes": to_npz(labels=np.zeros(2, int), probabilities=ONES[:, :9]),
+    "of other pictures": to_npz(labels=np.zeros(3, int), probabilities=ONES),
+    "a label beyond the last": to_npz(labels=np.array([0, 10]), probabilities=ONES),
+    "a label before the first": to_npz(labels=np.array([0, -1]), probabilities=ONES),
+    "labels that are no numbers": to_npz(labels=np.array(["a", "b"]), probabilities=ONES),
+    "no picture at all": to_npz(labels=np.zeros(0, int), probabilities=ONES[:0]),
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE_ARRAYS.values(), ids=HOSTILE_ARRAYS)
+def test_held_out_records_that_fit_no_model_are_refused(
+    make_bundle: MakeBundle, tmp_path: Path, data: bytes
+) -> None:
+    bundle = make_bundle()
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    wrong = write_bundle(tmp_path / "wrong", bundle.manifest, {**files, HELDOUT: data})
+    with pytest.raises(BundleInvalid, match=HELDOUT):
+        wrong.heldout()
+    pixels = {**files, THUMBNAILS: to_npz(pixels=np.zeros((2, 8, 8, 2), np.uint8))}
+    with pytest.raises(BundleInvalid, match="are no pictures"):
+        write_bundle(tmp_path / "pixels", bundle.manifest, pixels).thumbnails()

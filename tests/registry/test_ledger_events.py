@@ -448,6 +448,26 @@ def test_a_watch_looks_at_once_when_it_is_woken(
     inbox.take()
 
 
+def test_a_watch_survives_what_nobody_foresaw(
+    books: Books, make_inbox, make_sender, watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = make_inbox()
+    sender = make_sender(inbox.hook)
+    failures = iter([TypeError("odd")])
+    start = sender._start
+
+    def fail_once() -> bool:
+        for failure in failures:
+            raise failure
+        return start()
+
+    monkeypatch.setattr(sender, "_start", fail_once)
+    watch(sender, Event(), 0.01)
+    assert books.looked.wait(PATIENCE_S)
+    books.write("fashion", 1)
+    inbox.take()
+
+
 def test_a_webhook_that_hangs_holds_up_no_other(
     books: Books, make_inbox, make_sender, watch
 ) -> None:

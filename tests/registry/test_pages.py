@@ -97,6 +97,19 @@ def test_a_removed_token_ends_its_session(client: FlaskClient, app: Flask, token
     assert client.get("/").status_code == 303
 
 
+def test_whoever_may_only_classify_sees_no_page(
+    client: FlaskClient, app: Flask, promoted: None, tokens
+) -> None:
+    known = app.extensions["convoy"].tokens
+    caller = known.add("caller", "classify")
+    assert client.post("/login", data={"token": caller}).status_code == 401
+    sign_in(client, tokens["viewer"])
+    with client.session_transaction() as session:
+        session["token"] = known.find(caller).sha256
+    for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/live"):
+        assert client.get(path).status_code == 303
+
+
 def test_a_session_decides_only_by_its_own_forms(
     client: FlaskClient, promoted: None, tokens, store: ModelStore
 ) -> None:

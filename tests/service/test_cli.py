@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def test_a_service_that_is_not_there_is_one_line(picture: str, capsys) -> None:
     for wrong in ("localhost:80", "http://localhost:abc", "ftp://localhost"):
         assert main(["classify", picture, "--url", wrong]) == 2
         assert "http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_port_that_speaks_no_http_is_one_line(picture: str, capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            peer.sendall(b"220 mail.example ESMTP\r\n")
+            peer.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert main(["classify", picture, "--url", address]) == 2
+    assert capsys.readouterr().err.startswith(("error: " + address, "error: no answer"))
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(

@@ -16,10 +16,12 @@ from registry.bundle import Bundle
 from registry.classifier import Classifier
 from registry.contract import ModelRef
 from registry.errors import BundleInvalid, DeviceLost, ModelNotReady, PlanUndecided
+from registry.plans.choice import Planner
 from registry.plans.plan import Run
+from registry.plans.torch_eager import EAGER
 from registry.signing import TrustedKeys
 from service import create_app, gpu
-from service.gpu import GpuPlanner, GpuServer, RemoteRun
+from service.gpu import GpuPlanner, GpuServer, Loaded, RemoteRun, _answer
 from service.metrics import Metrics
 from service.model_slot import ModelSlot
 from service.settings import Settings
@@ -290,6 +292,16 @@ def test_many_workers_fill_no_queue_at_the_owner(
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_device_that_is_slow_is_waited_for(make_bundle: MakeBundle, few_digits: Dataset) -> None:
+    """Who must not wait for long was refused by its worker; here that would look like a fault."""
+    planner = Planner(Path("unused"), "cpu", None, EAGER)
+    loaded = Loaded(planner.load(make_bundle()), 32, 50.0)
+    loaded.batcher._image_ms = 60_000.0
+    pixels = np.stack(few_digits.test.pixels[:3])
+    assert len(_answer(loaded, pixels)) > 3 * 10 * 4
+    assert len(_answer(loaded, pixels)) > 3 * 10 * 4
 
 
 def test_an_owner_that_loads_for_too_long_is_a_lost_device(

@@ -44,6 +44,31 @@ def test_a_companion_that_ends_is_started_again_after_a_growing_pause(
     assert companion._pause_s >= 0.04
 
 
+def test_a_companion_that_cannot_be_started_is_tried_again_and_ends_nobody(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "FIRST_PAUSE_S", 0.01)
+    companion = Companion("it", script("pass"))
+    failures = iter([OSError(11, "Resource temporarily unavailable")])
+    start = serve._start
+
+    def fail_once(*arguments, **named):
+        for failure in failures:
+            raise failure
+        return start(*arguments, **named)
+
+    monkeypatch.setattr(serve, "_start", fail_once)
+
+    def started() -> bool:
+        companion.look()
+        return companion._process is not None
+
+    assert not started()
+    wait_for(started)
+    companion.end()
+    assert "it cannot be started: [Errno 11]" in caplog.text
+
+
 def test_a_companion_learns_that_it_is_over_by_the_end_of_its_input(tmp_path: Path) -> None:
     """Also one that ignores SIGTERM, as the GPU's process does."""
     ready = tmp_path / "ready"

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from registry.errors import ModelNotReady
-from registry.services import SERVICE_KEY, _replicas, read_live
+from registry.errors import ModelNotReady, UsageError
+from registry.services import SERVICE_KEY, _replicas, read_live, service_addresses
 
 
 def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,6 +14,14 @@ def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch)
     assert live.champion == 1
     with pytest.raises(ModelNotReady, match="does not say"):
         read_live([url], "other")
+
+
+@pytest.mark.parametrize(
+    "text", [",", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://x:0", "x:8080"]
+)
+def test_what_is_no_address_is_said_at_once(text: str) -> None:
+    with pytest.raises(UsageError, match="is no http"):
+        service_addresses({"CONVOY_SERVICE_URL": text})
 
 
 def found(*hosts: str) -> list[tuple]:

@@ -1,17 +1,22 @@
 """A challenger on real traffic: who gets its answers, and what is scored in the shadow."""
 
 import io
+import re
 import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+from flask import Flask
 from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from werkzeug.test import create_environ
 
 from registry.bundle import WEIGHTS
 from registry.classifier import Classifier
@@ -22,12 +27,14 @@ from registry.plans.choice import Planner
 from registry.plans.torch_eager import EAGER
 from registry.releases import version_folder
 from service import create_app, model_slot, shadow
+from service.api.classify import CALLED
 from service.metrics import Metrics
 from service.model_slot import ModelSlot
 from service.settings import Settings
 from service.shadow import Budget, Shadow
 from service.shadow_feed import Sample, ShadowFeed
 from service.traffic import is_challengers
+from service.worker import IN_LOOP, Postpone
 from tests.service.conftest import load
 
 RAW = {"content_type": "application/octet-stream"}
@@ -269,6 +276,55 @@ def test_a_device_that_was_lost_is_no_refusal_of_a_version(models: Path, on_tria
     (report,) = slot.workers()
     assert "DeviceLost" in str(report.error)
     assert report.refused is None
+
+
+def test_a_slow_challenger_is_not_for_the_loop(
+    app: Flask, slot: ModelSlot, on_trial, images: list[bytes]
+) -> None:
+    """The loop answers everybody: probes and the champion's callers would wait for it, too."""
+    on_trial(share=1.0)
+    slot.refresh()
+    challenger = slot.require().challenger
+    assert challenger is not None
+    challenger.batcher._image_ms = 200.0
+    environ = create_environ("/v1/classify", method="POST", data=images[0])
+    with pytest.raises(Postpone):
+        app.wsgi_app(environ | {IN_LOOP: len(images[0])}, lambda status, headers: None)
+    one = "/v1/models/digits/versions/1/classify"
+    environ = create_environ(one, method="POST", data=images[0])
+    assert app.wsgi_app(environ | {IN_LOOP: len(images[0])}, lambda status, headers: None)
+
+
+def test_what_was_postponed_is_timed_from_when_it_came(
+    app: Flask, slot: ModelSlot, on_trial, images: list[bytes], metrics: Metrics
+) -> None:
+    on_trial(share=0.0)
+    slot.refresh()
+
+    def ask(came_s: float) -> tuple[str, dict]:
+        said: list[str] = []
+        environ = create_environ("/v1/classify", method="POST", data=images[0])
+        environ[CALLED] = time.perf_counter() - came_s
+        parts = app.wsgi_app(environ, lambda status, headers: said.append(status))
+        body = b"".join(parts)
+        return said[0], msgspec.json.decode(body)
+
+    status, answer = ask(3.0)
+    assert status == "200 OK"
+    assert answer["timings_ms"]["total"] > 3000
+    assert metrics.traffic("digits")[0].seconds > 3
+    assert ask(11.0)[0].startswith("504")  # CONVOY_DEADLINE_S is 10
+
+
+def test_the_plan_of_a_version_whose_device_was_lost_is_told_no_more(metrics: Metrics) -> None:
+    def served(device: str) -> Any:
+        return SimpleNamespace(version=1, device=device, plan=f"plan-{device}")
+
+    metrics.swapped("digits", None, served("cuda:0"))
+    metrics.swapped("digits", None, served("cpu"))  # nothing was left to be replaced
+    text = metrics.render().decode()
+    told = re.findall(r'convoy_model_info{device="([^"]+)".*} (.*)', text)
+    assert sorted(told) == [("cpu", "1.0"), ("cuda:0", "0.0")]
 
 
 def test_a_list_whose_images_fail_by_our_fault_counts_as_failed(
