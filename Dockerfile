@@ -1,4 +1,5 @@
-# Four images from one file: registry (MLflow server, puller, control plane, command line; no torch),
+# Four images from one file: registry (MLflow server, puller, control plane, command line; OpenVINO, by
+# which the gate times versions as they will be served; no torch),
 # service (by OpenVINO; neither torch nor MLflow), trainer, and service-torch (for GPUs, and where
 # torch must run the network). Each takes its packages from a stage that is thrown away. The stages
 # are in this order because older builders build every stage before the target.
@@ -28,7 +29,7 @@ COPY pyproject.toml constraints.txt deploy/requirements.py ./
 RUN python -m venv /opt/venv
 
 FROM packages AS registry-packages
-RUN python requirements.py server s3 >wanted && pip install -c constraints.txt -r wanted
+RUN python requirements.py server s3 openvino >wanted && pip install -c constraints.txt -r wanted
 
 FROM registry-packages AS registry-pruned
 COPY deploy/prune.sh ./

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from registry import trust_commands
-from registry.contract import ModelRef, Trial, parse_model_ref, parse_model_refs
+from registry.contract import ModelRef, Trial, parse_model_ref, parse_model_refs, ref_of
 from registry.devices import serving_threads
 from registry.errors import ConvoyError, UsageError
 from registry.home import Home, convoy_home
@@ -70,7 +70,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     store = _store()
-    ref = _ref(arguments.name, arguments.version)
+    ref = ref_of(arguments.name, arguments.version)
     version = store.resolve(ref)
     manifest = store.manifest(version)
     lines = store.ledger(arguments.name).lines
@@ -91,7 +91,7 @@ def _promote(arguments: argparse.Namespace) -> int:
     from registry.promotion import promote
 
     store = _store()
-    number = store.resolve(_ref(arguments.name, arguments.version)).version
+    number = store.resolve(ref_of(arguments.name, arguments.version)).version
     line = promote(
         store,
         arguments.name,
@@ -110,7 +110,7 @@ def _judge(arguments: argparse.Namespace) -> int:
     from registry.judging import Judge
 
     store = _store()
-    number = store.resolve(_ref(arguments.name, arguments.version)).version
+    number = store.resolve(ref_of(arguments.name, arguments.version)).version
     judge = Judge(store, convoy_home(), timed=not arguments.untimed)
     judged = judge.judge(*store.sides(arguments.name, number))
     if arguments.page is not None:
@@ -137,7 +137,7 @@ def _release(arguments: argparse.Namespace) -> int:
     from registry.promotion import release
 
     store = _store()
-    number = store.resolve(_ref(arguments.name, arguments.challenger)).version
+    number = store.resolve(ref_of(arguments.name, arguments.challenger)).version
     trial = Trial(version=number, share=arguments.share, shadow=arguments.shadow)
     release(
         store,
@@ -298,11 +298,6 @@ def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
         return open_bundle(laid_out, released.manifest_sha256)
     store = _store()
     return store.download(store.resolve(ref), folder, lambda bundle: bundle.serving_files())
-
-
-def _ref(name: str, version: str) -> ModelRef:
-    """``7`` is a number, anything else an alias."""
-    return parse_model_ref(f"models:/{name}{'/' if version.isdigit() else '@'}{version}")
 
 
 def _share(text: str) -> float:

@@ -229,6 +229,11 @@ class ModelRef(Struct, frozen=True):
         return f"models:/{self.name}{selector}"
 
 
+def ref_of(name: str, version: str) -> ModelRef:
+    """The version of ``name`` that somebody typed: ``7`` is a number, anything else an alias."""
+    return parse_model_ref(f"models:/{name}{'/' if version.isdigit() else '@'}{version}")
+
+
 def parse_model_ref(text: str) -> ModelRef:
     """The reference in ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``.
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.contract import ModelRef, ModelVersion
+from registry.contract import ModelVersion, ref_of
 from registry.errors import UsageError
 from registry.home import convoy_home
 
@@ -128,7 +128,4 @@ def _find(arguments: argparse.Namespace) -> "tuple[ModelStore, ModelVersion]":
     from registry.store import ModelStore
 
     store = ModelStore(convoy_home())
-    text = arguments.version
-    number = int(text) if text.isdecimal() else None
-    alias = None if number else text
-    return store, store.resolve(ModelRef(arguments.name, number, alias))
+    return store, store.resolve(ref_of(arguments.name, arguments.version))

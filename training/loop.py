@@ -87,8 +87,9 @@ def fit(
     best_weights: dict[str, Tensor] = {}
     interrupted = False
 
+    key = _run_key(recipe, data, seed) if checkpoint is not None else {}
     if resume:
-        state = _load_checkpoint(checkpoint, recipe, data, seed)
+        state = _load_checkpoint(checkpoint, key)
         program.network.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         best_weights = state["best_weights"]
@@ -106,7 +107,6 @@ def fit(
                 best = epoch
             history.append(epoch)
             if checkpoint is not None:
-                key = _run_key(recipe, data, seed)
                 _save_checkpoint(checkpoint, key, program, optimizer, best_weights, history)
             on_epoch(epoch)
             log.info(
@@ -291,12 +291,12 @@ def _save_checkpoint(
     temporary.replace(path)  # a crash while writing leaves the older checkpoint
 
 
-def _load_checkpoint(path: Path | None, recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
+def _load_checkpoint(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
     if path is None or not path.exists():
         raise UsageError(f"there is no checkpoint to resume from at {path}")
     state: dict[str, Any] = torch.load(  # noqa: TID251 - what this machine itself has written
         path, map_location="cpu", weights_only=True
     )
-    if state["key"] != _run_key(recipe, data, seed):
+    if state["key"] != key:
         raise UsageError(f"the checkpoint {path} is of a run with another recipe, data set or seed")
     return state

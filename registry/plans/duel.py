@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,7 @@ from msgspec import Struct
 from registry.bundle import Bundle, open_bundle
 from registry.devices import choose_device
 from registry.errors import BundleInvalid, ConvoyError
+from registry.plans.plan import catalogue
 from registry.processes import end_with_parent
 
 BATCHES = (1, 8)
@@ -49,12 +49,12 @@ class Timed(Struct, frozen=True, kw_only=True):
 def time_both(
     champion: Bundle, challenger: Bundle, plans_folder: Path, device: str, plan: str, threads: int
 ) -> Timed | None:
-    """Both timed in a process of its own; None where there is no torch to run them with.
+    """Both timed in a process of its own; None where no engine is installed to run them with.
 
     Raises:
         BundleInvalid: one of them cannot be run here; the text says which and why.
     """
-    if find_spec("torch") is None:
+    if all(each.unsupported("cpu") for each in catalogue().values()):
         return None
     first, second = (
         (str(bundle.folder.resolve()), bundle.manifest_sha256) for bundle in (champion, challenger)
