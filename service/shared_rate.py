@@ -49,7 +49,7 @@ class SharedBuckets:
         try:
             import redis
         except ImportError as error:
-            raise UsageError("CONVOY_RATE_STORE needs Redis's client: convoy[redis]") from error
+            raise UsageError("CONVOY_RATE_STORE needs Redis's client: the extra redis") from error
         try:
             client = redis.Redis.from_url(
                 url,

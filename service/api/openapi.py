@@ -46,7 +46,7 @@ _FAILURES = {
     "403": "The key may not do this.",
     "404": "The model, version or alias is not served here.",
     "408": "The request did not arrive in its time.",
-    "411": "The body has no Content-Length.",
+    "411": "The body is chunked: its length is not said.",
     "413": "Too many bytes, pixels or images.",
     "415": "Not an image type that is accepted (JPEG, PNG, WebP).",
     "422": "The image cannot be decoded.",
