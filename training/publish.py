@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import safetensors.torch
-from numpy.typing import NDArray
 
 from registry.bundle import (
     GOLDEN,
@@ -22,14 +21,12 @@ from registry.bundle import (
     Bundle,
     GoldenImage,
     to_npz,
-    with_manifest,
     write_bundle,
 )
 from registry.classifier import replay_golden
 from registry.contract import SCHEMA_VERSION, DataRecord, Manifest, ModelVersion, SourceRecord
 from registry.errors import BundleInvalid
 from registry.networks import Program
-from registry.plans.choice import Planner
 from registry.plans.plan import Source, find_plan
 from registry.plans.torch_eager import EAGER, eager_classifier
 from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
@@ -38,6 +35,7 @@ from training.config import Recipe
 from training.datasets import Dataset, Examples
 from training.evaluate import Evaluation
 from training.export import export_network
+from training.plan_accuracy import record_plan_accuracy
 
 log = logging.getLogger(__name__)
 
@@ -219,27 +217,6 @@ def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: st
             f"{difference[worst]:.2g}; at most {RESCORE_TOLERANCE:g} is accepted"
         )
     return pixels
-
-
-def record_plan_accuracy(
-    bundle: Bundle, pixels: Pixels, labels: NDArray[np.int64], device: str
-) -> Bundle:
-    """``bundle`` with the held-out accuracy of every plan below fp32 that this machine can run.
-
-    A server that meets such a plan has the golden images only; whether a few thousand pictures
-    agree is found out here, once.
-
-    Args:
-        bundle: a complete one; its manifest is written anew.
-        pixels: uint8 (N, H, W, C), the held-out pictures as serving decodes them.
-        labels: int64 (N,), their true classes.
-        device: beside the CPU, where to try plans.
-    """
-    accuracies: dict[str, float] = {}
-    for each in {"cpu", device}:
-        planner = Planner(Path("nothing is remembered"), each, threads=None)
-        accuracies |= planner.heldout_accuracy(bundle, pixels, labels)
-    return with_manifest(bundle, msgspec.structs.replace(bundle.manifest, plan_accuracy=accuracies))
 
 
 def _git_commit() -> str | None:

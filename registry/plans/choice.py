@@ -13,21 +13,15 @@ import logging
 import math
 import os
 import shutil
-import signal
 import stat
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Literal
 
 import msgspec
-import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
 from registry.bundle import Bundle, read_digested
 from registry.classifier import Classifier, load_classifier
@@ -36,8 +30,7 @@ from registry.devices import describe_machine
 from registry.errors import BundleInvalid, PlanUndecided
 from registry.plans.plan import Plan, ReadArtefact, Source, catalogue, find_plan
 from registry.plans.torch_eager import EAGER
-from registry.plans.trial import HELDOUT_LABELS, HELDOUT_PIXELS, Finding, Job
-from registry.preprocess import Pixels
+from registry.plans.trial import KILLED, Finding, Step, run_trials
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +40,7 @@ CACHE_SCHEMA = 2
 ARTEFACTS = "artefacts"
 CHOOSING, REFUSED = ".choosing-", ".refused"
 CACHE_ENTRIES = 24
-LIMIT_S = 300  # for a plan to be built, or to be tried
 REFUSAL_S = 60.0  # for so long, others that ask hear of a refusal that was found out
-SCORE_S = 0.1  # for one held-out picture, beyond that
-KILLED = "its process was killed from outside, perhaps for want of memory"
 ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
 
 
@@ -136,42 +126,6 @@ class Planner:
                 finally:
                     _prune(root)
             return choice
-
-    def heldout_accuracy(
-        self, bundle: Bundle, pixels: Pixels, labels: NDArray[np.int64]
-    ) -> dict[str, float]:
-        """The accuracy of every plan below fp32 that runs here and is quick to build, by its name.
-
-        What fails is left out, with a warning. Each plan is tried in a process of its own.
-
-        Args:
-            bundle: a complete one.
-            pixels: uint8 (N, H, W, C), the held-out pictures as serving decodes them.
-            labels: int64 (N,), their true classes.
-        """
-        names = [
-            plan.name
-            for plan in catalogue().values()
-            if plan.precision != "fp32"
-            and not plan.builds_slowly
-            and not plan.unsupported(self.device)
-            and not missing_exports(plan, bundle.manifest)
-        ]
-        accuracies: dict[str, float] = {}
-        limit_s = LIMIT_S + round(SCORE_S * len(pixels))
-        with tempfile.TemporaryDirectory(prefix="convoy-heldout-") as folder:
-            work = Path(folder)
-            np.save(work / HELDOUT_PIXELS, pixels)
-            np.save(work / HELDOUT_LABELS, labels)
-            for found in self._run_trial("build", names, bundle, work):
-                if found.reason is None:
-                    (found,) = self._run_trial("score", [found.plan], bundle, work, limit_s)
-                if found.accuracy is None:
-                    log.warning("plan %s cannot be measured: %s", found.plan, found.reason)
-                else:
-                    accuracies[found.plan] = found.accuracy
-                    log.info("plan %s: held-out accuracy %.4f", found.plan, found.accuracy)
-        return accuracies
 
     def _open(self, bundle: Bundle, plan: Plan, read: ReadArtefact) -> Classifier:
         fallback = None
@@ -264,73 +218,19 @@ class Planner:
             if reason:
                 found[plan.name] = Finding(plan=plan.name, reason=reason)
         waiting = [plan.name for plan in plans if plan.name not in found]
-        for finding in self._run_trial("build", waiting, bundle, work):
+        for finding in self._run("build", waiting, bundle, work):
             found[finding.plan] = finding
         for name in waiting:
             if found[name].reason is None:
-                (tried,) = self._run_trial("try", [name], bundle, work)
+                (tried,) = self._run("try", [name], bundle, work)
                 if tried.reason == KILLED:  # for want of memory, perhaps: not the plan's fault yet
-                    (tried,) = self._run_trial("try", [name], bundle, work)
+                    (tried,) = self._run("try", [name], bundle, work)
                 found[name] = msgspec.structs.replace(tried, build_s=found[name].build_s)
             log.info("%s", describe_finding(found[name]))
         return [found[plan.name] for plan in plans]
 
-    def _run_trial(
-        self,
-        step: Literal["build", "try", "score"],
-        names: list[str],
-        bundle: Bundle,
-        work: Path,
-        limit_s: int = LIMIT_S,
-    ) -> list[Finding]:
-        """Run one step for ``names`` in a process; the plan in which it dies is rejected."""
-        findings: list[Finding] = []
-        environment = dict(os.environ)
-        if self._threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self._threads)
-        while remaining := names[len(findings) :]:
-            job = Job(
-                step=step,
-                plans=tuple(remaining),
-                bundle=str(bundle.folder),
-                manifest_sha256=bundle.manifest_sha256,
-                device=self.device,
-                threads=self._threads,
-                folder=str(work),
-                limit_s=limit_s,
-            )
-            found, reason = run_trial(job, environment)
-            findings += found
-            if len(found) < len(remaining):
-                findings.append(Finding(plan=remaining[len(found)], reason=reason))
-        return findings
-
-
-def run_trial(job: Job, environment: dict[str, str]) -> tuple[list[Finding], str]:
-    """What a trial process found, and, if that is not all, how it ended."""
-    command = [sys.executable, "-m", "registry.plans.trial", msgspec.json.encode(job).decode()]
-    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command, stdout=answers, stderr=said, env=environment, start_new_session=True
-        )
-        hangs = False
-        try:
-            process.wait(job.limit_s * len(job.plans) + 30)
-        except subprocess.TimeoutExpired:
-            hangs = True
-            log.warning("the trial of %s hangs", ", ".join(job.plans))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # compilers that it left behind, too
-        process.wait()
-        answers.seek(0)
-        found = [msgspec.json.decode(line, type=Finding) for line in answers]
-        said.seek(0)
-        last = said.read().decode(errors="replace").strip().splitlines()[-1:]
-    if process.returncode == -signal.SIGKILL and not hangs:
-        return found, KILLED
-    if hangs or process.returncode == -signal.SIGALRM:
-        return found, f"it took more than {job.limit_s} s to {job.step}"
-    return found, f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
+    def _run(self, step: Step, names: list[str], bundle: Bundle, work: Path) -> list[Finding]:
+        return run_trials(step, names, bundle, work, self.device, self._threads)
 
 
 def score(batch_ms: dict[int, float]) -> float:

@@ -1,16 +1,19 @@
 """One step of choosing a plan, in a process of its own: ``python -m registry.plans.trial``.
 
 An engine that does not fit the machine may take its process down; this one is there to be taken.
-It writes one JSON line for each plan that it finished to what was its standard output; everything
-that libraries print goes to standard error.
+``run_trials`` starts it; it writes one JSON line for each plan that it finished to what was its
+standard output; everything that libraries print goes to standard error.
 """
 
 import contextlib
+import logging
 import os
 import re
 import resource
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -24,16 +27,23 @@ from registry.classifier import Classifier, replay_golden
 from registry.plans.plan import Source, find_plan
 from registry.processes import end_with_parent
 
+log = logging.getLogger(__name__)
+
 BATCHES = (1, 8, 32)
 HELDOUT_PIXELS, HELDOUT_LABELS = "heldout-pixels.npy", "heldout-labels.npy"
+LIMIT_S = 300  # for a plan to be built, or to be tried
+KILLED = "its process was killed from outside, perhaps for want of memory"
 WINDOW_S = 0.3
 LEAST_RUNS = 3
+
+
+Step = Literal["build", "try", "score"]
 
 
 class Job(Struct, frozen=True, kw_only=True):
     """What a trial process is told: which plans of which bundle to build, to try or to score."""
 
-    step: Literal["build", "try", "score"]
+    step: Step
     plans: tuple[str, ...]
     bundle: str
     manifest_sha256: str
@@ -55,6 +65,75 @@ class Finding(Struct, frozen=True, kw_only=True):
     batch_ms: dict[int, float] = {}
     peak_mb: float | None = None
     accuracy: float | None = None
+
+
+def run_trials(
+    step: Step,
+    names: list[str],
+    bundle: Bundle,
+    work: Path,
+    device: str,
+    threads: int | None = None,
+    limit_s: int = LIMIT_S,
+) -> list[Finding]:
+    """One step for each plan of ``names``, in order; one in which the process dies is rejected.
+
+    Args:
+        step: what to do; a plan is tried, and scored, after it was built in the same ``work``.
+        names: of plans, which run in one process after the other, as long as it lives.
+        bundle: whose network.
+        work: the folder of the plans' artefacts, one for each, and of held-out pictures.
+        device: ``cpu`` or ``cuda:N``.
+        threads: of one forward pass; None leaves the engine's own choice.
+        limit_s: for each plan.
+    """
+    findings: list[Finding] = []
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    while remaining := names[len(findings) :]:
+        job = Job(
+            step=step,
+            plans=tuple(remaining),
+            bundle=str(bundle.folder),
+            manifest_sha256=bundle.manifest_sha256,
+            device=device,
+            threads=threads,
+            folder=str(work),
+            limit_s=limit_s,
+        )
+        found, reason = _run(job, environment)
+        findings += found
+        if len(found) < len(remaining):
+            findings.append(Finding(plan=remaining[len(found)], reason=reason))
+    return findings
+
+
+def _run(job: Job, environment: dict[str, str]) -> tuple[list[Finding], str]:
+    """What a trial process found, and, if that is not all, how it ended."""
+    command = [sys.executable, "-m", "registry.plans.trial", msgspec.json.encode(job).decode()]
+    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, stdout=answers, stderr=said, env=environment, start_new_session=True
+        )
+        hangs = False
+        try:
+            process.wait(job.limit_s * len(job.plans) + 30)
+        except subprocess.TimeoutExpired:
+            hangs = True
+            log.warning("the trial of %s hangs", ", ".join(job.plans))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # compilers that it left behind, too
+        process.wait()
+        answers.seek(0)
+        found = [msgspec.json.decode(line, type=Finding) for line in answers]
+        said.seek(0)
+        last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+    if process.returncode == -signal.SIGKILL and not hangs:
+        return found, KILLED
+    if hangs or process.returncode == -signal.SIGALRM:
+        return found, f"it took more than {job.limit_s} s to {job.step}"
+    return found, f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
 
 
 def main() -> int:
