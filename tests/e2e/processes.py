@@ -14,7 +14,7 @@ import psutil
 
 from tests.conftest import free_port
 
-PATIENCE_S = 60
+PATIENCE_S = 120
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

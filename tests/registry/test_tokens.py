@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from registry.errors import UsageError
+from registry.errors import KeysUnavailable, UsageError
 from registry.home import Home
 from registry.tokens import Tokens
 
@@ -55,4 +55,6 @@ def test_a_damaged_file_opens_nothing_and_is_named(tokens: Tokens, home: Home) -
     home.tokens.parent.mkdir(parents=True, exist_ok=True)
     home.tokens.write_text('[{"name": "ann", "role": "king"}]')
     with pytest.raises(UsageError, match=r"tokens\.json cannot be read"):
+        tokens.all()
+    with pytest.raises(KeysUnavailable):  # whoever asks is not told where it lies
         tokens.find("convoy_x")
