@@ -42,6 +42,7 @@ from msgspec.structs import replace
 from registry.problems import Problem
 from service.connection import RECEIVE_BYTES, Asked, Connection, HeadTooLong, Phase
 from service.heads import Heads
+from service.listening import SETTLE_S, turn_away
 from service.memory import share_heap
 from service.settings import Settings
 
@@ -204,8 +205,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         while time.monotonic() < unready_until:
             self._turn()
         for listener in self.sockets:
+            turn_away(listener)
+        settled = time.monotonic() + SETTLE_S
+        while time.monotonic() < settled:  # whom the kernel has welcomed already is welcome
+            self._turn(SETTLE_S)
+        for listener in self.sockets:
             self._poller.unregister(listener)
-            while self._accept(listener):  # whom the kernel has welcomed already
+            while self._accept(listener):
                 pass
             listener.close()
         self._deaf = True
@@ -218,14 +224,17 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 for each in [c for c in idle if c not in self._readable]:
                     self._close(each)
 
-    def _turn(self) -> None:
-        """One round: what is readable now, and what becomes so while that is being taken."""
+    def _turn(self, wait_s: float = LOOK_S) -> None:
+        """One round: what is readable now, and what becomes so while that is being taken.
+
+        For the first of it ``wait_s`` at most.
+        """
         self.notify()
         now = time.monotonic()
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
             self._next_poll = now + POLL_S
-            self._dispatch(0 if self._readable else LOOK_S)
+            self._dispatch(0 if self._readable else wait_s)
         self._round = {}
         ends = time.monotonic() + ROUND_S
         while self._readable and len(self._round) < ROUND_REQUESTS and time.monotonic() < ends:
