@@ -222,7 +222,7 @@ def _pull(arguments: argparse.Namespace) -> int:
     from registry.pull import Puller
     from registry.services import service_addresses
 
-    services = service_addresses() if arguments.watch else ()
+    services = service_addresses() if arguments.watch and arguments.guard else ()
     lookout = Lookout(convoy_home(), services, "puller") if arguments.guard else None
     puller = Puller(_store, convoy_home(), refs, lookout)
     if not arguments.watch:
@@ -443,7 +443,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-guard",
         dest="guard",
         action="store_false",
-        help="write nothing to the registry: `serve --guard` ends trials, and says what is refused",
+        help="write nothing to the registry: `serve --guard` ends trials, says what is refused",
     )
     pull.set_defaults(run=_pull)
     return parser

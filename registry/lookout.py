@@ -7,10 +7,10 @@ puller does this on a machine of its own; where pullers may only read, the contr
 import contextlib
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 
-from registry.contract import ModelRef, ModelVersion, Trial
+from registry.contract import ModelRef, Trial
 from registry.errors import (
     BundleInvalid,
     ConvoyError,
@@ -62,8 +62,7 @@ class Lookout:
             return False
         self._unguarded.discard(name)
         for number, why in refusals(live.workers).items():
-            with contextlib.suppress(VersionNotFound):  # deleted since
-                self.tell(store, store.resolve(ModelRef(name, number)), why)
+            self.tell(store, name, number, why)
         if trial is None:
             self._guards.pop(name, None)
             return False
@@ -79,30 +78,40 @@ class Lookout:
         self._guards.pop(name)
         return True
 
-    def tell(self, store: ModelStore, version: ModelVersion, why: str) -> None:
-        """Have the ledger say, once, that ``version`` is refused where this looks."""
-        key = (version.name, version.version)
-        if key in self._told:
+    def tell(self, store: ModelStore, name: str, number: int, why: str) -> None:
+        """Have the ledger say, once, that a version is refused where this looks."""
+        if (name, number) in self._told:
             return
         with contextlib.suppress(VersionNotFound, BundleInvalid):  # deleted since
-            note_refusal(store, version, why, self._by)
-        self._told.add(key)
+            note_refusal(store, store.resolve(ModelRef(name, number)), why, self._by)
+        self._told.add((name, number))
 
     def watch(self, open_store: Callable[[], ModelStore], stop: Event) -> None:
         """Look at every model of the registry, again and again, until ``stop`` is set."""
-        store, failing = None, False
+        store: ModelStore | None = None
+        failing: set[str] = set()
         while not stop.wait(LOOK_S):
-            try:
+            with self._noted("", failing):
                 store = store or open_store()
                 for name in store.models():
-                    _, trial = store.standing(name)
-                    self.look(store, name, trial)
-                failing = False
-            except Exception as error:  # the edge of a thread: whatever failed, the next look comes
-                unexpected = not isinstance(error, ConvoyError | OSError)
-                if unexpected or not failing:
-                    log.warning("trials are not guarded: %s", error, exc_info=unexpected)
-                store, failing = None, True
+                    with self._noted(name, failing):  # one model's failure leaves no other alone
+                        _, trial = store.standing(name)
+                        self.look(store, name, trial)
+            if "" in failing:
+                store = None
+
+    @contextlib.contextmanager
+    def _noted(self, name: str, failing: set[str]) -> Iterator[None]:
+        """The edge of a thread: what fails in the block is logged once, and the next look comes."""
+        try:
+            yield
+            failing.discard(name)
+        except Exception as error:
+            unexpected = not isinstance(error, ConvoyError | OSError)
+            if unexpected or name not in failing:
+                what = f"{name}: a trial is" if name else "trials are"
+                log.warning("%s not guarded: %s", what, error, exc_info=unexpected)
+            failing.add(name)
 
     def _policy(self, name: str) -> TrialPolicy:
         """The policy of trials; one that cannot be used must not leave a trial unguarded."""

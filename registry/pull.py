@@ -19,11 +19,7 @@ from threading import Event
 
 from registry.bundle import Bundle, fsync_tree, open_bundle
 from registry.contract import CHALLENGER, CHAMPION, ModelRef, ModelVersion
-from registry.errors import (
-    BundleInvalid,
-    ConvoyError,
-    RegistryUnavailable,
-)
+from registry.errors import BundleInvalid, ConvoyError, RegistryUnavailable
 from registry.home import Home
 from registry.lookout import Lookout
 from registry.releases import (
@@ -152,7 +148,7 @@ class Puller:
                 self._fetch(store, folder, version)
             except BundleInvalid as error:
                 if self._lookout is not None:
-                    self._lookout.tell(store, version, str(error))
+                    self._lookout.tell(store, version.name, version.version, str(error))
                 raise
         if self._trust and _read(folder / SIGNATURE) != version.signature:
             write_atomically(folder / SIGNATURE, (version.signature or "").encode())

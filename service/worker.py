@@ -139,7 +139,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         # Since when, and in that order: whoever is left out is first in the next round.
         self._readable: dict[Connection, float] = {}
         self._round: dict[Connection, Answering] = {}
-        self._ending = self._deaf = False
+        self._ending = self._deaf = self._listens_alone = False
         self._next_poll = self._next_look = 0.0
 
     def init_process(self) -> None:
@@ -161,7 +161,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def run(self) -> None:
         self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
         if not self.sockets:  # only now: whom a worker welcomes before it has loaded would wait
-            self.sockets = [self._listen()]
+            self.sockets, self._listens_alone = [self._listen()], True
         for listener in self.sockets:
             listener.setblocking(False)
             self._poller.register(listener, selectors.EVENT_READ, self._accept)
@@ -204,8 +204,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         ends, unready_until = now + self.cfg.graceful_timeout - 1, now + self._unready_s
         while time.monotonic() < unready_until:
             self._turn()
-        for listener in self.sockets:
-            turn_away(listener)
+        for listener in self.sockets if self._listens_alone else ():
+            turn_away(listener)  # not the arbiter's: other workers accept from that
         settled = time.monotonic() + SETTLE_S
         while time.monotonic() < settled:  # whom the kernel has welcomed already is welcome
             self._turn(SETTLE_S)

@@ -301,6 +301,29 @@ def test_the_control_planes_lookout_survives_whatever_fails(
     assert said == ["trials are not guarded: down", "trials are not guarded: odd"]
 
 
+def test_a_model_that_cannot_be_looked_at_leaves_no_other_unguarded(
+    registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.lookout.LOOK_S", 0.01)
+    looked: list[str] = []
+
+    class Store:
+        def models(self) -> list[str]:
+            return ["broken", "good"]
+
+        def standing(self, name: str):
+            if name == "broken":
+                raise RegistryUnavailable("its tag cannot be read")
+            return {}, None
+
+    lookout, stop = Lookout(registry_home, ("http://somewhere",), "control plane"), Event()
+    monkeypatch.setattr(
+        lookout, "look", lambda store, name, trial: (looked.append(name), stop.set())
+    )
+    lookout.watch(Store, stop)
+    assert looked == ["good"]
+
+
 def test_a_version_that_a_worker_refuses_stands_in_the_ledger_once(
     store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -479,6 +480,22 @@ def test_an_order_to_end_is_told_to_the_application_first(tmp_path: Path) -> Non
     assert old.is_closed()
     for each in (old, new):
         each.close()
+
+
+def test_a_worker_that_ends_turns_nobody_away_from_the_next(tmp_path: Path) -> None:
+    """Here gunicorn itself has the listener, and gives it to the worker that it starts then."""
+    server = Server(tmp_path)
+    first = Connection(server.port)
+    before = first.ask(b"x")["pid"]
+    first.close()
+    os.kill(before, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.closing(Connection(server.port)) as another:
+            if another.ask(b"x")["pid"] != before:
+                break
+        assert time.monotonic() < deadline
+    server.stop()
 
 
 def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> None:
