@@ -51,7 +51,7 @@ HEALTHCHECK --interval=5s --timeout=3s --start-period=120s CMD \
 CMD ["python", "-m", "service", "--no-pull"]
 
 FROM packages AS service-packages
-RUN python requirements.py service signing redis openvino >wanted \
+RUN python requirements.py service signing openvino >wanted \
     && pip install -c constraints.txt -r wanted
 COPY deploy/prune.sh ./
 RUN sh prune.sh
@@ -77,7 +77,7 @@ FROM packages AS torch-packages
 # PyTorch's index of CPU builds saves gigabytes; empty takes the ordinary one, with CUDA.
 ARG TORCH_INDEX_URL=
 RUN apt-get update && apt-get install -y --no-install-recommends binutils
-RUN python requirements.py service signing redis torch >wanted \
+RUN python requirements.py service signing torch >wanted \
     && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted
 COPY deploy/prune.sh ./
 RUN sh prune.sh

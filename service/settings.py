@@ -58,7 +58,6 @@ VARIABLES = {
     "CONVOY_KEYS": "keys",
     "CONVOY_RATE": "rate",
     "CONVOY_BURST": "burst",
-    "CONVOY_RATE_STORE": "rate_store",
     "CONVOY_PROXIES": "proxies",
     "CONVOY_LOG_LEVEL": "log_level",
 }
@@ -74,9 +73,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     long a version that was replaced stays in memory; requests with the same ``sticky_header`` get
     the same version during a trial; ``shadow_cpu`` is the part of the machine's cores that scoring
     in the shadow may take. With ``keys``, callers need a token of the file ``tokens``; who knows
-    ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``;
-    ``rate_store`` is the address of the Redis where services share it. Of ``proxies``, networks
-    with commas between them, the last address in X-Forwarded-For is the caller's.
+    ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``. Of
+    ``proxies``, networks with commas between them, the last address in X-Forwarded-For is the
+    caller's.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -110,7 +109,6 @@ class Settings(Struct, frozen=True, kw_only=True):
     service_key: str | None = None
     rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     burst: Count = 20
-    rate_store: str | None = None
     proxies: str = ""
     log_level: str = "INFO"
     gpu_socket: Path | None = None

@@ -22,7 +22,7 @@ VALUES = {
     "default": "",
     "everything": """
         service:
-          settings: {CONVOY_RATE: "100", CONVOY_RATE_STORE: "redis://10.0.0.1:6390/0"}
+          settings: {CONVOY_RATE: "100"}
           tokensSecret: tokens
           keySecret: key
           trustedKeysConfigMap: trusted
@@ -161,7 +161,7 @@ def test_ports_are_those_of_the_addresses(tmp_path: Path) -> None:
     policies = [each for each in everything if each["kind"] == "NetworkPolicy"]
     (service,) = [each for each in policies if each["metadata"]["name"] == "prod-service"]
     ports = [port["port"] for rule in service["spec"]["egress"] for port in rule["ports"]]
-    assert ports == [53, 53, 5000, 6390]
+    assert ports == [53, 53, 5000]
     plain = template('registry: {trackingUri: "http://mlflow.ml.svc"}', tmp_path)
     assert plain.returncode == 0
     assert "port: 80}" in plain.stdout

@@ -1,7 +1,6 @@
 """Keys and rates, at the door itself and through the app."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from registry.bundle import Bundle
 from registry.errors import KeyMissing, RateExceeded, UsageError
 from registry.tokens import Tokens
 from service import create_app
-from service.door import Buckets, Door
+from service.door import Door
 from service.metrics import Metrics
 from service.model_slot import ModelSlot
 from service.settings import Settings
@@ -132,23 +131,6 @@ def test_who_asks_too_often_is_told_when_to_come_back(
     assert client.get("/v1/models").status_code == 200
 
 
-def test_a_caller_gets_its_rate_and_no_more() -> None:
-    buckets = Buckets(rate=200, burst=10)
-    began = time.monotonic()
-    admitted = 0
-    while time.monotonic() - began < 0.5:
-        admitted += buckets.take("ann") == 0
-    assert 100 <= admitted <= 112
-    assert buckets.take("bob") == 0
-
-
-def test_workers_share_a_callers_bucket(tmp_path: Path) -> None:
-    one, other = (Buckets(rate=0.1, burst=4, folder=tmp_path) for _ in range(2))
-    waits = [each.take("ann") for each in (one, other, one, other, one, other)]
-    assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
-    assert (tmp_path / "buckets").stat().st_size < 100_000
-
-
 def test_a_request_that_a_thread_takes_over_is_counted_once(tmp_path: Path) -> None:
     door = Door(Settings(rate=0.1, burst=1))
     door.admit({"REMOTE_ADDR": "192.0.2.1"})
@@ -163,24 +145,6 @@ def test_an_empty_service_key_opens_nothing() -> None:
         door.admit_looker({})
 
 
-def test_nobody_chooses_anothers_bucket_and_a_network_has_one() -> None:
-    places = set()
-    for _ in range(20):
-        buckets = Buckets(rate=0.1, burst=1)
-        assert buckets.take("192.0.2.7") == 0
-        places.add(next(n for n in range(8192) if buckets._full_at[n]))
-    assert len(places) > 10
-    door = Door(Settings(rate=0.1, burst=1))
-    door.admit({"REMOTE_ADDR": "2001:db8::1"})
-    with pytest.raises(RateExceeded):
-        door.admit({"REMOTE_ADDR": "2001:db8::4d23"})
-    door.admit({"REMOTE_ADDR": "2001:db8:1::1"})
-    door.admit({"REMOTE_ADDR": "::ffff:192.0.2.7"})
-    door.admit({"REMOTE_ADDR": "::ffff:192.0.2.8"})
-    with pytest.raises(RateExceeded):
-        door.admit({"REMOTE_ADDR": "192.0.2.8"})
-
-
 @pytest.mark.parametrize(
     ("peer", "told", "caller"),
     [
@@ -191,7 +155,7 @@ def test_nobody_chooses_anothers_bucket_and_a_network_has_one() -> None:
         ("", "203.0.113.7", ""),
         ("::ffff:10.0.0.9", "203.0.113.7", "203.0.113.7"),  # as a socket for both families sees it
         ("10.0.0.9", "203.0.113.7:51000", "203.0.113.7"),
-        ("fd00::1", "[2001:db8::5]:80", str(0x20010DB800000000)),
+        ("fd00::1", "[2001:db8::5]:80", "2001:db8::5"),
         ("10.0.0.9", "x" * 50, "10.0.0.9"),
     ],
 )
