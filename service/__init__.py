@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from service.state import Slots
 
 
+METRICS_MAX_AGE_S = 1.0
+
+
 def create_app(
     settings: "Settings | None" = None,
     slots: "Slots | None" = None,
@@ -43,7 +46,7 @@ def create_app(
     from service.watchdog import Watchdog
 
     settings = settings or Settings.from_environment()
-    metrics = metrics or Metrics()
+    metrics = metrics or Metrics(METRICS_MAX_AGE_S)
     is_worker = slots is None
     slots = open_slots(settings, metrics) if slots is None else slots
     for name in slots:

@@ -38,10 +38,10 @@ os.environ["OMP_NUM_THREADS"] = str(settings.forward_threads)
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Forget the gauges of a worker that is gone."""
-    from prometheus_client import multiprocess
+    """Keep the counts of a worker that is gone, and forget the rest of it."""
+    from service.metric_files import forget_process
 
-    multiprocess.mark_process_dead(worker.pid)
+    forget_process(run_folder / METRICS, worker.pid)
 
 
 def on_exit(server: Any) -> None:

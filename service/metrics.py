@@ -4,7 +4,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,9 +13,10 @@ import numpy as np
 from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.metrics_core import Metric
 
 from registry.live import UNBOUNDED_S, VersionTraffic
+from service.metric_files import AllProcesses
 
 if TYPE_CHECKING:
     from service.batcher import OnBatch
@@ -56,10 +58,35 @@ class Series:
         self.batches.append((size, forward_s, waiting))
 
 
+class Snapshot:
+    """The metrics of all processes at one moment; a collector of what it has collected."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+        self.taken = time.monotonic()
+        self._text: bytes | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        if self._text is None:
+            self._text = generate_latest(self)
+        return self._text
+
+
 class Metrics:
     """The service's metrics; under gunicorn all workers write to ``PROMETHEUS_MULTIPROC_DIR``."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_age_s: float = 0.0) -> None:
+        """``max_age_s``: how old the figures may be that ``render`` and ``traffic`` return.
+
+        Collecting takes milliseconds to hundreds of them, and anybody may ask.
+        """
+        self._max_age_s = max_age_s
+        self._snapshot: Snapshot | None = None
+        self._collecting = Lock()
         self._registry = registry = CollectorRegistry()
         self._of_version: dict[tuple[str, int], Series] = {}
         self._flushing = Lock()
@@ -136,7 +163,7 @@ class Metrics:
             "convoy_registry_age_seconds",
             "Seconds since the puller last agreed with the registry.",
             ("model_name",),
-            multiprocess_mode="mostrecent",
+            multiprocess_mode="livemostrecent",
             registry=registry,
         )
 
@@ -224,7 +251,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """All workers' metrics in Prometheus' text format."""
-        return generate_latest(self._everyone())
+        return self._everyone().text()
 
     def traffic(self, name: str) -> tuple[VersionTraffic, ...]:
         """What each version of ``name`` did in all workers since the service started."""
@@ -237,13 +264,15 @@ class Metrics:
                     tally.add(sample.name, labels, sample.value)
         return tuple(found[version].traffic(version) for version in sorted(found))
 
-    def _everyone(self) -> CollectorRegistry:
-        self.flush()
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return self._registry
-        everyone = CollectorRegistry()
-        MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]  # untyped in 0.26
-        return everyone
+    def _everyone(self) -> Snapshot:
+        with self._collecting:
+            snapshot = self._snapshot
+            if snapshot is None or time.monotonic() >= snapshot.taken + self._max_age_s:
+                self.flush()
+                folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+                source = AllProcesses(Path(folder)) if folder else self._registry
+                snapshot = self._snapshot = Snapshot(source.collect())
+            return snapshot
 
 
 class Tally:
