@@ -5,12 +5,14 @@ client that sends, or reads, a byte a second holds a connection and nothing else
 beyond where a request ends, and no application.
 """
 
+import math
 import random
 import re
 import socket
 import time
 from enum import Enum
 from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any
 
 from msgspec import Struct
@@ -19,13 +21,18 @@ HEADERS_END = b"\r\n\r\n"
 RECEIVE_BYTES = 64 * 1024
 MOST_HEAD_BYTES = 32 * 1024
 LINGER_S = 2.0
-# Slower than this, or slower to begin, and a request is not waited for.
-SLOWEST_BYTES_PER_S = 32 * 1024
+# After ``Limits.head_s`` of grace, a client that sends or reads more slowly is given up.
+MIN_BYTES_PER_S = 32 * 1024
+# A client that is below that rate for so long is among the first to be closed for others.
+SLOW_AFTER_S = 1.0
+# Longer heads are rare, and not remembered: a cache of them would hold megabytes.
+MAX_CACHED_HEAD_BYTES = 1024
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
 _ANY_LENGTH = re.compile(rb"[\r\n][ \t]*content[-_]length", re.IGNORECASE)
 _CODED = re.compile(rb"[\r\n][ \t]*transfer[-_]encoding", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
+_JSON = re.compile(rb"\r\ncontent-type:[^\r\n]*json", re.IGNORECASE)
 
 
 class Limits(Struct, frozen=True):
@@ -33,16 +40,20 @@ class Limits(Struct, frozen=True):
 
     Attributes:
         max_body_bytes: of a longer body nothing is read; the application refuses it by its length.
-        head_s: from the first byte of a request to the end of its head, and of grace for the rest.
-        keep_alive_s: without a byte.
+        max_json_bytes: the same for a body of JSON, which is parsed in one piece.
+        head_s: grace before ``MIN_BYTES_PER_S`` counts, and how long a client may pause.
+        keep_alive_s: without a byte between two requests.
+        proxies: networks of trusted proxies, whose connections are many clients'.
         age_s: the answer after that is the last on its connection. Who keeps one for ever would
             stay with the worker that took it, whatever others have come since.
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
+    max_json_bytes: int = 64 * 1024 * 1024
     head_s: float = 10.0
     keep_alive_s: float = 75.0
     age_s: float = 60.0
+    proxies: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
 class Phase(Enum):
@@ -82,21 +93,23 @@ class Connection:
     """One client's socket, which never blocks."""
 
     __slots__ = (
-        "_awaits_body",
         "_digits",
         "_expects",
         "_head",
         "_length",
         "_likeness",
+        "_moved_at",
         "_old",
+        "_since",
         "_start",
         "client",
-        "deadline",
         "ended",
         "keep",
         "limits",
+        "origin",
         "phase",
         "received",
+        "sent_bytes",
         "server",
         "sock",
         "unsent",
@@ -111,8 +124,12 @@ class Connection:
         self.client = client
         self.server = server
         self.limits = limits
+        self.origin = _origin(client, limits.proxies)
+        """The address whose connections are limited together; "" where there is no limit."""
         self.received = bytearray()
         self.unsent: memoryview = memoryview(b"")
+        self.sent_bytes = 0
+        """Of the answer that is being sent."""
         self.keep = True
         """Whether the client is listened to after the answer that is being sent."""
         # Not all at the same moment that were opened at the same moment.
@@ -126,23 +143,20 @@ class Connection:
         self._digits: str | None = None
         self._length: int | None = None
         self._start = 0
-        self._awaits_body = self._expects = False
+        self._expects = False
         self.rest()
 
     def rest(self) -> None:
         """Wait for the next request."""
-        self.phase = Phase.IDLE
-        self.deadline = time.monotonic() + self.limits.keep_alive_s
+        self._enter(Phase.IDLE)
 
     def work(self) -> None:
         """The application has the request; how long that takes is not the client's fault."""
-        self.phase = Phase.WORKING
-        self.deadline = float("inf")
+        self._enter(Phase.WORKING)
 
     def linger(self) -> None:
         """Say no more; read on for a while, as closing at once would take the answer back."""
-        self.phase = Phase.LINGERING
-        self.deadline = time.monotonic() + LINGER_S
+        self._enter(Phase.LINGERING)
         self.received.clear()
         self.sock.shutdown(socket.SHUT_WR)
 
@@ -153,6 +167,44 @@ class Connection:
             self.ended = True
         elif self.phase is not Phase.LINGERING:
             self.received += data
+            self._moved_at = time.monotonic()
+
+    @property
+    def deadline(self) -> float:
+        """When the client's time for the next step is over, on the monotonic clock.
+
+        A client that sends or reads must keep to ``MIN_BYTES_PER_S``, by the bytes that it has
+        moved and not by those that it has announced; and it must not pause for ``head_s``.
+        """
+        match self.phase:
+            case Phase.IDLE:
+                return self._since + self.limits.keep_alive_s
+            case Phase.READING | Phase.WRITING:
+                earned_s = self._moved_bytes() / MIN_BYTES_PER_S
+                return self.limits.head_s + min(self._since + earned_s, self._moved_at)
+            case Phase.LINGERING:
+                return self._since + LINGER_S
+            case Phase.WORKING:
+                return math.inf
+
+    def closing_order(self, now: float) -> tuple[bool, float]:
+        """Sorts connections by how little is lost when they are closed to make room.
+
+        Clients that are too slow come first, or have had their last answer; then the idle ones,
+        for as long as they are that.
+        """
+        slow = self.phase is Phase.LINGERING
+        if self.phase in (Phase.READING, Phase.WRITING):
+            elapsed_s = now - self._since
+            slow = elapsed_s > max(SLOW_AFTER_S, self._moved_bytes() / MIN_BYTES_PER_S)
+        return not slow, self._since
+
+    def _moved_bytes(self) -> int:
+        return self.sent_bytes if self.phase is Phase.WRITING else len(self.received)
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self._since = self._moved_at = time.monotonic()
 
     def take(self) -> Asked | None:
         """The next request, once all of it has arrived.
@@ -167,7 +219,7 @@ class Connection:
                 if len(received) >= MOST_HEAD_BYTES:
                     raise HeadTooLong
                 if received and self.phase is Phase.IDLE:
-                    self._await(self.limits.head_s)
+                    self._enter(Phase.READING)
                 return None
             self._start = end + len(HEADERS_END)
             self._head = bytes(received[:end])
@@ -175,13 +227,11 @@ class Connection:
                 self._head, said = _EXPECT.subn(b"", self._head + b"\r\n")
                 self._head, self._expects = self._head[:-2], said > 0
             self._likeness, self._digits, length = measure(self._head)
-            too_long = length is not None and length > self.limits.max_body_bytes
-            self._length = None if too_long else length
+            self._length = None if self._is_too_long(length) else length
         end = self._start + (self._length or 0)
         if len(received) < end:
-            if self.phase is Phase.IDLE or not self._awaits_body:
-                self._awaits_body = True
-                self._await(self._time_for(end))
+            if self.phase is Phase.IDLE:
+                self._enter(Phase.READING)
             return None
         with memoryview(received) as whole:  # a slice of the bytes themselves is a copy more
             body = bytes(whole[self._start : end])
@@ -192,7 +242,7 @@ class Connection:
         else:
             del received[:end]
         self._head = None
-        self._awaits_body = self._expects = False
+        self._expects = False
         return asked
 
     def expects(self) -> bool:
@@ -210,8 +260,11 @@ class Connection:
         if not self.unsent:
             return True
         if self.phase is not Phase.WRITING:
-            self.phase = Phase.WRITING
-            self.deadline = time.monotonic() + self._time_for(len(self.unsent))
+            self._enter(Phase.WRITING)
+            self.sent_bytes = 0
+        elif sent:
+            self._moved_at = time.monotonic()
+        self.sent_bytes += sent
         return False
 
     def is_old(self) -> bool:
@@ -227,12 +280,23 @@ class Connection:
         except OSError:  # it was reset
             return True
 
-    def _await(self, time_s: float) -> None:
-        self.phase = Phase.READING
-        self.deadline = time.monotonic() + time_s
+    def _is_too_long(self, length: int | None) -> bool:
+        """Whether a body of ``length`` bytes is refused by its head alone."""
+        if length is None or length <= self.limits.max_json_bytes:
+            return length is not None and length > self.limits.max_body_bytes
+        assert self._head is not None
+        return length > self.limits.max_body_bytes or _JSON.search(self._head) is not None
 
-    def _time_for(self, size: int) -> float:
-        return self.limits.head_s + size / SLOWEST_BYTES_PER_S
+
+def _origin(client: Any, proxies: tuple[IPv4Network | IPv6Network, ...]) -> str:
+    """The IPv4 address of a socket's peer, or the /64 of its IPv6 address."""
+    if not isinstance(client, tuple):
+        return ""  # a Unix socket's
+    address = ip_address(client[0].partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if any(address in network for network in proxies):
+        return ""
+    return str(address) if address.version == 4 else f"{int(address) >> 64:x}/64"
 
 
 def measure(head: bytes) -> tuple[bytes, str | None, int | None]:
@@ -249,7 +313,12 @@ def measure(head: bytes) -> tuple[bytes, str | None, int | None]:
     return likeness, digits, int(digits) if _lengths(likeness) == 1 else None
 
 
-@lru_cache(1024)
 def _lengths(head: bytes) -> int:
     """How often ``head`` says how long the body is; 2 where it says so in another way."""
+    short = len(head) <= MAX_CACHED_HEAD_BYTES
+    return _count_lengths(head) if short else _count_lengths.__wrapped__(head)
+
+
+@lru_cache(1024)
+def _count_lengths(head: bytes) -> int:
     return 2 if _CODED.search(head) else len(_ANY_LENGTH.findall(head))

@@ -9,10 +9,9 @@ from typing import Any
 from gunicorn import http
 from gunicorn.http import errors, wsgi
 
-from service.connection import HEADERS_END, Asked, Connection
+from service.connection import HEADERS_END, MAX_CACHED_HEAD_BYTES, Asked, Connection
 
-# So many are remembered, if they are no longer than this.
-HEADS, HEAD_BYTES = 1024, 1024
+MAX_CACHED_HEADS = 1024
 
 
 class Heads:
@@ -33,8 +32,8 @@ class Heads:
         known = self._known.get(key) if asked.complete else None
         if known is None:
             known = self._parse(asked, connection)
-            if asked.complete and len(asked.head) <= HEAD_BYTES:
-                if len(self._known) == HEADS:
+            if asked.complete and len(asked.head) <= MAX_CACHED_HEAD_BYTES:
+                if len(self._known) == MAX_CACHED_HEADS:
                     self._known.clear()
                 self._known[key] = known
         request, environ = known

@@ -49,6 +49,7 @@ VARIABLES = {
     "CONVOY_DRAIN_S": "drain_s",
     "CONVOY_UNREADY_S": "unready_s",
     "CONVOY_CONNECTION_S": "connection_s",
+    "CONVOY_MAX_CONNECTIONS_PER_ADDRESS": "max_connections_per_address",
     "CONVOY_HUNG_S": "hung_s",
     "CONVOY_MAX_RSS_MB": "max_rss_mb",
     "CONVOY_KEEP_WARM_S": "keep_warm_s",
@@ -98,6 +99,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     drain_s: Count = 30
     unready_s: Annotated[float, Meta(ge=0)] = 0.0
     connection_s: Seconds = 60.0
+    max_connections_per_address: Count | None = None
     hung_s: Seconds = 30.0
     max_rss_mb: Count | None = None
     keep_warm_s: Annotated[float, Meta(ge=0)] = 600.0
@@ -146,7 +148,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def limits(self) -> Limits:
         """Of one client's connection."""
-        return Limits(max_body_bytes=self.max_body_bytes, age_s=self.connection_s)
+        return Limits(
+            max_body_bytes=self.max_body_bytes,
+            age_s=self.connection_s,
+            proxies=self.proxy_networks,
+        )
 
     @property
     def decode_limits(self) -> DecodeLimits:

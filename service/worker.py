@@ -7,8 +7,8 @@ and back, and the threads' contest for the interpreter, would cost more than the
 every one that is there, and iterates the answers after that, so that an application that queues its
 work in the call and waits for it in the iteration gets it into one batch. What takes longer the
 application postpones, or refuses at once if too much of that waits already; it is called again by
-one of a few threads. Whatever is no POST, probes among it, goes to others, so that neither waits
-for the other.
+one of a few threads. Pages, metrics and the like go to two other threads, which use a part of a
+core at most; probes are answered by the loop.
 
 Knows nothing of images. Builds on gunicorn 26's arbiter, parser and response. There is no access
 log; ``max_requests``, ``pre_request`` and ``post_request`` are not honoured.
@@ -23,6 +23,7 @@ import selectors
 import socket
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
@@ -53,7 +54,7 @@ It must not take long.
 """
 
 WAITING = "convoy.waiting"
-"""In the environment of a request that the loop answers: how many are with the threads."""
+"""In the environment of a request that the loop answers: how many were postponed and wait."""
 
 ENDING = "convoy.ending"
 """In the environment of every request from the moment at which the worker was told to end."""
@@ -69,9 +70,20 @@ PATIENCE_S = 1.0
 # Connections on which nothing is asked are closed so long after the order to end: who asks all the
 # time is answered, and told that it was the last time.
 IDLE_S = 1.0
-# For probes, metrics and pages.
-OTHER_THREADS = 4
-MOST_WAITING = 512
+# For metrics and pages; together these threads use a core at most for this part of the time.
+BACKGROUND_THREADS = 2
+BACKGROUND_SHARE = 0.25
+MAX_PAUSE_S = 1.0
+# Of a crowd that asks for probes, the loop answers so many in a turn.
+PROBES_PER_TURN = 8
+MAX_WAITING = 512
+# A refusal costs about 0.25 ms. Clients that ask again at once would take the cores from those who
+# are served; so a worker sends so many refusals a second, and the others wait for theirs.
+REFUSALS_PER_S = 400
+REFUSALS_AT_ONCE = 100
+REFUSED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+# One address may have this part of a worker's connections, a trusted proxy all of them.
+ADDRESS_SHARE = 0.75
 # Of requests that are not answered yet.
 MOST_RECEIVED_BYTES = 256 * 1024 * 1024
 RETRY = "Retry-After: 1\r\n"
@@ -79,6 +91,11 @@ RETRY = "Retry-After: 1\r\n"
 
 class Postpone(Exception):
     """Raised by an application whose work is too long for the loop; a thread calls it again."""
+
+    def __init__(self, background: bool = False) -> None:
+        """``background``: the work is not what this server is for, and may take its time."""
+        super().__init__()
+        self.background = background
 
 
 class Answering:
@@ -88,14 +105,14 @@ class Answering:
     one ``send`` has both.
     """
 
-    __slots__ = ("body", "connection", "environ", "gathered", "response", "size")
+    __slots__ = ("body", "connection", "environ", "gathered", "is_post", "response", "size")
 
     def __init__(
-        self, connection: Connection, request: Any, environ: dict[str, Any], cfg: Any, size: int
+        self, connection: Connection, request: Any, environ: dict[str, Any], cfg: Any, asked: Asked
     ) -> None:
-        """``size``: of the request's body, in bytes."""
         self.connection = connection
-        self.size = size
+        self.size = len(asked.body)
+        self.is_post = asked.is_post
         self.environ = environ
         self.gathered: list[bytes] = []
         self.response = wsgi.Response(request, self, cfg)
@@ -120,10 +137,14 @@ class Answering:
                 self.body.close()
 
 
-class Crowd(Struct):
-    """Threads for one kind of request, how many are with them, and the bytes of their bodies."""
+class RequestPool(Struct):
+    """Threads for one kind of request, how many are with them, and the bytes of their bodies.
+
+    A thread works for ``share`` of the time while more requests wait.
+    """
 
     threads: ThreadPoolExecutor
+    share: float = 1.0
     count: int = 0
     size: int = 0
 
@@ -139,6 +160,10 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         # Since when, and in that order: whoever is left out is first in the next round.
         self._readable: dict[Connection, float] = {}
         self._round: dict[Connection, Answering] = {}
+        self._of_origin: Counter[str] = Counter()
+        self._probes = 0
+        self._refusals: deque[tuple[Connection, bytes]] = deque()
+        self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
         self._ending = self._deaf = self._listens_alone = False
         self._next_poll = self._next_look = 0.0
 
@@ -152,10 +177,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._poller = selectors.DefaultSelector()
         self._done = PollableMethodQueue()
         self._done.init()
-        self._workers = Crowd(ThreadPoolExecutor(self.cfg.threads, "work"))
-        self._others = Crowd(ThreadPoolExecutor(OTHER_THREADS, "other"))
+        self._postponed = RequestPool(ThreadPoolExecutor(self.cfg.threads, "work"))
+        threads = ThreadPoolExecutor(BACKGROUND_THREADS, "background")
+        self._background = RequestPool(threads, BACKGROUND_SHARE / BACKGROUND_THREADS)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most_connections = min(self.cfg.worker_connections, max(16, soft - 128))
+        self._max_connections = min(self.cfg.worker_connections, max(16, soft - 128))
+        default = max(1, int(ADDRESS_SHARE * self._max_connections))
+        self._max_of_origin = settings.max_connections_per_address or default
         super().init_process()
 
     def run(self) -> None:
@@ -168,8 +196,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         while self.alive and os.getppid() == self.ppid:
             self._turn()
         self._drain()
-        self._workers.threads.shutdown(wait=False)
-        self._others.threads.shutdown(wait=False)
+        self._postponed.threads.shutdown(wait=False)
+        self._background.threads.shutdown(wait=False)
 
     def _listen(self) -> socket.socket:
         host, port = self._address
@@ -231,11 +259,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """
         self.notify()
         now = time.monotonic()
+        if self._refusals:
+            wait_s = min(wait_s, 1 / REFUSALS_PER_S)
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
             self._next_poll = now + POLL_S
             self._dispatch(0 if self._readable else wait_s)
-        self._round = {}
+        self._round, self._probes = {}, 0
         ends = time.monotonic() + ROUND_S
         while self._readable and len(self._round) < ROUND_REQUESTS and time.monotonic() < ends:
             connection = next(iter(self._readable))
@@ -253,6 +283,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             if (now := time.monotonic()) > ends + ROUND_S:  # a slow model, and many who ask it
                 self.notify()
                 ends = now
+        self._send_refusals(now)
         if now >= self._next_look:
             self._next_look = now + LOOK_S
             self._dispatch(0)  # what has arrived in time is not late
@@ -276,21 +307,34 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                     self.log.warning("nobody could be accepted: %s", error)
                 return False
-            if len(self._connections) >= self._most_connections:
+            if len(self._connections) >= self._max_connections:
                 self._make_room()
             connection = Connection(client, address, listener.getsockname(), self._limits)
             self._connections[connection] = None
             self._watch(connection, selectors.EVENT_READ)
+            if origin := connection.origin:
+                self._of_origin[origin] += 1
+                if self._of_origin[origin] > self._max_of_origin:
+                    self._make_room(origin)
         return True
 
-    def _make_room(self) -> None:
-        """Close the connection of which the least is to be expected: idle, or slow, for longest."""
-        for phase in (Phase.IDLE, Phase.LINGERING, Phase.READING, Phase.WRITING):
-            waiting = [each for each in self._connections if each.phase is phase]
-            if waiting:
-                # Of those who have asked, and wait to be read, the last.
-                self._close(min(waiting, key=lambda each: (each in self._readable, each.deadline)))
-                return
+    def _make_room(self, origin: str | None = None) -> None:
+        """Close one connection, of ``origin`` if that is given, to free a descriptor for another.
+
+        A slow client's goes first, then the idlest; a connection with a request that was not read
+        yet goes after all others of its kind, and one whose request is answered now stays.
+        """
+        now = time.monotonic()
+        closable = [
+            each
+            for each in self._connections
+            if each.phase is not Phase.WORKING and origin in (None, each.origin)
+        ]
+        if closable:
+            by_loss = lambda each: (each in self._readable, *each.closing_order(now))  # noqa: E731
+            self._close(min(closable, key=by_loss))
+        elif self._refusals:
+            self._close(self._refusals.popleft()[0])
 
     def _close_late(self, now: float) -> None:
         """Close the connections whose time for the next step is over."""
@@ -337,7 +381,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
         Whether they may. Who is slow with a large body would keep out everybody else's.
         """
-        if self._workers.size + self._others.size + size > MOST_RECEIVED_BYTES:
+        if self._postponed.size + self._background.size + size > MOST_RECEIVED_BYTES:
             return False  # that would help nobody
         while self._received() + size > MOST_RECEIVED_BYTES:
             sending = [each for each in self._connections if each.phase is Phase.READING]
@@ -350,7 +394,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _received(self) -> int:
         """Bytes of requests that are not answered yet."""
         arriving = sum(len(each.received) for each in self._connections)
-        return arriving + self._workers.size + self._others.size
+        return arriving + self._postponed.size + self._background.size
 
     def _ask(self, connection: Connection, asked: Asked) -> None:
         """Have the application called: here, or in a thread."""
@@ -364,49 +408,64 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         environ["wsgi.input"] = BytesIO(asked.body)
         if self._ending:
             environ[ENDING] = True
-        answering = Answering(connection, request, environ, self.cfg, len(asked.body))
+        answering = Answering(connection, request, environ, self.cfg, asked)
         is_old = connection.is_old() and not connection.received  # nothing asked behind it
         if self._deaf or not asked.complete or is_old:
             answering.response.force_close()
-        if asked.is_post:
-            self._call(answering)
+        if self._probes >= PROBES_PER_TURN and not asked.is_post:
+            self._to_thread(answering, self._background)
         else:
-            self._to_thread(answering, self._others)
+            self._call(answering)
 
     def _call(self, answering: Answering) -> None:
         """Call the application in the loop; its answer is iterated at the end of the round."""
         environ = answering.environ
-        environ[IN_LOOP], environ[WAITING] = answering.size, self._workers.count
+        environ[IN_LOOP], environ[WAITING] = answering.size, self._postponed.count
         try:
             answering.call(self.wsgi)
-        except Postpone:
+        except Postpone as postponed:
             del environ[IN_LOOP], environ[WAITING]
             environ["wsgi.input"].seek(0)
-            self._to_thread(answering, self._workers)
+            background = postponed.background
+            self._to_thread(answering, self._background if background else self._postponed)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self._fail(answering.connection, error)
         else:
+            self._probes += not answering.is_post
             self._round[answering.connection] = answering
 
-    def _to_thread(self, answering: Answering, crowd: Crowd) -> None:
+    def _to_thread(self, answering: Answering, pool: RequestPool) -> None:
         size = answering.size
-        if crowd.count >= MOST_WAITING or (size and not self._make_space(size)):
+        if pool.count >= MAX_WAITING or (size and not self._make_space(size)):
             self._refuse(answering.connection, 503, "too many requests wait already")
             return
         self._watch(answering.connection, 0)
-        crowd.count += 1
-        crowd.size += size
+        pool.count += 1
+        pool.size += size
 
-        def work() -> None:
+        def answer() -> None:
             answering.call(self.wsgi)
             answering.iterate()
 
         def done(future: "Future[None]") -> None:
-            crowd.count -= 1
-            crowd.size -= size
+            pool.count -= 1
+            pool.size -= size
             self._finish(answering, future.result)
 
-        crowd.threads.submit(work).add_done_callback(lambda future: self._done.defer(done, future))
+        def work() -> None:
+            began = time.thread_time()
+            future: Future[None] = Future()
+            try:
+                answer()
+                future.set_result(None)
+            except BaseException as error:  # noqa: BLE001 - the loop raises it again
+                future.set_exception(error)
+            self._done.defer(done, future)
+            if pool.share < 1 and pool.count > 1:
+                used_s = time.thread_time() - began
+                time.sleep(min(MAX_PAUSE_S, used_s / pool.share - used_s))
+
+        pool.threads.submit(work)
 
     def _finish(self, answering: Answering, result: Callable[[], None]) -> None:
         """Take the ``result`` of the application's work, and send what it has answered."""
@@ -417,7 +476,25 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._fail(connection, error)
             return
         connection.keep = not answering.response.should_close()
-        self._send(connection, b"".join(answering.gathered))
+        data = b"".join(answering.gathered)
+        if answering.is_post and answering.response.status_code in REFUSED:
+            self._hold_refusal(connection, data)
+        else:
+            self._send(connection, data)
+
+    def _hold_refusal(self, connection: Connection, data: bytes) -> None:
+        """Have a refusal sent when its time has come."""
+        connection.work()
+        self._watch(connection, 0)
+        self._refusals.append((connection, data))
+
+    def _send_refusals(self, now: float) -> None:
+        """Send the refusals whose time has come, in their order."""
+        earned = (now - self._refilled) * REFUSALS_PER_S
+        self._may_refuse, self._refilled = min(REFUSALS_AT_ONCE, self._may_refuse + earned), now
+        while self._refusals and self._may_refuse >= 1:
+            self._may_refuse -= 1
+            self._send(*self._refusals.popleft())
 
     def _fail(self, connection: Connection, error: Exception) -> None:
         request_id = self._refuse(connection, 500, "something went wrong on our side")
@@ -434,7 +511,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             f"{RETRY if status == 503 else ''}Content-Length: {len(body)}\r\n\r\n"
         )
         connection.keep = False
-        self._send(connection, head.encode() + body)
+        connection.received = bytearray()
+        (self._hold_refusal if status in REFUSED else self._send)(connection, head.encode() + body)
         return request_id
 
     def _send(self, connection: Connection, data: bytes) -> None:
@@ -480,4 +558,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._watch(connection, 0)
         self._readable.pop(connection, None)
         del self._connections[connection]
+        if origin := connection.origin:
+            self._of_origin[origin] -= 1
+            if not self._of_origin[origin]:
+                del self._of_origin[origin]
         connection.sock.close()

@@ -50,6 +50,8 @@ LOOP_BYTES = 64 * 1024
 LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
 LARGE_AT_ONCE = 2
+# The loop answers these itself, so that no crowd on other routes holds them up.
+PROBES = {"/livez", "/readyz", "/healthz"}
 _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
     r"/classify"
@@ -126,6 +128,9 @@ class Classify:
         path = environ["PATH_INFO"]
         target = _PATH.fullmatch(path) if path.endswith("/classify") else None
         if target is None:
+            is_probe = path in PROBES and environ["REQUEST_METHOD"] in ("GET", "HEAD")
+            if IN_LOOP in environ and not is_probe:
+                raise Postpone(background=True)
             return self._app(environ, start_response)
         job = Job(*identify(environ))
         try:

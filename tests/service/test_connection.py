@@ -1,12 +1,13 @@
 """Where a request ends, and how long a client may take for it: on socket pairs, without a loop."""
 
 import socket
-import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from service.connection import (
+    MIN_BYTES_PER_S,
     MOST_HEAD_BYTES,
     Connection,
     HeadTooLong,
@@ -26,21 +27,37 @@ class Pair:
         self.ours.receive()
         return self.ours
 
+    def close(self) -> None:
+        self.client.close()
+        self.ours.sock.close()
+
 
 @pytest.fixture
-def pair() -> Iterator[Pair]:
+def pair(clock: "Clock") -> Iterator[Pair]:
     made = Pair()
     yield made
-    made.client.close()
-    made.ours.sock.close()
+    made.close()
+
+
+class Clock:
+    """The connections' monotonic clock, which only these tests move."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("service.connection.time", made)
+    return made
 
 
 def post(body: bytes, extra: str = "") -> bytes:
     return f"POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
-
-
-def left_s(connection: Connection) -> float:
-    return connection.deadline - time.monotonic()
 
 
 def test_a_request_is_taken_once_all_of_it_is_there(pair: Pair) -> None:
@@ -65,23 +82,72 @@ def test_requests_behind_each_other_are_taken_one_by_one(pair: Pair) -> None:
     assert asked.body == b"two"
 
 
-def test_the_time_for_a_request_does_not_grow_with_each_byte(pair: Pair) -> None:
-    assert 59 < left_s(pair.ours) <= 60
+def test_a_request_has_ten_seconds_and_the_time_that_its_bytes_earn(
+    pair: Pair, clock: Clock
+) -> None:
+    assert pair.ours.deadline == clock.now + 60  # keep_alive_s
     whole = post(bytes(900))
-    pair.sends(whole[:3])
+    began = clock.now
+    for start in range(0, 900, 100):
+        pair.sends(whole[start : start + 100])
+        pair.ours.take()
+        assert pair.ours.deadline <= began + 10 + (start + 100) / MIN_BYTES_PER_S
+        clock.now += 1
+    assert pair.ours.deadline > began + 10
+
+
+def test_a_length_that_is_only_announced_earns_no_time(pair: Pair, clock: Clock) -> None:
+    pair.ours.limits = Limits()
+    pair.sends(b"POST / HTTP/1.1\r\nContent-Length: 67000000\r\n\r\n")
+    assert pair.ours.take() is None
+    assert pair.ours.deadline < clock.now + 11
+
+
+def test_bytes_that_came_fast_earn_no_pause(pair: Pair, clock: Clock) -> None:
+    pair.ours.limits = Limits()
+    pair.sends(b"POST / HTTP/1.1\r\nContent-Length: 67000000\r\n\r\n" + bytes(50_000))
+    pair.ours.received += bytes(40_000_000)  # more than a socket pair holds
     pair.ours.take()
-    assert 9 < left_s(pair.ours) <= 10
-    until = pair.ours.deadline
-    pair.sends(whole[3:9])
-    pair.ours.take()
-    assert pair.ours.deadline == until
-    pair.sends(whole[9:80])
-    pair.ours.take()
-    until = pair.ours.deadline
-    assert 9.9 < left_s(pair.ours) < 10.2  # head_s, and what 900 bytes may take
-    pair.sends(whole[80:90])
-    pair.ours.take()
-    assert pair.ours.deadline == until
+    assert pair.ours.deadline == clock.now + 10
+
+
+def test_slow_clients_are_closed_first_and_fresh_ones_last(clock: Clock) -> None:
+    names = ("slow body", "old and idle", "fresh and idle", "fast body", "had its answer")
+    pairs = {name: Pair() for name in names}
+    clock.now += 30
+    pairs["fresh and idle"].ours.rest()
+    for name in ("slow body", "fast body"):
+        pairs[name].ours.limits = Limits()
+        pairs[name].sends(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        pairs[name].ours.take()
+    pairs["had its answer"].ours.linger()
+    clock.now += 2
+    pairs["fast body"].sends(bytes(80_000))
+    order = sorted(pairs, key=lambda name: pairs[name].ours.closing_order(clock.now))
+    assert set(order[:2]) == {"slow body", "had its answer"}
+    assert order[2:] == ["old and idle", "fresh and idle", "fast body"]
+    for each in pairs.values():
+        each.close()
+
+
+def test_long_heads_are_not_remembered() -> None:
+    before = psutil.Process().memory_info().rss
+    for number in range(2000):
+        measure(b"POST / HTTP/1.1\r\nX: %d" % number + b"y" * 30_000)
+    assert psutil.Process().memory_info().rss - before < 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("content_type", "length", "complete"),
+    [("application/json", 501, False), ("text/x-json; a=b", 501, False), ("image/png", 501, True)],
+)
+def test_json_has_a_limit_of_its_own(
+    pair: Pair, content_type: str, length: int, complete: bool
+) -> None:
+    pair.ours.limits = Limits(max_body_bytes=1000, max_json_bytes=500)
+    asked = pair.sends(post(bytes(length), f"Content-Type: {content_type}\r\n")).take()
+    assert asked is not None
+    assert asked.complete is complete
 
 
 def test_an_endless_head_is_refused(pair: Pair) -> None:
@@ -143,12 +209,12 @@ def test_heads_that_differ_in_length_only_are_alike() -> None:
     assert len(likenesses) == 1
 
 
-def test_what_a_client_does_not_take_is_kept_for_it(pair: Pair) -> None:
+def test_what_a_client_does_not_take_is_kept_for_it(pair: Pair, clock: Clock) -> None:
     data = bytes(range(256)) * 20_000
     pair.ours.unsent = memoryview(data)
     assert not pair.ours.send()
     assert pair.ours.phase is Phase.WRITING
-    assert 10 < left_s(pair.ours) < 10 + len(data) / 32_768
+    assert pair.ours.deadline == clock.now + 10
     received = b""
     pair.client.setblocking(False)
     while len(received) < len(data):
@@ -157,10 +223,10 @@ def test_what_a_client_does_not_take_is_kept_for_it(pair: Pair) -> None:
     assert received == data
 
 
-def test_after_the_last_answer_what_still_comes_is_thrown_away(pair: Pair) -> None:
+def test_after_the_last_answer_what_still_comes_is_thrown_away(pair: Pair, clock: Clock) -> None:
     pair.sends(b"POST /")
     pair.ours.linger()
     pair.sends(b"x" * 1000)
     assert not pair.ours.received
     assert pair.client.recv(1) == b""
-    assert left_s(pair.ours) <= 2
+    assert pair.ours.deadline == clock.now + 2

@@ -23,6 +23,7 @@ from service.worker import ENDING, IN_LOOP, WAITING, Postpone
 
 called = []
 calls = 0
+waits = threading.Event()
 
 def application(environ, start_response):
     global calls
@@ -32,10 +33,19 @@ def application(environ, start_response):
     overloaded = environ.get(WAITING, 0) >= 12
     if environ.get(IN_LOOP, 0) > 64 * 1024:
         raise Postpone
+    if environ["REQUEST_METHOD"] == "GET" and in_loop and environ["PATH_INFO"] != "/probe":
+        raise Postpone(background=True)
+    if body == b"refuse" or environ["PATH_INFO"] == "/not-ready":
+        start_response("503 Busy", [("Content-Length", "0"), ("Retry-After", "1")])
+        return []
+    if environ["PATH_INFO"] == "/held":
+        waits.wait(60)
     if body.startswith(b"ss") and not in_loop:
         time.sleep(0.5)
     if body == b"slow" and in_loop and not overloaded:
         raise Postpone
+    if body == b"let go":
+        waits.set()
     if body == b"raise":
         raise ValueError("in the call")
     if body == b"hold up":
@@ -122,8 +132,8 @@ def _nobody_is_left() -> Iterator[None]:
 class Connection:
     """A keep-alive connection that sends bytes as they are given."""
 
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+    def __init__(self, port: int, source: str = "127.0.0.1") -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), 60, (source, 0))
         self.file = self.socket.makefile("rb")
         OPENED.append(self)
 
@@ -153,6 +163,18 @@ class Connection:
 
     def is_closed(self) -> bool:
         return self.file.read(1) == b""
+
+    def has_ended(self) -> bool:
+        """Whether the server has closed it already; does not wait."""
+        self.socket.setblocking(False)
+        try:
+            return self.socket.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+        finally:
+            self.socket.settimeout(60)
 
 
 @pytest.fixture
@@ -220,9 +242,78 @@ def test_what_the_application_postpones_is_called_again_in_a_thread(
     assert connection.ask(b"small again")["in_loop"]
 
 
-def test_a_get_is_answered_by_a_thread(connection: Connection) -> None:
-    connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert json.loads(connection.answer()[1])["in_loop"] is False
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+
+def test_background_work_is_done_by_threads_of_its_own(connection: Connection) -> None:
+    connection.send(get("/"))
+    answer = json.loads(connection.answer()[1])
+    assert answer["in_loop"] is False
+    assert answer["thread"].startswith("background")
+
+
+def test_probes_and_posts_wait_for_no_background_work(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    pages = [Connection(server.port) for _ in range(40)]
+    for each in pages:
+        each.send(get("/held"))
+    connection = Connection(server.port)
+    for _ in range(5):
+        connection.send(get("/probe"))
+        assert json.loads(connection.answer()[1])["in_loop"]
+        assert connection.ask(b"picture")["in_loop"]
+    connection.ask(b"let go")
+    assert [each.answer()[0] for each in pages] == [200] * 40
+    for each in (*pages, connection):
+        each.close()
+    server.stop()
+
+
+def test_a_crowd_of_refusals_is_answered_in_turn_and_holds_nobody(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    crowd = [Connection(server.port) for _ in range(300)]
+    for each in crowd:
+        each.send(post(b"refuse"))
+    served = Connection(server.port)
+    served.send(get("/not-ready"))  # a probe's 503 is not held back
+    assert served.answer()[0] == 503
+    assert served.ask(b"meanwhile")["in_loop"]
+    assert [each.answer()[0] for each in crowd] == [503] * 300
+    assert crowd[0].ask(b"later")["in_loop"]
+    for each in (*crowd, served):
+        each.close()
+    server.stop()
+
+
+def test_one_address_takes_no_more_than_its_part_of_the_connections(tmp_path: Path) -> None:
+    server = Server(tmp_path, GUNICORN_CMD_ARGS="--worker-connections 40")
+    honest = Connection(server.port, source="127.0.0.2")
+    honest.ask(b"here")
+    stalled = [Connection(server.port) for _ in range(60)]
+    for each in stalled:
+        with contextlib.suppress(ConnectionError):
+            each.send(post(b"x" * 1000)[:60])
+    assert honest.ask(b"still here")["in_loop"]
+    later = Connection(server.port)  # of the crowd's address: one of its own makes room
+    assert later.ask(b"new")["in_loop"]
+    open_ = [each for each in stalled if not each.has_ended()]
+    assert 0 < len(open_) <= 30
+    for each in (*stalled, honest, later):
+        each.close()
+    server.stop()
+
+
+def test_a_trusted_proxy_may_have_all_connections(tmp_path: Path) -> None:
+    arguments = "--worker-connections 40"
+    server = Server(tmp_path, GUNICORN_CMD_ARGS=arguments, CONVOY_PROXIES="127.0.0.0/8")
+    many = [Connection(server.port) for _ in range(39)]
+    for each in many:
+        each.ask(b"here")
+    assert [each.ask(b"on")["body"] for each in many] == ["on"] * 39
+    for each in many:
+        each.close()
+    server.stop()
 
 
 @pytest.mark.parametrize("body", [b"raise", b"raise later", b"bad close"])
@@ -500,7 +591,8 @@ def test_a_worker_that_ends_turns_nobody_away_from_the_next(tmp_path: Path) -> N
 
 def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> None:
     """One poll of the sockets tells of a newcomer, and of a byte from who is closed for it."""
-    server = Server(tmp_path, GUNICORN_CMD_ARGS="--worker-connections 16")
+    arguments = "--worker-connections 16"
+    server = Server(tmp_path, GUNICORN_CMD_ARGS=arguments, CONVOY_PROXIES="127.0.0.0/8")
     many = []
     for _ in range(16):  # each asks before the next comes: so who looked for the server is gone
         many.append(Connection(server.port))
