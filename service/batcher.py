@@ -27,6 +27,11 @@ OnBatch = Callable[[int, float, int], None]
 
 # Of a new figure in the running mean of a forward pass's time for one image.
 MEAN_SHARE = 0.2
+# So many callers at once are ordinary. They are queued whatever the network's speed, if it can
+# answer them within this part of the deadline; the rest is for decoding and for a busy machine.
+ORDINARY_CALLERS = 64
+DEADLINE_SHARE = 0.8
+MIN_WAIT_LIMIT_S = 1.0
 
 
 class Scored(Struct, frozen=True):
@@ -63,18 +68,28 @@ class MicroBatcher:
         max_batch: int,
         queue_limit: int,
         batch_ms: float = 50.0,
-        max_wait_s: float = 1.0,
+        max_wait_s: float | None = None,
+        deadline_s: float = math.inf,
         on_batch: OnBatch = lambda size, forward_s, waiting: None,
     ) -> None:
-        """No batch has more than ``max_batch`` images, or more than ``batch_ms`` have time for.
+        """Create a batcher with an empty queue.
 
-        Nobody is queued behind so many that they will take longer than ``max_wait_s``.
+        Args:
+            compute: the forward pass.
+            max_batch: images in a batch at most.
+            queue_limit: images that wait at most.
+            batch_ms: no batch has more images than this has time for.
+            max_wait_s: no image is queued when it would wait longer; None chooses by the measured
+                speed of ``compute``, so that ``ORDINARY_CALLERS`` are queued.
+            deadline_s: how long callers wait at most.
+            on_batch: told of every batch.
         """
         self._compute = compute
         self._max_batch = max_batch
         self._queue_limit = queue_limit
         self._batch_ms = batch_ms
         self._max_wait_s = max_wait_s
+        self._deadline_s = deadline_s
         self._on_batch = on_batch
         self._image_ms = 0.0
         self._running_since: float | None = None
@@ -100,6 +115,14 @@ class MicroBatcher:
         return max(len(self._waiting), known) * self._image_ms / 1000
 
     @property
+    def wait_limit_s(self) -> float:
+        """An image that would wait longer is refused."""
+        if self._max_wait_s is not None:
+            return self._max_wait_s
+        ordinary_s = ORDINARY_CALLERS * self._image_ms / 1000
+        return min(max(MIN_WAIT_LIMIT_S, ordinary_s), DEADLINE_SHARE * self._deadline_s)
+
+    @property
     def running_s(self) -> float:
         """For how long the forward pass has been running; 0 when none is."""
         since = self._running_since
@@ -114,7 +137,7 @@ class MicroBatcher:
 
     def check_room(self, known: int = 0) -> None:
         """Raise ``Overloaded`` if an image would have to wait too long (see ``wait_s``)."""
-        if (wait_s := self.wait_s(known)) > self._max_wait_s:
+        if (wait_s := self.wait_s(known)) > self.wait_limit_s:
             waiting = max(len(self._waiting), known)
             raise Overloaded(f"{waiting} images wait already", max(1, math.ceil(wait_s)))
 

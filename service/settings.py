@@ -95,7 +95,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_pixels: Count = 12_000_000
     queue_limit: Count = 256
     deadline_s: Seconds = 10.0
-    max_wait_s: Seconds = 1.0
+    max_wait_s: Seconds | None = None
     drain_s: Count = 30
     unready_s: Annotated[float, Meta(ge=0)] = 0.0
     connection_s: Seconds = 60.0

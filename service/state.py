@@ -146,6 +146,7 @@ def load_served(
             settings.queue_limit,
             settings.batch_ms,
             settings.max_wait_s,
+            settings.deadline_s,
             metrics.on_batch(bundle.manifest.model, released.version),
         ),
     )

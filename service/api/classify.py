@@ -50,6 +50,7 @@ LOOP_BYTES = 64 * 1024
 LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
 LARGE_AT_ONCE = 2
+LARGE_WAIT_S = 1.0
 # The loop answers these itself, so that no crowd on other routes holds them up.
 PROBES = {"/livez", "/readyz", "/healthz"}
 _PATH = re.compile(
@@ -229,7 +230,7 @@ class Classify:
             check_parts(image, settings.decode_limits)  # what is refused takes nobody's place
         except ConvoyError as error:
             return error
-        if not self._large.acquire(timeout=settings.max_wait_s):
+        if not self._large.acquire(timeout=LARGE_WAIT_S):
             return Overloaded("too many large images are being decoded")
         try:
             return decode_image(image, spec, settings.decode_limits)

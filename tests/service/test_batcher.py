@@ -1,9 +1,11 @@
 """The batcher, its threads steered with events."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,6 +249,34 @@ def test_a_hand_over_wakes_the_owner_who_waits_for_an_earlier_image(
     assert [values(future.result(FOREVER_S)) for future in futures] == [
         list(range(n, n + 5)) for n in range(0, 100, 5)
     ]
+
+
+@pytest.mark.parametrize(
+    ("image_ms", "max_wait_s", "callers"),
+    [
+        (5, None, 200),  # a second of work is always queued
+        (45, None, 64),
+        (125, None, 64),
+        (200, None, 40),  # 64 would not be answered within eight of the ten seconds
+        (45, 0.9, 20),  # an operator may tighten it
+    ],
+)
+def test_ordinary_concurrency_is_queued_whatever_the_speed_of_the_network(
+    monkeypatch: pytest.MonkeyPatch, image_ms: int, max_wait_s: float | None, callers: int
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        now[0] += image_ms / 1000 * len(pixels)
+        return echo(pixels)
+
+    batcher = MicroBatcher(compute, 8, 1000, max_wait_s=max_wait_s, deadline_s=10)
+    score(batcher, 1)
+    batcher.check_room(callers)
+    with pytest.raises(Overloaded) as refused:
+        batcher.check_room(callers + 1)
+    assert refused.value.retry_after_s == math.ceil((callers + 1) * image_ms / 1000)
 
 
 @settings(max_examples=25, deadline=None)
