@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos import bundles, load, pictures, protocol, registry, soak, workers
+from benchmarks.chaos import attacks, bundles, load, pictures, protocol, registry, soak, workers
 from benchmarks.common import parser, report
 from benchmarks.traffic import Traffic, draw
 
@@ -29,6 +29,10 @@ SCENARIOS: dict[str, Scenario] = {
     "described-api": protocol.described_api,
     "soak": soak.soak,
     "locked-doors": protocol.locked_doors,
+    "large-json": attacks.large_json,
+    "empty-parts": attacks.empty_parts,
+    "stalled-bodies": attacks.stalled_bodies,
+    "crowded-metrics": attacks.crowded_metrics,
 }
 
 

@@ -1,0 +1,260 @@
+"""Scenarios 14 to 17: a few bytes from many connections, by default settings.
+
+Honest clients ask at a steady rate, and a probe comes on a new connection each time, as a
+kubelet's does. The attackers run in a process of their own: their work would show in the honest
+clients' times, which the same process measures.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import multiprocessing
+import selectors
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.common import RunningService
+from benchmarks.traffic import LOST, Row, Traffic, between, failed, get, in_turn, post, summary
+from service.settings import Settings
+
+HONEST_RPS = 200
+PROBES_RPS = 10
+QUIET_S = 5
+SECONDS = 20
+JSON_CLIENTS = 8
+PART_CLIENTS = 64
+STALLED_CLIENTS = 1050
+METRICS_CLIENTS = 300
+BOUNDARY = "b"
+
+
+def large_json(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """Eight clients post JSON of 64 MB, and of just what is accepted, to two workers."""
+    allowed = Settings().max_json_bytes
+    bodies = [
+        _json(64_000_000, b'"ab"'),
+        _json(63_000_000, b'"' + b"A" * 62_999_980 + b'"'),
+        _json(allowed - 100, b'"ab"'),
+        _json(allowed - 100, b'"' + b"A" * (allowed // 4 * 4 - 200) + b'"'),
+    ]
+    requests = [_request("application/json", body) for body in bodies]
+    return _play(partial(_post_again, JSON_CLIENTS, requests), seconds)
+
+
+def empty_parts(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """64 clients post 64 KB of empty multipart parts, again and again."""
+    part = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'.encode()
+    body = part * (64_000 // len(part)) + f"--{BOUNDARY}--\r\n".encode()
+    request = _request(f"multipart/form-data; boundary={BOUNDARY}", body)
+    return _play(partial(_post_again, PART_CLIENTS, [request]), seconds)
+
+
+def stalled_bodies(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """1,050 connections announce 64 MB and then send nothing; a closed one comes again."""
+    head = _request("application/octet-stream", b"", 64 * 1024 * 1024)
+    return _play(partial(_stall, STALLED_CLIENTS, head), seconds)
+
+
+def crowded_metrics(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """300 connections ask for /metrics as fast as they are answered."""
+    request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    return _play(partial(_post_again, METRICS_CLIENTS, [request]), seconds)
+
+
+def _json(size: int, element: bytes) -> bytes:
+    count = max(1, (size - 20) // (len(element) + 1))
+    return b'{"images":[' + b",".join([element] * count) + b"]}"
+
+
+def _request(content_type: str, body: bytes, length: int | None = None) -> bytes:
+    return (
+        f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    ).encode() + body
+
+
+Crowd = Callable[[int, float], Counter[str]]
+"""Attacks a port for so many seconds; counts what came back."""
+
+
+def _play(crowd: Crowd, seconds: int) -> tuple[dict[str, Any], Traffic]:
+    with home_of_two() as (home, image), service(home) as running:
+        return asyncio.run(_measure(running, image, crowd, seconds))
+
+
+async def _measure(
+    running: RunningService, image: bytes, crowd: Crowd, seconds: int
+) -> tuple[dict[str, Any], Traffic]:
+    honest = Traffic(running.port, in_turn([post(image)]), HONEST_RPS)
+    probes: list[Row] = []
+    async with honest.running():
+        asking = asyncio.ensure_future(_probe(running.port, probes, QUIET_S + seconds + 2))
+        await asyncio.sleep(QUIET_S)
+        before_mb = _memory_mb(running)
+        honest.fault("the attack begins")
+        began = time.perf_counter()
+        with _process(crowd, running.port, seconds) as outcomes:
+            most_mb = [0.0] * len(before_mb)
+            while time.perf_counter() < began + seconds:
+                await asyncio.sleep(0.5)
+                most_mb = [max(pair) for pair in zip(most_mb, _memory_mb(running), strict=True)]
+            ended = time.perf_counter()
+            honest.fault("and ends")
+            await asyncio.sleep(1)
+            answers = await asyncio.to_thread(outcomes)
+        await asking
+    quiet = summary(between(honest.rows, began - QUIET_S + 1, began))
+    during = summary(between(honest.rows, began, ended))
+    asked = {
+        kind: [row for row in between(probes, began, ended) if row.kind == kind]
+        for kind in ("livez", "readyz")
+    }
+    allowed_ms = 2 * quiet["p99_ms"] + 20
+    worst_ms = {
+        f"{kind}_worst_ms": max(1000 * (row.done - row.due) for row in rows)
+        for kind, rows in asked.items()
+    }
+    growth_mb = max(most - before for most, before in zip(most_mb, before_mb, strict=True))
+    figures = {
+        "seconds": seconds,
+        "answers_to_attackers": dict(answers),
+        "quiet_p50_ms": quiet["p50_ms"],
+        "quiet_p99_ms": quiet["p99_ms"],
+        **during,
+        "failed": failed(between(honest.rows, began, ended)),
+        "allowed_p99_ms": allowed_ms,
+        **worst_ms,
+        "probes_failed": sum(row.status != 200 for rows in asked.values() for row in rows),
+        "worker_growth_mb": growth_mb,
+    }
+    figures["held"] = (
+        figures["failed"] == 0
+        and figures["probes_failed"] == 0
+        and during["p99_ms"] <= allowed_ms
+        and max(worst_ms.values()) <= 250
+        and growth_mb <= 64
+    )
+    return figures, honest
+
+
+async def _probe(port: int, rows: list[Row], seconds: float) -> None:
+    """Append what becomes of probes, each on a new connection, at ``PROBES_RPS``."""
+    until = time.perf_counter() + seconds
+    for ask in itertools.cycle([get("/livez", "livez"), get("/readyz", "readyz")]):
+        due = time.perf_counter()
+        if due > until:
+            return
+        status = LOST
+        with contextlib.suppress(OSError, ValueError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(ask.data)
+            status = int((await reader.readline()).split()[1])
+            writer.close()
+        rows.append(Row(ask.kind, due, due, time.perf_counter(), status, b""))
+        await asyncio.sleep(1 / PROBES_RPS)
+
+
+def _memory_mb(running: RunningService) -> list[float]:
+    return [worker.memory_info().rss / 2**20 for worker in running.workers()]
+
+
+@contextlib.contextmanager
+def _process(crowd: Crowd, port: int, seconds: int) -> Iterator[Callable[[], Counter[str]]]:
+    """The attackers in a process of their own; calling the result waits for their counts."""
+    context = multiprocessing.get_context("spawn")
+    queue: Any = context.Queue()
+    process = context.Process(target=_run, args=(crowd, port, seconds, queue), daemon=True)
+    process.start()
+    try:
+        yield partial(queue.get, timeout=seconds + 60)
+    finally:
+        process.join(10)
+        process.kill()
+
+
+def _run(crowd: Crowd, port: int, seconds: int, queue: Any) -> None:
+    queue.put(crowd(port, seconds))
+
+
+class _Attacker:
+    """One connection that sends its requests in turn and reads what comes back."""
+
+    def __init__(self, port: int, requests: list[bytes], first: int) -> None:
+        self._port = port
+        self._requests = requests
+        self._next = first
+        self.connect()
+
+    def connect(self) -> None:
+        self.sock = socket.socket()
+        self.sock.setblocking(False)
+        self.sock.connect_ex(("127.0.0.1", self._port))
+        self._ask()
+
+    def _ask(self) -> None:
+        self._left = memoryview(self._requests[self._next % len(self._requests)])
+        self._next += 1
+
+    def send(self) -> bool:
+        """Send on; whether all of the request is sent."""
+        with contextlib.suppress(BlockingIOError):
+            self._left = self._left[self.sock.send(self._left[:262_144]) :]
+        return not self._left
+
+    def receive(self) -> str | None:
+        """The status of an answer, "closed", or None when there is nothing yet."""
+        try:
+            data = self.sock.recv(262_144)
+        except BlockingIOError:
+            return None
+        if not data:
+            return "closed"
+        if not data.startswith(b"HTTP/1.1"):
+            return None  # the rest of a long answer
+        if b"onnection: close" not in data:
+            self._ask()
+        return data[9:12].decode()
+
+
+def _post_again(clients: int, requests: list[bytes], port: int, seconds: float) -> Counter[str]:
+    """Each client sends a request as soon as the one before is answered."""
+    return _loop([_Attacker(port, requests, n) for n in range(clients)], seconds)
+
+
+def _stall(clients: int, head: bytes, port: int, seconds: float) -> Counter[str]:
+    """Each client sends a head and waits; it connects again when it is closed."""
+    return _loop([_Attacker(port, [head], 0) for _ in range(clients)], seconds)
+
+
+def _loop(attackers: list[_Attacker], seconds: float) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    selector = selectors.DefaultSelector()
+    both = selectors.EVENT_READ | selectors.EVENT_WRITE
+    for each in attackers:
+        selector.register(each.sock, both, each)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for key, events in selector.select(0.1):
+            attacker = key.data
+            try:
+                said = attacker.receive() if events & selectors.EVENT_READ else None
+                sent = attacker.send() if said != "closed" else True
+            except OSError:
+                said, sent = "reset", True
+            if said:
+                counts[said] += 1
+            if said in ("closed", "reset"):
+                selector.unregister(attacker.sock)
+                attacker.sock.close()
+                attacker.connect()
+                selector.register(attacker.sock, both, attacker)
+            else:
+                selector.modify(attacker.sock, selectors.EVENT_READ if sent else both, attacker)
+    for each in attackers:
+        each.sock.close()
+    return counts
