@@ -245,6 +245,11 @@ class Connection:
         self._expects = False
         return asked
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing of its next request was read yet, so that another worker may read it."""
+        return self.phase is Phase.IDLE and not self.received and not self.ended
+
     def expects(self) -> bool:
         """Whether the client waits to be told to send the body; said once."""
         expects, self._expects = self._expects, False

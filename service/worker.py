@@ -42,6 +42,7 @@ from msgspec.structs import replace
 
 from registry.problems import Problem
 from service.connection import RECEIVE_BYTES, Asked, Connection, HeadTooLong, Phase
+from service.handover import NEVER, Handover
 from service.heads import Heads
 from service.listening import SETTLE_S, turn_away
 from service.memory import share_heap
@@ -183,6 +184,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_connections = min(self.cfg.worker_connections, max(16, soft - 128))
         default = max(1, int(ADDRESS_SHARE * self._max_connections))
+        self._handover = Handover(settings.run_folder / "handover") if settings.run_folder else None
         self._max_of_origin = settings.max_connections_per_address or default
         super().init_process()
 
@@ -193,6 +195,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         for listener in self.sockets:
             listener.setblocking(False)
             self._poller.register(listener, selectors.EVENT_READ, self._accept)
+        if self._handover:
+            self._poller.register(self._handover.sock, selectors.EVENT_READ, self._take_over)
+            self._handover.load = 0
         while self.alive and os.getppid() == self.ppid:
             self._turn()
         self._drain()
@@ -232,6 +237,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         ends, unready_until = now + self.cfg.graceful_timeout - 1, now + self._unready_s
         while time.monotonic() < unready_until:
             self._turn()
+        if self._handover:
+            self._handover.load = NEVER
         for listener in self.sockets if self._listens_alone else ():
             turn_away(listener)  # not the arbiter's: other workers accept from that
         settled = time.monotonic() + SETTLE_S
@@ -242,6 +249,11 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             while self._accept(listener):
                 pass
             listener.close()
+        if self._handover:
+            self._poller.unregister(self._handover.sock)
+            self._take_over(self._handover.sock)
+            self._handover.close()
+            self._handover = None
         self._deaf = True
         idle_until = time.monotonic() + IDLE_S
         while self._connections and (now := time.monotonic()) < ends:
@@ -288,6 +300,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._next_look = now + LOOK_S
             self._dispatch(0)  # what has arrived in time is not late
             self._close_late(now)
+            if self._handover:
+                self._handover.find_peers()
 
     def _dispatch(self, timeout_s: float) -> None:
         for key, _ in self._poller.select(timeout_s):
@@ -307,16 +321,32 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                     self.log.warning("nobody could be accepted: %s", error)
                 return False
-            if len(self._connections) >= self._max_connections:
-                self._make_room()
-            connection = Connection(client, address, listener.getsockname(), self._limits)
-            self._connections[connection] = None
-            self._watch(connection, selectors.EVENT_READ)
-            if origin := connection.origin:
-                self._of_origin[origin] += 1
-                if self._of_origin[origin] > self._max_of_origin:
-                    self._make_room(origin)
+            self._open(client, address)
         return True
+
+    def _take_over(self, sock: socket.socket) -> None:
+        """Take the connections that other workers have passed on."""
+        assert self._handover is not None
+        while taken := self._handover.take():
+            for client in taken:
+                try:
+                    connection = self._open(client, client.getpeername())
+                except OSError:  # the client has gone meanwhile
+                    client.close()
+                else:
+                    self._readable[connection] = time.monotonic()
+
+    def _open(self, client: socket.socket, address: Any) -> Connection:
+        if len(self._connections) >= self._max_connections:
+            self._make_room()
+        connection = Connection(client, address, client.getsockname(), self._limits)
+        self._connections[connection] = None
+        self._watch(connection, selectors.EVENT_READ)
+        if origin := connection.origin:
+            self._of_origin[origin] += 1
+            if self._of_origin[origin] > self._max_of_origin:
+                self._make_room(origin)
+        return connection
 
     def _make_room(self, origin: str | None = None) -> None:
         """Close one connection, of ``origin`` if that is given, to free a descriptor for another.
@@ -347,6 +377,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _read(self, connection: Connection, waited_s: float = 0.0) -> None:
         """Receive from ``connection``; what is whole is answered, or called in this round."""
+        if self._is_passed_on(connection):
+            return
         try:
             connection.receive()
         except BlockingIOError:
@@ -375,6 +407,14 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         elif len(connection.received) > RECEIVE_BYTES:
             self._make_space(0)
+
+    def _is_passed_on(self, connection: Connection) -> bool:
+        """Pass a connection on whose request would wait here, to a worker with less to do."""
+        busy = self._handover and self._postponed.count and connection.is_untouched
+        if not (busy and self._handover and self._handover.give(connection.sock)):
+            return False
+        self._close(connection)
+        return True
 
     def _make_space(self, size: int) -> bool:
         """Refuse those who have sent most and are not done, until ``size`` bytes more may come.
@@ -442,6 +482,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._watch(answering.connection, 0)
         pool.count += 1
         pool.size += size
+        self._tell_load()
 
         def answer() -> None:
             answering.call(self.wsgi)
@@ -450,6 +491,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         def done(future: "Future[None]") -> None:
             pool.count -= 1
             pool.size -= size
+            self._tell_load()
             self._finish(answering, future.result)
 
         def work() -> None:
@@ -466,6 +508,11 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 time.sleep(min(MAX_PAUSE_S, used_s / pool.share - used_s))
 
         pool.threads.submit(work)
+
+    def _tell_load(self) -> None:
+        """Tell the other workers how many requests this one has postponed."""
+        if self._handover and self._handover.load != NEVER:
+            self._handover.load = self._postponed.count
 
     def _finish(self, answering: Answering, result: Callable[[], None]) -> None:
         """Take the ``result`` of the application's work, and send what it has answered."""

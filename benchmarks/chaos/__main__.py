@@ -33,6 +33,7 @@ SCENARIOS: dict[str, Scenario] = {
     "empty-parts": attacks.empty_parts,
     "stalled-bodies": attacks.stalled_bodies,
     "crowded-metrics": attacks.crowded_metrics,
+    "impatient-clients": load.impatient_clients,
 }
 
 

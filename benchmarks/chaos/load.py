@@ -118,6 +118,43 @@ def _recovery(after: Traffic, since: float, bearable_ms: float) -> float:
     return (max(crowded) + 1) / 4 if crowded else 0.0
 
 
+def impatient_clients(seconds: int = 20) -> tuple[dict[str, Any], None]:
+    """Ten times the connections that saturate; each client asks again as soon as it is refused."""
+    figures: dict[str, Any] = {"seconds": seconds}
+    with home_of_two() as (home, image), service(home) as running:
+        figures |= asyncio.run(_impatient("w1", running, image, 32, seconds))
+    with home_of_two() as (home, _):
+        image = publish_slow(home)
+        with running_service(home.root, SLOW_MODEL) as running:
+            figures |= asyncio.run(_impatient("w2", running, image, PEAK_CONNECTIONS, seconds))
+    return figures, None
+
+
+async def _impatient(
+    name: str, running: RunningService, image: bytes, connections: int, seconds: int
+) -> dict[str, Any]:
+    """Answers 200 a second, and per CPU second of the workers, at one and ten times the crowd."""
+    figures: dict[str, Any] = {}
+    for times in (1, TIMES):
+        crowd = Traffic(running.port, in_turn([post(image)]), 0, times * connections)
+        async with crowd.running():
+            await asyncio.sleep(2)
+            used, began = _cpu_s(running), time.perf_counter()
+            await asyncio.sleep(seconds)
+            used, ended = _cpu_s(running) - used, time.perf_counter()
+        rows = between(crowd.rows, began, ended, by="done")
+        good = sum(row.status == 200 for row in rows)
+        of = f"{name}_{times * connections}"
+        figures |= {
+            f"{of}_ok_per_s": good / (ended - began),
+            f"{of}_ok_per_cpu_s": good / used,
+            f"{of}_refused_503": sum(row.status == 503 for row in rows),
+            f"{of}_failed": sum(row.status not in (200, 503) for row in rows),
+        }
+    one, ten = (figures[f"{name}_{times * connections}_ok_per_cpu_s"] for times in (1, TIMES))
+    return {**figures, f"{name}_goodput_of_peak_per_cpu": ten / one}
+
+
 def slow_clients(seconds: int = 300) -> tuple[dict[str, Any], Traffic]:
     """500 connections that send or read a byte at a time, no proxy, and honest clients beside."""
     with home_of_two() as (home, image), service(home) as running:
