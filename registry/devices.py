@@ -31,9 +31,12 @@ CORES = cores()
 # What a GPU's driver makes: NVIDIA's, AMD's, and Windows' in WSL.
 _DRIVER_NODES = ("nvidiactl", "kfd", "dxg")
 _GPU_LIBRARIES = ("CUDA", "cuDNN", "cuBLAS")
-# With one of these, by Linux's names, a CPU multiplies natively so; the last of each is ARM's.
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+# Flags, by Linux's names, of which a CPU needs one for an engine to have kernels in that precision.
+# Whether those are faster than fp32 is timed, never assumed. The last of each is ARM's.
+# On AVX2 alone there are none for bf16: OpenVINO computes fp32 instead, and torch falls back to
+# loops with which ResNet-18 was 6 times slower than fp32 and took 161 s to time (0006).
+BF16_FLAGS = frozenset({"avx512bw", "avx_ne_convert", "bf16"})
+INT8_FLAGS = frozenset({"avx2", "asimddp"})
 
 
 def serving_threads(environment: Mapping[str, str] = os.environ) -> int:

@@ -78,6 +78,32 @@ def recipe() -> Recipe:
     )
 
 
+SSE = frozenset({"sse4_2"})
+AVX2 = SSE | {"avx2"}
+VNNI = AVX2 | {"avx512f", "avx512bw", "avx512_vnni"}
+CPU_KINDS = {
+    "none": SSE,
+    "AVX2": AVX2,
+    "AVX512-VNNI": VNNI,
+    "AMX": VNNI | {"avx512_bf16", "amx_bf16", "amx_int8"},
+    "ARM": frozenset({"asimd", "asimddp", "bf16"}),
+}
+
+
+@pytest.fixture(params=CPU_KINDS)
+def cpu_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a kind of CPU; this machine seems to be of that kind."""
+    kind: str = request.param
+    monkeypatch.setattr("registry.devices.cpu_flags", lambda: CPU_KINDS[kind])
+    return kind
+
+
+@pytest.fixture
+def cpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine seems to have kernels in every precision, so every plan is tried."""
+    monkeypatch.setattr("registry.devices.cpu_flags", lambda: CPU_KINDS["AMX"])
+
+
 TINY = NetworkSpec("dense", {"hidden": [8]})
 
 

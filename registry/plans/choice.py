@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 AUTO, EVERY = "auto", "every"
 # Raised when a verdict would come out differently although nothing that it hangs on has changed.
-CACHE_SCHEMA = 2
+CACHE_SCHEMA = 3
 ARTEFACTS = "artefacts"
 CHOOSING, REFUSED = ".choosing-", ".refused"
 CACHE_ENTRIES = 24

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
 from registry.contract import Precision
 from registry.devices import BF16_FLAGS, INT8_FLAGS
+from registry.errors import DeviceUnavailable
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
 from registry.preprocess import Pixels
 
@@ -38,7 +39,11 @@ class OpenVino(Plan):
             options["INFERENCE_NUM_THREADS"] = source.threads
         graph, *weights = self.exports
         model = core.read_model(source.bundle.graph(graph), *map(source.bundle.read, weights))
-        request = core.compile_model(model, "CPU", options).create_infer_request()
+        compiled = core.compile_model(model, "CPU", options)
+        computed = compiled.get_property("INFERENCE_PRECISION_HINT")
+        if self.precision == "bf16" and computed != openvino.Type.bf16:
+            raise DeviceUnavailable("OpenVINO has no bf16 kernels for this CPU")
+        request = compiled.create_infer_request()
 
         def run(pixels: Pixels) -> NDArray[np.float32]:
             request.infer(pixels, share_inputs=True)

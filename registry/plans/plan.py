@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from registry import devices
 from registry.bundle import Bundle
 from registry.contract import Precision
-from registry.devices import cpu_flags
 from registry.errors import UsageError
 from registry.preprocess import Pixels
 
@@ -60,7 +60,7 @@ class Plan(ABC):
     exports: ClassVar[tuple[str, ...]] = ()
     """Files of the bundle that it reads instead of the weights."""
     cpu_flags: ClassVar[frozenset[str]] = frozenset()
-    """Of which the CPU needs one: without, an engine would emulate, slower than fp32."""
+    """Flags of which the CPU needs one, or engines have no kernels in this precision."""
     batch_sizes: ClassVar[tuple[int, ...]] = (1, 3)
     """Of a batch, at which it may compute otherwise than at others: each is proved."""
     builds_slowly: ClassVar[bool] = False
@@ -68,7 +68,7 @@ class Plan(ABC):
 
     def unsupported(self, device: str) -> str | None:
         """Why this machine cannot run it, or None. Imports nothing heavy."""
-        if self.cpu_flags and not self.cpu_flags & cpu_flags():
+        if self.cpu_flags and not self.cpu_flags & devices.cpu_flags():
             return f"this CPU has no {self.precision} instructions"
         kind = device.partition(":")[0]
         if self.device not in ("any", kind):

@@ -1,13 +1,24 @@
 """What is exported for other engines, and that a version is published without what cannot be."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
-from tests.conftest import TINY, tiny_program
+from registry.classifier import Classifier
+from registry.contract import NetworkSpec
+from registry.plans.openvino_cpu import import_openvino
+from registry.plans.plan import Source, find_plan
+from registry.plans.torch_eager import eager_classifier
+from tests.conftest import CPU, TINY, tiny_program
 from training import export
+from training.config import choose_recipe
 from training.datasets import Dataset
+from training.evaluate import evaluate
 from training.export import export_network
+from training.loop import fit
+from training.publish import build_manifest, choose_calibration, write_version
 
 PIXELS = np.zeros((2, 8, 8, 1), np.uint8)
 
@@ -20,6 +31,43 @@ def test_the_graph_comes_in_fp32_and_int8_without_paths_of_this_machine(
     assert set(files) == {ONNX_GRAPH, INT8_GRAPH, INT8_WEIGHTS}
     assert b".py" not in files[ONNX_GRAPH]  # of stack traces
     assert b"location" not in files[ONNX_GRAPH]  # what serving refuses
+
+
+def test_the_int8_graph_of_a_trained_network_scores_as_fp32_does(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    small = ["pool_size=1", "filters=8,16", "hidden=32", "dropout=0"]
+    recipe = choose_recipe("cnn", [*small, "epochs=6", "batch_size=32", "learning_rate=0.005"])
+    program = fit(recipe, digits, CPU, seed=0).program
+    heldout = evaluate(eager_classifier(program, "cpu"), digits.validation)
+    bundle = write_version(
+        tmp_path / "bundle",
+        build_manifest("digits", recipe, digits, 0, "cpu", heldout.metrics("validation")),
+        program,
+        digits,
+        heldout,
+        tmp_path,
+        export_network(program, choose_calibration(digits.train)),
+    )
+    run = find_plan("openvino-int8").load(Source(bundle), lambda file: b"")
+    int8 = evaluate(Classifier(run, "openvino-int8", "cpu"), digits.validation)
+    assert heldout.accuracy > 0.9
+    assert abs(int8.accuracy - heldout.accuracy) < 0.01
+    np.testing.assert_allclose(int8.probabilities, heldout.probabilities, rtol=0, atol=0.2)
+
+
+def test_no_pair_of_8_bit_products_saturates_on_a_cpu_without_vnni(few_digits: Dataset) -> None:
+    network = NetworkSpec("cnn", {"filters": [4, 8], "hidden": 16, "pool_size": 1})
+    files = export_network(tiny_program(few_digits, 0, network), few_digits.train.pixels[:8])
+    model = import_openvino().Core().read_model(files[INT8_GRAPH], files[INT8_WEIGHTS])
+    weights = [
+        node.data
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type().to_string() == "i8"
+    ]
+    assert len(weights) == 4  # two convolutions, two dense layers
+    largest = max(int(np.abs(each.astype(int)).max()) for each in weights)
+    assert 2 * 255 * largest <= np.iinfo(np.int16).max
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import msgspec
 import pytest
 
 from registry.contract import NetworkSpec
-from registry.devices import BF16_FLAGS, INT8_FLAGS
+from registry.plans.trial import Finding
 from tests.conftest import MakeBundle
 from training.datasets import Dataset
 from training.plan_accuracy import record_plan_accuracy
 
 
+@pytest.mark.usefixtures("cpu_with_everything")
 def test_held_out_accuracy_is_measured_without_risk_to_who_publishes(
     make_bundle: MakeBundle,
     few_digits: Dataset,
@@ -20,7 +22,6 @@ def test_held_out_accuracy_is_measured_without_risk_to_who_publishes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     bundle = make_bundle(network=NetworkSpec("resnet", {"widths": [4, 8]}), export=True)
-    monkeypatch.setattr("registry.plans.plan.cpu_flags", lambda: BF16_FLAGS | INT8_FLAGS)
     real = subprocess.Popen
 
     def crash(command, **options):
@@ -36,3 +37,34 @@ def test_held_out_accuracy_is_measured_without_risk_to_who_publishes(
     fp32 = recorded.metrics["validation_accuracy"]
     assert all(abs(accuracy - fp32) < 0.1 for accuracy in recorded.plan_accuracy.values())
     assert "openvino-bf16 cannot be measured: its process ended with -4" in caplog.text
+
+
+MEASURED = {
+    "none": set(),
+    "AVX2": {"openvino-int8"},
+    "AVX512-VNNI": {"openvino-int8", "openvino-bf16", "torch-bf16"},
+    "AMX": {"openvino-int8", "openvino-bf16", "torch-bf16"},
+    "ARM": {"openvino-int8", "openvino-bf16", "torch-bf16"},
+}
+
+
+def test_every_plan_below_fp32_that_a_kind_of_cpu_has_kernels_for_is_measured(
+    cpu_kind: str,
+    make_bundle: MakeBundle,
+    few_digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle = make_bundle(export=True)
+    real = subprocess.Popen
+
+    def answer(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        """The trial's answer without the trial: the real CPU may not be of this kind."""
+        names = msgspec.json.decode(command[-1])["plans"]
+        found = (Finding(plan=name, accuracy=0.5) for name in names)
+        lines = "\n".join(msgspec.json.encode(each).decode() for each in found)
+        return real([sys.executable, "-c", f"print({lines!r})"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", answer)
+    heldout = few_digits.validation
+    recorded = record_plan_accuracy(bundle, heldout.pixels, heldout.labels, "cpu").manifest
+    assert set(recorded.plan_accuracy) == MEASURED[cpu_kind]
