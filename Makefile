@@ -64,7 +64,6 @@ bench: $(INSTALLED) ## speed beside what people would run instead, start-up, rel
 	$(BIN)/python -m benchmarks.swap_under_load --swaps 20 --keep-warm 600 \
 	    --json benchmarks/results/swap_warm.json
 	$(BIN)/python -m benchmarks.shadow --json benchmarks/results/shadow.json
-	@command -v wrk >/dev/null || { echo "make bench needs wrk (apt install wrk)"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.serving --workloads w2 --plan openvino-bf16 \

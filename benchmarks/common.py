@@ -18,9 +18,10 @@ from typing import Any
 
 import psutil
 
-from registry.devices import describe_machine
+from registry.devices import CORES, describe_machine
 
 START_TIMEOUT_S = 60.0
+FAST_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
 
 
 def free_port() -> int:
@@ -143,16 +144,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def machine() -> dict[str, str]:
-    """When and on what figures were measured."""
+def machine() -> dict[str, Any]:
+    """When and on what figures were measured: part of every result."""
     cpu = describe_machine("cpu")
-    fast = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {cpu['cpu']}",
-        "instructions": " ".join(name for name in fast if name in cpu["flags"].split()),
+        "cpu": f"{cpu['cpu']}, {platform.machine()}",
+        "cores": CORES,
+        "instructions": " ".join(name for name in cpu["flags"].split() if _decides(name)),
         "python": platform.python_version(),
     }
+
+
+def _decides(flag: str) -> bool:
+    """Whether a plan's speed depends on this instruction set."""
+    return flag in FAST_INSTRUCTIONS or flag.startswith("amx_")
 
 
 def report(figures: dict[str, Any], file: Path | None) -> None:
