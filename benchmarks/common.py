@@ -138,6 +138,15 @@ def post_image(connection: http.client.HTTPConnection, image: bytes) -> tuple[in
     return response.status, json.loads(response.read())
 
 
+def served_plan(service: RunningService, model: str) -> str:
+    """The plan by which ``model`` is served now."""
+    connection = service.connect()
+    connection.request("GET", f"/v1/models/{model}")
+    plan: str = json.loads(connection.getresponse().read())["plan"]
+    connection.close()
+    return plan
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

@@ -29,7 +29,7 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks.closed_loop import FAILURES, Figures, load, post
-from benchmarks.common import RunningService, free_port, machine, parser
+from benchmarks.common import RunningService, free_port, machine, parser, served_plan
 from benchmarks.serving_report import conclude
 from registry.bundle import Bundle, open_bundle
 from registry.home import Home
@@ -141,7 +141,7 @@ def measure(bundle: Bundle, seconds: float, repetitions: int) -> dict[str, Any]:
         memory_mb = [process.memory_full_info().pss / 1e6 for process in tree(service.process)]
         all_at_once = post(multipart(pictures), agreed, f"multipart/form-data; {BOUNDARY}")
         many = [load(service.port, 8, seconds, [all_at_once]) for _ in range(repetitions)]
-        plan = served_plan(service.port, model)
+        plan = served_plan(service, model)
     return {
         "model": model,
         "medians": {
@@ -280,14 +280,6 @@ def stages(port: int) -> dict[str, tuple[float, float]]:
                 values = found.setdefault(stage, {"sum": 0.0, "count": 0.0})
                 values[kind] += float(line.rpartition(" ")[2])
     return {stage: (values["sum"], values["count"]) for stage, values in found.items()}
-
-
-def served_plan(port: int, model: str) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("GET", f"/v1/models/{model}")
-    plan: str = json.loads(connection.getresponse().read())["plan"]
-    connection.close()
-    return plan
 
 
 def tree(process: psutil.Process) -> list[psutil.Process]:

@@ -37,7 +37,7 @@ def server(respond: Respond) -> Iterator[int]:
                 self.close_connection = True
                 return
             status, content = answer
-            body = json.dumps(content).encode()
+            body = json.dumps(content, separators=(",", ":")).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
