@@ -1,10 +1,12 @@
 """What the benchmarks share: a service of their own on loopback, and how results are written."""
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
 import platform
+import random
 import socket
 import subprocess
 import sys
@@ -21,14 +23,21 @@ import psutil
 from registry.devices import CORES, describe_machine
 
 START_TIMEOUT_S = 60.0
+SERVER_PORTS = (20_000, 32_000)
 FAST_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
 
 
 def free_port() -> int:
-    """A port of loopback on which nobody listens at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback on which nobody listens at this moment.
+
+    Below the range from which the kernel takes ports for clients: a port of that range may belong
+    to a client's connection by the time a server wants it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*SERVER_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RunningService:
