@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train promote serve test check torture chaos sbom bench up down update upgrade backup restore test-containers clean
+.PHONY: help demo train promote serve test coverage check torture chaos sbom bench up down update upgrade backup restore test-containers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,8 +36,12 @@ promote: $(INSTALLED) ## make a version the champion: NAME=fashion VERSION=chall
 serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
 	$(BIN)/python -m service $(ARGS)
 
-test: $(INSTALLED) ## all tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+test: $(INSTALLED) ## all tests but the slow ones, a process for each core
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+coverage: $(INSTALLED) ## all tests, the slow ones too, with the part of the code that they run
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
+	    -m 'not torture and not containers' --cov --cov-report=term $(ARGS)
 
 check: $(INSTALLED) ## formatting, lint, types, secrets
 	$(BIN)/ruff format --check .
@@ -64,7 +68,6 @@ bench: $(INSTALLED) ## speed beside what people would run instead, start-up, rel
 	$(BIN)/python -m benchmarks.swap_under_load --swaps 20 --keep-warm 600 \
 	    --json benchmarks/results/swap_warm.json
 	$(BIN)/python -m benchmarks.shadow --json benchmarks/results/shadow.json
-	@command -v wrk >/dev/null || { echo "make bench needs wrk (apt install wrk)"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.serving --workloads w2 --plan openvino-bf16 \

@@ -1,10 +1,12 @@
 """What the benchmarks share: a service of their own on loopback, and how results are written."""
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
 import platform
+import random
 import socket
 import subprocess
 import sys
@@ -18,16 +20,24 @@ from typing import Any
 
 import psutil
 
-from registry.devices import describe_machine
+from registry.devices import CORES, describe_machine
 
 START_TIMEOUT_S = 60.0
+SERVER_PORTS = (20_000, 32_000)
+FAST_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
 
 
 def free_port() -> int:
-    """A port of loopback on which nobody listens at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback on which nobody listens at this moment.
+
+    Below the range from which the kernel takes ports for clients: a port of that range may belong
+    to a client's connection by the time a server wants it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*SERVER_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RunningService:
@@ -137,22 +147,36 @@ def post_image(connection: http.client.HTTPConnection, image: bytes) -> tuple[in
     return response.status, json.loads(response.read())
 
 
+def served_plan(service: RunningService, model: str) -> str:
+    """The plan by which ``model`` is served now."""
+    connection = service.connect()
+    connection.request("GET", f"/v1/models/{model}")
+    plan: str = json.loads(connection.getresponse().read())["plan"]
+    connection.close()
+    return plan
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return options
 
 
-def machine() -> dict[str, str]:
-    """When and on what figures were measured."""
+def machine() -> dict[str, Any]:
+    """When and on what figures were measured: part of every result."""
     cpu = describe_machine("cpu")
-    fast = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {cpu['cpu']}",
-        "instructions": " ".join(name for name in fast if name in cpu["flags"].split()),
+        "cpu": f"{cpu['cpu']}, {platform.machine()}",
+        "cores": CORES,
+        "instructions": " ".join(name for name in cpu["flags"].split() if _decides(name)),
         "python": platform.python_version(),
     }
+
+
+def _decides(flag: str) -> bool:
+    """Whether a plan's speed depends on this instruction set."""
+    return flag in FAST_INSTRUCTIONS or flag.startswith("amx_")
 
 
 def report(figures: dict[str, Any], file: Path | None) -> None:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.flame [--workload w1] [--connections 32] [--svg FILE] [--json FILE]
 
-py-spy looks at one worker of a running service several hundred times a second, while wrk asks as
-in ``benchmarks.serving``. Threads that wait are not counted. Needs root, or ptrace allowed.
+py-spy looks at one worker of a running service several hundred times a second, while clients ask
+as in ``benchmarks.serving``. Threads that wait are not counted. Needs root, or ptrace allowed.
 """
 
 import re
@@ -14,8 +14,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.closed_loop import Figures, explain, load, post
 from benchmarks.common import parser, report, running_service
-from benchmarks.serving import HOME, WORKERS, prepare, wrk
+from benchmarks.serving import HOME, WORKERS, predictions, prepare
 
 RATE = 500
 # A stack counts for the first of these that its innermost frames come to.
@@ -43,7 +44,7 @@ def main() -> int:
     arguments = options.parse_args()
     bundle = prepare(arguments.workload)
     model = bundle.manifest.model
-    pictures = [bundle.folder / each.file for each in bundle.golden()]
+    pictures = [bundle.read(each.file) for each in bundle.golden()]
     shapes = {"raw": Path(tempfile.mkstemp(suffix=".txt")[1])}
     if arguments.svg:
         shapes["flamegraph"] = arguments.svg
@@ -51,19 +52,26 @@ def main() -> int:
         "command": f"python -m benchmarks.flame {' '.join(sys.argv[1:])}",
         "connections": arguments.connections,
     }
+    rows: list[Figures] = []
     with running_service(HOME, f"models:/{model}@champion", WORKERS) as service:
         pid = service.workers()[0].pid
+        questions = []
+        for picture in pictures:
+            found = predictions(service.port, picture)
+            questions.append(post(picture, [frozenset({max(found, key=found.__getitem__)})]))
         for form, file in shapes.items():
             with ThreadPoolExecutor() as pool:
-                load = pool.submit(
-                    wrk, service.port, arguments.connections, arguments.seconds + 3, pictures
+                asking = pool.submit(
+                    load, service.port, arguments.connections, arguments.seconds + 3, questions
                 )
                 record(pid, form, file, arguments.seconds)
-                figures.setdefault("requests/s while watched", load.result()["rps"])
+                rows.append(asking.result())
+    figures["requests/s while watched"] = rows[0]["rps"]
+    figures["failures"] = "; ".join(filter(None, map(explain, rows))) or 0
     figures |= {f"% {part}": share for part, share in shares(shapes["raw"].read_text()).items()}
     shapes["raw"].unlink()
     report(figures, arguments.json)
-    return 0
+    return 1 if figures["failures"] else 0
 
 
 def record(pid: int, form: str, file: Path, seconds: int) -> None:

@@ -3,10 +3,10 @@
     python -m benchmarks.mixed [--seconds 4] [--repetitions 3] [--json FILE]
 
 Eight connections ask for small pictures all the time, as in ``benchmarks.serving``; in every second
-window four more post JPEGs of 11.9 megapixels. The textbook handler bears the same, in turns.
+window four more post JPEGs of 11.9 megapixels. The textbook handler bears the same, in turns. Every
+answer is checked; refused, wrong and lost requests are counted, and make the exit status 1.
 """
 
-import os
 import statistics
 import sys
 import tempfile
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.closed_loop import FAILURES, Figures, load, post
 from benchmarks.common import parser, report, running_service
-from benchmarks.serving import HOME, WORKERS, Figures, peer, prepare, wrk
+from benchmarks.serving import HOME, WORKERS, agree, peer, prepare
 
 SMALL_CONNECTIONS, LARGE_CONNECTIONS = 8, 4
 LARGE_PX = (3984, 2988)
@@ -29,37 +30,45 @@ def main() -> int:
     options.add_argument("--repetitions", type=int, default=3)
     arguments = options.parse_args()
     bundle = prepare("w1")
-    small = [bundle.folder / each.file for each in bundle.golden()]
+    pictures = [bundle.folder / each.file for each in bundle.golden()]
     runs: dict[str, list[tuple[Figures, Figures, Figures]]] = {"convoy": [], "textbook": []}
     with (
         tempfile.TemporaryDirectory() as folder,
         peer("textbook", bundle) as textbook,
         running_service(HOME, f"models:/{bundle.manifest.model}@champion", WORKERS) as service,
     ):
-        large = [write_large(Path(folder) / "large.jpg")]
+        pictures.append(write_large(Path(folder) / "large.jpg"))
         ports = {"convoy": service.port, "textbook": textbook}
+        agreed, _ = agree(ports, pictures)
+        *small, large = [
+            post(picture.read_bytes(), [right])
+            for picture, right in zip(pictures, agreed, strict=True)
+        ]
         for _ in range(arguments.repetitions):
             for name, port in ports.items():
-                alone = wrk(port, SMALL_CONNECTIONS, arguments.seconds, small)
+                alone = load(port, SMALL_CONNECTIONS, arguments.seconds, small)
                 with ThreadPoolExecutor() as pool:
-                    beside = pool.submit(wrk, port, LARGE_CONNECTIONS, arguments.seconds, large)
-                    mixed = wrk(port, SMALL_CONNECTIONS, arguments.seconds, small)
+                    beside = pool.submit(load, port, LARGE_CONNECTIONS, arguments.seconds, [large])
+                    mixed = load(port, SMALL_CONNECTIONS, arguments.seconds, small)
                     runs[name].append((alone, mixed, beside.result()))
     figures: dict[str, object] = {
         "small connections": SMALL_CONNECTIONS,
         "large connections": LARGE_CONNECTIONS,
         "megapixels of a large one": LARGE_PX[0] * LARGE_PX[1] / 1e6,
-        "cores": os.cpu_count(),
     }
+    failed = 0
     for name, found in runs.items():
         for position, what in enumerate(("small alone", "small beside large", "large")):
             for key in ("rps", "p50_ms", "p99_ms"):
                 figures[f"{name}: {what}, {key}"] = statistics.median(
                     each[position][key] for each in found
                 )
-        figures[f"{name}: errors"] = sum(part["errors"] for each in found for part in each)
+        for kind in FAILURES:
+            count = int(sum(part[kind] for each in found for part in each))
+            figures[f"{name}: {kind.replace('_', ' ')}"] = count
+            failed += count
     report(figures, arguments.json)
-    return 0
+    return 1 if failed else 0
 
 
 def write_large(file: Path) -> Path:

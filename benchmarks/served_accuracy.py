@@ -13,7 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import RunningService, parser, post_image, report, running_service
+from benchmarks.common import (
+    RunningService,
+    parser,
+    post_image,
+    report,
+    running_service,
+    served_plan,
+)
 from registry.bundle import open_bundle
 from registry.contract import parse_model_ref
 from registry.home import convoy_home
@@ -45,6 +52,9 @@ def main() -> int:
     right: dict[str, int] = {}
     for plan in arguments.plans.split(","):
         with running_service(home.root, str(ref), plan=plan) as service:
+            served = served_plan(service, ref.name)
+            if served != plan:  # its figure would be another plan's
+                raise SystemExit(f"{plan} was asked for, and {served} serves")
             predicted = classify_all(service, data.test)
         right[plan] = int((np.array(predicted) == data.test.labels).sum())
     report(

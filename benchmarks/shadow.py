@@ -4,7 +4,8 @@
 
 Two small versions of the digits, two workers, the open-loop client at half the capacity. In turn
 without a trial and with version 2 scoring every image in the shadow, with the default of a fifth of
-the machine's cores; the median times of both are compared, round by round.
+the machine's cores; the median times of both are compared, round by round. Exits 1 when a request
+failed, or when nothing was scored in one of the rounds: such a shadow costs nothing.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common import RunningService, parser, report
-from benchmarks.traffic import Traffic, capacity, failed, in_turn, post
+from benchmarks.traffic import Traffic, capacity, failed, honest, in_turn
 from benchmarks.two_versions import two_versions
 from registry.contract import Trial
 from registry.home import Home
@@ -38,16 +39,18 @@ def main() -> int:
     with two_versions("shadow") as (home, service, image):
         figures = asyncio.run(measure(home, service, image, arguments.rounds))
     report(figures, arguments.json)
-    return 0
+    return 1 if figures["failed"] or not figures["images_scored_least"] else 0
 
 
 async def measure(home: Home, service: RunningService, image: bytes, rounds: int) -> dict[str, Any]:
     store = ModelStore(home)
-    rps = await capacity(service.port, image)
-    traffic = Traffic(service.port, in_turn([post(image)]), LOAD * rps)
+    ask = honest(service.port, image)
+    rps = await capacity(service.port, ask)
+    traffic = Traffic(service.port, in_turn([ask]), LOAD * rps)
     p50: dict[bool, list[float]] = {False: [], True: []}
     p99: dict[bool, list[float]] = {False: [], True: []}
     cpu: list[float] = []
+    scores: list[int] = []
     async with traffic.running():
         for turn in tqdm(range(2 * rounds), unit="turn", disable=None):
             shadow = turn % 2 == 1
@@ -57,9 +60,12 @@ async def measure(home: Home, service: RunningService, image: bytes, rounds: int
                 await asyncio.to_thread(withdraw, store, "digits")
             await asyncio.sleep(SETTLE_S)
             before, used_s = len(traffic.rows), shadow_cpu_s(service)
+            scored_before = (await asyncio.to_thread(scored, service))["images_scored"]
             await asyncio.sleep(MEASURE_S)
             if shadow:
                 cpu.append((shadow_cpu_s(service) - used_s) / MEASURE_S / (os.cpu_count() or 1))
+                scored_now = (await asyncio.to_thread(scored, service))["images_scored"]
+                scores.append(scored_now - scored_before)
             taken = [
                 1000 * (row.done - row.due) for row in traffic.rows[before:] if row.status == 200
             ]
@@ -76,6 +82,7 @@ async def measure(home: Home, service: RunningService, image: bytes, rounds: int
         "p99_ms_without": statistics.median(p99[False]),
         "p99_ms_with": statistics.median(p99[True]),
         "shadow_part_of_the_machine": statistics.median(cpu),
+        "images_scored_least": min(scores),
         **scored(service),
     }
 

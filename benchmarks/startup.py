@@ -9,6 +9,8 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
+
 from benchmarks.common import parser, post_image, report, running_service
 from registry.bundle import open_bundle
 from registry.contract import parse_model_ref
@@ -28,7 +30,8 @@ def main() -> int:
     if release is None:
         raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
     bundle = open_bundle(version_folder(home.models, ref.name, release.versions[0].version))
-    image = bundle.read(bundle.golden()[0].file)
+    golden = bundle.golden()[0]
+    image, best = bundle.read(golden.file), int(np.argmax(golden.probabilities))
 
     with running_service(home.root, str(ref), workers=1):
         pass  # a first start on a machine chooses the plan; the others are what is measured
@@ -39,8 +42,8 @@ def main() -> int:
             connection = service.connect()
             for _ in range(REQUESTS):
                 status, answer = post_image(connection, image)
-                if status != 200:
-                    raise SystemExit(f"status {status}: {answer}")
+                if status != 200 or answer["predictions"][0]["index"] != best:
+                    raise SystemExit(f"status {status}, class {best} expected: {answer}")
             connection.close()
             (worker,) = service.workers()
             sizes_mb.append(worker.memory_info().rss / 1e6)

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common import RunningService, parser, report
-from benchmarks.traffic import Row, Traffic, capacity, failed, in_turn, post
+from benchmarks.traffic import Row, Traffic, capacity, failed, honest, in_turn
 from benchmarks.two_versions import two_versions
 from registry.home import Home
 
@@ -57,7 +57,8 @@ def main() -> int:
 
 
 async def measure(home: Home, service: RunningService, image: bytes, swaps: int) -> dict[str, Any]:
-    rps = await capacity(service.port, image)
+    ask = honest(service.port, image)
+    rps = await capacity(service.port, ask)
     before_mb = memory_mb(service)
     promoter = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.swap_under_load", "--promoter", str(home.root)),
@@ -67,7 +68,7 @@ async def measure(home: Home, service: RunningService, image: bytes, swaps: int)
     assert promoter.stdin
     assert promoter.stdout
     await promoter.stdout.readline()  # it has loaded MLflow
-    traffic = Traffic(service.port, in_turn([post(image)]), LOAD * rps)
+    traffic = Traffic(service.port, in_turn([ask]), LOAD * rps)
     windows: list[tuple[float, float]] = []
     command_s, decided_s = [], []
     async with traffic.running():

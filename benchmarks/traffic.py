@@ -3,10 +3,12 @@
 Requests are sent when they are due, late answers or not: what a client waits for is counted from
 when it would have asked, and a server that stalls cannot hide it by being asked less. Connections
 are kept, and opened anew when the server closes them, as any client's pool does. A request that was
-sent and never answered is lost; nothing is sent twice.
+sent and never answered is lost; a 200 that names another label than expected is wrong; nothing is
+sent twice.
 """
 
 import asyncio
+import http.client
 import re
 import time
 from collections import deque
@@ -17,24 +19,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LOST, REFUSED = 0, -1
+LOST, REFUSED, WRONG = 0, -1, -2
 ANSWER_BYTES = 640
 PATIENCE_S = 20.0
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_LABEL = re.compile(rb'"label":"[^"]*"')
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
 class Ask(NamedTuple):
-    """One request: what kind it is, for the table, and its bytes."""
+    """One request: its kind, for the table, its bytes, and what a right answer to it contains."""
 
     kind: str
     data: bytes
+    expected: bytes = b""
 
 
 class Row(NamedTuple):
     """What became of one; times in seconds of ``perf_counter``.
 
-    ``status`` is the answer's, or ``LOST``, or ``REFUSED`` when there was nobody to connect to.
+    ``status`` is the answer's, or ``LOST``, or ``REFUSED`` when there was nobody to connect to, or
+    ``WRONG`` for a 200 without what was expected.
     """
 
     kind: str
@@ -46,12 +51,33 @@ class Row(NamedTuple):
     """Its beginning."""
 
 
-def post(image: bytes, path: str = "/v1/classify?top_k=1", kind: str = "honest") -> Ask:
+def post(
+    image: bytes,
+    path: str = "/v1/classify?top_k=1",
+    kind: str = "honest",
+    expected: bytes = b"",
+) -> Ask:
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         f"Content-Type: application/octet-stream\r\nContent-Length: {len(image)}\r\n\r\n"
     )
-    return Ask(kind, head.encode() + image)
+    return Ask(kind, head.encode() + image, expected)
+
+
+def honest(port: int, image: bytes) -> Ask:
+    """A classification of ``image``, and the label that the quiet service names for it now.
+
+    Every version that answers during the load must name the same.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    connection.request("POST", "/v1/classify?top_k=1", image)
+    response = connection.getresponse()
+    answer = response.read()
+    connection.close()
+    label = _LABEL.search(answer)
+    if response.status != 200 or label is None:
+        raise SystemExit(f"the quiet service answered {response.status}: {answer[:500]!r}")
+    return post(image, expected=label[0])
 
 
 def get(path: str, kind: str) -> Ask:
@@ -88,7 +114,9 @@ class Client(asyncio.Protocol):
         closing = _CLOSE.search(self._data, 0, end) is not None
         answer = bytes(self._data[:ANSWER_BYTES])
         self._data.clear()
-        self._settle(int(answer.split(b" ", 2)[1]), answer)
+        status = int(answer.split(b" ", 2)[1])
+        expected = self._asked[0].expected if self._asked else b""
+        self._settle(WRONG if status == 200 and expected not in answer else status, answer)
         if closing:
             self._transport.close()
         else:
@@ -218,11 +246,16 @@ class Traffic:
                 client.abort()
 
 
-async def capacity(port: int, image: bytes, seconds: float = 4.0, connections: int = 16) -> float:
-    """200s a second when each connection asks again as soon as it is answered."""
-    traffic = Traffic(port, in_turn([post(image)]), 0, connections)
+async def capacity(port: int, ask: Ask, seconds: float = 4.0, connections: int = 16) -> float:
+    """200s a second when each connection asks again as soon as it is answered.
+
+    Ends the benchmark when a request failed: what was refused is no part of a capacity.
+    """
+    traffic = Traffic(port, in_turn([ask]), 0, connections)
     async with traffic.running():
         await asyncio.sleep(seconds)
+    if failed(traffic.rows):
+        raise SystemExit(f"the capacity cannot be measured: {summary(traffic.rows)}")
     settled = between(traffic.rows, traffic.began + 1, traffic.began + seconds, by="done")
     return sum(row.status == 200 for row in settled) / (seconds - 1)
 
@@ -238,7 +271,8 @@ def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, 
         "refused_503": len(refused_ms),
         "not_connected": sum(row.status == REFUSED for row in mine),
         "lost": sum(row.status == LOST for row in mine),
-        "other": sum(row.status not in (200, 503, LOST, REFUSED) for row in mine),
+        "wrong": sum(row.status == WRONG for row in mine),
+        "other": sum(row.status not in (200, 503, LOST, REFUSED, WRONG) for row in mine),
     }
     figures |= {f"{name}_ms": round(value, 2) for name, value in percentiles(good_ms).items()}
     if refused_ms:
@@ -247,7 +281,7 @@ def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, 
 
 
 def failed(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> int:
-    """Requests of these kinds that were not answered with 200."""
+    """Requests of these kinds that were not answered with 200 and what was expected."""
     return sum(row.status != 200 for row in rows if row.kind in kinds)
 
 

@@ -1,15 +1,22 @@
 """What the tests share: tiny seeded networks on real pictures, and homes of their own."""
 
+import fcntl
+import os
 import shutil
-import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Before torch and OpenVINO are imported: two test processes share the cores, and every process that
+# a test starts inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.common import free_port as free_port
 from registry.bundle import Bundle
 from registry.classifier import Classifier
 from registry.contract import Manifest, NetworkSpec
@@ -25,20 +32,40 @@ from training.publish import build_manifest, choose_calibration, write_version
 
 MakeBundle = Callable[..., Bundle]
 CPU = torch.device("cpu")
+PATIENCE_S = 300.0
+"""How long a test waits for an event. Generous: a machine may have ten times as much to do."""
 
 
-def free_port() -> int:
-    """A port of loopback on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def wait_for(condition: Callable[[], object], what: str = "it did not happen in time") -> None:
+    """Return once ``condition()`` holds; fail with ``what`` when it never does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills once for all processes of this run of the tests.
+
+    The first process that comes makes it; the others wait for that.
+    """
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    shared = factory.getbasetemp().parent if is_worker else factory.getbasetemp()
+    folder = shared / f"once-{name}"
+    done = shared / f"once-{name}.done"
+    with (shared / f"once-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every test starts without CONVOY_ and MLflow variables, in a home of its own."""
-    import os
-
     for name in list(os.environ):
         if name.startswith("CONVOY_") or name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
             monkeypatch.delenv(name)
@@ -163,15 +190,16 @@ def png(few_digits: Dataset) -> bytes:
 @pytest.fixture(scope="session")
 def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables, made once: making one takes seconds."""
-    from registry.store import ModelStore
 
-    root = tmp_path_factory.mktemp("registry")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(
-            "MLFLOW_TRACKING_URI", raising=False
-        )  # MLflow itself sets it, for an earlier one
-        ModelStore(Home(root)).models()
-    return root / "mlflow.db"
+    def make(root: Path) -> None:
+        from registry.store import ModelStore
+
+        with pytest.MonkeyPatch.context() as patch:
+            # MLflow itself sets it, for an earlier one.
+            patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+            ModelStore(Home(root)).models()
+
+    return made_once(tmp_path_factory, "registry", make) / "mlflow.db"
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """A GPU for machines without one: the CPU, under another name, that can be lost on demand.
 
-``python -m tests.stand_in_gpu serve …`` is ``python -m service …`` with it; while the file that
-``STAND_IN_LOST`` names is there, the device fails, and a process that looks for one finds none.
+``python -m tests.stand_in_gpu serve …`` is ``python -m service …`` with it. While the file that
+``STAND_IN_LOST`` names is there, the device fails, and a process that looks for one finds none;
+while that of ``STAND_IN_HELD`` is there, a process that begins to own the device waits.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from registry.bundle import Bundle
@@ -57,6 +59,8 @@ def main() -> int:
         serve.GPU = [sys.executable, "-m", "tests.stand_in_gpu", "own"]
         serve.may_use_gpu = lambda wanted: True
         return service(arguments)
+    while Path(os.environ.get("STAND_IN_HELD", "/nowhere")).exists():
+        time.sleep(0.05)
     from registry import devices
     from registry.plans import choice
     from service import gpu

@@ -1,15 +1,18 @@
 """``python -m benchmarks.chaos SCENARIO --json FILE --picture FILE``: what a hostile world does.
 
 Everything happens on loopback, to processes that the scenario started, and ends by itself. Prints a
-table, writes the figures as JSON, and draws the requests over time with the faults marked.
-``docs/reliability.md`` has what came out.
+table, writes the figures as JSON, and draws the requests over time with the faults marked. Exits 1
+when something that was wanted (``wanted.py``) is not reached. ``docs/reliability.md`` has what came
+out.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos import attacks, bundles, load, pictures, protocol, registry, soak, workers
+from benchmarks.chaos.wanted import missed
 from benchmarks.common import parser, report
 from benchmarks.traffic import Traffic, draw
 
@@ -37,7 +40,7 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def main() -> None:
+def main() -> int:
     options = parser(__doc__ or "")
     options.add_argument("scenario", choices=[*SCENARIOS, "all"])
     options.add_argument("--picture", type=Path, metavar="FILE", help="draw the requests over time")
@@ -46,21 +49,28 @@ def main() -> None:
     )
     arguments = options.parse_args()
     if arguments.scenario != "all":
-        play(arguments.scenario, arguments.json, arguments.picture, arguments.amount)
-        return
+        return play(arguments.scenario, arguments.json, arguments.picture, arguments.amount)
+    status = 0
     for name in SCENARIOS:  # --json and --picture are folders then
         print(f"== {name}", flush=True)
         figures = arguments.json and arguments.json / f"{name}.json"
-        play(name, figures, arguments.picture and arguments.picture / f"chaos-{name}.png", None)
+        picture = arguments.picture and arguments.picture / f"chaos-{name}.png"
+        status |= play(name, figures, picture, None)
+    return status
 
 
-def play(name: str, file: Path | None, picture: Path | None, amount: int | None) -> None:
+def play(name: str, file: Path | None, picture: Path | None, amount: int | None) -> int:
+    """Play a scenario; 1 when what was wanted is not reached."""
     scenario = SCENARIOS[name]
     figures, traffic = scenario(*([amount] if amount else []))
-    report({"scenario": name, **figures}, file)
+    problems = missed(name, figures)
+    report({"scenario": name, "not_reached": problems, **figures}, file)
     if picture and traffic is not None:
         draw(traffic, picture, (scenario.__doc__ or "").partition("\n")[0])
+    for problem in problems:
+        print(f"NOT REACHED {name}: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

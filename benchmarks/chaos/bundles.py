@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.chaos.stack import home_of_two, service
 from benchmarks.common import RunningService
-from benchmarks.traffic import Traffic, failed, in_turn, post, summary
+from benchmarks.traffic import Traffic, failed, honest, in_turn, summary
 from registry.bundle import open_bundle
 from registry.home import Home
 from registry.releases import ReleasedVersion, read_release, version_folder, write_release
@@ -34,7 +34,7 @@ async def _hostile_bundles(
     home: Home, running: RunningService, image: bytes, flips: int
 ) -> tuple[dict[str, Any], Traffic]:
     loop = asyncio.get_running_loop()
-    traffic = Traffic(running.port, in_turn([post(image)]), RATE)
+    traffic = Traffic(running.port, in_turn([honest(running.port, image)]), RATE)
     good = home.root / "good"
     release = read_release(home.models, "digits")
     assert release is not None

@@ -8,7 +8,17 @@ from typing import Any
 
 from benchmarks.chaos.stack import home_of_two, service
 from benchmarks.common import RunningService, running_service
-from benchmarks.traffic import Traffic, between, capacity, failed, get, in_turn, post, summary
+from benchmarks.traffic import (
+    Traffic,
+    between,
+    capacity,
+    failed,
+    get,
+    honest,
+    in_turn,
+    post,
+    summary,
+)
 from benchmarks.two_versions import run
 from registry.home import Home
 from training.datasets import load_dataset
@@ -49,12 +59,13 @@ def publish_slow(home: Home) -> bytes:
 async def _overload(
     running: RunningService, image: bytes, seconds: int
 ) -> tuple[dict[str, Any], Traffic]:
+    ask = honest(running.port, image)
     used = _cpu_s(running)
-    peak = await capacity(running.port, image, PEAK_S, PEAK_CONNECTIONS)
+    peak = await capacity(running.port, ask, PEAK_S, PEAK_CONNECTIONS)
     peak_cores = (_cpu_s(running) - used) / PEAK_S
-    calm = Traffic(running.port, in_turn([post(image)]), 0.6 * peak)
+    calm = Traffic(running.port, in_turn([ask]), 0.6 * peak)
     probes = Traffic(running.port, in_turn([get("/livez", "livez")]), 10, connections=4)
-    crowd = Traffic(running.port, in_turn([post(image)]), TIMES * peak, connections=256)
+    crowd = Traffic(running.port, in_turn([ask]), TIMES * peak, connections=256)
     crowd.began = calm.began
     async with probes.running():
         async with calm.running():
@@ -67,7 +78,7 @@ async def _overload(
             cores = (_cpu_s(running) - used) / (ended - began)
             own_cores = (time.process_time() - own) / (ended - began)
         crowd.fault("as before")
-        after = Traffic(running.port, in_turn([post(image)]), 0.6 * peak)
+        after = Traffic(running.port, in_turn([ask]), 0.6 * peak)
         stopped = time.perf_counter()
         async with after.running():
             await asyncio.sleep(8)
@@ -94,6 +105,7 @@ async def _overload(
         "livez_worst_ms": max(alive_ms),
         "quiet_p99_ms": before["p99_ms"],
         "recovery_s": _recovery(after, stopped, 2 * before["p99_ms"]),
+        "failed_before": failed(calm.rows),
         "failed_after": failed(after.rows),
     }
     crowd.rows += calm.rows + after.rows
@@ -164,10 +176,10 @@ def slow_clients(seconds: int = 300) -> tuple[dict[str, Any], Traffic]:
 async def _slow_clients(
     running: RunningService, image: bytes, seconds: int
 ) -> tuple[dict[str, Any], Traffic]:
-    rate = 0.5 * await capacity(running.port, image)
-    traffic = Traffic(
-        running.port, in_turn([post(image)] * 20 + [post(image + bytes(100_000))]), rate
-    )
+    ask = honest(running.port, image)
+    rate = 0.5 * await capacity(running.port, ask)
+    longer = post(image + bytes(100_000), expected=ask.expected)
+    traffic = Traffic(running.port, in_turn([ask] * 20 + [longer]), rate)
     closed: list[str] = []
     async with traffic.running():
         await asyncio.sleep(5)

@@ -18,8 +18,10 @@ from typing import Any
 
 from benchmarks.chaos.stack import home_of_two, service, wait_for_port
 from benchmarks.common import free_port
+from benchmarks.traffic import honest
 from registry.api import ROUTES
 from registry.home import Home
+from registry.store import ModelStore
 from registry.tokens import Tokens
 
 SMUGGLED = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -110,7 +112,7 @@ def malformed_http(repeat: int = 1) -> tuple[dict[str, Any], None]:
     """Smuggling and malformed HTTP by raw socket, straight to the service."""
     outcomes: Counter[str] = Counter()
     problems = []
-    with home_of_two() as (home, _), service(home) as running:
+    with home_of_two() as (home, image), service(home) as running:
         workers = [worker.pid for worker in running.workers()]
         sent = 0
         for kind, payload in itertools.chain.from_iterable(payloads() for _ in range(repeat)):
@@ -119,6 +121,7 @@ def malformed_http(repeat: int = 1) -> tuple[dict[str, Any], None]:
             outcomes[f"{statuses or 'closed'}"] += 1
             if len(statuses) > 1 or any(status >= 500 for status in statuses):
                 problems.append((kind, payload[:200], statuses))
+        honest(running.port, image)  # a service that is stuck would close nothing and say nothing
         survived = workers == [worker.pid for worker in running.workers()]
     return {
         "payloads": sent,
@@ -203,6 +206,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
     open_to_all = {"/livez", "/openapi.json"}
     with home_of_two() as (home, _), control_plane(home) as (port, texts):
         cookie, csrf = _sign_in(port, texts["admin"])
+        decisions = len(ModelStore(home).ledger("digits").lines)
         if _status(port, "GET", "/models/digits", {"Cookie": cookie}, b"") != 200:
             raise SystemExit("could not sign in: what follows would be refused for that alone")
         keys = {
@@ -237,18 +241,29 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
             ):
                 body = urllib.parse.urlencode(form | extra).encode()
                 kind = {"Content-Type": "application/x-www-form-urlencoded"}
-                status = _status(port, "POST", path, headers | kind, body)
+                status, location = _answer(port, "POST", path, headers | kind, body)
                 tried[name] += 1
-                if status not in (400, 401, 403, 404, 405) and not 300 <= status < 400:
-                    opened.append(f"{name}: {path} → {status}")
-    return {"attempts": sum(tried.values()), **tried, "opened": opened}, None
+                # A decision that was carried out is a redirect, too: to the model's page.
+                sent_to_login = 300 <= status < 400 and location.startswith("/login")
+                if status not in (400, 401, 403, 404, 405) and not sent_to_login:
+                    opened.append(f"{name}: {path} → {status} {location}")
+        decided = len(ModelStore(home).ledger("digits").lines) - decisions
+    return {"attempts": sum(tried.values()), **tried, "opened": opened, "decided": decided}, None
 
 
 def _status(port: int, method: str, path: str, headers: dict[str, str], body: bytes) -> int:
+    return _answer(port, method, path, headers, body)[0]
+
+
+def _answer(
+    port: int, method: str, path: str, headers: dict[str, str], body: bytes
+) -> tuple[int, str]:
+    """The status, and where a redirect leads."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request(method, path, body if method == "POST" else None, headers)
-        return connection.getresponse().status
+        response = connection.getresponse()
+        return response.status, response.getheader("Location") or ""
     finally:
         connection.close()
 

@@ -11,7 +11,7 @@ import aiohttp
 from benchmarks.chaos.proxy import Fault, FaultProxy
 from benchmarks.chaos.stack import MODEL, home_of_two, service, wait_for_port
 from benchmarks.common import RunningService, free_port
-from benchmarks.traffic import Traffic, failed, in_turn, post, summary
+from benchmarks.traffic import Traffic, failed, honest, in_turn, summary
 from registry.home import Home
 
 RATE = 300.0
@@ -57,7 +57,7 @@ async def _registry_faults(
         return manager, manager.__enter__()
 
     manager, running = await loop.run_in_executor(None, start)
-    traffic = Traffic(running.port, in_turn([post(image)]), RATE)
+    traffic = Traffic(running.port, in_turn([honest(running.port, image)]), RATE)
     figures: dict[str, Any] = {}
     cold_s: list[float] = []
     began = time.perf_counter()

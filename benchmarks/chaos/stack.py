@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.common import RunningService, free_port, running_service
 from benchmarks.two_versions import prepare_two
@@ -23,7 +24,9 @@ error_log {folder}/error.log;
 worker_processes 1;
 events {{ worker_connections 2048; }}
 http {{
-    access_log off;
+    map $upstream_addr $again {{ default 0; "~," 1; }}
+    log_format again "$upstream_addr";
+    access_log {folder}/again.log again if=$again;
     client_body_temp_path {folder}/body;
     proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi;
@@ -65,8 +68,11 @@ def service(
 
 
 @contextmanager
-def nginx(ports: list[int]) -> Iterator[int]:
-    """An nginx before the services on ``ports``, which tries another when one fails; its port."""
+def nginx(ports: list[int]) -> Iterator[tuple[int, Path]]:
+    """An nginx before the services on ``ports``, which tries another when one fails.
+
+    Gives its port, and a file with a line for each request that it asked more than once.
+    """
     if shutil.which("nginx") is None:
         raise SystemExit("this scenario needs nginx (apt install nginx-light)")
     port = free_port()
@@ -80,22 +86,34 @@ def nginx(ports: list[int]) -> Iterator[int]:
         )
         try:
             wait_for_port(port)
-            yield port
+            yield port, Path(folder) / "again.log"
         finally:
             process.terminate()
             process.wait(10)
 
 
-@contextmanager
-def two_behind_nginx() -> Iterator[tuple[int, bytes, tuple[RunningService, RunningService]]]:
+class BehindNginx(NamedTuple):
     """nginx's port, a picture, and two services of one worker each that serve behind it."""
+
+    port: int
+    image: bytes
+    services: tuple[RunningService, RunningService]
+    again: Path
+
+    def asked_again(self) -> int:
+        """Requests that nginx has asked of more than one service, or twice of one."""
+        return len(self.again.read_text().splitlines())
+
+
+@contextmanager
+def two_behind_nginx() -> Iterator[BehindNginx]:
     with (
         home_of_two() as (home, image),
         service(home, workers=1) as one,
         service(home, workers=1) as two,
-        nginx([one.port, two.port]) as port,
+        nginx([one.port, two.port]) as (port, again),
     ):
-        yield port, image, (one, two)
+        yield BehindNginx(port, image, (one, two), again)
 
 
 def wait_for_port(port: int, patience_s: float = 30.0) -> None:

@@ -7,9 +7,9 @@ import signal
 import time
 from typing import Any
 
-from benchmarks.chaos.stack import home_of_two, service, two_behind_nginx
+from benchmarks.chaos.stack import BehindNginx, home_of_two, service, two_behind_nginx
 from benchmarks.common import RunningService
-from benchmarks.traffic import REFUSED, Traffic, capacity, failed, in_turn, post, summary
+from benchmarks.traffic import REFUSED, Traffic, capacity, failed, honest, in_turn, summary
 
 LOAD = 0.5  # of what the services answered when asked as fast as they could
 # While one of the two restarts, the other has half of the cores, and the start takes one.
@@ -18,20 +18,19 @@ RESTART_LOAD = 0.15
 
 def kill_workers(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
     """kill -9 of a worker each second, two services behind nginx."""
-    with two_behind_nginx() as (port, image, services):
-        return asyncio.run(_kill_workers(port, image, services, seconds))
+    with two_behind_nginx() as stack:
+        return asyncio.run(_kill_workers(stack, seconds))
 
 
-async def _kill_workers(
-    port: int, image: bytes, services: tuple[RunningService, ...], seconds: int
-) -> tuple[dict[str, Any], Traffic]:
-    rate = LOAD * await capacity(port, image)
-    traffic = Traffic(port, in_turn([post(image)]), rate)
+async def _kill_workers(stack: BehindNginx, seconds: int) -> tuple[dict[str, Any], Traffic]:
+    ask = honest(stack.port, stack.image)
+    rate = LOAD * await capacity(stack.port, ask)
+    traffic = Traffic(stack.port, in_turn([ask]), rate)
     back_s = []
     async with traffic.running():
         await asyncio.sleep(5)
         began = time.perf_counter()
-        for running in itertools.islice(itertools.cycle(services), seconds):
+        for running in itertools.islice(itertools.cycle(stack.services), seconds):
             started = time.perf_counter()
             workers = running.workers()
             if workers:
@@ -45,6 +44,7 @@ async def _kill_workers(
     calm = [row for row in rows if row.due < began]
     figures = {
         "kills": len(back_s),
+        "asked_again_by_nginx": stack.asked_again(),
         "seconds": ended - began,
         "rate": rate,
         **summary(rows),
@@ -74,21 +74,20 @@ async def _until_ready(port: int, since: float) -> float:
 
 def rolling_restarts(restarts: int = 20) -> tuple[dict[str, Any], Traffic]:
     """Two services behind nginx are replaced in turn, under load."""
-    with two_behind_nginx() as (port, image, services):
-        return asyncio.run(_restart(port, image, services, restarts))
+    with two_behind_nginx() as stack:
+        return asyncio.run(_restart(stack, restarts))
 
 
-async def _restart(
-    port: int, image: bytes, services: tuple[RunningService, ...], restarts: int
-) -> tuple[dict[str, Any], Traffic]:
-    rate = RESTART_LOAD * await capacity(port, image)
-    traffic = Traffic(port, in_turn([post(image)]), rate)
+async def _restart(stack: BehindNginx, restarts: int) -> tuple[dict[str, Any], Traffic]:
+    ask = honest(stack.port, stack.image)
+    rate = RESTART_LOAD * await capacity(stack.port, ask)
+    traffic = Traffic(stack.port, in_turn([ask]), rate)
     loop = asyncio.get_running_loop()
     async with traffic.running():
         await asyncio.sleep(8)
         began = time.perf_counter()
         for number in range(restarts):
-            running = services[number % 2]
+            running = stack.services[number % 2]
             traffic.fault("restart")
             await loop.run_in_executor(None, running.stop)
             await loop.run_in_executor(None, running.start)
@@ -100,6 +99,7 @@ async def _restart(
     during = summary([row for row in rows if began <= row.due < ended])
     figures = {
         "restarts": restarts,
+        "asked_again_by_nginx": stack.asked_again(),
         "seconds": ended - began,
         "rate": rate,
         **summary(rows),
@@ -121,7 +121,7 @@ async def _sigterm(
     running: RunningService, image: bytes, times: int
 ) -> tuple[dict[str, Any], Traffic]:
     loop = asyncio.get_running_loop()
-    traffic = Traffic(running.port, in_turn([post(image)]), 0)
+    traffic = Traffic(running.port, in_turn([honest(running.port, image)]), 0)
     took_s = []
     for _ in range(times):
         async with traffic.running():

@@ -7,19 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import Service, run, wait_for
+from tests.conftest import made_once, wait_for
+from tests.e2e.processes import Service, run
 
 
 @pytest.fixture(scope="session")
 def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with one trained and promoted version."""
-    home = tmp_path_factory.mktemp("trained")
-    quick = ("--data", "digits", "--recipe", "dense", "--device", "cpu")
-    trained = run(home, "training", *quick, "--set", "epochs=2", "--json")
-    assert trained.returncode == 0, trained.stderr
-    assert json.loads(trained.stdout)["version"] == 1
-    assert run(home, "registry", "promote", "digits", "1").returncode == 0
-    return home
+    """A home with two trained versions: 1 is champion, 2 was trained longer and is challenger."""
+
+    def make(home: Path) -> None:
+        quick = ("--data", "digits", "--recipe", "dense", "--device", "cpu")
+        for version, epochs in ((1, 2), (2, 8)):
+            trained = run(home, "training", *quick, "--set", f"epochs={epochs}", "--json")
+            assert trained.returncode == 0, trained.stderr
+            assert json.loads(trained.stdout)["version"] == version
+            if version == 1:
+                assert run(home, "registry", "promote", "digits", "1").returncode == 0
+
+    return made_once(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture

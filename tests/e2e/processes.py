@@ -6,15 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from tests.conftest import free_port
-
-PATIENCE_S = 120
+from tests.conftest import PATIENCE_S, free_port
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,13 +22,6 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=PATIENCE_S,
     )
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 class Service:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
-from tests.e2e.processes import PATIENCE_S, run, wait_for
+from tests.conftest import PATIENCE_S, free_port, wait_for
+from tests.e2e.processes import run
 
 pytestmark = pytest.mark.e2e
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import free_port
-from tests.e2e.processes import PATIENCE_S, Service, run, wait_for
+from tests.conftest import PATIENCE_S, free_port, wait_for
+from tests.e2e.processes import Service, run
 from training.datasets import Dataset
 
 pytestmark = pytest.mark.e2e
@@ -24,12 +24,6 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(
     png = digits.test.encode(0)
     status, answer = service.ask("POST", "/v1/classify", png)
     assert (status, answer["model"]["version"]) == (200, 1)
-
-    better = run(
-        *(home, "training", "--data", "digits", "--recipe", "dense", "--device", "cpu"),
-        *("--set", "epochs=8"),
-    )
-    assert better.returncode == 0, better.stderr
 
     answers: list[tuple[int, int | None]] = []
     stop = threading.Event()
@@ -120,9 +114,13 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
 ) -> None:
     """With a stand-in for the device, all else real: killed, then lost for good."""
     assert run(home, "registry", "pull", "models:/digits@champion").returncode == 0
-    lost = tmp_path / "lost"
+    lost, held = tmp_path / "lost", tmp_path / "held"
     service = Service(
-        home, "--no-pull", module=("tests.stand_in_gpu", "serve"), STAND_IN_LOST=str(lost)
+        home,
+        "--no-pull",
+        module=("tests.stand_in_gpu", "serve"),
+        STAND_IN_LOST=str(lost),
+        STAND_IN_HELD=str(held),
     )
     png = digits.test.encode(0)
 
@@ -148,9 +146,11 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
         assert owner is not None
         workers = {each.pid for each in gunicorn.children()}
 
+        held.touch()
         owner.kill()
         wait_for(lambda: service.ask("GET", "/readyz")[0] == 503, "ready without a device")
         assert service.ask("POST", "/v1/classify", png)[0] == 503
+        held.unlink()
         wait_for(lambda: everyone_is_on("cuda:0 (stand-in)"), "no new owner")
         after = service.ask("POST", "/v1/classify", png)
         assert (before[0], after[0]) == (200, 200)
@@ -201,7 +201,7 @@ def test_a_worker_whose_forward_pass_hangs_is_replaced(
         PYTHONPATH=str(tmp_path / "hooks"),
         HANG=str(hang),
         CONVOY_WORKERS="1",
-        CONVOY_HUNG_S="1",
+        CONVOY_HUNG_S="5",  # a pass of milliseconds may take a second on a busy machine
     )
     try:
         wait_for(service.is_ready, "the service did not become ready")

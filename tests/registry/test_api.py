@@ -19,6 +19,7 @@ from registry.judging import Judge
 from registry.live import Live, VersionTraffic
 from registry.promotion import promote
 from registry.store import ModelStore
+from tests.conftest import PATIENCE_S
 
 OPEN = {"/livez", "/openapi.json"}
 
@@ -57,7 +58,7 @@ def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int])
 def wait_for_judges() -> None:
     for thread in threading.enumerate():
         if thread.name == "judge":
-            thread.join(20)
+            thread.join(PATIENCE_S)
 
 
 def routes() -> list[tuple[str, str]]:

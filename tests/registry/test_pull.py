@@ -1,6 +1,5 @@
 """Following the registry: what lies on disk is whole, verified, and survives the registry."""
 
-import time
 from pathlib import Path
 from threading import Event, Thread
 
@@ -17,6 +16,7 @@ from registry.promotion import promote, release, withdraw
 from registry.pull import VERSIONS_KEPT, Puller
 from registry.releases import read_release, read_status, release_file, version_folder
 from registry.store import ModelStore
+from tests.conftest import PATIENCE_S, wait_for
 
 REF = ModelRef("digits", alias="champion")
 
@@ -168,9 +168,9 @@ def test_watching_goes_on_until_it_is_stopped(
     puller.pull_all = counted  # type: ignore[method-assign]
     thread = Thread(target=puller.watch, args=(stop, 0.01))
     thread.start()
-    assert seen.wait(10)
+    assert seen.wait(PATIENCE_S)
     stop.set()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 
@@ -272,7 +272,7 @@ def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
     thread = Thread(target=watch, args=(lambda: store, stop))
     thread.start()
     try:
-        wait_until(lambda: store.standing("digits")[1] is None)
+        wait_for(lambda: store.standing("digits")[1] is None)
     finally:
         stop.set()
         thread.join()
@@ -350,12 +350,12 @@ def test_a_decision_on_this_machine_wakes_the_puller(
     thread = Thread(target=puller.watch, args=(stop, 3600))
     thread.start()
     try:
-        wait_until(lambda: released_version(registry_home) == 1)
+        wait_for(lambda: released_version(registry_home) == 1)
         promote(store, "digits", 2, force=True, reason="test")
-        wait_until(lambda: released_version(registry_home) == 2)
+        wait_for(lambda: released_version(registry_home) == 2)
         store._client.set_registered_model_alias("digits", "champion", "1")  # by other means
         puller.wake.set()
-        wait_until(lambda: released_version(registry_home) == 1)
+        wait_for(lambda: released_version(registry_home) == 1)
     finally:
         stop.set()
         thread.join()
@@ -364,13 +364,6 @@ def test_a_decision_on_this_machine_wakes_the_puller(
 def released_version(home: Home) -> int | None:
     found = read_release(home.models, "digits")
     return found.versions[0].version if found else None
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_bad_policy_leaves_no_trial_unguarded_and_the_registry_well(
@@ -429,51 +422,72 @@ def test_what_nobody_foresaw_of_one_model_does_not_stop_another(
     assert any(record.levelname == "ERROR" for record in caplog.records)
 
 
+class Clock:
+    """Stands for the clock of the guard, and for the event that ends it: each look is a step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: tuple[float, bytes]) -> None:
+        """``steps``: how many seconds go by before a look, and what has arrived meanwhile."""
+        self.now_s = 1000.0
+        self.file = Path()
+        self._steps = iter(steps)
+        self._is_over = False
+        monkeypatch.setattr(pull.time, "monotonic", lambda: self.now_s)
+
+    def wait(self, timeout_s: float) -> bool:
+        step = next(self._steps, None)
+        if self._is_over or step is None:
+            return True
+        self.now_s += step[0]
+        with self.file.open("ab") as file:
+            file.write(step[1])
+        return False
+
+    def set(self) -> None:
+        self._is_over = True
+
+
+def guarded(puller: Puller, home: Home, clock: Clock) -> list[float]:
+    """The times at which the guard ends a puller whose download began just now."""
+    incoming = home.models / "digits" / "versions" / f"{pull.INCOMING}x"
+    incoming.mkdir(parents=True)
+    clock.file = incoming / "file"
+    puller._incoming, puller._pulling_since = incoming, clock.now_s
+    ends = list[float]()
+
+    def end() -> None:
+        ends.append(clock.now_s)
+        clock.set()
+
+    puller.guard(clock, end)  # type: ignore[arg-type]
+    return ends
+
+
 def test_a_pull_that_hangs_ends_the_puller_and_says_why(
     puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pull, "HANGS_S", 1.5)
-    incoming = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}x"
-    incoming.mkdir(parents=True)
-    puller._incoming = incoming
-    stop, ends = Event(), list[float]()
-
-    def end() -> None:
-        ends.append(time.monotonic())
-        stop.set()
-
-    guard = Thread(target=puller.guard, args=(stop, end))
-    began = puller._pulling_since = time.monotonic()
-    guard.start()
-    (incoming / "slow").write_bytes(b"a byte or two")
-    guard.join(10)
-    assert 1.5 < ends[0] - began < 5
+    clock = Clock(monkeypatch, *[(10, b"a byte or two")] * 20)
+    began_s = clock.now_s
+    (ended_s,) = guarded(puller, registry_home, clock)
+    assert pull.HANGS_S < ended_s - began_s < 2 * pull.HANGS_S
     status = read_status(registry_home.models, "digits")
     assert "next to nothing" in str(status.error)
 
 
-def test_a_pull_that_goes_on_is_left_alone_and_one_that_brings_too_much_is_not(
+def test_a_pull_that_goes_on_is_left_alone(
     puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pull, "HANGS_S", 1.5)
+    clock = Clock(monkeypatch, *[(50, bytes(90_000))] * 20)
+    assert not guarded(puller, registry_home, clock)
+
+
+def test_a_pull_that_brings_more_than_was_said_ends_the_puller(
+    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pull, "SLACK_BYTES", 1_000_000)
-    incoming = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}x"
-    incoming.mkdir(parents=True)
-    puller._incoming = incoming
-    stop, ends = Event(), list[float]()
-    guard = Thread(target=puller.guard, args=(stop, lambda: (ends.append(1), stop.set())))
-    puller._pulling_since = time.monotonic()
-    guard.start()
-    with (incoming / "file").open("wb") as file:
-        for _ in range(10):
-            assert not ends
-            file.write(bytes(90_000))
-            file.flush()
-            time.sleep(0.3)
-        file.write(bytes(200_000))
-        file.flush()
-        guard.join(5)
-    assert ends
+    clock = Clock(monkeypatch, *[(1, bytes(90_000))] * 20)
+    began_s = clock.now_s
+    (ended_s,) = guarded(puller, registry_home, clock)
+    assert ended_s - began_s == 12  # 12 × 90,000 bytes are too many, 11 are not
 
 
 def test_what_a_killed_puller_left_is_removed(
@@ -518,10 +532,5 @@ def test_what_was_left_does_not_end_the_next_puller(
     left = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(bytes(10_000))
-    stop, ends = Event(), list[float]()
-    guard = Thread(target=puller.guard, args=(stop, lambda: ends.append(1)))
-    guard.start()
-    time.sleep(1.5)
-    stop.set()
-    guard.join(5)
-    assert not ends
+    clock = Clock(monkeypatch, (1, b""), (1, b""))
+    assert not guarded(puller, registry_home, clock)

@@ -26,6 +26,7 @@ from registry.judging import Judge
 from registry.ledger import Entry
 from registry.promotion import promote, release, roll_back, withdraw
 from registry.store import ModelStore
+from tests.conftest import PATIENCE_S
 
 
 def artifact(home: Home, name: str) -> Path:
@@ -207,7 +208,7 @@ def test_of_eight_who_promote_at_once_one_wins_each_round(
 
         def try_to(version: int, start: threading.Barrier = start, race: dict = race) -> int | str:
             own = ModelStore(registry_home)
-            start.wait(30)
+            start.wait(PATIENCE_S)
             try:
                 return promote(own, "digits", version, **race).entry.to_version
             except PromotionConflict as error:
@@ -325,14 +326,14 @@ def test_who_was_too_slow_to_move_the_alias_is_told(
     def slow(self: ModelStore, name: str, **aliases: int | None) -> None:
         if threading.current_thread().name.startswith("slow") and not reached.is_set():
             reached.set()
-            assert go_on.wait(30)
+            assert go_on.wait(PATIENCE_S)
         real(self, name, **aliases)
 
     monkeypatch.setattr(ModelStore, "point", slow)
     options = {"force": True, "reason": "a race"}
     with ThreadPoolExecutor(1, "slow") as pool:
         late = pool.submit(promote, ModelStore(registry_home), "digits", 2, **options)
-        assert reached.wait(30)
+        assert reached.wait(PATIENCE_S)
         promote(store, "digits", 3, **options)
         go_on.set()
         with pytest.raises(PromotionConflict, match="version 1, which still served, was taken"):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Listener, Pipe
 from pathlib import Path
@@ -26,7 +25,7 @@ from service.metrics import Metrics
 from service.model_slot import ModelSlot
 from service.settings import Settings
 from service.state import load_served
-from tests.conftest import MakeBundle, load_eager
+from tests.conftest import PATIENCE_S, MakeBundle, load_eager, wait_for
 from tests.stand_in_gpu import DEVICE, PLAN, StandInPlanner
 from training.datasets import Dataset
 
@@ -73,13 +72,6 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return statuses
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_the_answers_are_those_of_the_same_plan_at_home(
     own, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
@@ -121,7 +113,7 @@ def test_a_load_that_hangs_ends_the_owner(
     own, make_bundle: MakeBundle, exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, bundle, go_on = own(), make_bundle(), Event()
-    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(10))
+    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(PATIENCE_S))
     monkeypatch.setattr(gpu, "LOAD_S", 0.05)
     with pytest.raises(DeviceLost):
         owner.client.load(bundle)
@@ -140,7 +132,7 @@ def test_images_of_several_workers_share_a_batch(
         def classify(pixels):
             sizes.append(len(pixels))
             busy.set()
-            assert go_on.wait(10)
+            assert go_on.wait(PATIENCE_S)
             return run(pixels)
 
         return classify
@@ -152,7 +144,7 @@ def test_images_of_several_workers_share_a_batch(
         for worker, count in zip(workers, (1, 2, 3), strict=True)
     ]
     threads[0].start()
-    assert busy.wait(10)
+    assert busy.wait(PATIENCE_S)
     for thread in threads[1:]:
         thread.start()
     batcher = owner.server._loaded[bundle.manifest_sha256].batcher
@@ -228,7 +220,7 @@ def test_an_owner_that_hangs_is_a_lost_device(
     own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = Event()
-    remote = own(lambda run: lambda pixels: go_on.wait(10) and run(pixels)).client.load(
+    remote = own(lambda run: lambda pixels: go_on.wait(PATIENCE_S) and run(pixels)).client.load(
         make_bundle()
     )
     monkeypatch.setattr(gpu, "ANSWER_S", 0.05)
@@ -263,12 +255,12 @@ def test_a_forward_pass_that_hangs_ends_the_owner(
 
     monkeypatch.setattr(os, "_exit", exit_)
     monkeypatch.setattr(gpu, "PASS_S", 0.05)
-    remote = own(lambda run: lambda pixels: go_on.wait(10) and run(pixels)).client.load(
+    remote = own(lambda run: lambda pixels: go_on.wait(PATIENCE_S) and run(pixels)).client.load(
         make_bundle()
     )
     asking = Thread(target=remote.classify, args=(few_digits.test.pixels[:1],))
     asking.start()
-    assert ended.wait(10)
+    assert ended.wait(PATIENCE_S)
     go_on.set()
     asking.join()
 
@@ -308,7 +300,7 @@ def test_an_owner_that_loads_for_too_long_is_a_lost_device(
     own, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, go_on = own(), Event()
-    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(10))
+    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(PATIENCE_S))
     monkeypatch.setattr(gpu, "LOAD_S", 0.05)
     with pytest.raises(DeviceLost, match="did not load a plan"):
         owner.client.load(make_bundle())

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from service.listening import turn_away
+from tests.conftest import PATIENCE_S
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's filters are Linux's")
@@ -19,8 +20,8 @@ def test_nobody_new_connects_and_who_is_there_stays(host: str) -> None:
     with listener:
         address = listener.getsockname()[:2]
         with (
-            socket.create_connection(address, timeout=5) as welcomed,
-            socket.create_connection(address, timeout=5) as waiting,
+            socket.create_connection(address, timeout=PATIENCE_S) as welcomed,
+            socket.create_connection(address, timeout=PATIENCE_S) as waiting,
         ):
             served, _ = listener.accept()
             turn_away(listener)
@@ -35,4 +36,4 @@ def test_nobody_new_connects_and_who_is_there_stays(host: str) -> None:
                     assert ours.recv(8) == b"answered"
                 listener.close()
                 with pytest.raises(ConnectionRefusedError):
-                    socket.create_connection(address, timeout=5)
+                    socket.create_connection(address, timeout=PATIENCE_S)

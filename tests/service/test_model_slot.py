@@ -1,5 +1,4 @@
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from registry.releases import release_file, version_folder
 from service import model_slot
 from service.model_slot import ModelSlot
 from service.served import ServedModel
+from tests.conftest import wait_for
 from tests.service.conftest import load
 
 
@@ -265,10 +265,3 @@ def try_at_once(slot: ModelSlot) -> float:
     assert slot._failure is not None
     slot._failure = replace(slot._failure, retry_at=0.0)
     return slot._failure.pause_s
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,13 +12,7 @@ import pytest
 from registry.errors import UsageError
 from service import serve
 from service.serve import Companion
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from tests.conftest import wait_for
 
 
 def script(code: str) -> list[str]:

@@ -12,6 +12,7 @@ from registry.errors import UsageError
 from service import create_app
 from service.logs import logging_config
 from service.settings import VARIABLES, Settings
+from tests.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
 # From one process of a service to another, or from `make demo` to itself.
@@ -88,8 +89,6 @@ def test_a_worker_never_opens_a_gpu_itself() -> None:
 def test_an_app_of_its_own_loads_what_is_released(
     make_bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import time
-
     from registry.releases import ReleasedVersion, version_folder, write_release
 
     monkeypatch.setenv("CONVOY_MODEL", "models:/digits@champion")
@@ -99,10 +98,7 @@ def test_an_app_of_its_own_loads_what_is_released(
     released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
     write_release(models, "digits", (released,))
     client = create_app().test_client()
-    deadline = time.monotonic() + 20
-    while client.get("/readyz").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: client.get("/readyz").status_code == 200)
     assert "convoy_serving_version" in client.get("/metrics").text
 
 

@@ -35,6 +35,7 @@ from service.shadow import Budget, Shadow
 from service.shadow_feed import Sample, ShadowFeed
 from service.traffic import is_challengers
 from service.worker import IN_LOOP, Postpone
+from tests.conftest import PATIENCE_S, wait_for
 from tests.service.conftest import load
 
 RAW = {"content_type": "application/octet-stream"}
@@ -372,19 +373,16 @@ def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path,
 
     def decide(bundle) -> None:
         deciding.set()
-        go_on.wait(20)
+        go_on.wait(PATIENCE_S)
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, undecided, decide)
     release(1)
     stop = slot.start()
     try:
         release(2, seed=1)
-        assert deciding.wait(20)
+        assert deciding.wait(PATIENCE_S)
         release(1)
-        deadline = time.monotonic() + 20
-        while slot.require().release.generation != 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for(lambda: slot.require().release.generation == 3)
         assert slot.require().champion.version == 1
     finally:
         go_on.set()

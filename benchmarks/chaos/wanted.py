@@ -1,0 +1,123 @@
+"""What each scenario must reach: the exit status of ``python -m benchmarks.chaos`` depends on it.
+
+The same as the column *wanted* of ``docs/reliability.md``. A figure that is missing is not reached.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Bound(NamedTuple):
+    """A figure, and the least or the most that it may be; a list is judged by its length."""
+
+    figure: str
+    most: float | None = 0
+    least: float | None = None
+
+
+def at_least(figure: str, least: float) -> Bound:
+    return Bound(figure, most=None, least=least)
+
+
+FAILED = Bound("failed")
+ATTACK = (
+    FAILED,
+    Bound("probes_failed"),
+    Bound("p99_over_allowed_ms"),
+    Bound("livez_worst_ms", 250),
+    Bound("readyz_worst_ms", 250),
+    Bound("worker_growth_mb", 64),
+)
+WANTED: dict[str, tuple[Bound, ...]] = {
+    "kill-workers": (FAILED, Bound("back_worst_s", 3)),
+    "rolling-restarts": (FAILED, Bound("p99_ratio", 3)),
+    "sigterm": (Bound("lost"), Bound("wrong"), Bound("other")),
+    "registry-faults": (
+        FAILED,
+        Bound("cold_start_worst_s", 10),
+        *(
+            Bound(f"{fault}_recovered_s", 60)
+            for fault in ("refused", "hung", "slow", "cut", "flapping")
+        ),
+    ),
+    "hostile-pictures": (
+        Bound("server_errors"),
+        Bound("workers_lost"),
+        Bound("honest_failed"),
+        Bound("refusal_p99_ms", 250),
+        Bound("refusal_worst_ms", 1000),
+        Bound("rss_growth_worst_mb", 32),
+        Bound("honest_p99_ratio", 2),
+    ),
+    "overload": (
+        at_least("goodput_of_peak_by_cores", 0.9),
+        Bound("p99_503_ms", 150),
+        Bound("lost"),
+        Bound("wrong"),
+        Bound("other"),
+        Bound("not_connected"),
+        Bound("livez_failed"),
+        Bound("livez_p99_ms", 100),
+        Bound("recovery_s", 2),
+        Bound("failed_before"),
+        Bound("failed_after"),
+    ),
+    "slow-clients": (FAILED, at_least("closed_by_us", 1)),
+    "hostile-bundles": (
+        FAILED,
+        Bound("markers"),
+        Bound("activations"),
+        Bound("not_refused_in_time"),
+        Bound("answered_by_another"),
+    ),
+    "malformed-http": (
+        Bound("second_answers"),
+        Bound("server_errors"),
+        at_least("workers_survived", 1),
+    ),
+    "mutants": (
+        Bound("unhandled"),
+        Bound("guided_unhandled"),
+        at_least("guided_mutants", 1),
+    ),
+    "described-api": (
+        Bound("service_exit_status"),
+        Bound("control_exit_status"),
+        Bound("service_server_errors"),
+        Bound("control_server_errors"),
+        Bound("service_undocumented_codes"),
+        Bound("control_undocumented_codes"),
+    ),
+    "soak": (
+        FAILED,
+        Bound("others_5xx_or_lost"),
+        Bound("rss_slope_shown_mb_per_h", 1),
+        at_least("same_workers", 1),
+    ),
+    "locked-doors": (Bound("opened"), Bound("decided")),
+    "large-json": ATTACK,
+    "empty-parts": ATTACK,
+    "stalled-bodies": ATTACK,
+    "crowded-metrics": ATTACK,
+    "impatient-clients": (
+        at_least("w1_goodput_of_peak_per_cpu", 0.9),
+        at_least("w2_goodput_of_peak_per_cpu", 0.9),
+        Bound("w1_320_failed"),
+        Bound("w2_80_failed"),
+    ),
+}
+
+
+def missed(scenario: str, figures: dict[str, Any]) -> list[str]:
+    """What was wanted and not reached, with the figure; empty when all was."""
+    found = []
+    for figure, most, least in WANTED[scenario]:
+        value = figures.get(figure)
+        if value is None:
+            found.append(f"{figure} is missing")
+            continue
+        number = len(value) if isinstance(value, list) else value
+        if most is not None and not number <= most:
+            found.append(f"{figure} is {value}, at most {most} was wanted")
+        if least is not None and not number >= least:
+            found.append(f"{figure} is {value}, at least {least} was wanted")
+    return found
