@@ -25,6 +25,7 @@ SLOWEST_BYTES_PER_S = 32 * 1024
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
 _ANY_LENGTH = re.compile(rb"[\r\n][ \t]*content[-_]length", re.IGNORECASE)
 _CODED = re.compile(rb"[\r\n][ \t]*transfer[-_]encoding", re.IGNORECASE)
+_JSON = re.compile(rb"\r\ncontent-type:[ \t]*application/json", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
@@ -33,6 +34,7 @@ class Limits(Struct, frozen=True):
 
     Attributes:
         max_body_bytes: of a longer body nothing is read; the application refuses it by its length.
+        max_json_bytes: the same of a body that is JSON.
         head_s: from the first byte of a request to the end of its head, and of grace for the rest.
         keep_alive_s: without a byte.
         age_s: the answer after that is the last on its connection. Who keeps one for ever would
@@ -40,6 +42,7 @@ class Limits(Struct, frozen=True):
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
+    max_json_bytes: int = 8 * 1024 * 1024
     head_s: float = 10.0
     keep_alive_s: float = 75.0
     age_s: float = 60.0
@@ -175,7 +178,7 @@ class Connection:
                 self._head, said = _EXPECT.subn(b"", self._head + b"\r\n")
                 self._head, self._expects = self._head[:-2], said > 0
             self._likeness, self._digits, length = measure(self._head)
-            too_long = length is not None and length > self.limits.max_body_bytes
+            too_long = length is not None and self._is_too_long(length, self._head)
             self._length = None if too_long else length
         end = self._start + (self._length or 0)
         if len(received) < end:
@@ -226,6 +229,12 @@ class Connection:
             return False
         except OSError:  # it was reset
             return True
+
+    def _is_too_long(self, length: int, head: bytes) -> bool:
+        limits = self.limits
+        if length > limits.max_json_bytes and _JSON.search(head):
+            return True
+        return length > limits.max_body_bytes
 
     def _await(self, time_s: float) -> None:
         self.phase = Phase.READING

@@ -42,6 +42,7 @@ VARIABLES = {
     "CONVOY_BATCH_MS": "batch_ms",
     "CONVOY_MAX_IMAGE_BYTES": "max_image_bytes",
     "CONVOY_MAX_BODY_BYTES": "max_body_bytes",
+    "CONVOY_MAX_JSON_BYTES": "max_json_bytes",
     "CONVOY_MAX_PIXELS": "max_pixels",
     "CONVOY_QUEUE_LIMIT": "queue_limit",
     "CONVOY_DEADLINE_S": "deadline_s",
@@ -92,6 +93,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     batch_ms: Annotated[float, Meta(gt=0)] = 50.0
     max_image_bytes: Count = 8 * 1024 * 1024
     max_body_bytes: Count = 64 * 1024 * 1024
+    max_json_bytes: Count = 8 * 1024 * 1024
     max_pixels: Count = 12_000_000
     queue_limit: Count = 256
     deadline_s: Seconds = 10.0
@@ -148,7 +150,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def limits(self) -> Limits:
         """Of one client's connection."""
-        return Limits(max_body_bytes=self.max_body_bytes, age_s=self.connection_s)
+        return Limits(
+            max_body_bytes=self.max_body_bytes,
+            max_json_bytes=self.max_json_bytes,
+            age_s=self.connection_s,
+        )
 
     @property
     def decode_limits(self) -> DecodeLimits:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_TOP_K = 5
-# What the images of one request may take of a worker's loop before the rest is for a thread.
+# Reading and decoding the images of one request may take so long of a worker's loop.
 LOOP_DECODE_S = 0.01
 LOOP_BYTES = 64 * 1024
 # A slower network would keep the loop from reading probes, and from refusing others.
@@ -166,10 +166,10 @@ class Classify:
                 self._choose_side(job, trial, serving.challenger, image, environ)
                 if in_loop and _is_slow(job.served.batcher):
                     raise Postpone  # of the challenger's
-            if in_loop and job.decode_s > LOOP_DECODE_S:
-                raise Postpone
             decoding = time.perf_counter()
             job.read_s += decoding - reading
+            if in_loop and job.read_s + job.decode_s > LOOP_DECODE_S:
+                raise Postpone
             decoded.append(self._decode(image, job.served, in_loop))
             if job.challenger is not None:
                 alike = job.challenger.manifest.preprocess == job.served.manifest.preprocess

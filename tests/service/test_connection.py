@@ -97,6 +97,15 @@ def test_a_body_over_the_limit_is_not_waited_for(pair: Pair) -> None:
     assert (asked.complete, asked.body, asked.digits) == (False, b"", "1001")
 
 
+def test_a_json_body_over_its_own_limit_is_not_waited_for(pair: Pair) -> None:
+    pair.ours.limits = Limits(max_body_bytes=1000, max_json_bytes=100)
+    head = "POST / HTTP/1.1\r\nContent-Length: 101\r\nContent-Type:{}\r\n\r\n"
+    asked = pair.sends(head.format("Application/JSON; charset=utf-8").encode()).take()
+    assert asked is not None
+    assert (asked.complete, asked.digits) == (False, "101")
+    assert pair.sends(head.format("image/png").encode()).take() is None
+
+
 def test_a_client_that_expects_to_be_told_is_told_once(pair: Pair) -> None:
     whole = post(b"hello", "Expect: 100-Continue\r\n")
     pair.sends(whole[:-5])
