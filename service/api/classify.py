@@ -49,7 +49,7 @@ LOOP_BYTES = 64 * 1024
 # A slower network would keep the loop from reading probes, and from refusing others.
 LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
-LARGE_AT_ONCE = 2
+LARGE_AT_ONCE = 1
 _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
     r"/classify"
@@ -218,7 +218,7 @@ class Classify:
             return error
 
     def _decode_large(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
-        """A few at a time, so that they take neither all memory nor all threads."""
+        """One at a time, so that large images take neither all memory nor all threads."""
         settings = self._state.settings
         try:
             check_parts(image, settings.decode_limits)  # what is refused takes nobody's place
