@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.bundle import Bundle
+from registry.decode_limits import TRUSTED_LIMITS
 from registry.devices import describe_device
 from registry.errors import BundleInvalid, ConvoyError, DeviceLost, DeviceOutOfMemory
 from registry.plans.plan import Plan, ReadArtefact, Run, Source
-from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
+from registry.preprocess import Pixels, decode_image
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,10 @@ class UnsupportedImageType(ConvoyError):
     """The bytes are not an image of an accepted type."""
 
 
+class UnsupportedEncoding(ConvoyError):
+    """The body is compressed, and bodies are read as they are."""
+
+
 class ImageTooLarge(ConvoyError):
     """The image has more bytes, more pixels or a longer aspect than is allowed."""
 

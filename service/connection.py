@@ -31,8 +31,8 @@ MAX_CACHED_HEAD_BYTES = 1024
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
 _ANY_LENGTH = re.compile(rb"[\r\n][ \t]*content[-_]length", re.IGNORECASE)
 _CODED = re.compile(rb"[\r\n][ \t]*transfer[-_]encoding", re.IGNORECASE)
+_JSON = re.compile(rb"\r\ncontent-type:[ \t]*application/json", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
-_JSON = re.compile(rb"\r\ncontent-type:[^\r\n]*json", re.IGNORECASE)
 
 
 class Limits(Struct, frozen=True):
@@ -49,7 +49,7 @@ class Limits(Struct, frozen=True):
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
-    max_json_bytes: int = 64 * 1024 * 1024
+    max_json_bytes: int = 8 * 1024 * 1024
     head_s: float = 10.0
     keep_alive_s: float = 75.0
     age_s: float = 60.0
@@ -227,7 +227,8 @@ class Connection:
                 self._head, said = _EXPECT.subn(b"", self._head + b"\r\n")
                 self._head, self._expects = self._head[:-2], said > 0
             self._likeness, self._digits, length = measure(self._head)
-            self._length = None if self._is_too_long(length) else length
+            too_long = length is not None and self._is_too_long(length, self._head)
+            self._length = None if too_long else length
         end = self._start + (self._length or 0)
         if len(received) < end:
             if self.phase is Phase.IDLE:
@@ -285,12 +286,11 @@ class Connection:
         except OSError:  # it was reset
             return True
 
-    def _is_too_long(self, length: int | None) -> bool:
-        """Whether a body of ``length`` bytes is refused by its head alone."""
-        if length is None or length <= self.limits.max_json_bytes:
-            return length is not None and length > self.limits.max_body_bytes
-        assert self._head is not None
-        return length > self.limits.max_body_bytes or _JSON.search(self._head) is not None
+    def _is_too_long(self, length: int, head: bytes) -> bool:
+        limits = self.limits
+        if length > limits.max_json_bytes and _JSON.search(head):
+            return True
+        return length > limits.max_body_bytes
 
 
 def _origin(client: Any, proxies: tuple[IPv4Network | IPv6Network, ...]) -> str:

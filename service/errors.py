@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
     domain.InvalidImage: (422, "caller"),
     domain.UnsupportedImageType: (415, "caller"),
+    domain.UnsupportedEncoding: (415, "caller"),
     domain.ImageTooLarge: (413, "caller"),
     domain.ModelNotFound: (404, "caller"),
     domain.VersionNotFound: (404, "caller"),
@@ -47,6 +48,8 @@ def answer(error: Exception, request_id: str) -> Response:
     retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(type(error))
     if retry_after_s:
         response.headers["Retry-After"] = str(retry_after_s)
+    if isinstance(error, domain.UnsupportedEncoding):
+        response.headers["Accept-Encoding"] = "identity"  # RFC 9110, section 15.5.16
     return response
 
 

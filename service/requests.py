@@ -52,8 +52,10 @@ def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]
     return headers
 
 
-def body_length(environ: "WSGIEnvironment", limit: int) -> int:
+def body_length(environ: "WSGIEnvironment", limit: int, advice: str = "") -> int:
     """The length of the body as the caller says it, checked before a byte is read.
+
+    ``advice`` ends the text of the 413.
 
     Raises:
         HTTPException: 411 when the body is chunked, so that its length is unknown; 413 when it is
@@ -66,7 +68,7 @@ def body_length(environ: "WSGIEnvironment", limit: int) -> int:
         abort(400, "the body is empty; send the bytes of an image")
     length = int(text)
     if length > limit:
-        abort(413, f"the body has {length:,} bytes; at most {limit:,} are accepted")
+        abort(413, f"the body has {length:,} bytes; at most {limit:,} are accepted{advice}")
     return length
 
 

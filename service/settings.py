@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from registry.contract import ModelRef, parse_model_refs
+from registry.decode_limits import DEFAULT_LIMITS, DecodeLimits
 from registry.devices import CORES, forward_threads
 from registry.errors import UsageError
 from registry.home import convoy_home
-from registry.picture_parts import DecodeLimits
 from registry.services import SERVICE_KEY
 from service.connection import Limits
 
@@ -22,8 +23,8 @@ Network = IPv4Network | IPv6Network
 Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
 DRAIN_LEAST_S = 3.0
-# More of these are not decoded at once: each may take a fifth of a gigabyte.
-LARGE_PIXELS = 2_000_000
+# Pictures of which decoding holds more are decoded one at a time: each may take 260 MB.
+LARGE_BYTES = 6_000_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 # Not for operators: ``python -m service`` tells the processes that it starts.
@@ -42,7 +43,9 @@ VARIABLES = {
     "CONVOY_BATCH_MS": "batch_ms",
     "CONVOY_MAX_IMAGE_BYTES": "max_image_bytes",
     "CONVOY_MAX_BODY_BYTES": "max_body_bytes",
+    "CONVOY_MAX_JSON_BYTES": "max_json_bytes",
     "CONVOY_MAX_PIXELS": "max_pixels",
+    "CONVOY_MAX_DECODED_BYTES": "max_decoded_bytes",
     "CONVOY_QUEUE_LIMIT": "queue_limit",
     "CONVOY_DEADLINE_S": "deadline_s",
     "CONVOY_MAX_WAIT_S": "max_wait_s",
@@ -90,9 +93,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     threads: Count = 8
     max_batch: Count = 32
     batch_ms: Annotated[float, Meta(gt=0)] = 50.0
-    max_image_bytes: Count = 8 * 1024 * 1024
+    max_image_bytes: Count = DEFAULT_LIMITS.max_bytes
     max_body_bytes: Count = 64 * 1024 * 1024
-    max_pixels: Count = 12_000_000
+    max_json_bytes: Count = 8 * 1024 * 1024
+    max_pixels: Count = DEFAULT_LIMITS.max_pixels
+    max_decoded_bytes: Count = DEFAULT_LIMITS.max_decoded_bytes
     queue_limit: Count = 256
     deadline_s: Seconds = 10.0
     max_wait_s: Seconds | None = None
@@ -150,18 +155,25 @@ class Settings(Struct, frozen=True, kw_only=True):
         """Of one client's connection."""
         return Limits(
             max_body_bytes=self.max_body_bytes,
+            max_json_bytes=self.max_json_bytes,
             age_s=self.connection_s,
             proxies=self.proxy_networks,
         )
 
     @property
     def decode_limits(self) -> DecodeLimits:
-        return DecodeLimits(max_pixels=self.max_pixels)
+        return DecodeLimits(
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_pixels,
+            max_decoded_bytes=self.max_decoded_bytes,
+        )
 
     @property
     def common_decode_limits(self) -> DecodeLimits:
         """Of what any number of threads may decode at once."""
-        return DecodeLimits(max_pixels=min(self.max_pixels, LARGE_PIXELS))
+        return replace(
+            self.decode_limits, max_decoded_bytes=min(self.max_decoded_bytes, LARGE_BYTES)
+        )
 
     @property
     def loop_decode_limits(self) -> DecodeLimits:
@@ -169,8 +181,11 @@ class Settings(Struct, frozen=True, kw_only=True):
 
         The time for anything else does not hang on the pixels alone.
         """
-        return DecodeLimits(
-            max_pixels=min(self.max_pixels, LOOP_PIXELS), max_scans=1, max_parts=100, max_packed=0
+        return replace(
+            self.decode_limits,
+            max_pixels=min(self.max_pixels, LOOP_PIXELS),
+            max_scans=1,
+            max_parts=100,
         )
 
     @classmethod

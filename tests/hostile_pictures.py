@@ -102,6 +102,66 @@ def noisy_png(side: int, kind: int, bits: int) -> bytes:
     return png(side, side, b"".join(rows), bits=bits, kind=kind)
 
 
+def gif(*blocks: bytes, screen: int = 16, side: int = 16) -> bytes:
+    """A GIF of one frame, with ``blocks`` before it."""
+    picture = encoded(Image.new("P", (16, 16)), "GIF")
+    flags = picture[10]
+    end = 13 + (3 << (flags & 7) + 1)
+    head = b"GIF89a" + struct.pack("<HHBBB", screen, screen, flags, 0, 0) + picture[13:end]
+    frame = struct.pack("<HHHH", 0, 0, side, side)
+    return head + b"".join(blocks) + b"," + frame + picture[picture.index(b",", end) + 9 :]
+
+
+def comment(size: int) -> bytes:
+    """A comment of a GIF, in blocks of one byte."""
+    return b"!\xfe" + b"\x01x" * size + b"\0"
+
+
+def bmp(
+    width: int, height: int, pixels: bytes, *, bits: int = 8, compression: int = 0, colours: int = 0
+) -> bytes:
+    header = struct.pack(
+        "<IiiHHIIiiII", 40, width, height, 1, bits, compression, 0, 0, 0, colours, 0
+    )
+    palette = bytes(4 * (colours or 1 << bits)) if bits <= 8 else b""
+    start = 14 + len(header) + len(palette)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, start) + header + palette + pixels
+
+
+def tiff(
+    *more: tuple[int, int, int, int],
+    width: int = 16,
+    height: int = 16,
+    compression: int = 1,
+    pixels: bytes = bytes(256),
+    next_directory: int = 0,
+) -> bytes:
+    """A grey TIFF of one strip; ``more`` are entries of its directory: tag, type, count, value."""
+    entries = {
+        256: (4, 1, width),
+        257: (4, 1, height),
+        258: (3, 1, 8),
+        259: (3, 1, compression),
+        262: (3, 1, 1),
+        273: (4, 1, 8),
+        277: (3, 1, 1),
+        278: (4, 1, height),
+        279: (4, 1, len(pixels)),
+    }
+    entries |= {tag: rest for tag, *rest in more}  # type: ignore[misc]
+    rows = b"".join(struct.pack("<HHII", tag, *entries[tag]) for tag in sorted(entries))
+    start = 8 + len(pixels)
+    directory = struct.pack("<H", len(entries)) + rows + struct.pack("<I", next_directory)
+    return b"II*\0" + struct.pack("<I", start) + pixels + directory
+
+
+def tiff_of_entries(number: int) -> bytes:
+    """Each of them has the whole file for its value."""
+    return tiff(
+        *[(tag, 1, 1_000_000, 0) for tag in range(1000, 1000 + number)], pixels=bytes(1_000_000)
+    )
+
+
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "webp claiming 9000×9000 in 34 bytes": lambda: webp_claiming(9000, 9000),
     "webp claiming 3400×3400 in 34 bytes": lambda: webp_claiming(3400, 3400),
@@ -126,12 +186,20 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     ),
     "png with 200 MB of pixels too many": lambda: png(8, 8, bytes(200 * MEGAPIXEL)),
     "png of 12 megapixels, RGBA, 16 bits": lambda: noisy_png(3400, 6, 16),
+    "png of 9 megapixels, RGBA, 16 bits": lambda: noisy_png(3000, 6, 16),
     "png of 12 megapixels, grey, 16 bits": lambda: noisy_png(3400, 0, 16),
     "png of 12 megapixels, grey and alpha": lambda: noisy_png(3400, 4, 8),
     "jpeg claiming 9400×9400 in 689 bytes": lambda: jpeg_claiming(9400, 9400),
     "jpeg claiming 3400×3400 in 689 bytes": lambda: jpeg_claiming(3400, 3400),
     "jpeg of 5,000 scans": lambda: jpeg_of_scans(5000, 2000),
     "jpeg of 60 scans, 12 megapixels": lambda: jpeg_of_scans(50, 3400),
+    "jpeg of 12 scans, 50 megapixels": lambda: jpeg_of_scans(2, 7000),
+    "jpeg of 60 scans, 50 megapixels": lambda: jpeg_of_scans(50, 7000),
+    "jpeg of 25 MB of false scans": lambda: (
+        small_jpeg()[:-2] + b"\xff\0" * 12_500_000 + b"\xff\xda" * 100
+    ),
+    "jpeg of arithmetic codes": lambda: small_jpeg().replace(b"\xff\xc0", b"\xff\xc9"),
+    "jpeg without losses": lambda: small_jpeg().replace(b"\xff\xc0", b"\xff\xc3"),
     "jpeg of 4 MB of padding": lambda: after_start(small_jpeg(), b"\xff" * 4_000_000),
     "jpeg of 4 MB of junk": lambda: after_start(small_jpeg(), b"\0" * 4_000_000),
     "jpeg of 200,000 markers": lambda: after_start(small_jpeg(), segment(0xE5, b"x") * 200_000),
@@ -144,8 +212,49 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "jpeg of one byte": lambda: b"\xff\xd8\xff",
     "jpeg whose lengths are zero": lambda: b"\xff\xd8" + b"\xff\xe0\0\0" * 500_000,
     "nothing": lambda: b"",
-    "a gif": lambda: encoded(Image.new("P", (8, 8)), "GIF"),
-    "a bmp": lambda: encoded(Image.new("RGB", (8, 8)), "BMP"),
+    "gif of 400,000 blocks of comment": lambda: gif(comment(400_000)),
+    "gif of 900 blocks of comment": lambda: gif(comment(900)),
+    "gif whose frame is larger than its screen": lambda: gif(side=60_000),
+    "gif claiming 5000×5000 in 800 bytes": lambda: gif(side=5_000),
+    "gif of junk": lambda: gif(b"\x77" * 1_000_000),
+    "gif of 4,000 frames": lambda: animation(4000, "GIF"),
+    "bmp of runs": lambda: bmp(5000, 5000, b"\x01\x00" * 5_000_000, compression=1),
+    "bmp of 60,000 colours": lambda: bmp(8, 8, bytes(64), colours=60_000),
+    "bmp claiming 2³¹": lambda: bmp(2**31 - 1, -(2**31), b""),
+    "bmp claiming 5000×5000": lambda: bmp(5000, 5000, b""),
+    "bmp with a png in it": lambda: bmp(8, 8, png(8, 8), bits=24, compression=5),
+    "ppm of an endless comment": lambda: b"P6\n#" + b"x" * 5_000_000,
+    "ppm of plain numbers": lambda: b"P2\n5000 5000\n255\n" + b"1 " * 5_000_000,
+    "ppm of an odd depth": lambda: b"P6\n2000 2000\n254\n" + bytes(12_000_000),
+    "ppm claiming 5000×5000": lambda: b"P6\n5000 5000\n255\n",
+    "ppm of floats": lambda: b"Pf\n5000 5000\n1.0\n" + bytes(100),
+    "tiff of 900 entries of 1 MB": lambda: tiff_of_entries(900),
+    "tiff of 60,000 entries of 1 MB": lambda: tiff_of_entries(60_000),
+    "tiff whose directories form a ring": lambda: tiff(next_directory=264),
+    "tiff whose EXIF is its own directory": lambda: tiff((0x8769, 4, 1, 264)),
+    "tiff of a million strips": lambda: tiff(
+        (273, 4, 1_000_000, 8), (278, 4, 1, 1), pixels=bytes(4_000_000)
+    ),
+    "tiff of 60,000 × 60,000 a tile": lambda: tiff(
+        (322, 4, 1, 60_000), (323, 4, 1, 60_000), (324, 4, 1, 8), (325, 4, 1, 256)
+    ),
+    "tiff of 2³² rows a strip": lambda: tiff(
+        (278, 4, 1, 2**32 - 1), compression=8, pixels=zlib.compress(bytes(256))
+    ),
+    "tiff of 4 GB of deflate": lambda: tiff(
+        compression=8, pixels=zlib.compress(bytes(200 * MEGAPIXEL), 1)
+    ),
+    "tiff claiming 5000×5000": lambda: tiff(width=5000, height=5000, compression=8),
+    "tiff claiming 2³² × 2³²": lambda: tiff(width=2**32 - 1, height=2**32 - 1),
+    "tiff of jpeg": lambda: tiff(compression=7, pixels=small_jpeg()),
+    "tiff of fax": lambda: tiff(compression=4),
+    "tiff of 64 bits": lambda: b"II+\0\x08\0\0\0" + bytes(100),
+    "tiff of nothing": lambda: b"II*\0",
+    "tiff of 65,535 samples": lambda: tiff((277, 3, 1, 65_535)),
+    "a heic": lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(1000),
+    "an avif of 8000×6000 in 1.2 KB": lambda: encoded(
+        Image.new("RGB", (8000, 6000), "teal"), "AVIF", speed=10
+    ),
     "a script": lambda: b"#!/bin/sh\ntouch /tmp/marker\n",
     "an svg": lambda: b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
 }

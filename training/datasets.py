@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from registry.contract import PreprocessSpec
 from registry.errors import ConvoyError, UsageError
-from registry.preprocess import Pixels, as_served, decode_training_image, encode_png
+from registry.preprocess import Pixels, decode_training_image, encode_png
 from training import fashion_mnist
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def _folder(root: Path, size_px: int) -> Dataset:
         stacked,
         np.array([indices[number] for number in kept], dtype=np.int64),
         tuple(digests[number] for number in kept),
-        lambda index: as_served(paths[kept[index]].read_bytes(), spec),
+        lambda index: paths[kept[index]].read_bytes(),
     )
     return _split_dataset(f"folder:{root.name}", labels, examples, size_px, tuple(problems))
 

@@ -25,11 +25,12 @@ from registry.bundle import (
 )
 from registry.classifier import replay_golden
 from registry.contract import SCHEMA_VERSION, DataRecord, Manifest, ModelVersion, SourceRecord
+from registry.decode_limits import TRUSTED_LIMITS
 from registry.errors import BundleInvalid
 from registry.networks import Program
 from registry.plans.plan import Source, find_plan
 from registry.plans.torch_eager import EAGER, eager_classifier
-from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
+from registry.preprocess import Pixels, decode_image
 from registry.store import ModelStore
 from training.config import Recipe
 from training.datasets import Dataset, Examples

@@ -1,25 +1,52 @@
-"""The images in a request's body, in whichever of its forms the caller chose."""
+"""The images in a request's body, in whichever of its forms the client chose."""
 
-import base64
+import binascii
+import re
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
-from multipart import MultipartError, MultipartSegment, PushMultipartParser
+from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 from werkzeug.exceptions import abort
 from werkzeug.http import parse_options_header
 
-from registry.errors import ConvoyError, ImageTooLarge, InvalidImage
+from registry.errors import ConvoyError, ImageTooLarge, InvalidImage, UnsupportedEncoding
 from service.requests import body_length, read_body
 from service.settings import Settings
+from service.worker import IN_LOOP, Postpone
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
 
 CHUNK_BYTES = 64 * 1024
-# curl --data-binary says urlencoded unless it is told otherwise.
-_RAW = {"", "application/octet-stream", "application/x-www-form-urlencoded"}
+# A strict parser takes what follows the last boundary only in the chunk of that boundary.
+EPILOGUE_BYTES = 4 * 1024
+# Parsing the parts of a form may take so long in a worker's loop.
+LOOP_PARSE_S = 0.01
+# Parts of a form that are not images, and the bytes of everything in it that is not an image.
+MAX_OTHER_PARTS = 8
+MAX_OTHER_BYTES = 256 * 1024
+MAX_PART_HEADER_BYTES = 1024
+# binascii holds the interpreter for 4 ms a megabyte.
+BASE64_PIECE_CHARS = 1024 * 1024
+# Writers of JSON escape one in 64 characters of base64, or in 32, and ends of lines.
+MIN_BYTES_PER_ESCAPE = 8
+MAX_FREE_ESCAPES = 1024
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+# curl --data-binary says urlencoded unless it is told otherwise; S3 says binary/octet-stream.
+_RAW = {
+    "",
+    "application/octet-stream",
+    "application/x-www-form-urlencoded",
+    "binary/octet-stream",
+}
+_FORMS = {"multipart/form-data", "application/json"}
+_IMAGE_NAME = re.compile(r"(?:image|file)s?(?:\[[0-9]*\])?", re.ASCII)
+# RFC 4648, section 5, as section 4 writes it.
+_STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
 
 
 class JsonBody(Struct, forbid_unknown_fields=True):
@@ -32,17 +59,24 @@ class JsonBody(Struct, forbid_unknown_fields=True):
 class Images:
     """The encoded images of a body, one after the other as they arrive.
 
-    Iterating gives the bytes of each, or the error that kept it from being read, and raises
-    ``HTTPException`` when the whole body cannot be: 400, 411, 413 or 415.
+    Iterating gives the bytes of each, or the error that kept it from being read. It raises
+    ``HTTPException`` when the whole body cannot be read (400, 411, 413 or 415),
+    ``UnsupportedEncoding`` when the body is compressed, and ``Postpone`` when a form takes too long
+    for a worker's loop.
     """
 
     def __init__(self, environ: "WSGIEnvironment", settings: Settings) -> None:
         self._environ = environ
         self._settings = settings
         self.many = False
-        """Whether the caller sent a list, so gets one; known when all images have arrived."""
+        """Whether the client sent a list, so gets one; known when all images have arrived."""
 
     def __iter__(self) -> Iterator[bytes | ConvoyError]:
+        coding = self._environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
+        if coding not in ("", "identity"):
+            raise UnsupportedEncoding(
+                f"Content-Encoding {coding[:40]!r} is not accepted; send the body uncompressed"
+            )
         content_type = self._environ.get("CONTENT_TYPE", "")
         kind = content_type.partition(";")[0].strip().lower()
         if not (kind in _RAW or kind.startswith("image/") or kind in _FORMS):
@@ -51,12 +85,14 @@ class Images:
                 f"Content-Type {kind[:80]!r} is not accepted; send the image itself (image/* or "
                 "application/octet-stream), multipart/form-data or application/json",
             )
-        length = body_length(self._environ, self._settings.max_body_bytes)
-        stream = self._environ["wsgi.input"]
+        stream, settings = self._environ["wsgi.input"], self._settings
+        if kind == "application/json":
+            limit = min(settings.max_json_bytes, settings.max_body_bytes)
+            advice = "; send larger images as the body itself or as multipart/form-data"
+            return self._json(read_body(stream, body_length(self._environ, limit, advice)))
+        length = body_length(self._environ, settings.max_body_bytes)
         if kind == "multipart/form-data":
             return self._multipart(stream, length, content_type)
-        if kind == "application/json":
-            return self._json(read_body(stream, length))
         return iter((self._limited(read_body(stream, length)),))
 
     def _multipart(
@@ -66,17 +102,23 @@ class Images:
         if not boundary:
             abort(400, "the Content-Type of a multipart body needs a boundary")
         count = 0
-        for image in _image_parts(stream, length, boundary, self._settings.max_image_bytes):
+        ends = time.perf_counter() + LOOP_PARSE_S if IN_LOOP in self._environ else float("inf")
+        for image in _image_parts(stream, length, boundary, self._settings, ends):
             count += 1
             self.many = count > 1
             self._check_count(count)
             yield image
         if not count:
-            abort(400, "the multipart body has no part named 'image'")
+            abort(400, "the multipart body has no part named 'image', 'images', 'file' or 'files'")
 
     def _json(self, body: bytes) -> Iterator[bytes | ConvoyError]:
+        # Many strings (each, and each name, has two quotes) or many escapes would have msgspec hold
+        # the interpreter for long: it checks a list's length only when all of it is decoded.
+        self._check_count(body.count(b'"') // 2 - 2)
+        if body.count(b"\\") > len(body) // MIN_BYTES_PER_ESCAPE + MAX_FREE_ESCAPES:
+            abort(400, "the JSON body has more escapes (\\) than base64 has use for")
         try:
-            parsed = msgspec.json.decode(body, type=JsonBody)
+            parsed = msgspec.json.decode(body.removeprefix(BYTE_ORDER_MARK), type=JsonBody)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             abort(400, f'the JSON body is not {{"image": …}} or {{"images": […]}}: {error}')
         if (parsed.image is None) == (parsed.images is None):
@@ -88,9 +130,11 @@ class Images:
         self._check_count(len(texts))
         for text in texts:
             try:
-                yield self._limited(base64.b64decode(text, validate=True))
+                yield _from_base64(text, self._settings.max_image_bytes)
             except ValueError as error:
                 yield InvalidImage(f"the image is not base64: {error}")
+            except ConvoyError as error:
+                yield error
 
     def _check_count(self, count: int) -> None:
         if count > self._settings.max_batch:
@@ -101,32 +145,110 @@ class Images:
         return image if len(image) <= limit else too_large(len(image), limit)
 
 
-_FORMS = {"multipart/form-data", "application/json"}
-
-
 def too_large(size: int, limit: int) -> ImageTooLarge:
     return ImageTooLarge(f"the image has {size:,} bytes; at most {limit:,} are accepted")
 
 
+def _from_base64(text: str, limit: int) -> bytes:
+    """The bytes of ``text``: base64 as RFC 4648 or MIME writes it, padded or not, or a data URL.
+
+    Raises:
+        ImageTooLarge: they would be more than ``limit``; found before any of them is decoded.
+        ValueError: the text is something else.
+    """
+    if text[:5].lower() == "data:":
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError(f"the data URL begins with {head[:40]!r}, not with 'data:…;base64,'")
+    data = text.encode("ascii").translate(_STANDARD_BASE64, b" \t\r\n").rstrip(b"=")
+    size = len(data) * 3 // 4
+    if size > limit:
+        raise too_large(size, limit)
+    data += b"=" * (-len(data) % 4)
+    return b"".join(
+        binascii.a2b_base64(data[at : at + BASE64_PIECE_CHARS], strict_mode=True)
+        for at in range(0, len(data), BASE64_PIECE_CHARS)
+    )
+
+
 def _image_parts(
-    stream: "InputStream", length: int, boundary: str, limit: int
+    stream: "InputStream", length: int, boundary: str, settings: Settings, ends: float
 ) -> Iterator[bytes | ConvoyError]:
-    """The parts named ``image``; what is over ``limit`` is read past and not kept."""
-    wanted, size, pieces = False, 0, list[bytes]()
+    """The parts that are images by their name; one over the limit is read past and not kept.
+
+    Raises ``Postpone`` when ``time.perf_counter()`` is past ``ends`` at the start of a part.
+    """
+    form = _Form(settings.max_image_bytes)
     try:
         # Browsers and scripts name files in any encoding; the names mean nothing here.
-        with PushMultipartParser(boundary, length, header_charset="latin-1") as parser:
-            while not parser.closed:
-                chunk = stream.read(min(length, CHUNK_BYTES)) if length else b""
-                length -= len(chunk)
+        with PushMultipartParser(
+            boundary,
+            length,
+            header_charset="latin-1",
+            max_header_size=MAX_PART_HEADER_BYTES,
+            strict=True,
+        ) as parser:
+            for chunk in _chunks(stream, length):
                 for event in parser.parse(chunk):
                     if isinstance(event, MultipartSegment):
-                        wanted, size, pieces = event.name == "image", 0, []
+                        if time.perf_counter() > ends:
+                            raise Postpone
+                        form.begin_part(event.name or "")
                     elif event:
-                        size += len(event)
-                        if wanted and size <= limit:
-                            pieces.append(event)
-                    elif wanted:
-                        yield b"".join(pieces) if size <= limit else too_large(size, limit)
+                        form.add(event)
+                    elif form.in_image:
+                        yield form.image()
+                form.check_other_bytes(len(chunk))
+    except ParserLimitReached as error:
+        abort(413, f"the multipart body cannot be read: {error}")
     except MultipartError as error:
         abort(400, f"the multipart body cannot be read: {error}")
+
+
+def _chunks(stream: "InputStream", length: int) -> Iterator[bytes]:
+    """The body in pieces, the last of which is empty."""
+    while length:
+        size = length if length < CHUNK_BYTES + EPILOGUE_BYTES else CHUNK_BYTES
+        chunk = stream.read(size)
+        if not chunk:
+            break
+        length -= len(chunk)
+        yield chunk
+    yield b""
+
+
+class _Form:
+    """What has come of a multipart body, under its limits."""
+
+    def __init__(self, max_image_bytes: int) -> None:
+        self.in_image = False
+        self._limit = max_image_bytes
+        self._size = 0
+        self._pieces: list[bytes] = []
+        self._other_parts = self._other_bytes = 0
+
+    def begin_part(self, name: str) -> None:
+        self.in_image = _IMAGE_NAME.fullmatch(name) is not None
+        self._size, self._pieces = 0, []
+        self._other_parts += not self.in_image
+        if self._other_parts > MAX_OTHER_PARTS:
+            abort(413, f"the multipart body has more than {MAX_OTHER_PARTS} parts beside images")
+
+    def add(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self.in_image:
+            self._other_bytes -= len(piece)
+            if self._size <= self._limit:
+                self._pieces.append(piece)
+
+    def image(self) -> bytes | ConvoyError:
+        """The image whose part has ended."""
+        if self._size > self._limit:
+            return too_large(self._size, self._limit)
+        return b"".join(self._pieces)
+
+    def check_other_bytes(self, parsed: int) -> None:
+        """Count ``parsed`` bytes of the body, from which ``add`` has taken those of images."""
+        self._other_bytes += parsed
+        if self._other_bytes > MAX_OTHER_BYTES:
+            abort(413, f"the multipart body has more than {MAX_OTHER_BYTES:,} bytes beside images")

@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_TOP_K = 5
-# What the images of one request may take of a worker's loop before the rest is for a thread.
+# Reading and decoding the images of one request may take so long of a worker's loop.
 LOOP_DECODE_S = 0.01
 LOOP_BYTES = 64 * 1024
 # A slower network would keep the loop from reading probes, and from refusing others.
 LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
-LARGE_AT_ONCE = 2
+LARGE_AT_ONCE = 1
 LARGE_WAIT_S = 1.0
 # The loop answers these itself, so that no crowd on other routes holds them up.
 PROBES = {"/livez", "/readyz", "/healthz"}
@@ -172,10 +172,10 @@ class Classify:
                 self._choose_side(job, trial, serving.challenger, image, environ)
                 if in_loop and _is_slow(job.served.batcher):
                     raise Postpone  # of the challenger's
-            if in_loop and job.decode_s > LOOP_DECODE_S:
-                raise Postpone
             decoding = time.perf_counter()
             job.read_s += decoding - reading
+            if in_loop and job.read_s + job.decode_s > LOOP_DECODE_S:
+                raise Postpone
             decoded.append(self._decode(image, job.served, in_loop))
             if job.challenger is not None:
                 alike = job.challenger.manifest.preprocess == job.served.manifest.preprocess
@@ -224,7 +224,7 @@ class Classify:
             return error
 
     def _decode_large(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
-        """A few at a time, so that they take neither all memory nor all threads."""
+        """One at a time, so that large images take neither all memory nor all threads."""
         settings = self._state.settings
         try:
             check_parts(image, settings.decode_limits)  # what is refused takes nobody's place

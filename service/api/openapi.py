@@ -48,7 +48,10 @@ _FAILURES = {
     "408": "The request did not arrive in its time.",
     "411": "The body is chunked: its length is not said.",
     "413": "Too many bytes, pixels or images.",
-    "415": "Not an image type that is accepted (JPEG, PNG, WebP).",
+    "415": (
+        "Not an image type that is accepted (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), or a "
+        "compressed body."
+    ),
     "422": "The image cannot be decoded.",
     "429": "This caller asks more often than it may; see Retry-After.",
     "431": "The head of the request is too long.",

@@ -188,7 +188,7 @@ def test_before_a_version_is_loaded_503_says_when_to_come_back(
     ("request_arguments", "status", "reason"),
     [
         ({"data": b"", **RAW}, 400, "the body is empty"),
-        ({"data": b"GIF89a....", **RAW}, 415, "not a JPEG, PNG or WebP"),
+        ({"data": b"%PDF-1.7", **RAW}, 415, "not a JPEG, PNG, WebP, GIF"),
         ({"data": b"\xff\xd8\xff\xe0 nothing", **RAW}, 422, "cannot be decoded"),
         ({"data": b"x" * 100_001, **RAW}, 413, "100,001 bytes; at most 100,000"),
         ({"data": b"x" * 300_001, **RAW}, 413, "300,001 bytes; at most 300,000"),
@@ -231,8 +231,8 @@ def test_a_chunked_body_is_refused_because_its_length_is_not_said(
 
 def test_too_many_pixels_are_413(ready: FlaskClient) -> None:
     buffer = BytesIO()
-    Image.new("1", (5000, 2500)).save(buffer, "PNG")
-    assert_problem(ready.post("/v1/classify", data=buffer.getvalue(), **RAW), 413, "12,500,000")
+    Image.new("1", (10_000, 5_100)).save(buffer, "PNG")
+    assert_problem(ready.post("/v1/classify", data=buffer.getvalue(), **RAW), 413, "51,000,000")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_what_could_not_be_classified_is_said_and_shows_in_the_status(
     files = [str(tmp_path / "text.png"), str(tmp_path / "missing.png"), picture]
     assert main(["classify", *files, "--url", url]) == 1
     captured = capsys.readouterr()
-    assert "not a JPEG, PNG or WebP" in captured.err
+    assert "not a JPEG, PNG" in captured.err
     assert "missing.png: No such file" in captured.err
     assert "digits version 1" in captured.out
     assert main(["classify", picture, "--url", url, "--model", "nobody"]) == 1

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from registry.decode_limits import TRUSTED_LIMITS
 from registry.errors import UsageError
-from registry.preprocess import TRUSTED_LIMITS, decode_image
+from registry.preprocess import decode_image
 from training import fashion_mnist
 from training.datasets import channel_statistics, load_dataset, split_by_digest
 from training.fashion_mnist import FILES, IdxFile

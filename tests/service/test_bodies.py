@@ -1,0 +1,233 @@
+"""How bodies are read: their limits come before the work, and every usual form is understood."""
+
+import base64
+import gzip
+import json
+from io import BytesIO
+
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from service.api import bodies, classify
+from service.worker import IN_LOOP, Postpone
+
+JSON = "application/json"
+FORM = "multipart/form-data; boundary=b"
+
+
+class Untouched(BytesIO):
+    """A body that must be refused before it is read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise AssertionError("the body was read")
+
+
+class Counted(BytesIO):
+    """A body that knows how much of it was read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.taken = self.tell() + (size or 0)
+        return super().read(size)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def part(name: str, data: bytes, *headers: str) -> bytes:
+    head = "".join(f"{line}\r\n" for line in headers)
+    return (
+        (
+            f'--b\r\nContent-Disposition: form-data; name="{name}"; filename="a.png"\r\n{head}\r\n'
+        ).encode()
+        + data
+        + b"\r\n"
+    )
+
+
+def form(*parts: bytes) -> bytes:
+    return b"".join(parts) + b"--b--\r\n"
+
+
+def post(client: FlaskClient, body: bytes, content_type: str, **headers: str) -> TestResponse:
+    return client.post(
+        "/v1/classify?top_k=1", data=body, content_type=content_type, headers=headers
+    )
+
+
+def send(client: FlaskClient, stream: BytesIO, length: int, content_type: str) -> TestResponse:
+    """A request whose body is ``stream`` and is said to have ``length`` bytes."""
+    environ = {
+        "CONTENT_LENGTH": str(length),
+        "CONTENT_TYPE": content_type,
+        "wsgi.input": stream,
+    }
+    return client.post("/v1/classify", environ_overrides=environ)
+
+
+def test_a_json_body_over_its_own_limit_is_refused_by_its_length(ready: FlaskClient) -> None:
+    length = 64 * 1024 * 1024
+    response = send(ready, Untouched(), length, JSON)
+    assert response.status_code == 413
+    assert "multipart/form-data" in response.json["detail"]
+
+
+def test_many_texts_are_counted_before_they_are_decoded(
+    ready: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*arguments: object, **named: object) -> None:
+        raise AssertionError("the body was decoded")
+
+    monkeypatch.setattr(bodies.msgspec.json, "decode", decode)
+    response = post(ready, json.dumps({"images": ["ab"] * 30_000}).encode(), JSON)
+    assert response.status_code == 413
+    assert "more than 4 images" in response.json["detail"]
+    response = post(ready, b'{"image": "' + rb"\n" * 50_000 + b'"}', JSON)
+    assert response.status_code == 400
+    assert "escapes" in response.json["detail"]
+
+
+def test_a_text_over_the_limit_of_an_image_is_not_decoded(
+    ready: FlaskClient, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*arguments: object, **named: object) -> None:
+        raise AssertionError("the text was decoded")
+
+    monkeypatch.setattr(bodies.binascii, "a2b_base64", decode)
+    response = post(ready, json.dumps({"image": "A" * 140_000}).encode(), JSON)
+    assert response.status_code == 413
+    assert "105,000 bytes; at most 100,000" in response.json["detail"]
+
+
+def test_base64_is_decoded_in_pieces(
+    ready: FlaskClient, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BASE64_PIECE_CHARS", 64)
+    assert post(ready, json.dumps({"image": b64(png)}).encode(), JSON).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["note", "image"])
+def test_more_parts_than_a_form_may_have_end_the_reading(ready: FlaskClient, name: str) -> None:
+    body = Counted(part(name, b"") * 3000)
+    response = send(ready, body, len(body.getvalue()), FORM)
+    assert response.status_code == 413
+    assert "more than" in response.json["detail"]
+    assert body.taken <= bodies.CHUNK_BYTES + bodies.EPILOGUE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (form(part("note", bytes(290_000))), 413, "262,144 bytes beside images"),
+        (form(part("image", b"", "X-Long: " + "x" * 5000)), 413, "header length"),
+        (form(part("image", b"", *[f"X-{n}: x" for n in range(9)])), 413, "header count"),
+        (form(part("image", b"", "X-Folded: x", " x")), 400, "continuation"),
+        (bytes(100_000) + form(part("image", b"")), 400, "Boundary not found"),
+        (form(part("image", b"x")) + bytes(100_000), 400, "after end"),
+    ],
+)
+def test_what_stands_around_the_images_of_a_form_is_limited(
+    ready: FlaskClient, body: bytes, status: int, reason: str
+) -> None:
+    response = post(ready, body, FORM)
+    assert response.status_code == status
+    assert reason in response.json["detail"]
+
+
+@pytest.mark.parametrize("size", range(65_200, 65_560, 13))
+def test_the_end_of_a_form_may_fall_on_the_end_of_a_piece(ready: FlaskClient, size: int) -> None:
+    body = form(part("image", b"\x89PNG\r\n\x1a\n" + bytes(size)))
+    assert post(ready, body, FORM).status_code == 422  # read, and no picture
+
+
+def test_in_the_loop_parsing_counts_like_decoding(
+    ready: FlaskClient, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(body: bytes, content_type: str) -> int:
+        environ = {IN_LOOP: len(body)}
+        answer = ready.post(
+            "/v1/classify", data=body, content_type=content_type, environ_overrides=environ
+        )
+        return answer.status_code
+
+    empty_parts = form(*[part("note", b"")] * 6, part("image", png))
+    assert ask(empty_parts, FORM) == ask(png, "image/png") == 200
+    monkeypatch.setattr(bodies, "LOOP_PARSE_S", 0.0)
+    with pytest.raises(Postpone):
+        ask(empty_parts, FORM)
+    monkeypatch.setattr(classify, "LOOP_DECODE_S", 0.0)  # reading alone takes longer
+    with pytest.raises(Postpone):
+        ask(png, "image/png")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda image: base64.encodebytes(image).decode(),
+        lambda image: "\r\n".join(b64(image)[at : at + 76] for at in range(0, 9999, 76)),
+        lambda image: b64(image) + "\n",
+        lambda image: "data:image/png;base64," + b64(image),
+        lambda image: "DATA:;charset=x;base64," + b64(image),
+        lambda image: base64.urlsafe_b64encode(image).decode(),
+        lambda image: b64(image).rstrip("="),
+    ],
+    ids=["lines of 76", "CRLF", "newline", "data URL", "bare data URL", "URL-safe", "unpadded"],
+)
+def test_base64_is_understood_as_clients_write_it(ready: FlaskClient, png: bytes, write) -> None:
+    for image in (
+        png,
+        png + b"\xfb",
+        png + b"\xfb\xff",
+    ):  # each padding, and characters of both kinds
+        response = post(ready, json.dumps({"image": write(image)}).encode(), JSON)
+        assert response.status_code == 200
+
+
+def test_escaped_slashes_of_other_writers_are_understood(ready: FlaskClient, png: bytes) -> None:
+    text = b64(png).replace("/", r"\/").replace("+", r"\u002b")
+    assert post(ready, f'{{"image": "{text}"}}'.encode(), JSON).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("not base64!", "not base64"),
+        ("AAAAA", "not base64"),
+        ("AA=A", "not base64"),
+        ("data:image/png,AAAA", "'data:image/png', not with 'data:…;base64,'"),
+        ("data:" + "x" * 200, "not with 'data:…;base64,'"),
+    ],
+)
+def test_what_is_not_base64_is_told_so(ready: FlaskClient, text: str, reason: str) -> None:
+    response = post(ready, json.dumps({"image": text}).encode(), JSON)
+    assert response.status_code == 422
+    assert reason in response.json["detail"]
+
+
+def test_json_may_begin_with_a_byte_order_mark(ready: FlaskClient, png: bytes) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps({"image": b64(png)}).encode()
+    assert post(ready, body, JSON).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["image", "images", "image[]", "images[]", "images[0]", "file", "files", "file[]"]
+)
+def test_a_form_may_name_its_images_as_clients_do(
+    ready: FlaskClient, png: bytes, name: str
+) -> None:
+    assert post(ready, form(part(name, png)), FORM).status_code == 200
+
+
+def test_the_type_that_object_stores_use_is_an_image(ready: FlaskClient, png: bytes) -> None:
+    assert post(ready, png, "binary/octet-stream").status_code == 200
+
+
+def test_a_compressed_body_is_415_and_told_what_is_accepted(ready: FlaskClient, png: bytes) -> None:
+    headers = {"Content-Encoding": "gzip"}
+    for body, kind in ((png, "image/png"), (json.dumps({"image": b64(png)}).encode(), JSON)):
+        response = post(ready, gzip.compress(body), kind, **headers)
+        assert response.status_code == 415
+        assert "Content-Encoding 'gzip'" in response.json["detail"]
+        assert response.headers["Accept-Encoding"] == "identity"
+    assert post(ready, png, "image/png", **{"Content-Encoding": "identity"}).status_code == 200
