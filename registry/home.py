@@ -49,16 +49,6 @@ class Home(Struct, frozen=True):
         return self.root / "reports"
 
     @property
-    def webhooks(self) -> Path:
-        """Who is told of each line of the ledgers."""
-        return self.root / "webhooks.toml"
-
-    @property
-    def deliveries(self) -> Path:
-        """How far each of them came."""
-        return self.root / "deliveries"
-
-    @property
     def decided(self) -> Path:
         """Touched when something was decided, so that pullers on this machine look at once."""
         return self.root / "decided"

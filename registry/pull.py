@@ -25,14 +25,13 @@ from registry.lookout import Lookout
 from registry.releases import (
     Release,
     ReleasedVersion,
-    floor_file,
     read_release_or_none,
     version_folder,
     write_atomically,
     write_release,
     write_status,
 )
-from registry.signing import SIGNATURE, Signed, TrustedKeys, check_serial, raise_floor
+from registry.signing import SIGNATURE, Signed, TrustedKeys, check_expiry
 from registry.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,6 @@ class Puller:
         # Of the download that is on its way.
         self._incoming: Path | None = None
         self._expected_bytes = 0
-        self.wake = Event()
 
     def pull(self, ref: ModelRef) -> Release:
         """Resolve ``ref``, fetch its version if it is not here yet, and release it.
@@ -89,8 +87,6 @@ class Puller:
         versions: tuple[ReleasedVersion, ...]
         wanted = store.resolve_in(aliases, ref)
         versions = (self._lay_out(store, wanted, ref.alias, before),)
-        if self._trust:
-            raise_floor(self._vouched(wanted), floor_file(self._models, ref.name))
         if ref.alias != CHAMPION or (trial and trial.version == versions[0].version):
             trial = None  # tried beside the champion, beside nothing else, and not beside itself
         if trial is not None:
@@ -140,9 +136,9 @@ class Puller:
         folder = version_folder(self._models, version.name, version.version)
         if self._trust:
             signed = self._vouched(version)
-            # How old that is counts when a version is chosen, not while it serves.
+            # Its end counts when a version is chosen, not while it serves.
             if not before or version.manifest_sha256 not in _digests(before):
-                check_serial(signed, floor_file(self._models, version.name), time.time())
+                check_expiry(signed, time.time())
         if not self._is_here(folder, version):
             try:
                 self._fetch(store, folder, version)
@@ -223,16 +219,15 @@ class Puller:
     def watch(self, stop: Event, interval_s: float) -> None:
         """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set.
 
-        At once when ``wake`` is set, or something is decided on this machine.
+        At once when something is decided on this machine.
         """
         while not stop.is_set():
             decided = self._decided_ns()
-            self.wake.clear()
             self.pull_all()
             pause_s = interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
             again_at = time.monotonic() + pause_s
             while time.monotonic() < again_at and self._decided_ns() == decided:
-                if self.wake.is_set() or stop.wait(min(WAKE_S, pause_s)):
+                if stop.wait(min(WAKE_S, pause_s)):
                     break
 
     def _decided_ns(self) -> int:

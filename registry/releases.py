@@ -103,11 +103,6 @@ def release_file(models: Path, name: str) -> Path:
     return models / name / "release.json"
 
 
-def floor_file(models: Path, name: str) -> Path:
-    """Where the serial of the newest signature is noted whose version served here."""
-    return model_folder(models, name) / "serial"
-
-
 def read_release(models: Path, name: str) -> Release | None:
     """The release of model ``name``; None when nothing was released yet.
 

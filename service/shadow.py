@@ -112,7 +112,7 @@ class Shadow:
         try:
             bundle = open_bundle(folder, released.manifest_sha256)
             if self._trust:
-                check_signature(bundle, version, self._trust)
+                check_signature(bundle, model, version, self._trust)
             fresh = Loaded(version, bundle.manifest, self._planner.load(bundle))
         except Exception as error:  # noqa: BLE001 - an engine may raise anything
             log.warning("%s version %d cannot be scored: %s", model, version, error)

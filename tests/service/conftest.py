@@ -28,7 +28,15 @@ from tests.conftest import MakeBundle
 def load(bundle: Bundle, released: ReleasedVersion, metrics: Metrics | None = None) -> ServedModel:
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     settings = Settings(max_batch=8, queue_limit=64)
-    return load_served(bundle, released, planner, settings, metrics or Metrics(), TrustedKeys({}))
+    return load_served(
+        bundle,
+        released,
+        name=bundle.manifest.model,
+        planner=planner,
+        settings=settings,
+        metrics=metrics or Metrics(),
+        trust=TrustedKeys({}),
+    )
 
 
 @pytest.fixture
