@@ -264,10 +264,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
     """What the puller laid out, if it is that; else downloaded into ``folder``."""
     from registry.bundle import open_bundle
-    from registry.releases import read_release, version_folder
+    from registry.releases import all_releases, version_folder
 
-    release = read_release(home.models, ref.name)
-    if released := release and release.find(ref):
+    found = (release.find(ref) for release in all_releases(home.models, ref.name))
+    if released := next(filter(None, found), None):
         laid_out = version_folder(home.models, ref.name, released.version)
         return open_bundle(laid_out, released.manifest_sha256)
     store = _store()

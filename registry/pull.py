@@ -25,12 +25,13 @@ from registry.lookout import Lookout
 from registry.releases import (
     Release,
     ReleasedVersion,
+    all_releases,
     read_release_or_none,
     version_folder,
-    write_atomically,
     write_release,
     write_status,
 )
+from registry.shared_files import write_atomically
 from registry.signing import SIGNATURE, Signed, TrustedKeys, check_expiry
 from registry.store import ModelStore
 
@@ -83,7 +84,7 @@ class Puller:
         """
         store = self._at_registry()
         aliases, trial = store.standing(ref.name)
-        before = read_release_or_none(self._models, ref.name)
+        before = read_release_or_none(self._models, ref)
         versions: tuple[ReleasedVersion, ...]
         wanted = store.resolve_in(aliases, ref)
         versions = (self._lay_out(store, wanted, ref.alias, before),)
@@ -100,7 +101,7 @@ class Puller:
                     versions = (*versions, before.versions[1])
                 else:
                     trial = None
-        release = write_release(self._models, ref.name, versions, trial)
+        release = write_release(self._models, ref, versions, trial)
         if before is None or before.generation != release.generation:
             log.info(
                 "released %s version %d%s (generation %d)",
@@ -109,7 +110,7 @@ class Puller:
                 f", on trial {trial}" if trial else "",
                 release.generation,
             )
-            self._prune(ref.name, {each.version for each in versions})
+            self._prune(ref.name)
         return release
 
     def look_after(self, ref: ModelRef) -> None:
@@ -118,7 +119,7 @@ class Puller:
         Raises:
             RegistryUnavailable: it cannot be told now; the next look tries again.
         """
-        release = read_release_or_none(self._models, ref.name)
+        release = read_release_or_none(self._models, ref)
         if self._lookout is None or release is None:
             return
         if self._lookout.look(self._at_registry(), ref.name, release.trial):
@@ -158,7 +159,7 @@ class Puller:
         )
 
     def pull_all(self) -> bool:
-        """Pull every ref; whether all went well. Failures are logged and noted in ``pull.json``."""
+        """Pull every ref; whether all went well. Failures are logged and noted on disk."""
         failures = 0
         for ref in self._refs:
             failure: str | None = None
@@ -175,7 +176,7 @@ class Puller:
             finally:
                 self._pulling_since = None
             try:
-                write_status(self._models, ref.name, failure)
+                write_status(self._models, ref, failure)
             except OSError as error:  # a full or read-only disk: what serves is not touched
                 log.warning("cannot note the state of %s: %s", ref, error)
         return failures == 0
@@ -204,7 +205,7 @@ class Puller:
                 log.error("%s; the puller ends, to begin anew", why)
                 for ref in self._refs:
                     with contextlib.suppress(OSError):
-                        write_status(self._models, ref.name, why)
+                        write_status(self._models, ref, why)
                 end()
                 since = now
 
@@ -283,7 +284,10 @@ class Puller:
             )
         return names
 
-    def _prune(self, name: str, serving: set[int]) -> None:
+    def _prune(self, name: str) -> None:
+        """Remove old versions, except those that serve: here or for other references."""
+        releases = all_releases(self._models, name)
+        serving = {each.version for release in releases for each in release.versions}
         folders = [
             p
             for p in version_folder(self._models, name, 0).parent.iterdir()

@@ -151,7 +151,7 @@ def test_a_version_signed_by_command_is_pulled_and_a_roll_back_needs_no_signer(
     promote(store, "digits", 1)
     with pytest.raises(BundleInvalid, match="not signed"):
         puller.pull(REF)
-    assert read_release(registry_home.models, "digits") is None
+    assert read_release(registry_home.models, REF) is None
     assert main(["verify", "digits", "1"]) == 2
     assert main(["sign", "digits", "1", "--key", str(key)]) == 0
     assert main(["verify", "digits", "champion"]) == 0

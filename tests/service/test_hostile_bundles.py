@@ -23,6 +23,7 @@ from service.state import load_served
 from service.watchdog import rss_mb
 from tests.conftest import MakeBundle
 from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
+from tests.service.conftest import REF
 
 # What nobody reads here, or nobody can know: with digests that fit, these serve.
 HARMLESS = {
@@ -41,7 +42,7 @@ def serving(slot: ModelSlot, release: Callable[..., Bundle]) -> ModelSlot:
 def put_forward(models: Path, version: int, digest: str) -> None:
     write_release(
         models,
-        "digits",
+        REF,
         (ReleasedVersion(version=version, manifest_sha256=digest, alias="champion"),),
     )
 
@@ -131,7 +132,8 @@ def test_a_bundle_of_another_model_is_refused_whoever_signed_it(
     )
     (bundle.folder / SIGNATURE).write_text(sign(digits, key, days=1))
     released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
-    write_release(models, "letters", (released,))
+    letters = ModelRef("letters", alias="champion")
+    write_release(models, letters, (released,))
     load = partial(
         load_served,
         name="letters",
@@ -140,7 +142,7 @@ def test_a_bundle_of_another_model_is_refused_whoever_signed_it(
         metrics=Metrics(),
         trust=TrustedKeys({"ann": public} if signed else {}),
     )
-    slot = ModelSlot(ModelRef("letters", alias="champion"), models, load)
+    slot = ModelSlot(letters, models, load)
     assert not slot.refresh()
     assert slot.error is not None
     assert "is of the model 'digits'" in slot.error

@@ -12,6 +12,7 @@ from registry.errors import UsageError
 from service import create_app
 from service.logs import logging_config
 from service.settings import VARIABLES, Settings
+from tests.service.conftest import REF
 
 ROOT = Path(__file__).parents[2]
 # From one process of a service to another, or from `make demo` to itself.
@@ -97,7 +98,7 @@ def test_an_app_of_its_own_loads_what_is_released(
     models = tmp_path / "home" / "models"
     bundle = make_bundle(folder=version_folder(models, "digits", 1))
     released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
-    write_release(models, "digits", (released,))
+    write_release(models, REF, (released,))
     client = create_app().test_client()
     deadline = time.monotonic() + 20
     while client.get("/readyz").status_code != 200:
