@@ -39,7 +39,7 @@ def main() -> int:
     arguments = options.parse_args()
     home = convoy_home()
     ref = parse_model_ref(arguments.model)
-    release = read_release(home.models, ref.name)
+    release = read_release(home.models, ref)
     if release is None:
         raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
     version = release.versions[0].version

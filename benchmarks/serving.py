@@ -32,6 +32,7 @@ from benchmarks.closed_loop import FAILURES, Figures, load, post
 from benchmarks.common import RunningService, free_port, machine, parser, served_plan
 from benchmarks.serving_report import conclude
 from registry.bundle import Bundle, open_bundle
+from registry.contract import ModelRef
 from registry.home import Home
 from registry.plans.choice import AUTO, Planner
 from registry.preprocess import decode_image
@@ -85,13 +86,14 @@ def prepare(workload: str) -> Bundle:
     """The trained, promoted and pulled version of a workload; made when it is not there."""
     model, training = TRAINING[workload]
     home = Home(HOME)
-    if read_release(home.models, model) is None:
+    champion = ModelRef(model, alias="champion")
+    if read_release(home.models, champion) is None:
         if workload == "w2":
             _run("benchmarks.photographs", str(HOME / "photographs"))
         _run("training", *training, "--model", model)
         _run("registry", "promote", model, "challenger")
         _run("registry", "pull", f"models:/{model}@champion")
-    release = read_release(home.models, model)
+    release = read_release(home.models, champion)
     assert release is not None
     (version,) = release.versions
     bundle = open_bundle(

@@ -26,7 +26,7 @@ def main() -> int:
     options.add_argument("--runs", type=int, default=5)
     arguments = options.parse_args()
     home, ref = convoy_home(), parse_model_ref(arguments.model)
-    release = read_release(home.models, ref.name)
+    release = read_release(home.models, ref)
     if release is None:
         raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
     bundle = open_bundle(version_folder(home.models, ref.name, release.versions[0].version))

@@ -26,7 +26,7 @@ for part in $parts; do
   echo "$name …"
   # In a container of its own, as MLflow may be what does not start. 1: something was written meanwhile.
   $compose run --rm -T --no-deps --entrypoint sh "$service" -c \
-    "tar -C $folder --exclude=./tokens --exclude=./models --exclude=./plans -c .; [ \$? -le 1 ]" \
+    "tar -C $folder --exclude=./tokens --exclude=./models --exclude=./plans --exclude=./sessions -c .; [ \$? -le 1 ]" \
     >"$work/$name.tar" 2>"$work/said" || { cat "$work/said" >&2; exit 1; }
 done
 (cd "$work" && rm -f said && sha256sum -- * >SHA256SUMS && tar -cf "$file.part" -- *)

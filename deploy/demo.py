@@ -16,6 +16,7 @@ import urllib.request
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from registry.contract import ModelRef
 from registry.home import Home, convoy_home
 from registry.releases import read_release
 
@@ -27,7 +28,7 @@ UI_PORT = 5000
 def main() -> int:
     home = convoy_home()
     os.environ["CONVOY_MODEL"] = f"models:/{MODEL}@champion"
-    if read_release(home.models, MODEL) is None:
+    if read_release(home.models, ModelRef(MODEL, alias="champion")) is None:
         train_first_champion()
     picture, label = save_test_picture(home)
     service_url = f"http://127.0.0.1:{os.environ.get('CONVOY_PORT', '8080')}"

@@ -1,7 +1,6 @@
 """``python -m registry``: look at versions, judge, try, promote, take back, and follow."""
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -9,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ from registry.tables import decision, live_page, plans_table, version_page, vers
 if TYPE_CHECKING:
     from registry.bundle import Bundle
     from registry.store import ModelStore
-    from registry.webhooks import Receiver
 
 AUDIT_AGAIN_S = 2.0
 # On the machine that serves, requests come first.
@@ -210,8 +208,6 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    if arguments.listen and not arguments.watch:
-        raise UsageError("--listen is of use with --watch only")
     if arguments.ref:
         refs = parse_model_refs(",".join(arguments.ref), said_by="REF")
     else:
@@ -232,30 +228,8 @@ def _pull(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     os.nice(PULLER_NICE)
     threading.Thread(target=puller.guard, args=(stop,), name="guard", daemon=True).start()
-    with contextlib.ExitStack() as stack:
-        if arguments.listen:
-            stack.callback(_listen(arguments.listen, puller.wake.set).close)
-        puller.watch(stop, arguments.interval)
+    puller.watch(stop, arguments.interval)
     return 0
-
-
-def _listen(address: str, wake: Callable[[], None]) -> "Receiver":
-    """A receiver of webhooks at ``HOST:PORT``; its secret lies in a file."""
-    from registry.webhooks import Receiver, parse_secret
-
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise UsageError(f"--listen is {address!r}; write HOST:PORT")
-    file = os.environ.get("CONVOY_WEBHOOK_SECRET_FILE")
-    if not file:
-        raise UsageError("--listen needs CONVOY_WEBHOOK_SECRET_FILE: who cannot sign wakes nobody")
-    try:
-        secret = parse_secret(Path(file).read_text().strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"CONVOY_WEBHOOK_SECRET_FILE={file}: {error}") from error
-    receiver = Receiver(host.strip("[]") or "127.0.0.1", int(port), secret, wake)
-    receiver.start()
-    return receiver
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -290,10 +264,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
     """What the puller laid out, if it is that; else downloaded into ``folder``."""
     from registry.bundle import open_bundle
-    from registry.releases import read_release, version_folder
+    from registry.releases import all_releases, version_folder
 
-    release = read_release(home.models, ref.name)
-    if released := release and release.find(ref):
+    found = (release.find(ref) for release in all_releases(home.models, ref.name))
+    if released := next(filter(None, found), None):
         laid_out = version_folder(home.models, ref.name, released.version)
         return open_bundle(laid_out, released.manifest_sha256)
     store = _store()
@@ -432,12 +406,6 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--watch", action="store_true", help="go on following the registry")
     pull.add_argument(
         "--interval", type=float, default=2.0, metavar="S", help="seconds between looks"
-    )
-    pull.add_argument(
-        "--listen",
-        default=os.environ.get("CONVOY_WEBHOOK_LISTEN"),
-        metavar="HOST:PORT",
-        help="look at once when a signed webhook comes there (POST /wake)",
     )
     pull.add_argument(
         "--no-guard",

@@ -17,7 +17,7 @@ from threading import Lock, Thread
 from typing import Any, ParamSpec
 
 import msgspec
-from flask import Flask, Response, current_app, g, request, session
+from flask import Flask, Response, current_app, g, request
 from werkzeug.exceptions import HTTPException
 
 from registry import errors as domain
@@ -33,11 +33,13 @@ from registry.live_history import LiveHistory
 from registry.problems import Problem
 from registry.promotion import audit
 from registry.services import read_live
+from registry.sessions import Sessions
 from registry.store import ModelStore
 from registry.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
+COOKIE = "convoy"
 MOST_BYTES = 64 * 1024
 JUDGING_RETRY_S = 2
 SAID_S = 60.0  # a judgement without figures is not kept on disk: what is wrong may be mended
@@ -69,6 +71,7 @@ class Control:
         self.home = home
         self.services = services
         self.tokens = Tokens(home.tokens)
+        self.sessions = Sessions(home.sessions)
         self.judge = Judge(store, home)
         self.history = LiveHistory(self.live)
         self._judging: dict[tuple[str, int], Thread] = {}
@@ -199,14 +202,14 @@ def may_decide(view: Callable[P, Any]) -> Callable[P, Any]:
 
 
 def _identify() -> None:
-    """Who asks: ``g.token`` by the header, ``g.visitor`` by the session."""
+    """Who asks: ``g.token`` by the header, ``g.visitor`` by the session's cookie."""
     g.token = g.visitor = None
     tokens = control().tokens
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         g.token = tokens.find(text.strip())
-    elif digest := session.get("token"):
-        g.visitor = tokens.find_digest(digest)
+    elif session := control().sessions.find(request.cookies.get(COOKIE, "")):
+        g.visitor = tokens.find_digest(session.token_sha256)
 
 
 def _harden(response: Response) -> Response:

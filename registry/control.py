@@ -1,7 +1,6 @@
 """Runs the control plane: one gunicorn process with threads, on a port of its own.
 
-The ledgers' webhooks go out from here, whoever has written the lines; and where pullers may not
-write, trials are guarded from here.
+Where pullers may only read the registry, trials are guarded from here.
 """
 
 import logging
@@ -14,7 +13,6 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.workers.gthread import ThreadWorker
 
 from registry.home import convoy_home
-from registry.ledger_events import Sender, read_webhooks
 from registry.lookout import Lookout
 from registry.services import service_addresses
 from registry.tokens import Tokens
@@ -29,7 +27,6 @@ TIMEOUT_S = 900
 
 def serve(host: str, port: int, guard: bool = False) -> int:
     """Serve until SIGTERM or Ctrl-C; ``guard`` trials, too."""
-    read_webhooks(convoy_home().webhooks)  # says what is wrong with them before anything starts
     if not Tokens(convoy_home().tokens).all():
         log.warning("nobody has a token yet; run: python -m registry token add NAME --role admin")
     ControlPlane(host, port, guard).run()
@@ -71,10 +68,6 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
         from registry.store import ModelStore
 
         home, services = convoy_home(), service_addresses()
-        hooks = read_webhooks(home.webhooks)
-        if hooks:
-            sender = Sender(lambda: ModelStore(home), home.deliveries, hooks)
-            Thread(target=sender.watch, args=(Event(),), name="webhooks", daemon=True).start()
         if self._guard:
             watch = Lookout(home, services, "control plane").watch
             arguments = (lambda: ModelStore(home), Event())

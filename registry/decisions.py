@@ -6,12 +6,12 @@ from msgspec import Meta, Struct
 
 from registry.contract import Share, Trial
 from registry.judging import Judge
-from registry.ledger import Line
+from registry.ledger import MAX_TEXT_CHARS, Line
 from registry.promotion import promote, release, roll_back, withdraw
 from registry.store import ModelStore
 
 Number = Annotated[int, Meta(ge=1)]
-Reason = Annotated[str, Meta(max_length=10_000)]
+Reason = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
 
 
 class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -108,9 +108,5 @@ class PromotionConflict(ConvoyError):
     """The champion is not the one that was expected: somebody else has moved it."""
 
 
-class WebhookInvalid(ConvoyError):
-    """A webhook's delivery is not signed by whoever knows the secret, or not in these minutes."""
-
-
 class UsageError(ConvoyError):
     """What the user asked for cannot be done with what is there; the text says what could be."""

@@ -16,7 +16,7 @@ class Home(Struct, frozen=True):
 
     @property
     def models(self) -> Path:
-        """Bundles that the puller laid out: ``<name>/versions/<n>`` and ``<name>/release.json``."""
+        """What the puller laid out: ``<name>/versions/<n>`` and ``<name>/release@<alias>.json``."""
         return self.root / "models"
 
     @property
@@ -39,24 +39,14 @@ class Home(Struct, frozen=True):
         return self.root / "tokens" / "tokens.json"
 
     @property
-    def session_key(self) -> Path:
-        """What signs the control plane's sessions, so that they survive its restart."""
-        return self.root / "session.key"
+    def sessions(self) -> Path:
+        """Who is signed in to the control plane's pages, so that sessions survive its restart."""
+        return self.root / "sessions" / "sessions.json"
 
     @property
     def reports(self) -> Path:
         """Pictures of training reports that somebody has looked at: a cache."""
         return self.root / "reports"
-
-    @property
-    def webhooks(self) -> Path:
-        """Who is told of each line of the ledgers."""
-        return self.root / "webhooks.toml"
-
-    @property
-    def deliveries(self) -> Path:
-        """How far each of them came."""
-        return self.root / "deliveries"
 
     @property
     def decided(self) -> Path:

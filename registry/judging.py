@@ -23,7 +23,7 @@ from registry.gates import Policy, Verdict, check_comparable, compare, read_poli
 from registry.home import Home
 from registry.plans.duel import time_both
 from registry.preprocess import encode_png
-from registry.releases import write_atomically
+from registry.shared_files import write_atomically
 from registry.store import ModelStore
 
 log = logging.getLogger(__name__)

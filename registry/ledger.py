@@ -6,11 +6,11 @@ overtaken. So the order of the lines alone
 decides between people who promote at once, and every reader comes to the same end: no lock, and
 nothing that the registry's aliases, which have no compare-and-set, would have to offer.
 
-Each line carries a digest of all those that its writer had seen, so whoever edits or removes one
-breaks what follows it. Pure: where the lines are kept is the store's matter.
+The lines' numbers show that one is missing. They do not show that one was rewritten: an account
+that may write to the registry can rewrite the log and whatever lies beside it (SECURITY.md). Pure:
+where the lines are kept is the store's matter.
 """
 
-import hashlib
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -18,10 +18,14 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from registry.contract import Sha256, Trial, sha256_hex
+from registry.contract import Sha256, Trial
 from registry.errors import UsageError
+from registry.texts import shortened
 
 Action = Literal["promoted", "forced", "rolled back", "adopted", "refused", "tried", "withdrawn"]
+# A line is a tag of at most 100,000 characters in MLflow; JSON writes a control character as six.
+MAX_TEXT_CHARS = 8_000
+MAX_AUTHOR_CHARS = 200
 # Those that say who is champion. Each of them ends a trial.
 CROWNING = ("promoted", "forced", "rolled back", "adopted")
 
@@ -44,11 +48,11 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One decision, written down before it is carried out.
 
     ``at`` is UTC in ISO 8601, by the writer's clock. ``move`` is the number that is claimed among
-    the model's moves; a refusal has none. ``seen`` is the number of the newest line that the writer
-    had seen, ``parents`` the digest of all up to it. ``nonce`` tells a line that was written twice,
+    the model's moves; a refusal has none. ``nonce`` tells a line that was written twice,
     by a call that was tried again, from two people's. ``adopted`` says that the alias was found
     moved by other means than Convoy. ``trial`` is what ``tried`` began, with ``to_version``
-    beside the champion; ``withdrawn`` ended it.
+    beside the champion; ``withdrawn`` ended it. ``by`` is the name of the token that decided,
+    "NAME (unverified)" where the command line took a name from its environment, or a machine.
     """
 
     action: Action
@@ -62,8 +66,6 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     verdict: str | None = None
     trial: Trial | None = None
     move: int | None = None
-    seen: int = 0
-    parents: Sha256 = sha256_hex(b"")
     nonce: str = ""
 
     def __post_init__(self) -> None:
@@ -93,11 +95,11 @@ class Ledger:
     def __init__(self, rows: Iterable[tuple[int, bytes]] = ()) -> None:
         """Read ``rows``: the number of each line and its JSON, in any order."""
         self.lines: list[Line] = []
-        self.digests: dict[int, str] = {}
+        self._numbers: set[int] = set()
         self._unreadable: dict[int, str] = {}
         moves = 0
         for number, data in sorted(rows):
-            self.digests[number] = sha256_hex(data)
+            self._numbers.add(number)
             try:
                 entry = msgspec.json.decode(data, type=Entry)
             except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -107,11 +109,6 @@ class Ledger:
             if stands and entry.move is not None:
                 moves = entry.move
             self.lines.append(Line(number=number, entry=entry, stands=stands))
-        running = hashlib.sha256()
-        self._digests_up_to = [running.hexdigest()]
-        for number in range(1, self.last + 1):
-            running.update(self.digests.get(number, "").encode())
-            self._digests_up_to.append(running.hexdigest())
 
     @property
     def moves(self) -> list[Line]:
@@ -141,27 +138,22 @@ class Ledger:
     @property
     def last(self) -> int:
         """The number of the newest line; 0 when there is none."""
-        return max(self.digests, default=0)
-
-    @property
-    def head(self) -> tuple[int, str]:
-        """The number of the newest line, and the digest of all: what to note elsewhere."""
-        return self.last, self._digest_up_to(self.last)
+        return max(self._numbers, default=0)
 
     def continued(self, entry: Entry) -> Entry:
-        """``entry`` as the next line, and unless it is a refusal, the next move."""
+        """``entry`` as the next line, and unless it is a refusal, the next move.
+
+        Its texts are cut to what the registry takes: an error of any length can be written down.
+        """
         moves = self.moves
         latest = moves[-1].entry.move or 0 if moves else 0
         return msgspec.structs.replace(
             entry,
             move=None if entry.action == "refused" else latest + 1,
-            seen=self.last,
-            parents=self._digest_up_to(self.last),
+            by=shortened(entry.by, MAX_AUTHOR_CHARS),
+            reason=entry.reason and shortened(entry.reason, MAX_TEXT_CHARS),
+            verdict=entry.verdict and shortened(entry.verdict, MAX_TEXT_CHARS),
         )
-
-    def _digest_up_to(self, last: int) -> str:
-        """The digest of the digests of all lines up to ``last``, whether they are there or not."""
-        return self._digests_up_to[max(0, min(last, self.last))]
 
     def reigns(self, start: datetime, end: datetime) -> list[Line]:
         """The lines whose champion was that at some moment from ``start`` to ``end``, in order.
@@ -181,26 +173,19 @@ class Ledger:
             if first <= end and last > start
         ]
 
-    def faults(self, head: tuple[int, str] | None = None) -> list[str]:
-        """What is wrong with the lines: nothing, unless somebody edited or removed one.
+    def faults(self, newest: int | None = None) -> list[str]:
+        """Lines that are missing or cannot be read; a line that was rewritten is not found.
 
         Args:
-            head: ``head`` as it was noted elsewhere; without it, a ledger that was cut off at its
-                end cannot be told from a shorter one.
+            newest: the number of the newest line, as it was noted elsewhere; without it, a log that
+                was cut off at its end cannot be told from a shorter one.
         """
         faults = [
             f"line {number} cannot be read: {why}" for number, why in self._unreadable.items()
         ]
-        if self.digests and head is None:
+        if self._numbers and newest is None:
             faults.append("nothing says which line was the newest: some may be missing at the end")
-        last = max(self.last, head[0] if head else 0)
-        faults += [f"line {n} is missing" for n in range(1, last + 1) if n not in self.digests]
-        for line in self.lines:
-            if line.entry.parents != self._digest_up_to(line.entry.seen):
-                faults.append(
-                    f"line {line.number} was written after others than those up to line "
-                    f"{line.entry.seen}: one of them was changed or removed"
-                )
-        if head and self._digest_up_to(head[0]) != head[1]:
-            faults.append(f"the lines up to {head[0]} are not those that were written")
-        return faults
+        last = max(self.last, newest or 0)
+        return faults + [
+            f"line {n} is missing" for n in range(1, last + 1) if n not in self._numbers
+        ]

@@ -8,7 +8,6 @@ import base64
 import hmac
 import os
 import re
-import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import wraps
@@ -25,35 +24,25 @@ from flask import (
     redirect,
     render_template,
     request,
-    session,
     url_for,
 )
 from werkzeug.exceptions import Forbidden, NotFound
 
-from registry.api import control, describe_error, report_files
+from registry.api import COOKIE, control, describe_error, report_files
 from registry.contract import ModelRef, check_model_name
 from registry.decisions import Decision, Promotion, RollBack, TrialRequest, Withdrawal
 from registry.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
 from registry.gates import read_policy
-from registry.home import Home
 from registry.judging import Judgement
 from registry.live_history import HEIGHT, WIDTH, curves
+from registry.sessions import SESSION_TTL_S, form_secret
 
 blueprint = Blueprint("pages", __name__)
 P = ParamSpec("P")
-SESSION_S = 12 * 3600
 
 
 def init_app(app: Flask) -> None:
     app.register_blueprint(blueprint)
-    app.secret_key = _session_key(app.extensions["convoy"].home)
-    app.config.update(
-        SESSION_COOKIE_NAME="convoy",
-        SESSION_COOKIE_HTTPONLY=True,
-        SESSION_COOKIE_SAMESITE="Strict",
-        SESSION_COOKIE_SECURE=os.environ.get("CONVOY_CONTROL_HTTPS") == "1",
-        PERMANENT_SESSION_LIFETIME=SESSION_S,
-    )
     app.jinja_env.filters.update(FILTERS)
     app.jinja_env.globals.update(width=WIDTH, height=HEIGHT)
 
@@ -81,6 +70,11 @@ def for_visitors(view: Callable[P, Any]) -> Callable[P, Any]:
     return guarded
 
 
+@blueprint.context_processor
+def _for_forms() -> dict[str, str]:
+    return {"csrf": form_secret(_cookie())}
+
+
 @blueprint.errorhandler(Exception)
 def show_error(error: Exception) -> tuple[str, int]:
     status, title, detail = describe_error(error)
@@ -99,21 +93,28 @@ def signed_in() -> Any:
     target = request.form.get("next", "")
     if token is None or not token.may_look:
         return render_template("login.html", next=target, failed=True), 401
-    session.clear()
-    session.permanent = True
-    session["token"] = token.sha256
-    session["csrf"] = secrets.token_urlsafe(32)
     # Only to a page of ours: "//host" and "/\\host" are another's.
     ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
-    return redirect(target if ours else url_for("pages.show_models"), 303)
+    response = redirect(target if ours else url_for("pages.show_models"), 303)
+    response.set_cookie(
+        COOKIE,
+        control().sessions.begin(token.sha256),
+        max_age=SESSION_TTL_S,
+        secure=os.environ.get("CONVOY_CONTROL_HTTPS") == "1",
+        httponly=True,
+        samesite="Strict",
+    )
+    return response
 
 
 @blueprint.post("/logout")
 @for_visitors
 def sign_out() -> Any:
     _check_form()
-    session.clear()
-    return redirect(url_for("pages.sign_in"), 303)
+    control().sessions.end(_cookie())
+    response = redirect(url_for("pages.sign_in"), 303)
+    response.delete_cookie(COOKIE, httponly=True, samesite="Strict")
+    return response
 
 
 @blueprint.get("/")
@@ -245,8 +246,8 @@ def _live(name: str) -> dict[str, Any]:
 def _check_form() -> None:
     """Refuse a form that another site has sent: it does not know the session's secret."""
     _check_origin()
-    sent, known = request.form.get("csrf", ""), session.get("csrf", "")
-    if not known or not hmac.compare_digest(sent.encode(), known.encode()):
+    sent, known = request.form.get("csrf", ""), form_secret(_cookie())
+    if not hmac.compare_digest(sent.encode(errors="replace"), known.encode()):
         raise UsageError("the form is not of this session; go back, load the page again")
 
 
@@ -270,17 +271,8 @@ def _percent(field: str) -> float:
     return float(text) / 100
 
 
-def _session_key(home: Home) -> bytes:
-    """The key that signs sessions, made once; only its owner may read it."""
-    file = home.session_key
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "wb") as fresh:
-            fresh.write(secrets.token_bytes(32))
-    except FileExistsError:
-        pass
-    return file.read_bytes()
+def _cookie() -> str:
+    return request.cookies.get(COOKIE, "")
 
 
 def _data_uri(picture: bytes) -> str:

@@ -23,7 +23,7 @@ from registry.errors import (
 from registry.gates import check_labels
 from registry.home import convoy_home
 from registry.judging import Judge, Judgement
-from registry.ledger import Action, Entry, Ledger, Line
+from registry.ledger import MAX_TEXT_CHARS, Action, Entry, Ledger, Line
 from registry.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,7 @@ def withdraw(
 
 def note_refusal(store: ModelStore, version: ModelVersion, verdict: str, by: str) -> None:
     """Write down that a machine could not serve ``version``; once, whatever the reasons after."""
+    store.check_log(version.name)
     ledger = store.ledger(version.name)
     refused = "refused", version.manifest_sha256, by
     for line in ledger.lines:
@@ -230,6 +231,7 @@ def settle(store: ModelStore, name: str) -> Ledger:
     written down as *adopted*, so that the ledger says what is. Where nothing serves, as there is no
     alias, it is put where the ledger says.
     """
+    store.check_log(name)
     before: object = None
     deadline = 0.0
     while True:
@@ -264,12 +266,20 @@ def settle(store: ModelStore, name: str) -> Ledger:
 
 
 def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
-    """How many lines a ledger has, and what is wrong with it and with what should follow it."""
-    head = store.ledger_head(name)  # first: what is written meanwhile is no fault
+    """How many lines a log has, and what is wrong with it and with what should follow it.
+
+    Lines that are missing or unreadable, a log that publishing did not make, aliases that disagree.
+    A line that an account with write access to the registry has rewritten is not found.
+    """
+    newest = store.newest_line(name)  # first: what is written meanwhile is no fault
     ledger = store.ledger(name)
     aliases, trial = store.standing(name)
-    faults = ledger.faults(head)
-    said = {CHAMPION: ledger.champion, PREVIOUS: ledger.previous} if ledger.digests else {}
+    faults = ledger.faults(newest)
+    try:
+        store.check_log(name)
+    except PromotionRefused as error:
+        faults.append(str(error))
+    said = {CHAMPION: ledger.champion, PREVIOUS: ledger.previous} if ledger.last else {}
     here = {version.version for version, _ in store.versions(name)}
     faults += [
         f"the alias {alias} is at version {aliases.get(alias)}, the ledger says {version}"
@@ -346,13 +356,13 @@ def _write(
 
 
 def _follow(store: ModelStore, name: str, *, moved: bool = True) -> Ledger:
-    """Note the ledger's head, and where a line ``moved`` something, have the registry say so.
+    """Note the newest line, and where a line ``moved`` something, have the registry say so.
 
     Until the ledger says the same still after that.
     """
     ledger = store.ledger(name)
     while True:
-        store.note_head(name, ledger)
+        store.note_newest(name, ledger)
         if moved:
             store.point(
                 name, champion=ledger.champion, previous=ledger.previous, trial=ledger.trial
@@ -363,13 +373,22 @@ def _follow(store: ModelStore, name: str, *, moved: bool = True) -> Ledger:
 
 
 def _user() -> str:
+    """The user of this process, marked: ``$LOGNAME`` says what its user wants, and proves nothing.
+
+    Names of tokens, which the control plane has checked, have neither spaces nor parentheses.
+    """
     try:
-        return getpass.getuser()
+        name = getpass.getuser()
     except (KeyError, OSError, ImportError):  # a container's number without a name
-        return f"uid {os.getuid()}"
+        name = f"uid {os.getuid()}"
+    return f"{name} (unverified)"
 
 
 def _check_text(reason: str | None) -> None:
+    if len(reason or "") > MAX_TEXT_CHARS:
+        raise UsageError(
+            f"the reason has {len(reason or ''):,} characters; it may have {MAX_TEXT_CHARS:,}"
+        )
     try:
         (reason or "").encode()
     except UnicodeEncodeError as error:

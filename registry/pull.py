@@ -25,14 +25,14 @@ from registry.lookout import Lookout
 from registry.releases import (
     Release,
     ReleasedVersion,
-    floor_file,
+    all_releases,
     read_release_or_none,
     version_folder,
-    write_atomically,
     write_release,
     write_status,
 )
-from registry.signing import SIGNATURE, Signed, TrustedKeys, check_serial, raise_floor
+from registry.shared_files import write_atomically
+from registry.signing import SIGNATURE, Signed, TrustedKeys, check_expiry
 from registry.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,6 @@ class Puller:
         # Of the download that is on its way.
         self._incoming: Path | None = None
         self._expected_bytes = 0
-        self.wake = Event()
 
     def pull(self, ref: ModelRef) -> Release:
         """Resolve ``ref``, fetch its version if it is not here yet, and release it.
@@ -85,12 +84,10 @@ class Puller:
         """
         store = self._at_registry()
         aliases, trial = store.standing(ref.name)
-        before = read_release_or_none(self._models, ref.name)
+        before = read_release_or_none(self._models, ref)
         versions: tuple[ReleasedVersion, ...]
         wanted = store.resolve_in(aliases, ref)
         versions = (self._lay_out(store, wanted, ref.alias, before),)
-        if self._trust:
-            raise_floor(self._vouched(wanted), floor_file(self._models, ref.name))
         if ref.alias != CHAMPION or (trial and trial.version == versions[0].version):
             trial = None  # tried beside the champion, beside nothing else, and not beside itself
         if trial is not None:
@@ -104,7 +101,7 @@ class Puller:
                     versions = (*versions, before.versions[1])
                 else:
                     trial = None
-        release = write_release(self._models, ref.name, versions, trial)
+        release = write_release(self._models, ref, versions, trial)
         if before is None or before.generation != release.generation:
             log.info(
                 "released %s version %d%s (generation %d)",
@@ -113,7 +110,7 @@ class Puller:
                 f", on trial {trial}" if trial else "",
                 release.generation,
             )
-            self._prune(ref.name, {each.version for each in versions})
+            self._prune(ref.name)
         return release
 
     def look_after(self, ref: ModelRef) -> None:
@@ -122,7 +119,7 @@ class Puller:
         Raises:
             RegistryUnavailable: it cannot be told now; the next look tries again.
         """
-        release = read_release_or_none(self._models, ref.name)
+        release = read_release_or_none(self._models, ref)
         if self._lookout is None or release is None:
             return
         if self._lookout.look(self._at_registry(), ref.name, release.trial):
@@ -140,9 +137,9 @@ class Puller:
         folder = version_folder(self._models, version.name, version.version)
         if self._trust:
             signed = self._vouched(version)
-            # How old that is counts when a version is chosen, not while it serves.
+            # Its end counts when a version is chosen, not while it serves.
             if not before or version.manifest_sha256 not in _digests(before):
-                check_serial(signed, floor_file(self._models, version.name), time.time())
+                check_expiry(signed, time.time())
         if not self._is_here(folder, version):
             try:
                 self._fetch(store, folder, version)
@@ -162,7 +159,7 @@ class Puller:
         )
 
     def pull_all(self) -> bool:
-        """Pull every ref; whether all went well. Failures are logged and noted in ``pull.json``."""
+        """Pull every ref; whether all went well. Failures are logged and noted on disk."""
         failures = 0
         for ref in self._refs:
             failure: str | None = None
@@ -179,7 +176,7 @@ class Puller:
             finally:
                 self._pulling_since = None
             try:
-                write_status(self._models, ref.name, failure)
+                write_status(self._models, ref, failure)
             except OSError as error:  # a full or read-only disk: what serves is not touched
                 log.warning("cannot note the state of %s: %s", ref, error)
         return failures == 0
@@ -208,7 +205,7 @@ class Puller:
                 log.error("%s; the puller ends, to begin anew", why)
                 for ref in self._refs:
                     with contextlib.suppress(OSError):
-                        write_status(self._models, ref.name, why)
+                        write_status(self._models, ref, why)
                 end()
                 since = now
 
@@ -223,16 +220,15 @@ class Puller:
     def watch(self, stop: Event, interval_s: float) -> None:
         """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set.
 
-        At once when ``wake`` is set, or something is decided on this machine.
+        At once when something is decided on this machine.
         """
         while not stop.is_set():
             decided = self._decided_ns()
-            self.wake.clear()
             self.pull_all()
             pause_s = interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
             again_at = time.monotonic() + pause_s
             while time.monotonic() < again_at and self._decided_ns() == decided:
-                if self.wake.is_set() or stop.wait(min(WAKE_S, pause_s)):
+                if stop.wait(min(WAKE_S, pause_s)):
                     break
 
     def _decided_ns(self) -> int:
@@ -288,7 +284,10 @@ class Puller:
             )
         return names
 
-    def _prune(self, name: str, serving: set[int]) -> None:
+    def _prune(self, name: str) -> None:
+        """Remove old versions, except those that serve: here or for other references."""
+        releases = all_releases(self._models, name)
+        serving = {each.version for release in releases for each in release.versions}
         folders = [
             p
             for p in version_folder(self._models, name, 0).parent.iterdir()

@@ -1,14 +1,15 @@
-"""``release.json``: which versions of a model serve on this machine.
+"""``release@ALIAS.json``, ``release-NUMBER.json``: which versions of a model serve here.
 
-The puller writes it, the workers read it; it is the only channel between them. It is replaced
-atomically, so a reader sees the old release or the new one and nothing between. Whether the
-registry could be reached lately is kept apart in ``pull.json``, so that a release changes only when
-what is served changes.
+The puller writes them, the workers read them; they are the only channel between them. Each
+reference that is followed has a file of its own, so that a service of the champion and one of a
+pinned number can share a home. A file is replaced atomically: a reader sees the old release or the
+new one. Whether the registry could be reached lately is kept apart in ``pull@ALIAS.json``, so that
+a release changes only when what is served changes.
 """
 
 import hashlib
-import os
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from msgspec.structs import replace
 
 from registry.contract import ModelRef, Sha256, Trial
 from registry.errors import BundleInvalid
+from registry.shared_files import locked
 
 RELEASE_SCHEMA_VERSION = 2
 
@@ -90,35 +92,43 @@ class PullStatus(Struct, frozen=True, kw_only=True):
         return max(0.0, time.time() - self.agreed_unix_s)  # the machine was started since
 
 
-def model_folder(models: Path, name: str) -> Path:
-    return models / name
-
-
 def version_folder(models: Path, name: str, version: int) -> Path:
     """Where the bundle of one version lies once it is whole and verified."""
     return models / name / "versions" / str(version)
 
 
-def release_file(models: Path, name: str) -> Path:
-    return models / name / "release.json"
+def release_file(models: Path, ref: ModelRef) -> Path:
+    return _file(models, ref, "release")
 
 
-def floor_file(models: Path, name: str) -> Path:
-    """Where the serial of the newest signature is noted whose version served here."""
-    return model_folder(models, name) / "serial"
+def all_releases(models: Path, name: str) -> list[Release]:
+    """What serves of the model ``name``, by whichever reference; unreadable files are left out."""
+    found = []
+    for file in sorted((models / name).glob("release[@-]*.json")):
+        with suppress(BundleInvalid, FileNotFoundError):
+            found.append(_decode(file, name))
+    return found
 
 
-def read_release(models: Path, name: str) -> Release | None:
-    """The release of model ``name``; None when nothing was released yet.
+def read_release(models: Path, ref: ModelRef) -> Release | None:
+    """What serves for ``ref``; None when nothing was released yet.
 
     Raises:
         BundleInvalid: the file is there but cannot be understood.
     """
-    path = release_file(models, name)
     try:
-        data = path.read_bytes()
+        return _decode(release_file(models, ref), ref.name)
     except FileNotFoundError:
         return None
+
+
+def _file(models: Path, ref: ModelRef, kind: str) -> Path:
+    selector = f"-{ref.version}" if ref.alias is None else f"@{ref.alias}"
+    return models / ref.name / f"{kind}{selector}.json"
+
+
+def _decode(path: Path, name: str) -> Release:
+    data = path.read_bytes()
     try:
         release = msgspec.json.decode(data, type=Release)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -131,51 +141,52 @@ def read_release(models: Path, name: str) -> Release | None:
     return release
 
 
-def read_release_or_none(models: Path, name: str) -> Release | None:
-    """The release of model ``name``; None where there is none that can be understood."""
+def read_release_or_none(models: Path, ref: ModelRef) -> Release | None:
+    """What serves for ``ref``; None where there is no release that can be understood."""
     try:
-        return read_release(models, name)
+        return read_release(models, ref)
     except BundleInvalid:
         return None
 
 
 def write_release(
     models: Path,
-    name: str,
+    ref: ModelRef,
     versions: tuple[ReleasedVersion, ...],
     trial: Trial | None = None,
 ) -> Release:
-    """Make ``versions`` the release of ``name``; one that changes nothing keeps its generation."""
-    current = read_release_or_none(models, name)
-    if current is not None and (current.versions, current.trial) == (versions, trial):
-        return current
-    release = Release(
-        schema_version=RELEASE_SCHEMA_VERSION,
-        model=name,
-        generation=current.generation + 1 if current else 1,
-        versions=versions,
-        trial=trial,
-    )
-    write_atomically(release_file(models, name), msgspec.json.encode(release) + b"\n")
+    """Make ``versions`` the release of ``ref``; one that changes nothing keeps its generation."""
+    with locked(release_file(models, ref)) as file:
+        current = read_release_or_none(models, ref)
+        if current is not None and (current.versions, current.trial) == (versions, trial):
+            return current
+        release = Release(
+            schema_version=RELEASE_SCHEMA_VERSION,
+            model=ref.name,
+            generation=current.generation + 1 if current else 1,
+            versions=versions,
+            trial=trial,
+        )
+        file.replace(msgspec.json.encode(release) + b"\n")
     return release
 
 
-def read_status(models: Path, name: str) -> PullStatus:
-    """The puller's last word about ``name``; all None where no puller ever ran."""
+def read_status(models: Path, ref: ModelRef) -> PullStatus:
+    """The puller's last word about ``ref``; all None where no puller ever ran."""
     try:
-        data = (model_folder(models, name) / "pull.json").read_bytes()
-        return msgspec.json.decode(data, type=PullStatus)
+        return msgspec.json.decode(_file(models, ref, "pull").read_bytes(), type=PullStatus)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return PullStatus(agreed_unix_s=None)
 
 
-def write_status(models: Path, name: str, error: str | None) -> None:
+def write_status(models: Path, ref: ModelRef, error: str | None) -> None:
     """Note that the registry was reached (``error`` None), or why not."""
-    if error is None:
-        status = PullStatus(agreed_unix_s=time.time(), agreed_boot_s=boot_s(), boot=boot_id())
-    else:
-        status = replace(read_status(models, name), error=error)
-    write_atomically(model_folder(models, name) / "pull.json", msgspec.json.encode(status) + b"\n")
+    with locked(_file(models, ref, "pull")) as file:
+        if error is None:
+            status = PullStatus(agreed_unix_s=time.time(), agreed_boot_s=boot_s(), boot=boot_id())
+        else:
+            status = replace(read_status(models, ref), error=error)
+        file.replace(msgspec.json.encode(status) + b"\n")
 
 
 def boot_s() -> float:
@@ -190,19 +201,3 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a reader, or a crash, finds the old or the new whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)

@@ -2,9 +2,10 @@
 
 The key stays with whoever signs, not on the registry's host; so that whoever can write to the
 registry, its database and its artefacts, still cannot have anything served that was not signed.
-What is signed names the model, the version and a serial number, which grows with each signature,
-and a day on which it ends: neither a version under another name nor an old one that was signed once
-can be put forward again. The envelope is DSSE's (github.com/secure-systems-lab/dsse, version 1).
+What is signed names the model, the version and the second at which the signature ends, so a
+version cannot be put forward under another name, nor chosen after that. An earlier version with a
+valid signature can be chosen again: a roll-back needs no signer. To revoke signatures, remove their
+key from the trusted ones. The envelope is DSSE's (github.com/secure-systems-lab/dsse, version 1).
 """
 
 import base64
@@ -20,7 +21,6 @@ from msgspec import Struct
 from registry.bundle import Bundle
 from registry.contract import ModelVersion, Sha256, sha256_hex
 from registry.errors import BundleInvalid, UsageError
-from registry.releases import write_atomically
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -39,7 +39,6 @@ class Statement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str
     version: int
     manifest_sha256: Sha256
-    serial: int
     expires_unix_s: int
 
 
@@ -129,7 +128,7 @@ class TrustedKeys:
         raise BundleInvalid(f"{what}: no trusted key has signed it")
 
 
-def sign(version: ModelVersion, key: Path, serial: int, days: int) -> str:
+def sign(version: ModelVersion, key: Path, days: int) -> str:
     """The envelope in which the private ``key`` vouches for ``version`` for so many ``days``.
 
     Raises:
@@ -140,7 +139,6 @@ def sign(version: ModelVersion, key: Path, serial: int, days: int) -> str:
         model=version.name,
         version=version.version,
         manifest_sha256=version.manifest_sha256,
-        serial=serial,
         expires_unix_s=int(time.time()) + days * DAY_S,
     )
     payload = msgspec.json.encode(statement)
@@ -154,59 +152,31 @@ def sign(version: ModelVersion, key: Path, serial: int, days: int) -> str:
     return msgspec.json.encode(envelope).decode()
 
 
-def check_signature(bundle: Bundle, version: int, keys: TrustedKeys) -> Signed:
-    """What the file beside ``bundle`` says of it; ``BundleInvalid`` if no trusted key says so."""
+def check_signature(bundle: Bundle, name: str, version: int, keys: TrustedKeys) -> Signed:
+    """What the file beside ``bundle`` says of it.
+
+    ``name`` is the model that is to be served. The manifest's own name proves nothing: a bundle
+    that was signed as another model's may lie in this model's folder.
+
+    Raises:
+        BundleInvalid: no trusted key says that this bundle is this version of the model ``name``.
+    """
     try:
         envelope = (bundle.folder / SIGNATURE).read_bytes()[: MOST_BYTES + 1]
     except FileNotFoundError:
         envelope = b""
     except OSError as error:
         raise BundleInvalid(f"{bundle.folder / SIGNATURE}: {error.strerror}") from error
-    name = bundle.manifest.model
     return keys.check(envelope.decode(errors="replace"), name, version, bundle.manifest_sha256)
 
 
-def check_serial(signed: Signed, floor_file: Path, now_unix_s: float) -> None:
-    """Refuse a version whose signature has ended, or is older than one of a champion here.
-
-    Raises:
-        BundleInvalid: so it is.
-    """
+def check_expiry(signed: Signed, now_unix_s: float) -> None:
+    """Refuse to choose a version whose signature has ended; raises ``BundleInvalid``."""
     said = signed.statement
-    what = f"{said.model} version {said.version}"
     if now_unix_s > said.expires_unix_s:
-        raise BundleInvalid(f"{what}: its signature has ended; sign it again")
-    floor = read_floor(floor_file)
-    if said.serial < floor:
         raise BundleInvalid(
-            f"{what} was signed before one that has served here (serial {said.serial} < {floor}); "
-            "if it is meant to serve again, sign it again"
+            f"{said.model} version {said.version}: its signature has ended; sign it again"
         )
-
-
-def raise_floor(signed: Signed, floor_file: Path) -> None:
-    """Note that this champion serves here: what was signed before it shall not any more."""
-    if signed.statement.serial > read_floor(floor_file):
-        write_atomically(floor_file, b"%d\n" % signed.statement.serial)
-
-
-def read_floor(floor_file: Path) -> int:
-    """The serial below which nothing may serve here any more; 0 before the first."""
-    try:
-        return int(floor_file.read_bytes())
-    except FileNotFoundError:
-        return 0
-    except (OSError, ValueError) as error:
-        raise BundleInvalid(f"{floor_file} cannot be read: {error}") from error
-
-
-def serial_of(envelope: str) -> int:
-    """The serial in an envelope, whoever signed it; 0 where there is none."""
-    try:
-        payload = base64.b64decode(msgspec.json.decode(envelope, type=Envelope).payload)
-        return msgspec.json.decode(payload, type=Statement).serial
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return 0
 
 
 def make_key(file: Path) -> str:

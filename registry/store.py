@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,7 +43,12 @@ from registry.contract import (
     ModelVersion,
     Trial,
 )
-from registry.errors import BundleInvalid, RegistryUnavailable, VersionNotFound
+from registry.errors import (
+    BundleInvalid,
+    PromotionRefused,
+    RegistryUnavailable,
+    VersionNotFound,
+)
 from registry.home import Home
 from registry.ledger import Entry, Ledger
 
@@ -52,12 +58,16 @@ logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, s
 DIGEST_TAG = "convoy.manifest_sha256"
 # A model's ledger is registered under its name and this, which no model's name may have.
 LEDGER = ".ledger"
-ENTRY_TAG, HEAD_TAG = "convoy.entry", "convoy.ledger_head"
+ENTRY_TAG, NEWEST_TAG = "convoy.entry", "convoy.newest_line"
 TRIAL_TAG = "convoy.trial"
 SIGNATURE_TAG = "convoy.signature"
 # What the databases take for a number: 32 bits.
 MOST_VERSIONS = 2**31 - 1
 APPEND_TRIES = 20
+# A first version of the same name may be on its way: its maker needs three calls.
+CLAIM_TIMEOUT_S, CLAIM_INTERVAL_S = 10.0, 0.25
+# A log is made before its model; the server's clock may be set between.
+LOG_YOUNGER_S = 60.0
 # Where mlflow.pyfunc.log_model puts its data_path.
 BUNDLE_PATH = "data/bundle"
 
@@ -102,26 +112,30 @@ class ModelStore:
     def publish(self, bundle: Bundle, tags: dict[str, str]) -> ModelVersion:
         """Log ``bundle`` to the active run, register it as the next version, call it challenger.
 
+        The first version of a name makes the model's log, too.
+
         Raises:
             RegistryUnavailable: the registry did not take it.
+            PromotionRefused: another account has a log, or a model, of that name.
         """
         assert bundle.folder.name == Path(BUNDLE_PATH).name
         name = bundle.manifest.model
+        with self._errors(), warnings.catch_warnings():
+            # The signature is given; an example would only be run to guess one.
+            warnings.filterwarnings("ignore", ".*input example was not provided")
+            logged = mlflow.pyfunc.log_model(
+                name=name,
+                loader_module="registry.pyfunc",
+                data_path=str(bundle.folder),
+                signature=SIGNATURE,
+                pip_requirements=[
+                    f"{package}=={version}"
+                    for package, version in bundle.manifest.source.versions.items()
+                    if package != "python"
+                ],
+            )
+        self._claim(name)
         with self._errors():
-            with warnings.catch_warnings():
-                # The signature is given; an example would only be run to guess one.
-                warnings.filterwarnings("ignore", ".*input example was not provided")
-                logged = mlflow.pyfunc.log_model(
-                    name=name,
-                    loader_module="registry.pyfunc",
-                    data_path=str(bundle.folder),
-                    signature=SIGNATURE,
-                    pip_requirements=[
-                        f"{package}=={version}"
-                        for package, version in bundle.manifest.source.versions.items()
-                        if package != "python"
-                    ],
-                )
             registered = mlflow.register_model(
                 logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
             )
@@ -296,9 +310,7 @@ class ModelStore:
                     )
                     return
                 except MlflowException as error:
-                    if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                        self._make_ledger(ledger, name)
-                    elif "Giving up after" not in str(error):  # MLflow lost the race three times
+                    if "Giving up after" not in str(error):  # MLflow lost the race three times
                         raise
         raise RegistryUnavailable(f"{ledger}: no line could be written; try again")
 
@@ -308,29 +320,91 @@ class ModelStore:
             found = _all_pages(self._client.search_model_versions, f"name = '{name}{LEDGER}'")
         return Ledger((int(line.version), line.tags.get(ENTRY_TAG, "").encode()) for line in found)
 
-    def ledger_head(self, name: str) -> tuple[int, str] | None:
-        """``Ledger.head`` as it was noted beside the ledger."""
-        try:
-            with self._errors(f"{name} has no ledger"):
-                tags = self._client.get_registered_model(f"{name}{LEDGER}").tags
-        except VersionNotFound:
-            return None
-        number, _, digest = tags.get(HEAD_TAG, "").partition(" ")
-        return (int(number), digest) if number.isdecimal() else None
+    def newest_line(self, name: str) -> int | None:
+        """The number of the log's newest line, as it was noted beside the lines."""
+        log_model = self._registered(f"{name}{LEDGER}")
+        number = log_model.tags.get(NEWEST_TAG, "") if log_model else ""
+        return int(number) if number.isdecimal() else None
 
-    def note_head(self, name: str, ledger: Ledger) -> None:
-        """Note the head of ``ledger`` beside it, so that it shows when its end is cut off."""
-        number, digest = ledger.head
+    def note_newest(self, name: str, ledger: Ledger) -> None:
+        """Note the number of the newest line beside the log: a cut at its end shows then."""
         with self._errors():
-            self._client.set_registered_model_tag(f"{name}{LEDGER}", HEAD_TAG, f"{number} {digest}")
+            self._client.set_registered_model_tag(f"{name}{LEDGER}", NEWEST_TAG, str(ledger.last))
 
-    def _make_ledger(self, ledger: str, name: str) -> None:
+    def check_log(self, name: str) -> None:
+        """Refuse to follow a log that publishing did not make.
+
+        MLflow lets every account create a registered model, and gives its creator all rights to it.
+        Publishing makes the log before the model, so a log that is missing, or younger than its
+        model, can be anybody's. MLflow's server sets both times.
+
+        Raises:
+            PromotionRefused: it is such a log.
+            VersionNotFound: there is no such model.
+        """
+        model, log_model = self._registered(name), self._registered(f"{name}{LEDGER}")
+        if model is None:
+            raise VersionNotFound(f"there is no model {name!r} in the registry")
+        if log_model is None:
+            raise PromotionRefused(
+                f"{name}: its log, the registered model {name}{LEDGER}, is missing. Publishing "
+                "made it, and one that is made now is not followed: restore the registry from a "
+                "backup, or publish under another name"
+            )
+        younger_s = (log_model.creation_timestamp - model.creation_timestamp) / 1000
+        if younger_s > LOG_YOUNGER_S:
+            raise PromotionRefused(
+                f"{name}: its log, the registered model {name}{LEDGER}, was made "
+                f"{younger_s:,.0f} s after the model, so publishing did not make it, and it is not "
+                "followed: restore the registry from a backup, or publish under another name"
+            )
+
+    def _claim(self, name: str) -> None:
+        """Make the log of ``name``, and then the model, unless an earlier version did.
+
+        Raises:
+            PromotionRefused: somebody else may have made one of them.
+        """
+        deadline = time.monotonic() + CLAIM_TIMEOUT_S
+        while True:
+            model, log_model = self._registered(name), self._registered(f"{name}{LEDGER}")
+            if model is None and log_model is None and self._made_both(name):
+                return
+            if model is not None and self._has_versions(name):
+                self.check_log(name)
+                return
+            if time.monotonic() >= deadline:  # it is not a first version of this moment
+                break
+            time.sleep(CLAIM_INTERVAL_S)
+        raise PromotionRefused(
+            f"the registry has a registered model {name} or {name}{LEDGER}, but no version of "
+            f"{name}: another account may have made it, and would decide what serves. Delete it in "
+            "MLflow and publish again, or publish under another name"
+        )
+
+    def _made_both(self, name: str) -> bool:
+        """Whether this call made the log and the model; False when others are at it."""
         about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
         try:
-            self._client.create_registered_model(ledger, description=about)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+            with self._errors():
+                self._client.create_registered_model(f"{name}{LEDGER}", description=about)
+                self._client.create_registered_model(name)
+        except RegistryUnavailable as error:
+            cause = error.__cause__
+            if getattr(cause, "error_code", None) == "RESOURCE_ALREADY_EXISTS":
+                return False
+            raise
+        return True
+
+    def _registered(self, name: str) -> Any:
+        """MLflow's registered model; None when there is none of that name."""
+        with suppress(VersionNotFound), self._errors(f"{name} is not registered"):
+            return self._client.get_registered_model(name)
+        return None
+
+    def _has_versions(self, name: str) -> bool:
+        with self._errors():
+            return bool(self._client.search_model_versions(f"name = '{name}'", max_results=1))
 
     def _set_alias(
         self, name: str, aliases: dict[str, int], alias: str, version: int | None

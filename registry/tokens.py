@@ -7,8 +7,8 @@ added or removed counts at once.
 
 import hmac
 import logging
-import os
 import secrets
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from registry.contract import MODEL_NAME, Sha256, sha256_hex
 from registry.errors import KeysUnavailable, UsageError
-from registry.releases import write_atomically
+from registry.shared_files import locked
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ class Tokens:
             trace = stat.st_mtime_ns, stat.st_size, stat.st_ino
             if trace == self._known[0]:
                 return self._known[1]
-            found = msgspec.json.decode(self._file.read_bytes(), type=tuple[Token, ...])
+            found = self._decode(self._file.read_bytes())
         except FileNotFoundError:
             return ()
-        except (OSError, msgspec.MsgspecError, ValueError) as error:
+        except OSError as error:
             raise UsageError(f"the tokens in {self._file} cannot be read: {error}") from error
         tokens = tuple(sorted(found, key=lambda token: token.name))
         self._known = trace, tokens
@@ -78,25 +78,37 @@ class Tokens:
         """Make a token and return it; it cannot be shown again.
 
         Raises:
-            UsageError: there is one of that name, or the name has other characters than those of
-                a model's.
+            UsageError: there is one of that name, the name has other characters than those of
+                a model's, or the file cannot be read or written.
         """
         if not MODEL_NAME.fullmatch(name):
             raise UsageError(f"{name!r} is no name: use 1 to 63 letters, digits, '_' or '-'")
-        if any(token.name == name for token in self.all()):
-            raise UsageError(f"there is a token {name!r} already; remove it first")
         text = PREFIX + secrets.token_urlsafe(32)
         made = datetime.now(UTC).isoformat(timespec="seconds")
         fresh = Token(name=name, role=role, sha256=sha256_hex(text.encode()), made=made)
-        self._write((*self.all(), fresh))
+
+        def with_fresh(before: tuple[Token, ...]) -> tuple[Token, ...]:
+            if any(token.name == name for token in before):
+                raise UsageError(f"there is a token {name!r} already; remove it first")
+            return *before, fresh
+
+        self._change(with_fresh)
         return text
 
     def remove(self, name: str) -> None:
-        """Have the token of that name open nothing from now on."""
-        rest = tuple(token for token in self.all() if token.name != name)
-        if len(rest) == len(self.all()):
-            raise UsageError(f"there is no token {name!r}")
-        self._write(rest)
+        """Have the token of that name open nothing from now on.
+
+        Raises:
+            UsageError: there is none of that name, or the file cannot be read or written.
+        """
+
+        def without(before: tuple[Token, ...]) -> tuple[Token, ...]:
+            rest = tuple(token for token in before if token.name != name)
+            if len(rest) == len(before):
+                raise UsageError(f"there is no token {name!r}")
+            return rest
+
+        self._change(without)
 
     def find(self, text: str) -> Token | None:
         """The token that ``text`` is; raises as ``find_digest``."""
@@ -119,9 +131,18 @@ class Tokens:
                 found = token
         return found
 
-    def _write(self, tokens: tuple[Token, ...]) -> None:
-        before = os.umask(0o077)
+    def _change(self, change: Callable[[tuple[Token, ...]], tuple[Token, ...]]) -> None:
+        """Replace the tokens by what ``change`` makes of those in the file, under its lock."""
         try:
-            write_atomically(self._file, msgspec.json.encode(tokens) + b"\n")
-        finally:
-            os.umask(before)
+            with locked(self._file, mode=0o600) as file:
+                data = file.read()
+                before = self._decode(data) if data is not None else ()
+                file.replace(msgspec.json.encode(change(before)) + b"\n")
+        except OSError as error:
+            raise UsageError(f"the tokens in {self._file} cannot be changed: {error}") from error
+
+    def _decode(self, data: bytes) -> tuple[Token, ...]:
+        try:
+            return msgspec.json.decode(data, type=tuple[Token, ...])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise UsageError(f"the tokens in {self._file} cannot be read: {error}") from error

@@ -4,7 +4,6 @@
 import argparse
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,13 +90,10 @@ def _sign(arguments: argparse.Namespace) -> int:
     store, version = _find(arguments)
     with tempfile.TemporaryDirectory(prefix="convoy-sign-") as folder:
         store.download(version, Path(folder))  # nobody should vouch for what cannot be read
-    # Grows, even where clocks go back.
-    serials = [signing.serial_of(each.signature or "") for each, _ in store.versions(version.name)]
-    serial = max([time.time_ns() // 1_000_000, *(serial + 1 for serial in serials)])
-    store.sign(version, signing.sign(version, arguments.key, serial, arguments.days))
+    store.sign(version, signing.sign(version, arguments.key, arguments.days))
     print(
         f"signed {version.name} version {version.version}, manifest "
-        f"{version.manifest_sha256[:12]}…, serial {serial}, good for {arguments.days} days"
+        f"{version.manifest_sha256[:12]}…, good for {arguments.days} days"
     )
     return 0
 
@@ -117,10 +113,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     signed = keys.check(version.signature, version.name, version.version, version.manifest_sha256)
     ends = datetime.fromtimestamp(signed.statement.expires_unix_s, UTC)
     ended = ends < datetime.now(UTC)
-    print(
-        f"{what}: signed by {signed.by}, serial {signed.statement.serial}, "
-        f"{'ENDED' if ended else 'good until'} {ends:%Y-%m-%d}"
-    )
+    print(f"{what}: signed by {signed.by}, {'ENDED' if ended else 'good until'} {ends:%Y-%m-%d}")
     return 1 if ended else 0
 
 

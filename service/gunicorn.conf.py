@@ -8,6 +8,7 @@ from typing import Any
 
 from service.logs import logging_config
 from service.settings import METRICS, RUN_FOLDER, Settings
+from service.stops import RunningTime
 
 settings = Settings.from_environment()
 
@@ -35,6 +36,20 @@ os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run_folder / METRICS)
 (run_folder / METRICS).mkdir(exist_ok=True)
 # OpenMP reads it once, when torch is loaded; its default, all cores, collapses under load.
 os.environ["OMP_NUM_THREADS"] = str(settings.forward_threads)
+
+
+def on_starting(server: Any) -> None:
+    """Have the arbiter wait for a whole time-out after a stop, before it kills silent workers.
+
+    It was stopped with them, as by `docker pause`: their heartbeats are old, and they are well.
+    """
+    murder_workers, running_time = server.murder_workers, RunningTime(interval_s=1.0)
+
+    def spare_after_a_stop() -> None:
+        if running_time.look() > server.cfg.timeout:
+            murder_workers()
+
+    server.murder_workers = spare_after_a_stop
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -82,7 +82,7 @@ Decide = Callable[[Bundle], object]
 
 
 class ModelSlot:
-    """Follows ``release.json`` of one model."""
+    """Follows what is released for one reference."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class ModelSlot:
         return serving
 
     def pull_status(self) -> PullStatus:
-        return read_status(self._models_folder, self.ref.name)
+        return read_status(self._models_folder, self.ref)
 
     def workers(self) -> list[WorkerReport]:
         """What every worker of the service serves."""
@@ -281,11 +281,9 @@ class ModelSlot:
         failed = self._failure.release if self._failure else None
         if others is not None and others != failed:
             return others
-        release = read_release(self._models_folder, self.ref.name)
+        release = read_release(self._models_folder, self.ref)
         if release is None:
             raise BundleInvalid(f"nothing is released; run: python -m registry pull {self.ref}")
-        if release.trial and self.ref.version is not None:
-            return replace(release, versions=(self._choose(release),), trial=None)
         return release
 
     def _load_release(self, release: Release, wanted: ReleasedVersion) -> Serving | None:

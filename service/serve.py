@@ -185,7 +185,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
 
 def _has_shadow(settings: Settings) -> bool:
     """Whether a challenger of one of the models scores in the shadow."""
-    releases = (read_release_or_none(settings.models_folder, ref.name) for ref in settings.models)
+    releases = (read_release_or_none(settings.models_folder, ref) for ref in settings.models)
     return any(release and release.trial and release.trial.shadow for release in releases)
 
 

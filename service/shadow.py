@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from registry.bundle import open_bundle
 from registry.classifier import Classifier
-from registry.contract import Manifest
+from registry.contract import CHAMPION, Manifest, ModelRef
 from registry.devices import CORES
 from registry.errors import DeviceLost
 from registry.preprocess import Pixels, decode_image
@@ -104,7 +104,8 @@ class Shadow:
             return known
         if time.monotonic() < self._retry_at.get((model, version), 0.0):
             return None
-        release = read_release_or_none(self._settings.models_folder, model)
+        champion = ModelRef(model, alias=CHAMPION)
+        release = read_release_or_none(self._settings.models_folder, champion)
         released = release.challenger if release else None
         if released is None or released.version != version:
             return None
@@ -112,7 +113,7 @@ class Shadow:
         try:
             bundle = open_bundle(folder, released.manifest_sha256)
             if self._trust:
-                check_signature(bundle, version, self._trust)
+                check_signature(bundle, model, version, self._trust)
             fresh = Loaded(version, bundle.manifest, self._planner.load(bundle))
         except Exception as error:  # noqa: BLE001 - an engine may raise anything
             log.warning("%s version %d cannot be scored: %s", model, version, error)

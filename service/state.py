@@ -1,10 +1,12 @@
 """What hangs on the app, and the one way to reach it from a request."""
 
+from functools import partial
+
 from flask import current_app
 from msgspec import Struct
 
 from registry.bundle import WEIGHTS, Bundle
-from registry.errors import ModelNotFound, ModelNotReady, UsageError, VersionNotFound
+from registry.errors import BundleInvalid, ModelNotFound, ModelNotReady, UsageError, VersionNotFound
 from registry.plans.choice import Planner
 from registry.releases import ReleasedVersion
 from registry.signing import TrustedKeys, check_signature
@@ -88,8 +90,13 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
         ref.name: ModelSlot(
             ref,
             settings.models_folder,
-            lambda bundle, released: load_served(
-                bundle, released, planner, settings, metrics, trust
+            partial(
+                load_served,
+                name=ref.name,
+                planner=planner,
+                settings=settings,
+                metrics=metrics,
+                trust=trust,
             ),
             planner.choose,
             metrics.swapped,
@@ -119,6 +126,8 @@ def open_planner(settings: Settings) -> Planning:
 def load_served(
     bundle: Bundle,
     released: ReleasedVersion,
+    *,
+    name: str,
     planner: Planning,
     settings: Settings,
     metrics: Metrics,
@@ -126,13 +135,19 @@ def load_served(
 ) -> ServedModel:
     """The version in ``bundle``, warmed up and proved; raises as ``planner.load`` does.
 
-    And ``BundleInvalid`` when there are keys to ``trust``, and none has signed it. Whether it may
-    still serve is the puller's to judge: what serves must not end by the calendar.
+    And ``BundleInvalid`` when it is another model's than ``name``, or when there are keys to
+    ``trust`` and none has signed it. Whether it may still serve is the puller's to judge: what
+    serves must not end by the calendar.
     """
+    if bundle.manifest.model != name:
+        raise BundleInvalid(
+            f"the bundle of {name} version {released.version} is of the model "
+            f"{bundle.manifest.model!r}; publish it again under its own name"
+        )
     # The weights are, as they are read; what this plan does not read must be whole all the same.
     bundle.verify(name for name in bundle.serving_files() if name != WEIGHTS)
     if trust:
-        check_signature(bundle, released.version, trust)
+        check_signature(bundle, name, released.version, trust)
     classifier = planner.load(bundle)
     return ServedModel(
         manifest=bundle.manifest,

@@ -17,6 +17,7 @@ from threading import Thread
 
 from service.memory import give_back
 from service.model_slot import ModelSlot
+from service.stops import RunningTime
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Watchdog:
         self._end = end
         self._restart_at: float | None = None
         self._trim_at = 0.0
+        self._running_time = RunningTime(LOOK_S)
 
     def start(self) -> None:
         """Look from a daemon thread from now on."""
@@ -65,12 +67,10 @@ class Watchdog:
 
     def look(self) -> None:
         """End this process if it has to; with SIGKILL when it hangs, else as gunicorn would."""
+        ran_s = self._running_time.look()
         for slot in self._slots:
-            if (running_s := slot.running_s) > self._hung_s:
-                self.reason = f"{slot.ref.name}: a forward pass has not ended for {running_s:.0f} s"
-                log.critical("%s; this worker ends", self.reason)
-                time.sleep(UNREADY_S)
-                self._end(signal.SIGKILL)
+            if min(slot.running_s, ran_s) > self._hung_s:  # a stop's time is not the pass's
+                self._end_hung(slot)
         now, rss = time.monotonic(), rss_mb()
         if now >= self._trim_at or rss > self._max_rss_mb:
             give_back()
@@ -84,6 +84,18 @@ class Watchdog:
             if now >= self._restart_at:
                 self._restart_at = float("inf")
                 self._end(signal.SIGTERM)
+
+    def _end_hung(self, slot: ModelSlot) -> None:
+        """Say so, then end this worker; unless the pass ends while that is being said."""
+        running_s = slot.running_s
+        self.reason = f"{slot.ref.name}: a forward pass has not ended for {running_s:.0f} s"
+        log.critical("%s; this worker ends", self.reason)
+        time.sleep(UNREADY_S)
+        if slot.running_s > running_s and self._running_time.look() > self._hung_s:
+            self._end(signal.SIGKILL)
+        else:
+            log.warning("%s: the forward pass has ended; this worker goes on", slot.ref.name)
+            self.reason = None
 
 
 def rss_mb() -> int:

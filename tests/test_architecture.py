@@ -72,7 +72,6 @@ def test_serving_never_loads_what_can_run_code() -> None:
         ("registry.preprocess", {"torch", "mlflow"}),
         ("registry.classifier", {"mlflow"}),
         ("registry.live", {"torch", "mlflow", "PIL", "numpy", "flask"}),
-        ("registry.webhooks", {"torch", "mlflow", "PIL", "numpy", "flask"}),
         ("registry.__main__", {"torch", "mlflow", "PIL"}),
         ("training.__main__", {"torch", "mlflow", "PIL"}),
         ("training.loop", {"mlflow"}),

@@ -15,10 +15,12 @@ from benchmarks.chaos.stack import home_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import Traffic, failed, honest, in_turn, summary
 from registry.bundle import open_bundle
+from registry.contract import ModelRef
 from registry.home import Home
 from registry.releases import ReleasedVersion, read_release, version_folder, write_release
 from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 
+DIGITS = ModelRef("digits", alias="champion")
 RATE = 300.0
 PATIENCE_S = 20.0
 
@@ -36,7 +38,7 @@ async def _hostile_bundles(
     loop = asyncio.get_running_loop()
     traffic = Traffic(running.port, in_turn([honest(running.port, image)]), RATE)
     good = home.root / "good"
-    release = read_release(home.models, "digits")
+    release = read_release(home.models, DIGITS)
     assert release is not None
     (served,) = release.versions
     shutil.copytree(version_folder(home.models, "digits", served.version), good)
@@ -80,7 +82,7 @@ def _release_all(home: Home, running: RunningService, good: Path, flips: int) ->
             )
             said = as_published(open_bundle_or(folder, good)) if trusting else digest
         fresh = ReleasedVersion(version=number, manifest_sha256=said, alias="champion")
-        write_release(home.models, "digits", (fresh,))
+        write_release(home.models, DIGITS, (fresh,))
         verdict = _verdict(running, number)
         if verdict == "activated":
             activated.append(name or "a flipped byte")

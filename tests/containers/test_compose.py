@@ -148,7 +148,9 @@ def test_an_account_that_may_only_read_pulls_and_decides_nothing(up: Stack) -> N
         "-e", "CONVOY_HOME=/tmp/reader", "control",
         "python", "-m", "registry", "pull", "models:/fashion@champion",
     )  # fmt: skip
-    pulled = up.compose("exec", "-T", "control", "cat", "/tmp/reader/models/fashion/release.json")
+    pulled = up.compose(
+        "exec", "-T", "control", "cat", "/tmp/reader/models/fashion/release@champion.json"
+    )
     assert json.loads(pulled)["versions"][0]["version"] == 1
     moved = {"name": "fashion", "alias": "champion", "version": "1"}
     assert ask("reader", "registered-models/alias", moved) == "403"

@@ -81,7 +81,9 @@ def test_a_puller_that_dies_is_started_again(service: Service) -> None:
 
 
 def test_a_restart_serves_from_disk_without_the_registry(home: Path, service: Service) -> None:
-    wait_for(lambda: (home / "models/digits/release.json").exists(), "nothing was released")
+    wait_for(
+        lambda: (home / "models/digits/release@champion.json").exists(), "nothing was released"
+    )
     assert service.stop() == 0
     (home / "mlflow.db").rename(home / "gone.db")
     again = Service(home, "--no-pull")

@@ -5,6 +5,7 @@ import mlflow
 import pytest
 
 from registry.__main__ import main
+from registry.contract import ModelRef
 from registry.home import Home
 from registry.promotion import promote
 from registry.releases import read_release
@@ -73,7 +74,7 @@ def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
     client.set_registered_model_alias("digits", "champion", "1")
 
     assert run(capsys, "pull", "models:/digits@champion")[0] == 0
-    release = read_release(registry_home.models, "digits")
+    release = read_release(registry_home.models, ModelRef("digits", alias="champion"))
     assert release is not None
     assert release.versions[0].version == 1
 
@@ -85,7 +86,7 @@ def test_what_is_pulled_by_default_is_the_setting(
     promote(store, "digits", 1)
     monkeypatch.setenv("CONVOY_MODEL", "models:/digits/1")
     assert run(capsys, "pull")[0] == 0
-    assert read_release(registry_home.models, "digits") is not None
+    assert read_release(registry_home.models, ModelRef("digits", version=1)) is not None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from registry.judging import Judge
 from registry.live import Live, VersionTraffic, WorkerReport
 from registry.live_history import SAMPLES, LiveHistory, curves
 from registry.promotion import promote, roll_back
+from registry.sessions import SESSION_TTL_S
 from registry.store import ModelStore
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -97,6 +99,59 @@ def test_a_removed_token_ends_its_session(client: FlaskClient, app: Flask, token
     assert client.get("/").status_code == 303
 
 
+def test_a_cookie_that_was_copied_opens_nothing_after_sign_out(
+    client: FlaskClient, app: Flask, promoted: None, tokens, store: ModelStore
+) -> None:
+    csrf = sign_in(client, tokens["admin"])
+    copied = client.get_cookie("convoy")
+    assert copied is not None
+    assert client.post("/logout", data={"csrf": csrf}).status_code == 303
+    assert client.get_cookie("convoy") is None
+    thief = app.test_client()
+    thief.set_cookie("convoy", copied.value)
+    assert thief.get("/").headers["Location"].startswith("/login")
+    before = len(store.ledger("digits").lines)
+    form = {"action": "roll-back", "csrf": csrf}
+    answer = thief.post("/models/digits/decide", data=form)
+    assert answer.headers["Location"].startswith("/login")
+    assert len(store.ledger("digits").lines) == before
+
+
+def test_a_sign_in_survives_a_restart_and_another_sign_out(
+    client: FlaskClient, app: Flask, tokens, store: ModelStore, registry_home: Home
+) -> None:
+    sign_in(client, tokens["viewer"])
+    cookie = client.get_cookie("convoy")
+    assert cookie is not None
+    assert registry_home.sessions.stat().st_mode & 0o777 == 0o600
+    assert cookie.value not in registry_home.sessions.read_text()
+    other = app.test_client()
+    other.post("/logout", data={"csrf": sign_in(other, tokens["viewer"])})
+    restarted = create_app(store, registry_home).test_client()
+    restarted.set_cookie("convoy", cookie.value)
+    assert restarted.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"[" * 5000, b'[{"cookie_sha256": "x"}]'])
+def test_a_damaged_file_of_sessions_locks_no_sign_in(
+    client: FlaskClient, tokens, registry_home: Home, content: bytes
+) -> None:
+    sign_in(client, tokens["viewer"])
+    registry_home.sessions.write_bytes(content)
+    assert client.get("/").status_code == 303
+    sign_in(client, tokens["viewer"])
+    assert client.get("/").status_code == 200
+
+
+def test_a_session_ends_after_its_time(
+    client: FlaskClient, tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign_in(client, tokens["viewer"])
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + SESSION_TTL_S + 1)
+    assert client.get("/").status_code == 303
+
+
 def test_whoever_may_only_classify_sees_no_page(
     client: FlaskClient, app: Flask, promoted: None, tokens
 ) -> None:
@@ -104,8 +159,7 @@ def test_whoever_may_only_classify_sees_no_page(
     caller = known.add("caller", "classify")
     assert client.post("/login", data={"token": caller}).status_code == 401
     sign_in(client, tokens["viewer"])
-    with client.session_transaction() as session:
-        session["token"] = known.find(caller).sha256
+    client.set_cookie("convoy", app.extensions["convoy"].sessions.begin(known.find(caller).sha256))
     for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/live"):
         assert client.get(path).status_code == 303
 

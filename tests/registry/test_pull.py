@@ -59,7 +59,7 @@ def test_a_new_champion_is_followed_and_a_fixed_number_is_not(
     assert puller.pull(REF).versions[0].version == 2
     fixed = puller.pull(ModelRef("digits", version=1))
     assert (fixed.versions[0].version, fixed.versions[0].alias) == (1, None)
-    assert fixed.generation == 3
+    assert fixed.generation == 1  # a file of its own
 
 
 def test_a_copy_that_was_damaged_on_disk_is_fetched_again(
@@ -88,11 +88,11 @@ def test_a_download_that_fails_leaves_what_serves_alone(
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleInvalid):
         puller.pull(REF)
-    assert read_release(registry_home.models, "digits") == before
+    assert read_release(registry_home.models, REF) == before
     versions = version_folder(registry_home.models, "digits", 1).parent
     assert [path.name for path in versions.iterdir()] == ["1"]
     assert not puller.pull_all()
-    status = read_status(registry_home.models, "digits")
+    status = read_status(registry_home.models, REF)
     assert status.agreed_unix_s is None
     assert "has sha256" in str(status.error)
 
@@ -114,10 +114,10 @@ def test_a_registry_that_goes_away_is_noted_and_comes_back(
     assert puller.pull_all()
     puller._store = None
     assert not puller.pull_all()
-    assert read_status(registry_home.models, "digits").error == "down"
-    assert read_release(registry_home.models, "digits") is not None
+    assert read_status(registry_home.models, REF).error == "down"
+    assert read_release(registry_home.models, REF) is not None
     assert puller.pull_all()
-    assert read_status(registry_home.models, "digits").error is None
+    assert read_status(registry_home.models, REF).error is None
 
 
 def test_a_damaged_release_file_is_written_anew(
@@ -126,7 +126,7 @@ def test_a_damaged_release_file_is_written_anew(
     publish()
     promote(store, "digits", 1)
     puller.pull(REF)
-    release_file(registry_home.models, "digits").write_text("{")
+    release_file(registry_home.models, REF).write_text("{")
     assert puller.pull(REF).versions[0].version == 1
 
 
@@ -239,7 +239,7 @@ def test_a_trial_that_breaks_the_policy_is_withdrawn_and_the_ledger_says_why(
     looked_after(puller, monkeypatch, versions=(good,))
     failing = VersionTraffic(version=2, requests=10, errors=90)
     looked_after(puller, monkeypatch, versions=(good, failing))
-    released = read_release(registry_home.models, "digits")
+    released = read_release(registry_home.models, REF)
     assert released is not None
     assert (len(released.versions), released.trial) == (1, None)
     last = store.ledger("digits").lines[-1].entry
@@ -353,16 +353,13 @@ def test_a_decision_on_this_machine_wakes_the_puller(
         wait_for(lambda: released_version(registry_home) == 1)
         promote(store, "digits", 2, force=True, reason="test")
         wait_for(lambda: released_version(registry_home) == 2)
-        store._client.set_registered_model_alias("digits", "champion", "1")  # by other means
-        puller.wake.set()
-        wait_for(lambda: released_version(registry_home) == 1)
     finally:
         stop.set()
         thread.join()
 
 
 def released_version(home: Home) -> int | None:
-    found = read_release(home.models, "digits")
+    found = read_release(home.models, REF)
     return found.versions[0].version if found else None
 
 
@@ -469,7 +466,7 @@ def test_a_pull_that_hangs_ends_the_puller_and_says_why(
     began_s = clock.now_s
     (ended_s,) = guarded(puller, registry_home, clock)
     assert pull.HANGS_S < ended_s - began_s < 2 * pull.HANGS_S
-    status = read_status(registry_home.models, "digits")
+    status = read_status(registry_home.models, REF)
     assert "next to nothing" in str(status.error)
 
 
@@ -534,3 +531,22 @@ def test_what_was_left_does_not_end_the_next_puller(
     (left / "half").write_bytes(bytes(10_000))
     clock = Clock(monkeypatch, (1, b""), (1, b""))
     assert not guarded(puller, registry_home, clock)
+
+
+def test_a_champion_and_a_pinned_number_are_followed_in_one_home(
+    store: ModelStore, publish, registry_home: Home
+) -> None:
+    pinned = ModelRef("digits", version=1)
+    publish(seed=0)
+    promote(store, "digits", 1)
+    followers = [Puller(lambda: store, registry_home, (ref,)) for ref in (REF, pinned)]
+    for seed in range(1, VERSIONS_KEPT + 3):
+        version = publish(seed=seed).version
+        promote(store, "digits", version, force=True, reason="test")
+        assert all(puller.pull_all() for puller in followers)
+        champion, other = (read_release(registry_home.models, ref) for ref in (REF, pinned))
+        assert champion is not None
+        assert other is not None
+        assert (champion.versions[0].version, other.versions[0].version) == (version, 1)
+    assert other.generation == 1  # nothing has undone it
+    assert version_folder(registry_home.models, "digits", 1).is_dir()

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from registry.contract import ModelRef
 from registry.errors import BundleInvalid
 from registry.releases import (
     ReleasedVersion,
@@ -11,26 +12,27 @@ from registry.releases import (
     write_release,
     write_status,
 )
+from registry.shared_files import LOCK
 
+REF = ModelRef("fashion", alias="champion")
 ONE = ReleasedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
 TWO = ReleasedVersion(version=2, manifest_sha256="b" * 64, alias="champion")
 
 
 def test_nothing_released_reads_as_none(tmp_path: Path) -> None:
-    assert read_release(tmp_path, "fashion") is None
-    assert read_status(tmp_path, "fashion").agreed_unix_s is None
+    assert read_release(tmp_path, REF) is None
+    assert read_status(tmp_path, REF).agreed_unix_s is None
 
 
 def test_a_generation_grows_only_with_a_change(tmp_path: Path) -> None:
-    assert write_release(tmp_path, "fashion", (ONE,)).generation == 1
-    assert write_release(tmp_path, "fashion", (ONE,)).generation == 1
-    assert write_release(tmp_path, "fashion", (TWO,)).generation == 2
-    release = read_release(tmp_path, "fashion")
+    assert write_release(tmp_path, REF, (ONE,)).generation == 1
+    assert write_release(tmp_path, REF, (ONE,)).generation == 1
+    assert write_release(tmp_path, REF, (TWO,)).generation == 2
+    release = read_release(tmp_path, REF)
     assert release is not None
     assert release.versions == (TWO,)
-    assert [path.name for path in release_file(tmp_path, "fashion").parent.iterdir()] == [
-        "release.json"
-    ]
+    left = {path.name for path in (tmp_path / "fashion").iterdir()}
+    assert left == {"release@champion.json", LOCK}  # no temporary file
 
 
 @pytest.mark.parametrize(
@@ -38,25 +40,26 @@ def test_a_generation_grows_only_with_a_change(tmp_path: Path) -> None:
     [b"", b"{", b"[" * 5000, b'{"schema_version":1}', b'{"versions": []}', b'{"model": "\xff"}'],
 )
 def test_a_damaged_release_is_reported_and_can_be_replaced(tmp_path: Path, content: bytes) -> None:
-    write_release(tmp_path, "fashion", (ONE,))
-    release_file(tmp_path, "fashion").write_bytes(content)
+    write_release(tmp_path, REF, (ONE,))
+    release_file(tmp_path, REF).write_bytes(content)
     with pytest.raises(BundleInvalid, match="cannot be read"):
-        read_release(tmp_path, "fashion")
-    assert write_release(tmp_path, "fashion", (TWO,)).versions == (TWO,)
+        read_release(tmp_path, REF)
+    assert write_release(tmp_path, REF, (TWO,)).versions == (TWO,)
 
 
 def test_a_release_of_another_model_is_refused(tmp_path: Path) -> None:
-    write_release(tmp_path, "fashion", (ONE,))
+    write_release(tmp_path, REF, (ONE,))
     (tmp_path / "digits").mkdir()
-    release_file(tmp_path, "fashion").rename(release_file(tmp_path, "digits"))
+    digits = ModelRef("digits", alias="champion")
+    release_file(tmp_path, REF).rename(release_file(tmp_path, digits))
     with pytest.raises(BundleInvalid, match="of model fashion"):
-        read_release(tmp_path, "digits")
+        read_release(tmp_path, digits)
 
 
 def test_an_error_keeps_the_time_of_the_last_agreement(tmp_path: Path) -> None:
-    write_status(tmp_path, "fashion", None)
-    agreed = read_status(tmp_path, "fashion").agreed_unix_s
+    write_status(tmp_path, REF, None)
+    agreed = read_status(tmp_path, REF).agreed_unix_s
     assert agreed is not None
-    write_status(tmp_path, "fashion", "registry down")
-    status = read_status(tmp_path, "fashion")
+    write_status(tmp_path, REF, "registry down")
+    status = read_status(tmp_path, REF)
     assert (status.agreed_unix_s, status.error) == (agreed, "registry down")

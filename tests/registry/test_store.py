@@ -159,7 +159,7 @@ def test_a_worse_version_is_refused_with_the_figures_and_can_be_forced(
     assert store.aliases("digits")["champion"] == worse
     assert store.aliases("digits")["previous"] == better
     ledger = store.ledger("digits")
-    assert ledger.faults(store.ledger_head("digits")) == []
+    assert ledger.faults(store.newest_line("digits")) == []
     actions = [(each.entry.action, each.entry.reason) for each in ledger.lines]
     assert actions == [("promoted", None), ("refused", None), ("forced", "a drill")]
     with pytest.raises(PromotionRefused, match="champion already"):
@@ -222,7 +222,7 @@ def test_of_eight_who_promote_at_once_one_wins_each_round(
         assert all("came first" in each or "the champion is" in each for each in losers)
         ledger = store.ledger("digits")
         assert len(ledger.moves) == number + 1
-        assert ledger.faults(store.ledger_head("digits")) == []
+        assert ledger.faults(store.newest_line("digits")) == []
         aliases = store.aliases("digits")
         assert (aliases["champion"], aliases["previous"]) == (ledger.champion, ledger.previous)
 
@@ -310,7 +310,7 @@ def test_a_first_promotion_that_died_before_its_alias_is_carried_out(
     with pytest.raises(PromotionRefused, match="champion already"):
         promote(store, "digits", 1)
     assert store.aliases("digits")["champion"] == 1  # settled before it was refused
-    assert store.ledger("digits").faults(store.ledger_head("digits")) == []
+    assert store.ledger("digits").faults(store.newest_line("digits")) == []
 
 
 def test_who_was_too_slow_to_move_the_alias_is_told(
@@ -427,7 +427,7 @@ def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
     release(store, "digits", trial)
     promote(store, "digits", 3, force=True, reason="test")
     assert store.standing("digits") == ({"champion": 3, "previous": 1}, None)
-    assert store.ledger("digits").faults(store.ledger_head("digits")) == []
+    assert store.ledger("digits").faults(store.newest_line("digits")) == []
     with pytest.raises(PromotionConflict):
         roll_back(store, "digits", expect_champion=1)
     roll_back(store, "digits", expect_champion=3, by="ann")

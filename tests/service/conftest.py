@@ -24,11 +24,21 @@ from service.settings import Settings
 from service.state import load_served
 from tests.conftest import MakeBundle
 
+REF = ModelRef("digits", alias="champion")
+
 
 def load(bundle: Bundle, released: ReleasedVersion, metrics: Metrics | None = None) -> ServedModel:
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     settings = Settings(max_batch=8, queue_limit=64)
-    return load_served(bundle, released, planner, settings, metrics or Metrics(), TrustedKeys({}))
+    return load_served(
+        bundle,
+        released,
+        name=bundle.manifest.model,
+        planner=planner,
+        settings=settings,
+        metrics=metrics or Metrics(),
+        trust=TrustedKeys({}),
+    )
 
 
 @pytest.fixture
@@ -42,7 +52,8 @@ def release(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
 
     def lay_out(version: int, seed: int = 0, alias: str | None = "champion") -> Bundle:
         bundle = make_bundle(seed=seed, folder=version_folder(models, "digits", version))
-        write_release(models, "digits", (released(bundle, version, alias),))
+        ref = ModelRef("digits", version if alias is None else None, alias)
+        write_release(models, ref, (released(bundle, version, alias),))
         return bundle
 
     return lay_out
@@ -58,7 +69,7 @@ def on_trial(make_bundle: MakeBundle, models: Path) -> Callable[..., tuple[Bundl
             for seed in (0, 1)
         )
         versions = released(old, 1, "champion"), released(new, 2, "challenger")
-        write_release(models, "digits", versions, Trial(version=2, **trial))
+        write_release(models, REF, versions, Trial(version=2, **trial))
         return old, new
 
     return lay_out
@@ -75,7 +86,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def slot(models: Path, metrics: Metrics) -> ModelSlot:
-    return ModelSlot(ModelRef("digits", alias="champion"), models, partial(load, metrics=metrics))
+    return ModelSlot(REF, models, partial(load, metrics=metrics))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import PATIENCE_S
+from tests.service.conftest import REF
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 EXAMPLES = re.findall(r"```sh\n(.*?)```\n```json\n(.*?)```", PAGE, re.DOTALL)
@@ -34,7 +35,7 @@ def test_an_example_answers_as_the_page_says(
 ) -> None:
     from registry.releases import write_status
 
-    write_status(slot._models_folder, "digits", None)
+    write_status(slot._models_folder, REF, None)
     (tmp_path / "picture.png").write_bytes(png)
     command = command.replace("http://127.0.0.1:8080", url).replace("/fashion", "/digits")
     done = subprocess.run(

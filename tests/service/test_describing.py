@@ -11,6 +11,7 @@ from registry import releases
 from registry.releases import write_status
 from service.api.openapi import document
 from service.model_slot import ModelSlot
+from tests.service.conftest import REF
 
 
 def test_models_are_listed_before_and_after_loading(
@@ -64,8 +65,8 @@ def test_readiness_is_loading_and_liveness_is_not(
 
 def test_readiness_says_how_stale_the_registry_is(ready: FlaskClient, slot: ModelSlot) -> None:
     assert ready.get("/readyz").json["models"][0]["registry_age_s"] is None
-    write_status(slot._models_folder, "digits", None)
-    write_status(slot._models_folder, "digits", "the registry is down")
+    write_status(slot._models_folder, REF, None)
+    write_status(slot._models_folder, REF, "the registry is down")
     (model,) = ready.get("/readyz").json["models"]
     assert 0 <= model["registry_age_s"] < 60
     assert model["registry_error"] == "the registry is down"
@@ -162,7 +163,7 @@ def test_the_page_loads_only_its_own_files(client: FlaskClient) -> None:
 def test_registry_age_counts_from_the_last_agreement(
     ready: FlaskClient, slot: ModelSlot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_status(slot._models_folder, "digits", None)
+    write_status(slot._models_folder, REF, None)
     now = releases.boot_s()
     monkeypatch.setattr(releases, "boot_s", lambda: now + 100)
     (model,) = ready.get("/readyz").json["models"]
@@ -174,7 +175,7 @@ def test_registry_age_counts_from_the_last_agreement(
 def test_a_clock_that_is_set_does_not_make_the_registry_stale(
     ready: FlaskClient, slot: ModelSlot, monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    write_status(slot._models_folder, "digits", None)
+    write_status(slot._models_folder, REF, None)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + jump_s)
     (model,) = ready.get("/readyz").json["models"]

@@ -338,7 +338,15 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
     owner, metrics = own(losable), Metrics()
 
     def load(bundle, released):
-        return load_served(bundle, released, owner.client, SETTINGS, metrics, TrustedKeys({}))
+        return load_served(
+            bundle,
+            released,
+            name=bundle.manifest.model,
+            planner=owner.client,
+            settings=SETTINGS,
+            metrics=metrics,
+            trust=TrustedKeys({}),
+        )
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_swap=metrics.swapped)
     release(1)

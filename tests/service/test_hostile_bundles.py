@@ -1,20 +1,29 @@
 """Bundles of strangers and broken ones: the old version serves on, and none of their code runs."""
 
+import base64
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from registry.bundle import Bundle, open_bundle
-from registry.contract import NetworkSpec
+from registry.contract import ModelRef, ModelVersion, NetworkSpec
 from registry.errors import BundleInvalid
 from registry.networks import load_program
+from registry.plans.choice import Planner
+from registry.plans.torch_eager import EAGER
 from registry.releases import ReleasedVersion, version_folder, write_release
+from registry.signing import SIGNATURE, TrustedKeys, make_key, sign
+from service.metrics import Metrics
 from service.model_slot import ModelSlot
+from service.settings import Settings
+from service.state import load_served
 from service.watchdog import rss_mb
 from tests.conftest import MakeBundle
 from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
+from tests.service.conftest import REF
 
 # What nobody reads here, or nobody can know: with digests that fit, these serve.
 HARMLESS = {
@@ -33,7 +42,7 @@ def serving(slot: ModelSlot, release: Callable[..., Bundle]) -> ModelSlot:
 def put_forward(models: Path, version: int, digest: str) -> None:
     write_release(
         models,
-        "digits",
+        REF,
         (ReleasedVersion(version=version, manifest_sha256=digest, alias="champion"),),
     )
 
@@ -104,3 +113,36 @@ def test_a_bundle_in_which_one_byte_is_another_never_takes_over(
         file.write_bytes(good)
     serving._failure = None
     assert serving.refresh()  # it was good but for the byte
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_bundle_of_another_model_is_refused_whoever_signed_it(
+    make_bundle: MakeBundle, models: Path, tmp_path: Path, signed: bool
+) -> None:
+    bundle = make_bundle(folder=version_folder(models, "letters", 1))  # a bundle of "digits"
+    key = tmp_path / "ann.pem"
+    public = base64.b64decode(make_key(key).split()[1])
+    digits = ModelVersion(
+        name="digits",
+        version=1,
+        manifest_sha256=bundle.manifest_sha256,
+        aliases=(),
+        run_id="",
+        created_unix_s=0.0,
+    )
+    (bundle.folder / SIGNATURE).write_text(sign(digits, key, days=1))
+    released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
+    letters = ModelRef("letters", alias="champion")
+    write_release(models, letters, (released,))
+    load = partial(
+        load_served,
+        name="letters",
+        planner=Planner(tmp_path / "plans", "cpu", None, EAGER),
+        settings=Settings(),
+        metrics=Metrics(),
+        trust=TrustedKeys({"ann": public} if signed else {}),
+    )
+    slot = ModelSlot(letters, models, load)
+    assert not slot.refresh()
+    assert slot.error is not None
+    assert "is of the model 'digits'" in slot.error

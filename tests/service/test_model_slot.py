@@ -13,7 +13,7 @@ from service import model_slot
 from service.model_slot import ModelSlot
 from service.served import ServedModel
 from tests.conftest import wait_for
-from tests.service.conftest import load
+from tests.service.conftest import REF, load
 
 
 def test_nothing_released_is_not_ready_and_says_what_to_run(slot: ModelSlot) -> None:
@@ -85,14 +85,14 @@ def test_a_release_file_that_was_lost_is_followed_again(
 ) -> None:
     release(1)
     slot.refresh()
-    whole = release_file(models, "digits").read_bytes()
-    release_file(models, "digits").unlink()
+    whole = release_file(models, REF).read_bytes()
+    release_file(models, REF).unlink()
     slot.refresh()
     assert "nothing is released" in str(slot.error)
-    release_file(models, "digits").write_bytes(whole)
+    release_file(models, REF).write_bytes(whole)
     assert not slot.refresh()
     assert slot.error is None
-    release_file(models, "digits").unlink()
+    release_file(models, REF).unlink()
     release(2, seed=1)  # begins with generation 1 again
     assert slot.refresh()
     assert slot.require().champion.version == 2
@@ -124,13 +124,26 @@ def test_many_first_requests_load_only_once(models: Path, release) -> None:
     assert loads == [1]
 
 
-def test_a_release_of_another_choice_is_waited_out(models: Path, release) -> None:
-    release(1)
-    pinned = ModelSlot(ModelRef("digits", version=7), models, load)
+def test_a_slot_follows_the_release_of_its_own_reference(
+    slot: ModelSlot, models: Path, release
+) -> None:
+    release(2)
+    pinned = ModelSlot(ModelRef("digits", version=1), models, load)
     assert not pinned.refresh()
-    assert "holds no models:/digits/7" in str(pinned.error)
-    fits = ModelSlot(ModelRef("digits", version=1), models, load)
-    assert fits.refresh()
+    assert "nothing is released" in str(pinned.error)
+    release(1, alias=None)
+    assert pinned.refresh()
+    assert slot.refresh()
+    assert (pinned.current.version, slot.current.version) == (1, 2)
+
+
+def test_a_release_file_that_holds_another_version_is_refused(models: Path, release) -> None:
+    release(1)
+    pinned = ModelRef("digits", version=7)
+    release_file(models, REF).rename(release_file(models, pinned))
+    slot = ModelSlot(pinned, models, load)
+    assert not slot.refresh()
+    assert "holds no models:/digits/7" in str(slot.error)
 
 
 def test_a_damaged_release_file_does_not_stop_the_watcher(
@@ -139,7 +152,7 @@ def test_a_damaged_release_file_does_not_stop_the_watcher(
     monkeypatch.setattr(model_slot, "POLL_S", 0.005)
     monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
     (models / "digits").mkdir(parents=True)
-    release_file(models, "digits").write_text("{")
+    release_file(models, REF).write_text("{")
     others = set(threading.enumerate())
     stop = slot.start()
     wait_for(lambda: slot.error is not None)
@@ -159,7 +172,7 @@ def test_swaps_and_failures_are_counted(models: Path, release) -> None:
     slot.refresh()  # nothing is released: no version failed
     release(1)
     slot.refresh()
-    release(2, alias="another")
+    (release(2).folder / WEIGHTS).write_bytes(b"damaged")
     slot.refresh()
     assert events == [(None, 1), (1, None)]
 

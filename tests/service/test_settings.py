@@ -13,6 +13,7 @@ from service import create_app
 from service.logs import logging_config
 from service.settings import VARIABLES, Settings
 from tests.conftest import wait_for
+from tests.service.conftest import REF
 
 ROOT = Path(__file__).parents[2]
 # From one process of a service to another, or from `make demo` to itself.
@@ -96,7 +97,7 @@ def test_an_app_of_its_own_loads_what_is_released(
     models = tmp_path / "home" / "models"
     bundle = make_bundle(folder=version_folder(models, "digits", 1))
     released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
-    write_release(models, "digits", (released,))
+    write_release(models, REF, (released,))
     client = create_app().test_client()
     wait_for(lambda: client.get("/readyz").status_code == 200)
     assert "convoy_serving_version" in client.get("/metrics").text

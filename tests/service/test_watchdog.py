@@ -22,24 +22,89 @@ class Ends:
         self.signals.append(number)
 
 
+class Clock:
+    """Stands for ``time.monotonic``."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def look_for(self, dog: Watchdog, seconds: float) -> None:
+        """Have ``dog`` look as its thread does."""
+        for _ in range(round(seconds / watchdog.LOOK_S)):
+            self.now_s += watchdog.LOOK_S
+            dog.look()
+
+    def advance(self, seconds: float, looked_after: SimpleNamespace) -> None:
+        self.now_s += seconds
+        looked_after.running_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now_s)
+    return clock
+
+
 def slot(running_s: float) -> SimpleNamespace:
     return SimpleNamespace(ref=ModelRef("digits", 1), running_s=running_s)
 
 
 def test_a_forward_pass_that_hangs_is_said_and_then_ends_the_worker(
-    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = Ends()
     looked_after = slot(0.0), slot(29.0)
     dog = Watchdog(looked_after, 30.0, end=end)
-    dog.look()
+    clock.look_for(dog, 60.0)
     assert (dog.reason, end.signals) == (None, [])
     looked_after[1].running_s = 31.0
     said: list[str | None] = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: said.append(dog.reason))
+
+    def sleep(seconds: float) -> None:
+        said.append(dog.reason)
+        clock.now_s += seconds
+        looked_after[1].running_s += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
     dog.look()
     assert end.signals == [signal.SIGKILL]
     assert said == ["digits: a forward pass has not ended for 31 s"]  # before it ended
+
+
+@pytest.mark.parametrize("afterwards_s", [0.0, 1.0])
+def test_a_worker_whose_pass_ends_in_the_last_moment_goes_on(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, afterwards_s: float
+) -> None:
+    end, looked_after = Ends(), slot(0.0)
+    dog = Watchdog((looked_after,), 30.0, end=end)
+    clock.look_for(dog, 60.0)
+    looked_after.running_s = 31.0
+
+    def sleep(seconds: float) -> None:
+        clock.now_s += seconds
+        looked_after.running_s = afterwards_s  # nothing runs, or another pass
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    dog.look()
+    assert (dog.reason, end.signals) == (None, [])
+
+
+def test_the_time_in_which_the_process_was_stopped_is_not_the_pass_s(clock: Clock) -> None:
+    """As by `docker pause`, SIGSTOP or a machine that slept, in the middle of a forward pass."""
+    end, looked_after = Ends(), slot(0.0)
+    dog = Watchdog((looked_after,), 30.0, end=end)
+    clock.look_for(dog, 60.0)
+    clock.now_s += 3600.0
+    looked_after.running_s = 3600.0
+    clock.look_for(dog, 29.0)
+    assert (dog.reason, end.signals) == (None, [])
+    looked_after.running_s = 3632.0
+    clock.now_s += 2.0  # it hangs all the same
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: clock.advance(seconds, looked_after))
+        dog.look()
+    assert end.signals == [signal.SIGKILL]
 
 
 def test_a_worker_that_grows_ends_gently_and_not_with_the_others(

@@ -158,11 +158,11 @@ def test_pulling(
     models = registry_home.models
     for fault in every_fault(error, models):
         before = ReleasedVersion(version=1, manifest_sha256=old.manifest_sha256, alias="champion")
-        write_release(models, "digits", (before,))
+        write_release(models, REF, (before,))
         shutil.rmtree(version_folder(models, "digits", 2), ignore_errors=True)
         with fault.at(targets):
             well = Puller(lambda: store, registry_home, (REF,)).pull_all()  # never raises
-        release = read_release(models, "digits")
+        release = read_release(models, REF)
         assert release is not None, fault.struck
         (served,) = release.versions
         assert served.version == 2 or not well, fault.struck
@@ -196,10 +196,10 @@ def test_loading(
         for number in (1, 2)
     }
     for fault in every_fault(error, models):
-        write_release(models, "digits", (versions[1],))
+        write_release(models, REF, (versions[1],))
         slot = ModelSlot(REF, models, load)
         assert slot.refresh()
-        write_release(models, "digits", (versions[2],))
+        write_release(models, REF, (versions[2],))
         with fault.at(targets), contextlib.suppress(OSError, ConvoyError):
             slot.refresh()  # what it raises, the thread that watches logs
         assert slot.current is not None, fault.struck

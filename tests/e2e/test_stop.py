@@ -1,0 +1,33 @@
+"""A service whose processes are stopped for a while, as by `docker pause`."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.processes import Service, wait_for
+
+pytestmark = pytest.mark.e2e
+TIMEOUT_S = 6
+
+
+def test_no_worker_dies_because_the_service_was_stopped_for_a_while(home: Path) -> None:
+    service = Service(home, GUNICORN_CMD_ARGS=f"--timeout {TIMEOUT_S}", CONVOY_HUNG_S="5")
+    try:
+        wait_for(service.is_ready, "the service did not become ready")
+        family = [service.process, *service.process.children(recursive=True)]
+        for process in family:
+            process.send_signal(signal.SIGSTOP)
+        go_on_at = time.monotonic() + 2 * TIMEOUT_S  # twice what the arbiter waits for a heartbeat
+        wait_for(lambda: time.monotonic() > go_on_at, "the clock stands still")
+        for process in family:
+            process.send_signal(signal.SIGCONT)
+        judged_at = time.monotonic() + TIMEOUT_S
+        wait_for(lambda: service.is_ready() and time.monotonic() > judged_at, "not ready again")
+        assert "WORKER TIMEOUT" not in service.log.read_text()
+        assert {each.pid for each in family} == {
+            each.pid for each in [service.process, *service.process.children(recursive=True)]
+        }
+    finally:
+        service.stop()

@@ -1,0 +1,222 @@
+"""What an account that may only read can do to the champion, on a real MLflow server."""
+
+import configparser
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from msgspec.structs import replace
+
+from registry import store as store_module
+from registry.contract import ModelRef, ModelVersion
+from registry.errors import PromotionRefused
+from registry.home import Home
+from registry.ledger import Entry, Ledger
+from registry.promotion import audit, promote
+from registry.pull import Puller
+from registry.releases import read_release
+from registry.store import ENTRY_TAG, LEDGER, ModelStore
+from tests.conftest import MakeBundle, free_port
+from tests.e2e.processes import wait_for
+
+pytestmark = pytest.mark.e2e
+pytest.importorskip("flask_wtf", reason="MLflow's accounts need Flask-WTF: pip install -e '.[dev]'")
+
+AUTH_INI = Path(__file__).parents[2] / "deploy" / "mlflow-auth.ini"
+PASSWORDS = {"admin": "the-administrators", "reader": "the-readers-own"}
+
+
+@contextmanager
+def mlflow_server(folder: Path, *, workspaces: bool) -> Iterator[str]:
+    """An MLflow server with our settings of its accounts, and an account that may only read."""
+    settings = configparser.ConfigParser()
+    settings.read(AUTH_INI)
+    settings["mlflow"]["database_uri"] = f"sqlite:///{folder / 'accounts.db'}"
+    with (folder / "auth.ini").open("w") as file:
+        settings.write(file)
+    port = free_port()
+    environment = {
+        **os.environ,
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a-secret-of-this-test",
+        "MLFLOW_ENABLE_WORKSPACES": str(workspaces).lower(),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts"),
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = (*("-m", "mlflow", "server", "--app-name", "basic-auth"), "--port", str(port))
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--workers", "1"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(address), (folder / "server.log").read_text()[-2000:])
+        made = requests.post(
+            f"{address}/api/2.0/mlflow/users/create",
+            json={"username": "reader", "password": PASSWORDS["reader"]},
+            auth=("admin", PASSWORDS["admin"]),
+            timeout=60,
+        )
+        assert made.status_code == 200, made.text
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        return requests.get(f"{address}/health", timeout=5).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+@pytest.fixture(scope="module")
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server as MLflow's own documentation starts it: every account may create models."""
+    with mlflow_server(tmp_path_factory.mktemp("open"), workspaces=False) as address:
+        yield address
+
+
+@pytest.fixture
+def sign_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Choose the account of all calls from now on."""
+
+    def choose(account: str) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", account)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS[account])
+
+    choose("admin")
+    monkeypatch.setattr(store_module, "CLAIM_TIMEOUT_S", 0.0)
+    return choose
+
+
+@pytest.fixture
+def store(
+    open_server: str, home: Home, sign_in: object, monkeypatch: pytest.MonkeyPatch
+) -> ModelStore:
+    return store_at(open_server, home, monkeypatch)
+
+
+def store_at(address: str, home: Home, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    return ModelStore(home)
+
+
+def publish(store: ModelStore, make_bundle: MakeBundle, name: str, seed: int = 0) -> ModelVersion:
+    from training.tracking import start_run
+
+    bundle = make_bundle(seed=seed, change=lambda manifest: replace(manifest, model=name))
+    with start_run(store, "accounts", name):
+        return store.publish(bundle, {"convoy.recipe": "tiny"})
+
+
+def forge_log(client: MlflowClient, name: str, version: int) -> None:
+    """What a reader would write: that ``version`` was promoted."""
+    said: dict[str, Any] = {"action": "promoted", "by": "admin", "from_version": None}
+    entry = Entry(**said, at="2026-11-01T00:00:00+00:00", to_version=version)
+    line = Ledger().continued(entry).to_json().decode()
+    client.create_registered_model(name + LEDGER)
+    client.create_model_version(
+        name + LEDGER, f"convoy:/{name}/{version}", tags={ENTRY_TAG: line}, await_creation_for=0
+    )
+
+
+def test_a_reader_can_make_no_log_once_a_version_is_published(
+    store: ModelStore, make_bundle: MakeBundle, sign_in: Callable[[str], None]
+) -> None:
+    for seed in (0, 1):
+        publish(store, make_bundle, "published", seed)
+    sign_in("reader")
+    with pytest.raises(MlflowException, match="already exists"):
+        forge_log(MlflowClient(store.uri), "published", 1)
+    with pytest.raises(MlflowException, match="403"):
+        MlflowClient(store.uri).create_model_version("published.ledger", "convoy:/published/1")
+    sign_in("admin")
+    assert promote(store, "published", 2).entry.to_version == 2
+    assert store.aliases("published")["champion"] == 2
+    assert audit(store, "published") == (1, [])
+
+
+@pytest.mark.parametrize("made", ["log", "model"])
+def test_nothing_is_published_under_a_name_that_a_reader_has_taken(
+    store: ModelStore, make_bundle: MakeBundle, sign_in: Callable[[str], None], made: str
+) -> None:
+    name = f"taken-{made}"
+    sign_in("reader")
+    client = MlflowClient(store.uri)
+    if made == "log":
+        forge_log(client, name, 1)
+    else:
+        client.create_registered_model(name)
+    sign_in("admin")
+    with pytest.raises(PromotionRefused, match="another account may have made it"):
+        publish(store, make_bundle, name)
+    assert not store._client.search_model_versions(f"name = '{name}'")
+
+
+def test_a_log_that_a_reader_made_after_the_model_is_not_followed(
+    store: ModelStore,
+    make_bundle: MakeBundle,
+    sign_in: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when an operator has deleted the log: the reader's says that version 1 is champion."""
+    monkeypatch.setattr(store_module, "LOG_YOUNGER_S", 0.0)
+    for seed in (0, 1):
+        publish(store, make_bundle, "lost", seed)
+    store._client.delete_registered_model("lost" + LEDGER)
+    with pytest.raises(PromotionRefused, match="is missing"):
+        promote(store, "lost", 2)
+    sign_in("reader")
+    forge_log(MlflowClient(store.uri), "lost", 1)
+    sign_in("admin")
+    with pytest.raises(PromotionRefused, match="after the model"):
+        promote(store, "lost", 2)
+    assert "champion" not in store.aliases("lost")
+    assert any("after the model" in fault for fault in audit(store, "lost")[1])
+
+
+def test_with_our_settings_a_reader_creates_nothing_and_pulls_the_champion(
+    home: Home,
+    make_bundle: MakeBundle,
+    sign_in: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with mlflow_server(tmp_path, workspaces=True) as address:
+        store = store_at(address, home, monkeypatch)
+        publish(store, make_bundle, "digits")
+        promote(store, "digits", 1)
+        sign_in("reader")
+        client = MlflowClient(address)
+        for attempt in (
+            lambda: client.create_registered_model("letters"),
+            lambda: client.create_registered_model("letters.ledger"),
+            lambda: client.create_experiment("a reader's"),
+            lambda: client.set_registered_model_alias("digits", "champion", "1"),
+            lambda: client.set_registered_model_tag("digits", "convoy.trial", "{}"),
+        ):
+            with pytest.raises(MlflowException, match="403"):
+                attempt()
+        ref = ModelRef("digits", alias="champion")
+        assert Puller(lambda: ModelStore(home), home, (ref,)).pull_all()
+        release = read_release(home.models, ref)
+        assert release is not None
+        assert release.versions[0].version == 1
