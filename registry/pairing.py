@@ -113,7 +113,7 @@ def pair_heldout(champion: Bundle, challenger: Bundle, min_examples: int) -> Pai
     if chosen.sum() >= needed:
         probabilities = old.probabilities[match.rows[chosen]]
     else:
-        notes.append(f"only {chosen.sum():,} pictures that both held out, {needed:,} are needed")
+        notes.append(f"only {_pictures(chosen)} that both held out, {needed:,} are needed")
         shape = len(new.labels), len(match.old.labels)
         scores = challenger.champion_scores(champion.manifest_sha256, shape)
         if scores is None or match.usable.sum() < needed:
@@ -201,10 +201,10 @@ def _notes(match: Match) -> list[str]:
         after = match.new.heldout.labels[relabelled]
         pairs = Counter(zip(before.tolist(), after.tolist(), strict=True)).most_common()
         moves = [f"{match.old.labels[a]} → {match.new.labels[b]}: {n}" for (a, b), n in pairs]
-        notes.append(f"{relabelled.sum():,} re-labelled pictures left out ({_listed(moves)})")
+        notes.append(f"{_pictures(relabelled)} left out: re-labelled ({_listed(moves)})")
     for trained, who in ((seen, "champion"), (own, "challenger")):
         if trained.any():
-            notes.append(f"{trained.sum():,} pictures left out: the {who} was trained on them")
+            notes.append(f"{_pictures(trained)} left out: in the training data of the {who}")
     if added := np.flatnonzero(match.to_old < 0).tolist():
         heldout, unseen = match.new.heldout, ~match.challenger_trained
         figures = []
@@ -259,7 +259,7 @@ def _alike(looks: NDArray[np.uint64], others: NDArray[np.uint64]) -> int:
 def _why_not(match: Match, notes: Sequence[str], *, is_scored: bool) -> str:
     old, new = match.old.heldout, match.new.heldout
     scored = (
-        f"publishing has scored the champion on {match.usable.sum():,} usable pictures"
+        f"publishing has scored the champion on {_pictures(match.usable)} that can be used"
         if is_scored
         else "the challenger was published beside another champion or none"
     )
@@ -279,6 +279,11 @@ def _finite(scores: Scores, who: str) -> Scores:
             "that version again"
         )
     return scores
+
+
+def _pictures(which: Mask) -> str:
+    count = int(which.sum())
+    return f"{count:,} picture{'' if count == 1 else 's'}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -17,15 +17,19 @@ def short_digests(numbers: Iterable[int]) -> np.ndarray:
 
 
 def heldout_file(
-    labels: np.ndarray, probabilities: np.ndarray, numbers: Iterable[int] | None = None
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    numbers: Iterable[int] = (),
+    looks: np.ndarray | None = None,
 ) -> dict[str, bytes]:
     """``heldout.npz`` of the examples ``numbers``, by default 0, 1, 2, …"""
-    names = b"".join(digest(each) for each in numbers or range(len(labels)))
+    numbers = list(numbers) or range(len(labels))
+    names = b"".join(digest(each) for each in numbers)
     data = to_npz(
         labels=labels,
         probabilities=probabilities,
         digests=np.frombuffer(names, np.uint8).reshape(-1, 32),
-        looks=short_digests(numbers or range(len(labels))),
+        looks=short_digests(numbers) if looks is None else looks,
     )
     return {HELDOUT: data}
 
