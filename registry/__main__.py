@@ -96,9 +96,10 @@ def _promote(arguments: argparse.Namespace) -> int:
         number,
         expect_champion=arguments.expect_champion,
         force=arguments.force,
+        allow_new_classes=arguments.allow_new_classes,
         reason=arguments.reason,
         judge=Judge(store, convoy_home(), timed=not arguments.untimed),
-        on_judged=lambda judged: print(judged.table()),
+        on_judged=lambda judged: print(judged.table(allow_new_classes=arguments.allow_new_classes)),
     )
     print(f"{arguments.name} version {number} is the champion now ({line.entry.action})")
     return 0
@@ -115,8 +116,10 @@ def _judge(arguments: argparse.Namespace) -> int:
         from registry.pages import verdict_page
 
         arguments.page.write_text(verdict_page(judged))
-    print(msgspec.json.encode(judged).decode() if arguments.json else judged.table())
-    return 0 if judged.accepted else 2
+    allowed = arguments.allow_new_classes
+    table = judged.table(allow_new_classes=allowed)
+    print(msgspec.json.encode(judged).decode() if arguments.json else table)
+    return 0 if judged.accepts(allow_new_classes=allowed) else 2
 
 
 def _roll_back(arguments: argparse.Namespace) -> int:
@@ -320,6 +323,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (promote, judge):
         command.add_argument(
             "--untimed", action="store_true", help="run no forward passes: takes seconds less"
+        )
+        command.add_argument(
+            "--allow-new-classes",
+            action="store_true",
+            help="accept classes that are new, removed or renamed, judged by those that both have",
         )
 
     roll_back = commands.add_parser("roll-back", help="make the previous champion champion again")

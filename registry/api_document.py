@@ -14,7 +14,10 @@ _FAILURES = {
     "404": "No such model or version, or nothing to take back.",
     "409": "The champion, or what is on trial, is not what was expected: look again.",
     "413": "The body is too large.",
-    "422": "The gate refuses; the refusal is in the ledger. `force` with a `reason` overrides.",
+    "422": (
+        "The gate refuses; the refusal is in the ledger. `force` with a `reason` overrides. "
+        "`allow_new_classes` accepts classes that differ."
+    ),
     "503": "The registry, or a service, cannot be reached.",
 }
 _NUMBER = {"type": "integer", "minimum": 1}

@@ -7,7 +7,9 @@ neither torch nor MLflow.
 """
 
 import io
+import math
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,20 +19,25 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from msgspec import Struct
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from registry.contract import FileEntry, Manifest, manifest_from_json, sha256_hex
 from registry.errors import BundleInvalid
+from registry.heldout import Heldout, TrainingRecord
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden/golden.json"
 HELDOUT = "heldout.npz"
+TRAINING = "training.npz"
+CHAMPION_SCORES = "champion.npz"
 THUMBNAILS = "thumbnails.npz"
 # The network with its weights, for engines other than torch; a version may lack some or all.
 ONNX_GRAPH = "exports/network.onnx"
 INT8_GRAPH, INT8_WEIGHTS = "exports/int8.xml", "exports/int8.bin"
-CALIBRATION_BINS = 15
+# What arrays of a bundle may take in memory: 65,000 examples of 1,000 classes, for instance.
+MAX_ARRAYS_BYTES = 256 * 1024 * 1024
 
 
 class GoldenImage(Struct, frozen=True):
@@ -38,50 +45,6 @@ class GoldenImage(Struct, frozen=True):
 
     file: str
     probabilities: tuple[float, ...]
-
-
-class Heldout(Struct, frozen=True):
-    """What a version said of examples in a fixed order.
-
-    Attributes:
-        labels: int64 (N,), the true class of each.
-        probabilities: float32 (N, classes).
-    """
-
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-
-    @property
-    def predicted(self) -> NDArray[np.int64]:
-        best: NDArray[np.int64] = self.probabilities.argmax(axis=1)
-        return best
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """bool (N,): whether the most probable class is the true one."""
-        right: NDArray[np.bool_] = self.predicted == self.labels
-        return right
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.mean())
-
-    @property
-    def log_loss(self) -> float:
-        """Mean negative log of the true class's probability, in nats."""
-        truth = self.probabilities[np.arange(len(self.labels)), self.labels]
-        return float(-np.log(np.maximum(truth, 1e-12)).mean())
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error, 15 equal bins (Guo et al. 2017, arXiv:1706.04599)."""
-        confidence = self.probabilities.max(axis=1)
-        bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-        gaps = np.bincount(bins, self.right - confidence, CALIBRATION_BINS)
-        return float(np.abs(gaps).sum() / len(confidence))
-
-    def to_npz(self) -> bytes:
-        return to_npz(labels=self.labels, probabilities=self.probabilities)
 
 
 class Bundle:
@@ -147,7 +110,7 @@ class Bundle:
             raise BundleInvalid(f"{self.folder / GOLDEN}: {error}") from error
 
     def heldout(self) -> Heldout:
-        arrays = self._arrays(HELDOUT, "labels", "probabilities")
+        arrays = self._arrays(HELDOUT, "labels", "probabilities", "digests", "looks")
         labels, probabilities = arrays["labels"], arrays["probabilities"]
         classes = len(self.manifest.labels)
         fits = (
@@ -163,7 +126,45 @@ class Bundle:
                 f"{self.folder / HELDOUT}: labels {labels.dtype}{labels.shape} and probabilities "
                 f"{probabilities.dtype}{probabilities.shape} are none of {classes} classes"
             )
-        return Heldout(labels, probabilities)
+        digests, looks = arrays["digests"], arrays["looks"]
+        if digests.dtype != np.uint8 or digests.shape != (labels.size, 32):
+            raise BundleInvalid(
+                f"{self.folder / HELDOUT}: digests {digests.dtype}{digests.shape} are not the "
+                f"SHA-256 of {labels.size} examples"
+            )
+        self._check_words(HELDOUT, looks, (labels.size,))
+        return Heldout(labels, probabilities, digests, looks)
+
+    def training(self) -> TrainingRecord:
+        arrays = self._arrays(TRAINING, "digests", "looks")
+        digests, looks = arrays["digests"], arrays["looks"]
+        self._check_words(TRAINING, digests, (digests.size,))
+        self._check_words(TRAINING, looks, digests.shape)
+        return TrainingRecord(digests, looks)
+
+    def champion_scores(
+        self, manifest_sha256: str, shape: tuple[int, int]
+    ) -> NDArray[np.float32] | None:
+        """Scores that another version gave to the held-out examples here.
+
+        Training adds them when it publishes: of the champion of that moment.
+
+        Args:
+            manifest_sha256: of the version whose scores are wanted.
+            shape: how many held-out examples there are here, and how many classes it knows.
+
+        Returns:
+            float32 of ``shape``; None where the bundle has the scores of another version, or none.
+        """
+        if self.manifest.scored_champion != manifest_sha256:
+            return None
+        scores = self._arrays(CHAMPION_SCORES, "probabilities")["probabilities"]
+        if scores.dtype.kind != "f" or scores.shape != shape:
+            raise BundleInvalid(
+                f"{self.folder / CHAMPION_SCORES}: probabilities {scores.dtype}{scores.shape} are "
+                f"not of {shape[0]} examples and {shape[1]} classes"
+            )
+        return scores
 
     def thumbnails(self) -> NDArray[np.uint8]:
         """Small pictures of the first held-out examples, uint8 (N, H, W, C), to be looked at.
@@ -179,12 +180,49 @@ class Bundle:
             )
         return pixels
 
+    def _check_words(self, file: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+        if array.dtype != np.uint64 or array.shape != shape:
+            raise BundleInvalid(
+                f"{self.folder / file}: digests are {array.dtype}{array.shape}, not uint64{shape}"
+            )
+
     def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:
+        """The arrays ``names`` of an ``.npz`` file, unpacked only if they fit into memory."""
         try:
-            with np.load(io.BytesIO(self.read(file)), allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in names}
+            with zipfile.ZipFile(io.BytesIO(self.read(file))) as archive:
+                _check_unpacked(archive, names)
+                return {name: _read_array(archive, name) for name in names}
         except Exception as error:  # of bytes that are no such file, zip and zlib raise their own
             raise BundleInvalid(f"{self.folder / file}: {error}") from error
+
+
+def _check_unpacked(archive: zipfile.ZipFile, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` if the arrays ``names`` say that they take more than is read."""
+    size_bytes = sum(archive.getinfo(f"{name}.npy").file_size for name in names)
+    if size_bytes > MAX_ARRAYS_BYTES:
+        raise ValueError(
+            f"it would unpack to {size_bytes:,} bytes; at most {MAX_ARRAYS_BYTES:,} are read"
+        )
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """One array, after its header agreed with the size of its member.
+
+    numpy allocates what a header says before it reads. ``zipfile`` never reads more than a member's
+    declared size.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed by another method than deflate")
+    with archive.open(member) as file:
+        if npy.read_magic(file) != (1, 0):
+            raise ValueError(f"{member.filename} is not in version 1.0 of numpy's format")
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} has another size than {dtype}{shape} takes")
+    with archive.open(member) as file:
+        array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+    return array
 
 
 def to_npz(**arrays: NDArray[Any]) -> bytes:

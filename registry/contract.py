@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from registry.errors import BundleInvalid, UsageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 
 # Model names become folder names, URL segments and metric labels; MLflow refuses "/" and ":".
@@ -93,15 +93,13 @@ class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DataRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which pictures a version learnt from and was judged on.
+    """Which pictures a version was trained and judged on. ``sha256`` names the whole data set.
 
-    ``sha256`` names the data set; ``heldout_sha256`` the held-out examples in their order, so that
-    two versions are compared picture by picture only when both saw the same ones.
+    The bundle's ``training.npz`` and ``heldout.npz`` have the digest of each picture.
     """
 
     name: str
     sha256: Sha256
-    heldout_sha256: Sha256
     counts: dict[str, int]
 
 
@@ -128,7 +126,9 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ``tolerances`` are, for each precision, the largest difference in probability that a replay of
     the golden images may show before a plan, or the version, is refused. ``plan_accuracy`` is the
     accuracy on the held-out pictures, by plan, of those below fp32 that the publishing machine
-    could run; fp32's own is ``metrics["validation_accuracy"]``.
+    could run; fp32's own is ``metrics["validation_accuracy"]``. ``scored_champion`` is the
+    digest of the manifest of another version: of the champion when this version was published. Its
+    scores on the held-out pictures of this version lie in ``champion.npz``.
     """
 
     schema_version: int
@@ -143,6 +143,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         default_factory=DEFAULT_TOLERANCES.copy
     )
     plan_accuracy: dict[str, float] = {}
+    scored_champion: Sha256 | None = None
     files: dict[str, FileEntry] = {}
 
     def __post_init__(self) -> None:

@@ -17,12 +17,14 @@ Reason = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
 class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
     """Make ``version`` the champion; ``force`` whatever the gate says, with a reason.
 
+    ``allow_new_classes`` accepts a version of other classes, if it passes on those that both have.
     As in the others, ``expect_…`` refuses with 409 when it is another by then.
     """
 
     version: Number
     expect_champion: Number | None = None
     force: bool = False
+    allow_new_classes: bool = False
     reason: Reason | None = None
 
     def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
@@ -32,6 +34,7 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
             self.version,
             expect_champion=self.expect_champion,
             force=self.force,
+            allow_new_classes=self.allow_new_classes,
             reason=self.reason,
             judge=judge,
             by=by,

@@ -1,7 +1,7 @@
 """Is the challenger good enough? Two versions judged on the same held-out pictures, pair by pair.
 
-Pure: two opened bundles and a policy in, a verdict out. Who asks, and what follows, is
-``promotion``'s matter.
+Pure: two opened bundles and a policy in, a verdict out. ``registry.pairing`` finds the pictures,
+and ``registry.promotion`` acts on the verdict.
 """
 
 from pathlib import Path
@@ -12,9 +12,11 @@ import numpy as np
 from msgspec import Meta, Struct
 from scipy.stats import binomtest
 
-from registry.bundle import Bundle, Heldout
-from registry.contract import Manifest, Share
-from registry.errors import PromotionRefused, UsageError
+from registry.bundle import Bundle
+from registry.contract import Share
+from registry.errors import UsageError
+from registry.heldout import Scores
+from registry.pairing import Labels, Pairs, pair_heldout
 from registry.plans.duel import Timed
 
 Z_95 = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
@@ -45,8 +47,12 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ``max_latency_ratio`` times the champion's. How much the expected calibration error may rise,
     and by what the log loss may be multiplied, has no limit until it is given one: a version that
     is right more often may well be less sure of it.
+
+    The two are compared on the pictures that both held out, if these are at least ``min_examples``,
+    or half of what the champion held out. ``registry.pairing`` has what follows if they are fewer.
     """
 
+    min_examples: Annotated[int, Meta(ge=1)] = 30
     significance: Annotated[float, Meta(gt=0, lt=1)] = 0.05
     max_accuracy_loss: Share = 0.005
     max_recall_loss: Share = 0.03
@@ -70,9 +76,11 @@ class Check(Struct, frozen=True, kw_only=True):
 class Verdict(Struct, frozen=True, kw_only=True):
     """The comparison of a challenger with the champion.
 
-    ``gained`` and ``lost`` are the positions of the held-out pictures that only the challenger, or
-    only the champion, gets right; ``p_value`` is McNemar's exact two-sided one: how likely such a
-    split is if both were equally good (McNemar 1947). ``notes`` say what could not be compared.
+    ``gained`` and ``lost`` are the positions among the challenger's held-out pictures of those that
+    only the challenger, or only the champion, gets right; ``p_value`` is McNemar's exact two-sided
+    one: how likely such a split is if both were equally good (McNemar 1947). ``class_changes`` say
+    what clients will see if the classes differ. ``notes`` say how the data differ, and what could
+    not be compared.
     """
 
     examples: int
@@ -82,17 +90,24 @@ class Verdict(Struct, frozen=True, kw_only=True):
     lost: tuple[int, ...]
     p_value: float
     checks: tuple[Check, ...]
+    class_changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
-    def accepted(self) -> bool:
+    def passed(self) -> bool:
+        """Whether every check passed. Other classes are not a check: an operator allows them."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def accepted(self) -> bool:
+        return self.passed and not self.class_changes
+
     def __str__(self) -> str:
-        failed = [
-            f"{check.what} {check.champion:.4g} → {check.challenger:.4g}, allowed: {check.allowed}"
-            for check in self.checks
-            if not check.passed
+        """The whole comparison, the failed checks first: the audit log keeps it."""
+        checks = [
+            f"{'' if check.passed else 'NOT '}passed: {check.what} {check.champion:.4g} → "
+            f"{check.challenger:.4g}, allowed: {check.allowed}"
+            for check in sorted(self.checks, key=lambda check: check.passed)
         ]
         return "; ".join(
             [
@@ -100,7 +115,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
                 f"{self.champion_accuracy:.4f} on the same {self.examples:,} held-out pictures: "
                 f"{len(self.gained)} gained, {len(self.lost)} lost, "
                 f"McNemar p = {self.p_value:.3g}",
-                *failed,
+                *self.class_changes,
+                *checks,
                 *self.notes,
             ]
         )
@@ -125,24 +141,26 @@ def compare(
     challenger: Bundle,
     policy: Policy | None = None,
     timed: Timed | None = None,
+    pairs: Pairs | None = None,
 ) -> Verdict:
     """The verdict on ``challenger``; of its speed only if both were ``timed``.
 
+    Args:
+        champion: the version that serves.
+        challenger: the version that would replace it.
+        policy: what may be lost.
+        timed: forward times of both.
+        pairs: of ``pair_heldout`` for these two, if they were found before.
+
     Raises:
-        PromotionRefused: the two were not judged on the same pictures with the same labels.
+        PromotionRefused: there are too few pictures on which the two can be compared.
         BundleInvalid: the held-out record of one is missing or damaged.
     """
     policy = policy or Policy()
-    check_comparable(champion, challenger)
-    old, new = champion.heldout(), challenger.heldout()
-    for record in (old, new):
-        if not len(record.labels) or not np.isfinite(record.probabilities).all():
-            raise PromotionRefused("a held-out record is empty, or has scores that are no numbers")
-    if not np.array_equal(old.labels, new.labels):
-        raise PromotionRefused("the two have different true classes for the same held-out pictures")
-    gained = np.flatnonzero(new.right & ~old.right)
-    lost = np.flatnonzero(old.right & ~new.right)
-    p_value = mcnemar(len(gained), len(lost))
+    pairs = pairs or pair_heldout(champion, challenger, policy.min_examples)
+    old, new = pairs.champion, pairs.challenger
+    gained, lost = new.right & ~old.right, old.right & ~new.right
+    p_value = mcnemar(int(gained.sum()), int(lost.sum()))
     checks = [
         _judge_accuracy(old, new, p_value, policy),
         _judge_classes(old, new, challenger.manifest.labels, policy),
@@ -150,17 +168,18 @@ def compare(
         _judge_log_loss(old, new, policy),
         *_judge_latency(timed, policy),
     ]
-    notes = [] if timed else ["forward passes were not timed"]
+    notes = [*pairs.notes] if timed else [*pairs.notes, "forward passes were not timed"]
     if champion.manifest.preprocess != challenger.manifest.preprocess:
         notes.append("the two see pictures through different preprocessing")
     return Verdict(
         examples=len(old.labels),
         champion_accuracy=old.accuracy,
         challenger_accuracy=new.accuracy,
-        gained=tuple(gained.tolist()),
-        lost=tuple(lost.tolist()),
+        gained=tuple(pairs.positions[gained].tolist()),
+        lost=tuple(pairs.positions[lost].tolist()),
         p_value=p_value,
         checks=tuple(checks),
+        class_changes=pairs.class_changes,
         notes=tuple(notes),
     )
 
@@ -170,29 +189,7 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def check_labels(champion: Manifest, challenger: Manifest) -> None:
-    """Raise ``PromotionRefused`` unless both give the same labels, in the same order."""
-    if challenger.labels != champion.labels:
-        raise PromotionRefused(
-            "the labels differ, so clients would get other answers: "
-            f"champion {list(champion.labels)}, challenger {list(challenger.labels)}"
-        )
-
-
-def check_comparable(champion: Bundle, challenger: Bundle) -> None:
-    """Raise ``PromotionRefused`` unless both have the same labels and held-out pictures."""
-    ours, theirs = challenger.manifest, champion.manifest
-    check_labels(theirs, ours)
-    if ours.data.heldout_sha256 != theirs.data.heldout_sha256:
-        raise PromotionRefused(
-            "the two were judged on different held-out pictures "
-            f"(champion: {theirs.data.name} {theirs.data.heldout_sha256[:12]}…, "
-            f"challenger: {ours.data.name} {ours.data.heldout_sha256[:12]}…), "
-            "so their figures cannot be compared"
-        )
-
-
-def _judge_accuracy(old: Heldout, new: Heldout, p_value: float, policy: Policy) -> Check:
+def _judge_accuracy(old: Scores, new: Scores, p_value: float, policy: Policy) -> Check:
     loss = (int(old.right.sum()) - int(new.right.sum())) / len(old.right)
     return Check(
         what="accuracy",
@@ -205,13 +202,13 @@ def _judge_accuracy(old: Heldout, new: Heldout, p_value: float, policy: Policy) 
     )
 
 
-def _judge_classes(old: Heldout, new: Heldout, labels: tuple[str, ...], policy: Policy) -> Check:
+def _judge_classes(old: Scores, new: Scores, labels: Labels, policy: Policy) -> Check:
     """The class that is worst off: one that breaks the policy if there is one, else any."""
     rows: list[tuple[bool, float, Check]] = []
-    classes = len(np.unique(old.labels))
+    classes = len(np.unique(new.labels))
     old_right, new_right = old.right, new.right  # each goes over all probabilities
     for index, label in enumerate(labels):
-        of_class = old.labels == index
+        of_class = new.labels == index  # the champion may number the classes otherwise
         count = int(of_class.sum())
         if not count:
             continue
@@ -247,7 +244,7 @@ def _interval(gained: int, lost: int, count: int) -> tuple[float, float]:
     return max(-1.0, change - spread), min(1.0, change + spread)
 
 
-def _judge_calibration(old: Heldout, new: Heldout, policy: Policy) -> Check:
+def _judge_calibration(old: Scores, new: Scores, policy: Policy) -> Check:
     before, after, limit = (
         old.calibration_error,
         new.calibration_error,
@@ -278,7 +275,7 @@ def _judge_latency(timed: Timed | None, policy: Policy) -> list[Check]:
     ]
 
 
-def _judge_log_loss(old: Heldout, new: Heldout, policy: Policy) -> Check:
+def _judge_log_loss(old: Scores, new: Scores, policy: Policy) -> Check:
     before, after, limit = old.log_loss, new.log_loss, policy.max_log_loss_ratio
     return Check(
         what="log loss",

@@ -15,12 +15,13 @@ from threading import Lock
 import msgspec
 from msgspec import Struct
 
-from registry.bundle import HELDOUT, Bundle
+from registry.bundle import HELDOUT, TRAINING, Bundle
 from registry.contract import ModelVersion, sha256_hex
 from registry.devices import serving_threads
 from registry.errors import BundleInvalid, PromotionRefused
-from registry.gates import Policy, Verdict, check_comparable, compare, read_policy
+from registry.gates import Policy, Verdict, compare, read_policy
 from registry.home import Home
+from registry.pairing import Pairs, pair_heldout
 from registry.plans.duel import time_both
 from registry.preprocess import encode_png
 from registry.shared_files import write_atomically
@@ -50,8 +51,8 @@ class Flip(Struct, frozen=True, kw_only=True):
 class Judgement(Struct, frozen=True, kw_only=True):
     """What the gate says of a challenger, with what it says it by.
 
-    Without a ``verdict`` the two could not be compared, or there was no champion; ``summary`` says
-    which.
+    ``accepted`` holds for an operator who does not allow other classes. Without a ``verdict`` the
+    two could not be compared, or there was no champion; ``summary`` says which.
     """
 
     model: str
@@ -63,11 +64,18 @@ class Judgement(Struct, frozen=True, kw_only=True):
     flips: tuple[Flip, ...] = ()
     judged_unix_s: float
 
-    def table(self) -> str:
+    def accepts(self, *, allow_new_classes: bool) -> bool:
+        """Whether the challenger may be promoted, if classes may differ."""
+        return self.accepted or (
+            allow_new_classes and self.verdict is not None and self.verdict.passed
+        )
+
+    def table(self, *, allow_new_classes: bool = False) -> str:
         """The verdict for a terminal: a line for each check."""
+        accepted = self.accepts(allow_new_classes=allow_new_classes)
         lines = [
             f"{self.model}: challenger {self.challenger}, champion {self.champion or 'none'}: "
-            + ("accepted" if self.accepted else "REFUSED")
+            + ("accepted" if accepted else "REFUSED")
         ]
         if self.verdict is None:
             return "\n".join([*lines, f"  {self.summary}"])
@@ -78,6 +86,10 @@ class Judgement(Struct, frozen=True, kw_only=True):
             + (f" ({check.note})" if check.note else "")
             for check in self.verdict.checks
         ]
+        if self.verdict.class_changes:
+            allowed = "allowed" if allow_new_classes else "NO, unless --allow-new-classes"
+            lines.append(f"  the classes differ: {allowed}. Clients will see:")
+            lines += [f"    {change}" for change in self.verdict.class_changes]
         lines.append(
             f"  {self.verdict.examples:,} held-out pictures: {len(self.verdict.gained)} gained, "
             f"{len(self.verdict.lost)} lost, McNemar p = {self.verdict.p_value:.3g}"
@@ -171,15 +183,17 @@ class Judge:
                     judged, accepted=True, summary="there was no champion to compare with"
                 )
             theirs = self._store.download(
-                champion, folder / "champion", lambda each: [HELDOUT, *each.serving_files()]
+                champion,
+                folder / "champion",
+                lambda each: [HELDOUT, TRAINING, *each.serving_files()],
             )
-            check_comparable(theirs, ours)  # before anything slow
+            pairs = pair_heldout(theirs, ours, policy.min_examples)  # before anything slow
             timed = None
             if self._timed:
                 timed = time_both(
                     theirs, ours, self._home.plans, self._device, self._plan, self._threads
                 )
-            verdict = compare(theirs, ours, policy, timed)
+            verdict = compare(theirs, ours, policy, timed, pairs)
         except (PromotionRefused, BundleInvalid) as error:
             return msgspec.structs.replace(judged, summary=str(error))
         return msgspec.structs.replace(
@@ -187,31 +201,40 @@ class Judge:
             accepted=verdict.accepted,
             summary=str(verdict),
             verdict=verdict,
-            flips=_flips(verdict, theirs, ours),
+            flips=_flips(verdict, pairs, theirs, ours),
         )
 
 
-def _flips(verdict: Verdict, champion: Bundle, challenger: Bundle) -> tuple[Flip, ...]:
+def _flips(
+    verdict: Verdict, pairs: Pairs, champion: Bundle, challenger: Bundle
+) -> tuple[Flip, ...]:
     """What flipped, surest mistakes first, as many as can be looked at."""
-    labels = challenger.manifest.labels
-    old, new = champion.heldout(), challenger.heldout()
+    sides = (
+        (pairs.champion, champion.manifest.labels),
+        (pairs.challenger, challenger.manifest.labels),
+    )
+    rows = {int(position): row for row, position in enumerate(pairs.positions)}
     pictures = challenger.thumbnails()
     flips = []
     for positions, gained in ((verdict.lost, False), (verdict.gained, True)):
-        wrong = old if gained else new
-        surest = sorted(positions, key=lambda each: -float(wrong.probabilities[each].max()))
+        wrong = (pairs.champion if gained else pairs.challenger).probabilities
+        surest = sorted(positions, key=lambda each: -float(wrong[rows[each]].max()))
         for position in surest[:SHOWN_FLIPS]:
-            sides = [
-                (labels[int(side.predicted[position])], float(side.probabilities[position].max()))
-                for side in (old, new)
+            row = rows[position]
+            answers = [
+                (
+                    labels[int(side.probabilities[row].argmax())],
+                    float(side.probabilities[row].max()),
+                )
+                for side, labels in sides
             ]
             flips.append(
                 Flip(
                     position=position,
                     gained=gained,
-                    truth=labels[int(new.labels[position])],
-                    champion=sides[0],
-                    challenger=sides[1],
+                    truth=challenger.manifest.labels[int(pairs.challenger.labels[row])],
+                    champion=answers[0],
+                    challenger=answers[1],
                     picture=encode_png(pictures[position]) if position < len(pictures) else None,
                 )
             )

@@ -180,8 +180,13 @@ def _read_form(action: str, version: int | None) -> Decision:
     reason = request.form.get("reason", "").strip() or None
     expected = _number("expect_champion")
     if action in ("promote", "force") and version is not None:
-        force = action == "force"
-        return Promotion(version=version, force=force, expect_champion=expected, reason=reason)
+        return Promotion(
+            version=version,
+            force=action == "force",
+            allow_new_classes="allow_new_classes" in request.form,
+            expect_champion=expected,
+            reason=reason,
+        )
     if action == "release" and version is not None:
         return TrialRequest(
             challenger=version,

@@ -20,10 +20,10 @@ from registry.errors import (
     UsageError,
     VersionNotFound,
 )
-from registry.gates import check_labels
 from registry.home import convoy_home
 from registry.judging import Judge, Judgement
 from registry.ledger import MAX_TEXT_CHARS, Action, Entry, Ledger, Line
+from registry.pairing import describe_classes
 from registry.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # MLflow's time-out, 10 s, and be tried again.
 SETTLE_S = 25.0
 LOOK_S = 0.25
+ALLOWING = ". The classes differ: --allow-new-classes accepts that, if every check passes"
 
 
 def promote(
@@ -41,6 +42,7 @@ def promote(
     *,
     expect_champion: int | None = None,
     force: bool = False,
+    allow_new_classes: bool = False,
     reason: str | None = None,
     judge: Judge | None = None,
     by: str | None = None,
@@ -55,6 +57,8 @@ def promote(
         expect_champion: the version that must be the champion; by default the one that the gate
             compares with.
         force: promote whatever the gate says; then ``reason`` is needed and recorded.
+        allow_new_classes: promote a version whose classes differ, if it passes all checks on the
+            classes that both have.
         reason: why, for the record.
         judge: the gate; by default one that times no forward passes.
         by: who decides; by default the user of this process.
@@ -82,7 +86,10 @@ def promote(
     verdict = judged.summary
     if champion is None and ledger.champion is not None:
         verdict += f" (version {ledger.champion}, the champion, is gone from the registry)"
-    action: Action = "promoted" if judged.accepted else "forced" if force else "refused"
+    accepted = judged.accepts(allow_new_classes=allow_new_classes)
+    if accepted and not judged.accepted:
+        verdict += "; other classes were allowed by --allow-new-classes"
+    action: Action = "promoted" if accepted else "forced" if force else "refused"
     line = _write(
         store,
         name,
@@ -96,7 +103,9 @@ def promote(
         verdict=verdict,
     )
     if action == "refused":
-        raise PromotionRefused(f"{name} version {version} is refused: {verdict}")
+        differ = judged.verdict is not None and judged.verdict.class_changes
+        how = ALLOWING if differ and not allow_new_classes else ""
+        raise PromotionRefused(f"{name} version {version} is refused: {verdict}{how}")
     return line
 
 
@@ -159,7 +168,11 @@ def release(
         raise PromotionRefused(f"{name} has no champion beside which a version could be tried")
     if champion.version == trial.version:
         raise PromotionRefused(f"{name} version {trial.version} is the champion already")
-    check_labels(store.manifest(champion), store.manifest(challenger))
+    labels, others = store.manifest(champion).labels, store.manifest(challenger).labels
+    if changes := describe_classes(labels, others):
+        raise PromotionRefused(
+            f"the labels differ, so callers would get other answers: {'; '.join(changes)}"
+        )
     return _write(
         store,
         name,

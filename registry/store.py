@@ -29,8 +29,13 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.types import ColSpec, DataType, ParamSchema, Schema
 from mlflow.types.schema import Array
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 
 from registry.bundle import MANIFEST, Bundle, open_bundle
 from registry.contract import (
@@ -70,6 +75,9 @@ CLAIM_TIMEOUT_S, CLAIM_INTERVAL_S = 10.0, 0.25
 LOG_YOUNGER_S = 60.0
 # Where mlflow.pyfunc.log_model puts its data_path.
 BUNDLE_PATH = "data/bundle"
+# That of a model with 10,000 classes is about 1 MB long.
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+BLOCK_BYTES = 64 * 1024
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image")]),
@@ -237,7 +245,8 @@ class ModelStore:
         """Fetch the manifest and the ``wanted`` files of a version into ``folder``, verified.
 
         MLflow's downloads carry no checksums, so only the bundle's own digests tell whether a file
-        came whole; the manifest's own digest comes from the registry's database.
+        came whole; the manifest's own digest comes from the registry's database. Of a manifest at
+        most ``MAX_MANIFEST_BYTES`` are fetched, of any other file what the manifest says.
 
         Raises:
             BundleInvalid: something that came is not what was published.
@@ -245,13 +254,14 @@ class ModelStore:
         with self._errors():
             source = self._client.get_model_version_download_uri(version.name, str(version.version))
         folder.mkdir(parents=True, exist_ok=True)
-        self._fetch(f"{source}/{BUNDLE_PATH}/{MANIFEST}", folder)
+        self._fetch(f"{source}/{BUNDLE_PATH}/{MANIFEST}", folder, MAX_MANIFEST_BYTES)
         bundle = open_bundle(folder, version.manifest_sha256)
         names = list(wanted(bundle))
         for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent)
+            size_bytes = bundle.manifest.files[name].size_bytes
+            self._fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent, size_bytes)
         bundle.verify(names)
         return bundle
 
@@ -420,10 +430,17 @@ class ModelStore:
                         raise
                     self._client.set_registered_model_alias(name, alias, str(version))
 
-    def _fetch(self, uri: str, folder: Path) -> None:
+    def _fetch(self, uri: str, folder: Path, max_bytes: int) -> None:
+        """Fetch the file at ``uri`` into ``folder``; ``BundleInvalid`` if it is larger."""
+        root, _, name = uri.rpartition("/")
         with self._errors():
             try:
-                mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
+                repository = get_artifact_repository(root, tracking_uri=self.uri)
+                if isinstance(repository, HttpArtifactRepository):
+                    _receive(repository, name, folder / name, max_bytes)
+                else:
+                    _check_size(repository, name, max_bytes)
+                    repository.download_artifacts(name, str(folder))
             except (MlflowException, OSError) as error:
                 # MLflow says "missing" in a different way for each kind of artefact storage.
                 if isinstance(error, FileNotFoundError) or any(
@@ -491,6 +508,42 @@ class ModelStore:
     @property
     def _shown_uri(self) -> str:
         return self.uri.replace(self._credentials, "")
+
+
+def _check_size(repository: ArtifactRepository, name: str, max_bytes: int) -> None:
+    """Raise ``BundleInvalid`` unless the file ``name`` has at most ``max_bytes``, as it is listed.
+
+    A folder has no size, and MLflow would download all that lies in it.
+    """
+    for listed in repository.list_artifacts():
+        size_bytes = listed.file_size
+        if Path(listed.path).name == name and (size_bytes is None or size_bytes > max_bytes):
+            what = "of unknown size" if size_bytes is None else f"{size_bytes:,} bytes long"
+            raise BundleInvalid(_too_large(repository, name, what, max_bytes))
+
+
+def _receive(repository: HttpArtifactRepository, name: str, target: Path, max_bytes: int) -> None:
+    """Download the file ``name``; ``BundleInvalid`` once a server has sent more than ``max_bytes``.
+
+    A server may list any size and send another, so the bytes are counted as they come.
+    """
+    credentials = get_default_host_creds(repository.artifact_uri)
+    # Compressed answers would be counted after they were unpacked.
+    plain = {"Accept-Encoding": "identity"}
+    answer = http_request(credentials, f"/{name}", "GET", stream=True, extra_headers=plain)
+    with answer, target.open("wb") as file:
+        answer.raise_for_status()
+        received = 0
+        for block in answer.iter_content(BLOCK_BYTES):
+            received += len(block)
+            if received > max_bytes:
+                what = "longer"
+                raise BundleInvalid(_too_large(repository, name, what, max_bytes))
+            file.write(block)
+
+
+def _too_large(repository: ArtifactRepository, name: str, what: str, max_bytes: int) -> str:
+    return f"{repository.artifact_uri}/{name} is {what}; at most {max_bytes:,} bytes are fetched"
 
 
 def _all_pages(search: Callable[..., Any], *arguments: str) -> list[Any]:

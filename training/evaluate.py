@@ -3,13 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.bundle import Heldout
 from registry.classifier import Classifier
+from registry.heldout import Scores
 from registry.preprocess import Pixels
 from training.datasets import Examples
 
 
-class Evaluation(Heldout, frozen=True):
+class Evaluation(Scores, frozen=True):
     """Scores of every example of a split, and what they are worth."""
 
     def confusion(self) -> NDArray[np.int64]:

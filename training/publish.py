@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import safetensors.torch
+from msgspec.structs import replace
 
 from registry.bundle import (
     GOLDEN,
-    HELDOUT,
     THUMBNAILS,
     WEIGHTS,
     Bundle,
@@ -37,6 +37,7 @@ from training.datasets import Dataset, Examples
 from training.evaluate import Evaluation
 from training.export import export_network
 from training.plan_accuracy import record_plan_accuracy
+from training.records import ChampionScores, example_files, score_champion
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,6 @@ def build_manifest(
         data=DataRecord(
             name=data.name,
             sha256=data.sha256,
-            heldout_sha256=data.validation.sha256,
             counts=data.counts,
         ),
         source=SourceRecord(
@@ -107,8 +107,9 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="convoy-publish-") as name:
         log.info("exporting the network for other engines")
         exports = export_network(program, choose_calibration(data.train))
+        champion = score_champion(store, manifest.model, data.validation, device)
         bundle = write_version(
-            Path(name) / "bundle", manifest, program, data, heldout, report, exports
+            Path(name) / "bundle", manifest, program, data, heldout, report, exports, champion
         )
         pixels = rescore(bundle, data.validation, heldout, device)
         bundle = record_plan_accuracy(bundle, pixels, heldout.labels, device)
@@ -127,15 +128,19 @@ def write_version(
     heldout: Evaluation,
     report: Path,
     exports: Mapping[str, bytes],
+    champion: ChampionScores | None = None,
 ) -> Bundle:
-    """The bundle of one version in ``folder``; ``exports`` are of ``export_network``."""
+    """The bundle of one version in ``folder``; ``exports`` are of ``export_network``.
+
+    ``champion`` is what the champion says of the held-out pictures, if there is one.
+    """
     state = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in program.network.state_dict().items()
     }
     files = {
         WEIGHTS: safetensors.torch.save(state),
-        HELDOUT: heldout.to_npz(),
+        **example_files(data, heldout, champion),
         THUMBNAILS: to_npz(pixels=shrink(data.validation.pixels)),
         **exports,
     }
@@ -147,7 +152,8 @@ def write_version(
         golden.append(GoldenImage(file, tuple(heldout.probabilities[position].tolist())))
     files[GOLDEN] = msgspec.json.encode(golden)
     files |= {f"report/{path.name}": path.read_bytes() for path in sorted(report.iterdir())}
-    return write_bundle(folder, manifest, files)
+    scored = champion.manifest_sha256 if champion else None
+    return write_bundle(folder, replace(manifest, scored_champion=scored), files)
 
 
 def choose_golden(examples: Examples) -> list[int]:

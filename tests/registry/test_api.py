@@ -163,6 +163,25 @@ def test_an_operator_promotes_tries_withdraws_and_rolls_back(
     ]
 
 
+def test_other_classes_are_promoted_only_if_the_operator_allows_them(
+    client: FlaskClient, headers, promoted: None, publish, better_and_worse_seed: tuple[int, int]
+) -> None:
+    better, _ = better_and_worse_seed
+    publish(seed=better, change=lambda each: replace(each, labels=tuple("abcdefghij")))
+
+    def promote(**body):
+        path = "/v1/models/digits/promote"
+        return client.post(path, headers=headers["admin"], json={"version": 3, **body})
+
+    refused = promote()
+    assert refused.status_code == 422
+    assert "labels that are renamed: '0' → 'a'" in refused.json["detail"]
+    verdict = client.get("/v1/models/digits/versions/3/verdict", headers=headers["viewer"]).json
+    assert verdict["accepted"] is False
+    assert verdict["verdict"]["class_changes"][0].startswith("labels that are renamed")
+    assert promote(allow_new_classes=True).json["entry"]["action"] == "promoted"
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [
@@ -231,16 +250,16 @@ def test_tokens_that_cannot_be_read_are_no_fault_of_the_caller(
 
 
 def test_a_verdict_without_figures_is_told_too_and_found_once(
-    client: FlaskClient, headers, promoted: None, publish, downloads: list[int]
+    client: FlaskClient, headers, promoted: None, publish, few_digits, downloads: list[int]
 ) -> None:
-    publish(seed=9, change=lambda each: replace(each, labels=tuple("abcdefghij")))
+    publish(seed=9, data=replace(few_digits, validation=few_digits.test))
     path = "/v1/models/digits/versions/3/verdict"
     assert client.get(path, headers=headers["viewer"]).status_code == 202
     wait_for_judges()
     for _ in range(3):
         found = client.get(path, headers=headers["viewer"])
         assert (found.status_code, found.json["accepted"]) == (200, False)
-        assert "the labels differ" in found.json["summary"]
+        assert "cannot be compared" in found.json["summary"]
     assert sorted(downloads) == [1, 3]
 
 

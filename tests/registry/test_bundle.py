@@ -1,15 +1,22 @@
 import io
+import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from numpy.lib import format as npy
 
 from registry.bundle import (
+    CHAMPION_SCORES,
     HELDOUT,
     MANIFEST,
     THUMBNAILS,
+    TRAINING,
     WEIGHTS,
+    Bundle,
     fsync_tree,
     open_bundle,
     to_npz,
@@ -114,30 +121,125 @@ def bare(array: np.ndarray) -> bytes:
 
 
 ONES = np.ones((2, 10), np.float32) / 10
+TWO = np.zeros(2, int)
+NAMES = np.zeros((2, 32), np.uint8)
+LOOKS = np.zeros(2, np.uint64)
+
+
+def record(labels: np.ndarray = TWO, probabilities: np.ndarray = ONES, **others) -> bytes:
+    arrays = {"digests": NAMES, "looks": LOOKS, **others}
+    return to_npz(labels=labels, probabilities=probabilities, **arrays)
+
+
 HOSTILE_ARRAYS = {
     "nothing": b"",
     "no zip behind its mark": b"PK\x03\x04" + bytes(40),
     "one array": bare(np.zeros(2)),
     "other names": to_npz(x=np.zeros(2)),
-    "probabilities of one dimension": to_npz(labels=np.zeros(2, int), probabilities=np.zeros(2)),
-    "of other classes": to_npz(labels=np.zeros(2, int), probabilities=ONES[:, :9]),
-    "of other pictures": to_npz(labels=np.zeros(3, int), probabilities=ONES),
-    "a label beyond the last": to_npz(labels=np.array([0, 10]), probabilities=ONES),
-    "a label before the first": to_npz(labels=np.array([0, -1]), probabilities=ONES),
-    "labels that are no numbers": to_npz(labels=np.array(["a", "b"]), probabilities=ONES),
-    "no picture at all": to_npz(labels=np.zeros(0, int), probabilities=ONES[:0]),
+    "probabilities of one dimension": record(probabilities=np.zeros(2)),
+    "of other classes": record(probabilities=ONES[:, :9]),
+    "of other pictures": record(np.zeros(3, int)),
+    "a label beyond the last": record(np.array([0, 10])),
+    "a label before the first": record(np.array([0, -1])),
+    "labels that are no numbers": record(np.array(["a", "b"])),
+    "no picture at all": record(np.zeros(0, int), ONES[:0]),
+    "digests of other pictures": record(digests=NAMES[:1]),
+    "digests that are cut": record(digests=NAMES[:, :8]),
+    "looks that are no words": record(looks=LOOKS.astype(float)),
 }
 
 
+@pytest.fixture
+def changed(make_bundle: MakeBundle, tmp_path: Path):
+    """A bundle one of whose files has other bytes, which its manifest names."""
+
+    def change(file: str, data: bytes) -> Bundle:
+        bundle = make_bundle()
+        files = {name: bundle.read(name) for name in bundle.manifest.files}
+        return write_bundle(tmp_path / "changed", bundle.manifest, {**files, file: data})
+
+    return change
+
+
+def test_the_record_that_the_hostile_ones_are_made_from_is_right(changed) -> None:
+    assert changed(HELDOUT, record()).heldout().accuracy == 1.0
+
+
 @pytest.mark.parametrize("data", HOSTILE_ARRAYS.values(), ids=HOSTILE_ARRAYS)
-def test_held_out_records_that_fit_no_model_are_refused(
-    make_bundle: MakeBundle, tmp_path: Path, data: bytes
+def test_held_out_records_that_fit_no_model_are_refused(changed, data: bytes) -> None:
+    with pytest.raises(BundleInvalid, match=HELDOUT):
+        changed(HELDOUT, data).heldout()
+
+
+def test_thumbnails_and_training_records_of_another_form_are_refused(changed) -> None:
+    with pytest.raises(BundleInvalid, match="are no pictures"):
+        changed(THUMBNAILS, to_npz(pixels=np.zeros((2, 8, 8, 2), np.uint8))).thumbnails()
+    with pytest.raises(BundleInvalid, match=TRAINING):
+        changed(TRAINING, to_npz(digests=LOOKS, looks=LOOKS[:1])).training()
+
+
+def test_scores_of_a_champion_are_those_of_one_version_and_of_all_examples(
+    make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
     bundle = make_bundle()
-    files = {name: bundle.read(name) for name in bundle.manifest.files}
-    wrong = write_bundle(tmp_path / "wrong", bundle.manifest, {**files, HELDOUT: data})
+    assert bundle.champion_scores("1" * 64, (64, 10)) is None
+    manifest = msgspec.structs.replace(bundle.manifest, scored_champion="1" * 64)
+    files = {CHAMPION_SCORES: to_npz(probabilities=ONES)}
+    scored = write_bundle(tmp_path / "scored", manifest, files)
+    assert np.array_equal(scored.champion_scores("1" * 64, (2, 10)), ONES)
+    assert scored.champion_scores("2" * 64, (2, 10)) is None
+    with pytest.raises(BundleInvalid, match="not of 3 examples and 10 classes"):
+        scored.champion_scores("1" * 64, (3, 10))
+
+
+def bomb(bomb_name: str, shape: tuple[int, ...], size_bytes: int) -> bytes:
+    """An ``.npz`` with every array of ours, each of which says that it has ``shape``.
+
+    ``size_bytes`` zeros follow the header of one of them. They are stored in a thousandth of that.
+    """
+    buffer = io.BytesIO()
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    zeros = bytes(1 << 20)
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("labels", "probabilities", "digests", "looks", "pixels"):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                member.write(header.getvalue())
+                for _ in range(size_bytes >> 20 if name == bomb_name else 0):
+                    member.write(zeros)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "method", "size_mib"),
+    [(HELDOUT, "labels", "heldout", 1100), (THUMBNAILS, "pixels", "thumbnails", 260)],
+)
+def test_a_megabyte_that_would_unpack_to_more_than_a_gigabyte_is_never_unpacked(
+    changed, file: str, name: str, method: str, size_mib: int
+) -> None:
+    data = bomb(name, (size_mib << 20,), size_mib << 20)
+    assert len(data) < 1_500_000
+    bundle = changed(file, data)
+    tracemalloc.start()
+    with pytest.raises(BundleInvalid, match=r"would unpack to [\d,]{11,} bytes; at most"):
+        getattr(bundle, method)()
+    assert tracemalloc.get_traced_memory()[1] < 16_000_000
+    tracemalloc.stop()
+
+
+def test_a_header_that_says_more_than_follows_it_allocates_nothing(changed) -> None:
+    bundle = changed(HELDOUT, bomb("labels", (1 << 40,), 1 << 20))
+    tracemalloc.start()
+    with pytest.raises(BundleInvalid, match="has another size than uint8"):
+        bundle.heldout()
+    assert tracemalloc.get_traced_memory()[1] < 16_000_000
+    tracemalloc.stop()
+
+
+def test_a_member_that_hides_its_size_is_not_unpacked_beyond_it(changed) -> None:
+    """The directory of the archive says 2,000 bytes, where the compressed stream has millions."""
+    data = bomb("labels", (8 << 20,), 8 << 20)
+    size = struct.pack("<L", (8 << 20) + 128)
+    assert data.count(size) >= 2
     with pytest.raises(BundleInvalid, match=HELDOUT):
-        wrong.heldout()
-    pixels = {**files, THUMBNAILS: to_npz(pixels=np.zeros((2, 8, 8, 2), np.uint8))}
-    with pytest.raises(BundleInvalid, match="are no pictures"):
-        write_bundle(tmp_path / "pixels", bundle.manifest, pixels).thumbnails()
+        changed(HELDOUT, data.replace(size, struct.pack("<L", 2000))).heldout()

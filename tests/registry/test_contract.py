@@ -31,8 +31,8 @@ def changed(data: bytes, **changes: object) -> bytes:
 
 
 def test_a_manifest_of_another_schema_names_both_versions(manifest_json: bytes) -> None:
-    with pytest.raises(BundleInvalid, match="schema_version 3; this Convoy reads 2"):
-        manifest_from_json(changed(manifest_json, schema_version=3, novelty=True))
+    with pytest.raises(BundleInvalid, match="schema_version 4; this Convoy reads 3"):
+        manifest_from_json(changed(manifest_json, schema_version=4, novelty=True))
 
 
 @pytest.mark.parametrize(

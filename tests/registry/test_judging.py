@@ -10,7 +10,7 @@ from PIL import Image
 from registry.__main__ import main as command
 from registry.bundle import HELDOUT
 from registry.contract import ModelRef
-from registry.errors import BundleInvalid
+from registry.errors import BundleInvalid, PromotionRefused
 from registry.gates import Policy, compare
 from registry.home import Home
 from registry.judging import Judge, Judgement
@@ -80,24 +80,42 @@ def test_a_judgement_is_kept_until_the_policy_or_a_version_is_another(
     assert Judge(store, registry_home, {}, timed=False).known(*both) is None
 
 
-def test_what_cannot_be_compared_or_read_does_not_pass(
-    store: ModelStore, publish, registry_home: Home
-) -> None:
-    first = publish(seed=0)
-    other = publish(
-        seed=1, change=lambda each: msgspec.structs.replace(each, labels=tuple("abcdefghij"))
-    )
-    judged = judge(store, registry_home, first, other)
-    assert (judged.accepted, judged.verdict) == (False, None)
-    assert "the labels differ" in judged.summary
-    assert "REFUSED" in judged.table()
-    whole = publish(seed=2)
+def test_what_cannot_be_read_does_not_pass(store: ModelStore, publish, registry_home: Home) -> None:
+    first, whole = publish(seed=0), publish(seed=2)
     for path in registry_home.artifacts.rglob(HELDOUT):
         path.write_bytes(b"damaged")
-    assert "has sha256" in judge(store, registry_home, first, whole).summary
-    assert judge(store, registry_home, None, other).summary.startswith("there was no champion") is (
+    judged = judge(store, registry_home, first, whole)
+    assert (judged.accepted, judged.verdict) == (False, None)
+    assert "has sha256" in judged.summary
+    assert "REFUSED" in judged.table()
+    assert judge(store, registry_home, None, first).summary.startswith("there was no champion") is (
         False
     )
+
+
+def test_other_classes_pass_only_if_they_are_allowed(
+    store: ModelStore, publish, registry_home: Home, better_and_worse_seed: tuple[int, int]
+) -> None:
+    better, worse = better_and_worse_seed
+    letters = tuple("abcdefghij")
+    champion = publish(seed=worse)
+    other = publish(seed=better, change=lambda each: msgspec.structs.replace(each, labels=letters))
+    judged = judge(store, registry_home, champion, other)
+    assert judged.verdict is not None
+    assert judged.verdict.class_changes[0].startswith("labels that are renamed: '0' → 'a'")
+    assert not judged.accepted
+    assert not judged.accepts(allow_new_classes=False)
+    assert judged.accepts(allow_new_classes=True)
+    assert "NO, unless --allow-new-classes" in judged.table()
+    assert "accepted" in judged.table(allow_new_classes=True)
+    promote(store, "digits", 1)
+    with pytest.raises(PromotionRefused, match=r"'0' → 'a'.* --allow-new-classes accepts that"):
+        promote(store, "digits", 2)
+    line = promote(store, "digits", 2, allow_new_classes=True)
+    assert line.entry.action == "promoted"
+    assert "allowed by --allow-new-classes" in str(line.entry.verdict)
+    with pytest.raises(PromotionRefused, match="NOT passed: accuracy"):
+        promote(store, "digits", 1, allow_new_classes=True)
 
 
 def test_a_slow_challenger_is_refused(make_bundle) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from msgspec.structs import replace
 from werkzeug.serving import make_server
 
 from registry import api
@@ -217,6 +218,30 @@ def test_what_a_form_cannot_have_is_said_on_the_page(
     assert answer.status_code == status
     assert text in answer.text
     assert 'role="alert"' in answer.text
+
+
+def test_a_version_of_other_classes_says_what_clients_will_see_and_asks(
+    client: FlaskClient,
+    app: Flask,
+    promoted: None,
+    publish,
+    tokens,
+    store: ModelStore,
+    better_and_worse_seed: tuple[int, int],
+) -> None:
+    better, _ = better_and_worse_seed
+    publish(seed=better, change=lambda each: replace(each, labels=tuple("abcdefghij")))
+    app.extensions["convoy"].judge.judge(*store.sides("digits", 4))
+    csrf = sign_in(client, tokens["admin"])
+    page = client.get("/models/digits/versions/4").text
+    assert "Clients will see" in page
+    assert "labels that are renamed: &#39;0&#39; → &#39;a&#39;" in page
+    assert 'name="allow_new_classes" required' in page
+    form = {"action": "promote", "version": "4", "csrf": csrf}
+    assert client.post("/models/digits/decide", data=form).status_code == 422
+    allowed = {**form, "allow_new_classes": "on"}
+    assert client.post("/models/digits/decide", data=allowed).status_code == 303
+    assert store.aliases("digits")["champion"] == 4
 
 
 def test_texts_of_others_are_escaped(

@@ -1,8 +1,10 @@
 """The store against a real MLflow registry in SQLite."""
 
+import contextlib
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -10,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from registry import promotion
+from registry import store as registry_store
 from registry.__main__ import main as command
 from registry.bundle import HELDOUT, WEIGHTS
 from registry.contract import ModelRef, Trial
@@ -92,6 +95,57 @@ def test_a_swapped_manifest_is_found_out(
     path.write_bytes(path.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
     with pytest.raises(BundleInvalid, match="the registry says"):
         store.download(version, tmp_path / "down")
+
+
+def test_more_than_was_published_is_not_fetched(
+    store: ModelStore, publish, registry_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish()
+    path = artifact(registry_home, WEIGHTS)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(BundleInvalid, match=r"bytes long; at most [\d,]+ bytes are fetched"):
+        store.download(version, tmp_path / "one")
+    assert not list((tmp_path / "one").rglob(WEIGHTS))
+    monkeypatch.setattr(registry_store, "MAX_MANIFEST_BYTES", 1000)
+    with pytest.raises(BundleInvalid, match=r"bytes long; at most 1,000 bytes are fetched"):
+        store.manifest(version)
+    manifest = artifact(registry_home, "manifest.json")
+    manifest.unlink()
+    manifest.mkdir()
+    (manifest / "large").write_bytes(bytes(2000))
+    with pytest.raises(BundleInvalid, match="of unknown size"):
+        store.download(version, tmp_path / "two")
+    assert list((tmp_path / "two").rglob("large")) == []
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Sends a file that has no end."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(bytes(64 * 1024))
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_server_that_sends_a_manifest_without_end_is_left(
+    store: ModelStore, publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer of the registry may name a server of their own as the place of a version."""
+    publish()
+    monkeypatch.setattr(registry_store, "MAX_MANIFEST_BYTES", 1_000_000)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = f"http://127.0.0.1:{server.server_address[1]}/artifacts"
+        tags = {registry_store.DIGEST_TAG: "0" * 64}
+        mlflow.MlflowClient().create_model_version("digits", source, tags=tags)
+        with pytest.raises(BundleInvalid, match=r"is longer; at most 1,000,000 bytes are fetched"):
+            store.manifest(store.resolve(ModelRef("digits", 2)))
+        server.shutdown()
 
 
 def test_versions_that_convoy_did_not_publish_are_refused(store: ModelStore) -> None:

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 import requests
 import torch
 from mlflow import MlflowClient
 
+from registry import store as registry_store
 from registry.bundle import open_bundle
 from registry.contract import ModelRef, ModelVersion
 from registry.errors import ConvoyError, PromotionRefused
@@ -61,7 +61,7 @@ REGISTRY = [
         "set_registered_model_tag",
         "set_model_version_tag",
     )
-] + [(mlflow.artifacts, "download_artifacts")]
+] + [(registry_store, "get_artifact_repository")]
 TORCH = [
     (torch, "from_numpy"),
     (torch, "softmax"),

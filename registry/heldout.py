@@ -1,0 +1,87 @@
+"""What a bundle says of its examples: scores of those held out, digests of those trained on.
+
+The gate compares two versions by these records alone. It never sees a whole picture.
+"""
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+CALIBRATION_BINS = 15
+
+
+class Scores(Struct, frozen=True):
+    """Probabilities that a version gave to examples in a fixed order.
+
+    Attributes:
+        labels: int64 (N,), the true class of each.
+        probabilities: float32 (N, classes).
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        best: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return best
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """bool (N,): whether the most probable class is the true one."""
+        right: NDArray[np.bool_] = self.predicted == self.labels
+        return right
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def log_loss(self) -> float:
+        """Mean negative log of the true class's probability, in nats."""
+        truth = self.probabilities[np.arange(len(self.labels)), self.labels]
+        return float(-np.log(np.maximum(truth, 1e-12)).mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error, 15 equal bins (Guo et al. 2017, arXiv:1706.04599)."""
+        confidence = self.probabilities.max(axis=1)
+        bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        gaps = np.bincount(bins, self.right - confidence, CALIBRATION_BINS)
+        return float(np.abs(gaps).sum() / len(confidence))
+
+
+class Heldout(Scores, frozen=True):
+    """The held-out examples of a version, with its scores.
+
+    Attributes:
+        digests: uint8 (N, 32), the SHA-256 of each picture's content.
+        looks: uint64 (N,), a difference hash of each: alike for a picture and a lossy copy of it.
+    """
+
+    digests: NDArray[np.uint8]
+    looks: NDArray[np.uint64]
+
+    @property
+    def names(self) -> list[bytes]:
+        """The digest of each example, as something that a dictionary can hold."""
+        return [row.tobytes() for row in self.digests]
+
+    @property
+    def short_digests(self) -> NDArray[np.uint64]:
+        """uint64 (N,): the first 64 bits of each digest, as a ``TrainingRecord`` keeps them."""
+        first = np.ascontiguousarray(self.digests[:, :8])
+        return first.view(">u8").ravel().astype(np.uint64)
+
+
+class TrainingRecord(Struct, frozen=True):
+    """The examples that a version was trained on.
+
+    Attributes:
+        digests: uint64 (M,), the first 64 bits of the SHA-256 of each. Among a million examples
+            two differing ones share them with a probability of 3 in 10⁸.
+        looks: uint64 (M,), as in ``Heldout``.
+    """
+
+    digests: NDArray[np.uint64]
+    looks: NDArray[np.uint64]

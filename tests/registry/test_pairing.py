@@ -1,0 +1,234 @@
+"""On which pictures two versions are compared when their data differ, and what is said of it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from registry.bundle import CHAMPION_SCORES, Bundle, to_npz, write_bundle
+from registry.errors import PromotionRefused
+from registry.gates import Policy, Verdict, compare
+from registry.pairing import describe_classes
+from tests.conftest import MakeBundle
+from tests.example_records import heldout_file, training_file
+
+ANIMALS = ("cat", "dog")
+
+
+def scores_of(answers: list[int], classes: int) -> np.ndarray:
+    return np.eye(classes, dtype=np.float32)[answers]
+
+
+@pytest.fixture
+def version(make_bundle: MakeBundle, tmp_path: Path):
+    """A bundle with made-up records.
+
+    ``heldout`` gives each held-out example by its number: its label and what the version says.
+    """
+    manifest = make_bundle().manifest
+
+    def make(
+        heldout: dict[int, tuple[str, str]],
+        labels: tuple[str, ...] = ANIMALS,
+        trained: Iterable[int] = (),
+        champion: tuple[Bundle, list[str]] | None = None,
+        looks: np.ndarray | None = None,
+    ) -> Bundle:
+        number = {label: index for index, label in enumerate(labels)}
+        truth = np.array([number[label] for label, _ in heldout.values()])
+        scores = scores_of([number[answer] for _, answer in heldout.values()], len(labels))
+        files = {**heldout_file(truth, scores, heldout, looks), **training_file(list(trained))}
+        changes: dict[str, object] = {"labels": labels, "files": {}}
+        if champion is not None:
+            bundle, answers = champion
+            known = bundle.manifest.labels
+            files[CHAMPION_SCORES] = to_npz(
+                probabilities=scores_of([known.index(each) for each in answers], len(known))
+            )
+            changes["scored_champion"] = bundle.manifest_sha256
+        folder = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
+        return write_bundle(folder, msgspec.structs.replace(manifest, **changes), files)
+
+    return make
+
+
+def right(numbers: Iterable[int], label: str = "cat") -> dict[int, tuple[str, str]]:
+    return dict.fromkeys(numbers, (label, label))
+
+
+def wrong(numbers: Iterable[int], label: str = "cat", said: str = "dog"):
+    return dict.fromkeys(numbers, (label, said))
+
+
+def notes(verdict: Verdict) -> str:
+    return "; ".join(verdict.notes)
+
+
+def test_equal_data_are_compared_whole_and_without_a_word(version) -> None:
+    verdict = compare(version(right(range(50))), version(right(range(50))))
+    assert (verdict.examples, verdict.accepted) == (50, True)
+    assert verdict.notes == ("forward passes were not timed",)
+
+
+def test_the_order_of_the_pictures_does_not_matter(version) -> None:
+    old = version({**right(range(40)), **wrong(range(40, 50))})
+    new = version({**wrong(range(49, 39, -1)), **right(range(39, -1, -1))})
+    verdict = compare(old, new)
+    assert (verdict.examples, verdict.gained, verdict.lost) == (50, (), ())
+
+
+def test_versions_with_more_pictures_are_compared_on_the_common_ones(version) -> None:
+    old = version({**right(range(38)), **wrong(range(38, 40))})
+    new = version({**wrong(range(100, 120)), **right(range(40))})  # 20 new ones, none right
+    verdict = compare(old, new)
+    assert verdict.accepted
+    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (0.95, 1.0)
+    assert verdict.gained == (58, 59)  # positions among the challenger's held-out pictures
+    assert "the champion held out 40 pictures, the challenger 60: 40 in common, 20 new" in notes(
+        verdict
+    )
+
+
+def test_a_worse_version_is_refused_with_the_figures_of_the_common_pictures(version) -> None:
+    old = version(right(range(40)))
+    new = version({**wrong(range(20)), **right(range(20, 40)), **right(range(100, 160))})
+    verdict = compare(old, new)
+    assert not verdict.accepted
+    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (1.0, 0.5)
+    assert "challenger 0.5000, champion 1.0000 on the same 40 held-out pictures" in str(verdict)
+
+
+def test_too_few_in_common_are_made_up_for_by_what_publishing_scored(version) -> None:
+    old = version(right(range(60)))
+    said = ["cat"] * 30 + ["dog"] * 20
+    numbers = [*range(100, 140), *range(10)]
+    new = version(right(numbers), champion=(old, said))
+    verdict = compare(old, new)
+    assert (verdict.examples, verdict.champion_accuracy) == (50, 0.6)
+    assert verdict.accepted
+    assert "only 10 pictures that both held out, 30 are needed: judged on all" in notes(verdict)
+    assert "50 removed" in notes(verdict)
+    assert compare(old, new, Policy(min_examples=10)).examples == 10
+
+
+def test_too_few_in_common_are_refused_with_figures_and_a_way_to_go_on(version) -> None:
+    old, other = version(right(range(60))), version(wrong(range(60)))
+    numbers = [*range(100, 140), *range(10)]
+    for champion in (None, (other, ["cat"] * 50)):
+        with pytest.raises(PromotionRefused) as caught:
+            compare(old, version(right(numbers), champion=champion))
+        for part in (
+            "only 10 pictures that both held out, 30 are needed",
+            "champion 1.0000 of 60, challenger 1.0000 of 50",
+            "Train the challenger again",
+            "min_examples",
+            "--force",
+        ):
+            assert part in str(caught.value)
+    easy = version(right(range(3)), champion=(old, ["cat"] * 3))
+    with pytest.raises(
+        PromotionRefused, match="scored the champion on 3 pictures that can be used"
+    ):
+        compare(old, easy)
+
+
+def test_half_of_a_small_record_is_enough(version) -> None:
+    old = version(right(range(12)))
+    assert compare(old, version(right(range(6, 18)))).examples == 6
+    with pytest.raises(PromotionRefused, match="5 pictures that both held out, 6 are needed"):
+        compare(old, version(right(range(7, 18))))
+
+
+def test_neither_is_judged_on_a_picture_that_trained_it(version) -> None:
+    old = version(right(range(40)), trained=[0, 1, 2, *range(100, 104)])
+    new = version(
+        {**right(range(3)), **wrong([3]), **right(range(4, 40))}, trained=[2, 3, *range(200, 300)]
+    )
+    verdict = compare(old, new)
+    assert (verdict.examples, verdict.accepted) == (36, True)
+    assert "3 pictures left out: in the training data of the champion" in notes(verdict)
+    assert "1 picture left out: in the training data of the challenger" in notes(verdict)
+
+
+def test_a_champion_is_not_judged_on_what_trained_it_by_the_scores_of_publishing_either(
+    version,
+) -> None:
+    """A folder that came split, and was split anew since."""
+    old = version(right(range(40)), trained=range(100, 140))
+    new = version(
+        right([*range(100, 140), *range(200, 240)]),
+        trained=range(40),
+        champion=(old, ["cat"] * 70 + ["dog"] * 10),
+    )
+    verdict = compare(old, new)
+    assert (verdict.examples, verdict.champion_accuracy) == (40, 0.75)
+    assert "40 pictures left out: in the training data of the champion" in notes(verdict)
+    assert "40 train the challenger now" in notes(verdict)
+    assert "40 new" in notes(verdict)
+
+
+def test_relabelled_removed_and_reencoded_pictures_are_told_apart(version) -> None:
+    old = version({**right(range(50)), **right(range(50, 60), "dog")})
+    # 0 to 4 are dogs now; 50 to 54 are gone; 55 to 59 were replaced by pictures that look alike.
+    kept = {**wrong(range(5), "dog"), **right(range(5, 50)), **right(range(200, 204), "dog")}
+    looks = version(kept).heldout().looks.copy()
+    looks[-4:] = old.heldout().looks[55:59] ^ np.uint64(3)  # two bits differ
+    new = version(kept, looks=looks)
+    verdict = compare(old, new)
+    assert verdict.examples == 45
+    assert "5 pictures left out: re-labelled (cat → dog: 5)" in notes(verdict)
+    assert "10 removed, 4 of them re-encoded with loss by the look of new pictures" in notes(
+        verdict
+    )
+
+
+def test_a_new_class_must_be_allowed_and_the_shared_ones_are_judged(version) -> None:
+    old = version({**right(range(20)), **right(range(20, 40), "dog")})
+    new = version(
+        {**right(range(20)), **wrong(range(20, 22), "dog", "bird"), **right(range(22, 40), "dog")}
+        | {**right(range(100, 108), "bird"), **wrong(range(108, 110), "bird", "cat")},
+        labels=("bird", "cat", "dog"),
+    )
+    verdict = compare(old, new)
+    assert verdict.examples == 40
+    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (1.0, 0.95)
+    assert not verdict.passed  # two dogs were taken for birds
+    assert verdict.class_changes == (
+        "labels that appear: 'bird'",
+        "indices that change: 'cat' 0 → 1, 'dog' 1 → 2",
+    )
+    assert "new classes, right on held-out pictures: 'bird' 8 of 10" in notes(verdict)
+    good = version(right(range(20)) | right(range(20, 40), "dog"), labels=("bird", "cat", "dog"))
+    verdict = compare(old, good)
+    assert (verdict.passed, verdict.accepted) == (True, False)
+    assert "labels that appear: 'bird'" in str(verdict)
+
+
+def test_a_class_that_disappears_costs_the_others_nothing(version) -> None:
+    old = version({**right(range(20)), **right(range(20, 40), "dog")}, labels=("cat", "dog", "eel"))
+    verdict = compare(old, version(right(range(20)) | right(range(20, 40), "dog")))
+    assert verdict.passed
+    assert verdict.class_changes == ("labels that disappear: 'eel'",)
+
+
+def test_a_class_that_most_pictures_left_for_one_new_name_is_renamed(version) -> None:
+    old = version({**right(range(20)), **right(range(20, 40), "dog")})
+    new = version(
+        right(range(20), "kitten") | right(range(20, 40), "dog"), labels=("dog", "kitten")
+    )
+    verdict = compare(old, new)
+    assert (verdict.examples, verdict.passed) == (40, True)
+    assert verdict.class_changes == (
+        "labels that are renamed: 'cat' → 'kitten'",
+        "indices that change: 'kitten' 0 → 1, 'dog' 1 → 0",
+    )
+
+
+def test_long_lists_of_classes_are_cut(version) -> None:
+    old = tuple(f"a{number}" for number in range(100))
+    (appear, disappear) = describe_classes(old, tuple(f"b{number}" for number in range(100)))
+    assert appear.endswith("'b7' and 92 more")
+    assert disappear.startswith("labels that disappear: 'a0', 'a1'")
+    assert describe_classes(old, old) == ()

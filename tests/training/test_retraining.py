@@ -1,0 +1,97 @@
+"""The loop of every user: add pictures, train again, promote, under the gate."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from registry.__main__ import main as registry
+from registry.home import Home
+from registry.store import ModelStore
+from training.__main__ import main as training
+from training.datasets import load_dataset
+
+COLOURS = {"cat": 0, "dog": 1, "bird": 2}
+
+
+def add_pictures(root: Path, label: str, numbers: range) -> None:
+    """Noise in which the colour of the class dominates."""
+    (root / label).mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        random = np.random.default_rng([number, COLOURS[label]])
+        pixels = random.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+        pixels[..., COLOURS[label]] += 120
+        Image.fromarray(pixels).save(root / label / f"{number}.png")
+
+
+def train(folder: Path, *changes: str) -> None:
+    settings = [word for change in changes for word in ("--set", change)]
+    data = ("--data", f"folder:{folder}", "--image-size", "16", "--device", "cpu")
+    network = ("--recipe", "dense", "--set", "hidden=8", "--set", "batch_size=16")
+    assert training([*data, *network, "--model", "pets", *settings]) == 0
+
+
+def promote(version: int, *arguments: str) -> int:
+    return registry(["promote", "pets", str(version), "--untimed", *arguments])
+
+
+def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_the_gate(
+    registry_home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pets"
+    for label in ("cat", "dog"):
+        add_pictures(folder, label, range(60))
+    train(folder, "epochs=15", "learning_rate=0.01")
+    assert promote(1) == 0
+
+    for label in ("cat", "dog"):
+        add_pictures(folder, label, range(60, 70))
+    add_pictures(folder, "bird", range(20))
+    train(folder, "epochs=15", "learning_rate=0.01")
+    capsys.readouterr()
+    assert promote(2) == 2
+    said = capsys.readouterr()
+    assert "labels that appear: 'bird'" in said.out
+    assert "indices that change: 'cat' 0 → 1, 'dog' 1 → 2" in said.out
+    assert "--allow-new-classes accepts that" in said.err
+    assert promote(2, "--allow-new-classes") == 0
+    assert "accepted" in capsys.readouterr().out
+
+    add_pictures(folder, "dog", range(70, 90))
+    train(folder, "epochs=1", "learning_rate=1e-9")
+    capsys.readouterr()
+    assert promote(3) == 2
+    said = capsys.readouterr()
+    assert "REFUSED" in said.out
+    assert " in common, " in said.out
+    assert "NOT passed: accuracy" in said.err
+
+    assert promote(3, "--force", "--reason", "a drill") == 0
+    assert "accuracy" in capsys.readouterr().out
+    entries = [line.entry for line in ModelStore(registry_home).ledger("pets").lines]
+    actions = [(entry.action, entry.to_version) for entry in entries]
+    assert actions == [
+        ("promoted", 1),
+        ("refused", 2),
+        ("promoted", 2),
+        ("refused", 3),
+        ("forced", 3),
+    ]
+    forced = str(entries[-1].verdict)
+    for kept in ("on the same", "NOT passed: accuracy", "calibration error", "log loss", "recall"):
+        assert kept in forced
+
+
+def test_a_picture_keeps_its_digest_and_split_at_another_size_and_among_others(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "pets"
+    for label in ("cat", "dog"):
+        add_pictures(folder, label, range(60))
+    first = load_dataset(f"folder:{folder}", tmp_path, 16)
+    add_pictures(folder, "bird", range(20))
+    again = load_dataset(f"folder:{folder}", tmp_path, 32)
+    for name in ("train", "validation", "test"):
+        before, after = getattr(first, name).digests, getattr(again, name).digests
+        assert set(before) < set(after)
