@@ -12,10 +12,11 @@ from PIL import Image
 
 from registry.bundle import CHAMPION_SCORES, HELDOUT, MAX_ARRAYS_BYTES, TRAINING, to_npz
 from registry.contract import CHAMPION, ModelRef, PreprocessSpec
+from registry.decode_limits import TRUSTED_LIMITS
 from registry.errors import ConvoyError, VersionNotFound
 from registry.plans.plan import Source
 from registry.plans.torch_eager import eager_classifier
-from registry.preprocess import TRUSTED_LIMITS, Pixels, decode_image
+from registry.preprocess import Pixels, decode_image
 from registry.store import ModelStore
 from training.datasets import Dataset, Examples
 from training.evaluate import Evaluation
