@@ -245,11 +245,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from registry.devices import choose_device
-    from registry.plans.choice import AUTO, EVERY, Planner
+    from registry.plans.choice import AUTO, Planner
 
     home = convoy_home()
     text = arguments.ref if arguments.ref.startswith("models:/") else f"models:/{arguments.ref}"
-    wanted = EVERY if arguments.every else os.environ.get("CONVOY_PLAN") or AUTO
+    wanted = os.environ.get("CONVOY_PLAN") or AUTO
     threads = arguments.threads or serving_threads()
     planner = Planner(home.plans, choose_device(arguments.device), threads, wanted)
     with tempfile.TemporaryDirectory(prefix="convoy-plan-") as folder:
@@ -385,7 +385,6 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="which ways of running a version are right here, and how fast"
     )
     plan.add_argument("ref", metavar="NAME@ALIAS", help="or NAME/NUMBER")
-    plan.add_argument("--every", action="store_true", help="also plans that take long to build")
     plan.add_argument("--anew", action="store_true", help="measure again")
     plan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     plan.add_argument(

@@ -11,7 +11,7 @@ from registry.bundle import Bundle
 from registry.decode_limits import TRUSTED_LIMITS
 from registry.devices import describe_device
 from registry.errors import BundleInvalid, ConvoyError, DeviceLost, DeviceOutOfMemory
-from registry.plans.plan import Plan, ReadArtefact, Run, Source
+from registry.plans.plan import Plan, Run, Source
 from registry.preprocess import Pixels, decode_image
 
 log = logging.getLogger(__name__)
@@ -101,24 +101,19 @@ class Classifier:
             return self._fallback.classify(pixels)
 
 
-def load_classifier(
-    source: Source, plan: Plan, read: ReadArtefact, fallback: Classifier | None = None
-) -> Classifier:
+def load_classifier(source: Source, plan: Plan, fallback: Classifier | None = None) -> Classifier:
     """The classifier that runs ``source``'s bundle by ``plan``, proved on its golden images.
 
     Args:
         source: the bundle, and where to run it.
         plan: how to run it.
-        read: opens what ``plan.build`` wrote.
         fallback: see ``Classifier``.
 
     Raises:
         BundleInvalid: the weights do not fit the network, or a golden image does not score as it
             was published.
     """
-    classifier = Classifier(
-        plan.load(source, read), plan.name, describe_device(source.device), fallback
-    )
+    classifier = Classifier(plan.load(source), plan.name, describe_device(source.device), fallback)
     replay_golden(source.bundle, classifier, plan)
     warm_up(classifier, source.bundle.manifest.preprocess.shape)
     return classifier
@@ -166,8 +161,8 @@ def replay_golden(bundle: Bundle, classifier: Classifier, plan: Plan) -> float:
                 difference = _compare(scores, expected[positions], tolerance)
             except BundleInvalid as error:
                 raise BundleInvalid(
-                    f"{manifest.model} on {classifier.device} by {classifier.plan}, in a batch of "
-                    f"{size}: {error}; its tolerance in {plan.precision} is {tolerance:g}"
+                    f"on {classifier.device} by {classifier.plan}, in a batch of {size}: {error}; "
+                    f"its tolerance in {plan.precision} is {tolerance:g}"
                 ) from None
             worst = max(worst, difference)
     return worst

@@ -21,7 +21,7 @@ class Home(Struct, frozen=True):
 
     @property
     def plans(self) -> Path:
-        """Which plan is fastest here for a version, and what its engine compiled: a cache."""
+        """The name of the plan that is fastest here, for each version: a cache."""
         return self.root / "plans"
 
     def policy(self, name: str) -> Path:

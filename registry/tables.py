@@ -64,7 +64,7 @@ def plans_table(choice: "Choice", manifest: Manifest) -> str:
 
     lines = [
         f"{'plan':<18} {'ms at 1':>9} {'at 8':>9} {'at 32':>9} {'memory MB':>10} "
-        f"{'built in s':>10} {'difference':>10} {'held-out':>8}  verdict"
+        f"{'difference':>10} {'held-out':>8}  verdict"
     ]
     for each in sorted(choice.findings, key=lambda finding: score(finding.batch_ms)):
         accuracy = manifest.plan_accuracy.get(each.plan)
@@ -73,7 +73,6 @@ def plans_table(choice: "Choice", manifest: Manifest) -> str:
         cells = [
             *(_cell(each.batch_ms.get(size), 9, ".3f") for size in (1, 8, 32)),
             _cell(each.peak_mb, 10, ".0f"),
-            _cell(each.build_s or None, 10, ".1f"),
             _cell(each.max_difference, 10, ".2g"),
             _cell(accuracy, 8, ".4f"),
         ]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from registry.bundle import Bundle, with_manifest
 from registry.plans.choice import missing_exports
 from registry.plans.plan import catalogue
-from registry.plans.trial import HELDOUT_LABELS, HELDOUT_PIXELS, LIMIT_S, run_trials
+from registry.plans.trial import HELDOUT_LABELS, HELDOUT_PIXELS, LIMIT_S, run_trial
 from registry.preprocess import Pixels
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def record_plan_accuracy(
 def measure_plans(
     bundle: Bundle, pixels: Pixels, labels: NDArray[np.int64], device: str
 ) -> dict[str, float]:
-    """The accuracy of every plan below fp32 that ``device`` runs and builds quickly, by name.
+    """The accuracy of every plan below fp32 that ``device`` runs, by name.
 
     As for ``record_plan_accuracy``, on one ``device``. What fails is left out, with a warning. Each
     plan is tried in a process of its own.
@@ -52,7 +52,6 @@ def measure_plans(
         plan.name
         for plan in catalogue().values()
         if plan.precision != "fp32"
-        and not plan.builds_slowly
         and not plan.unsupported(device)
         and not missing_exports(plan, bundle.manifest)
     ]
@@ -62,12 +61,11 @@ def measure_plans(
         work = Path(folder)
         np.save(work / HELDOUT_PIXELS, pixels)
         np.save(work / HELDOUT_LABELS, labels)
-        for found in run_trials("build", names, bundle, work, device):
-            if found.reason is None:
-                (found,) = run_trials("score", [found.plan], bundle, work, device, limit_s=limit_s)
+        for name in names:
+            found = run_trial("score", name, bundle, device, heldout=work, limit_s=limit_s)
             if found.accuracy is None:
-                log.warning("plan %s cannot be measured: %s", found.plan, found.reason)
+                log.warning("plan %s cannot be measured: %s", name, found.reason)
             else:
-                accuracies[found.plan] = found.accuracy
-                log.info("plan %s: held-out accuracy %.4f", found.plan, found.accuracy)
+                accuracies[name] = found.accuracy
+                log.info("plan %s: held-out accuracy %.4f", name, found.accuracy)
     return accuracies

@@ -1,8 +1,11 @@
-"""Which plan is fastest here: candidates are built, proved on the golden images, timed, remembered.
+"""Which plan is fastest here: candidates are proved on the golden images, timed, remembered.
 
 Each candidate is tried in a process of its own (``registry.plans.trial``), so that an engine that
 crashes on this machine is a rejected plan and not a dead worker, and so that the memory that is
 measured is what a worker with that plan will have. Knows neither torch nor any engine.
+
+The cache holds names of plans and nothing that an engine loads. It is not trusted: a remembered
+plan must still be a candidate for the version, and is proved on the golden images when it loads.
 """
 
 import contextlib
@@ -16,30 +19,31 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
 
 import msgspec
 from msgspec import Struct
 
-from registry.bundle import Bundle, read_digested
+from registry.bundle import Bundle
 from registry.classifier import Classifier, load_classifier
 from registry.contract import Manifest, sha256_hex
 from registry.devices import describe_machine
-from registry.errors import BundleInvalid, PlanUndecided
-from registry.plans.plan import Plan, ReadArtefact, Source, catalogue, find_plan
+from registry.errors import BundleInvalid, DeviceUnavailable, PlanUndecided
+from registry.plans.plan import Plan, Source, catalogue, find_plan
 from registry.plans.torch_eager import EAGER
-from registry.plans.trial import KILLED, Finding, Step, run_trials
+from registry.plans.trial import KILLED, Finding, run_trial
+from registry.releases import write_atomically
 
 log = logging.getLogger(__name__)
 
-AUTO, EVERY = "auto", "every"
-# Raised when a verdict would come out differently although nothing that it hangs on has changed.
+AUTO = "auto"
+# Raised when another plan would be chosen although nothing that the key names has changed.
 CACHE_SCHEMA = 3
-ARTEFACTS = "artefacts"
-CHOOSING, REFUSED = ".choosing-", ".refused"
+CHOICE, REFUSED = ".json", ".refused"
 CACHE_ENTRIES = 24
+MAX_ENTRY_BYTES = 65_536
 REFUSAL_S = 60.0  # for so long, others that ask hear of a refusal that was found out
 ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
 
@@ -49,8 +53,6 @@ class Choice(Struct, frozen=True, kw_only=True):
 
     chosen: str
     findings: tuple[Finding, ...]
-    digests: dict[str, str]
-    """SHA-256 of each of the chosen plan's artefacts, by file name."""
 
 
 class Planner:
@@ -63,44 +65,36 @@ class Planner:
             folder: the cache; one in /tmp where it cannot be written.
             device: ``cpu`` or ``cuda:N``.
             threads: of one forward pass; None leaves the engine's own choice.
-            wanted: ``auto``; a plan's name to have that one or nothing; or ``every`` to try also
-                those that take long to build.
+            wanted: ``auto``, or a plan's name to have that one or nothing.
 
         Raises:
             UsageError: there is no such plan.
         """
-        if wanted not in (AUTO, EVERY):
-            find_plan(wanted)
         self.device = device
         self._threads = threads
         self._wanted = wanted
+        self._candidates = catalogue() if wanted == AUTO else {wanted: find_plan(wanted)}
         self._folder = folder
 
     def load(self, bundle: Bundle) -> Classifier:
         """The classifier of ``bundle`` by the plan that was chosen, proved on the golden images.
 
         Raises:
-            PlanUndecided: nothing was chosen yet, or what was chosen was damaged, or no longer
-                scores as was published; then it is forgotten.
+            PlanUndecided: nothing was chosen yet, or the chosen plan no longer scores as was
+                published; then it is forgotten.
             BundleInvalid: the pinned plan ``torch-eager`` does not score as was published.
         """
         if self._wanted == EAGER:
-            return self._open(bundle, find_plan(EAGER), _no_artefacts)
-        entry = self._root() / self._key(bundle)
-        choice = _remembered(entry)
+            return self._open(bundle, find_plan(EAGER))
+        entry = self._entry(self._root(), bundle)
+        choice = self._remembered(entry, bundle)
         if choice is None:
-            raise PlanUndecided(f"{bundle.manifest.model}: no plan was chosen on this machine yet")
+            raise PlanUndecided("no plan was chosen on this machine yet")
         try:
-            return self._open(
-                bundle,
-                find_plan(choice.chosen),
-                lambda file: read_digested(entry / ARTEFACTS / file, choice.digests.get(file)),
-            )
-        except BundleInvalid as error:  # anything else says nothing about what was chosen
-            shutil.rmtree(entry, ignore_errors=True)
-            raise PlanUndecided(
-                f"{bundle.manifest.model}: plan {choice.chosen} can no longer be loaded: {error}"
-            ) from error
+            return self._open(bundle, self._candidates[choice.chosen])
+        except (BundleInvalid, DeviceUnavailable) as error:  # others say nothing about the choice
+            _remove(entry)
+            raise PlanUndecided(f"plan {choice.chosen} can no longer be loaded: {error}") from error
 
     def choose(self, bundle: Bundle, *, anew: bool = False) -> Choice:
         """What was found out about the plans for ``bundle``, from the cache if it is there.
@@ -112,30 +106,31 @@ class Planner:
             BundleInvalid: no plan, or not the one that is wanted, scores as was published.
         """
         with self._lock() as root:
-            entry = root / self._key(bundle)
-            choice = None if anew else _remembered(entry)
+            entry = self._entry(root, bundle)
+            choice = None if anew else self._remembered(entry, bundle)
             if choice is None:
                 refusal = entry.with_suffix(REFUSED)
                 if not anew and (reason := _fresh_text(refusal)):
                     raise BundleInvalid(reason)
                 try:
-                    choice = self._try_candidates(bundle, entry)
+                    choice = self._try_candidates(bundle)
+                    _replace(entry, msgspec.json.encode(choice))
                 except BundleInvalid as error:
-                    refusal.write_text(str(error))
+                    _replace(refusal, str(error).encode()[:MAX_ENTRY_BYTES])
                     raise
                 finally:
                     _prune(root)
             return choice
 
-    def _open(self, bundle: Bundle, plan: Plan, read: ReadArtefact) -> Classifier:
+    def _open(self, bundle: Bundle, plan: Plan) -> Classifier:
         fallback = None
         if self.device != "cpu":
             eager = find_plan(EAGER)
-            fallback = load_classifier(Source(bundle, "cpu", self._threads), eager, _no_artefacts)
-        return load_classifier(Source(bundle, self.device, self._threads), plan, read, fallback)
+            fallback = load_classifier(Source(bundle, "cpu", self._threads), eager)
+        return load_classifier(Source(bundle, self.device, self._threads), plan, fallback)
 
-    def _key(self, bundle: Bundle) -> str:
-        """Names everything that a verdict hangs on."""
+    def _entry(self, root: Path, bundle: Bundle) -> Path:
+        """The file of the choice for ``bundle``; its name covers everything that decides it."""
         packages = sorted({name for plan in catalogue().values() for name in plan.packages})
         facts = {
             "schema": CACHE_SCHEMA,
@@ -146,7 +141,25 @@ class Planner:
             "wanted": self._wanted,
             "versions": {name: _version(name) for name in packages},
         }
-        return sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24]
+        return root / (sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24] + CHOICE)
+
+    def _remembered(self, entry: Path, bundle: Bundle) -> Choice | None:
+        """The choice in ``entry``, if it names a plan that may serve ``bundle`` here."""
+        try:
+            choice = msgspec.json.decode(_read_entry(entry), type=Choice)
+            for name in (choice.chosen, *(each.plan for each in choice.findings)):
+                if name not in self._candidates:
+                    raise ValueError(f"it names {name[:40]!r}, which is not a plan to choose here")
+            if reason := self._refusal(self._candidates[choice.chosen], bundle.manifest):
+                raise ValueError(f"it chooses {choice.chosen}: {reason}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            log.warning("%s is ignored: %s", entry, error)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry)  # the least recently used are pruned
+        return choice
 
     def _root(self) -> Path:
         """The cache's folder, or where it cannot be written, one of this user's in /tmp."""
@@ -165,72 +178,45 @@ class Planner:
         Yields the cache's folder.
         """
         root = self._root()
-        with (root / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        # A link there must not have another file opened for writing.
+        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "rb"):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield root
 
-    def _try_candidates(self, bundle: Bundle, target: Path) -> Choice:
-        """Build, prove and time; the result lies under ``target``."""
-        plans = catalogue()
-        quick = [plan for plan in plans.values() if not plan.builds_slowly]
-        slow = [plan for plan in plans.values() if plan.builds_slowly]
-        if self._wanted == EVERY:
-            quick, slow = quick + slow, []
-        elif self._wanted != AUTO:
-            quick, slow = [plans[self._wanted]], []
+    def _try_candidates(self, bundle: Bundle) -> Choice:
+        """Prove and time every candidate; raises ``BundleInvalid`` if none may serve."""
         log.info("%s: choosing a plan on %s", bundle.manifest.model, self.device)
-        work = Path(tempfile.mkdtemp(prefix=CHOOSING, dir=target.parent))
-        try:
-            findings = self._find_out(bundle, quick, work)
-            if slow and all(
-                plans[each.plan].packages == ("torch",) for each in _accepted(findings)
-            ):
-                findings += self._find_out(bundle, slow, work)
-            accepted = _accepted(findings)
-            if not accepted:
-                raise BundleInvalid(
-                    f"{bundle.manifest.model}: no plan can serve it on {self.device}; "
-                    + "; ".join(f"{each.plan}: {each.reason}" for each in findings)
-                )
-            best = min(accepted, key=lambda finding: score(finding.batch_ms))
-            digests = _digests(work / best.plan)
-            choice = Choice(chosen=best.plan, findings=tuple(findings), digests=digests)
-            (work / best.plan).rename(work / ARTEFACTS)
-            for plan in plans:
-                shutil.rmtree(work / plan, ignore_errors=True)
-            (work / "choice.json").write_bytes(msgspec.json.encode(choice))
-            _remove(target)
-            work.rename(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        log.info("%s: plan %s is the fastest that is right", bundle.manifest.model, best.plan)
-        return choice
-
-    def _find_out(self, bundle: Bundle, plans: Sequence[Plan], work: Path) -> list[Finding]:
-        """A finding for each of ``plans``, in their order."""
-        found: dict[str, Finding] = {}
-        for plan in plans:
-            reason = (
-                plan.unsupported(self.device)
-                or missing_exports(plan, bundle.manifest)
-                or refused_by_record(plan, bundle.manifest)
+        findings = tuple(self._find_out(bundle, plan) for plan in self._candidates.values())
+        accepted = [finding for finding in findings if finding.reason is None]
+        if not accepted:
+            raise BundleInvalid(
+                f"no plan can serve it on {self.device}; "
+                + "; ".join(f"{each.plan}: {each.reason}" for each in findings)
             )
-            if reason:
-                found[plan.name] = Finding(plan=plan.name, reason=reason)
-        waiting = [plan.name for plan in plans if plan.name not in found]
-        for finding in self._run("build", waiting, bundle, work):
-            found[finding.plan] = finding
-        for name in waiting:
-            if found[name].reason is None:
-                (tried,) = self._run("try", [name], bundle, work)
-                if tried.reason == KILLED:  # for want of memory, perhaps: not the plan's fault yet
-                    (tried,) = self._run("try", [name], bundle, work)
-                found[name] = msgspec.structs.replace(tried, build_s=found[name].build_s)
-            log.info("%s", describe_finding(found[name]))
-        return [found[plan.name] for plan in plans]
+        best = min(accepted, key=lambda finding: score(finding.batch_ms))
+        log.info("%s: plan %s is the fastest that is right", bundle.manifest.model, best.plan)
+        return Choice(chosen=best.plan, findings=findings)
 
-    def _run(self, step: Step, names: list[str], bundle: Bundle, work: Path) -> list[Finding]:
-        return run_trials(step, names, bundle, work, self.device, self._threads)
+    def _find_out(self, bundle: Bundle, plan: Plan) -> Finding:
+        if reason := self._refusal(plan, bundle.manifest):
+            finding = Finding(plan=plan.name, reason=reason)
+        else:
+            finding = run_trial("try", plan.name, bundle, self.device, self._threads)
+            if (
+                finding.reason == KILLED
+            ):  # perhaps for want of memory, which says little of the plan
+                finding = run_trial("try", plan.name, bundle, self.device, self._threads)
+        log.info("%s", describe_finding(finding))
+        return finding
+
+    def _refusal(self, plan: Plan, manifest: Manifest) -> str | None:
+        """Why ``plan`` may not serve the version here, as far as is known without trying it."""
+        return (
+            plan.unsupported(self.device)
+            or missing_exports(plan, manifest)
+            or refused_by_record(plan, manifest)
+        )
 
 
 def score(batch_ms: dict[int, float]) -> float:
@@ -273,37 +259,33 @@ def describe_finding(finding: Finding) -> str:
     return f"{finding.plan}: accepted, differs by {finding.max_difference:.2g}; {times}"
 
 
-def _remembered(entry: Path) -> Choice | None:
-    file = entry / "choice.json"
-    try:
-        choice = msgspec.json.decode(file.read_bytes(), type=Choice)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        log.warning("%s is ignored: %s", file, error)
-        return None
-    with contextlib.suppress(OSError):
-        os.utime(entry)  # the least recently used are pruned
-    return choice
+def _read_entry(file: Path) -> bytes:
+    """The content of a file of the cache; raises ``OSError`` of anything but a small regular file.
+
+    Opening a link or a pipe that somebody put there would read elsewhere or wait forever.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as opened:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_ENTRY_BYTES:
+            raise OSError(f"not a regular file of at most {MAX_ENTRY_BYTES} bytes")
+        return opened.read(MAX_ENTRY_BYTES)
 
 
 def _fresh_text(file: Path) -> str:
     try:
-        return file.read_text() if time.time() - file.stat().st_mtime < REFUSAL_S else ""
+        if 0 <= time.time() - file.lstat().st_mtime < REFUSAL_S:
+            return _read_entry(file).decode(errors="replace")
     except OSError:
-        return ""
+        pass
+    return ""
 
 
-def _accepted(findings: Sequence[Finding]) -> list[Finding]:
-    return [finding for finding in findings if finding.reason is None]
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_hex(path.read_bytes()) for path in sorted(folder.iterdir())}
-
-
-def _no_artefacts(file: str) -> bytes:
-    raise BundleInvalid(f"this plan has no file {file}")
+def _replace(file: Path, data: bytes) -> None:
+    """Write ``file``, whatever lies in its place."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    write_atomically(file, data)
 
 
 def _private_folder(folder: Path) -> Path:
@@ -323,20 +305,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink()
 
 
 def _prune(root: Path) -> None:
-    """Keep the entries that were used last, and nothing of who was killed while choosing."""
+    """Keep the choices that were used last, and refusals that are still fresh."""
     for refusal in root.glob(f"*{REFUSED}"):
         if not _fresh_text(refusal):
-            refusal.unlink(missing_ok=True)
-    for left in root.glob(f"{CHOOSING}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    entries = [path for path in root.iterdir() if (path / "choice.json").exists()]
-    for old in sorted(entries, key=lambda path: -path.stat().st_mtime)[CACHE_ENTRIES:]:
-        shutil.rmtree(old, ignore_errors=True)
+            _remove(refusal)
+    for old in sorted(root.glob(f"*{CHOICE}"), key=_last_used_s)[:-CACHE_ENTRIES]:
+        _remove(old)
+
+
+def _last_used_s(file: Path) -> float:
+    try:
+        return file.lstat().st_mtime
+    except OSError:  # a worker that could not load it has just removed it
+        return 0.0

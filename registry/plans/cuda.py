@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from registry.contract import Precision
 from registry.devices import device_errors
-from registry.plans.plan import Plan, ReadArtefact, Run, Source
+from registry.plans.plan import Plan, Run, Source
 from registry.plans.torch_eager import fold
 from registry.preprocess import Pixels
 
@@ -28,7 +28,7 @@ class CudaFp16(Plan):
     device = "cuda"
     batch_sizes = BUCKETS
 
-    def load(self, source: Source, read: ReadArtefact) -> Run:
+    def load(self, source: Source) -> Run:
         import torch
 
         from registry.networks import scored

@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import Struct
 
 from registry.bundle import Bundle, open_bundle
+from registry.classifier import Classifier
 from registry.devices import choose_device
 from registry.errors import BundleInvalid, ConvoyError
 from registry.plans.plan import catalogue
@@ -102,9 +103,13 @@ def _run(job: DuelJob) -> Timed:
     device = choose_device(job.device)
     planner = Planner(Path(job.plans_folder), device, job.threads, job.plan)
     bundles = [open_bundle(Path(folder), sha256) for folder, sha256 in job.bundles]
-    for bundle in bundles:
-        planner.choose(bundle)
-    both = [planner.load(bundle) for bundle in bundles]
+    both: list[Classifier] = []
+    for role, bundle in zip(("champion", "challenger"), bundles, strict=True):
+        try:
+            planner.choose(bundle)
+            both.append(planner.load(bundle))
+        except ConvoyError as error:
+            raise BundleInvalid(f"the {role}: {error}") from error
     taken: dict[tuple[int, int], list[float]] = {}
     random = np.random.default_rng(0)
     for size in BATCHES:

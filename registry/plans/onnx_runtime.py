@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from registry.bundle import ONNX_GRAPH
 from registry.contract import Precision
-from registry.plans.plan import Plan, ReadArtefact, Run, Source
+from registry.plans.plan import Plan, Run, Source
 from registry.preprocess import Pixels
 
 
@@ -17,7 +17,7 @@ class OnnxRuntime(Plan):
     packages = ("onnxruntime",)
     exports = (ONNX_GRAPH,)
 
-    def load(self, source: Source, read: ReadArtefact) -> Run:
+    def load(self, source: Source) -> Run:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

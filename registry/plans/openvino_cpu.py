@@ -14,7 +14,7 @@ from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
 from registry.contract import Precision
 from registry.devices import BF16_FLAGS, INT8_FLAGS
 from registry.errors import DeviceUnavailable
-from registry.plans.plan import Plan, ReadArtefact, Run, Source
+from registry.plans.plan import Plan, Run, Source
 from registry.preprocess import Pixels
 
 
@@ -26,7 +26,7 @@ class OpenVino(Plan):
     packages = ("openvino",)
     exports: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
 
-    def load(self, source: Source, read: ReadArtefact) -> Run:
+    def load(self, source: Source) -> Run:
         openvino = import_openvino()
         core = openvino.Core()
         options: dict[str, Any] = {

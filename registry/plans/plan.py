@@ -1,6 +1,6 @@
-"""What a plan is, what it is built from, and the list of all of them.
+"""What a plan is, what it loads, and the list of all of them.
 
-Light: engines and torch are imported by the plans when they build or load, never by listing them.
+Light: engines and torch are imported by the plans when they load, never by listing them.
 """
 
 import importlib
@@ -9,7 +9,6 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -27,12 +26,9 @@ if TYPE_CHECKING:
 Run = Callable[[Pixels], NDArray[np.float32]]
 """uint8 (N, H, W, C), N ≥ 1, to probabilities float32 (N, classes). One call at a time."""
 
-ReadArtefact = Callable[[str], bytes]
-"""The content of a file that ``Plan.build`` wrote, its digest checked."""
-
 
 class Source:
-    """What plans are built from. What several of them need is made once, when first asked for."""
+    """What a plan loads. The program is made once, when it is first asked for."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
         """``threads`` for one forward pass; None leaves the engine's own choice."""
@@ -49,7 +45,7 @@ class Source:
 
 
 class Plan(ABC):
-    """One way to run a network. Has no state: what it makes lies in files or in a ``Run``."""
+    """One way to run a network. It has no state and writes no files: ``load`` returns a ``Run``."""
 
     name: ClassVar[str]
     precision: ClassVar[Precision]
@@ -63,8 +59,6 @@ class Plan(ABC):
     """Flags of which the CPU needs one, or engines have no kernels in this precision."""
     batch_sizes: ClassVar[tuple[int, ...]] = (1, 3)
     """Of a batch, at which it may compute otherwise than at others: each is proved."""
-    builds_slowly: ClassVar[bool] = False
-    """Its build takes tens of seconds, so it is tried only where no quicker engine was accepted."""
 
     def unsupported(self, device: str) -> str | None:
         """Why this machine cannot run it, or None. Imports nothing heavy."""
@@ -76,12 +70,8 @@ class Plan(ABC):
         missing = [name for name in self.packages if not importlib.util.find_spec(name)]
         return f"not installed: {', '.join(missing)}" if missing else None
 
-    def build(self, source: Source, folder: Path) -> None:
-        """Write what ``load`` will need, beside the bundle, into ``folder``; often nothing."""
-        return
-
     @abstractmethod
-    def load(self, source: Source, read: ReadArtefact) -> Run:
+    def load(self, source: Source) -> Run:
         """Open the engine; the result needs no torch unless the engine is torch."""
 
 

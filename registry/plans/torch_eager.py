@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from registry.classifier import Classifier
 from registry.contract import Precision
 from registry.devices import BF16_FLAGS, describe_device, device_errors
-from registry.plans.plan import Plan, ReadArtefact, Run, Source
+from registry.plans.plan import Plan, Run, Source
 from registry.preprocess import Pixels
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class TorchEager(Plan):
     precision: ClassVar[Precision] = "fp32"
     device = "any"
 
-    def load(self, source: Source, read: ReadArtefact) -> Run:
+    def load(self, source: Source) -> Run:
         import torch
 
         if source.threads is not None:

@@ -27,8 +27,7 @@ def swarm(up: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack
     config["services"] = {name: config["services"][name] for name in kept}
     made = as_stack(config)
     made["volumes"] = {
-        name: {"external": True, "name": f"{up.project}_{name}"}
-        for name in ("models", "plans", "tokens")
+        name: {"external": True, "name": f"{up.project}_{name}"} for name in ("models", "tokens")
     }
     made["secrets"] = {"service_key": made["secrets"]["service_key"]}
     made["networks"] = {"front": {}}

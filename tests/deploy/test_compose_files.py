@@ -57,6 +57,17 @@ def test_a_stack_publishes_nothing_that_was_for_this_machine(port, published) ->
     assert "depends_on" not in made["services"]["mlflow"]
 
 
+def test_replicas_share_nothing_that_one_of_them_can_write() -> None:
+    config = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    service = config["services"]["service"]
+    assert service["read_only"]
+    assert service["tmpfs"] == ["/tmp", "/var/lib/convoy/plans"]
+    assert all(volume.endswith(":ro") for volume in service["volumes"])
+    plain = {key: service[key] for key in ("image", "tmpfs", "volumes")}
+    stacked = as_stack({"services": {"service": plain}})["services"]["service"]["volumes"]
+    assert {"type": "tmpfs", "target": "/var/lib/convoy/plans"} in stacked
+
+
 def test_one_file_has_every_setting() -> None:
     """What a Compose file takes from the environment, .env.example names."""
     named = re.findall(r"^([A-Z_0-9]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)

@@ -104,6 +104,15 @@ def test_nothing_runs_as_root_or_writes_its_own_image(documents: list[dict[str, 
             assert container["resources"]["limits"]["memory"]
 
 
+def test_the_choices_of_plans_are_written_by_one_container_only(
+    documents: list[dict[str, Any]],
+) -> None:
+    spec = next(spec for name, spec in pods(documents).items() if name.endswith("-service"))
+    assert {"name": "plans", "emptyDir": {}} in spec["volumes"]
+    mounted = [each["name"] for one in spec["containers"] for each in one["volumeMounts"]]
+    assert mounted.count("plans") == 1
+
+
 def test_volumes_and_selectors_are_of_what_is_there(documents: list[dict[str, Any]]) -> None:
     for spec in pods(documents).values():
         volumes = {volume["name"] for volume in spec["volumes"]}

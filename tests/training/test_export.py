@@ -49,7 +49,7 @@ def test_the_int8_graph_of_a_trained_network_scores_as_fp32_does(
         tmp_path,
         export_network(program, choose_calibration(digits.train)),
     )
-    run = find_plan("openvino-int8").load(Source(bundle), lambda file: b"")
+    run = find_plan("openvino-int8").load(Source(bundle))
     int8 = evaluate(Classifier(run, "openvino-int8", "cpu"), digits.validation)
     assert heldout.accuracy > 0.9
     assert abs(int8.accuracy - heldout.accuracy) < 0.01

@@ -1,0 +1,102 @@
+"""A writer of ``CONVOY_HOME/plans`` changes neither the code that is loaded nor the answers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from registry.bundle import Bundle
+from registry.contract import ModelRef, ModelVersion
+from registry.errors import ModelNotReady, PlanUndecided
+from registry.plans.choice import Choice, Planner
+from registry.plans.torch_eager import EAGER
+from registry.releases import ReleasedVersion, version_folder
+from registry.signing import SIGNATURE, TrustedKeys, make_key, sign
+from service.metrics import Metrics
+from service.model_slot import ModelSlot
+from service.served import ServedModel
+from service.settings import Settings
+from service.state import load_served
+from tests.conftest import MakeBundle, load_eager
+
+VERSION = ReleasedVersion(version=3, manifest_sha256="", alias="champion")
+FORGED = (
+    "inductor-fp32",  # older programs loaded a compiled package by this name
+    "../../plans/evil",
+    "registry.plans.trial",
+    "cuda-fp16",  # not for this device
+    "openvino-int8",  # the signed manifest has no accuracy for it
+)
+
+
+@pytest.fixture
+def signed(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Bundle, TrustedKeys]:
+    """A version with a signature, and the keys that a service with CONVOY_TRUSTED_KEYS trusts."""
+    bundle = make_bundle(folder=version_folder(tmp_path / "models", "digits", 3), export=True)
+    key, trusted = tmp_path / "ann.pem", tmp_path / "trusted"
+    trusted.write_text(f"{make_key(key)}  # ann's\n")
+    monkeypatch.setenv("CONVOY_TRUSTED_KEYS", str(trusted))
+    version = ModelVersion(
+        name="digits",
+        version=3,
+        manifest_sha256=bundle.manifest_sha256,
+        aliases=(),
+        run_id="",
+        created_unix_s=0.0,
+    )
+    (bundle.folder / SIGNATURE).write_text(sign(version, key, serial=1, days=30))
+    return bundle, TrustedKeys.from_environment()
+
+
+def test_answers_come_from_the_signed_bundle_whatever_lies_in_the_plan_cache(
+    signed: tuple[Bundle, TrustedKeys], make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    bundle, trust = signed
+    unsigned = make_bundle(seed=1, export=True)
+    plans = tmp_path / "plans"
+    planner = Planner(plans, "cpu", 1)
+
+    def load() -> ServedModel:
+        return load_served(bundle, VERSION, planner, Settings(), Metrics(), trust)
+
+    planner.choose(bundle)
+    (entry,) = plans.glob("*.json")
+    honest = entry.read_bytes()
+    for folder in (plans, plans / entry.stem, plans / entry.stem / "artefacts"):
+        folder.mkdir(exist_ok=True)
+        for name in unsigned.serving_files():
+            (folder / Path(name).name).write_bytes(unsigned.read(name))
+        (folder / "package.pt2").write_bytes(b"\x7fELF")
+    for name in FORGED:
+        entry.write_bytes(msgspec.json.encode(Choice(chosen=name, findings=())))
+        with pytest.raises(PlanUndecided):
+            load()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    expected = load_eager(bundle).classify(pixels)
+    assert np.abs(expected - load_eager(unsigned).classify(pixels)).max() > 0.1
+    slower = msgspec.json.encode(Choice(chosen=EAGER, findings=()))
+    for content in (honest, slower):
+        entry.write_bytes(content)
+        scores = load().classifier.classify(pixels)
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=0.05)
+
+
+def test_what_a_slot_says_of_a_plan_names_the_model_once(
+    release: Callable[..., Bundle], models: Path, tmp_path: Path
+) -> None:
+    release(1)
+    planner = Planner(tmp_path / "plans", "cpu", 1)
+    slot = ModelSlot(
+        ModelRef("digits", alias="champion"),
+        models,
+        lambda bundle, version: load_served(
+            bundle, version, planner, Settings(), Metrics(), TrustedKeys({})
+        ),
+    )
+    with pytest.raises(ModelNotReady) as raised:
+        slot.require()
+    assert str(raised.value) == "digits: no plan was chosen on this machine yet"
