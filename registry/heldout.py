@@ -63,11 +63,6 @@ class Heldout(Scores, frozen=True):
     looks: NDArray[np.uint64]
 
     @property
-    def names(self) -> list[bytes]:
-        """The digest of each example, as something that a dictionary can hold."""
-        return [row.tobytes() for row in self.digests]
-
-    @property
     def short_digests(self) -> NDArray[np.uint64]:
         """uint64 (N,): the first 64 bits of each digest, as a ``TrainingRecord`` keeps them."""
         first = np.ascontiguousarray(self.digests[:, :8])

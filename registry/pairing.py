@@ -17,10 +17,11 @@ from registry.heldout import Heldout, Scores, TrainingRecord
 
 Mask = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
+Probabilities = NDArray[np.float32]
 Labels = tuple[str, ...]
 
 MAX_NAMED = 8
-# JPEGs of quality 75 differ from their originals by up to 5 of the 64 bits, with another size, too.
+# Of the 64 bits of a difference hash: docs/decisions/0017 has what JPEGs of photographs measured.
 MAX_LOOK_BITS = 6
 MAX_LOOKED_AT = 512
 
@@ -98,36 +99,22 @@ def pair_heldout(champion: Bundle, challenger: Bundle, min_examples: int) -> Pai
     """The pictures on which both versions can be compared, with their scores.
 
     Those that both held out, if there are enough: ``min_examples``, or half of what the champion
-    held out where that is less. Else all that the challenger held out, if publishing has scored
-    this champion on them.
+    held out where that is less. If they are too few, or of some class there is none, all that the
+    challenger held out, as far as publishing has scored this champion on them.
 
     Raises:
         PromotionRefused: too few pictures, or a record contains NaN or infinite probabilities.
         BundleInvalid: a record is missing or damaged.
     """
     match = _match(_side(champion), _side(challenger))
-    old, new = match.old.heldout, match.new.heldout
-    needed = min(min_examples, (len(old.labels) + 1) // 2)
-    notes = _notes(match)
-    chosen = match.usable & match.both
-    if chosen.sum() >= needed:
-        probabilities = old.probabilities[match.rows[chosen]]
-    else:
-        notes.append(f"only {_pictures(chosen)} that both held out, {needed:,} are needed")
-        shape = len(new.labels), len(match.old.labels)
-        scores = challenger.champion_scores(champion.manifest_sha256, shape)
-        if scores is None or match.usable.sum() < needed:
-            raise PromotionRefused(_why_not(match, notes, is_scored=scores is not None))
-        notes[-1] += (
-            ": judged on all that the challenger held out; publishing has scored the champion on "
-            "them"
-        )
-        chosen = match.usable
-        probabilities = scores[chosen]
-    labels = new.labels[chosen]
+    heldout, notes = match.new.heldout, _notes(match)
+    shape = len(heldout.labels), len(match.old.labels)
+    scores = challenger.champion_scores(champion.manifest_sha256, shape)
+    chosen, probabilities = _choose(match, scores, min_examples, notes)
+    labels = heldout.labels[chosen]
     return Pairs(
         champion=_finite(Scores(match.to_old[labels], probabilities), "champion"),
-        challenger=_finite(Scores(labels, new.probabilities[chosen]), "challenger"),
+        challenger=_finite(Scores(labels, heldout.probabilities[chosen]), "challenger"),
         positions=np.flatnonzero(chosen),
         class_changes=describe_classes(match.old.labels, match.new.labels, match.to_new),
         notes=tuple(notes),
@@ -163,14 +150,21 @@ def _side(bundle: Bundle) -> Side:
 
 
 def _match(old: Side, new: Side) -> Match:
-    places = {name: row for row, name in enumerate(old.heldout.names)}
-    rows = np.array([places.get(name, -1) for name in new.heldout.names])
+    rows = _find(old.heldout, new.heldout)
     to_new = _by_name(old.labels, new.labels)
     both = rows >= 0
     _add_renamed(to_new, old.heldout.labels[rows[both]], new.heldout.labels[both], len(new.labels))
     to_old = np.full(len(new.labels), -1)
     to_old[to_new[to_new >= 0]] = np.flatnonzero(to_new >= 0)
     return Match(old=old, new=new, rows=rows, to_new=to_new, to_old=to_old)
+
+
+def _find(old: Heldout, new: Heldout) -> Numbers:
+    """The row in ``old`` of each picture of ``new``; -1 for one that is not there."""
+    order = np.argsort(old.short_digests)
+    places = np.searchsorted(old.short_digests[order], new.short_digests)
+    rows = order[np.minimum(places, len(order) - 1)]
+    return np.where((old.digests[rows] == new.digests).all(axis=1), rows, -1)
 
 
 def _by_name(old: Labels, new: Labels) -> Numbers:
@@ -189,6 +183,36 @@ def _add_renamed(to_new: Numbers, before: Numbers, after: Numbers, classes: int)
         if target in free and 2 * (moved == target).sum() > len(moved):
             to_new[index] = target
             free.remove(target)
+
+
+def _choose(
+    match: Match, scores: Probabilities | None, min_examples: int, notes: list[str]
+) -> tuple[Mask, Probabilities]:
+    """Which of the challenger's held-out pictures decide, and what the champion says of these.
+
+    Args:
+        match: the two records.
+        scores: of the champion for all that the challenger held out, if publishing has them.
+        min_examples: of the policy.
+        notes: what is unusual about the choice is appended.
+    """
+    usable, labels, old = match.usable, match.new.heldout.labels, match.old.heldout
+    common = usable & match.both
+    needed = min(min_examples, (len(old.labels) + 1) // 2)
+    few, absent = common.sum() < needed, np.setdiff1d(labels[usable], labels[common]).tolist()
+    if few:
+        notes.append(f"only {_pictures(common)} that both held out, {needed:,} are needed")
+    if absent:
+        names = _listed([repr(match.new.labels[index]) for index in absent])
+        notes.append(f"no picture that both held out is of class {names}")
+    if not few and (scores is None or not absent):
+        return common, old.probabilities[match.rows[common]]
+    if scores is None or usable.sum() < needed:
+        raise PromotionRefused(_why_not(match, notes, is_scored=scores is not None))
+    notes.append(
+        "judged on all that the challenger held out; publishing has scored the champion on them"
+    )
+    return usable, scores[usable]
 
 
 def _notes(match: Match) -> list[str]:

@@ -108,7 +108,7 @@ def test_too_few_in_common_are_made_up_for_by_what_publishing_scored(version) ->
     verdict = compare(old, new)
     assert (verdict.examples, verdict.champion_accuracy) == (50, 0.6)
     assert verdict.accepted
-    assert "only 10 pictures that both held out, 30 are needed: judged on all" in notes(verdict)
+    assert "only 10 pictures that both held out, 30 are needed; judged on all" in notes(verdict)
     assert "50 removed" in notes(verdict)
     assert compare(old, new, Policy(min_examples=10)).examples == 10
 
@@ -132,6 +132,16 @@ def test_too_few_in_common_are_refused_with_figures_and_a_way_to_go_on(version) 
         PromotionRefused, match="scored the champion on 3 pictures that can be used"
     ):
         compare(old, easy)
+
+
+def test_a_class_without_a_common_picture_is_judged_by_what_publishing_scored(version) -> None:
+    old = version({**right(range(40)), **right(range(40, 50), "dog")})
+    data = {**right(range(40)), **wrong(range(100, 110), "dog", "cat")}
+    without = compare(old, version(data))
+    assert (without.examples, without.accepted) == (40, True)
+    assert "no picture that both held out is of class 'dog'" in notes(without)
+    scored = compare(old, version(data, champion=(old, ["cat"] * 40 + ["dog"] * 10)))
+    assert (scored.examples, scored.challenger_accuracy, scored.accepted) == (50, 0.8, False)
 
 
 def test_half_of_a_small_record_is_enough(version) -> None:

@@ -78,7 +78,8 @@ def test_records_name_the_examples_of_the_data_set(
     make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     bundle = make_bundle()
-    assert [each.hex() for each in bundle.heldout().names] == list(few_digits.validation.digests)
+    digests = [each.tobytes().hex() for each in bundle.heldout().digests]
+    assert digests == list(few_digits.validation.digests)
     assert [f"{each:016x}" for each in bundle.training().digests] == [
         digest[:16] for digest in few_digits.train.digests
     ]
@@ -89,7 +90,7 @@ def test_no_more_held_out_examples_are_kept_than_the_gate_may_unpack(
 ) -> None:
     monkeypatch.setattr(records, "MAX_ARRAYS_BYTES", 10 * (8 + 32 + 8 + 4 * 10) + 5)
     heldout = make_bundle().heldout()
-    assert len(heldout.labels) == len(heldout.names) == len(heldout.looks) == 10
+    assert len(heldout.labels) == len(heldout.digests) == len(heldout.looks) == 10
 
 
 def test_a_lossy_copy_of_a_picture_looks_like_it_and_another_picture_does_not() -> None:
