@@ -1,6 +1,7 @@
 """What the tests share: tiny seeded networks on real pictures, and homes of their own."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -145,11 +146,25 @@ def load_eager(bundle: Bundle) -> Classifier:
     return Planner(Path("unused"), "cpu", None, EAGER).load(bundle)
 
 
-EXPORTS: dict[bytes, dict[str, bytes]] = {}
+def exported(factory: pytest.TempPathFactory, program: Program, data: Dataset) -> dict[str, bytes]:
+    """What ``export_network`` makes of a program, made once for all processes: it takes seconds."""
+    weights = [tensor.numpy().tobytes() for tensor in program.network.state_dict().values()]
+    key = hashlib.sha256(b"".join([data.sha256.encode(), str(program).encode(), *weights]))
+
+    def make(folder: Path) -> None:
+        for name, content in export_network(program, choose_calibration(data.train)).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    folder = made_once(factory, f"exports-{key.hexdigest()[:16]}", make)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture
-def make_bundle(few_digits: Dataset, tmp_path: Path) -> MakeBundle:
+def make_bundle(
+    few_digits: Dataset, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> MakeBundle:
     """Writes a real bundle: ``make_bundle(seed=1, change=lambda manifest: …)``.
 
     Without what ``export`` adds, torch's plans are the only ones; exporting takes seconds.
@@ -172,10 +187,7 @@ def make_bundle(few_digits: Dataset, tmp_path: Path) -> MakeBundle:
         (report / "report.html").write_text("<title>report</title>")
         # The store insists on the folder's name.
         target = folder or tmp_path / f"version-{seed}" / "bundle"
-        key = msgspec.json.encode((network, seed, data.sha256))
-        if export and key not in EXPORTS:
-            EXPORTS[key] = export_network(program, choose_calibration(data.train))
-        exports = EXPORTS[key] if export else {}
+        exports = exported(tmp_path_factory, program, data) if export else {}
         return write_version(target, change(manifest), program, data, heldout, report, exports)
 
     return make

@@ -13,7 +13,7 @@ from registry.errors import BundleInvalid, RegistryUnavailable
 from registry.home import Home
 from registry.store import ModelStore
 from tests.conftest import MakeBundle
-from training import runs
+from training import publish, runs
 from training.__main__ import main
 from training.datasets import Dataset
 from training.evaluate import Evaluation
@@ -41,6 +41,13 @@ def test_training_ends_with_a_challenger_and_its_run(registry_home: Home, capsys
     assert not list(registry_home.checkpoints.glob("*"))
 
 
+@pytest.fixture
+def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish without graphs for other engines: making them takes longer than the training."""
+    monkeypatch.setattr(publish, "export_network", lambda *_: {})
+
+
+@pytest.mark.usefixtures("without_exports")
 def test_the_summary_says_what_to_do_next(registry_home: Home, capsys) -> None:
     assert main([*QUICK, "--recipe", "dense", "--model", "mine"]) == 0
     out = capsys.readouterr().out
@@ -49,6 +56,7 @@ def test_the_summary_says_what_to_do_next(registry_home: Home, capsys) -> None:
     assert "promote" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_registry_that_fails_at_the_end_costs_no_training(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
