@@ -79,7 +79,8 @@ bench: $(INSTALLED) ## speed beside what people would run instead, start-up, rel
 	@cp .env.example $@
 
 # Random, made once. Their folder lets nobody else in; in containers another user reads the files.
-SECRETS := $(addprefix secrets/,database_password mlflow_password mlflow_session_key service_key \
+SECRETS := $(addprefix secrets/,database_password mlflow_password mlflow_reader_password \
+    mlflow_session_key service_key \
     grafana_password metrics_token) # pragma: allowlist secret
 $(SECRETS):
 	@mkdir -p -m 700 secrets
@@ -99,7 +100,7 @@ upgrade: ## back the registry up, then bring its tables to the image's version o
 	deploy/backup.sh
 	$(COMPOSE) stop mlflow control puller
 	$(COMPOSE) run --rm mlflow mlflow db upgrade postgresql+psycopg2://mlflow@database/mlflow
-	$(COMPOSE) up -d mlflow control puller
+	$(COMPOSE) up -d mlflow accounts control puller
 
 update: ## replace every replica of the service by the image as it is now, losing nothing
 	$(COMPOSE) build service

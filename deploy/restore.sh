@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
   || { echo "$1 is damaged; nothing was changed" >&2; exit 1; }
 
 $compose stop mlflow control puller
-trap 'rm -rf "$work"; $compose up -d mlflow control puller' EXIT
+trap 'rm -rf "$work"; $compose up -d mlflow accounts control puller' EXIT
 $compose up -d database
 for _ in $(seq 60); do
   $compose exec -T database pg_isready -q -h 127.0.0.1 -U mlflow && break

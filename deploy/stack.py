@@ -5,6 +5,7 @@
 Reads what ``docker-compose config`` prints and says what a stack needs otherwise: no order of
 starting (a stack starts again what has ended until all are there), images instead of builds, names
 that resolve to every replica, a rolling update that takes itself back when the new image is bad.
+Swarm ignores ``security_opt``: the images forbid new privileges themselves, at their entry.
 On several nodes the volume ``models`` must be one that they share, or each node needs a puller.
 """
 
@@ -52,7 +53,9 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     made = {key: value for key, value in service.items() if key not in NOT_OF_A_STACK}
     deploy = dict(made.get("deploy") or {})
     deploy["endpoint_mode"] = "dnsrr"  # the proxy asks for every replica by the service's name
-    deploy["restart_policy"] = {"condition": "any", "delay": "2s"}
+    # A step that has ended well is done; all else is to run always.
+    is_step = service.get("restart") == "on-failure"
+    deploy["restart_policy"] = {"condition": "on-failure" if is_step else "any", "delay": "2s"}
     limits = (deploy.get("resources") or {}).get("limits") or {}
     if cores := float(limits.pop("cpus", 0)):
         limits["cpus"] = str(cores)  # 0, none, is something that a stack leaves out

@@ -22,6 +22,7 @@ from registry.home import Home, convoy_home
 from registry.plain_logs import log_to_stderr
 from registry.secret_files import with_secrets
 from registry.tables import decision, live_page, plans_table, version_page, versions_table
+from registry.texts import one_line
 
 if TYPE_CHECKING:
     from registry.bundle import Bundle
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.update(with_secrets(os.environ))
         return int(arguments.run(arguments))
     except ConvoyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -206,7 +207,7 @@ def _audit(arguments: argparse.Namespace) -> int:
             time.sleep(AUDIT_AGAIN_S)
             lines, faults = audit(store, name)
         failed = failed or bool(faults)
-        print(f"{name}: {lines} lines, {'; '.join(faults) or 'all in order'}")
+        print(one_line(f"{name}: {lines} lines, {'; '.join(faults) or 'all in order'}"))
     return 1 if failed else 0
 
 
@@ -362,7 +363,9 @@ def _parser() -> argparse.ArgumentParser:
     withdraw.add_argument("name")
     withdraw.set_defaults(run=_withdraw)
     for command in (promote, roll_back, release, withdraw):
-        command.add_argument("--reason", help="why; recorded with the decision")
+        command.add_argument(
+            "--reason", help="why; recorded with the decision, as is $LOGNAME, marked (unverified)"
+        )
 
     compare = commands.add_parser("compare", help="how the versions that serve do, live")
     compare.add_argument("name")
@@ -371,13 +374,25 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(run=_compare)
 
-    history = commands.add_parser("history", help="every decision about a model")
+    history = commands.add_parser(
+        "history",
+        help="every decision about a model",
+        description="Every decision about a model. A name with (unverified) is one that a command "
+        "line took from $LOGNAME, which its user sets at will; names without it are those of the "
+        "control plane's tokens, which it has checked, or of machines.",
+    )
     history.add_argument("name")
     history.add_argument("--at", metavar="DAY", help="who was champion on 2026-11-17 (UTC)")
     history.add_argument("--json", action="store_true", help="print JSON")
     history.set_defaults(run=_history)
 
-    audit = commands.add_parser("audit", help="was the ledger edited, and does the alias agree")
+    audit = commands.add_parser(
+        "audit",
+        help="are lines of the log missing, and do the aliases agree with it",
+        description="Finds lines of the log that are missing or unreadable, a log that publishing "
+        "did not make, and aliases that disagree with it. It does not find lines that an account "
+        "with write access to the registry has rewritten.",
+    )
     audit.add_argument("name", nargs="?", help="only this model")
     audit.set_defaults(run=_audit)
 

@@ -37,7 +37,8 @@ _READS = {
     ),
     "/v1/models/{name}/traffic": "How the services serve it: workers, and each version's figures.",
     "/v1/models/{name}/history": "Every decision; with `at`, who was champion on that day.",
-    "/v1/models/{name}/audit": "Whether the ledger was edited, and the aliases agree with it.",
+    "/v1/models/{name}/audit": "Whether lines of the log are missing, and the aliases agree; "
+    "a line that was rewritten is not found.",
 }
 
 

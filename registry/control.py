@@ -60,6 +60,8 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
             "timeout": TIMEOUT_S,
             "control_socket_disable": True,
             "limit_request_line": 2000,
+            # Loopback might rewrite a request's path, and a proxy may pass a client's header on.
+            "forwarder_headers": "",
         }.items():
             self.cfg.set(name, value)
 

@@ -26,6 +26,7 @@ from registry.plans.duel import time_both
 from registry.preprocess import encode_png
 from registry.shared_files import write_atomically
 from registry.store import ModelStore
+from registry.texts import one_line
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Judgement(Struct, frozen=True, kw_only=True):
             + ("accepted" if accepted else "REFUSED")
         ]
         if self.verdict is None:
-            return "\n".join([*lines, f"  {self.summary}"])
+            return "\n".join(map(one_line, [*lines, f"  {self.summary}"]))
         lines.append(f"  {'':<22} {'champion':>10} {'challenger':>10}")
         lines += [
             f"  {check.what:<22} {check.champion:>10.4g} {check.challenger:>10.4g}  "
@@ -94,7 +95,8 @@ class Judgement(Struct, frozen=True, kw_only=True):
             f"  {self.verdict.examples:,} held-out pictures: {len(self.verdict.gained)} gained, "
             f"{len(self.verdict.lost)} lost, McNemar p = {self.verdict.p_value:.3g}"
         )
-        return "\n".join([*lines, *(f"  {note}" for note in self.verdict.notes)])
+        lines += [f"  {note}" for note in self.verdict.notes]
+        return "\n".join(map(one_line, lines))
 
 
 class Judge:

@@ -21,10 +21,12 @@ from registry.errors import (
 )
 from registry.gates import TrialPolicy, read_policy
 from registry.home import Home
+from registry.ledger import MAX_TEXT_CHARS
 from registry.live import refusals
 from registry.promotion import note_refusal, withdraw
 from registry.services import read_live
 from registry.store import ModelStore
+from registry.texts import shortened
 from registry.trial_guard import TrialGuard
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Lookout:
         broken = guard.look(live)
         if broken is None:
             return False
+        broken = shortened(broken, MAX_TEXT_CHARS)
         log.warning("%s: the trial of %s ends: %s", name, trial, broken)
         with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
             withdraw(store, name, broken, expect_challenger=trial.version, by=self._by)

@@ -21,8 +21,11 @@ from msgspec.structs import replace
 from registry.contract import ModelRef, Sha256, Trial
 from registry.errors import BundleInvalid
 from registry.shared_files import locked
+from registry.texts import shortened
 
 RELEASE_SCHEMA_VERSION = 2
+# What a puller or a worker says went wrong: it goes to probes, to pages and to the registry.
+MAX_ERROR_CHARS = 2_000
 
 
 class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,7 +188,7 @@ def write_status(models: Path, ref: ModelRef, error: str | None) -> None:
         if error is None:
             status = PullStatus(agreed_unix_s=time.time(), agreed_boot_s=boot_s(), boot=boot_id())
         else:
-            status = replace(read_status(models, ref), error=error)
+            status = replace(read_status(models, ref), error=shortened(error, MAX_ERROR_CHARS))
         file.replace(msgspec.json.encode(status) + b"\n")
 
 

@@ -3,6 +3,9 @@
 Containers are given secrets as files, while libpq, MLflow and S3 clients look for them in the
 environment, where ``docker inspect`` would show them. ``NAME_FILE`` says where the value of
 ``NAME`` lies; the command takes this process's place.
+
+The command and all that it starts can gain no privileges: Swarm ignores Compose's
+``no-new-privileges``, so the images set it themselves.
 """
 
 import os
@@ -11,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from registry.errors import UsageError
+from registry.processes import forbid_new_privileges
 
 NAMES = (
     "AWS_ACCESS_KEY_ID",
@@ -18,6 +22,7 @@ NAMES = (
     "CONVOY_SERVICE_KEY",
     "MLFLOW_AUTH_ADMIN_PASSWORD",
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
+    "MLFLOW_READER_PASSWORD",
     "MLFLOW_TRACKING_PASSWORD",
     "PGPASSWORD",
 )
@@ -44,6 +49,7 @@ def with_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(command: list[str]) -> int:
+    forbid_new_privileges()
     try:
         os.execvpe(command[0], command, with_secrets(os.environ))  # noqa: S606 - the operator's own
     except UsageError as error:

@@ -1,4 +1,8 @@
-"""What ``python -m registry`` prints: versions, one version, decisions, plans, live figures."""
+"""What ``python -m registry`` prints: versions, one version, decisions, plans, live figures.
+
+Texts from the registry and from services are other people's: each stays on its own line, with its
+control characters escaped.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -6,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from registry.contract import Manifest, ModelVersion
 from registry.live import UNBOUNDED_S, Live, VersionTraffic
+from registry.texts import one_line
 
 if TYPE_CHECKING:
     from registry.ledger import Line
@@ -25,7 +30,7 @@ def versions_table(rows: Iterable[tuple[ModelVersion, Mapping[str, str]]]) -> st
         f"{_when(version)}"
         for version, tags in rows
     ]
-    return "\n".join(lines)
+    return _page(lines)
 
 
 def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence["Line"]) -> str:
@@ -43,14 +48,14 @@ def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence[
         *(f"  {name:<28} {value:.4f}" for name, value in manifest.metrics.items()),
         *(f"  {decision(line)}" for line in decisions),
     ]
-    return "\n".join(lines)
+    return _page(lines)
 
 
 def decision(line: "Line") -> str:
     """One line of the ledger."""
     entry = line.entry
     overtaken = "" if line.stands else ", overtaken"
-    return (
+    return one_line(
         f"{line.number:>4}  {entry.at}  {entry.by}  {entry.action} version {entry.to_version} "
         f"(champion was {entry.from_version}){overtaken}: "
         f"{'; '.join(filter(None, (entry.reason, entry.verdict))) or 'no reason given'}"
@@ -78,7 +83,7 @@ def plans_table(choice: "Choice", manifest: Manifest) -> str:
         ]
         verdict = "chosen" if each.plan == choice.chosen else each.reason or "accepted"
         lines.append(f"{each.plan:<18} {' '.join(cells)}  {verdict}")
-    return "\n".join(lines)
+    return _page(lines)
 
 
 def live_page(live: Live) -> str:
@@ -104,7 +109,11 @@ def live_page(live: Live) -> str:
             f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"
             + (f", {worker.error}" if worker.error else "")
         )
-    return "\n".join(lines)
+    return _page(lines)
+
+
+def _page(lines: Iterable[str]) -> str:
+    return "\n".join(map(one_line, lines))
 
 
 def _bars(version: VersionTraffic) -> list[str]:

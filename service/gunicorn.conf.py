@@ -26,6 +26,8 @@ graceful_timeout = settings.drain_s
 timeout = 60
 # Its default place is one socket per user: two services would fight over it; nothing uses it.
 control_socket_disable = True
+# gunicorn lets loopback rewrite a path by headers of these names; a proxy may pass a client's on.
+forwarder_headers = ""
 logconfig_dict = logging_config(settings.log_level)
 
 # Of its own, because what an earlier run left behind would be counted again.

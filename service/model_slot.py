@@ -20,6 +20,7 @@ from registry.contract import ModelRef
 from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.live import WorkerReport
 from registry.releases import (
+    MAX_ERROR_CHARS,
     PullStatus,
     Release,
     ReleasedVersion,
@@ -27,6 +28,7 @@ from registry.releases import (
     read_status,
     version_folder,
 )
+from registry.texts import shortened
 from service.crew import Crew
 from service.memory import give_back
 from service.served import ServedModel, Serving
@@ -456,6 +458,7 @@ class ModelSlot:
     ) -> None:
         is_fault = isinstance(error, BundleInvalid)  # else a device, a disk: the version is good
         text = str(error) if is_fault else f"{type(error).__name__}: {error}"
+        text = shortened(text, MAX_ERROR_CHARS)  # it goes to every probe and to the registry
         retry_at = time.monotonic() + pause_s
         self._failure = Failure(release, version if is_fault else None, pause_s, retry_at)
         if text != self.error:

@@ -175,7 +175,13 @@ class Stack:
         self.port, self.control_port = free_port(), free_port()
         secrets = work / "secrets"
         secrets.mkdir(mode=0o700)
-        for name in ("database_password", "mlflow_password", "mlflow_session_key", "service_key"):
+        for name in (
+            "database_password",
+            "mlflow_password",
+            "mlflow_reader_password",
+            "mlflow_session_key",
+            "service_key",
+        ):
             (secrets / name).write_text(os.urandom(24).hex())
         self.environment = {
             **environment,

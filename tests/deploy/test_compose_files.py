@@ -1,10 +1,12 @@
 """The Compose files, by the old docker-compose and by the published schema of the new one."""
 
+import configparser
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -101,3 +103,41 @@ def test_what_is_drawn_and_what_alarms_is_measured() -> None:
     operations = (ROOT / "docs" / "operations.md").read_text()
     for rule in rules:
         assert f"`{rule['alert']}`" in operations, rule["alert"]
+
+
+def stack() -> dict[str, Any]:
+    """The stack of docker-compose.yml, with every setting at its default."""
+    text = (ROOT / "docker-compose.yml").read_text()
+    return as_stack(yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)))
+
+
+def test_images_forbid_new_privileges_themselves_and_no_stack_goes_round_that() -> None:
+    """Swarm ignores Compose's security_opt, and entries of the images are what it starts."""
+    ours = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^ENTRYPOINT (.*)$", ours, re.MULTILINE) == [
+        '["python", "-m", "registry.secret_files"]'  # tests/registry/test_secret_files.py
+    ]
+    proxy = (ROOT / "deploy" / "proxy" / "Dockerfile").read_text()
+    assert 'ENTRYPOINT ["setpriv", "--no-new-privs", ' in proxy
+    made = stack()
+    built = {name for name, each in made["services"].items() if "convoy" in each["image"].lower()}
+    assert built >= {"proxy", "service", "puller", "control", "mlflow", "accounts"}
+    assert not [name for name in built if "entrypoint" in made["services"][name]]
+
+
+def test_the_puller_has_an_account_that_reads_and_no_other() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    puller = services["puller"]
+    assert puller["environment"]["MLFLOW_TRACKING_USERNAME"] == "reader"
+    assert puller["secrets"] == ["mlflow_reader_password"]
+    assert services["mlflow"]["environment"]["MLFLOW_ENABLE_WORKSPACES"] == "true"
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "deploy" / "mlflow-auth.ini")
+    assert settings["mlflow"]["default_permission"] == "READ"  # what ``reader`` may
+    assert settings["mlflow"]["grant_default_workspace_access"] == "true"
+
+
+def test_a_step_that_has_ended_well_is_not_started_again_by_swarm() -> None:
+    made = stack()["services"]
+    assert made["accounts"]["deploy"]["restart_policy"]["condition"] == "on-failure"
+    assert made["puller"]["deploy"]["restart_policy"]["condition"] == "any"

@@ -160,6 +160,15 @@ def test_what_serves_reaches_names_and_the_registry_only(tmp_path: Path) -> None
     }
     ports = [port["port"] for rule in policies["prod-service"]["egress"] for port in rule["ports"]]
     assert ports == [53, 53, 5000]
+    names, registry = policies["prod-service"]["egress"]
+    system = {"kubernetes.io/metadata.name": "kube-system"}
+    assert names["to"] == [
+        {
+            "namespaceSelector": {"matchLabels": system},
+            "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+        }
+    ]
+    assert registry["to"]
     elsewhere = render("gpu, registry elsewhere", tmp_path)
     (policy,) = [each["spec"] for each in elsewhere if each["kind"] == "NetworkPolicy"]
     assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == [53, 53, 443]

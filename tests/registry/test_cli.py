@@ -54,7 +54,7 @@ def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
     status, out, _ = run(capsys, "roll-back", "digits", "--reason", "drill is over")
     assert (status, "version 1 is the champion again" in out) == (0, True)
     _, out, _ = run(capsys, "history", "digits")
-    assert [line.split()[3] for line in out.splitlines()] == ["promoted", "forced", "rolled"]
+    assert [line.split()[4] for line in out.splitlines()] == ["promoted", "forced", "rolled"]
     today = datetime.now(UTC).date().isoformat()
     _, out, _ = run(capsys, "history", "digits", "--at", today)
     assert out.startswith(f"digits on {today}: version 1, then 2, then 1\n")
@@ -134,3 +134,28 @@ def test_the_plans_of_a_version_are_shown(
     found = json.loads(out)
     assert found["chosen"] == "torch-fp32"
     assert set(found["findings"][0]["batch_ms"]) == {"1", "8", "32"}
+
+
+FORGED = "fine\n   2  2026-11-30  ann  promoted version 7\x1b[2J\x1b[31m\u202e"
+
+
+def test_a_text_of_the_registry_forges_no_line_and_moves_no_cursor(
+    publish, store, registry_home: Home, capsys
+) -> None:
+    publish()
+    promote(store, "digits", 1, reason=FORGED, by=FORGED)
+    mlflow.MlflowClient().set_model_version_tag("digits", "1", "convoy.recipe", FORGED)
+    for command in (("history", "digits"), ("show", "digits", "1"), ("list",)):
+        _, out, _ = run(capsys, *command)
+        assert r"fine\x0a" in out, command
+        assert not set("\x1b\u202e") & set(out), command
+        assert not any(line.lstrip().startswith("2  2026") for line in out.splitlines()), command
+
+
+def test_a_name_that_the_shell_claims_is_marked(
+    publish, store, registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ann")  # as anybody can
+    publish()
+    assert run(capsys, "promote", "digits", "1", "--untimed")[0] == 0
+    assert "  ann (unverified)  promoted" in run(capsys, "history", "digits")[1]

@@ -249,6 +249,24 @@ def test_a_trial_that_breaks_the_policy_is_withdrawn_and_the_ledger_says_why(
     assert store.standing("digits")[1] is None
 
 
+@pytest.mark.parametrize("characters", ["x", "\x00", "ü\n"])
+def test_an_error_of_any_length_ends_a_trial(
+    store: ModelStore,
+    tried: None,
+    registry_home: Home,
+    monkeypatch: pytest.MonkeyPatch,
+    characters: str,
+) -> None:
+    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+    puller.pull(REF)
+    looked_after(puller, monkeypatch)
+    failing = {"pid": 7, "model": "digits", "refused": 2, "error": characters * 500_000}
+    looked_after(puller, monkeypatch, workers=(WorkerReport(**failing),))
+    actions = [line.entry.action for line in store.ledger("digits").lines]
+    assert actions[-2:] == ["refused", "withdrawn"]
+    assert store.standing("digits")[1] is None
+
+
 def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
     store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

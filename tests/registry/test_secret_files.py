@@ -38,6 +38,13 @@ def test_the_command_takes_this_process_s_place(tmp_path: Path) -> None:
     assert process.returncode == 7
 
 
+def test_the_command_can_gain_no_privileges() -> None:
+    """In a stack of Swarm, too, which ignores Compose's no-new-privileges."""
+    command = [sys.executable, "-m", "registry.secret_files", "cat", "/proc/self/status"]
+    status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "NoNewPrivs:\t1\n" in status
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [([], "cannot run ''"), (["no-such-program", "x"], "cannot run 'no-such-program x'")],
