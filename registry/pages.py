@@ -26,10 +26,10 @@ from flask import (
     render_template,
     request,
     session,
-    url_for,
 )
 from werkzeug.exceptions import Forbidden, NotFound
 
+from registry.addresses import relative, url_for
 from registry.api import control, describe_error, report_files
 from registry.contract import ModelRef, check_model_name
 from registry.decisions import Decision, Promotion, RollBack, TrialRequest, Withdrawal
@@ -55,7 +55,7 @@ def init_app(app: Flask) -> None:
         PERMANENT_SESSION_LIFETIME=SESSION_S,
     )
     app.jinja_env.filters.update(FILTERS)
-    app.jinja_env.globals.update(width=WIDTH, height=HEIGHT)
+    app.jinja_env.globals.update(width=WIDTH, height=HEIGHT, url_for=url_for)
 
 
 def verdict_page(judged: Judgement) -> str:
@@ -105,7 +105,7 @@ def signed_in() -> Any:
     session["csrf"] = secrets.token_urlsafe(32)
     # Only to a page of ours: "//host" and "/\\host" are another's.
     ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
-    return redirect(target if ours else url_for("pages.show_models"), 303)
+    return redirect(relative(target) if ours else url_for("pages.show_models"), 303)
 
 
 @blueprint.post("/logout")

@@ -52,7 +52,7 @@ LOOP_WAIT_S = 0.02
 LARGE_AT_ONCE = 1
 _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
-    r"/classify"
+    r"/classify/?"
 )
 # When a request came: one that was postponed comes twice, and is counted once.
 CALLED = "convoy.called"
@@ -124,7 +124,7 @@ class Classify:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        target = _PATH.fullmatch(path) if path.endswith("/classify") else None
+        target = _PATH.fullmatch(path) if path.endswith(("/classify", "/classify/")) else None
         if target is None:
             return self._app(environ, start_response)
         job = Job(*identify(environ))
