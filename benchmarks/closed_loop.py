@@ -7,8 +7,8 @@ was agreed before. Requests/s are right answers a second. Every other outcome is
 and marks the row (``failures``). A request that is still open when the time is over is waited for,
 and its time counts: a server that stalls cannot hide it.
 
-The driver is a single loop over ``epoll``, because it shares the cores with the servers; what it took
-of them is the row's ``client_cores``.
+The driver is a single loop over ``epoll``, because it shares the cores with the servers; what it
+took of them is the row's ``client_cores``.
 """
 
 import errno

@@ -24,10 +24,10 @@ from flask import (
     redirect,
     render_template,
     request,
-    url_for,
 )
 from werkzeug.exceptions import Forbidden, NotFound
 
+from registry.addresses import relative, url_for
 from registry.api import COOKIE, control, describe_error, report_files
 from registry.contract import ModelRef, check_model_name
 from registry.decisions import Decision, Promotion, RollBack, TrialRequest, Withdrawal
@@ -44,7 +44,7 @@ P = ParamSpec("P")
 def init_app(app: Flask) -> None:
     app.register_blueprint(blueprint)
     app.jinja_env.filters.update(FILTERS)
-    app.jinja_env.globals.update(width=WIDTH, height=HEIGHT)
+    app.jinja_env.globals.update(width=WIDTH, height=HEIGHT, url_for=url_for)
 
 
 def verdict_page(judged: Judgement) -> str:
@@ -95,7 +95,7 @@ def signed_in() -> Any:
         return render_template("login.html", next=target, failed=True), 401
     # Only to a page of ours: "//host" and "/\\host" are another's.
     ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
-    response = redirect(target if ours else url_for("pages.show_models"), 303)
+    response = redirect(relative(target) if ours else url_for("pages.show_models"), 303)
     response.set_cookie(
         COOKIE,
         control().sessions.begin(token.sha256),

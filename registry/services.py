@@ -20,6 +20,12 @@ TIMEOUT_S = 2.0
 MOST_BYTES = 4_000_000
 
 
+def local_address(host: str, port: int | str) -> str:
+    """Where a process on this machine reaches a service that listens on ``host``."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Those in ``CONVOY_SERVICE_URL``, with commas between them; by default this machine's.
 

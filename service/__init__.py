@@ -38,6 +38,7 @@ def create_app(
     from service import errors, requests
     from service.api import docs, health, models, page
     from service.api.classify import Classify
+    from service.cors import Cors
     from service.door import Door
     from service.metrics import Metrics
     from service.settings import Settings
@@ -56,6 +57,7 @@ def create_app(
         metrics.start()
         watchdog.start()
     app = Flask(__name__)
+    app.url_map.strict_slashes = False
     shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
     state = app.extensions["convoy"] = State(
         settings=settings,
@@ -70,4 +72,6 @@ def create_app(
     for module in (models, health, docs, page):
         app.register_blueprint(module.blueprint)
     app.wsgi_app = Classify(app.wsgi_app, state)  # type: ignore[method-assign]
+    if origins := settings.cors_origin_list:
+        app.wsgi_app = Cors(app.wsgi_app, origins, settings.sticky_header)  # type: ignore[method-assign]
     return app

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from registry.errors import ConvoyError
 from registry.plain_logs import log_to_stderr
+from registry.services import DEFAULT_PORT, local_address
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,10 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     classify = commands.add_parser("classify", help="classify files with a running service")
     classify.add_argument("files", nargs="+", metavar="FILE")
-    host = os.environ.get("CONVOY_HOST", "127.0.0.1")
+    host = os.environ.get("CONVOY_HOST") or "127.0.0.1"
     classify.add_argument(
         "--url",
-        default=f"http://{host}:{os.environ.get('CONVOY_PORT', '8080')}",
+        default=local_address(host, os.environ.get("CONVOY_PORT") or DEFAULT_PORT),
         help="of the service (default %(default)s)",
     )
     classify.add_argument("--model", help="another than the service's default model")

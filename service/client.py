@@ -44,6 +44,7 @@ def classify_files(
     )
     connection = connect(address.hostname, port, timeout=TIMEOUT_S)
     path = f"/v1/models/{quote(model, safe='')}/classify" if model else "/v1/classify"
+    path = quote(address.path.rstrip("/"), safe="/%") + path  # below a proxy's path
     failures = 0
     with contextlib.closing(connection):
         for name in files:

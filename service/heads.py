@@ -45,6 +45,7 @@ class Heads:
     def _parse(self, asked: Asked, connection: Connection) -> tuple[Any, dict[str, Any]]:
         request = next(http.get_parser(self._cfg, [asked.head, HEADERS_END], connection.client))
         _check(request)
+        _read_connection(request)
         _, environ = wsgi.create(request, None, connection.client, connection.server, self._cfg)
         environ["wsgi.multithread"] = True
         for bound in ("gunicorn.socket", "wsgi.early_hints", "wsgi.input"):
@@ -60,3 +61,14 @@ def _check(request: Any) -> None:
     hosts = sum(name == "HOST" for name, _ in request.headers)
     if hosts > 1 or (hosts == 0 and request.version == (1, 1)):
         raise ValueError("a request needs one Host")
+
+
+def _read_connection(request: Any) -> None:
+    """Honour each of several options in Connection; gunicorn knows only those that stand alone."""
+    lists = [value for name, value in request.headers if name == "CONNECTION"]
+    options = {option.strip().lower() for value in lists for option in value.split(",")}
+    if "close" in options:
+        request.force_close()
+    elif "keep-alive" in options:
+        request.headers = [each for each in request.headers if each[0] != "CONNECTION"]
+        request.headers.append(("CONNECTION", "keep-alive"))

@@ -36,6 +36,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 CALM_S = 60.0
 LOOK_S = 0.5
 START_S = 120.0
+# The path of a socket has 107 bytes at most, and the folder's name and the socket's come after it.
+MAX_PARENT_BYTES = 70
 GUNICORN = [
     sys.executable,
     "-m",
@@ -133,9 +135,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
     companions: list[Companion] = []
     ending = Event()
     with contextlib.ExitStack() as stack:
-        # Only this user may enter it; in /tmp, as a socket's path has 107 bytes at most.
-        temporary = tempfile.TemporaryDirectory(prefix="convoy-run-", dir="/tmp")
-        folder = Path(stack.enter_context(temporary))
+        folder = Path(stack.enter_context(_run_folder()))
         (folder / METRICS).mkdir()
         environment = {
             **os.environ,
@@ -181,6 +181,20 @@ def serve(settings: Settings, pull: bool = True) -> int:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 gunicorn.wait(timeout=LOOK_S)
         return gunicorn.returncode
+
+
+def _run_folder() -> "tempfile.TemporaryDirectory[str]":
+    """What the processes of this service share; only this user may enter it."""
+    try:
+        parent = tempfile.gettempdir()
+        if len(os.fsencode(parent)) > MAX_PARENT_BYTES:
+            parent = "/tmp"  # noqa: S108 - a folder of its own is made in it
+        return tempfile.TemporaryDirectory(prefix="convoy-run-", dir=parent)
+    except OSError as error:
+        raise UsageError(
+            f"no temporary folder can be made ({error}); set TMPDIR to a folder that can be "
+            f"written, whose path has at most {MAX_PARENT_BYTES} bytes"
+        ) from error
 
 
 def _has_shadow(settings: Settings) -> bool:

@@ -1,6 +1,7 @@
 """Every setting of the service, parsed once from the environment into one immutable record."""
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -16,7 +17,7 @@ from registry.decode_limits import DEFAULT_LIMITS, DecodeLimits
 from registry.devices import CORES, forward_threads
 from registry.errors import UsageError
 from registry.home import convoy_home
-from registry.services import SERVICE_KEY
+from registry.services import SERVICE_KEY, local_address
 from service.connection import Limits
 
 Network = IPv4Network | IPv6Network
@@ -26,6 +27,8 @@ DRAIN_LEAST_S = 3.0
 # Pictures of which decoding holds more are decoded one at a time: each may take 260 MB.
 LARGE_BYTES = 6_000_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
+
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 # Not for operators: ``python -m service`` tells the processes that it starts.
 GPU_SOCKET = "CONVOY_GPU_SOCKET"
@@ -63,6 +66,7 @@ VARIABLES = {
     "CONVOY_RATE": "rate",
     "CONVOY_BURST": "burst",
     "CONVOY_PROXIES": "proxies",
+    "CONVOY_CORS_ORIGINS": "cors_origins",
     "CONVOY_LOG_LEVEL": "log_level",
 }
 
@@ -79,7 +83,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     in the shadow may take. With ``keys``, callers need a token of the file ``tokens``; who knows
     ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``. Of
     ``proxies``, networks with commas between them, the last address in X-Forwarded-For is the
-    caller's.
+    caller's. ``cors_origins`` are origins, with commas between them, whose pages may ask.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -117,6 +121,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     burst: Count = 20
     proxies: str = ""
+    cors_origins: str = ""
     log_level: str = "INFO"
     gpu_socket: Path | None = None
     run_folder: Path | None = None
@@ -134,8 +139,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def address(self) -> str:
         """Where a process on this machine reaches the service."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return local_address(self.host, self.port)
 
     @property
     def proxy_networks(self) -> tuple[Network, ...]:
@@ -145,6 +149,18 @@ class Settings(Struct, frozen=True, kw_only=True):
             return tuple(ip_network(part) for part in parts if part)
         except ValueError as error:
             raise UsageError(f"CONVOY_PROXIES={self.proxies!r}: {error}") from error
+
+    @property
+    def cors_origin_list(self) -> tuple[str, ...]:
+        """Of ``cors_origins``; raises ``UsageError`` when one is no origin."""
+        found = tuple(part.strip() for part in self.cors_origins.split(",") if part.strip())
+        for origin in found:
+            if not _ORIGIN.fullmatch(origin):
+                raise UsageError(
+                    f"CONVOY_CORS_ORIGINS={self.cors_origins!r}: {origin!r} is not an origin; "
+                    "write https://HOST or https://HOST:PORT, in lower case, without a path"
+                )
+        return found
 
     @property
     def forward_threads(self) -> int:
@@ -212,7 +228,8 @@ class Settings(Struct, frozen=True, kw_only=True):
             )
         try:
             settings = msgspec.convert(values, cls, strict=False)
-            _ = settings.proxy_networks  # here, not when the first worker starts
+            # Here, not when the first worker starts:
+            _ = settings.proxy_networks, settings.cors_origin_list
             if settings.unready_s > max(0.0, settings.drain_s - DRAIN_LEAST_S):
                 raise UsageError(
                     f"CONVOY_UNREADY_S={settings.unready_s:g} leaves no time to drain: it must be "

@@ -34,7 +34,7 @@ from registry.errors import BundleInvalid, DeviceUnavailable, PlanUndecided
 from registry.plans.plan import Plan, Source, catalogue, find_plan
 from registry.plans.torch_eager import EAGER
 from registry.plans.trial import KILLED, Finding, run_trial
-from registry.releases import write_atomically
+from registry.shared_files import write_atomically
 
 log = logging.getLogger(__name__)
 

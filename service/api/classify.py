@@ -55,7 +55,7 @@ LARGE_WAIT_S = 1.0
 PROBES = {"/livez", "/readyz", "/healthz"}
 _PATH = re.compile(
     r"/v1(?:/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
-    r"/classify"
+    r"/classify/?"
 )
 # When a request came: one that was postponed comes twice, and is counted once.
 CALLED = "convoy.called"
@@ -127,7 +127,7 @@ class Classify:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        target = _PATH.fullmatch(path) if path.endswith("/classify") else None
+        target = _PATH.fullmatch(path) if path.endswith(("/classify", "/classify/")) else None
         if target is None:
             is_probe = path in PROBES and environ["REQUEST_METHOD"] in ("GET", "HEAD")
             if IN_LOOP in environ and not is_probe:

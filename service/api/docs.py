@@ -5,7 +5,8 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Response
+from flask import Blueprint, Response, redirect, request
+from werkzeug.wrappers import Response as BaseResponse
 
 from service.api.openapi import document
 from service.api.page import POLICY
@@ -19,7 +20,9 @@ def openapi() -> Response:
 
 
 @blueprint.get("/docs")
-def docs() -> Response:
+def docs() -> BaseResponse:
+    if request.path.endswith("/"):
+        return redirect("../docs")  # its files' addresses are relative
     response = Response(_page(), mimetype="text/html")
     response.headers["Content-Security-Policy"] = POLICY
     return response
@@ -36,9 +39,9 @@ def _page() -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'><title>Convoy API</title>"
-        "<link rel=stylesheet href=/static/style.css><main class=docs><h1>Convoy API</h1>",
+        "<link rel=stylesheet href=static/style.css><main class=docs><h1>Convoy API</h1>",
         f"<p>{html.escape(described['info']['description'])} "
-        "<a href=/openapi.json>openapi.json</a></p>",
+        "<a href=openapi.json>openapi.json</a></p>",
     ]
     for path, methods in described["paths"].items():
         for method, operation in methods.items():

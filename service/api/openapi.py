@@ -49,8 +49,8 @@ _FAILURES = {
     "411": "The body is chunked: its length is not said.",
     "413": "Too many bytes, pixels or images.",
     "415": (
-        "Not an image type that is accepted (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), or a "
-        "compressed body."
+        "Not an image type that is accepted (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), or a body that "
+        "is compressed."
     ),
     "422": "The image cannot be decoded.",
     "429": "This caller asks more often than it may; see Retry-After.",

@@ -17,7 +17,7 @@ async function ask(path, options = {}) {
 }
 
 async function showModel() {
-  const answer = await ask("/v1/models");
+  const answer = await ask("v1/models");
   if (!answer.ok) {
     byId("model").textContent = (await answer.json()).detail;
     return;
@@ -67,7 +67,7 @@ async function classify(picture) {
   say("classifying …");
   try {
     const started = performance.now();
-    const answer = await ask("/v1/classify", {
+    const answer = await ask("v1/classify", {
       method: "POST",
       headers: { "Content-Type": "application/octet-stream" },
       body: picture,

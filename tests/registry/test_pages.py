@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from urllib.parse import urljoin
 
 import pytest
 from flask import Flask
@@ -74,13 +75,33 @@ def sign_in(client: FlaskClient, token: str, target: str = "") -> str:
     return re.findall(r'name="csrf" value="([^"]+)"', client.get("/").text)[0]
 
 
+def up(path: str) -> str:
+    """From the page at ``path`` to that at the root."""
+    return "../" * (path.count("/") - 1)
+
+
+def test_pages_stay_below_the_path_of_a_proxy(client: FlaskClient, promoted: None, tokens) -> None:
+    sign_in(client, tokens["admin"])
+    for path in ("/login", "/", "/models/digits", "/models/digits/versions/2"):
+        text = client.get(path).text
+        addresses = re.findall(r'(?:src|href|action|data-from)="([^"]+)"', text)
+        found = {urljoin(f"https://host/convoy{path}", each) for each in addresses}
+        ours = {each for each in found if not each.startswith("data:")}
+        assert ours
+        assert all(each.startswith("https://host/convoy/") for each in ours)
+        for each in ours:
+            with client.get(each.removeprefix("https://host/convoy")) as answer:
+                assert answer.status_code in (200, 405)  # 405: a form's
+
+
 def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None, tokens) -> None:
     for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/live"):
         answer = client.get(path)
-        assert (answer.status_code, answer.headers["Location"]) == (303, f"/login?next={path}")
+        assert answer.status_code == 303
+        assert answer.headers["Location"] == f"{up(path)}login?next={path}"
     assert client.post("/login", data={"token": "convoy_guess"}).status_code == 401
     answer = client.post("/login", data={"token": tokens["viewer"], "next": "/models/digits"})
-    assert answer.headers["Location"] == "/models/digits"
+    assert answer.headers["Location"] == "models/digits"
     cookie = answer.headers["Set-Cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
@@ -91,7 +112,7 @@ def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None
 @pytest.mark.parametrize("target", ["//evil.example", "/\\evil.example", "https://evil.example"])
 def test_signing_in_leads_to_no_other_site(client: FlaskClient, tokens, target: str) -> None:
     answer = client.post("/login", data={"token": tokens["viewer"], "next": target})
-    assert answer.headers["Location"] == "/"
+    assert answer.headers["Location"] == "./"
 
 
 def test_a_removed_token_ends_its_session(client: FlaskClient, app: Flask, tokens) -> None:

@@ -32,6 +32,41 @@ def test_programs_get_json_lines(url: str, picture: str, capsys) -> None:
     assert len(answer["predictions"]) == 5
 
 
+@pytest.mark.parametrize("path", ["", "/", "/convoy", "/convoy/"])
+def test_a_service_may_lie_below_a_path(path: str, picture: str, capsys) -> None:
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer, peer.makefile("rb") as request:
+                asked.append(request.readline().split()[1].decode())
+                while request.readline() not in (b"\r\n", b""):
+                    pass
+                peer.sendall(b"HTTP/1.1 404 no\r\nContent-Length: 2\r\n\r\n{}")
+                request.read()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}{path}"
+        assert main(["classify", picture, "--url", url]) == 1
+        thread.join()
+    assert asked == [f"{path.rstrip('/')}/v1/classify?top_k=5"]
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("::", "http://[::1]:8080"), ("0.0.0.0", "http://127.0.0.1:8080"), ("", "http://127.0.0.1:")],
+)
+def test_by_default_this_machines_service_is_asked(
+    host: str, address: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVOY_HOST", host)
+    with pytest.raises(SystemExit):
+        main(["classify", "--help"])
+    assert address in "".join(capsys.readouterr().out.split())
+
+
 def test_what_could_not_be_classified_is_said_and_shows_in_the_status(
     url: str, picture: str, tmp_path: Path, capsys
 ) -> None:

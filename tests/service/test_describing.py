@@ -2,6 +2,7 @@
 
 import re
 import time
+from urllib.parse import urljoin
 
 import pytest
 from flask import Flask
@@ -153,11 +154,35 @@ def test_the_page_loads_only_its_own_files(client: FlaskClient) -> None:
         assert "script-src 'self'" in page.headers["Content-Security-Policy"]
         text = page.text
     assert "<style" not in text
-    files = re.findall(r'(?:src|href)="(/static/[^"]+)"', text)
+    files = re.findall(r'(?:src|href)="(static/[^"]+)"', text)
     assert len(files) == 2
     for file in files:
-        with client.get(file) as answer:
+        with client.get(f"/{file}") as answer:
             assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_stay_below_the_path_of_a_proxy(client: FlaskClient, path: str) -> None:
+    """A proxy serves them at https://host/convoy/…, and asks without /convoy."""
+    with client.get(path) as page:
+        addresses = re.findall(r"""(?:src|href)=["']?([^"'> ]+)""", page.text)
+    ours = [each for each in addresses if not each.startswith("data:")]
+    assert len(ours) >= 2
+    for address in ours:
+        below = urljoin(f"https://host/convoy{path}", address)
+        assert below.startswith("https://host/convoy/")
+        with client.get(below.removeprefix("https://host/convoy")) as answer:
+            assert answer.status_code in (200, 503)
+    with client.get("/static/page.js") as script:
+        assert re.findall(r'ask\("([^"]+)"', script.text) == ["v1/models", "v1/classify"]
+
+
+def test_a_slash_at_the_end_is_the_same_route(ready: FlaskClient, png: bytes) -> None:
+    for path in ("/v1/models/", "/v1/models/digits/", "/livez/", "/readyz/"):
+        assert ready.get(path).status_code == 200
+    for path in ("/v1/classify/", "/v1/models/digits/versions/1/classify/"):
+        assert ready.post(path, data=png).status_code == 200
+    assert ready.get("/docs/").headers["Location"] == "../docs"  # its addresses are relative
 
 
 def test_registry_age_counts_from_the_last_agreement(

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -107,3 +108,30 @@ def test_what_was_started_ends_with_who_started_it() -> None:
     parent.wait()
     parent.stdout.close()
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_the_folder_of_a_run_lies_in_tmpdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parent(tmpdir: Path) -> Path:
+        monkeypatch.setattr(tempfile, "tempdir", None)  # read anew
+        monkeypatch.setenv("TMPDIR", str(tmpdir))
+        with serve._run_folder() as folder:
+            assert Path(folder).stat().st_mode & 0o777 == 0o700
+            return Path(folder).parent
+
+    short = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    try:
+        assert parent(short) == short
+    finally:
+        short.rmdir()
+    long = tmp_path / ("x" * serve.MAX_PARENT_BYTES)
+    long.mkdir()
+    assert parent(long) == Path("/tmp")  # else a socket's path would not fit
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(serve.tempfile, "TemporaryDirectory", fail)
+    with pytest.raises(UsageError, match=r"Read-only file system.*TMPDIR"):
+        serve._run_folder()

@@ -197,6 +197,19 @@ def test_a_small_post_is_answered_by_the_loop_again_and_again(connection: Connec
         assert answer["body"] == f"picture {number}"
 
 
+def test_each_option_of_connection_counts(port: int) -> None:
+    for options, closes in (
+        ("TE, close", True),
+        ("close, TE", True),
+        ("keep-alive, TE", False),
+        ("TE", False),
+    ):
+        connection = Connection(port)
+        connection.ask(b"picture", extra=f"Connection: {options}\r\n")
+        assert connection.closing is closes
+        connection.close()
+
+
 def test_requests_that_are_there_together_are_all_called_before_one_is_answered(
     port: int,
 ) -> None:

@@ -1,0 +1,56 @@
+"""``Cors``: lets pages of other origins ask this service, from the origins that an operator listed.
+
+The Fetch standard, section 3.3 (CORS protocol). Credentials are never allowed: a page sends a key
+in ``Authorization``, which it has to know, and no cookie of this service's exists.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+MAX_AGE_S = 600
+METHODS = "GET, POST"
+EXPOSED = "X-Request-Id, X-Model-Version, Retry-After"
+
+
+class Cors:
+    """Answers the preflights of ``origins``, and marks answers to them, for ``app``."""
+
+    def __init__(self, app: "WSGIApplication", origins: Iterable[str], sticky_header: str) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+        self._request_headers = (
+            f"Authorization, Content-Type, X-Request-Id, traceparent, {sticky_header}"
+        )
+
+    def __call__(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
+        origin = environ.get("HTTP_ORIGIN")
+        marks = [("Vary", "Origin")]
+        if origin not in self._origins:
+            origin = None
+        else:
+            marks += [
+                ("Access-Control-Allow-Origin", str(origin)),
+                ("Access-Control-Expose-Headers", EXPOSED),
+            ]
+        asks = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+        if origin and asks and environ["REQUEST_METHOD"] == "OPTIONS":
+            start_response(
+                "204 No Content",
+                [
+                    *marks,
+                    ("Access-Control-Allow-Methods", METHODS),
+                    ("Access-Control-Allow-Headers", self._request_headers),
+                    ("Access-Control-Max-Age", str(MAX_AGE_S)),
+                ],
+            )
+            return ()
+
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            return start_response(status, [*headers, *marks], *error)
+
+        return self._app(environ, start)
