@@ -50,6 +50,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+QUARTER_TURNS = {5, 6, 7, 8}
 # Pillow's own advice for thumbnails; docs/decisions/0008 has what it costs in accuracy.
 REDUCING_GAP = 2
 # Pillow warns of each odd tag: a picture of a stranger's would write a thousand lines into the log,
@@ -131,7 +132,7 @@ def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Pixels:
         opaque = _opaque(image, data)
         orientation = _orientation(image)
         plain = opaque if opaque.mode == spec.mode else opaque.convert(spec.mode)
-        is_turned = orientation >= 5 and spec.exif == "transpose"
+        is_turned = orientation in QUARTER_TURNS and spec.exif == "transpose"
         fitted = _upright(_fit(plain, spec, size, is_turned), spec, orientation)
         return np.frombuffer(fitted.tobytes(), dtype=np.uint8).reshape(spec.shape)
 

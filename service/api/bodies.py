@@ -10,7 +10,6 @@ import msgspec
 from msgspec import Struct
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 from werkzeug.exceptions import abort
-from werkzeug.http import parse_options_header
 
 from registry.errors import ConvoyError, ImageTooLarge, InvalidImage, UnsupportedEncoding
 from service.requests import body_length, read_body
@@ -44,6 +43,8 @@ _RAW = {
     "binary/octet-stream",
 }
 _FORMS = {"multipart/form-data", "application/json"}
+# Also unquoted with characters that RFC 2045 wants quoted, as some clients write it.
+_BOUNDARY = re.compile(r";\s*boundary=(?:\"([^\"]{1,200})\"|([^;\"\s]{1,200}))", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"(?:image|file)s?(?:\[[0-9]*\])?", re.ASCII)
 # RFC 4648, section 5, as section 4 writes it.
 _STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
@@ -98,9 +99,10 @@ class Images:
     def _multipart(
         self, stream: "InputStream", length: int, content_type: str
     ) -> Iterator[bytes | ConvoyError]:
-        boundary = parse_options_header(content_type)[1].get("boundary")
-        if not boundary:
+        found = _BOUNDARY.search(content_type)
+        if found is None:
             abort(400, "the Content-Type of a multipart body needs a boundary")
+        boundary = found[1] or found[2]
         count = 0
         ends = time.perf_counter() + LOOP_PARSE_S if IN_LOOP in self._environ else float("inf")
         for image in _image_parts(stream, length, boundary, self._settings, ends):

@@ -217,6 +217,13 @@ def test_all_eight_exif_orientations_come_out_upright(orientation: int) -> None:
     np.testing.assert_array_equal(pixels[..., 0], np.asarray(upright.convert("L")))
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert decode_image(encoded(halves(), exif=exif), COLOUR)[0, 0].tolist() == [255, 0, 0]
+
+
 @pytest.mark.parametrize("tag", [0x011A, 0x0100, 0x0103])
 def test_another_odd_exif_tag_does_not_refuse_the_picture(tag: int) -> None:
     """A number's tag with a text in it, as cameras and editors leave them behind."""

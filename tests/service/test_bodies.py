@@ -219,6 +219,15 @@ def test_a_form_may_name_its_images_as_clients_do(
     assert post(ready, form(part(name, png)), FORM).status_code == 200
 
 
+@pytest.mark.parametrize("written", ["{}", '"{}"', "{}; charset=utf-8"])
+def test_a_boundary_may_have_any_characters(ready: FlaskClient, png: bytes, written: str) -> None:
+    boundary = "----=_Part_0_1.2"
+    body = form(part("image", png)).replace(b"--b", f"--{boundary}".encode())
+    kind = f"Multipart/Form-Data;Boundary={written.format(boundary)}"
+    environ = {"CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": kind, "wsgi.input": BytesIO(body)}
+    assert ready.post("/v1/classify", environ_overrides=environ).status_code == 200
+
+
 def test_the_type_that_object_stores_use_is_an_image(ready: FlaskClient, png: bytes) -> None:
     assert post(ready, png, "binary/octet-stream").status_code == 200
 
