@@ -3,6 +3,7 @@
 # service (by OpenVINO; neither torch nor MLflow), trainer, and service-torch (for GPUs, and where
 # torch must run the network). Each takes its packages from a stage that is thrown away. The stages
 # are in this order because older builders build every stage before the target.
+# By digest, to have the very same base again: PYTHON_IMAGE in .env (SECURITY.md, What goes in).
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
@@ -25,11 +26,14 @@ ENTRYPOINT ["python", "-m", "registry.secret_files"]
 FROM base AS packages
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY pyproject.toml constraints.txt deploy/requirements.py ./
-RUN python -m venv /opt/venv
+COPY pyproject.toml constraints.txt deploy/requirements.py deploy/hashes.txt ./
+# The image's own pip cannot read hashes from constraints.
+RUN python -m venv /opt/venv \
+    && grep '^pip==' hashes.txt >pip.txt && pip install --no-deps --require-hashes -r pip.txt
 
 FROM packages AS registry-packages
-RUN python requirements.py server s3 openvino >wanted && pip install -c constraints.txt -r wanted
+RUN python requirements.py server s3 openvino >wanted \
+    && pip install --require-hashes -c hashes.txt -r wanted
 
 FROM registry-packages AS registry-pruned
 COPY deploy/prune.sh ./
@@ -52,7 +56,7 @@ CMD ["python", "-m", "service", "--no-pull"]
 
 FROM packages AS service-packages
 RUN python requirements.py service signing openvino >wanted \
-    && pip install -c constraints.txt -r wanted
+    && pip install --require-hashes -c hashes.txt -r wanted
 COPY deploy/prune.sh ./
 RUN sh prune.sh
 
@@ -62,8 +66,11 @@ COPY registry/ registry/
 COPY service/ service/
 
 FROM registry-packages AS trainer-packages
+# torch by version alone, and last: each index has builds of its own, so no list knows their hashes.
 ARG TORCH_INDEX_URL=
-RUN python requirements.py training server >wanted \
+RUN python requirements.py training server | grep -v '^torch' >wanted \
+    && pip install --require-hashes -c hashes.txt -r wanted \
+    && python requirements.py torch >wanted \
     && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted
 
 FROM base AS trainer
@@ -77,7 +84,9 @@ FROM packages AS torch-packages
 # PyTorch's index of CPU builds saves gigabytes; empty takes the ordinary one, with CUDA.
 ARG TORCH_INDEX_URL=
 RUN apt-get update && apt-get install -y --no-install-recommends binutils
-RUN python requirements.py service signing torch >wanted \
+RUN python requirements.py service signing >wanted \
+    && pip install --require-hashes -c hashes.txt -r wanted \
+    && python requirements.py torch >wanted \
     && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted
 COPY deploy/prune.sh ./
 RUN sh prune.sh

@@ -79,9 +79,8 @@ bench: $(INSTALLED) ## speed beside what people would run instead, start-up, rel
 	@cp .env.example $@
 
 # Random, made once. Their folder lets nobody else in; in containers another user reads the files.
-SECRETS := $(addprefix secrets/,database_password mlflow_password mlflow_reader_password \
-    mlflow_session_key service_key \
-    grafana_password metrics_token) # pragma: allowlist secret
+SECRETS := $(addprefix secrets/,database_password mlflow_password mlflow_session_key service_key \
+    mlflow_reader_password grafana_password metrics_token) # pragma: allowlist secret
 $(SECRETS):
 	@mkdir -p -m 700 secrets
 	@$(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(32))' > $@ && chmod 444 $@

@@ -49,7 +49,7 @@ def mlflow_server(folder: Path, *, workspaces: bool) -> Iterator[str]:
         **os.environ,
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a-secret-of-this-test",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a-secret-of-this-test",  # pragma: allowlist secret
         "MLFLOW_ENABLE_WORKSPACES": str(workspaces).lower(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder / 'mlflow.db'}",

@@ -1,7 +1,9 @@
 """A writer of ``CONVOY_HOME/plans`` changes neither the code that is loaded nor the answers."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,6 +33,17 @@ FORGED = (
 )
 
 
+def options(planner: Planner, trust: TrustedKeys) -> dict[str, Any]:
+    """What ``load_served`` gets in every worker of a service."""
+    return {
+        "name": "digits",
+        "planner": planner,
+        "settings": Settings(),
+        "metrics": Metrics(),
+        "trust": trust,
+    }
+
+
 @pytest.fixture
 def signed(
     make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -48,7 +61,7 @@ def signed(
         run_id="",
         created_unix_s=0.0,
     )
-    (bundle.folder / SIGNATURE).write_text(sign(version, key, serial=1, days=30))
+    (bundle.folder / SIGNATURE).write_text(sign(version, key, days=30))
     return bundle, TrustedKeys.from_environment()
 
 
@@ -61,7 +74,7 @@ def test_answers_come_from_the_signed_bundle_whatever_lies_in_the_plan_cache(
     planner = Planner(plans, "cpu", 1)
 
     def load() -> ServedModel:
-        return load_served(bundle, VERSION, planner, Settings(), Metrics(), trust)
+        return load_served(bundle, VERSION, **options(planner, trust))
 
     planner.choose(bundle)
     (entry,) = plans.glob("*.json")
@@ -93,9 +106,7 @@ def test_what_a_slot_says_of_a_plan_names_the_model_once(
     slot = ModelSlot(
         ModelRef("digits", alias="champion"),
         models,
-        lambda bundle, version: load_served(
-            bundle, version, planner, Settings(), Metrics(), TrustedKeys({})
-        ),
+        partial(load_served, **options(planner, TrustedKeys({}))),
     )
     with pytest.raises(ModelNotReady) as raised:
         slot.require()

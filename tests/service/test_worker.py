@@ -141,7 +141,10 @@ class Connection:
         self.socket.sendall(data)
 
     def answer(self) -> tuple[int, bytes]:
-        status = int(self.file.readline().split()[1])
+        line = self.file.readline()
+        if not line:
+            raise ConnectionResetError("closed without an answer")
+        status = int(line.split()[1])
         length = 0
         self.closing = False
         while (line := self.file.readline()) not in (b"\r\n", b""):

@@ -1,0 +1,60 @@
+"""Write deploy/hashes.txt: constraints.txt's versions for the images, with the hash of each wheel.
+
+``python -m deploy.lock`` with pip 25 or newer, after constraints.txt has changed. Images install
+with ``--require-hashes``, so an index that is broken into cannot put other files under these
+versions. torch is left out: each of its indexes has builds of its own (``TORCH_INDEX_URL``).
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from deploy.requirements import requirements
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ["server", "s3", "service", "signing", "openvino", "training"]
+PIP = "pip==26.3"
+MACHINES = ("x86_64", "aarch64")
+# Those that Debian 12's C library can run.
+MANYLINUX = (
+    "manylinux1",
+    "manylinux2010",
+    "manylinux2014",
+    *(f"manylinux_2_{n}" for n in range(5, 37)),
+)
+HEAD = "# Of the images' Python packages, by deploy/lock.py; change constraints.txt, then run it.\n"
+
+
+def main() -> int:
+    wanted = [each for each in requirements(EXTRAS) if not each.startswith("torch")]
+    hashes: dict[str, set[str]] = defaultdict(set)
+    for machine in MACHINES:
+        for package in resolve([*wanted, PIP], machine):
+            facts = package["metadata"]
+            digest = package["download_info"]["archive_info"]["hashes"]["sha256"]
+            hashes[f"{facts['name'].lower()}=={facts['version']}"].add(digest)
+    lines = [
+        f"{name} " + " ".join(f"--hash=sha256:{digest}" for digest in sorted(digests))
+        for name, digests in sorted(hashes.items())
+    ]
+    (ROOT / "deploy" / "hashes.txt").write_text(HEAD + "\n".join(lines) + "\n")
+    return 0
+
+
+def resolve(wanted: list[str], machine: str) -> list[dict]:
+    """pip's report on what it would install there, everything that is needed included."""
+    platforms = [f"--platform={name}_{machine}" for name in MANYLINUX]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", *platforms]
+        command += ["--python-version=3.11", "--only-binary=:all:", f"--target={folder}"]
+        command += ["--ignore-installed", f"--report={report}", "-c", "constraints.txt", *wanted]
+        subprocess.run(command, check=True, cwd=ROOT)
+        return json.loads(report.read_text())["install"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

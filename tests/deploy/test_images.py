@@ -1,0 +1,51 @@
+"""What the images install: by hash, and the versions that were tested together."""
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from deploy.lock import EXTRAS
+from deploy.requirements import requirements
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def pins(file: str) -> dict[str, str]:
+    """Version by canonical name, of lines as ``name==version …``."""
+    lines = re.findall(r"^([^#=\s]+)==(\S+)", (ROOT / file).read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in lines}
+
+
+def test_hashes_are_of_the_versions_that_were_tested_together() -> None:
+    tested, hashed = pins("constraints.txt"), pins("deploy/hashes.txt")
+    other = {name for name in hashed if name != "pip" and tested.get(name) != hashed[name]}
+    assert not other, "run: python -m deploy.lock"
+    lines = (ROOT / "deploy" / "hashes.txt").read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"\S+==\S+( --hash=sha256:[0-9a-f]{64})+", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "extras", re.findall(r"requirements\.py ([a-z0-9 ]+?) (?:>|\|)", DOCKERFILE)
+)
+def test_all_that_an_image_asks_for_has_a_hash(extras: str) -> None:
+    assert set(extras.split()) <= {*EXTRAS, "torch"}
+    wanted = {canonicalize_name(Requirement(each).name) for each in requirements(extras.split())}
+    assert wanted - {"torch"} <= set(pins("deploy/hashes.txt"))
+
+
+def test_only_torch_is_installed_without_its_hash() -> None:
+    commands = re.findall(r"pip install[^\n]*", DOCKERFILE)
+    unhashed = [each for each in commands if "--require-hashes" not in each]
+    assert (
+        unhashed
+        == [
+            "pip install -c constraints.txt "
+            "${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted"
+        ]
+        * 2
+    )
+    assert len(re.findall(r"requirements\.py torch >wanted", DOCKERFILE)) == 2
