@@ -36,6 +36,7 @@ THUMBNAILS = "thumbnails.npz"
 # The network with its weights, for engines other than torch; a version may lack some or all.
 ONNX_GRAPH = "exports/network.onnx"
 INT8_GRAPH, INT8_WEIGHTS = "exports/int8.xml", "exports/int8.bin"
+ONNX_START = b"\x08"  # protobuf's tag of ModelProto.ir_version, which comes first
 # What arrays of a bundle may take in memory: 65,000 examples of 1,000 classes, for instance.
 MAX_ARRAYS_BYTES = 256 * 1024 * 1024
 
@@ -92,12 +93,14 @@ class Bundle:
         """An exported graph, whole: engines would read what it names outside, unchecked.
 
         Raises:
-            BundleInvalid: as for ``read``; or it may name another file, or is ONNX (which could)
-                where OpenVINO's own format is expected, as that engine looks at the content only.
+            BundleInvalid: as for ``read``; or it is in another format than its name says, which
+                an engine might read all the same; or it may name another file.
         """
         graph = self.read(name)
         if name == INT8_GRAPH and not graph.startswith(b"<?xml"):
             raise BundleInvalid(f"{self.folder / name} is not in OpenVINO's format")
+        if name == ONNX_GRAPH and not graph.startswith(ONNX_START):
+            raise BundleInvalid(f"{self.folder / name} is not in ONNX's format")
         # How ONNX says where a tensor lies outside, in whatever way the field is encoded.
         if name == ONNX_GRAPH and b"location" in graph:
             raise BundleInvalid(f"{self.folder / name} refers to other files")

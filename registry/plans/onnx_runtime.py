@@ -23,6 +23,8 @@ class OnnxRuntime(Plan):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = source.threads or 0
         options.inter_op_num_threads = 1
+        # Else a file that says "ORTM" in the right place is read in another format.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         session = onnxruntime.InferenceSession(
             source.bundle.graph(ONNX_GRAPH), options, providers=["CPUExecutionProvider"]
         )

@@ -4,13 +4,14 @@ One model takes any batch size: fixed sizes of 1, 8 and 32 were at most a fifth 
 (docs/decisions/0006), and each costs its own memory.
 """
 
+import io
 import sys
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
+from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH, Bundle
 from registry.contract import Precision
 from registry.devices import BF16_FLAGS, INT8_FLAGS
 from registry.errors import DeviceUnavailable
@@ -37,9 +38,7 @@ class OpenVino(Plan):
         }
         if source.threads is not None:
             options["INFERENCE_NUM_THREADS"] = source.threads
-        graph, *weights = self.exports
-        model = core.read_model(source.bundle.graph(graph), *map(source.bundle.read, weights))
-        compiled = core.compile_model(model, "CPU", options)
+        compiled = core.compile_model(self.read_model(openvino, source.bundle), "CPU", options)
         computed = compiled.get_property("INFERENCE_PRECISION_HINT")
         if self.precision == "bf16" and computed != openvino.Type.bf16:
             raise DeviceUnavailable("OpenVINO has no bf16 kernels for this CPU")
@@ -51,6 +50,15 @@ class OpenVino(Plan):
             return probabilities
 
         return run
+
+    def read_model(self, openvino: Any, bundle: Bundle) -> Any:
+        """The graph as a model, read as ONNX.
+
+        ``Core.read_model`` would guess: it reads a valid ONNX file as OpenVINO's own format if XML
+        stands near its beginning, in ``producer_name`` for example.
+        """
+        reader = openvino.frontend.FrontEndManager().load_by_framework("onnx")
+        return reader.convert(reader.load(io.BytesIO(bundle.graph(ONNX_GRAPH))))
 
 
 class OpenVinoBf16(OpenVino):
@@ -65,11 +73,16 @@ class OpenVinoInt8(OpenVino):
     exports = (INT8_GRAPH, INT8_WEIGHTS)
     cpu_flags = INT8_FLAGS
 
+    def read_model(self, openvino: Any, bundle: Bundle) -> Any:
+        """As ``OpenVino.read_model``, in OpenVINO's own format: only that begins with XML."""
+        return openvino.Core().read_model(bundle.graph(INT8_GRAPH), bundle.read(INT8_WEIGHTS))
+
 
 def import_openvino() -> Any:
     # It and NNCF report to their makers, without having asked, wherever they can import this.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
+    import openvino.frontend
 
     return openvino
 

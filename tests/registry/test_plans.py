@@ -40,7 +40,7 @@ from registry.plans.choice import Planner, refused_by_record, score
 from registry.plans.openvino_cpu import import_openvino
 from registry.plans.plan import Source, catalogue, find_plan
 from registry.plans.torch_eager import EAGER
-from registry.plans.trial import Finding
+from registry.plans.trial import Finding, run_trial
 from tests.conftest import MakeBundle, load_eager
 from training.datasets import Dataset
 
@@ -202,14 +202,9 @@ HOSTILE_GRAPHS = {
 }
 
 
-@pytest.mark.usefixtures("cpu_with_everything")
 @pytest.mark.parametrize("name", HOSTILE_GRAPHS)
 def test_a_hostile_graph_is_a_rejected_plan(
-    name: str,
-    make_bundle: MakeBundle,
-    planner: Planner,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, reason = HOSTILE_GRAPHS[name]
     monkeypatch.chdir(tmp_path)
@@ -217,23 +212,74 @@ def test_a_hostile_graph_is_a_rejected_plan(
     bundle = make_bundle()
     files = {each: bundle.read(each) for each in bundle.manifest.files}
     files |= {ONNX_GRAPH: graph, INT8_GRAPH: graph, INT8_WEIGHTS: bytes(640)}
-    accuracy = {"openvino-int8": bundle.manifest.metrics["validation_accuracy"]}
-    manifest = msgspec.structs.replace(bundle.manifest, plan_accuracy=accuracy)
-    hostile = write_bundle(tmp_path / "hostile", manifest, files)
-    found = {each.plan: each.reason for each in planner.choose(hostile).findings}
-    assert found[EAGER] is None
-    assert reason in str(found["onnxruntime-fp32"])
-    assert reason in str(found["openvino-fp32"])
-    assert "is not in OpenVINO's format" in str(found["openvino-int8"])
+    hostile = write_bundle(tmp_path / "hostile", bundle.manifest, files)
+    for plan in ("onnxruntime-fp32", "openvino-fp32"):
+        said = run_trial("try", plan, hostile, "cpu", 1).reason
+        assert said
+        assert reason in said
+    int8 = run_trial("try", "openvino-int8", hostile, "cpu", 1)
+    assert "is not in OpenVINO's format" in str(int8.reason)
 
 
-@pytest.mark.usefixtures("cpu_with_everything")
+IR = b'<?xml version="1.0"?><net name="x" version="11"><layers/><edges/></net>'
+
+
+def in_openvinos_format(graph: bytes) -> bytes:
+    return IR
+
+
+def with_xml_in_it(graph: bytes) -> bytes:
+    """Valid ONNX that OpenVINO takes for its own format when it guesses."""
+    model = onnx.load_from_string(graph)
+    model.producer_name = IR.decode().partition("?>")[2]
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def with_onnx_runtimes_mark(graph: bytes) -> bytes:
+    """Valid ONNX that ONNX Runtime takes for its own format, ORT, when it guesses."""
+    model = onnx.load_from_string(graph)
+    model.producer_name = "ORTM" + "x" * 60
+    data: bytes = model.SerializeToString()
+    assert data[4:8] == b"ORTM"
+    return data
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-fp32", "openvino-fp32"])
+@pytest.mark.parametrize(
+    ("disguise", "reason"),
+    [
+        (in_openvinos_format, "network.onnx is not in ONNX's format"),
+        (with_xml_in_it, None),
+        (with_onnx_runtimes_mark, None),
+    ],
+)
+def test_what_is_called_onnx_is_read_as_onnx_or_refused(
+    bundle: Bundle,
+    few_digits: Dataset,
+    tmp_path: Path,
+    name: str,
+    disguise: Callable[[bytes], bytes],
+    reason: str | None,
+) -> None:
+    files = {each: bundle.read(each) for each in bundle.manifest.files}
+    files[ONNX_GRAPH] = disguise(files[ONNX_GRAPH])
+    disguised = Source(write_bundle(tmp_path / "disguised", bundle.manifest, files), threads=1)
+    if reason is not None:
+        with pytest.raises(BundleInvalid, match=reason):
+            find_plan(name).load(disguised)
+        return
+    scores = find_plan(name).load(disguised)(few_digits.test.pixels)
+    np.testing.assert_allclose(
+        scores, load_eager(bundle).classify(few_digits.test.pixels), atol=1e-3
+    )
+
+
 def test_an_int8_graph_that_is_broken_is_a_rejected_plan(bundle: Bundle, tmp_path: Path) -> None:
     files = {each: bundle.read(each) for each in bundle.manifest.files}
     files[INT8_GRAPH] = files[INT8_GRAPH][:-100]
     broken = write_bundle(tmp_path / "broken", bundle.manifest, files)
-    with pytest.raises(BundleInvalid, match=r"no plan can serve it .*Exception"):
-        Planner(tmp_path / "plans", "cpu", 1, "openvino-int8").choose(broken)
+    assert run_trial("try", "openvino-int8", broken, "cpu", 1).reason
 
 
 def test_a_version_without_exports_is_served_by_torch(
