@@ -42,6 +42,7 @@ class Service:
             "CONVOY_PLAN": "torch-eager",
             **more,
         }
+        self.workers = int(environment["CONVOY_WORKERS"])
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
                 [sys.executable, "-m", *module, *arguments],
@@ -69,11 +70,15 @@ class Service:
             connection.close()
 
     def is_ready(self) -> bool:
+        """Whether every worker serves: one that is ready may answer while another still loads."""
         assert self.process.poll() is None, self.log.read_text()
         try:
-            return self.ask("GET", "/readyz")[0] == 200
+            if self.ask("GET", "/readyz")[0] != 200:
+                return False
+            workers = self.ask("GET", "/v1/models/digits")[1].get("workers", [])
         except OSError:
             return False
+        return [each["version"] is None for each in workers] == [False] * self.workers
 
     def stop(self) -> int:
         """SIGTERM; the exit status, when every process of the service is gone."""
