@@ -95,15 +95,32 @@ def load_dataset(source: str, cache: Path, size_px: int | None = None) -> Datase
     Raises:
         UsageError: no such source, or one that cannot be trained on.
     """
+    kind, path, side_px = _parse_source(source, size_px)
+    if kind == "fashion-mnist":
+        return _fashion_mnist(Path(path) if path else None, cache)
+    return _digits() if kind == "digits" else _folder(Path(path), side_px, cache)
+
+
+def picture_side_px(source: str, size_px: int | None = None) -> int:
+    """Height and width of the pictures of ``source``, which are known before they are read.
+
+    Raises:
+        UsageError: as ``load_dataset``, for no such source.
+    """
+    return _parse_source(source, size_px)[2]
+
+
+def _parse_source(source: str, size_px: int | None) -> tuple[str, str, int]:
+    """Kind, path and side of the pictures."""
     kind, _, path = source.partition(":")
     if kind != "folder" and size_px is not None:
         raise UsageError(f"--image-size is for folder: data; {kind} pictures have their own size")
     if kind == "fashion-mnist":
-        return _fashion_mnist(Path(path) if path else None, cache)
+        return kind, path, 28
     if source == "digits":
-        return _digits()
+        return kind, path, 8
     if kind == "folder" and path:
-        return _folder(Path(path), size_px or DEFAULT_SIZE_PX, cache)
+        return kind, path, size_px or DEFAULT_SIZE_PX
     raise UsageError(
         f"there is no data set {source!r}; use fashion-mnist, fashion-mnist:FOLDER, digits "
         "or folder:FOLDER"

@@ -108,7 +108,12 @@ def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
         (["--data", "digits", "--model", "a/b"], "no model name"),
         (["--data", "digits", "--device", "gpu"], "device 'gpu' is not known"),
         (["--data", "digits", "--recipe", "dense", "--resume"], "no checkpoint to resume"),
-        (["--data", "digits", "--recipe", "cnn"], "pool2: a window"),
+        (
+            ["--data", "digits", "--set", "padding=0", "--set", "pool_size=2"],
+            "pool2: a window of 2×2 does not fit its input of 1×1 (padding 0); pool_size of at "
+            "most 1 would; for example --set pool_size=2,1",
+        ),
+        (["--data", "digits", "--set", "epohcs=3"], "did you mean epochs?"),
         (["compare", "--seeds", "0"], "at least 1"),
         (["compare", "--recipes", "dense,dense"], "twice"),
         (["compare", "--recipes", "dense,vgg"], "there is no recipe 'vgg'"),
