@@ -26,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConvoyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"error: {error}; if an epoch was finished, --resume goes on from there",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("interrupted; if an epoch was finished, --resume goes on from there", file=sys.stderr)
         return 130

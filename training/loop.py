@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from registry.errors import UsageError
 from registry.networks import Program, build_program
 from training.augment import augment
+from training.checkpoint import load_checkpoint, run_key, save_checkpoint
 from training.config import Recipe
 from training.datasets import Dataset, Examples
 from training.steps import Steps, plan_steps
@@ -89,9 +89,9 @@ def fit(
     best_weights: dict[str, Tensor] = {}
     interrupted = False
 
-    key = _run_key(recipe, data, seed) if checkpoint is not None else {}
+    key = run_key(recipe, data, seed)
     if resume:
-        state = _load_checkpoint(checkpoint, key)
+        state = load_checkpoint(checkpoint, key)
         program.network.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         best_weights = state["best_weights"]
@@ -111,7 +111,16 @@ def fit(
                 best = epoch
             history.append(epoch)
             if checkpoint is not None:
-                _save_checkpoint(checkpoint, key, program, optimizer, best_weights, history)
+                save_checkpoint(
+                    checkpoint,
+                    {
+                        "key": key,
+                        "weights": program.network.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "best_weights": best_weights,
+                        "history": [msgspec.to_builtins(each) for each in history],
+                    },
+                )
             on_epoch(epoch)
             log.info(
                 "epoch %d: validation accuracy %.4f (best %.4f in epoch %d)",
@@ -280,40 +289,3 @@ def _is_stuck(recipe: Recipe, history: list[Epoch]) -> bool:
             recipe.patience_epochs,
         )
     return stuck
-
-
-def _run_key(recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
-    """What must agree for a checkpoint to be continued."""
-    return {"recipe": msgspec.to_builtins(recipe), "data_sha256": data.sha256, "seed": seed}
-
-
-def _save_checkpoint(
-    path: Path,
-    key: dict[str, Any],
-    program: Program,
-    optimizer: torch.optim.Optimizer,
-    best_weights: dict[str, Tensor],
-    history: list[Epoch],
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    state = {
-        "key": key,
-        "weights": program.network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "best_weights": best_weights,
-        "history": [msgspec.to_builtins(epoch) for epoch in history],
-    }
-    torch.save(state, temporary)
-    temporary.replace(path)  # a crash while writing leaves the older checkpoint
-
-
-def _load_checkpoint(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
-    if path is None or not path.exists():
-        raise UsageError(f"there is no checkpoint to resume from at {path}")
-    state: dict[str, Any] = torch.load(  # noqa: TID251 - what this machine itself has written
-        path, map_location="cpu", weights_only=True
-    )
-    if state["key"] != key:
-        raise UsageError(f"the checkpoint {path} is of a run with another recipe, data set or seed")
-    return state

@@ -103,7 +103,7 @@ def test_there_must_be_something_to_resume_and_it_must_be_this_run(
         fit(recipe, few_digits, CPU, 1, checkpoint=checkpoint, resume=True)
 
 
-@pytest.mark.parametrize("where", ["validate", "_save_checkpoint"])
+@pytest.mark.parametrize("where", ["validate", "save_checkpoint"])
 def test_ctrl_c_between_batches_keeps_the_best_epoch_too(
     few_digits: Dataset,
     recipe: Recipe,
