@@ -15,7 +15,7 @@ from tqdm import tqdm
 from registry.classifier import Classifier
 from registry.contract import ModelVersion
 from registry.devices import choose_device, describe_device
-from registry.errors import VersionNotFound
+from registry.errors import UsageError, VersionNotFound
 from registry.home import Home
 from registry.plans.torch_eager import eager_classifier
 from registry.store import ModelStore
@@ -111,12 +111,16 @@ def _rehearse(
     """Use every name for the first time before the first epoch, and not after the last.
 
     Raises:
-        ConvoyError: publishing would fail.
+        UsageError: the classes' names cannot be published.
+        RegistryUnavailable: the registry does not answer for the model.
     """
     announce_steps(recipe, data)
     with suppress(VersionNotFound):  # the first version makes the model
         store.aliases(model)
-    build_manifest(model, recipe, data, seed, describe_device(device), {}).to_json()
+    try:
+        build_manifest(model, recipe, data, seed, describe_device(device), {}).to_json()
+    except ValueError as error:  # two labels that are equal, for example
+        raise UsageError(f"{data.name} cannot be published: {error}; rename its classes") from error
     report.rehearse(data)
 
 
