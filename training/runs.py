@@ -260,6 +260,8 @@ def compare(
     store = ModelStore(home)
     title = f"compare {', '.join(recipe.name for recipe in recipes)}"
     runs: list[ComparedRun] = []
+    for recipe in recipes:
+        announce_steps(recipe, data)
     with start_run(store, EXPERIMENT, title) as run:
         jobs = [(recipe, seed) for recipe in recipes for seed in range(seeds)]
         for recipe, seed in tqdm(jobs, unit="run", desc="comparing", disable=None):

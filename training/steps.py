@@ -59,9 +59,16 @@ def announce_steps(recipe: Recipe, data: Dataset) -> None:
     """Say how many steps the training will have, and warn of too few to learn."""
     steps = plan_steps(recipe, data)
     log.info(
-        "%d training pictures in batches of %d: %d steps an epoch, %d in %d epochs; "
+        "%s: %d training pictures in batches of %d: %d steps an epoch, %d in %d epochs; "
         "highest learning rate %.2g",
-        *(len(data.train), steps.batch_size, steps.per_epoch, steps.total, recipe.epochs),
+        *(
+            recipe.name,
+            len(data.train),
+            steps.batch_size,
+            steps.per_epoch,
+            steps.total,
+            recipe.epochs,
+        ),
         steps.learning_rate,
     )
     if steps.total < FEW_STEPS:
