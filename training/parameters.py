@@ -91,4 +91,4 @@ def describe_unknown(name: str, network: str) -> str:
     )
     near = difflib.get_close_matches(name, everything, n=1, cutoff=0.5)
     meant = f"did you mean {near[0]}? " if near else ""
-    return f"there is no parameter {name}; {meant}There are: {', '.join(own)}"
+    return f"there is no parameter {name}; {meant}{network} has: {', '.join(own)}"

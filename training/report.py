@@ -239,7 +239,7 @@ def draw_run(
 
 
 def rehearse(data: Dataset) -> None:
-    """Draw the labels once, so that what cannot be drawn is said before training."""
+    """Draw the labels once, so that a drawing that fails is reported before training."""
     few = Evaluation(
         data.test.labels, np.full((len(data.test), len(data.labels)), 1 / len(data.labels), "f4")
     )

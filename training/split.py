@@ -14,7 +14,7 @@ from training.folder import Split
 
 VALIDATION_SHARE = 0.15
 TEST_SHARE = 0.15
-# Pictures in several splits stay in the first of these: what judges must not have been learnt.
+# A picture in several splits stays in the first of these: training must not see held-out ones.
 PRECEDENCE: tuple[Split, ...] = ("test", "validation", "train")
 
 

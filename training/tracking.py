@@ -50,7 +50,7 @@ class Run:
             )
 
     def log_epoch(self, epoch: Epoch) -> None:
-        """Log the metrics of ``epoch``; what cannot be logged now is logged with the next one.
+        """Log the metrics of ``epoch``; metrics that MLflow refuses now are sent with the next ones.
 
         A registry that is away for some epochs does not end a training.
         """
@@ -107,5 +107,5 @@ def start_run(store: ModelStore, experiment: str, name: str, nested: bool = Fals
         try:
             with store.errors():
                 mlflow.end_run(status)
-        except ConvoyError as error:  # what the body did, or how it failed, matters more
+        except ConvoyError as error:  # must not hide an error of the body
             log.warning("the run %s is not marked %s: %s", active.info.run_id, status, error)

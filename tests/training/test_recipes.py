@@ -41,7 +41,7 @@ def test_a_value_that_is_a_json_list_stays_one() -> None:
         ("cnn", ["poolsize=1"], "did you mean pool_size?"),
         ("cnn", ["name=x"], "there is no parameter name"),
         ("cnn", ["widths=8"], "widths is a parameter of the network resnet; cnn has: epochs,"),
-        ("cnn", ["zzz=1"], "there is no parameter zzz; There are: epochs"),
+        ("cnn", ["zzz=1"], "there is no parameter zzz; cnn has: epochs"),
     ],
 )
 def test_what_cannot_be_is_refused(name: str, overrides: list[str], reason: str) -> None:
