@@ -50,7 +50,7 @@ class Run:
             )
 
     def log_epoch(self, epoch: Epoch) -> None:
-        """Log the metrics of ``epoch``; metrics that MLflow refuses now are sent with the next ones.
+        """Log the metrics of ``epoch``; those that MLflow refuses now follow with the next.
 
         A registry that is away for some epochs does not end a training.
         """
