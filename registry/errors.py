@@ -93,7 +93,14 @@ class PlanUndecided(ConvoyError):
 
 
 class NetworkImpossible(ConvoyError):
-    """No network can be built from these arguments for this input shape."""
+    """No network can be built from these arguments for this input shape.
+
+    ``suggestion`` is an argument that could be, ``pool_size=2,1``, or empty.
+    """
+
+    def __init__(self, text: str, suggestion: str = "") -> None:
+        super().__init__(text)
+        self.suggestion = suggestion
 
 
 class RegistryUnavailable(ConvoyError):

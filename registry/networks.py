@@ -78,20 +78,22 @@ def cnn(
     paddings = _per_layer("padding", padding, depth, least=0)
     pools = _per_layer("pool_size", pool_size, depth, least=1)
     if not 0 <= dropout < 1:
-        raise NetworkImpossible(f"dropout is {dropout}; it must be at least 0 and below 1")
+        raise NetworkImpossible(
+            f"dropout is {dropout}; it must be at least 0 and below 1", "dropout=0.3"
+        )
 
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels, height, width = shape
     for index, count in enumerate(filters):
         number, kernel, pad, pool = index + 1, kernels[index], paddings[index], pools[index]
-        _check_kernel(f"conv{number}", "kernel_size", kernel, (height, width), pad)
+        _check_kernel(f"conv{number}", "kernel_size", kernels, index, (height, width), pad)
         layers[f"conv{number}"] = nn.Conv2d(channels, count, kernel, strides[index], pad)
         layers[f"activation{number}"] = _choose("activation", activation, ACTIVATIONS)()
         channels = count
         height = (height + 2 * pad - kernel) // strides[index] + 1
         width = (width + 2 * pad - kernel) // strides[index] + 1
         if pool > 1:
-            _check_kernel(f"pool{number}", "pool_size", pool, (height, width), 0)
+            _check_kernel(f"pool{number}", "pool_size", pools, index, (height, width), 0)
             layers[f"pool{number}"] = _choose("pooling", pooling, POOLINGS)(pool)
             height, width = height // pool, width // pool
     layers["flatten"] = nn.Flatten()
@@ -161,14 +163,17 @@ def resnet(
     widths = _sizes("widths", widths)
     depths = _per_layer("blocks", blocks, len(widths), least=1)
     if sum(depths) > MOST_LAYERS:
-        raise NetworkImpossible(f"blocks is {blocks!r}; at most {MOST_LAYERS} are built")
+        raise NetworkImpossible(
+            f"blocks is {blocks!r}; at most {MOST_LAYERS} are built", "blocks=2"
+        )
     opening = _choose("stem", stem, STEMS)(shape[0], widths[0])
     smallest = min(shape[1:]) if stem == "small" else (min(shape[1:]) + 3) // 4
     if smallest < 2 ** (len(widths) - 1):
         raise NetworkImpossible(
             f"widths has {len(widths)} stages and halves the map {len(widths) - 1} times, but the "
             f"input is {shape[1]}×{shape[2]}: at most {smallest.bit_length()} stages fit a "
-            f"{stem} stem"
+            f"{stem} stem",
+            f"widths={_listed(widths[: smallest.bit_length()])}",
         )
     layers = OrderedDict(opening)
     for stage, (before, width) in enumerate(pairwise((widths[0], *widths)), start=1):
@@ -291,16 +296,24 @@ def load_program(bundle: Bundle) -> Program:
     return Program(network, manifest.preprocess).eval()
 
 
-def _check_kernel(layer: str, name: str, size: int, map_size: tuple[int, int], pad: int) -> None:
-    smallest = min(map_size) + 2 * pad
-    if size > smallest:
-        advice = f"{name} of at most {smallest}" if smallest >= 1 else "fewer or smaller layers"
-        if name == "kernel_size":
-            advice += f", or padding of at least {pad + -(-(size - smallest) // 2)},"
-        raise NetworkImpossible(
-            f"{layer}: a window of {size}×{size} does not fit its input of "
-            f"{map_size[0]}×{map_size[1]} (padding {pad}); {advice} would"
-        )
+def _check_kernel(
+    layer: str, name: str, sizes: list[int], index: int, map_size: tuple[int, int], pad: int
+) -> None:
+    """Refuse ``sizes[index]``, the argument ``name`` of ``layer``, when it does not fit its map."""
+    size, smallest = sizes[index], min(map_size) + 2 * pad
+    if size <= smallest:
+        return
+    advice, suggestion = "fewer or smaller layers", ""
+    if smallest >= 1:
+        advice = f"{name} of at most {smallest}"
+        suggestion = f"{name}={_listed([*sizes[:index], smallest, *sizes[index + 1 :]])}"
+    if name == "kernel_size":
+        advice += f", or padding of at least {pad + -(-(size - smallest) // 2)},"
+    raise NetworkImpossible(
+        f"{layer}: a window of {size}×{size} does not fit its input of "
+        f"{map_size[0]}×{map_size[1]} (padding {pad}); {advice} would",
+        suggestion,
+    )
 
 
 def _sizes(name: str, values: int | Sequence[int]) -> list[int]:
@@ -308,22 +321,35 @@ def _sizes(name: str, values: int | Sequence[int]) -> list[int]:
     if len(sizes) > MOST_LAYERS:
         raise NetworkImpossible(f"{name} has {len(sizes)} values; at most {MOST_LAYERS} are built")
     if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
-        raise NetworkImpossible(f"{name} is {values!r}; it must be whole numbers of at least 1")
+        raise NetworkImpossible(
+            f"{name} is {values!r}; it must be whole numbers of at least 1", f"{name}=32"
+        )
     return sizes
 
 
 def _per_layer(name: str, value: int | Sequence[int], depth: int, least: int) -> list[int]:
     values: list[int] = [value] * depth if isinstance(value, int) else list(value)
     if len(values) != depth:
-        raise NetworkImpossible(f"{name} has {len(values)} values for {depth} layers")
+        raise NetworkImpossible(
+            f"{name} has {len(values)} values for {depth} layers; give one, or one for each",
+            f"{name}={_listed((values or [1])[:1] * depth)}",
+        )
     if not all(type(each) is int and each >= least for each in values):
         raise NetworkImpossible(
-            f"{name} is {value!r}; it must be whole numbers of at least {least}"
+            f"{name} is {value!r}; it must be whole numbers of at least {least}",
+            f"{name}={max(1, least)}",
         )
     return values
 
 
 def _choose(name: str, value: str, choices: dict[str, Choice]) -> Choice:
     if value not in choices:
-        raise NetworkImpossible(f"{name} is {value!r}; it must be one of: {', '.join(choices)}")
+        raise NetworkImpossible(
+            f"{name} is {value!r}; it must be one of: {', '.join(choices)}",
+            f"{name}={next(iter(choices))}",
+        )
     return choices[value]
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ",".join(str(value) for value in values)

@@ -1,32 +1,25 @@
 """``ModelStore``: versions, aliases and files in an MLflow registry.
 
-The one door to MLflow's registry, so its loose types and its many exceptions stop here. Importing
-it costs seconds and 170 MB: nothing that serves may do so.
+MLflow's loose types stop here, its exceptions in ``registry.mlflow_connection``. Importing it costs
+seconds and 170 MB: nothing that serves may do so.
 """
 
 import logging
-import os
 import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-# A registry that is down must not hold its reader for minutes (MLflow's own defaults: 245 s).
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+# First of all: it tells MLflow how long to wait, before MLflow is imported.
+from registry.mlflow_connection import Connection  # isort: split
 
 import mlflow
 import msgspec
-import requests
 import sqlalchemy.exc
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
@@ -58,7 +51,6 @@ from registry.home import Home
 from registry.ledger import Entry, Ledger
 
 log = logging.getLogger(__name__)
-logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, step by step
 
 DIGEST_TAG = "convoy.manifest_sha256"
 # A model's ledger is registered under its name and this, which no model's name may have.
@@ -97,25 +89,18 @@ class ModelStore:
     """An MLflow registry: a database or server, and a place for artefacts."""
 
     def __init__(self, home: Home) -> None:
-        self.uri = home.tracking_uri
-        self._artifacts = home.artifacts
+        self._connection = Connection(home)
+        self._client = self._connection.client
+        self.uri = self._connection.uri
         self._decided = home.decided
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(self.uri)
-        with self._errors():
-            self._client = MlflowClient(self.uri)
 
     def experiment(self, name: str) -> str:
-        """The id of the experiment ``name``, made if there is none."""
-        with self._errors():
-            found = self._client.get_experiment_by_name(name)
-            if found is not None:
-                return str(found.experiment_id)
-            # A server chooses its own place; a database of ours would put files into the
-            # working directory.
-            location = None if self.uri.startswith("http") else self._artifacts.as_uri()
-            return str(self._client.create_experiment(name, artifact_location=location))
+        """The id of the experiment ``name``, made if there is none, restored if it was deleted."""
+        return self._connection.experiment(name)
+
+    def errors(self, not_found: str | None = None) -> AbstractContextManager[None]:
+        """MLflow's exceptions as ours; see ``Connection.errors``."""
+        return self._connection.errors(not_found)
 
     def publish(self, bundle: Bundle, tags: dict[str, str]) -> ModelVersion:
         """Log ``bundle`` to the active run, register it as the next version, call it challenger.
@@ -128,22 +113,22 @@ class ModelStore:
         """
         assert bundle.folder.name == Path(BUNDLE_PATH).name
         name = bundle.manifest.model
-        with self._errors(), warnings.catch_warnings():
-            # The signature is given; an example would only be run to guess one.
-            warnings.filterwarnings("ignore", ".*input example was not provided")
-            logged = mlflow.pyfunc.log_model(
-                name=name,
-                loader_module="registry.pyfunc",
-                data_path=str(bundle.folder),
-                signature=SIGNATURE,
-                pip_requirements=[
-                    f"{package}=={version}"
-                    for package, version in bundle.manifest.source.versions.items()
-                    if package != "python"
-                ],
-            )
-        self._claim(name)
-        with self._errors():
+        with self.errors():
+            with warnings.catch_warnings():
+                # The signature is given; an example would only be run to guess one.
+                warnings.filterwarnings("ignore", ".*input example was not provided")
+                logged = mlflow.pyfunc.log_model(
+                    name=name,
+                    loader_module="registry.pyfunc",
+                    data_path=str(bundle.folder),
+                    signature=SIGNATURE,
+                    pip_requirements=[
+                        f"{package}=={version}"
+                        for package, version in bundle.manifest.source.versions.items()
+                        if package != "python"
+                    ],
+                )
+            self._claim(name)
             registered = mlflow.register_model(
                 logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
             )
@@ -153,7 +138,7 @@ class ModelStore:
 
     def models(self) -> list[str]:
         """Names of all registered models that could be Convoy's, in alphabetical order."""
-        with self._errors():
+        with self.errors():
             found = _all_pages(self._client.search_registered_models)
         return sorted(model.name for model in found if MODEL_NAME.fullmatch(model.name))
 
@@ -164,7 +149,7 @@ class ModelStore:
             VersionNotFound: no model of that name.
         """
         aliases = self.aliases(name)
-        with self._errors():
+        with self.errors():
             found = _all_pages(self._client.search_model_versions, f"name = '{name}'")
         rows = [
             (self._model_version(entity, aliases), dict(entity.tags))
@@ -179,7 +164,7 @@ class ModelStore:
 
     def standing(self, name: str) -> tuple[dict[str, int], Trial | None]:
         """Alias → version number, and what is on trial, as of one moment."""
-        with self._errors(f"there is no model {name!r} in the registry"):
+        with self.errors(f"there is no model {name!r} in the registry"):
             model = self._client.get_registered_model(name)
         aliases = {alias: int(version) for alias, version in model.aliases.items()}
         said = model.tags.get(TRIAL_TAG)
@@ -209,7 +194,7 @@ class ModelStore:
         missing = f"{ref.name} has no version {number}"
         if number > MOST_VERSIONS:
             raise VersionNotFound(missing)
-        with self._errors(missing):
+        with self.errors(missing):
             entity = self._client.get_model_version(ref.name, str(number))
         return self._model_version(entity, aliases)
 
@@ -251,7 +236,7 @@ class ModelStore:
         Raises:
             BundleInvalid: something that came is not what was published.
         """
-        with self._errors():
+        with self.errors():
             source = self._client.get_model_version_download_uri(version.name, str(version.version))
         folder.mkdir(parents=True, exist_ok=True)
         self._fetch(f"{source}/{BUNDLE_PATH}/{MANIFEST}", folder, MAX_MANIFEST_BYTES)
@@ -280,21 +265,21 @@ class ModelStore:
         """
         aliases, tried = self.standing(name)
         if trial != tried:
-            with self._errors():
+            with self.errors():
                 said = msgspec.json.encode(trial).decode() if trial else ""
                 self._client.set_registered_model_tag(name, TRIAL_TAG, said)
         with suppress(VersionNotFound):  # what was left may have been deleted since
             self._set_alias(name, aliases, PREVIOUS, previous)
         self._set_alias(name, aliases, CHAMPION, champion)
         if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
-            with self._errors():
+            with self.errors():
                 self._client.delete_registered_model_alias(name, CHALLENGER)
         with suppress(OSError):  # a puller that is not woken looks by itself soon
             self._decided.touch()
 
     def sign(self, version: ModelVersion, envelope: str) -> None:
         """Keep the ``envelope`` of a signature with the version, instead of an earlier one."""
-        with self._errors():
+        with self.errors():
             self._client.set_model_version_tag(
                 version.name, str(version.version), SIGNATURE_TAG, envelope
             )
@@ -312,7 +297,7 @@ class ModelStore:
         # MLflow insists on one; models:/ it would resolve, and fail for a version that is gone.
         source = f"convoy:/{name}/{entry.to_version}"  # servers want an absolute path
         about = f"{entry.action} {entry.to_version}: {entry.reason or entry.verdict or ''}"[:1000]
-        with self._errors():
+        with self.errors():
             for _ in range(APPEND_TRIES):
                 try:
                     self._client.create_model_version(
@@ -326,7 +311,7 @@ class ModelStore:
 
     def ledger(self, name: str) -> Ledger:
         """Every decision about ``name``; empty before the first."""
-        with self._errors():
+        with self.errors():
             found = _all_pages(self._client.search_model_versions, f"name = '{name}{LEDGER}'")
         return Ledger((int(line.version), line.tags.get(ENTRY_TAG, "").encode()) for line in found)
 
@@ -338,7 +323,7 @@ class ModelStore:
 
     def note_newest(self, name: str, ledger: Ledger) -> None:
         """Note the number of the newest line beside the log: a cut at its end shows then."""
-        with self._errors():
+        with self.errors():
             self._client.set_registered_model_tag(f"{name}{LEDGER}", NEWEST_TAG, str(ledger.last))
 
     def check_log(self, name: str) -> None:
@@ -396,7 +381,7 @@ class ModelStore:
         """Whether this call made the log and the model; False when others are at it."""
         about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
         try:
-            with self._errors():
+            with self.errors():
                 self._client.create_registered_model(f"{name}{LEDGER}", description=about)
                 self._client.create_registered_model(name)
         except RegistryUnavailable as error:
@@ -408,19 +393,19 @@ class ModelStore:
 
     def _registered(self, name: str) -> Any:
         """MLflow's registered model; None when there is none of that name."""
-        with suppress(VersionNotFound), self._errors(f"{name} is not registered"):
+        with suppress(VersionNotFound), self.errors(f"{name} is not registered"):
             return self._client.get_registered_model(name)
         return None
 
     def _has_versions(self, name: str) -> bool:
-        with self._errors():
+        with self.errors():
             return bool(self._client.search_model_versions(f"name = '{name}'", max_results=1))
 
     def _set_alias(
         self, name: str, aliases: dict[str, int], alias: str, version: int | None
     ) -> None:
         if version is not None and aliases.get(alias) != version:
-            with self._errors(f"{name} has no version {version}"):
+            with self.errors(f"{name} has no version {version}"):
                 self._client.get_model_version(name, str(version))
                 try:
                     self._client.set_registered_model_alias(name, alias, str(version))
@@ -433,7 +418,7 @@ class ModelStore:
     def _fetch(self, uri: str, folder: Path, max_bytes: int) -> None:
         """Fetch the file at ``uri`` into ``folder``; ``BundleInvalid`` if it is larger."""
         root, _, name = uri.rpartition("/")
-        with self._errors():
+        with self.errors():
             try:
                 repository = get_artifact_repository(root, tracking_uri=self.uri)
                 if isinstance(repository, HttpArtifactRepository):
@@ -474,40 +459,6 @@ class ModelStore:
             created_unix_s=entity.creation_timestamp / 1000,
             signature=entity.tags.get(SIGNATURE_TAG),
         )
-
-    @contextmanager
-    def _errors(self, not_found: str | None = None) -> Iterator[None]:
-        """MLflow's exceptions as ours; ``not_found`` is the text for a missing entity."""
-        try:
-            yield
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST" and not_found is not None:
-                raise VersionNotFound(not_found) from error
-            if "database schema" in str(error):
-                raise RegistryUnavailable(
-                    f"the registry {self._shown_uri} has the schema of another MLflow version; "
-                    "back it up, then run: mlflow db upgrade URI"
-                ) from error
-            raise RegistryUnavailable(
-                f"the registry {self._shown_uri} did not answer as expected: "
-                f"{str(error).replace(self._credentials, '')}"
-            ) from error
-        except (sqlalchemy.exc.SQLAlchemyError, requests.RequestException) as error:
-            raise RegistryUnavailable(
-                f"the registry {self._shown_uri} cannot be used: "
-                f"{str(error).splitlines()[0].replace(self._credentials, '')}"
-            ) from error
-
-    @property
-    def _credentials(self) -> str:
-        """``user:password@`` of the URI, so that it can be kept out of messages."""
-        authority = self.uri.partition("://")[2]
-        user_info, at, _ = authority.rpartition("@")
-        return user_info + at
-
-    @property
-    def _shown_uri(self) -> str:
-        return self.uri.replace(self._credentials, "")
 
 
 def _check_size(repository: ArtifactRepository, name: str, max_bytes: int) -> None:

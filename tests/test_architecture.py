@@ -14,7 +14,7 @@ ALLOWED = {
     "training": {"training", "registry"},
     "service": {"service", "registry"},
 }
-MLFLOW_MODULES = {"registry/store.py", "training/tracking.py"}
+MLFLOW_MODULES = {"registry/mlflow_connection.py", "registry/store.py", "training/tracking.py"}
 
 
 def imports(path: Path) -> set[str]:

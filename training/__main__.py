@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from registry.contract import check_model_name
-from registry.errors import ConvoyError, UsageError
+from registry.errors import ConvoyError, NetworkImpossible, UsageError
 from registry.home import convoy_home
 from registry.plain_logs import log_to_stderr
 from training.config import RECIPES, choose_recipe
@@ -19,8 +19,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     try:
         return int(arguments.run(arguments))
+    except NetworkImpossible as error:
+        advice = f"; for example --set {error.suggestion}" if error.suggestion else ""
+        print(f"error: {error}{advice}", file=sys.stderr)
+        return 2
     except ConvoyError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: {error}; if an epoch was finished, --resume goes on from there",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; if an epoch was finished, --resume goes on from there", file=sys.stderr)
@@ -31,10 +41,12 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = choose_recipe(arguments.recipe, arguments.set)
     model = check_model_name(arguments.model or _model_name(arguments.data))
     # Imported here, and not above, so that --help and typing mistakes answer at once.
-    from training.datasets import load_dataset
+    from training.datasets import load_dataset, picture_side_px
+    from training.network_fit import fit_to_pictures
     from training.runs import train_and_publish
 
     home = convoy_home()
+    recipe = fit_to_pictures(recipe, picture_side_px(arguments.data, arguments.image_size))
     data = load_dataset(arguments.data, home.datasets, arguments.image_size)
     finished, registered = train_and_publish(
         data,
@@ -75,10 +87,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     if len(set(names)) != len(names):
         raise UsageError(f"--recipes names a recipe twice: {arguments.recipes}")
     recipes = [choose_recipe(name, arguments.set) for name in names]
-    from training.datasets import load_dataset
+    from training.datasets import load_dataset, picture_side_px
+    from training.network_fit import fit_to_pictures
     from training.runs import compare
 
     home = convoy_home()
+    side_px = picture_side_px(arguments.data, arguments.image_size)
+    recipes = [fit_to_pictures(recipe, side_px) for recipe in recipes]
     data = load_dataset(arguments.data, home.datasets, arguments.image_size)
     comparison = compare(data, recipes, arguments.seeds, home, arguments.device)
     heading, rows = comparison.table()
@@ -132,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="change the recipe or its network: epochs=3, filters=32,64, pooling=average",
+            help="change the recipe or its network: epochs=3, filters=32,64, pooling=average; "
+            "docs/training.md has all parameters",
         )
     return parser
 

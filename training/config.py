@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from registry.contract import NetworkSpec
 from registry.errors import UsageError
+from training.parameters import TRAINING, describe_unknown, find_parameter
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
@@ -21,13 +22,14 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     every side and cuts out the original size at random, ``erase`` blanks a random rectangle in that
     share of the pictures. ``precision`` ``auto`` takes bf16 autocast where the device computes it
     natively, which is decided by capability and not by timing, so that a run can be repeated.
+    ``training.parameters`` explains every field.
     """
 
     name: str
     network: NetworkSpec
     epochs: PositiveInt
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    batch_size: PositiveInt = 128
+    batch_size: Annotated[int, Meta(ge=2)] | None = None
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-3
     weight_decay: Annotated[float, Meta(ge=0)] = 1e-2
     warmup_share: Share = 0.1
@@ -35,7 +37,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     flip: bool = False
     crop_px: Annotated[int, Meta(ge=0)] = 0
     erase: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    patience_epochs: PositiveInt | None = None
+    patience_epochs: Annotated[int, Meta(ge=0)] = 10
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
@@ -64,9 +66,8 @@ RECIPES = {
                 "resnet", {"stem": "large", "widths": [64, 128, 256, 512], "blocks": 2}
             ),
             epochs=30,
-            batch_size=32,
             optimizer="sgd",
-            learning_rate=0.02,
+            learning_rate=0.08,
             weight_decay=5e-4,
             warmup_share=0.2,
             label_smoothing=0.05,
@@ -81,24 +82,39 @@ def choose_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe ``name`` with ``KEY=VALUE`` overrides.
 
     A key is a field of ``Recipe`` (``epochs=3``) or else an argument of its network
-    (``filters=32,64``, ``pooling=average``).
+    (``filters=32,64``, ``pooling=average``); ``training.parameters`` has them all.
 
     Raises:
-        UsageError: no recipe of that name, an override without ``=``, or a value that cannot be.
+        UsageError: no recipe of that name, an override without ``=``, an unknown key, or a value
+            that cannot be.
     """
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}; there are: {', '.join(RECIPES)}")
-    fields = msgspec.to_builtins(RECIPES[name])
+    recipe = RECIPES[name]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UsageError(f"{override!r} is no override; write KEY=VALUE, for example epochs=3")
-        target = fields if key in fields and key not in ("name", "network") else None
-        (fields["network"]["args"] if target is None else target)[key] = _parse_value(text)
+            raise UsageError(
+                f"--set {override}: write KEY=VALUE, for example {TRAINING[0].setting}"
+            )
+        recipe = _override(recipe, key, text)
+    return recipe
+
+
+def _override(recipe: Recipe, key: str, text: str) -> Recipe:
+    parameter = find_parameter(key, recipe.network.name)
+    if parameter is None:
+        raise UsageError(f"--set {key}={text}: {describe_unknown(key, recipe.network.name)}")
+    fields = msgspec.to_builtins(recipe)
+    target = fields if parameter in TRAINING else fields["network"]["args"]
+    target[key] = _parse_value(text)
     try:
         return msgspec.convert(fields, Recipe)
     except msgspec.ValidationError as error:
-        raise UsageError(f"recipe {name}: {error}") from error
+        reason = str(error).partition(" - at")[0]
+        raise UsageError(
+            f"--set {key}={text}: {reason} (for example {parameter.setting})"
+        ) from error
 
 
 def _parse_value(text: str) -> Any:

@@ -1,31 +1,32 @@
-"""Labelled pictures: where they come from, that they are what they claim, and how they are split.
+"""Labelled pictures: the data sets by name, each split into training, validation and test.
 
-Whatever the source, an example is named by the SHA-256 of its pixels, and that digest alone
-decides its split. So equal pictures never straddle training and held-out data, every run splits
-alike, and adding pictures moves none of the old ones.
+Whatever the source, an example is named by the SHA-256 of its pixels, and that digest decides its
+split unless the source comes split (``training.split``).
 """
 
+import functools
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from registry.contract import PreprocessSpec
-from registry.errors import ConvoyError, UsageError
-from registry.preprocess import Pixels, decode_training_image, encode_png
+from registry.errors import UsageError
+from registry.preprocess import Pixels, encode_png
 from training import fashion_mnist
+from training.folder import Split, shown
+from training.folder_pictures import read_folder, some
+from training.split import TEST_SHARE, VALIDATION_SHARE, split_by_digest
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SIZE_PX = 64
+LOGGED_PROBLEMS = 20
+STATISTICS_ROWS = 16
 
 
 class Examples(Struct, frozen=True):
@@ -58,7 +59,8 @@ class Examples(Struct, frozen=True):
 class Dataset(Struct, frozen=True, kw_only=True):
     """A data set, split. ``validation`` chooses (epochs, promotions); ``test`` only reports.
 
-    ``problems`` lists files that were left out and why.
+    ``problems`` lists entries of the source that were left out, each with the reason; ``notes``
+    say what was decided about the splits, and which classes have too few pictures.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Dataset(Struct, frozen=True, kw_only=True):
     validation: Examples
     test: Examples
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -85,22 +88,39 @@ def load_dataset(source: str, cache: Path, size_px: int | None = None) -> Datase
 
     Args:
         source: ``fashion-mnist``, ``fashion-mnist:FOLDER`` (with the four IDX files), ``digits``,
-            or ``folder:FOLDER`` with one sub-folder of pictures for each class.
-        cache: where downloads are kept.
+            or ``folder:FOLDER``, laid out as CLASS/… or as SPLIT/CLASS/….
+        cache: where downloads are kept, and validation pictures while a network trains.
         size_px: width and height for ``folder:``; the others have their own.
 
     Raises:
         UsageError: no such source, or one that cannot be trained on.
     """
+    kind, path, side_px = _parse_source(source, size_px)
+    if kind == "fashion-mnist":
+        return _fashion_mnist(Path(path) if path else None, cache)
+    return _digits() if kind == "digits" else _folder(Path(path), side_px, cache)
+
+
+def picture_side_px(source: str, size_px: int | None = None) -> int:
+    """Height and width of the pictures of ``source``, which are known before they are read.
+
+    Raises:
+        UsageError: as ``load_dataset``, for no such source.
+    """
+    return _parse_source(source, size_px)[2]
+
+
+def _parse_source(source: str, size_px: int | None) -> tuple[str, str, int]:
+    """Kind, path and side of the pictures."""
     kind, _, path = source.partition(":")
     if kind != "folder" and size_px is not None:
         raise UsageError(f"--image-size is for folder: data; {kind} pictures have their own size")
     if kind == "fashion-mnist":
-        return _fashion_mnist(Path(path) if path else None, cache)
+        return kind, path, 28
     if source == "digits":
-        return _digits()
+        return kind, path, 8
     if kind == "folder" and path:
-        return _folder(Path(path), size_px or DEFAULT_SIZE_PX)
+        return kind, path, size_px or DEFAULT_SIZE_PX
     raise UsageError(
         f"there is no data set {source!r}; use fashion-mnist, fashion-mnist:FOLDER, digits "
         "or folder:FOLDER"
@@ -114,9 +134,11 @@ def _fashion_mnist(folder: Path | None, cache: Path) -> Dataset:
     return _dataset(
         "fashion-mnist",
         fashion_mnist.LABELS,
-        take(everything, parts["train"]),
-        take(everything, parts["validation"]),
-        _from_arrays(test[..., None], test_labels),
+        {
+            "train": take(everything, parts["train"]),
+            "validation": take(everything, parts["validation"]),
+            "test": _from_arrays(test[..., None], test_labels),
+        },
     )
 
 
@@ -126,107 +148,30 @@ def _digits() -> Dataset:
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     examples = _from_arrays(pixels, bunch.target.astype(np.int64))
-    return _split_dataset("digits", tuple("0123456789"), examples)
+    parts = split_by_digest(examples.digests, VALIDATION_SHARE, TEST_SHARE)
+    splits = {split: take(examples, positions) for split, positions in parts.items()}
+    return _dataset("digits", tuple("0123456789"), splits)
 
 
-def _folder(root: Path, size_px: int) -> Dataset:
-    if not root.is_dir():
-        raise UsageError(f"{root} is no folder")
-    labels = tuple(
-        sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    )
-    if len(labels) < 2:
-        raise UsageError(
-            f"{root} has {len(labels)} sub-folders; a classifier needs one for each of at least "
-            "two classes"
+def _folder(root: Path, size_px: int, cache: Path) -> Dataset:
+    found = read_folder(root, size_px, cache)
+    splits: dict[Split, Examples] = {}
+    start = 0
+    for split, count in found.counts.items():
+        splits[split] = Examples(
+            found.pixels[start : start + count],
+            found.classes[start : start + count],
+            found.digests[start : start + count],
+            functools.partial(_encode_from, found.encode, start),
         )
-    files = [
-        (path, index)
-        for index, label in enumerate(labels)
-        for path in sorted((root / label).rglob("*"))
-        if path.is_file() and not _is_hidden(path.relative_to(root))
-    ]
-    spec = _plain_spec("RGB", size_px, size_px, resize_shorter_px=size_px)
-    paths: list[Path] = []
-    pixels: list[Pixels] = []
-    digests: list[str] = []
-    indices: list[int] = []
-    problems: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda item: _read_picture(item[0], spec), files)
-        for (path, index), result in zip(
-            files,
-            tqdm(read, total=len(files), unit="img", desc="reading pictures", disable=None),
-            strict=True,
-        ):
-            if isinstance(result, str):
-                problems.append(f"{path.relative_to(root)}: {result}")
-            else:
-                paths.append(path)
-                pixels.append(result[0])
-                digests.append(result[1])
-                indices.append(index)
-    contradicting = _contradictions(digests, indices)
-    problems += [
-        f"{path.relative_to(root)}: the same picture lies under another class too"
-        for path, digest in zip(paths, digests, strict=True)
-        if digest in contradicting
-    ]
-    for problem in problems:
-        log.warning("left out: %s", problem)
-    if problems:
-        log.warning("left out %d of %d files in all", len(problems), len(files))
-    # By digest: renaming a file must not reorder the held-out pictures.
-    in_order = sorted(range(len(digests)), key=lambda number: digests[number])
-    kept = [number for number in in_order if digests[number] not in contradicting]
-    if not kept:
-        raise UsageError(f"{root} holds no picture that can be read")
-    stacked = np.stack([pixels[number] for number in kept])
-    if (stacked == stacked[..., :1]).all():  # all grey: one channel says the same
-        stacked = np.ascontiguousarray(stacked[..., :1])
-    examples = Examples(
-        stacked,
-        np.array([indices[number] for number in kept], dtype=np.int64),
-        tuple(digests[number] for number in kept),
-        lambda index: paths[kept[index]].read_bytes(),
+        start += count
+    return _dataset(
+        f"folder:{shown(root.name)}", found.labels, splits, size_px, found.left_out, found.notes
     )
-    return _split_dataset(f"folder:{root.name}", labels, examples, size_px, tuple(problems))
 
 
-def _read_picture(path: Path, spec: PreprocessSpec) -> tuple[Pixels, str] | str:
-    """Pixels and digest of a file, or why it has none."""
-    try:
-        return decode_training_image(path.read_bytes(), spec)
-    except (ConvoyError, OSError) as error:
-        return str(error)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _contradictions(digests: list[str], indices: list[int]) -> set[str]:
-    """Digests of pictures that lie under more than one class."""
-    classes: dict[str, int] = {}
-    return {
-        digest
-        for digest, index in zip(digests, indices, strict=True)
-        if classes.setdefault(digest, index) != index
-    }
-
-
-def split_by_digest(
-    digests: tuple[str, ...], validation: float, test: float
-) -> dict[str, NDArray[np.int64]]:
-    """Positions of each split: a picture's digest, read as a number in 0..1, decides."""
-    position = np.array([int(digest[:12], 16) / 16**12 for digest in digests])
-    in_test = position < test
-    in_validation = ~in_test & (position < test + validation)
-    return {
-        "test": np.flatnonzero(in_test),
-        "validation": np.flatnonzero(in_validation),
-        "train": np.flatnonzero(~in_test & ~in_validation),
-    }
+def _encode_from(encode: Callable[[int], bytes], start: int, index: int) -> bytes:
+    return encode(start + index)
 
 
 def take(examples: Examples, positions: NDArray[np.int64]) -> Examples:
@@ -244,81 +189,91 @@ def _from_arrays(pixels: Pixels, labels: NDArray[np.int64]) -> Examples:
     return Examples(pixels, labels, digests, lambda index: encode_png(pixels[index]))
 
 
-def _split_dataset(
-    name: str,
-    labels: tuple[str, ...],
-    examples: Examples,
-    resize_shorter_px: int | None = None,
-    problems: tuple[str, ...] = (),
-) -> Dataset:
-    parts = split_by_digest(examples.digests, validation=0.15, test=0.15)
-    train, validation, test = (
-        take(examples, parts[split]) for split in ("train", "validation", "test")
-    )
-    return _dataset(name, labels, train, validation, test, resize_shorter_px, problems)
-
-
 def _dataset(
     name: str,
     labels: tuple[str, ...],
-    train: Examples,
-    validation: Examples,
-    test: Examples,
+    splits: dict[Split, Examples],
     resize_shorter_px: int | None = None,
     problems: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Dataset:
     """The data set, with the normalisation that its training pictures ask for."""
-    counts = Counter(train.labels.tolist())
-    if missing := [label for index, label in enumerate(labels) if not counts[index]]:
-        raise UsageError(f"{name}: no training picture of class {', '.join(missing)}; add some")
-    for split, examples in (("validation", validation), ("test", test)):
-        if not len(examples):
-            raise UsageError(
-                f"{name}: {len(train)} pictures are too few: none fell into the {split} split"
-            )
-    _, height, width, channels = train.pixels.shape
-    mean, std = channel_statistics(train.pixels)
-    spec = _plain_spec("L" if channels == 1 else "RGB", width, height, resize_shorter_px, mean, std)
+    for problem in problems[:LOGGED_PROBLEMS]:
+        log.warning("left out: %s", problem)
+    if problems:
+        log.warning("left out %d entries in all; the report names them", len(problems))
+    notes += _class_notes(labels, splits)
+    for note in notes:
+        log.warning("%s", note)
+    _check_sizes(name, labels, splits)
+    pixels = splits["train"].pixels
+    _, height, width, channels = pixels.shape
+    mean, std = channel_statistics(pixels)
     return Dataset(
         name=name,
         labels=labels,
-        preprocess=spec,
-        train=train,
-        validation=validation,
-        test=test,
+        preprocess=PreprocessSpec(
+            mode="L" if channels == 1 else "RGB",
+            width_px=width,
+            height_px=height,
+            resize_shorter_px=resize_shorter_px,
+            mean=mean,
+            std=std,
+        ),
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
         problems=problems,
+        notes=notes,
     )
+
+
+def _check_sizes(name: str, labels: tuple[str, ...], splits: dict[Split, Examples]) -> None:
+    counts = np.bincount(splits["train"].labels, minlength=len(labels))
+    if missing := [labels[index] for index in np.flatnonzero(counts == 0)]:
+        raise UsageError(f"{name}: no training picture of class {some(missing)}; add some")
+    total = sum(len(examples) for examples in splits.values())
+    for split in ("validation", "test"):
+        if not len(splits[split]):
+            raise UsageError(
+                f"{name}: {total} pictures are too few: none fell into the {split} split, which "
+                f"takes about 15 in 100; add pictures, or lay them out as train/CLASS, val/CLASS "
+                "and test/CLASS"
+            )
+
+
+def _class_notes(labels: tuple[str, ...], splits: dict[Split, Examples]) -> tuple[str, ...]:
+    """Which classes have too few pictures to be learnt, or to be judged."""
+    by_split = {
+        split: np.bincount(examples.labels, minlength=len(labels))
+        for split, examples in splits.items()
+    }
+    notes = []
+    for what, chosen in (
+        ("only one picture", sum(by_split.values()) == 1),
+        ("no validation picture, so no promotion looks at them", by_split["validation"] == 0),
+        ("no test picture, so the test accuracy says nothing of them", by_split["test"] == 0),
+    ):
+        if names := [labels[index] for index in np.flatnonzero(chosen)]:
+            notes.append(f"{len(names)} of {len(labels)} classes have {what}: {some(names)}")
+    return tuple(notes)
 
 
 def channel_statistics(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in units of pixel value / 255."""
-    values = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(pixels.shape[3]):
-        counts = np.bincount(pixels[..., channel].ravel(), minlength=256)
-        mean = float(counts @ values / counts.sum())
-        variance = float(counts @ (values - mean) ** 2 / counts.sum())
-        means.append(round(mean, 6))
-        deviations.append(max(round(variance**0.5, 6), 1e-3))  # pictures of one colour
-    return tuple(means), tuple(deviations)
-
-
-def _plain_spec(
-    mode: str,
-    width_px: int,
-    height_px: int,
-    resize_shorter_px: int | None,
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0),
-    std: tuple[float, ...] = (1.0, 1.0, 1.0),
-) -> PreprocessSpec:
-    return msgspec.convert(
-        {
-            "mode": mode,
-            "width_px": width_px,
-            "height_px": height_px,
-            "resize_shorter_px": resize_shorter_px,
-            "mean": mean,
-            "std": std,
-        },
-        PreprocessSpec,
+    counts = np.zeros((pixels.shape[3], 256), np.int64)
+    for start in range(0, len(pixels), STATISTICS_ROWS):  # bincount takes 8 bytes a pixel
+        for channel in range(pixels.shape[3]):
+            values = pixels[start : start + STATISTICS_ROWS, ..., channel]
+            counts[channel] += np.bincount(values.ravel(), minlength=256)
+    scale = np.arange(256) / 255
+    means = counts @ scale / counts.sum(axis=1)
+    variances = [
+        float(count @ (scale - mean) ** 2 / count.sum())
+        for count, mean in zip(counts, means, strict=True)
+    ]
+    return (
+        tuple(round(float(mean), 6) for mean in means),
+        # At least 1e-3: pictures of one colour.
+        tuple(max(round(variance**0.5, 6), 1e-3) for variance in variances),
     )

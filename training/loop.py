@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,8 +22,10 @@ from tqdm import tqdm
 from registry.errors import UsageError
 from registry.networks import Program, build_program
 from training.augment import augment
+from training.checkpoint import load_checkpoint, run_key, save_checkpoint
 from training.config import Recipe
 from training.datasets import Dataset, Examples
+from training.steps import Steps, plan_steps
 
 log = logging.getLogger(__name__)
 
@@ -81,33 +82,45 @@ def fit(
     torch.manual_seed(seed)
     program = build_program(recipe.network, data.preprocess, len(data.labels)).to(device)
     optimizer = _optimizer(recipe, program)
+    steps = plan_steps(recipe, data)
     train = _to_device(data.train, device)
     history: list[Epoch] = []
     best: Epoch | None = None
     best_weights: dict[str, Tensor] = {}
     interrupted = False
 
-    key = _run_key(recipe, data, seed) if checkpoint is not None else {}
+    key = run_key(recipe, data, seed)
     if resume:
-        state = _load_checkpoint(checkpoint, key)
+        state = load_checkpoint(checkpoint, key)
         program.network.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         best_weights = state["best_weights"]
         history = [msgspec.convert(epoch, Epoch) for epoch in state["history"]]
-        best = max(history, key=lambda epoch: epoch.validation_accuracy)
+        best = max(history, key=_quality)
 
     try:
-        while len(history) < recipe.epochs and not _is_stuck(recipe, history, best):
+        while len(history) < recipe.epochs and not _is_stuck(recipe, history):
             number = len(history) + 1
-            epoch = train_epoch(number, recipe, program, optimizer, train, data.validation, seed)
-            if best is None or epoch.validation_accuracy > best.validation_accuracy:
+            epoch = train_epoch(
+                number, recipe, program, optimizer, steps, train, data.validation, seed
+            )
+            if best is None or _quality(epoch) > _quality(best):
                 best_weights = {
                     name: tensor.clone() for name, tensor in program.network.state_dict().items()
                 }
                 best = epoch
             history.append(epoch)
             if checkpoint is not None:
-                _save_checkpoint(checkpoint, key, program, optimizer, best_weights, history)
+                save_checkpoint(
+                    checkpoint,
+                    {
+                        "key": key,
+                        "weights": program.network.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "best_weights": best_weights,
+                        "history": [msgspec.to_builtins(each) for each in history],
+                    },
+                )
             on_epoch(epoch)
             log.info(
                 "epoch %d: validation accuracy %.4f (best %.4f in epoch %d)",
@@ -134,6 +147,7 @@ def train_epoch(
     recipe: Recipe,
     program: Program,
     optimizer: torch.optim.Optimizer,
+    steps: Steps,
     train: tuple[Tensor, Tensor],
     validation: Examples,
     seed: int,
@@ -142,9 +156,10 @@ def train_epoch(
 
     Args:
         number: of the epoch, from 1.
-        recipe: batch size, learning rate, augmentation, precision.
+        recipe: augmentation, precision.
         program: changed in place.
         optimizer: of the program's parameters.
+        steps: batches and learning rate.
         train: pixels uint8 (N, H, W, C) and labels int64 (N,), on the program's device.
         validation: what to validate on.
         seed: of the run.
@@ -157,19 +172,18 @@ def train_epoch(
     generator = Generator().manual_seed(seed * 1_000_003 + number)
     torch.manual_seed(seed * 1_000_003 + number)  # dropout draws from the global generator
     order = torch.randperm(len(labels), generator=generator).to(device)
-    # What is left over would be a small batch, which batch norm cannot normalise over.
-    batch_size = min(recipe.batch_size, len(labels))
-    steps = len(labels) // batch_size
+    # Of nearly equal size: batch norm cannot normalise over a small rest.
+    batches = order.tensor_split(steps.per_epoch)
     use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16(device))
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     started = time.perf_counter()
     program.train()
-    with tqdm(total=steps * batch_size, unit="img", desc=f"epoch {number}", disable=None) as bar:
-        for step in range(steps):
-            chosen = order[step * batch_size : (step + 1) * batch_size]
+    seen = 0
+    with tqdm(total=len(labels), unit="img", desc=f"epoch {number}", disable=None) as bar:
+        for step, chosen in enumerate(batches):
             batch = augment(pixels[chosen], recipe, generator)
-            rate = _learning_rate(recipe, (number - 1) * steps + step, recipe.epochs * steps)
+            rate = _learning_rate(recipe, steps, (number - 1) * steps.per_epoch + step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
@@ -180,24 +194,27 @@ def train_epoch(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it untyped
             optimizer.step()
-            loss_sum += loss.detach()
+            loss_sum += loss.detach() * len(chosen)
             correct += (logits.argmax(1) == labels[chosen]).sum()
-            if step % 50 == 49 or step == steps - 1:  # reading a GPU's scalar waits for it
-                seen = (step + 1) * batch_size
+            seen += len(chosen)
+            if step % 50 == 49 or step == steps.per_epoch - 1:  # reading a GPU's scalar waits
                 bar.n = seen
                 bar.set_postfix(
-                    loss=f"{loss_sum.item() / (step + 1):.3f}",
+                    loss=f"{loss_sum.item() / seen:.3f}",
                     accuracy=f"{correct.item() / seen:.4f}",
                 )
     seconds = time.perf_counter() - started
-    train_loss = loss_sum.item() / steps
+    train_loss = loss_sum.item() / seen
     if not math.isfinite(train_loss):
-        raise UsageError(f"epoch {number}: the loss is not finite; try a lower learning_rate")
+        raise UsageError(
+            f"epoch {number}: the loss is not finite; try a lower learning rate, for example "
+            f"--set learning_rate={recipe.learning_rate / 10:.2g}"
+        )
     validation_loss, validation_accuracy = validate(program, validation, device)
     return Epoch(
         number=number,
         train_loss=train_loss,
-        train_accuracy=correct.item() / (steps * batch_size),
+        train_accuracy=correct.item() / seen,
         validation_loss=validation_loss,
         validation_accuracy=validation_accuracy,
         learning_rate=rate,
@@ -232,13 +249,13 @@ def _optimizer(recipe: Recipe, program: Program) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
 
 
-def _learning_rate(recipe: Recipe, step: int, total: int) -> float:
+def _learning_rate(recipe: Recipe, steps: Steps, step: int) -> float:
     """Linear warm-up, then half a cosine to zero: a function of the step alone, so resumable."""
-    warmup = max(1, round(recipe.warmup_share * total))
+    warmup = max(1, round(recipe.warmup_share * steps.total))
     if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return steps.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps.total - warmup)
+    return steps.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _has_bf16(device: torch.device) -> bool:
@@ -255,48 +272,20 @@ def _to_device(examples: Examples, device: torch.device) -> tuple[Tensor, Tensor
     )
 
 
-def _is_stuck(recipe: Recipe, history: list[Epoch], best: Epoch | None) -> bool:
+def _quality(epoch: Epoch) -> tuple[float, float]:
+    """What the kept epoch has most of. On a few pictures many epochs are equally accurate."""
+    return epoch.validation_accuracy, -epoch.validation_loss
+
+
+def _is_stuck(recipe: Recipe, history: list[Epoch]) -> bool:
     """Whether the recipe's patience is over: asked before an epoch, so also when resumed."""
-    if recipe.patience_epochs is None or best is None:
+    if not recipe.patience_epochs or not history:
         return False
-    stuck = len(history) - best.number >= recipe.patience_epochs
+    peak = max(history, key=lambda epoch: epoch.validation_accuracy)
+    stuck = len(history) - peak.number >= recipe.patience_epochs
     if stuck:
-        log.info("no better for %d epochs: stopping early", recipe.patience_epochs)
+        log.info(
+            "not more accurate for %d epochs: stopping early; --set patience_epochs=0 never does",
+            recipe.patience_epochs,
+        )
     return stuck
-
-
-def _run_key(recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
-    """What must agree for a checkpoint to be continued."""
-    return {"recipe": msgspec.to_builtins(recipe), "data_sha256": data.sha256, "seed": seed}
-
-
-def _save_checkpoint(
-    path: Path,
-    key: dict[str, Any],
-    program: Program,
-    optimizer: torch.optim.Optimizer,
-    best_weights: dict[str, Tensor],
-    history: list[Epoch],
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    state = {
-        "key": key,
-        "weights": program.network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "best_weights": best_weights,
-        "history": [msgspec.to_builtins(epoch) for epoch in history],
-    }
-    torch.save(state, temporary)
-    temporary.replace(path)  # a crash while writing leaves the older checkpoint
-
-
-def _load_checkpoint(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
-    if path is None or not path.exists():
-        raise UsageError(f"there is no checkpoint to resume from at {path}")
-    state: dict[str, Any] = torch.load(  # noqa: TID251 - what this machine itself has written
-        path, map_location="cpu", weights_only=True
-    )
-    if state["key"] != key:
-        raise UsageError(f"the checkpoint {path} is of a run with another recipe, data set or seed")
-    return state

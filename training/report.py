@@ -5,8 +5,11 @@ that it can be opened from a folder, from MLflow's page of the run or from an e-
 """
 
 import base64
+import functools
 import html
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")  # no display, and no thread but the caller's
-
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -27,6 +29,11 @@ from registry.preprocess import Pixels
 from training.datasets import Dataset, Examples
 from training.evaluate import Evaluation
 from training.loop import Epoch
+
+log = logging.getLogger(__name__)
+
+# Classes may be named after prices: $ is a dollar, and not the start of mathematics or of TeX.
+matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
 
 LARGEST_MATRIX_TEXT = 20  # numbers in the cells of a larger confusion matrix cannot be read
 MAPS_SHOWN = 32
@@ -125,10 +132,11 @@ def first_units(program: Program, shape: tuple[int, int, int]) -> Figure | None:
     return None
 
 
-def feature_maps(program: Program, pixels: Pixels, device: str) -> Iterator[tuple[str, Figure]]:
+def feature_maps(program: Program, pixels: Pixels, device: str) -> dict[str, NDArray[np.float32]]:
     """What each convolution and pooling makes of one example picture, (H, W, C).
 
-    One at a time: a deep network has more of them than should be open at once.
+    Returns:
+        Maps (C, H, W) by the layer's name.
     """
     outputs: dict[str, Tensor] = {}
     layers = [
@@ -148,8 +156,7 @@ def feature_maps(program: Program, pixels: Pixels, device: str) -> Iterator[tupl
     finally:
         for hook in hooks:
             hook.remove()
-    for name, _ in layers:
-        yield name, _maps(name, outputs[name][0].float().cpu().numpy())
+    return {name: outputs[name][0].float().cpu().numpy() for name, _ in layers}
 
 
 def shift_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
@@ -180,27 +187,65 @@ def accuracy_bars(accuracies: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def run_pictures(
+class Drawings:
+    """Pictures as PNG files by title; a drawing that fails costs that drawing and nothing else."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, bytes] = {}
+        self.failures: list[str] = []
+
+    def add(self, title: str, draw: Callable[[], Figure | None]) -> None:
+        """Draw what ``draw`` gives; None is nothing to draw."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one for each letter that the font lacks
+                if (figure := draw()) is not None:
+                    self.pictures[title] = to_png(figure)
+        except Exception as error:  # noqa: BLE001 - whatever a drawing meets, the training is done
+            if not self.failures:
+                log.warning("the report lacks a drawing: %s: %s", title, error)
+            self.failures.append(f"{title} ({type(error).__name__}: {error})")
+            plt.close("all")
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"Could not be drawn: {'; '.join(self.failures)}."] if self.failures else []
+
+
+def draw_run(
     program: Program,
     history: Sequence[Epoch],
     best: Epoch,
     evaluation: Evaluation,
     data: Dataset,
     device: str,
-) -> dict[str, bytes]:
-    """The pictures of one run as PNG files by name, in the order in which they are shown."""
+) -> Drawings:
+    """The pictures of one run, in the order in which they are shown."""
     example = data.test.pixels[0]
-    figures: list[tuple[str, Figure | None]] = [
-        ("learning curves", learning_curves(history, best)),
-        ("confusion matrix", confusion_matrix(evaluation, data.labels)),
-        ("worst mistakes", worst_mistakes(evaluation, data.test, data.labels)),
-        ("first layer", first_kernels(program) or first_units(program, data.preprocess.shape)),
-        ("example picture", _one_picture(example, data.labels[data.test.labels[0]])),
-    ]
-    pictures = {title: to_png(figure) for title, figure in figures if figure is not None}
-    for name, figure in feature_maps(program, example, device):
-        pictures[f"feature maps after {name}"] = to_png(figure)
-    return pictures
+    drawings = Drawings()
+    drawings.add("learning curves", lambda: learning_curves(history, best))
+    drawings.add("confusion matrix", lambda: confusion_matrix(evaluation, data.labels))
+    drawings.add("worst mistakes", lambda: worst_mistakes(evaluation, data.test, data.labels))
+    drawings.add(
+        "first layer",
+        lambda: first_kernels(program) or first_units(program, data.preprocess.shape),
+    )
+    drawings.add("example picture", lambda: _one_picture(example, data.labels[data.test.labels[0]]))
+    maps: dict[str, NDArray[np.float32]] = {}
+    drawings.add("feature maps", lambda: maps.update(feature_maps(program, example, device)))
+    for name in maps:
+        drawings.add(f"feature maps after {name}", functools.partial(_maps, name, maps[name]))
+    return drawings
+
+
+def rehearse(data: Dataset) -> None:
+    """Draw the labels once, so that a drawing that fails is reported before training."""
+    few = Evaluation(
+        data.test.labels, np.full((len(data.test), len(data.labels)), 1 / len(data.labels), "f4")
+    )
+    drawings = Drawings()
+    drawings.add("confusion matrix", lambda: confusion_matrix(few, data.labels))
+    drawings.add("worst mistakes", lambda: worst_mistakes(few, data.test, data.labels))
 
 
 def file_name(title: str) -> str:

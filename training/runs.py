@@ -1,9 +1,9 @@
 """The two jobs of ``python -m training``: one run that ends in the registry, and a comparison."""
 
 import logging
-import re
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -13,23 +13,27 @@ from msgspec import Struct
 from tqdm import tqdm
 
 from registry.classifier import Classifier
-from registry.contract import ModelVersion, sha256_hex
+from registry.contract import ModelVersion
 from registry.devices import choose_device, describe_device
+from registry.errors import UsageError, VersionNotFound
 from registry.home import Home
 from registry.plans.torch_eager import eager_classifier
 from registry.store import ModelStore
 from training import report
+from training.checkpoint import checkpoint_file, only_training
 from training.config import Recipe
 from training.datasets import Dataset
 from training.evaluate import Evaluation, accuracy_against_shift, evaluate
 from training.loop import Trained, fit
 from training.publish import build_manifest, publish
+from training.steps import announce_steps
 from training.tracking import Run, start_run
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "convoy"
 SHIFTS_PX = range(7)
+SHOWN_PROBLEMS = 1000
 THE_RULE = (
     "The validation pictures chose the epoch that was kept and decide promotions; "
     "the test pictures chose nothing and are only reported."
@@ -68,8 +72,8 @@ def train_and_publish(
 ) -> tuple[Finished, ModelVersion | None]:
     """Train, evaluate, report, log, and register version N of ``model`` as ``challenger``.
 
-    The registry is opened first: a training of an hour is not lost to one that is down. If it goes
-    down meanwhile, or the run was interrupted, the checkpoint stays and ``resume`` goes on.
+    The registry, the names and the drawings are tried first. If publishing fails after all, or the
+    run was interrupted, the checkpoint stays and ``resume`` goes on without training again.
 
     Returns:
         The run, and its version (None when ``register`` is False).
@@ -78,23 +82,46 @@ def train_and_publish(
     store = ModelStore(home)
     checkpoint = checkpoint_file(home, data, recipe, seed)
     with (
-        start_run(store, EXPERIMENT, f"{model} {recipe.name}") as run,
+        only_training(checkpoint),
         tempfile.TemporaryDirectory(prefix="convoy-report-") as name,
     ):
-        report_folder = Path(name)
-        finished = _train(run, data, recipe, model, seed, chosen, report_folder, checkpoint, resume)
-        version = None
-        if register:
-            manifest = build_manifest(
-                model, recipe, data, seed, describe_device(chosen), finished.metrics
+        _rehearse(store, data, recipe, model, seed, chosen)
+        with start_run(store, EXPERIMENT, f"{model} {recipe.name}") as run:
+            report_folder = Path(name)
+            finished = _train(
+                run, data, recipe, model, seed, chosen, report_folder, checkpoint, resume
             )
-            program = finished.trained.program
-            version = publish(
-                store, manifest, program, data, finished.validation, report_folder, chosen
-            )
-    if not finished.trained.interrupted:
-        checkpoint.unlink(missing_ok=True)
+            version = None
+            if register:
+                manifest = build_manifest(
+                    model, recipe, data, seed, describe_device(chosen), finished.metrics
+                )
+                program = finished.trained.program
+                version = publish(
+                    store, manifest, program, data, finished.validation, report_folder, chosen
+                )
+        if not finished.trained.interrupted:
+            checkpoint.unlink(missing_ok=True)
     return finished, version
+
+
+def _rehearse(
+    store: ModelStore, data: Dataset, recipe: Recipe, model: str, seed: int, device: str
+) -> None:
+    """Use every name for the first time before the first epoch, and not after the last.
+
+    Raises:
+        UsageError: the classes' names cannot be published.
+        RegistryUnavailable: the registry does not answer for the model.
+    """
+    announce_steps(recipe, data)
+    with suppress(VersionNotFound):  # the first version makes the model
+        store.aliases(model)
+    try:
+        build_manifest(model, recipe, data, seed, describe_device(device), {}).to_json()
+    except ValueError as error:  # two labels that are equal, for example
+        raise UsageError(f"{data.name} cannot be published: {error}; rename its classes") from error
+    report.rehearse(data)
 
 
 def _train(
@@ -139,12 +166,6 @@ def _train(
     return finished
 
 
-def checkpoint_file(home: Home, data: Dataset, recipe: Recipe, seed: int) -> Path:
-    """One file for each combination of data, recipe and seed."""
-    key = sha256_hex(f"{data.sha256} {recipe} {seed}".encode())[:16]
-    return home.checkpoints / f"{re.sub(r'[^A-Za-z0-9-]', '_', data.name)}-{recipe.name}-{key}.pt"
-
-
 def _write_run_report(
     folder: Path,
     title: str,
@@ -155,7 +176,7 @@ def _write_run_report(
     device: str,
 ) -> None:
     trained = finished.trained
-    pictures = report.run_pictures(
+    drawings = report.draw_run(
         trained.program, trained.history, trained.best, finished.test, data, device
     )
     arguments = ", ".join(f"{key} {value}" for key, value in recipe.network.args.items())
@@ -168,12 +189,14 @@ def _write_run_report(
         ("kept epoch", f"{trained.best.number} of {len(trained.history)}"),
         *finished.metrics.items(),
     ]
-    notes = [THE_RULE]
+    notes = [THE_RULE, *data.notes, *drawings.notes]
     if trained.interrupted:
         notes.append("The run was interrupted; the best epoch until then was kept.")
     if data.problems:
-        notes.append(f"{len(data.problems)} files were left out: " + "; ".join(data.problems[:20]))
-    report.write_report(folder, report.html_page(title, facts, pictures, notes=notes), pictures)
+        shown = "; ".join(data.problems[:SHOWN_PROBLEMS])
+        notes.append(f"{len(data.problems)} entries of the folder were left out: {shown}")
+    page = report.html_page(title, facts, drawings.pictures, notes=notes)
+    report.write_report(folder, page, drawings.pictures)
 
 
 def _data_facts(data: Dataset) -> list[tuple[str, str]]:
@@ -237,6 +260,8 @@ def compare(
     store = ModelStore(home)
     title = f"compare {', '.join(recipe.name for recipe in recipes)}"
     runs: list[ComparedRun] = []
+    for recipe in recipes:
+        announce_steps(recipe, data)
     with start_run(store, EXPERIMENT, title) as run:
         jobs = [(recipe, seed) for recipe in recipes for seed in range(seeds)]
         for recipe, seed in tqdm(jobs, unit="run", desc="comparing", disable=None):
@@ -280,13 +305,13 @@ def _log_comparison(run: Run, comparison: Comparison, data: Dataset, title: str)
                 },
             }
         )
-    pictures = {
-        "accuracy": report.to_png(report.accuracy_bars(accuracies)),
-        "accuracy against shift": report.to_png(report.shift_curves(curves)),
-    }
-    page = report.html_page(title, _data_facts(data), pictures, comparison.table(), [THE_RULE])
+    drawings = report.Drawings()
+    drawings.add("accuracy", lambda: report.accuracy_bars(accuracies))
+    drawings.add("accuracy against shift", lambda: report.shift_curves(curves))
+    notes = [THE_RULE, *drawings.notes]
+    page = report.html_page(title, _data_facts(data), drawings.pictures, comparison.table(), notes)
     with tempfile.TemporaryDirectory(prefix="convoy-compare-") as name:
-        report.write_report(Path(name), page, pictures)
+        report.write_report(Path(name), page, drawings.pictures)
         (Path(name) / "comparison.json").write_bytes(msgspec.json.encode(comparison.runs))
         run.log_report(Path(name))
 

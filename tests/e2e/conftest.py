@@ -29,7 +29,7 @@ def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(trained_home: Path, tmp_path: Path) -> Path:
-    """A copy of it, for one test; the artefacts stay where the database says they are."""
+    """A copy of it with its artefacts, for one test."""
     copied: Path = shutil.copytree(trained_home, tmp_path / "home")
     return copied
 

@@ -12,15 +12,11 @@ from PIL import Image
 from registry.decode_limits import TRUSTED_LIMITS
 from registry.errors import UsageError
 from registry.preprocess import decode_image
+from tests.training.pictures import picture
 from training import fashion_mnist
-from training.datasets import channel_statistics, load_dataset, split_by_digest
+from training.datasets import channel_statistics, load_dataset
 from training.fashion_mnist import FILES, IdxFile
-
-
-def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(path)
+from training.split import split_by_digest
 
 
 @pytest.fixture
@@ -140,16 +136,16 @@ def test_files_that_cannot_be_used_are_reported_and_left_out(
     text = "\n".join(data.problems)
     for file in ("notes.txt", "cut.png", "cat/same.png", "dog/same.png"):
         assert file in text
-    assert "left out 4 of 84 files" in caplog.text
+    assert "left out 4 entries in all" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda root: None, "is no folder"),
+        (lambda root: None, "is not a folder"),
         (
             lambda root: picture(root / "only" / "1.png", 1),
-            "1 sub-folders; .* at least two classes",
+            "1 sub-folders.* at least two classes",
         ),
         (
             lambda root: [(root / c).mkdir(parents=True) for c in "ab"],

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -11,8 +12,9 @@ from registry.errors import NetworkImpossible, UsageError
 from tests.conftest import CPU
 from training import loop
 from training.config import Recipe
-from training.datasets import Dataset
+from training.datasets import Dataset, take
 from training.loop import Epoch, Trained, fit
+from training.steps import Steps, announce_steps, plan_steps
 
 replace = msgspec.structs.replace
 
@@ -101,7 +103,7 @@ def test_there_must_be_something_to_resume_and_it_must_be_this_run(
         fit(recipe, few_digits, CPU, 1, checkpoint=checkpoint, resume=True)
 
 
-@pytest.mark.parametrize("where", ["validate", "_save_checkpoint"])
+@pytest.mark.parametrize("where", ["validate", "save_checkpoint"])
 def test_ctrl_c_between_batches_keeps_the_best_epoch_too(
     few_digits: Dataset,
     recipe: Recipe,
@@ -179,7 +181,7 @@ def test_training_stops_early_when_nothing_gets_better(
 
 def test_a_loss_that_explodes_is_said(few_digits: Dataset, recipe: Recipe) -> None:
     wild = replace(recipe, optimizer="sgd", learning_rate=1e30, precision="fp32")
-    with pytest.raises(UsageError, match="the loss is not finite; try a lower learning_rate"):
+    with pytest.raises(UsageError, match="the loss is not finite; try a lower learning rate"):
         fit(wild, few_digits, CPU, 0)
 
 
@@ -190,11 +192,86 @@ def test_a_network_that_does_not_fit_the_pictures_is_refused(few_digits: Dataset
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(recipe: Recipe) -> None:
-    rates = [loop._learning_rate(recipe, step, 100) for step in range(100)]
+    steps = Steps(batch_size=32, per_epoch=10, total=100, learning_rate=recipe.learning_rate)
+    rates = [loop._learning_rate(recipe, steps, step) for step in range(100)]
     assert rates[0] == pytest.approx(recipe.learning_rate / 10)
     assert max(rates) == pytest.approx(recipe.learning_rate)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < recipe.learning_rate / 1000
+
+
+def some_of(data: Dataset, count: int) -> Dataset:
+    return replace(data, train=take(data.train, np.arange(count)))
+
+
+def test_small_data_gets_small_batches_and_large_data_large_ones(
+    digits: Dataset, recipe: Recipe
+) -> None:
+    automatic = replace(recipe, batch_size=None)
+    sizes = {count: plan_steps(automatic, some_of(digits, count)) for count in (2, 160, 1200)}
+    assert [(steps.batch_size, steps.per_epoch) for steps in sizes.values()] == [
+        (2, 1),
+        (8, 20),
+        (32, 38),
+    ]
+    assert sizes[160].total == 20 * recipe.epochs
+    assert sizes[160].learning_rate == recipe.learning_rate
+    sgd = plan_steps(replace(automatic, optimizer="sgd"), some_of(digits, 160))
+    assert sgd.learning_rate == pytest.approx(recipe.learning_rate * 8 / 128)
+    pinned = plan_steps(replace(recipe, optimizer="sgd"), some_of(digits, 160))
+    assert (pinned.batch_size, pinned.learning_rate) == (32, recipe.learning_rate)
+
+
+@pytest.mark.parametrize("count", [3, 33, 63, 65])
+def test_an_epoch_shows_every_picture_once(
+    digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    data = some_of(digits, count)
+    seen: list[torch.Tensor] = []
+    original = loop.augment
+
+    def augment(pixels: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(pixels.clone())
+        return original(pixels, *others)
+
+    monkeypatch.setattr(loop, "augment", augment)
+    fit(replace(recipe, epochs=1, batch_size=32), data, CPU, 0)
+    shown = sorted(picture.numpy().tobytes() for picture in torch.cat(seen))
+    assert shown == sorted(picture.tobytes() for picture in data.train.pixels)
+    assert min(len(batch) for batch in seen) >= 2
+
+
+def test_too_few_steps_to_learn_are_said_before_training(
+    digits: Dataset, recipe: Recipe, caplog
+) -> None:
+    caplog.set_level("INFO")
+    announce_steps(replace(recipe, epochs=30), some_of(digits, 10))
+    assert "10 training pictures in batches of 10: 1 steps an epoch, 30 in 30" in caplog.text
+    assert "too few to learn much: add pictures, or train longer, for example" in caplog.text
+    assert "--set epochs=200" in caplog.text
+    caplog.clear()
+    announce_steps(replace(recipe, epochs=30), digits)
+    assert "too few" not in caplog.text
+
+
+def test_of_equally_accurate_epochs_the_one_of_lowest_loss_is_kept(
+    few_digits: Dataset, recipe: Recipe
+) -> None:
+    """A single validation picture: most epochs are equally accurate."""
+    data = replace(few_digits, validation=take(few_digits.validation, np.arange(1)))
+    trained = fit(replace(recipe, epochs=8), data, CPU, 0)
+    equal = [
+        e for e in trained.history if e.validation_accuracy == trained.best.validation_accuracy
+    ]
+    assert trained.best.validation_loss == min(epoch.validation_loss for epoch in equal)
+
+
+def test_early_stopping_is_on_by_default_and_can_be_turned_off(
+    few_digits: Dataset, recipe: Recipe
+) -> None:
+    stuck = replace(recipe, epochs=13, learning_rate=1e-12)
+    assert len(fit(stuck, few_digits, CPU, 0).history) == 11
+    assert len(fit(replace(stuck, patience_epochs=0), few_digits, CPU, 0).history) == 13
 
 
 @pytest.mark.gpu

@@ -1,10 +1,17 @@
+import inspect
+from pathlib import Path
+
+import msgspec
 import pytest
 import torch
 from torch import Generator
 
-from registry.errors import UsageError
+from registry.errors import NetworkImpossible, UsageError
+from registry.networks import NETWORKS
 from training.augment import augment, random_crop, random_erase, random_flip
-from training.config import RECIPES, choose_recipe
+from training.config import RECIPES, Recipe, choose_recipe
+from training.network_fit import fit_to_pictures
+from training.parameters import NETWORK, TRAINING, Parameter
 
 
 def test_overrides_reach_the_recipe_and_its_network() -> None:
@@ -25,16 +32,80 @@ def test_a_value_that_is_a_json_list_stays_one() -> None:
     ("name", "overrides", "reason"),
     [
         ("vgg", [], "no recipe 'vgg'; there are: dense, cnn, resnet"),
-        ("cnn", ["epochs"], "write KEY=VALUE"),
+        ("cnn", ["epochs"], "write KEY=VALUE, for example --set epochs=20"),
         ("cnn", ["=3"], "write KEY=VALUE"),
-        ("cnn", ["epochs=0"], ">= 1"),
-        ("cnn", ["epochs=many"], "epochs"),
-        ("cnn", ["precision=int4"], "precision"),
+        ("cnn", ["epochs=0"], r"--set epochs=0: .*>= 1 \(for example --set epochs=20\)"),
+        ("cnn", ["epochs=many"], "--set epochs=many: Expected `int`"),
+        ("cnn", ["precision=int4"], "--set precision=int4"),
+        ("cnn", ["epohcs=3"], "there is no parameter epohcs; did you mean epochs?"),
+        ("cnn", ["poolsize=1"], "did you mean pool_size?"),
+        ("cnn", ["name=x"], "there is no parameter name"),
+        ("cnn", ["widths=8"], "widths is a parameter of the network resnet; cnn has: epochs,"),
+        ("cnn", ["zzz=1"], "there is no parameter zzz; cnn has: epochs"),
     ],
 )
 def test_what_cannot_be_is_refused(name: str, overrides: list[str], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         choose_recipe(name, overrides)
+
+
+def test_the_list_of_parameters_is_that_of_the_code_and_of_the_documentation() -> None:
+    fields = {field.name for field in msgspec.structs.fields(Recipe)} - {"name", "network"}
+    assert {parameter.name for parameter in TRAINING} == fields
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for network, parameters in NETWORK.items():
+        arguments = list(inspect.signature(NETWORKS[network]).parameters)[2:]
+        assert {parameter.name for parameter in parameters} == set(arguments)
+    for parameter in (*TRAINING, *(each for some in NETWORK.values() for each in some)):
+        assert f"| `{parameter.name}` | {parameter.meaning} | `{parameter.setting}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameter"),
+    [
+        (recipe, parameter)
+        for recipe in ("dense", "cnn", "resnet")
+        for parameter in (*TRAINING, *NETWORK[recipe])
+    ],
+)
+def test_every_example_of_a_parameter_works(recipe: str, parameter: Parameter) -> None:
+    setting = f"{parameter.name}={parameter.example}"
+    fit_to_pictures(choose_recipe(recipe, [setting]), 64)
+
+
+@pytest.mark.parametrize("side_px", [8, 9, 16, 28, 224])
+@pytest.mark.parametrize("recipe", ["dense", "cnn", "resnet"])
+def test_the_default_recipes_fit_pictures_of_any_size(recipe: str, side_px: int) -> None:
+    fit_to_pictures(choose_recipe(recipe), side_px)
+
+
+def test_small_pictures_change_only_what_was_left_open() -> None:
+    deep = ["filters=4,4,4,4,4"]
+    assert fit_to_pictures(choose_recipe("cnn"), 28) == choose_recipe("cnn")
+    fitted = fit_to_pictures(choose_recipe("cnn", deep), 8).network.args
+    assert fitted["pool_size"] == [2, 2, 2, 1, 1]
+    with pytest.raises(NetworkImpossible) as caught:
+        fit_to_pictures(choose_recipe("cnn", [*deep, "pool_size=2"]), 8)
+    assert caught.value.suggestion == "pool_size=2,2,2,1,2"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "suggestion"),
+    [
+        ("cnn", "pool_size=99", "pool_size=64,99"),
+        ("cnn", "pooling=mean", "pooling=max"),
+        ("cnn", "stride=1,2,3", "stride=1,1"),
+        ("cnn", "padding=-1", "padding=1"),
+        ("cnn", "dropout=2", "dropout=0.3"),
+        ("resnet", "widths=2,2,2,2,2,2,2,2,2", "widths=2,2,2,2,2,2,2"),
+    ],
+)
+def test_a_network_that_cannot_be_built_comes_with_a_setting_to_change(
+    recipe: str, setting: str, suggestion: str
+) -> None:
+    with pytest.raises(NetworkImpossible) as caught:
+        fit_to_pictures(choose_recipe(recipe, [setting]), 64)
+    assert caught.value.suggestion == suggestion
 
 
 def pixels(count: int = 64) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """From the command line to a registered version, in this process and on real digits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 
 from registry.contract import ModelRef
-from registry.errors import BundleInvalid, RegistryUnavailable
+from registry.errors import BundleInvalid, RegistryUnavailable, UsageError
 from registry.home import Home
 from registry.store import ModelStore
-from tests.conftest import MakeBundle
-from training import publish, runs
+from tests.conftest import CPU, MakeBundle
+from tests.training.pictures import pictures
+from training import publish, report, runs
 from training.__main__ import main
+from training.checkpoint import checkpoint_file, only_training
+from training.config import Recipe
 from training.datasets import Dataset
 from training.evaluate import Evaluation
+from training.loop import fit
 from training.publish import choose_golden, rescore
 
 QUICK = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--set", "batch_size=64"]
@@ -73,6 +78,127 @@ def test_a_registry_that_fails_at_the_end_costs_no_training(
     assert not checkpoint.exists()
 
 
+def test_what_cannot_be_published_is_said_before_training(
+    registry_home: Home, few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(runs, "fit", never)
+    twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
+    with pytest.raises(UsageError, match="digits cannot be published: labels must differ"):
+        runs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
+
+
+def test_a_drawing_that_fails_costs_the_drawing(
+    registry_home: Home,
+    few_digits: Dataset,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(report, "confusion_matrix", fail)
+    priced = msgspec.structs.replace(
+        few_digits, labels=("low_$0_$5", "Ca$$h", r"\frac{1}", "日本", *few_digits.labels[4:])
+    )
+    finished, version = runs.train_and_publish(
+        priced, recipe, "digits", registry_home, device="cpu"
+    )
+    assert version is not None
+    assert caplog.text.count("the report lacks a drawing") == 2  # before training, and after
+    folder = mlflow.artifacts.download_artifacts(run_id=finished.run_id, artifact_path="report")
+    page = Path(folder, "report.html").read_text()
+    assert "Could not be drawn: confusion matrix (ValueError: no such font)." in page
+    assert {"worst_mistakes.png", "example_picture.png"} <= {p.name for p in Path(folder).iterdir()}
+
+
+def test_a_registry_that_is_away_for_an_epoch_does_not_end_the_training(
+    registry_home: Home,
+    few_digits: Dataset,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+) -> None:
+    original = mlflow.log_metrics
+    calls = 0
+
+    def away_at_first(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise mlflow.exceptions.MlflowException("connection refused\nat length")
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(mlflow, "log_metrics", away_at_first)
+    finished, _ = runs.train_and_publish(
+        few_digits, recipe, "digits", registry_home, device="cpu", register=False
+    )
+    assert caplog.text.count("metrics are logged later; training goes on") == 1
+    history = mlflow.MlflowClient().get_metric_history(finished.run_id, "validation_loss")
+    assert [metric.step for metric in history] == [1, 2]
+
+
+def test_one_run_is_trained_by_one_process_at_a_time(
+    registry_home: Home, few_digits: Dataset, recipe: Recipe
+) -> None:
+    file = checkpoint_file(registry_home, few_digits, recipe, 0)
+    with only_training(file):
+        with pytest.raises(UsageError, match="another training of the same data, recipe and seed"):
+            runs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
+        with only_training(checkpoint_file(registry_home, few_digits, recipe, 1)):
+            pass
+    with only_training(file):
+        pass
+    assert list(registry_home.checkpoints.iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
+    registry_home: Home,
+    few_digits: Dataset,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+) -> None:
+    file = checkpoint_file(registry_home, few_digits, recipe, 0)
+    file.mkdir(parents=True)  # cannot be replaced by a file
+    assert len(fit(recipe, few_digits, CPU, 0, checkpoint=file).history) == recipe.epochs
+    assert "no checkpoint of this epoch" in caplog.text
+    file.rmdir()
+    file.write_bytes(b"PK damaged")
+    with pytest.raises(UsageError, match="cannot be read; delete it"):
+        fit(recipe, few_digits, CPU, 0, checkpoint=file, resume=True)
+    other = checkpoint_file(registry_home, few_digits, recipe, 1)
+    with pytest.raises(UsageError, match=f"since {file.name} the pictures, the settings"):
+        fit(recipe, few_digits, CPU, 1, checkpoint=other, resume=True)
+
+
+def test_pictures_that_are_deleted_while_training_lose_nothing(
+    registry_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    pictures(folder / "cat", 30, seed=1)
+    pictures(folder / "dog", 30, seed=2)
+    original = runs.fit
+
+    def tidy_up(*arguments, **options):
+        shutil.rmtree(folder)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(runs, "fit", tidy_up)
+    words = ["--data", f"folder:{folder}", "--image-size", "16", *QUICK[2:], "--recipe", "dense"]
+    assert main([*words, "--set", "epochs=1"]) == 0
+    assert ModelStore(registry_home).aliases("pictures") == {"challenger": 1}
+
+
+def test_the_defaults_train_on_digits(registry_home: Home, capsys) -> None:
+    words = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--no-register"]
+    assert main(words) == 0
+    assert "cnn on digits: validation accuracy" in capsys.readouterr().out
+
+
 def test_recipes_are_compared_on_the_same_pictures(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,11 +238,16 @@ def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
     [
         (["--recipe", "vgg"], "there is no recipe 'vgg'"),
         (["--data", "imagenet"], "there is no data set 'imagenet'"),
-        (["--data", "folder:/nowhere"], "/nowhere is no folder"),
+        (["--data", "folder:/nowhere"], "/nowhere is not a folder"),
         (["--data", "digits", "--model", "a/b"], "no model name"),
         (["--data", "digits", "--device", "gpu"], "device 'gpu' is not known"),
         (["--data", "digits", "--recipe", "dense", "--resume"], "no checkpoint to resume"),
-        (["--data", "digits", "--recipe", "cnn"], "pool2: a window"),
+        (
+            ["--data", "digits", "--set", "padding=0", "--set", "pool_size=2"],
+            "pool2: a window of 2×2 does not fit its input of 1×1 (padding 0); pool_size of at "
+            "most 1 would; for example --set pool_size=2,1",
+        ),
+        (["--data", "digits", "--set", "epohcs=3"], "did you mean epochs?"),
         (["compare", "--seeds", "0"], "at least 1"),
         (["compare", "--recipes", "dense,dense"], "twice"),
         (["compare", "--recipes", "dense,vgg"], "there is no recipe 'vgg'"),
