@@ -11,10 +11,10 @@ INSTALLED := .venv/.installed
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train promote serve test coverage check torture chaos sbom bench up down update upgrade backup restore test-containers clean
+.PHONY: help demo train promote serve test coverage check torture torture-short chaos sbom bench up down update upgrade backup restore test-containers clean
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv: once, a few minutes with torch …"
@@ -52,6 +52,9 @@ check: $(INSTALLED) ## formatting, lint, types, secrets
 
 torture: $(INSTALLED) ## fail every call to the registry, the disk and torch in turn (long)
 	$(BIN)/python -m pytest -m torture tests/torture $(ARGS)
+
+torture-short: $(INSTALLED) ## the same for some of the calls, as CI does (a minute)
+	TORTURE=short $(BIN)/python -m pytest -m torture tests/torture $(ARGS)
 
 chaos: $(INSTALLED) ## what a hostile world does, all of docs/reliability.md (over an hour)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,chaos]'
