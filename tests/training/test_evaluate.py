@@ -68,7 +68,7 @@ def test_a_run_is_drawn(few_digits: Dataset, tmp_path, spec: NetworkSpec, expect
     torch.manual_seed(0)
     program = build_program(spec, few_digits.preprocess, 10).eval()
     evaluation = evaluate(eager_classifier(program, "cpu"), few_digits.test)
-    pictures = report.run_pictures(program, [EPOCH], EPOCH, evaluation, few_digits, "cpu")
+    pictures = report.draw_run(program, [EPOCH], EPOCH, evaluation, few_digits, "cpu").pictures
     always = {"learning curves", "confusion matrix", "worst mistakes", "example picture"}
     assert always | expected <= set(pictures)
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())
