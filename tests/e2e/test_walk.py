@@ -200,7 +200,7 @@ def test_a_worker_whose_forward_pass_hangs_is_replaced(
     hang = tmp_path / "hang"
     service = Service(
         home,
-        PYTHONPATH=str(tmp_path / "hooks"),
+        PYTHONPATH=os.pathsep.join([str(tmp_path / "hooks"), os.environ.get("PYTHONPATH", "")]),
         HANG=str(hang),
         CONVOY_WORKERS="1",
         CONVOY_HUNG_S="5",  # a pass of milliseconds may take a second on a busy machine
