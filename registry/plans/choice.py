@@ -39,6 +39,8 @@ from registry.shared_files import write_atomically
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+# Held while plans are tried. Not the lock of ``shared_files``, which each write takes for itself.
+CHOOSING = "choosing.lock"
 # Raised when another plan would be chosen although nothing that the key names has changed.
 CACHE_SCHEMA = 3
 CHOICE, REFUSED = ".json", ".refused"
@@ -179,7 +181,7 @@ class Planner:
         """
         root = self._root()
         # A link there must not have another file opened for writing.
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(root / CHOOSING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "rb"):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield root
