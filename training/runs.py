@@ -113,10 +113,11 @@ def _rehearse(
     Raises:
         UsageError: the classes' names cannot be published.
         RegistryUnavailable: the registry does not answer for the model.
+        PromotionRefused: another account may have made the model's log.
     """
     announce_steps(recipe, data)
     with suppress(VersionNotFound):  # the first version makes the model
-        store.aliases(model)
+        store.check_log(model)
     try:
         build_manifest(model, recipe, data, seed, describe_device(device), {}).to_json()
     except ValueError as error:  # two labels that are equal, for example
