@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
-from tests.e2e.processes import PATIENCE_S, wait_for
+from tests.conftest import PATIENCE_S, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
 

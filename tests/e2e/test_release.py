@@ -109,7 +109,7 @@ def with_other_report(bundle: Bundle, files: dict[str, bytes]) -> None:
 
 
 def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_nothing(
-    home: Path, trained_home: Path, service: Service, store: ModelStore, answers
+    home: Path, service: Service, store: ModelStore, answers
 ) -> None:
     def failed_swaps() -> float:
         text = service.text("/metrics")
@@ -136,7 +136,7 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
         assert ready["version"] == 1
         assert why in ready["error"], ready
         assert why in str(refusal(version))
-        assert failed_swaps() > before
+        wait_for(lambda b=before: failed_swaps() > b, "the failed switch was not counted")
         roll_back(store, "digits", "it is broken")
         wait_for(
             lambda: service.ask("GET", "/readyz")[1]["models"][0]["error"] is None,
@@ -145,7 +145,7 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
 
     damaged = republish(store, home, with_other_report)
     promoted = store.resolve(ModelRef("digits", damaged))
-    for path in Home(trained_home).artifacts.rglob(WEIGHTS):
+    for path in Home(home).artifacts.rglob(WEIGHTS):
         if open_bundle(path.parent).manifest_sha256 == promoted.manifest_sha256:
             path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PromotionRefused, match="has sha256"):
@@ -174,7 +174,7 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
 
 
 def test_workers_switch_together_and_a_roll_back_takes_no_load(
-    home: Path, trained_home: Path, service: Service, store: ModelStore, answers
+    home: Path, service: Service, store: ModelStore, answers
 ) -> None:
     for decide, version in (
         (lambda: promote(store, "digits", 2), 2),

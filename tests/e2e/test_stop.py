@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import Service, wait_for
+from tests.conftest import wait_for
+from tests.e2e.processes import Service
 
 pytestmark = pytest.mark.e2e
 TIMEOUT_S = 6

@@ -26,8 +26,7 @@ from registry.pull import Puller
 from registry.reader_account import make_reader
 from registry.releases import read_release
 from registry.store import ENTRY_TAG, LEDGER, ModelStore
-from tests.conftest import MakeBundle, free_port
-from tests.e2e.processes import wait_for
+from tests.conftest import MakeBundle, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
 pytest.importorskip("flask_wtf", reason="MLflow's accounts need Flask-WTF: pip install -e '.[dev]'")
