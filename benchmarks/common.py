@@ -28,7 +28,7 @@ FAST_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"
 
 
 def free_port() -> int:
-    """A port of loopback on which nobody listens at this moment.
+    """A loopback port that no process listens on at this moment.
 
     Below the range from which the kernel takes ports for clients: a port of that range may belong
     to a client's connection by the time a server wants it.

@@ -38,7 +38,7 @@ class Ask(NamedTuple):
 class Row(NamedTuple):
     """What became of one; times in seconds of ``perf_counter``.
 
-    ``status`` is the answer's, or ``LOST``, or ``REFUSED`` when there was nobody to connect to, or
+    ``status`` is the answer's, or ``LOST``, or ``REFUSED`` when the connection was refused, or
     ``WRONG`` for a 200 without what was expected.
     """
 
@@ -249,7 +249,7 @@ class Traffic:
 async def capacity(port: int, ask: Ask, seconds: float = 4.0, connections: int = 16) -> float:
     """200s a second when each connection asks again as soon as it is answered.
 
-    Ends the benchmark when a request failed: what was refused is no part of a capacity.
+    Ends the benchmark when a request failed: refusals do not count as capacity.
     """
     traffic = Traffic(port, in_turn([ask]), 0, connections)
     async with traffic.running():

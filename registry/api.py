@@ -202,7 +202,7 @@ def may_decide(view: Callable[P, Any]) -> Callable[P, Any]:
 
 
 def _identify() -> None:
-    """Who asks: ``g.token`` by the header, ``g.visitor`` by the session's cookie."""
+    """Note the caller: ``g.token`` by the header, ``g.visitor`` by the session's cookie."""
     g.token = g.visitor = None
     tokens = control().tokens
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")

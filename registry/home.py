@@ -40,7 +40,7 @@ class Home(Struct, frozen=True):
 
     @property
     def sessions(self) -> Path:
-        """Who is signed in to the control plane's pages, so that sessions survive its restart."""
+        """The sessions of the control plane's pages, which survive its restart."""
         return self.root / "sessions" / "sessions.json"
 
     @property

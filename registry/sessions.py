@@ -1,7 +1,7 @@
-"""Who is signed in to the control plane's pages: sessions that the server knows and can end.
+"""Sessions of the control plane's pages, which the server knows and can end.
 
 A cookie holds 256 random bits and nothing else. What they stand for lies in a file, by the bits'
-SHA-256, so a signed-out cookie opens nothing, and the file shows nobody a cookie.
+SHA-256, so a signed-out cookie opens nothing, and the file contains no cookie.
 """
 
 import hmac
