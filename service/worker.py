@@ -333,10 +333,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                     connection = self._open(client, client.getpeername())
                 except OSError:  # the client has gone meanwhile
                     client.close()
-                else:
+                    continue
+                if connection in self._connections:
                     self._readable[connection] = time.monotonic()
 
     def _open(self, client: socket.socket, address: Any) -> Connection:
+        """Add a client's connection; it is closed at once where its address has too many at work."""
         if len(self._connections) >= self._max_connections:
             self._make_room()
         connection = Connection(client, address, client.getsockname(), self._limits)
