@@ -338,7 +338,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                     self._readable[connection] = time.monotonic()
 
     def _open(self, client: socket.socket, address: Any) -> Connection:
-        """Add a client's connection; it is closed at once where its address has too many at work."""
+        """Add a client's connection; it may be closed at once, to keep its address to its share."""
         if len(self._connections) >= self._max_connections:
             self._make_room()
         connection = Connection(client, address, client.getsockname(), self._limits)
