@@ -173,7 +173,7 @@ def _relocate(database: Path, artifacts: str) -> None:
             )
             for table, column in PLACES:
                 connection.execute(  # the names are constants of this module
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608 # nosec B608
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608
                     f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                     (artifacts, len(place) + 1, place, len(place) + 1, place + "/"),
                 )
