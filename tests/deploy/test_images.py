@@ -49,3 +49,15 @@ def test_only_torch_is_installed_without_its_hash() -> None:
         * 2
     )
     assert len(re.findall(r"requirements\.py torch >wanted", DOCKERFILE)) == 2
+
+
+def test_the_build_context_holds_every_file_that_the_dockerfile_copies() -> None:
+    allowed = {
+        line[1:].rstrip("/")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = {source.rstrip("/") for line in copies for source in line.split()}
+    assert len(sources) > 5
+    assert sources <= allowed
