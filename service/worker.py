@@ -78,8 +78,8 @@ MAX_PAUSE_S = 1.0
 # Of a crowd that asks for probes, the loop answers so many in a turn.
 PROBES_PER_TURN = 8
 MAX_WAITING = 512
-# A refusal costs about 0.25 ms. Clients that ask again at once would take the cores from those who
-# are served; so a worker sends so many refusals a second, and the others wait for theirs.
+# An error costs about 0.25 ms. Clients that ask again at once would take the cores from those who
+# are served; so a worker sends so many errors a second, and the others wait for theirs.
 REFUSALS_PER_S = 400
 REFUSALS_AT_ONCE = 100
 REFUSED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
@@ -369,9 +369,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._close(self._refusals.popleft()[0])
 
     def _close_late(self, now: float) -> None:
-        """Close the connections whose time for the next step is over."""
+        """Close the connections whose time for the next step is over.
+
+        Not all at once: a crowd that came together would hold the loop when its time is over.
+        """
         late = [c for c in self._connections if c.deadline <= now and c not in self._readable]
-        for connection in late:
+        for connection in late[:ROUND_REQUESTS]:
             if connection.phase is Phase.READING:
                 self._refuse(connection, 408, "the request did not arrive in its time")
             else:
@@ -526,7 +529,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             return
         connection.keep = not answering.response.should_close()
         data = b"".join(answering.gathered)
-        if answering.is_post and answering.response.status_code in REFUSED:
+        if answering.is_post and answering.response.status_code >= HTTPStatus.BAD_REQUEST:
             self._hold_refusal(connection, data)
         else:
             self._send(connection, data)
