@@ -49,7 +49,7 @@ class Limits(Struct, frozen=True):
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
-    max_json_bytes: int = 8 * 1024 * 1024
+    max_json_bytes: int = 4 * 1024 * 1024
     head_s: float = 10.0
     keep_alive_s: float = 75.0
     age_s: float = 60.0

@@ -99,7 +99,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     batch_ms: Annotated[float, Meta(gt=0)] = 50.0
     max_image_bytes: Count = DEFAULT_LIMITS.max_bytes
     max_body_bytes: Count = 64 * 1024 * 1024
-    max_json_bytes: Count = 8 * 1024 * 1024
+    max_json_bytes: Count = 4 * 1024 * 1024
     max_pixels: Count = DEFAULT_LIMITS.max_pixels
     max_decoded_bytes: Count = DEFAULT_LIMITS.max_decoded_bytes
     queue_limit: Count = 256
