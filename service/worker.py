@@ -78,6 +78,8 @@ MAX_PAUSE_S = 1.0
 # Of a crowd that asks for probes, the loop answers so many in a turn.
 PROBES_PER_TURN = 8
 MAX_WAITING = 512
+# Longer bodies have threads of their own: decoding them takes long, and others would wait.
+LARGE_BODY_BYTES = 1024 * 1024
 # An error costs about 0.25 ms. Clients that ask again at once would take the cores from those who
 # are served; so a worker sends so many errors a second, and the others wait for theirs.
 REFUSALS_PER_S = 400
@@ -93,10 +95,14 @@ RETRY = "Retry-After: 1\r\n"
 class Postpone(Exception):
     """Raised by an application whose work is too long for the loop; a thread calls it again."""
 
-    def __init__(self, background: bool = False) -> None:
-        """``background``: the work is not what this server is for, and may take its time."""
+    def __init__(self, background: bool = False, queues: bool = False) -> None:
+        """``background``: the work is not what this server is for, and may take its time.
+
+        ``queues``: later requests wait for this one, so that another worker should have them.
+        """
         super().__init__()
         self.background = background
+        self.queues = queues
 
 
 class Answering:
@@ -106,7 +112,16 @@ class Answering:
     one ``send`` has both.
     """
 
-    __slots__ = ("body", "connection", "environ", "gathered", "is_post", "response", "size")
+    __slots__ = (
+        "body",
+        "connection",
+        "environ",
+        "gathered",
+        "is_post",
+        "queues",
+        "response",
+        "size",
+    )
 
     def __init__(
         self, connection: Connection, request: Any, environ: dict[str, Any], cfg: Any, asked: Asked
@@ -114,6 +129,7 @@ class Answering:
         self.connection = connection
         self.size = len(asked.body)
         self.is_post = asked.is_post
+        self.queues = False
         self.environ = environ
         self.gathered: list[bytes] = []
         self.response = wsgi.Response(request, self, cfg)
@@ -162,7 +178,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._readable: dict[Connection, float] = {}
         self._round: dict[Connection, Answering] = {}
         self._of_origin: Counter[str] = Counter()
-        self._probes = 0
+        self._probes = self._queued = 0
         self._refusals: deque[tuple[Connection, bytes]] = deque()
         self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
         self._ending = self._deaf = self._listens_alone = False
@@ -179,6 +195,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._done = PollableMethodQueue()
         self._done.init()
         self._postponed = RequestPool(ThreadPoolExecutor(self.cfg.threads, "work"))
+        self._large = RequestPool(ThreadPoolExecutor(max(1, self.cfg.threads // 2), "large"))
         threads = ThreadPoolExecutor(BACKGROUND_THREADS, "background")
         self._background = RequestPool(threads, BACKGROUND_SHARE / BACKGROUND_THREADS)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -201,8 +218,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         while self.alive and os.getppid() == self.ppid:
             self._turn()
         self._drain()
-        self._postponed.threads.shutdown(wait=False)
-        self._background.threads.shutdown(wait=False)
+        for pool in self._pools():
+            pool.threads.shutdown(wait=False)
 
     def _listen(self) -> socket.socket:
         host, port = self._address
@@ -415,7 +432,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _is_passed_on(self, connection: Connection) -> bool:
         """Pass a connection on whose request would wait here, to a worker with less to do."""
-        busy = self._handover and self._postponed.count and connection.is_untouched
+        busy = self._handover and self._queued and connection.is_untouched
         if not (busy and self._handover and self._handover.give(connection.sock)):
             return False
         self._close(connection)
@@ -426,7 +443,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
         Whether they may. Who is slow with a large body would keep out everybody else's.
         """
-        if self._postponed.size + self._background.size + size > MOST_RECEIVED_BYTES:
+        if sum(pool.size for pool in self._pools()) + size > MOST_RECEIVED_BYTES:
             return False  # that would help nobody
         while self._received() + size > MOST_RECEIVED_BYTES:
             sending = [each for each in self._connections if each.phase is Phase.READING]
@@ -439,7 +456,16 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _received(self) -> int:
         """Bytes of requests that are not answered yet."""
         arriving = sum(len(each.received) for each in self._connections)
-        return arriving + self._postponed.size + self._background.size
+        return arriving + sum(pool.size for pool in self._pools())
+
+    def _pools(self) -> tuple[RequestPool, ...]:
+        return self._postponed, self._large, self._background
+
+    def _pool(self, answering: Answering, postponed: Postpone) -> RequestPool:
+        """The threads for a request that is too long for the loop."""
+        if postponed.background:
+            return self._background
+        return self._large if answering.size > LARGE_BODY_BYTES else self._postponed
 
     def _ask(self, connection: Connection, asked: Asked) -> None:
         """Have the application called: here, or in a thread."""
@@ -465,14 +491,15 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _call(self, answering: Answering) -> None:
         """Call the application in the loop; its answer is iterated at the end of the round."""
         environ = answering.environ
-        environ[IN_LOOP], environ[WAITING] = answering.size, self._postponed.count
+        environ[IN_LOOP] = answering.size
+        environ[WAITING] = self._postponed.count + self._large.count
         try:
             answering.call(self.wsgi)
         except Postpone as postponed:
             del environ[IN_LOOP], environ[WAITING]
             environ["wsgi.input"].seek(0)
-            background = postponed.background
-            self._to_thread(answering, self._background if background else self._postponed)
+            answering.queues = postponed.queues
+            self._to_thread(answering, self._pool(answering, postponed))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self._fail(answering.connection, error)
         else:
@@ -487,6 +514,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._watch(answering.connection, 0)
         pool.count += 1
         pool.size += size
+        self._queued += answering.queues
         self._tell_load()
 
         def answer() -> None:
@@ -496,6 +524,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         def done(future: "Future[None]") -> None:
             pool.count -= 1
             pool.size -= size
+            self._queued -= answering.queues
             self._tell_load()
             self._finish(answering, future.result)
 
@@ -515,9 +544,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         pool.threads.submit(work)
 
     def _tell_load(self) -> None:
-        """Tell the other workers how many requests this one has postponed."""
+        """Tell the other workers how many requests wait in this one for each other."""
         if self._handover and self._handover.load != NEVER:
-            self._handover.load = self._postponed.count
+            self._handover.load = self._queued
 
     def _finish(self, answering: Answering, result: Callable[[], None]) -> None:
         """Take the ``result`` of the application's work, and send what it has answered."""

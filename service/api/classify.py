@@ -158,7 +158,9 @@ class Classify:
         batcher = job.served.batcher
         # Before it is decoded: that would be for nothing.
         batcher.check_room(environ.get(WAITING, 0))
-        if in_loop and (environ[IN_LOOP] > LOOP_BYTES or _is_slow(batcher)):
+        if in_loop and _is_slow(batcher):
+            raise Postpone(queues=True)
+        if in_loop and environ[IN_LOOP] > LOOP_BYTES:
             raise Postpone
         trial = None if version or alias else serving.trial
         if query := environ.get("QUERY_STRING"):
