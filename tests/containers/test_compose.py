@@ -64,10 +64,11 @@ def test_nothing_is_lost_while_all_of_it_is_moved_about(up: Stack, picture: byte
         up.docker("kill", "--signal", "KILL", up.replicas()[0])
         time.sleep(3)
         up.up("service")
+        up.wait_healthy("service")  # each replica chooses its plan anew when it starts
         say("4 replicas, then 1, then 2")
         for replicas in (4, 1, 2):
             up.up("service", replicas=replicas)
-            time.sleep(4)
+            up.wait_healthy("service")
         say("the registry stops")
         up.compose("stop", "mlflow", "database")
         time.sleep(3)
@@ -114,7 +115,9 @@ def test_a_registry_that_was_destroyed_is_restored(
     home = ("-e", "CONVOY_HOME=/tmp/restored", "control")
     up.compose("exec", "-T", *home, "python", "-m", "registry", "pull", "models:/fashion@champion")
     whole = file.read_bytes()
-    file.write_bytes(whole.replace(b'"schema_version": 2', b'"schema_version": 3', 1))
+    changed = whole.replace(b'"schema_version": 3', b'"schema_version": 4', 1)
+    assert changed != whole
+    file.write_bytes(changed)
     damaged = subprocess.run(
         ["deploy/restore.sh", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
