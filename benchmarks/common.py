@@ -22,7 +22,7 @@ import psutil
 
 from registry.devices import CORES, describe_machine
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 SERVER_PORTS = (20_000, 32_000)
 FAST_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
 

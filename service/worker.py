@@ -27,7 +27,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
-from io import BytesIO
 from types import FrameType
 from typing import Any
 
@@ -45,7 +44,7 @@ from service.connection import RECEIVE_BYTES, Asked, Connection, HeadTooLong, Ph
 from service.handover import NEVER, Handover
 from service.heads import Heads
 from service.listening import SETTLE_S, turn_away
-from service.memory import share_heap
+from service.memory import give_back, share_heap
 from service.settings import Settings
 
 IN_LOOP = "convoy.in_loop"
@@ -71,6 +70,9 @@ PATIENCE_S = 1.0
 # Connections on which nothing is asked are closed so long after the order to end: who asks all the
 # time is answered, and told that it was the last time.
 IDLE_S = 1.0
+# The loop gives up the interpreter at each of its system calls, and then waits so long for a thread
+# that is decoding; by default 5 ms each time.
+SWITCH_INTERVAL_S = 0.001
 # For metrics and pages; together these threads use a core at most for this part of the time.
 BACKGROUND_THREADS = 2
 BACKGROUND_SHARE = 0.25
@@ -84,6 +86,9 @@ LARGE_BODY_BYTES = 1024 * 1024
 # are served; so a worker sends so many errors a second, and the others wait for theirs.
 REFUSALS_PER_S = 400
 REFUSALS_AT_ONCE = 100
+# A refusal counts once more for each so many bytes of its request: the kernel takes what clients
+# go on to send, at a core for a gigabyte a second.
+BYTES_PER_REFUSAL = 4 * 1024 * 1024
 REFUSED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 # One address may have this part of a worker's connections, a trusted proxy all of them.
 ADDRESS_SHARE = 0.75
@@ -105,22 +110,30 @@ class Postpone(Exception):
         self.queues = queues
 
 
-class Answering:
-    """A request, and its answer while it is made.
+class Written(list[bytes]):
+    """What gunicorn's response takes for a socket.
 
-    gunicorn writes an answer's head and body with a call each; here they are gathered, so that
-    one ``send`` has both.
+    It writes an answer's head and body with a call each; here one ``send`` has both. Not a part of
+    ``Answering``: in a cycle of references, bodies would live until the next garbage collection.
     """
 
+    def sendall(self, data: bytes) -> None:
+        self.append(bytes(data))
+
+
+class Answering:
+    """A request, and its answer while it is made."""
+
     __slots__ = (
+        "announced_bytes",
         "body",
         "connection",
         "environ",
-        "gathered",
         "is_post",
         "queues",
         "response",
         "size",
+        "written",
     )
 
     def __init__(
@@ -128,16 +141,13 @@ class Answering:
     ) -> None:
         self.connection = connection
         self.size = len(asked.body)
+        self.announced_bytes = int(asked.digits or 0)
         self.is_post = asked.is_post
         self.queues = False
         self.environ = environ
-        self.gathered: list[bytes] = []
-        self.response = wsgi.Response(request, self, cfg)
+        self.written = Written()
+        self.response = wsgi.Response(request, self.written, cfg)
         self.body: Iterable[bytes] = ()
-
-    def sendall(self, data: bytes) -> None:
-        """What gunicorn's response takes for a socket's."""
-        self.gathered.append(bytes(data))
 
     def call(self, application: Any) -> None:
         """The first half: the application is called."""
@@ -179,13 +189,14 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._round: dict[Connection, Answering] = {}
         self._of_origin: Counter[str] = Counter()
         self._probes = self._queued = 0
-        self._refusals: deque[tuple[Connection, bytes]] = deque()
+        self._refusals: deque[tuple[Connection, bytes, float]] = deque()
         self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
         self._ending = self._deaf = self._listens_alone = False
         self._next_poll = self._next_look = 0.0
 
     def init_process(self) -> None:
         share_heap()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         settings = Settings.from_environment()
         self._heads = Heads(self.cfg)
         self._limits = replace(settings.limits, keep_alive_s=self.cfg.keepalive)
@@ -427,7 +438,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         elif connection.expects():
             with contextlib.suppress(OSError):
                 connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif len(connection.received) > RECEIVE_BYTES:
+        elif connection.received_bytes > RECEIVE_BYTES:
             self._make_space(0)
 
     def _is_passed_on(self, connection: Connection) -> bool:
@@ -449,13 +460,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             sending = [each for each in self._connections if each.phase is Phase.READING]
             if not sending:
                 return False
-            most = max(sending, key=lambda each: len(each.received))
+            most = max(sending, key=lambda each: each.received_bytes)
             self._refuse(most, 503, "too many large requests arrive at once")
         return True
 
     def _received(self) -> int:
         """Bytes of requests that are not answered yet."""
-        arriving = sum(len(each.received) for each in self._connections)
+        arriving = sum(each.received_bytes for each in self._connections)
         return arriving + sum(pool.size for pool in self._pools())
 
     def _pools(self) -> tuple[RequestPool, ...]:
@@ -476,7 +487,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             too_long = isinstance(error, http_errors.LimitRequestHeaders)
             self._refuse(connection, 431 if too_long else 400, str(error) or "no request")
             return
-        environ["wsgi.input"] = BytesIO(asked.body)
+        environ["wsgi.input"] = asked.open_body()
         if self._ending:
             environ[ENDING] = True
         answering = Answering(connection, request, environ, self.cfg, asked)
@@ -537,6 +548,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             except BaseException as error:  # noqa: BLE001 - the loop raises it again
                 future.set_exception(error)
             self._done.defer(done, future)
+            if pool is self._large:
+                give_back()
             if pool.share < 1 and pool.count > 1:
                 used_s = time.thread_time() - began
                 time.sleep(min(MAX_PAUSE_S, used_s / pool.share - used_s))
@@ -557,25 +570,26 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._fail(connection, error)
             return
         connection.keep = not answering.response.should_close()
-        data = b"".join(answering.gathered)
+        data = b"".join(answering.written)
         if answering.is_post and answering.response.status_code >= HTTPStatus.BAD_REQUEST:
-            self._hold_refusal(connection, data)
+            self._hold_refusal(connection, data, answering.announced_bytes)
         else:
             self._send(connection, data)
 
-    def _hold_refusal(self, connection: Connection, data: bytes) -> None:
-        """Have a refusal sent when its time has come."""
+    def _hold_refusal(self, connection: Connection, data: bytes, size: int = 0) -> None:
+        """Have a refusal, of a request of ``size`` bytes, sent when its time has come."""
         connection.work()
         self._watch(connection, 0)
-        self._refusals.append((connection, data))
+        self._refusals.append((connection, data, 1 + size / BYTES_PER_REFUSAL))
 
     def _send_refusals(self, now: float) -> None:
         """Send the refusals whose time has come, in their order."""
         earned = (now - self._refilled) * REFUSALS_PER_S
         self._may_refuse, self._refilled = min(REFUSALS_AT_ONCE, self._may_refuse + earned), now
         while self._refusals and self._may_refuse >= 1:
-            self._may_refuse -= 1
-            self._send(*self._refusals.popleft())
+            connection, data, price = self._refusals.popleft()
+            self._may_refuse -= price
+            self._send(connection, data)
 
     def _fail(self, connection: Connection, error: Exception) -> None:
         request_id = self._refuse(connection, 500, "something went wrong on our side")
@@ -592,7 +606,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             f"{RETRY if status == 503 else ''}Content-Length: {len(body)}\r\n\r\n"
         )
         connection.keep = False
-        connection.received = bytearray()
+        connection.forget()
         (self._hold_refusal if status in REFUSED else self._send)(connection, head.encode() + body)
         return request_id
 

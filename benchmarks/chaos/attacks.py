@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.chaos.stack import home_of_two, service
@@ -35,6 +36,25 @@ BOUNDARY = "b"
 
 def large_json(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
     """Eight clients post JSON of 64 MB, and of just what is accepted, to two workers."""
+    return _play(partial(_post_again, JSON_CLIENTS, _large_json_requests), seconds)
+
+
+def empty_parts(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """64 clients post 64 KB of empty multipart parts, again and again."""
+    return _play(partial(_post_again, PART_CLIENTS, _empty_part_requests), seconds)
+
+
+def stalled_bodies(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """1,050 connections announce 64 MB and then send nothing; a closed one comes again."""
+    return _play(partial(_stall, STALLED_CLIENTS), seconds)
+
+
+def crowded_metrics(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """300 connections ask for /metrics as fast as they are answered."""
+    return _play(partial(_post_again, METRICS_CLIENTS, _metrics_requests), seconds)
+
+
+def _large_json_requests() -> list[bytes]:
     allowed = Settings().max_json_bytes
     bodies = [
         _json(64_000_000, b'"ab"'),
@@ -42,28 +62,17 @@ def large_json(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
         _json(allowed - 100, b'"ab"'),
         _json(allowed - 100, b'"' + b"A" * (allowed // 4 * 4 - 200) + b'"'),
     ]
-    requests = [_request("application/json", body) for body in bodies]
-    return _play(partial(_post_again, JSON_CLIENTS, requests), seconds)
+    return [_request("application/json", body) for body in bodies]
 
 
-def empty_parts(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
-    """64 clients post 64 KB of empty multipart parts, again and again."""
+def _empty_part_requests() -> list[bytes]:
     part = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'.encode()
     body = part * (64_000 // len(part)) + f"--{BOUNDARY}--\r\n".encode()
-    request = _request(f"multipart/form-data; boundary={BOUNDARY}", body)
-    return _play(partial(_post_again, PART_CLIENTS, [request]), seconds)
+    return [_request(f"multipart/form-data; boundary={BOUNDARY}", body)]
 
 
-def stalled_bodies(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
-    """1,050 connections announce 64 MB and then send nothing; a closed one comes again."""
-    head = _request("application/octet-stream", b"", 64 * 1024 * 1024)
-    return _play(partial(_stall, STALLED_CLIENTS, head), seconds)
-
-
-def crowded_metrics(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
-    """300 connections ask for /metrics as fast as they are answered."""
-    request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-    return _play(partial(_post_again, METRICS_CLIENTS, [request]), seconds)
+def _metrics_requests() -> list[bytes]:
+    return [b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"]
 
 
 def _json(size: int, element: bytes) -> bytes:
@@ -78,8 +87,8 @@ def _request(content_type: str, body: bytes, length: int | None = None) -> bytes
     ).encode() + body
 
 
-Crowd = Callable[[int, float], Counter[str]]
-"""Attacks a port for so many seconds; counts what came back."""
+Crowd = Callable[[int, float, Callable[[], None]], Counter[str]]
+"""Waits by the function, attacks a port for so many seconds, and counts what came back."""
 
 
 def _play(crowd: Crowd, seconds: int) -> tuple[dict[str, Any], Traffic]:
@@ -92,13 +101,14 @@ async def _measure(
 ) -> tuple[dict[str, Any], Traffic]:
     honest = Traffic(running.port, in_turn([post(image)]), HONEST_RPS)
     probes: list[Row] = []
-    async with honest.running():
-        asking = asyncio.ensure_future(_probe(running.port, probes, QUIET_S + seconds + 2))
-        await asyncio.sleep(QUIET_S)
-        before_mb = _memory_mb(running)
-        honest.fault("the attack begins")
-        began = time.perf_counter()
-        with _process(crowd, running.port, seconds) as outcomes:
+    with _process(crowd, running.port, seconds) as (begin, outcomes):
+        async with honest.running():
+            asking = asyncio.ensure_future(_probe(running.port, probes, QUIET_S + seconds + 2))
+            await asyncio.sleep(QUIET_S)
+            before_mb = _memory_mb(running)
+            honest.fault("the attack begins")
+            began = time.perf_counter()
+            begin()
             most_mb = [0.0] * len(before_mb)
             while time.perf_counter() < began + seconds:
                 await asyncio.sleep(0.5)
@@ -107,7 +117,7 @@ async def _measure(
             honest.fault("and ends")
             await asyncio.sleep(1)
             answers = await asyncio.to_thread(outcomes)
-        await asking
+            await asking
     quiet = summary(between(honest.rows, began - QUIET_S + 1, began))
     during = summary(between(honest.rows, began, ended))
     asked = {
@@ -158,21 +168,39 @@ def _memory_mb(running: RunningService) -> list[float]:
 
 
 @contextlib.contextmanager
-def _process(crowd: Crowd, port: int, seconds: int) -> Iterator[Callable[[], Counter[str]]]:
-    """The attackers in a process of their own; calling the result waits for their counts."""
+def _process(
+    crowd: Crowd, port: int, seconds: int
+) -> Iterator[tuple[Callable[[], None], Callable[[], Counter[str]]]]:
+    """The attackers in a process of their own, which is ready when the block begins.
+
+    The first function has them attack; the second waits for their counts. A process that starts
+    while the honest clients ask would take the time from their measurement.
+    """
     context = multiprocessing.get_context("spawn")
-    queue: Any = context.Queue()
-    process = context.Process(target=_run, args=(crowd, port, seconds, queue), daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(crowd, port, seconds, theirs), daemon=True)
     process.start()
+
+    def outcomes() -> Counter[str]:
+        if not ours.poll(seconds + 60):
+            raise SystemExit("the attackers did not end in time")
+        counts: Counter[str] = ours.recv()
+        return counts
+
     try:
-        yield partial(queue.get, timeout=seconds + 60)
+        ours.recv()
+        yield partial(ours.send, None), outcomes
     finally:
         process.join(10)
         process.kill()
 
 
-def _run(crowd: Crowd, port: int, seconds: int, queue: Any) -> None:
-    queue.put(crowd(port, seconds))
+def _run(crowd: Crowd, port: int, seconds: int, pipe: Connection) -> None:
+    def wait() -> None:
+        pipe.send("ready")
+        pipe.recv()
+
+    pipe.send(crowd(port, seconds, wait))
 
 
 class _Attacker:
@@ -215,13 +243,23 @@ class _Attacker:
         return data[9:12].decode()
 
 
-def _post_again(clients: int, requests: list[bytes], port: int, seconds: float) -> Counter[str]:
+def _post_again(
+    clients: int,
+    make_requests: Callable[[], list[bytes]],
+    port: int,
+    seconds: float,
+    wait: Callable[[], None],
+) -> Counter[str]:
     """Each client sends a request as soon as the one before is answered."""
+    requests = make_requests()
+    wait()
     return _loop([_Attacker(port, requests, n) for n in range(clients)], seconds)
 
 
-def _stall(clients: int, head: bytes, port: int, seconds: float) -> Counter[str]:
+def _stall(clients: int, port: int, seconds: float, wait: Callable[[], None]) -> Counter[str]:
     """Each client sends a head and waits; it connects again when it is closed."""
+    head = _request("application/octet-stream", b"", 64 * 1024 * 1024)
+    wait()
     return _loop([_Attacker(port, [head], 0) for _ in range(clients)], seconds)
 
 

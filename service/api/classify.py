@@ -223,7 +223,7 @@ class Classify:
                 raise Postpone from error
             return self._decode_large(image, spec)
         except ConvoyError as error:
-            return error
+            return _without_frames(error)
 
     def _decode_large(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
         """One at a time, so that large images take neither all memory nor all threads."""
@@ -231,13 +231,13 @@ class Classify:
         try:
             check_parts(image, settings.decode_limits)  # what is refused takes nobody's place
         except ConvoyError as error:
-            return error
+            return _without_frames(error)
         if not self._large.acquire(timeout=LARGE_WAIT_S):
             return Overloaded("too many large images are being decoded")
         try:
             return decode_image(image, spec, settings.decode_limits)
         except ConvoyError as error:
-            return error
+            return _without_frames(error)
         finally:
             give_back()  # else the heap keeps what the largest picture took
             self._large.release()
@@ -327,8 +327,19 @@ class Classify:
             errors.outcome(error),
         )
         response = errors.answer(error, job.request_id)
+        error.__traceback__ = None  # its frames hold the body, and may hold the error
         response.headers.update(answer_headers(job.request_id, served.version if served else None))
         return response({"REQUEST_METHOD": method}, start_response)
+
+
+def _without_frames(error: ConvoyError) -> ConvoyError:
+    """``error`` to be kept as an image's outcome.
+
+    Its traceback has the frames that hold the request's body and the list of outcomes: in that
+    cycle of references, bodies would live until the next garbage collection.
+    """
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def _is_slow(batcher: MicroBatcher) -> bool:

@@ -1,13 +1,15 @@
 """How bodies are read: their limits come before the work, and every usual form is understood."""
 
 import base64
+import gc
 import gzip
 import json
+import weakref
 from io import BytesIO
 
 import pytest
 from flask.testing import FlaskClient
-from werkzeug.test import TestResponse
+from werkzeug.test import EnvironBuilder, TestResponse
 
 from service.api import bodies, classify
 from service.worker import IN_LOOP, Postpone
@@ -94,17 +96,29 @@ def test_a_text_over_the_limit_of_an_image_is_not_decoded(
     def decode(*arguments: object, **named: object) -> None:
         raise AssertionError("the text was decoded")
 
-    monkeypatch.setattr(bodies.binascii, "a2b_base64", decode)
+    monkeypatch.setattr(bodies.pybase64, "b64decode", decode)
     response = post(ready, json.dumps({"image": "A" * 140_000}).encode(), JSON)
     assert response.status_code == 413
     assert "105,000 bytes; at most 100,000" in response.json["detail"]
 
 
-def test_base64_is_decoded_in_pieces(
-    ready: FlaskClient, png: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bodies, "BASE64_PIECE_CHARS", 64)
-    assert post(ready, json.dumps({"image": b64(png)}).encode(), JSON).status_code == 200
+@pytest.mark.parametrize("body", [b"no image", b'{"images": ["QUJD", "QUJE"]}', b'{"images": 3}'])
+def test_a_body_is_freed_with_its_answer(ready: FlaskClient, body: bytes) -> None:
+    kind = JSON if body.startswith(b"{") else "image/png"
+    stream = Counted(body)
+    is_freed = weakref.ref(stream)
+    environ = EnvironBuilder("/v1/classify", method="POST", content_type=kind).get_environ()
+    environ |= {"wsgi.input": stream, "CONTENT_LENGTH": str(len(body))}
+    del stream
+    gc.collect()
+    gc.disable()
+    try:
+        answer = b"".join(ready.application.wsgi_app(environ, lambda status, headers: None))
+        assert b"error" in answer
+        del environ
+        assert is_freed() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["note", "image"])

@@ -82,6 +82,24 @@ def test_requests_behind_each_other_are_taken_one_by_one(pair: Pair) -> None:
     assert asked.body == b"two"
 
 
+def test_a_large_body_is_whole_and_ends_where_it_ends(pair: Pair) -> None:
+    pair.ours.limits = Limits()
+    body = bytes(range(256)) * 2000
+    whole = post(body)
+    pair.sends(whole[:100_000])
+    assert pair.ours.take() is None
+    for start in range(100_000, len(whole), 100_000):
+        pair.sends(whole[start : start + 100_000])
+        asked = pair.ours.take()
+    assert asked is not None
+    assert asked.body[:] == body
+    assert asked.open_body().read(len(body)) == body
+    assert pair.ours.received_bytes == 0
+    asked = pair.sends(post(b"next")).take()
+    assert asked is not None
+    assert asked.body == b"next"
+
+
 def test_a_request_has_ten_seconds_and_the_time_that_its_bytes_earn(
     pair: Pair, clock: Clock
 ) -> None:

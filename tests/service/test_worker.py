@@ -1,6 +1,7 @@
 """The worker's loop, in a real gunicorn that serves a small application of these tests."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -12,9 +13,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from gunicorn.config import Config
 
+from service.connection import Asked
+from service.worker import Answering
 from tests.conftest import free_port
 
 APPLICATION = """
@@ -756,3 +762,18 @@ def test_a_port_that_was_taken_meanwhile_ends_the_server(tmp_path: Path) -> None
         )
     assert ended.returncode == 3
     assert f"cannot listen on 127.0.0.1 port {port}" in ended.stderr
+
+
+def test_an_answer_is_in_no_cycle_of_references() -> None:
+    """Else the bodies of requests would live until the next garbage collection."""
+    asked = Asked(b"POST / HTTP/1.1", b"", "4", b"body", True)
+    request = SimpleNamespace(version=(1, 1))
+    connection: Any = None
+    answering = Answering(connection, request, {}, Config(), asked)
+    found, around = set(), [answering.response]
+    while around:
+        for each in gc.get_referents(around.pop()):
+            if not isinstance(each, type | ModuleType) and id(each) not in found:
+                found.add(id(each))
+                around.append(each)
+    assert id(answering) not in found
