@@ -23,7 +23,7 @@ HEADERS_END = b"\r\n\r\n"
 RECEIVE_BYTES = 64 * 1024
 # A longer body gets pages of its own, which go back to the machine with it: a heap that grows by
 # pieces of megabytes, and frees them, kept 100 to 200 MB for eight bodies of 4 MB.
-LARGE_BODY_BYTES = 256 * 1024
+MAPPED_BODY_BYTES = 256 * 1024
 RECEIVE_LARGE_BYTES = 256 * 1024
 MOST_HEAD_BYTES = 32 * 1024
 LINGER_S = 2.0
@@ -186,6 +186,8 @@ class Connection:
 
     def receive(self) -> None:
         """Take what has arrived; raises as ``recv`` does, also when there is nothing."""
+        if self._head is None and len(self.received) >= MOST_HEAD_BYTES:
+            return  # requests behind each other wait in the kernel, not here
         if self._large is not None:
             end = self._filled + RECEIVE_LARGE_BYTES
             with memoryview(self._large) as whole, whole[self._filled : end] as free:
@@ -288,7 +290,7 @@ class Connection:
         self._likeness, self._digits, length = measure(self._head)
         too_long = length is not None and self._is_too_long(length, self._head)
         self._length = None if too_long else length
-        if self._length and self._length > max(LARGE_BODY_BYTES, len(received)):
+        if self._length and self._length > max(MAPPED_BODY_BYTES, len(received)):
             self._large = mmap(-1, self._length, MAP_PRIVATE | MAP_ANONYMOUS)
             self._filled = self._large.write(received)
             received.clear()

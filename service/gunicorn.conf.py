@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from service.logs import logging_config
-from service.settings import METRICS, RUN_FOLDER, Settings
+from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
 from service.stops import RunningTime
 
 settings = Settings.from_environment()
@@ -31,7 +31,7 @@ forwarder_headers = ""
 logconfig_dict = logging_config(settings.log_level)
 
 # Of its own, because what an earlier run left behind would be counted again.
-run_folder = settings.run_folder or Path(tempfile.mkdtemp(prefix="convoy-run-"))
+run_folder = settings.run_folder or Path(tempfile.mkdtemp(prefix="convoy-run-", dir=run_parent()))
 os.environ[RUN_FOLDER] = str(run_folder)
 # Read by prometheus_client when it is first imported, so set before anything does that.
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run_folder / METRICS)
@@ -56,9 +56,14 @@ def on_starting(server: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """Keep the counts of a worker that is gone, and forget the rest of it."""
+    from service.handover import forget_worker
     from service.metric_files import forget_process
 
-    forget_process(run_folder / METRICS, worker.pid)
+    try:
+        forget_process(run_folder / METRICS, worker.pid)
+        forget_worker(run_folder / HANDOVER, worker.pid)
+    except Exception:  # in the arbiter: it would end the service
+        server.log.exception("the files of worker %d could not be removed", worker.pid)
 
 
 def on_exit(server: Any) -> None:

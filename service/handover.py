@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import socket
+import time
 from array import array
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from msgspec import Struct
 
 NEVER = 2**62
 """The load of a worker that takes no connections: it starts or ends."""
+
+SILENT_S = 1.0
+"""A worker whose loop has not turned for so long takes no connections: it may hang."""
 
 _SOCKET, _LOAD = ".socket", ".load"
 _AT_ONCE = 32
@@ -30,7 +34,8 @@ class Peer(Struct, frozen=True):
 
     @property
     def load(self) -> int:
-        return self.shared[0]
+        is_silent = self.shared[1] < (time.monotonic() - SILENT_S) * 1e9
+        return NEVER if is_silent else self.shared[0]
 
 
 class Handover:
@@ -47,6 +52,7 @@ class Handover:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         """Readable when another worker has passed a connection on."""
         self.sock.setblocking(False)
+        self._own.with_suffix(_SOCKET).unlink(missing_ok=True)  # of a dead worker with this number
         self.sock.bind(str(self._own.with_suffix(_SOCKET)))
 
     @property
@@ -56,6 +62,10 @@ class Handover:
     @load.setter
     def load(self, value: int) -> None:
         self._shared[0] = value
+
+    def beat(self, now: float) -> None:
+        """Tell the others that the loop turns; ``now`` by the monotonic clock."""
+        self._shared[1] = int(now * 1e9)
 
     def find_peers(self) -> None:
         """Learn which other workers there are; forget those that are gone."""
@@ -77,9 +87,11 @@ class Handover:
                 self.sock.sendmsg([b"c"], [rights], 0, peer.address)
             except BlockingIOError:  # it does not get to take those that it was given
                 return False
-            except OSError:  # it was killed
+            except (ConnectionRefusedError, FileNotFoundError):  # it was killed
                 del self._peers[name]
                 continue
+            except OSError:  # the client has gone
+                return False
             return True
         return False
 
@@ -94,8 +106,7 @@ class Handover:
 
     def close(self) -> None:
         """Leave; the caller has set ``load`` to ``NEVER`` before, and taken what came."""
-        for suffix in (_SOCKET, _LOAD):
-            self._own.with_suffix(suffix).unlink(missing_ok=True)
+        forget_worker(self._folder, int(self._own.name))
         self.sock.close()
 
     def _open(self, name: str) -> Peer:
@@ -103,11 +114,17 @@ class Handover:
         return Peer(str(own.with_suffix(_SOCKET)), _share(own.with_suffix(_LOAD)))
 
 
+def forget_worker(folder: Path, pid: int) -> None:
+    """Remove the files of a worker that has ended."""
+    for suffix in (_SOCKET, _LOAD):
+        (folder / str(pid)).with_suffix(suffix).unlink(missing_ok=True)
+
+
 def _share(path: Path) -> memoryview:
-    """One aligned word in memory that processes share, so it is read and written whole."""
+    """Two aligned words in memory that processes share, so each is read and written whole."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        os.ftruncate(descriptor, 8)
-        return memoryview(mmap.mmap(descriptor, 8)).cast("q")
+        os.ftruncate(descriptor, 16)
+        return memoryview(mmap.mmap(descriptor, 16)).cast("q")
     finally:
         os.close(descriptor)

@@ -60,20 +60,23 @@ class RateLimiter:
         """
         address = parse_address(caller)
         if address is None or address.version == 4:
-            return self._take(caller if address is None else str(address), 1)
+            return self._take({caller if address is None else str(address): 1})
         site, network = (f"{int(address) >> (128 - bits):x}/{bits}" for bits in (48, 64))
-        return self._take(network, 1) or self._take(site, SITE_CALLERS)
+        return self._take({network: 1, site: SITE_CALLERS})
 
-    def _take(self, key: str, times: int) -> float:
-        """``take`` at ``times`` the rate and burst."""
-        interval_ns = self._interval_ns // times
-        burst_ns = (self._burst * times - 1) * interval_ns
+    def _take(self, keys: dict[str, int]) -> float:
+        """Count for every key, at so many times the rate and burst, if none of them refuses."""
         now = time.monotonic_ns()
-        entry = self._find(key, now)
-        full_at = max(self._words[entry + _FULL], now)
-        if (wait_ns := full_at - now - burst_ns) > 0:
-            return wait_ns / 1e9
-        self._words[entry + _FULL] = full_at + interval_ns
+        full: dict[int, int] = {}
+        for key, times in keys.items():
+            interval_ns = self._interval_ns // times
+            entry = self._find(key, now)
+            full_at = max(self._words[entry + _FULL], now)
+            if (wait_ns := full_at - now - (self._burst * times - 1) * interval_ns) > 0:
+                return wait_ns / 1e9
+            full[entry] = full_at + interval_ns
+        for entry, full_at in full.items():
+            self._words[entry + _FULL] = full_at
         return 0.0
 
     def _find(self, key: str, now: int) -> int:

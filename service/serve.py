@@ -28,7 +28,14 @@ from registry.errors import UsageError
 from registry.processes import end_with_parent
 from registry.releases import read_release_or_none
 from registry.services import SERVICE_KEY
-from service.settings import GPU_SOCKET, METRICS, RUN_FOLDER, Settings
+from service.settings import (
+    GPU_SOCKET,
+    MAX_PARENT_BYTES,
+    METRICS,
+    RUN_FOLDER,
+    Settings,
+    run_parent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +43,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 CALM_S = 60.0
 LOOK_S = 0.5
 START_S = 120.0
-# The path of a socket has 107 bytes at most, and the folder's name and the socket's come after it.
-MAX_PARENT_BYTES = 70
 GUNICORN = [
     sys.executable,
     "-m",
@@ -186,10 +191,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
 def _run_folder() -> "tempfile.TemporaryDirectory[str]":
     """What the processes of this service share; only this user may enter it."""
     try:
-        parent = tempfile.gettempdir()
-        if len(os.fsencode(parent)) > MAX_PARENT_BYTES:
-            parent = "/tmp"  # noqa: S108 - a folder of its own is made in it
-        return tempfile.TemporaryDirectory(prefix="convoy-run-", dir=parent)
+        return tempfile.TemporaryDirectory(prefix="convoy-run-", dir=run_parent())
     except OSError as error:
         raise UsageError(
             f"no temporary folder can be made ({error}); set TMPDIR to a folder that can be "

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -33,7 +34,9 @@ _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 # Not for operators: ``python -m service`` tells the processes that it starts.
 GPU_SOCKET = "CONVOY_GPU_SOCKET"
 RUN_FOLDER = "CONVOY_RUN_FOLDER"
-METRICS = "metrics"  # in that folder
+METRICS, HANDOVER = "metrics", "handover"  # in that folder
+# The path of a socket has 107 bytes at most: the folder's name and the socket's come after it.
+MAX_PARENT_BYTES = 60
 # Environment variable → field; docs/operations.md has the same table with the reasons.
 VARIABLES = {
     "CONVOY_HOST": "host",
@@ -241,3 +244,9 @@ class Settings(Struct, frozen=True, kw_only=True):
             for name, field in VARIABLES.items():
                 text = text.replace(f"`$.{field}`", f"{name}={values.get(field)!r}")
             raise UsageError(f"a setting cannot be used: {text}") from error
+
+
+def run_parent() -> str:
+    """The parent of a running service's folder: /tmp where a socket's path would be too long."""
+    parent = tempfile.gettempdir()
+    return parent if len(os.fsencode(parent)) <= MAX_PARENT_BYTES else "/tmp"  # noqa: S108

@@ -121,9 +121,9 @@ class Images:
             abort(400, "the multipart body has no part named 'image', 'images', 'file' or 'files'")
 
     def _json(self, body: "bytes | mmap") -> Iterator[bytes | ConvoyError]:
-        # Many strings (each, and each name, has two quotes) or many escapes would have msgspec hold
-        # the interpreter for long: it checks a list's length only when all of it is decoded.
-        self._check_count(_count_quotes(body, 2 * self._settings.max_batch + 6) // 2 - 2)
+        # Many values or escapes would have msgspec hold the interpreter for long: it checks a
+        # list's length only when all of it is decoded. A data URL has a comma of its own.
+        self._check_count(_count(body, b",", 2 * self._settings.max_batch + 4) // 2 - 1)
         has_escapes = body.find(b"\\", 0) >= 0
         most_escapes = len(body) // MIN_BYTES_PER_ESCAPE + MAX_FREE_ESCAPES
         if has_escapes and body[:].count(b"\\") > most_escapes:
@@ -134,7 +134,9 @@ class Images:
                 parsed = msgspec.json.decode(memoryview(body)[start:], type=JsonBody)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             abort(400, f'the JSON body is not {{"image": …}} or {{"images": […]}}: {error}')
-        image = parsed.image if parsed.image and bytes(parsed.image) != b"null" else None
+        image = (
+            parsed.image if parsed.image and bytes(memoryview(parsed.image)[:1]) != b"n" else None
+        )
         if (image is None) == (parsed.images is None):
             abort(400, "the JSON body needs exactly one of 'image' and 'images'")
         self.many = image is None
@@ -194,11 +196,11 @@ def _paced(size: int) -> contextlib.AbstractContextManager[None]:
     return _one_large if size > LARGE_JSON_BYTES else contextlib.nullcontext()
 
 
-def _count_quotes(body: "bytes | mmap", most: int) -> int:
-    """How many quotes ``body`` has; counting ends at ``most``, as each costs a search."""
-    count, at = 0, body.find(b'"')
+def _count(body: "bytes | mmap", what: bytes, most: int) -> int:
+    """How often ``body`` has ``what``; counting ends at ``most``, as each costs a search."""
+    count, at = 0, body.find(what, 0)
     while at >= 0 and count < most:
-        count, at = count + 1, body.find(b'"', at + 1)
+        count, at = count + 1, body.find(what, at + 1)
     return count
 
 

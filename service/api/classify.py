@@ -51,6 +51,8 @@ LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
 LARGE_AT_ONCE = 1
 LARGE_WAIT_S = 1.0
+# Each that waits has one of the worker's threads.
+LARGE_WAITING = 3
 # The loop answers these itself, so that no crowd on other routes holds them up.
 PROBES = {"/livez", "/readyz", "/healthz"}
 _PATH = re.compile(
@@ -121,6 +123,7 @@ class Classify:
         self._app = app
         self._state = state
         self._large = Semaphore(LARGE_AT_ONCE)
+        self._large_or_waiting = Semaphore(LARGE_AT_ONCE + LARGE_WAITING)
         self._sticky = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
 
     def __call__(
@@ -232,15 +235,21 @@ class Classify:
             check_parts(image, settings.decode_limits)  # what is refused takes nobody's place
         except ConvoyError as error:
             return _without_frames(error)
-        if not self._large.acquire(timeout=LARGE_WAIT_S):
-            return Overloaded("too many large images are being decoded")
+        overloaded = Overloaded("too many large images are being decoded")
+        if not self._large_or_waiting.acquire(blocking=False):
+            return overloaded
         try:
-            return decode_image(image, spec, settings.decode_limits)
-        except ConvoyError as error:
-            return _without_frames(error)
+            if not self._large.acquire(timeout=LARGE_WAIT_S):
+                return overloaded
+            try:
+                return decode_image(image, spec, settings.decode_limits)
+            except ConvoyError as error:
+                return _without_frames(error)
+            finally:
+                give_back()  # else the heap keeps what the largest picture took
+                self._large.release()
         finally:
-            give_back()  # else the heap keeps what the largest picture took
-            self._large.release()
+            self._large_or_waiting.release()
 
     def _answer(self, job: Job, start_response: "StartResponse") -> Iterator[bytes]:
         """The second part: it begins when it is first iterated."""

@@ -75,14 +75,15 @@ def test_a_json_body_over_its_own_limit_is_refused_by_its_length(ready: FlaskCli
     assert "multipart/form-data" in response.json["detail"]
 
 
-def test_many_texts_are_counted_before_they_are_decoded(
-    ready: FlaskClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("value", ["ab", 1, None])
+def test_many_values_are_counted_before_they_are_decoded(
+    ready: FlaskClient, monkeypatch: pytest.MonkeyPatch, value: object
 ) -> None:
     def decode(*arguments: object, **named: object) -> None:
         raise AssertionError("the body was decoded")
 
     monkeypatch.setattr(bodies.msgspec.json, "decode", decode)
-    response = post(ready, json.dumps({"images": ["ab"] * 30_000}).encode(), JSON)
+    response = post(ready, json.dumps({"images": [value] * 30_000}).encode(), JSON)
     assert response.status_code == 413
     assert "more than 4 images" in response.json["detail"]
     response = post(ready, b'{"image": "' + rb"\n" * 50_000 + b'"}', JSON)
@@ -100,6 +101,16 @@ def test_a_text_over_the_limit_of_an_image_is_not_decoded(
     response = post(ready, json.dumps({"image": "A" * 140_000}).encode(), JSON)
     assert response.status_code == 413
     assert "105,000 bytes; at most 100,000" in response.json["detail"]
+
+
+def test_as_many_data_urls_as_images_are_allowed_are_not_too_many(
+    ready: FlaskClient, png: bytes
+) -> None:
+    text = "data:image/png;base64," + b64(png)
+    response = post(ready, json.dumps({"image": None, "images": [text] * 4}).encode(), JSON)
+    assert response.status_code == 200
+    assert len(response.json["results"]) == 4
+    assert post(ready, json.dumps({"images": [text] * 5}).encode(), JSON).status_code == 413
 
 
 @pytest.mark.parametrize("body", [b"no image", b'{"images": ["QUJD", "QUJE"]}', b'{"images": 3}'])

@@ -1,5 +1,6 @@
 """Where a request ends, and how long a client may take for it: on socket pairs, without a loop."""
 
+import contextlib
 import socket
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 from service.connection import (
     MIN_BYTES_PER_S,
     MOST_HEAD_BYTES,
+    RECEIVE_BYTES,
     Connection,
     HeadTooLong,
     Limits,
@@ -98,6 +100,17 @@ def test_a_large_body_is_whole_and_ends_where_it_ends(pair: Pair) -> None:
     asked = pair.sends(post(b"next")).take()
     assert asked is not None
     assert asked.body == b"next"
+
+
+def test_requests_behind_each_other_do_not_pile_up(pair: Pair) -> None:
+    pair.client.setblocking(False)
+    asked = b"GET / HTTP/1.1\r\n\r\n"
+    for _ in range(300):
+        with contextlib.suppress(BlockingIOError):
+            pair.client.send(asked * 4000)
+        pair.ours.receive()
+        assert pair.ours.take() is not None
+    assert pair.ours.received_bytes < 2 * RECEIVE_BYTES
 
 
 def test_a_request_has_ten_seconds_and_the_time_that_its_bytes_earn(

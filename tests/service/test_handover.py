@@ -2,12 +2,13 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from service.handover import NEVER, Handover
+from service.handover import NEVER, SILENT_S, Handover, forget_worker
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ha
         made.append(Handover(tmp_path))
     for each in made:
         each.load = 0
+        each.beat(time.monotonic() + 3600)
         each.find_peers()
     yield made
     for each in made:
@@ -68,6 +70,28 @@ def test_a_worker_that_was_killed_gets_nothing(
     assert workers[0].give(client[1])
     (taken,) = workers[1].take()
     taken.close()
+
+
+def test_a_worker_whose_loop_does_not_turn_gets_nothing(
+    workers: list[Handover], client: tuple[socket.socket, socket.socket]
+) -> None:
+    for worker, load in zip(workers, (5, 1, 0), strict=True):
+        worker.load = load
+    workers[2].beat(time.monotonic() - 2 * SILENT_S)
+    assert workers[0].give(client[1])
+    (taken,) = workers[1].take()
+    taken.close()
+
+
+def test_a_dead_workers_files_are_removed_and_its_number_may_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 101)
+    Handover(tmp_path).sock.close()  # its files stay, as a killed process leaves them
+    again = Handover(tmp_path)
+    again.sock.close()
+    forget_worker(tmp_path, 101)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_that_left_is_forgotten(

@@ -777,3 +777,17 @@ def test_an_answer_is_in_no_cycle_of_references() -> None:
                 found.add(id(each))
                 around.append(each)
     assert id(answering) not in found
+
+
+def test_a_body_that_is_only_announced_does_not_delay_the_errors_of_others(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    for _ in range(10):
+        liar = Connection(server.port)
+        liar.send(b"POST /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999999\r\n\r\n")
+        assert liar.answer()[0] == 200
+        liar.close()
+        liar = Connection(server.port)
+        liar.send(b"POST /not-ready HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999999\r\n\r\n")
+        assert liar.answer()[0] == 503
+        liar.close()
+    server.stop()
