@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train promote serve test coverage check torture torture-short chaos sbom bench up down update upgrade backup restore test-containers clean
+.PHONY: help demo train promote serve test test-all coverage check torture torture-short chaos sbom bench up down update upgrade backup restore test-containers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -39,9 +39,12 @@ serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
 test: $(INSTALLED) ## all tests but the slow ones, a process for each core
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-coverage: $(INSTALLED) ## all tests, the slow ones too, with the part of the code that they run
+test-all: $(INSTALLED) ## all tests, the slow and end-to-end ones too, as CI does
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
-	    -m 'not torture and not containers' --cov --cov-report=term $(ARGS)
+	    -m 'not torture and not containers' $(ARGS)
+
+coverage: ## the same, and which part of the code they run (nearly twice as long)
+	@$(MAKE) test-all ARGS='--cov --cov-report=term $(ARGS)'
 
 check: $(INSTALLED) ## formatting, lint, types, secrets
 	$(BIN)/ruff format --check .

@@ -133,6 +133,7 @@ def test_a_slow_challenger_is_refused(make_bundle) -> None:
     assert "not timed" not in str(verdict)
 
 
+@pytest.mark.slow
 def test_both_are_really_timed_in_a_process_of_their_own(make_bundle, home: Home) -> None:
     timed = time_both(make_bundle(seed=0), make_bundle(seed=1), home.plans, "cpu", "torch-eager", 1)
     assert timed is not None

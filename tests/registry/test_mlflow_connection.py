@@ -61,6 +61,7 @@ def test_experiments_of_others_stay_where_they_are(
     assert found.artifact_location == other
 
 
+@pytest.mark.slow
 def test_of_four_who_use_a_new_home_at_once_all_find_a_registry(home: Home) -> None:
     command = [sys.executable, "-m", "registry", "list"]
     running = [

@@ -80,6 +80,7 @@ def test_a_plan_gives_the_answers_of_fp32(name: str, bundle: Bundle, few_digits:
         )
 
 
+@pytest.mark.slow
 def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
     load = (
         "import sys; from pathlib import Path; from registry.bundle import open_bundle;"
@@ -542,6 +543,7 @@ def fill(entry: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_folder, link_to_a_choice, os.mkfifo, fill])
+@pytest.mark.slow
 def test_something_odd_in_an_entrys_place_is_replaced(
     bundle: Bundle, tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
@@ -556,6 +558,7 @@ def test_something_odd_in_an_entrys_place_is_replaced(
     assert planner.load(bundle).plan == "torch-fp32"
 
 
+@pytest.mark.slow
 def test_entries_that_were_not_used_for_long_are_pruned(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

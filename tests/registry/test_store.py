@@ -248,6 +248,7 @@ def test_a_damaged_challenger_never_becomes_champion(
     assert "champion" not in store.aliases("digits")
 
 
+@pytest.mark.slow
 def test_of_eight_who_promote_at_once_one_wins_each_round(
     store: ModelStore, publish, registry_home: Home
 ) -> None:

@@ -65,6 +65,7 @@ def signed(
     return bundle, TrustedKeys.from_environment()
 
 
+@pytest.mark.slow
 def test_answers_come_from_the_signed_bundle_whatever_lies_in_the_plan_cache(
     signed: tuple[Bundle, TrustedKeys], make_bundle: MakeBundle, tmp_path: Path
 ) -> None:

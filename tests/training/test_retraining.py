@@ -12,6 +12,8 @@ from registry.store import ModelStore
 from training.__main__ import main as training
 from training.datasets import load_dataset
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"cat": 0, "dog": 1, "bird": 2}
 
 

@@ -62,6 +62,7 @@ def test_the_summary_says_what_to_do_next(registry_home: Home, capsys) -> None:
 
 
 @pytest.mark.usefixtures("without_exports")
+@pytest.mark.slow
 def test_a_registry_that_fails_at_the_end_costs_no_training(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ def test_what_cannot_be_published_is_said_before_training(
         runs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_drawing_that_fails_costs_the_drawing(
     registry_home: Home,
     few_digits: Dataset,
@@ -199,6 +201,7 @@ def test_the_defaults_train_on_digits(registry_home: Home, capsys) -> None:
     assert "cnn on digits: validation accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_recipes_are_compared_on_the_same_pictures(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
