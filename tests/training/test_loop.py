@@ -99,7 +99,7 @@ def test_there_must_be_something_to_resume_and_it_must_be_this_run(
     with pytest.raises(UsageError, match="no checkpoint to resume"):
         fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint, resume=True)
     fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint)
-    with pytest.raises(UsageError, match="another recipe, data set or seed"):
+    with pytest.raises(UsageError, match="another recipe, data set, picture size or seed"):
         fit(recipe, few_digits, CPU, 1, checkpoint=checkpoint, resume=True)
 
 

@@ -19,7 +19,7 @@ from training import publish, report, runs
 from training.__main__ import main
 from training.checkpoint import checkpoint_file, only_training
 from training.config import Recipe
-from training.datasets import Dataset
+from training.datasets import Dataset, load_dataset
 from training.evaluate import Evaluation
 from training.loop import fit
 from training.publish import choose_golden, rescore
@@ -153,6 +153,22 @@ def test_one_run_is_trained_by_one_process_at_a_time(
     with only_training(file):
         pass
     assert list(registry_home.checkpoints.iterdir()) == []
+
+
+def test_each_picture_size_has_a_checkpoint_of_its_own(
+    registry_home: Home, tmp_path: Path, recipe: Recipe
+) -> None:
+    folder = tmp_path / "pictures"
+    pictures(folder / "cat", 30, seed=1)
+    pictures(folder / "dog", 30, seed=2)
+    small, large = (
+        load_dataset(f"folder:{folder}", registry_home.datasets, size_px) for size_px in (16, 32)
+    )
+    file = checkpoint_file(registry_home, small, recipe, 0)
+    assert checkpoint_file(registry_home, large, recipe, 0) != file
+    fit(recipe, small, CPU, 0, checkpoint=file)
+    with pytest.raises(UsageError, match="picture size"):
+        fit(recipe, large, CPU, 0, checkpoint=file, resume=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
