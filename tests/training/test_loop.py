@@ -222,6 +222,17 @@ def test_small_data_gets_small_batches_and_large_data_large_ones(
     assert (pinned.batch_size, pinned.learning_rate) == (32, recipe.learning_rate)
 
 
+@pytest.mark.parametrize(("side_px", "size"), [(64, 32), (224, 32), (448, 8), (512, 4), (2048, 2)])
+def test_batches_of_large_pictures_keep_to_the_memory(
+    digits: Dataset, recipe: Recipe, side_px: int, size: int
+) -> None:
+    spec = replace(digits.preprocess, width_px=side_px, height_px=side_px)
+    steps = plan_steps(
+        replace(recipe, batch_size=None), replace(some_of(digits, 1200), preprocess=spec)
+    )
+    assert steps.batch_size == size
+
+
 @pytest.mark.parametrize("count", [3, 33, 63, 65])
 def test_an_epoch_shows_every_picture_once(
     digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int
