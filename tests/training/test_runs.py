@@ -1,5 +1,6 @@
 """From the command line to a registered version, in this process and on real digits."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from registry.contract import ModelRef
-from registry.errors import BundleInvalid, RegistryUnavailable, UsageError
+from registry.errors import BundleInvalid, PromotionRefused, RegistryUnavailable, UsageError
 from registry.home import Home
 from registry.store import ModelStore
 from tests.conftest import CPU, MakeBundle
@@ -88,6 +89,18 @@ def test_what_cannot_be_published_is_said_before_training(
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
     with pytest.raises(UsageError, match="digits cannot be published: labels must differ"):
         runs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
+
+
+def test_a_run_that_registers_nothing_needs_nothing_of_the_model(
+    registry_home: Home, few_digits: Dataset, recipe: Recipe
+) -> None:
+    ModelStore(registry_home)
+    mlflow.MlflowClient().create_registered_model("digits")  # its log is missing
+    twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
+    train = functools.partial(runs.train_and_publish, twins, recipe, "digits", registry_home)
+    with pytest.raises(PromotionRefused, match="log"):
+        train(device="cpu")
+    assert train(device="cpu", register=False)[1] is None
 
 
 def test_a_drawing_that_fails_costs_the_drawing(
