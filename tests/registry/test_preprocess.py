@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from registry import preprocess
 from registry.contract import PreprocessSpec
-from registry.decode_limits import DecodeLimits
+from registry.decode_limits import VARIABLES, DecodeLimits
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType, UsageError
 from registry.preprocess import FORMATS, decode_image, decode_training_image, encode_png
 from tests.hostile_pictures import chunk, encoded, png, webp_claiming
@@ -330,9 +330,14 @@ def test_the_limits_of_training_are_those_of_the_service(monkeypatch: pytest.Mon
     monkeypatch.setenv("CONVOY_MAX_PIXELS", "47")
     with pytest.raises(ImageTooLarge, match=r"at most 47 are accepted; .*CONVOY_MAX_PIXELS"):
         decode_training_image(data, COLOUR)
-    monkeypatch.setenv("CONVOY_MAX_PIXELS", "many")
-    with pytest.raises(UsageError, match="CONVOY_MAX_PIXELS"):
-        DecodeLimits.from_environment()
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("value", ["many", "0", "-1", "500000001"])
+def test_a_limit_that_cannot_be_used_is_refused_by_its_name(name: str, value: str) -> None:
+    """The highest that can be are those by which a published version is proved again."""
+    with pytest.raises(UsageError, match=f" - at {name}='{value}'$"):
+        DecodeLimits.from_environment({name: value})
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
