@@ -1,6 +1,7 @@
 """The decode edge: what pictures mean, and what is refused before it costs anything."""
 
 import struct
+from collections.abc import Iterator
 from io import BytesIO
 
 import numpy as np
@@ -413,6 +414,23 @@ def test_training_and_serving_see_the_same_pixels_of_a_large_jpeg() -> None:
     Image.radial_gradient("L").resize((640, 512)).save(buffer, "JPEG")
     trained, _ = decode_training_image(buffer.getvalue(), spec)
     np.testing.assert_array_equal(trained, decode_image(buffer.getvalue(), spec))
+
+
+def test_training_holds_one_jpeg_at_a_time_that_is_too_large_to_serve_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = encoded(Image.new("RGB", (640, 512)), "JPEG")
+    original, alone = preprocess._bands, []
+
+    def watched(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+        alone.append(preprocess.WHOLE_LARGE.locked())
+        return original(image)
+
+    monkeypatch.setattr(preprocess, "_bands", watched)
+    for max_bytes in (640 * 512 * 3, 640 * 512 * 3 - 1):
+        decode_training_image(data, COLOUR, DecodeLimits(max_decoded_bytes=max_bytes))
+    assert alone == [False, True]
+    assert not preprocess.WHOLE_LARGE.locked()
 
 
 @pytest.mark.parametrize(
