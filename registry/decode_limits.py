@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from registry.errors import ImageTooLarge, InvalidImage, UsageError
+from registry.texts import unusable
 
 # Of a smaller sample or pixel, what is made of it takes the memory and the time.
 MIN_BYTES_PER_PIXEL = 3
@@ -17,6 +19,15 @@ VARIABLES = {
     "CONVOY_MAX_PIXELS": "max_pixels",
     "CONVOY_MAX_DECODED_BYTES": "max_decoded_bytes",
 }
+
+# Operators may not set more. Publishing and proving decode with these, so that they accept every
+# picture that training has accepted.
+MAX_FILE_BYTES = 500_000_000
+MAX_PIXELS = 150_000_000
+MAX_DECODED_BYTES = 450_000_000
+FileBytes = Annotated[int, Meta(ge=1, le=MAX_FILE_BYTES)]
+PixelCount = Annotated[int, Meta(ge=1, le=MAX_PIXELS)]
+DecodedBytes = Annotated[int, Meta(ge=1, le=MAX_DECODED_BYTES)]
 
 
 class DecodeLimits(Struct, frozen=True):
@@ -34,9 +45,9 @@ class DecodeLimits(Struct, frozen=True):
             a GIF before its first frame, entries of a TIFF's directory.
     """
 
-    max_bytes: int = 25 * 1024 * 1024
-    max_pixels: int = 50_000_000
-    max_decoded_bytes: int = 80_000_000
+    max_bytes: FileBytes = 25 * 1024 * 1024
+    max_pixels: PixelCount = 50_000_000
+    max_decoded_bytes: DecodedBytes = 80_000_000
     max_aspect: float = 50.0
     max_scans: int = 64
     max_parts: int = 1_000
@@ -54,13 +65,13 @@ class DecodeLimits(Struct, frozen=True):
         try:
             return msgspec.convert(values, cls, strict=False)
         except msgspec.ValidationError as error:
-            raise UsageError(f"one of {', '.join(VARIABLES)} cannot be used: {error}") from error
+            raise UsageError(unusable(error, VARIABLES, values)) from error
 
 
 DEFAULT_LIMITS = DecodeLimits()
 # For pictures whose digests were checked, and that were accepted once, by whatever limits.
 TRUSTED_LIMITS = DecodeLimits(
-    max_bytes=500_000_000, max_pixels=150_000_000, max_decoded_bytes=450_000_000
+    max_bytes=MAX_FILE_BYTES, max_pixels=MAX_PIXELS, max_decoded_bytes=MAX_DECODED_BYTES
 )
 
 

@@ -242,7 +242,7 @@ def _notes(match: Match) -> list[str]:
 def _changed_pictures(match: Match) -> list[str]:
     """Which held-out pictures came and went since the champion."""
     old, new = match.old.heldout, match.new.heldout
-    kept = np.isin(np.arange(len(old.labels)), match.rows)
+    kept = np.isin(old.short_digests, new.short_digests)  # copies too, which have one row
     trains_now = np.isin(old.short_digests, match.new.training.digests) & ~kept
     gone = ~kept & ~trains_now
     added = ~match.both & ~match.champion_trained

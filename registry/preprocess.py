@@ -6,9 +6,10 @@ It knows Pillow and the preprocessing contract; it knows neither networks nor HT
 import ctypes
 import hashlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import BytesIO
 
 import numpy as np
@@ -66,6 +67,8 @@ _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 BAND_PIXELS = 1_000_000
 # A PNG's grey of fewer bits, as Pillow scales it, but for the value that is transparent.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
+# Held while training has a picture in memory that serving would not hold whole.
+WHOLE_LARGE = threading.Lock()
 
 
 def decode_image(
@@ -99,7 +102,8 @@ def decode_training_image(
     """Pixels as ``decode_image`` gives them, and the digest of the picture in its full size.
 
     The SHA-256 is of the pixels and not of the file, so that a copy in another format, or with
-    other metadata, is known as the same picture.
+    other metadata, is known as the same picture. Safe to call from several threads: a JPEG that is
+    over ``limits`` before it shrinks is in memory whole for one of them at a time.
 
     Args:
         data: the whole file.
@@ -113,16 +117,26 @@ def decode_training_image(
     try:
         limits = limits or DecodeLimits.from_environment()
         needed = check_parts(data, limits)
-        with _opened(needed) as image:
-            upright = _upright(_opaque(image, needed), spec, _orientation(image))
-            digest = hashlib.sha256(f"{upright.size}".encode())
-            for _, band in _bands(upright):
-                digest.update(band.convert("RGB").tobytes())
-        return _decode(needed, spec, limits), digest.hexdigest()
+        return _decode(needed, spec, limits), _digest(needed, spec, limits)
     except ImageTooLarge as error:
         raise ImageTooLarge(
             f"{error}; {', '.join(VARIABLES)} set the limits, here and for the service"
         ) from error
+
+
+def _digest(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> str:
+    """The SHA-256 of the upright picture's size and of its pixels as RGB."""
+    with _opened(data) as image, _alone_if_large(image, limits):
+        upright = _upright(_opaque(image, data), spec, _orientation(image))
+        digest = hashlib.sha256(f"{upright.size}".encode())
+        for _, band in _bands(upright):
+            digest.update(band.convert("RGB").tobytes())
+        return digest.hexdigest()
+
+
+def _alone_if_large(image: Image.Image, limits: DecodeLimits) -> AbstractContextManager[object]:
+    is_large = _decoded_bytes(image) > limits.max_decoded_bytes
+    return WHOLE_LARGE if is_large else nullcontext()
 
 
 def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Pixels:
@@ -146,8 +160,11 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 def _check_decoded(image: Image.Image, limits: DecodeLimits) -> None:
     """Refuse a JPEG that stays too large though it is shrunk; of others the header has told."""
     if isinstance(image, JpegImageFile):
-        bytes_per_pixel = max(MIN_BYTES_PER_PIXEL, len(image.getbands()))
-        check_decoded(image.width * image.height * bytes_per_pixel, image.size, limits)
+        check_decoded(_decoded_bytes(image), image.size, limits)
+
+
+def _decoded_bytes(image: Image.Image) -> int:
+    return image.width * image.height * max(MIN_BYTES_PER_PIXEL, len(image.getbands()))
 
 
 @contextmanager

@@ -14,11 +14,18 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from registry.contract import ModelRef, parse_model_refs
-from registry.decode_limits import DEFAULT_LIMITS, DecodeLimits
+from registry.decode_limits import (
+    DEFAULT_LIMITS,
+    DecodedBytes,
+    DecodeLimits,
+    FileBytes,
+    PixelCount,
+)
 from registry.devices import CORES, forward_threads
 from registry.errors import UsageError
 from registry.home import convoy_home
 from registry.services import SERVICE_KEY, local_address
+from registry.texts import unusable
 from service.connection import Limits
 
 Network = IPv4Network | IPv6Network
@@ -100,11 +107,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     threads: Count = 8
     max_batch: Count = 32
     batch_ms: Annotated[float, Meta(gt=0)] = 50.0
-    max_image_bytes: Count = DEFAULT_LIMITS.max_bytes
+    max_image_bytes: FileBytes = DEFAULT_LIMITS.max_bytes
     max_body_bytes: Count = 64 * 1024 * 1024
     max_json_bytes: Count = 4 * 1024 * 1024
-    max_pixels: Count = DEFAULT_LIMITS.max_pixels
-    max_decoded_bytes: Count = DEFAULT_LIMITS.max_decoded_bytes
+    max_pixels: PixelCount = DEFAULT_LIMITS.max_pixels
+    max_decoded_bytes: DecodedBytes = DEFAULT_LIMITS.max_decoded_bytes
     queue_limit: Count = 256
     deadline_s: Seconds = 10.0
     max_wait_s: Seconds | None = None
@@ -240,10 +247,7 @@ class Settings(Struct, frozen=True, kw_only=True):
                 )
             return settings
         except msgspec.ValidationError as error:
-            text = str(error)
-            for name, field in VARIABLES.items():
-                text = text.replace(f"`$.{field}`", f"{name}={values.get(field)!r}")
-            raise UsageError(f"a setting cannot be used: {text}") from error
+            raise UsageError(unusable(error, VARIABLES, values)) from error
 
 
 def run_parent() -> str:

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_file(home: Home, data: Dataset, recipe: Recipe, seed: int) -> Path:
-    """One file for each combination of data, recipe and seed."""
-    key = sha256_hex(f"{data.sha256} {recipe} {seed}".encode())[:16]
+    """One file for each ``run_key``."""
+    key = sha256_hex(msgspec.json.encode(run_key(recipe, data, seed)))[:16]
     return home.checkpoints / f"{re.sub(r'[^A-Za-z0-9-]', '_', data.name)}-{recipe.name}-{key}.pt"
 
 
@@ -58,7 +58,12 @@ def only_training(checkpoint: Path) -> Iterator[None]:
 
 def run_key(recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued."""
-    return {"recipe": msgspec.to_builtins(recipe), "data_sha256": data.sha256, "seed": seed}
+    return {
+        "recipe": msgspec.to_builtins(recipe),
+        "data_sha256": data.sha256,  # of the pictures in their full size
+        "preprocess": msgspec.to_builtins(data.preprocess),
+        "seed": seed,
+    }
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -90,7 +95,9 @@ def load_checkpoint(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
             f"the checkpoint {path} cannot be read; delete it and train without --resume"
         ) from error
     if state["key"] != key:
-        raise UsageError(f"the checkpoint {path} is of a run with another recipe, data set or seed")
+        raise UsageError(
+            f"the checkpoint {path} is of a run with another recipe, data set, picture size or seed"
+        )
     return state
 
 

@@ -185,8 +185,14 @@ def take(examples: Examples, positions: NDArray[np.int64]) -> Examples:
 
 
 def _from_arrays(pixels: Pixels, labels: NDArray[np.int64]) -> Examples:
+    """The first of equal pictures; none of those whose labels contradict each other."""
     digests = tuple(hashlib.sha256(picture.tobytes()).hexdigest() for picture in pixels)
-    return Examples(pixels, labels, digests, lambda index: encode_png(pixels[index]))
+    examples = Examples(pixels, labels, digests, lambda index: encode_png(pixels[index]))
+    by_digest: dict[str, list[int]] = {}
+    for position, digest in enumerate(digests):
+        by_digest.setdefault(digest, []).append(position)
+    kept = [equal[0] for equal in by_digest.values() if len(set(labels[equal].tolist())) == 1]
+    return take(examples, np.array(kept, np.int64))
 
 
 def _dataset(

@@ -72,6 +72,7 @@ def read_folder(root: Path, size_px: int, cache: Path) -> FolderPictures:
     choice = _Choice(listing, read)
     choice.leave_out_contradictions()
     choice.leave_out_straddling()
+    choice.leave_out_copies()
     labels = choice.choose_labels()
     splits = choice.split(labels)
     kept = KeptFiles(cache)
@@ -147,6 +148,14 @@ class _Choice:
                 f"{training} pictures were taken out of training, and {len(rows) - training} out "
                 "of validation, because another split holds the same pictures out"
             )
+
+    def leave_out_copies(self) -> None:
+        """Leave out all but the first of equal pictures, each of which would count once more."""
+        first: dict[str, int] = {}
+        copies = {
+            row for row in self._rows if first.setdefault(self._read.digests[row], row) != row
+        }
+        self._drop(copies, "is a copy of another picture of its class")
 
     def choose_labels(self) -> tuple[str, ...]:
         """The classes that can be learnt; one without a picture is left out.

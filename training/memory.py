@@ -8,7 +8,7 @@ from registry.errors import UsageError
 log = logging.getLogger(__name__)
 
 MEMINFO = Path("/proc/meminfo")
-# Of the container, by cgroup v2 and v1: limit and use, in bytes.
+# Of the container, by cgroup v2 and v1: limit and use, in bytes. memory.stat lies beside them.
 CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (
@@ -33,10 +33,28 @@ def available_bytes() -> int | None:
         return None
     for limit, used in CGROUPS:
         try:
-            figures.append(int(limit.read_text()) - int(used.read_text()))
+            in_use = int(used.read_text()) - _page_cache_bytes(used.with_name("memory.stat"))
+            figures.append(int(limit.read_text()) - in_use)
         except (OSError, ValueError):  # no such group, or its limit is "max"
             continue
     return min(figures, default=None)
+
+
+def _page_cache_bytes(stat: Path) -> int:
+    """What a cgroup uses for files' pages: the kernel frees these before it refuses memory.
+
+    MemAvailable counts such pages as available, too. Cgroup v1 says the sum over all groups below
+    in the names with ``total_``; in v2 all figures are such sums.
+    """
+    try:
+        lines = stat.read_text().splitlines()
+    except OSError:
+        return 0
+    figures = {name: int(figure) for name, figure in map(str.split, lines)}
+    return sum(
+        figures.get(f"total_{name}", figures.get(name, 0))
+        for name in ("active_file", "inactive_file")
+    )
 
 
 def check_memory(what: str, needed_bytes: int, advice: str) -> None:

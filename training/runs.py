@@ -85,7 +85,7 @@ def train_and_publish(
         only_training(checkpoint),
         tempfile.TemporaryDirectory(prefix="convoy-report-") as name,
     ):
-        _rehearse(store, data, recipe, model, seed, chosen)
+        _rehearse(store, data, recipe, model, seed, chosen, register=register)
         with start_run(store, EXPERIMENT, f"{model} {recipe.name}") as run:
             report_folder = Path(name)
             finished = _train(
@@ -106,9 +106,18 @@ def train_and_publish(
 
 
 def _rehearse(
-    store: ModelStore, data: Dataset, recipe: Recipe, model: str, seed: int, device: str
+    store: ModelStore,
+    data: Dataset,
+    recipe: Recipe,
+    model: str,
+    seed: int,
+    device: str,
+    *,
+    register: bool,
 ) -> None:
     """Use every name for the first time before the first epoch, and not after the last.
+
+    What only publishing needs is left out without ``register``.
 
     Raises:
         UsageError: the classes' names cannot be published.
@@ -116,13 +125,15 @@ def _rehearse(
         PromotionRefused: another account may have made the model's log.
     """
     announce_steps(recipe, data)
+    report.rehearse(data)
+    if not register:
+        return
     with suppress(VersionNotFound):  # the first version makes the model
         store.check_log(model)
     try:
         build_manifest(model, recipe, data, seed, describe_device(device), {}).to_json()
     except ValueError as error:  # two labels that are equal, for example
         raise UsageError(f"{data.name} cannot be published: {error}; rename its classes") from error
-    report.rehearse(data)
 
 
 def _train(

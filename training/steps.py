@@ -82,5 +82,7 @@ def announce_steps(recipe: Recipe, data: Dataset) -> None:
 def _batch_for(count: int, picture_px: int) -> int:
     """A power of two."""
     largest = min(LARGEST_BATCH, LARGEST_BATCH_PIXELS // picture_px)
-    wanted = max(SMALLEST_BATCH, min(count // MIN_STEPS_PER_EPOCH, largest))
+    wanted = max(SMALLEST_BATCH, count // MIN_STEPS_PER_EPOCH)
+    # Two even of the largest pictures: batch norm cannot normalise over one.
+    wanted = max(2, min(wanted, largest))
     return 1 << (wanted.bit_length() - 1)

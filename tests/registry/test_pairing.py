@@ -26,6 +26,7 @@ def version(make_bundle: MakeBundle, tmp_path: Path):
     """A bundle with made-up records.
 
     ``heldout`` gives each held-out example by its number: its label and what the version says.
+    Those in ``copies`` are held out once more.
     """
     manifest = make_bundle().manifest
 
@@ -35,11 +36,13 @@ def version(make_bundle: MakeBundle, tmp_path: Path):
         trained: Iterable[int] = (),
         champion: tuple[Bundle, list[str]] | None = None,
         looks: np.ndarray | None = None,
+        copies: Iterable[int] = (),
     ) -> Bundle:
         number = {label: index for index, label in enumerate(labels)}
-        truth = np.array([number[label] for label, _ in heldout.values()])
-        scores = scores_of([number[answer] for _, answer in heldout.values()], len(labels))
-        files = {**heldout_file(truth, scores, heldout, looks), **training_file(list(trained))}
+        numbers = [*heldout, *copies]
+        truth = np.array([number[heldout[each][0]] for each in numbers])
+        scores = scores_of([number[heldout[each][1]] for each in numbers], len(labels))
+        files = {**heldout_file(truth, scores, numbers, looks), **training_file(list(trained))}
         changes: dict[str, object] = {"labels": labels, "files": {}}
         if champion is not None:
             bundle, answers = champion
@@ -69,6 +72,11 @@ def notes(verdict: Verdict) -> str:
 def test_equal_data_are_compared_whole_and_without_a_word(version) -> None:
     verdict = compare(version(right(range(50))), version(right(range(50))))
     assert (verdict.examples, verdict.accepted) == (50, True)
+    assert verdict.notes == ("forward passes were not timed",)
+
+
+def test_copies_of_a_picture_were_not_removed(version) -> None:
+    verdict = compare(version(right(range(50)), copies=[3]), version(right(range(50)), copies=[3]))
     assert verdict.notes == ("forward passes were not timed",)
 
 

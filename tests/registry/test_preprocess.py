@@ -1,6 +1,7 @@
 """The decode edge: what pictures mean, and what is refused before it costs anything."""
 
 import struct
+from collections.abc import Iterator
 from io import BytesIO
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from registry import preprocess
 from registry.contract import PreprocessSpec
-from registry.decode_limits import DecodeLimits
+from registry.decode_limits import VARIABLES, DecodeLimits
 from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType, UsageError
 from registry.preprocess import FORMATS, decode_image, decode_training_image, encode_png
 from tests.hostile_pictures import chunk, encoded, png, webp_claiming
@@ -330,9 +331,14 @@ def test_the_limits_of_training_are_those_of_the_service(monkeypatch: pytest.Mon
     monkeypatch.setenv("CONVOY_MAX_PIXELS", "47")
     with pytest.raises(ImageTooLarge, match=r"at most 47 are accepted; .*CONVOY_MAX_PIXELS"):
         decode_training_image(data, COLOUR)
-    monkeypatch.setenv("CONVOY_MAX_PIXELS", "many")
-    with pytest.raises(UsageError, match="CONVOY_MAX_PIXELS"):
-        DecodeLimits.from_environment()
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("value", ["many", "0", "-1", "500000001"])
+def test_a_limit_that_cannot_be_used_is_refused_by_its_name(name: str, value: str) -> None:
+    """The highest that can be are those by which a published version is proved again."""
+    with pytest.raises(UsageError, match=f" - at {name}='{value}'$"):
+        DecodeLimits.from_environment({name: value})
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -408,6 +414,23 @@ def test_training_and_serving_see_the_same_pixels_of_a_large_jpeg() -> None:
     Image.radial_gradient("L").resize((640, 512)).save(buffer, "JPEG")
     trained, _ = decode_training_image(buffer.getvalue(), spec)
     np.testing.assert_array_equal(trained, decode_image(buffer.getvalue(), spec))
+
+
+def test_training_holds_one_jpeg_at_a_time_that_is_too_large_to_serve_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = encoded(Image.new("RGB", (640, 512)), "JPEG")
+    original, alone = preprocess._bands, []
+
+    def watched(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+        alone.append(preprocess.WHOLE_LARGE.locked())
+        return original(image)
+
+    monkeypatch.setattr(preprocess, "_bands", watched)
+    for max_bytes in (640 * 512 * 3, 640 * 512 * 3 - 1):
+        decode_training_image(data, COLOUR, DecodeLimits(max_decoded_bytes=max_bytes))
+    assert alone == [False, True]
+    assert not preprocess.WHOLE_LARGE.locked()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_settings_come_from_the_environment() -> None:
         ("CONVOY_MODEL", "fashion"),
         ("CONVOY_MODEL", "models:/a@b,models:/a/1"),
         ("CONVOY_LOG_LEVEL", "loud"),
+        ("CONVOY_MAX_PIXELS", "200000000"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(name: str, value: str) -> None:

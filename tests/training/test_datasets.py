@@ -3,10 +3,12 @@ import hashlib
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from registry.decode_limits import TRUSTED_LIMITS
@@ -81,14 +83,15 @@ def test_grey_folders_need_one_channel(tmp_path: Path) -> None:
     np.testing.assert_array_equal(served, data.test.pixels[0])
 
 
-def test_equal_pictures_never_straddle_the_splits(folder: Path, tmp_path: Path) -> None:
+def test_of_equal_pictures_one_is_used(folder: Path, tmp_path: Path) -> None:
     for path in list((folder / "cat").iterdir()):
         with Image.open(path) as image:  # another file, the same picture
             image.convert("RGB").save(path.with_name(f"{path.stem}-copy.bmp"))
     data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
-    assert sum(data.counts.values()) == 120
-    splits = [set(part.digests) for part in (data.train, data.validation, data.test)]
-    assert sum(map(len, splits)) == len(set.union(*splits))
+    assert sum(data.counts.values()) == 80
+    assert len({*data.train.digests, *data.validation.digests, *data.test.digests}) == 80
+    assert len(data.problems) == 40
+    assert all("a copy of another picture of its class" in problem for problem in data.problems)
 
 
 def test_renaming_files_changes_nothing(folder: Path, tmp_path: Path) -> None:
@@ -172,6 +175,19 @@ def test_an_unknown_source_is_refused_with_those_there_are(source: str, tmp_path
 def test_a_size_is_for_folders_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--image-size is for folder"):
         load_dataset("digits", tmp_path, size_px=32)
+
+
+def test_of_equal_pictures_in_arrays_one_is_used_and_none_of_those_that_contradict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bunch = sklearn.datasets.load_digits()
+    digits, labels = bunch.images, bunch.target
+    copied = SimpleNamespace(
+        images=np.concatenate([digits, digits[:3]]),
+        target=np.concatenate([labels, labels[:2], [labels[2] + 1]]),
+    )
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: copied)
+    assert sum(load_dataset("digits", tmp_path).counts.values()) == 1796
 
 
 # Fashion-MNIST's chain, on files of the same form but with a hundredth of the pictures.

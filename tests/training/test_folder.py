@@ -276,6 +276,25 @@ def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert memory.available_bytes() == 4_096_000
 
 
+@pytest.mark.parametrize(
+    "stat",
+    [
+        "anon 200000\nactive_file 100000\ninactive_file 300000\n",
+        "inactive_file 5\nactive_file 5\ntotal_inactive_file 300000\ntotal_active_file 100000\n",
+    ],
+    ids=["v2", "v1"],
+)
+def test_files_that_a_container_has_read_take_no_memory_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stat: str
+) -> None:
+    files = {"limit": "1000000\n", "used": "600000\n", "meminfo": "", "memory.stat": stat}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path / "limit", tmp_path / "used"),))
+    assert memory.available_bytes() == 800_000
+
+
 def test_loading_takes_little_more_memory_than_the_pixels(tmp_path: Path) -> None:
     """By the address space that numpy and Python allocate; what is used is less."""
     import tracemalloc

@@ -99,7 +99,7 @@ def test_there_must_be_something_to_resume_and_it_must_be_this_run(
     with pytest.raises(UsageError, match="no checkpoint to resume"):
         fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint, resume=True)
     fit(recipe, few_digits, CPU, 0, checkpoint=checkpoint)
-    with pytest.raises(UsageError, match="another recipe, data set or seed"):
+    with pytest.raises(UsageError, match="another recipe, data set, picture size or seed"):
         fit(recipe, few_digits, CPU, 1, checkpoint=checkpoint, resume=True)
 
 
@@ -220,6 +220,17 @@ def test_small_data_gets_small_batches_and_large_data_large_ones(
     assert sgd.learning_rate == pytest.approx(recipe.learning_rate * 8 / 128)
     pinned = plan_steps(replace(recipe, optimizer="sgd"), some_of(digits, 160))
     assert (pinned.batch_size, pinned.learning_rate) == (32, recipe.learning_rate)
+
+
+@pytest.mark.parametrize(("side_px", "size"), [(64, 32), (224, 32), (448, 8), (512, 4), (2048, 2)])
+def test_batches_of_large_pictures_keep_to_the_memory(
+    digits: Dataset, recipe: Recipe, side_px: int, size: int
+) -> None:
+    spec = replace(digits.preprocess, width_px=side_px, height_px=side_px)
+    steps = plan_steps(
+        replace(recipe, batch_size=None), replace(some_of(digits, 1200), preprocess=spec)
+    )
+    assert steps.batch_size == size
 
 
 @pytest.mark.parametrize("count", [3, 33, 63, 65])

@@ -1,5 +1,6 @@
 """From the command line to a registered version, in this process and on real digits."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from registry.contract import ModelRef
-from registry.errors import BundleInvalid, RegistryUnavailable, UsageError
+from registry.errors import BundleInvalid, PromotionRefused, RegistryUnavailable, UsageError
 from registry.home import Home
 from registry.store import ModelStore
 from tests.conftest import CPU, MakeBundle
@@ -19,7 +20,7 @@ from training import publish, report, runs
 from training.__main__ import main
 from training.checkpoint import checkpoint_file, only_training
 from training.config import Recipe
-from training.datasets import Dataset
+from training.datasets import Dataset, load_dataset
 from training.evaluate import Evaluation
 from training.loop import fit
 from training.publish import choose_golden, rescore
@@ -91,6 +92,18 @@ def test_what_cannot_be_published_is_said_before_training(
         runs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
 
 
+def test_a_run_that_registers_nothing_needs_nothing_of_the_model(
+    registry_home: Home, few_digits: Dataset, recipe: Recipe
+) -> None:
+    ModelStore(registry_home)
+    mlflow.MlflowClient().create_registered_model("digits")  # its log is missing
+    twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
+    train = functools.partial(runs.train_and_publish, twins, recipe, "digits", registry_home)
+    with pytest.raises(PromotionRefused, match="log"):
+        train(device="cpu")
+    assert train(device="cpu", register=False)[1] is None
+
+
 @pytest.mark.slow
 def test_a_drawing_that_fails_costs_the_drawing(
     registry_home: Home,
@@ -155,6 +168,22 @@ def test_one_run_is_trained_by_one_process_at_a_time(
     with only_training(file):
         pass
     assert list(registry_home.checkpoints.iterdir()) == []
+
+
+def test_each_picture_size_has_a_checkpoint_of_its_own(
+    registry_home: Home, tmp_path: Path, recipe: Recipe
+) -> None:
+    folder = tmp_path / "pictures"
+    pictures(folder / "cat", 30, seed=1)
+    pictures(folder / "dog", 30, seed=2)
+    small, large = (
+        load_dataset(f"folder:{folder}", registry_home.datasets, size_px) for size_px in (16, 32)
+    )
+    file = checkpoint_file(registry_home, small, recipe, 0)
+    assert checkpoint_file(registry_home, large, recipe, 0) != file
+    fit(recipe, small, CPU, 0, checkpoint=file)
+    with pytest.raises(UsageError, match="picture size"):
+        fit(recipe, large, CPU, 0, checkpoint=file, resume=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
