@@ -234,7 +234,8 @@ class ModelStore:
         most ``MAX_MANIFEST_BYTES`` are fetched, of any other file what the manifest says.
 
         Raises:
-            BundleInvalid: something that came is not what was published.
+            BundleInvalid: something that came is not what was published, or the manifest does not
+                name a wanted file.
         """
         with self.errors():
             source = self._client.get_model_version_download_uri(version.name, str(version.version))
@@ -245,7 +246,7 @@ class ModelStore:
         for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            size_bytes = bundle.manifest.files[name].size_bytes
+            size_bytes = bundle.entry(name).size_bytes
             self._fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent, size_bytes)
         bundle.verify(names)
         return bundle

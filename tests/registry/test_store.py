@@ -56,6 +56,13 @@ def test_only_the_wanted_files_are_fetched(store: ModelStore, publish, tmp_path:
     assert sorted(path.name for path in (tmp_path / "down").iterdir()) == [HELDOUT, "manifest.json"]
 
 
+def test_a_file_that_the_manifest_does_not_name_is_named(
+    store: ModelStore, publish, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleInvalid, match=r"the manifest names no file training\.zip"):
+        store.download(publish(), tmp_path / "down", lambda _: ["training.zip"])
+
+
 def test_what_does_not_exist_is_named(store: ModelStore, publish) -> None:
     publish()
     with pytest.raises(VersionNotFound, match="no model 'nobody'"):
