@@ -133,7 +133,7 @@ class ModelStore:
                 logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
             )
             version = int(registered.version)
-            self._client.set_registered_model_alias(name, CHALLENGER, str(version))
+            self._set_alias(name, {}, CHALLENGER, version)
         return self.resolve(ModelRef(name, version))
 
     def models(self) -> list[str]:
@@ -275,8 +275,25 @@ class ModelStore:
         if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
             with self.errors():
                 self._client.delete_registered_model_alias(name, CHALLENGER)
+            self._restore_challenger(name, champion, previous)
         with suppress(OSError):  # a puller that is not woken looks by itself soon
             self._decided.touch()
+
+    def _restore_challenger(self, name: str, champion: int, previous: int | None) -> None:
+        """Call the newest version challenger, if it came while the champion lost that alias.
+
+        MLflow deletes an alias whatever version it is at, so it may have been at a version that was
+        published after the alias was read.
+        """
+        with self.errors():
+            found = self._client.search_model_versions(
+                f"name = '{name}'", max_results=1, order_by=["version_number DESC"]
+            )
+        newest = next((int(entity.version) for entity in found if DIGEST_TAG in entity.tags), 0)
+        aliases = self.aliases(name)
+        if newest > champion and newest != previous and CHALLENGER not in aliases:
+            with suppress(VersionNotFound):  # it was deleted since
+                self._set_alias(name, aliases, CHALLENGER, newest)
 
     def sign(self, version: ModelVersion, envelope: str) -> None:
         """Keep the ``envelope`` of a signature with the version, instead of an earlier one."""

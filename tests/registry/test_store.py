@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from msgspec.structs import replace
+from sqlalchemy.exc import IntegrityError
 
 from registry import promotion
 from registry import store as registry_store
@@ -503,6 +504,37 @@ def test_a_trial_of_a_version_that_was_deleted_can_be_withdrawn(store: ModelStor
     store._client.delete_model_version("digits", "2")
     assert withdraw(store, "digits").entry.to_version == 2
     assert store.standing("digits")[1] is None
+
+
+def test_a_version_is_challenger_though_another_made_the_alias_at_once(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = store._client.set_registered_model_alias, 0
+
+    def lose_once(*arguments: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise IntegrityError("INSERT", None, Exception("UNIQUE constraint failed"))
+        real(*arguments)
+
+    monkeypatch.setattr(store._client, "set_registered_model_alias", lose_once)
+    assert publish().aliases == ("challenger",)
+
+
+def test_a_version_that_is_published_during_a_promotion_stays_the_challenger(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(seed=0)
+    delete = store._client.delete_registered_model_alias
+
+    def publish_before(name: str, alias: str) -> None:
+        publish(seed=1)
+        delete(name, alias)
+
+    monkeypatch.setattr(store._client, "delete_registered_model_alias", publish_before)
+    promote(store, "digits", 1)
+    assert store.aliases("digits") == {"champion": 1, "challenger": 2}
 
 
 def test_models_of_others_are_not_convoys(store: ModelStore, publish) -> None:
