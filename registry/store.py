@@ -36,6 +36,7 @@ from registry.contract import (
     CHAMPION,
     MODEL_NAME,
     PREVIOUS,
+    ForeignVersion,
     Manifest,
     ModelRef,
     ModelVersion,
@@ -198,23 +199,29 @@ class ModelStore:
             entity = self._client.get_model_version(ref.name, str(number))
         return self._model_version(entity, aliases)
 
-    def sides(self, name: str, version: int) -> tuple[ModelVersion | None, ModelVersion]:
-        """The champion, unless there is none or it was deleted, and ``version`` beside it."""
+    def sides(
+        self, name: str, version: int
+    ) -> tuple[ModelVersion | ForeignVersion | None, ModelVersion]:
+        """The champion, as ``champion`` gives it, and ``version`` beside it."""
         aliases = self.aliases(name)
         challenger = self.resolve_in(aliases, ModelRef(name, version))
-        champion = None
-        with suppress(VersionNotFound, BundleInvalid):
-            champion = self.resolve_in(aliases, ModelRef(name, alias=CHAMPION))
-        return champion, challenger
+        return self.champion(name, aliases.get(CHAMPION)), challenger
 
-    def find(self, name: str, number: int | None) -> ModelVersion | None:
-        """The version, or None when there is no such number, or none of Convoy's any more."""
+    def champion(self, name: str, number: int | None) -> ModelVersion | ForeignVersion | None:
+        """What a challenger is compared with; None when there is no such number any more."""
         if number is None:
             return None
         try:
             return self.resolve(ModelRef(name, number))
-        except (VersionNotFound, BundleInvalid):
+        except VersionNotFound:
             return None
+        except BundleInvalid as error:
+            return ForeignVersion(name=name, version=number, why=str(error))
+
+    def find(self, name: str, number: int | None) -> ModelVersion | None:
+        """The version, or None when there is no such number, or none of Convoy's any more."""
+        found = self.champion(name, number)
+        return found if isinstance(found, ModelVersion) else None
 
     def manifest(self, version: ModelVersion) -> Manifest:
         """The record inside its bundle; raises as ``download`` does."""

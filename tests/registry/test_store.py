@@ -435,6 +435,26 @@ def test_a_champion_that_convoy_did_not_publish_can_be_left(
     assert roll_back(store, "digits").entry.to_version == 1
 
 
+def test_nothing_is_accepted_beside_a_champion_that_convoy_did_not_publish(
+    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    publish(seed=0)
+    promote(store, "digits", 1)
+    publish(seed=1)
+    mlflow.MlflowClient().delete_model_version_tag("digits", "1", registry_store.DIGEST_TAG)
+    why = r"cannot be compared: digits version 1 was not published by Convoy"
+    with pytest.raises(PromotionRefused, match=why):
+        promote(store, "digits", 2)
+    assert Judge(store, registry_home).known(*store.sides("digits", 2)).accepted is False
+    assert command(["judge", "digits", "2", "--untimed"]) == 2
+    assert "challenger 2, champion 1: REFUSED" in capsys.readouterr().out
+    line = promote(store, "digits", 2, force=True, reason="its tag was lost")
+    assert (line.entry.action, line.entry.from_version) == ("forced", 1)
+    assert "was not published by Convoy" in str(line.entry.verdict)
+    assert "is gone" not in str(line.entry.verdict)
+
+
 def test_who_has_no_name_or_odd_reasons_gets_no_traceback(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
