@@ -6,6 +6,7 @@ seconds and 170 MB: nothing that serves may do so.
 
 import logging
 import re
+import secrets
 import tempfile
 import time
 import warnings
@@ -59,6 +60,7 @@ LEDGER = ".ledger"
 ENTRY_TAG, NEWEST_TAG = "convoy.entry", "convoy.newest_line"
 TRIAL_TAG = "convoy.trial"
 SIGNATURE_TAG = "convoy.signature"
+CLAIM_TAG = "convoy.claim"
 # What the databases take for a number: 32 bits.
 MOST_VERSIONS = 2**31 - 1
 APPEND_TRIES = 20
@@ -110,10 +112,11 @@ class ModelStore:
 
         Raises:
             RegistryUnavailable: the registry did not take it.
-            PromotionRefused: another account has a log, or a model, of that name.
+            PromotionRefused: as ``check_name``.
         """
         assert bundle.folder.name == Path(BUNDLE_PATH).name
         name = bundle.manifest.model
+        self.check_name(name)  # before the upload; the claim after it leaves nothing half for long
         with self.errors():
             with warnings.catch_warnings():
                 # The signature is given; an example would only be run to guess one.
@@ -379,41 +382,71 @@ class ModelStore:
                 "followed: restore the registry from a backup, or publish under another name"
             )
 
-    def _claim(self, name: str) -> None:
-        """Make the log of ``name``, and then the model, unless an earlier version did.
+    def check_name(self, name: str) -> None:
+        """Refuse a name under which no version can be published. Changes nothing.
 
         Raises:
-            PromotionRefused: somebody else may have made one of them.
+            PromotionRefused: the registry has a log or a model of that name but no version, or a
+                log that publishing did not make.
+        """
+        self._is_new(name)
+
+    def _is_new(self, name: str) -> bool:
+        """Whether the registry has neither a model nor a log of ``name``; raises as ``check_name``.
+
+        Another process may be publishing a first version, so half of it is looked at again.
         """
         deadline = time.monotonic() + CLAIM_TIMEOUT_S
         while True:
-            model, log_model = self._registered(name), self._registered(f"{name}{LEDGER}")
-            if model is None and log_model is None and self._made_both(name):
-                return
-            if model is not None and self._has_versions(name):
+            known = [each for each in (name, f"{name}{LEDGER}") if self._registered(each)]
+            if not known:
+                return True
+            if name in known and self._has_versions(name):
                 self.check_log(name)
-                return
+                return False
             if time.monotonic() >= deadline:  # it is not a first version of this moment
                 break
             time.sleep(CLAIM_INTERVAL_S)
         raise PromotionRefused(
-            f"the registry has a registered model {name} or {name}{LEDGER}, but no version of "
-            f"{name}: another account may have made it, and would decide what serves. Delete it in "
-            "MLflow and publish again, or publish under another name"
+            f"nothing can be published as {name}: MLflow has the registered model "
+            f"{' and '.join(known)}, but no version of {name}. A publication may have ended before "
+            "its version, the versions may have been deleted, or another account may have made it "
+            "and would decide what serves. Delete it in MLflow, with the decisions that a log "
+            "holds, and publish again, or publish under another name"
         )
+
+    def _claim(self, name: str) -> None:
+        """Make the log of ``name``, and then the model, unless an earlier version did.
+
+        Raises:
+            PromotionRefused: as ``check_name``.
+            RegistryUnavailable: another account made one of them and deleted it meanwhile.
+        """
+        if self._is_new(name) and not self._made_both(name) and self._is_new(name):
+            raise RegistryUnavailable(
+                f"the registered model {name} was made and deleted at once; publish again"
+            )
 
     def _made_both(self, name: str) -> bool:
         """Whether this call made the log and the model; False when others are at it."""
         about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
+        return self._made(f"{name}{LEDGER}", about) and self._made(name)
+
+    def _made(self, name: str, about: str | None = None) -> bool:
+        """Whether this call made the registered model ``name``; False when another one did.
+
+        MLflow's client sends a request again when its answer was lost. The model is there then, and
+        the ``claim`` in its tags tells that this call made it.
+        """
+        claim = secrets.token_hex(16)
         try:
             with self.errors():
-                self._client.create_registered_model(f"{name}{LEDGER}", description=about)
-                self._client.create_registered_model(name)
+                self._client.create_registered_model(name, {CLAIM_TAG: claim}, about)
         except RegistryUnavailable as error:
-            cause = error.__cause__
-            if getattr(cause, "error_code", None) == "RESOURCE_ALREADY_EXISTS":
-                return False
-            raise
+            if getattr(error.__cause__, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = self._registered(name)
+            return found is not None and found.tags.get(CLAIM_TAG) == claim
         return True
 
     def _registered(self, name: str) -> Any:

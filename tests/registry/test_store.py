@@ -557,6 +557,31 @@ def test_a_version_that_is_published_during_a_promotion_stays_the_challenger(
     assert store.aliases("digits") == {"champion": 1, "challenger": 2}
 
 
+def test_nothing_is_uploaded_under_a_name_that_has_a_log_and_no_version(
+    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_store, "CLAIM_TIMEOUT_S", 0.0)
+    store._client.create_registered_model("digits.ledger")
+    with pytest.raises(PromotionRefused, match=r"has the registered model digits\.ledger, but no"):
+        publish()
+    assert not list(registry_home.artifacts.rglob(WEIGHTS))
+
+
+def test_a_first_version_whose_calls_were_sent_twice_is_published(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends a request again when its answer was lost."""
+    create = store._client.create_registered_model
+
+    def twice(*arguments: object) -> None:
+        create(*arguments)
+        create(*arguments)
+
+    monkeypatch.setattr(store._client, "create_registered_model", twice)
+    assert publish().version == 1
+    assert sorted(store.aliases("digits")) == ["challenger"]
+
+
 def test_models_of_others_are_not_convoys(store: ModelStore, publish) -> None:
     publish()
     store._client.create_registered_model("My Model v2.0")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from registry.contract import ModelRef
-from registry.errors import BundleInvalid, RegistryUnavailable, UsageError
+from registry.errors import BundleInvalid, PromotionRefused, RegistryUnavailable, UsageError
 from registry.home import Home
 from registry.store import ModelStore
 from tests.conftest import CPU, MakeBundle
@@ -88,6 +88,28 @@ def test_what_cannot_be_published_is_said_before_training(
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
     with pytest.raises(UsageError, match="digits cannot be published: labels must differ"):
         runs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
+
+
+@pytest.mark.parametrize("made", [("digits.ledger",), ("digits.ledger", "digits")])
+def test_a_name_that_has_no_version_is_refused_before_training(
+    store: ModelStore,
+    few_digits: Dataset,
+    recipe: Recipe,
+    registry_home: Home,
+    made: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when a publication ended before its version, or an operator deleted all versions."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(runs, "fit", never)
+    monkeypatch.setattr("registry.store.CLAIM_TIMEOUT_S", 0.0)
+    for name in made:
+        mlflow.MlflowClient().create_registered_model(name)
+    with pytest.raises(PromotionRefused, match="A publication may have ended before its version"):
+        runs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
 
 
 def test_a_drawing_that_fails_costs_the_drawing(
