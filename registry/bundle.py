@@ -37,6 +37,8 @@ THUMBNAILS = "thumbnails.npz"
 ONNX_GRAPH = "exports/network.onnx"
 INT8_GRAPH, INT8_WEIGHTS = "exports/int8.xml", "exports/int8.bin"
 ONNX_START = b"\x08"  # protobuf's tag of ModelProto.ir_version, which comes first
+# Rounding may lift a probability above 1; in half precision the next number is 1 + 2⁻¹⁰.
+ROUNDING = 1e-3
 # What arrays of a bundle may take in memory: 65,000 examples of 1,000 classes, for instance.
 MAX_ARRAYS_BYTES = 256 * 1024 * 1024
 
@@ -64,10 +66,14 @@ class Bundle:
         Raises:
             BundleInvalid: not in the manifest, missing on disk, or not what was published.
         """
+        return read_digested(self.folder / name, self.entry(name).sha256)
+
+    def entry(self, name: str) -> FileEntry:
+        """What the manifest says of the file ``name``; ``BundleInvalid`` if it does not name it."""
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleInvalid(f"{self.folder}: the manifest names no file {name}")
-        return read_digested(self.folder / name, entry.sha256)
+        return entry
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Read ``names``, by default every file; ``BundleInvalid`` if one is not right."""
@@ -136,6 +142,7 @@ class Bundle:
                 f"SHA-256 of {labels.size} examples"
             )
         self._check_words(HELDOUT, looks, (labels.size,))
+        self._check_range(HELDOUT, probabilities)
         return Heldout(labels, probabilities, digests, looks)
 
     def training(self) -> TrainingRecord:
@@ -167,6 +174,7 @@ class Bundle:
                 f"{self.folder / CHAMPION_SCORES}: probabilities {scores.dtype}{scores.shape} are "
                 f"not of {shape[0]} examples and {shape[1]} classes"
             )
+        self._check_range(CHAMPION_SCORES, scores)
         return scores
 
     def thumbnails(self) -> NDArray[np.uint8]:
@@ -187,6 +195,15 @@ class Bundle:
         if array.dtype != np.uint64 or array.shape != shape:
             raise BundleInvalid(
                 f"{self.folder / file}: digests are {array.dtype}{array.shape}, not uint64{shape}"
+            )
+
+    def _check_range(self, file: str, probabilities: NDArray[Any]) -> None:
+        """NaN passes: the gate refuses it, and says which version to publish again."""
+        outside = probabilities[(probabilities < 0) | (probabilities > 1 + ROUNDING)]
+        if outside.size:
+            raise BundleInvalid(
+                f"{self.folder / file}: {outside.size:,} probabilities are outside 0 … 1; the "
+                f"first is {outside[0]:g}"
             )
 
     def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:

@@ -192,6 +192,17 @@ class ModelVersion(Struct, frozen=True, kw_only=True):
     signature: str | None = None
 
 
+class ForeignVersion(Struct, frozen=True, kw_only=True):
+    """A version in the registry that Convoy did not publish, so no bundle of it can be read.
+
+    ``why`` says by what it shows.
+    """
+
+    name: str
+    version: int
+    why: str
+
+
 class Trial(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A challenger that is tried on real traffic beside the champion.
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from registry.bundle import HELDOUT, TRAINING, Bundle
-from registry.contract import ModelVersion, sha256_hex
+from registry.contract import ForeignVersion, ModelVersion, sha256_hex
 from registry.devices import serving_threads
 from registry.errors import BundleInvalid, PromotionRefused
 from registry.gates import Policy, Verdict, compare, read_policy
@@ -119,13 +119,17 @@ class Judge:
         self._timed = timed
         self._one = Lock()  # several at a time would spoil each other's timings
 
-    def judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> Judgement:
+    def judge(
+        self, champion: ModelVersion | ForeignVersion | None, challenger: ModelVersion
+    ) -> Judgement:
         """The judgement on ``challenger``; what cannot be read or compared does not pass.
 
         Raises:
             RegistryUnavailable: the bundles cannot be fetched.
             UsageError: the policy cannot be used.
         """
+        if isinstance(champion, ForeignVersion):
+            return _not_comparable(champion, challenger)
         policy = read_policy(self._home.policy(challenger.name))
         with self._one, tempfile.TemporaryDirectory(prefix="convoy-gate-") as folder:
             if known := self.known(champion, challenger, policy):
@@ -142,11 +146,13 @@ class Judge:
 
     def known(
         self,
-        champion: ModelVersion | None,
+        champion: ModelVersion | ForeignVersion | None,
         challenger: ModelVersion,
         policy: Policy | None = None,
     ) -> Judgement | None:
-        """The judgement, if it was made within the last hour."""
+        """The judgement, if it was made within the last hour or takes no comparison."""
+        if isinstance(champion, ForeignVersion):
+            return _not_comparable(champion, challenger)
         policy = policy or read_policy(self._home.policy(challenger.name))
         try:
             data = self._file(champion, challenger, policy).read_bytes()
@@ -205,6 +211,19 @@ class Judge:
             verdict=verdict,
             flips=_flips(verdict, pairs, theirs, ours),
         )
+
+
+def _not_comparable(champion: ForeignVersion, challenger: ModelVersion) -> Judgement:
+    """A version that Convoy did not publish serves: nothing is compared, so nothing passes."""
+    return Judgement(
+        model=challenger.name,
+        champion=champion.version,
+        challenger=challenger.version,
+        accepted=False,
+        summary=f"the two cannot be compared: {champion.why}. Roll back to a version that Convoy "
+        "published, or use --force with a reason",
+        judged_unix_s=time.time(),
+    )
 
 
 def _flips(

@@ -16,6 +16,7 @@ from registry.errors import (
     ConvoyError,
     ModelNotReady,
     PromotionConflict,
+    PromotionRefused,
     UsageError,
     VersionNotFound,
 )
@@ -82,11 +83,19 @@ class Lookout:
         return True
 
     def tell(self, store: ModelStore, name: str, number: int, why: str) -> None:
-        """Have the ledger say, once, that a version is refused where this looks."""
+        """Have the ledger say, once, that a version is refused where this looks.
+
+        Raises:
+            RegistryUnavailable: it cannot be told now; the next call tries again.
+        """
         if (name, number) in self._told:
             return
-        with contextlib.suppress(VersionNotFound, BundleInvalid):  # deleted since
+        try:
             note_refusal(store, store.resolve(ModelRef(name, number)), why, self._by)
+        except (VersionNotFound, BundleInvalid):  # deleted since
+            pass
+        except PromotionRefused as error:  # the log is not followed; `why` is what matters
+            log.warning("version %d of %s is refused here (%s): %s", number, name, why, error)
         self._told.add((name, number))
 
     def watch(self, open_store: Callable[[], ModelStore], stop: Event) -> None:

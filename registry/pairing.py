@@ -112,6 +112,7 @@ def pair_heldout(champion: Bundle, challenger: Bundle, min_examples: int) -> Pai
     scores = challenger.champion_scores(champion.manifest_sha256, shape)
     chosen, probabilities = _choose(match, scores, min_examples, notes)
     labels = heldout.labels[chosen]
+    notes += _not_compared(match, labels)
     return Pairs(
         champion=_finite(Scores(match.to_old[labels], probabilities), "champion"),
         challenger=_finite(Scores(labels, heldout.probabilities[chosen]), "challenger"),
@@ -213,6 +214,15 @@ def _choose(
         "judged on all that the challenger held out; publishing has scored the champion on them"
     )
     return usable, scores[usable]
+
+
+def _not_compared(match: Match, compared: Numbers) -> list[str]:
+    """Name the classes of both that a version held out, and of which no picture is compared."""
+    held_out = np.union1d(match.to_new[match.old.heldout.labels], match.new.heldout.labels)
+    shared = np.flatnonzero(match.to_old >= 0)
+    missing = np.setdiff1d(np.intersect1d(shared, held_out), compared).tolist()
+    names = _listed([repr(match.new.labels[index]) for index in missing])
+    return [f"NOT compared, as no picture of it can be used: class {names}"] if missing else []
 
 
 def _notes(match: Match) -> list[str]:

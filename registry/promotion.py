@@ -80,7 +80,7 @@ def promote(
     ledger = _settle_at(store, name, expect_champion)
     if ledger.champion == version:
         raise PromotionRefused(f"{name} version {version} is the champion already")
-    champion = store.find(name, ledger.champion)
+    champion = store.champion(name, ledger.champion)
     judged = (judge or Judge(store, convoy_home(), timed=False)).judge(champion, challenger)
     on_judged(judged)
     verdict = judged.summary
@@ -97,7 +97,7 @@ def promote(
         action,
         version,
         to=challenger,
-        left=champion,
+        left=champion if isinstance(champion, ModelVersion) else None,
         reason=reason,
         by=by,
         verdict=verdict,

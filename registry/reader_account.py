@@ -22,20 +22,42 @@ def make_reader(address: str, admin: tuple[str, str], password: str) -> None:
 
     Raises:
         RegistryUnavailable: MLflow does not answer, or refuses.
+        UsageError: the account is there and is an administrator.
     """
+    users = f"{address}/api/2.0/mlflow/users"
     account = {"username": READER, "password": password}
-    made = _call("POST", f"{address}/api/2.0/mlflow/users/create", admin, account)
+    made = _call("POST", f"{users}/create", admin, account)
     if "RESOURCE_ALREADY_EXISTS" in made.text:
-        url = f"{address}/api/2.0/mlflow/users/update-password"
-        made = _call("PATCH", url, admin, account)
+        known = _call("GET", f"{users}/get?username={READER}", admin)
+        if _is_admin(known):
+            raise UsageError(
+                f"MLflow's account {READER!r} is an administrator, and pullers must only read: "
+                "take that right from it, or delete it, and start this step again"
+            )
+        made = _call("PATCH", f"{users}/update-password", admin, account)
     if not made.ok:
         raise RegistryUnavailable(
             f"MLflow did not make the account {READER!r}: {made.status_code} {made.text[:500]}"
         )
 
 
+def _is_admin(answer: requests.Response) -> bool:
+    """Whether MLflow's ``answer`` about an account calls it an administrator.
+
+    Raises:
+        RegistryUnavailable: MLflow does not say.
+    """
+    try:
+        return bool(answer.json()["user"]["is_admin"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RegistryUnavailable(
+            f"MLflow does not say what the account {READER!r} may do: "
+            f"{answer.status_code} {answer.text[:500]}"
+        ) from error
+
+
 def _call(
-    method: str, url: str, admin: tuple[str, str], account: dict[str, str]
+    method: str, url: str, admin: tuple[str, str], account: dict[str, str] | None = None
 ) -> requests.Response:
     try:
         return requests.request(method, url, json=account, auth=admin, timeout=TIMEOUT_S)

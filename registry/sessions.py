@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SESSION_TTL_S = 12 * 3600
 MAX_SESSIONS = 1000
+MAX_SESSIONS_OF_A_TOKEN = 20
 
 
 class Session(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +42,9 @@ class Sessions:
     def begin(self, token_sha256: str) -> str:
         """Sign the holder of a token in; the cookie.
 
+        A token has ``MAX_SESSIONS_OF_A_TOKEN`` sessions at most: its newest. So one token cannot
+        sign the holders of others out.
+
         Raises:
             KeysUnavailable: it cannot be written down.
         """
@@ -50,7 +54,7 @@ class Sessions:
             token_sha256=token_sha256,
             ends_unix_s=time.time() + SESSION_TTL_S,
         )
-        self._change(lambda before: (*before, fresh)[-MAX_SESSIONS:])
+        self._change(lambda before: _with(before, fresh))
         return cookie
 
     def find(self, cookie: str) -> Session | None:
@@ -90,6 +94,13 @@ class Sessions:
 def form_secret(cookie: str) -> str:
     """What a form of the session must bring: a page of another site cannot know it."""
     return hmac.digest(cookie.encode(errors="replace"), b"form", "sha256").hex()
+
+
+def _with(before: tuple[Session, ...], fresh: Session) -> tuple[Session, ...]:
+    """``before`` and ``fresh``, less the oldest that are too many: of its token, then of all."""
+    own = [each for each in before if each.token_sha256 == fresh.token_sha256]
+    ended = own[: 1 - MAX_SESSIONS_OF_A_TOKEN]
+    return (*(each for each in before if each not in ended), fresh)[-MAX_SESSIONS:]
 
 
 def _digest(cookie: str) -> str:

@@ -62,11 +62,13 @@ def locked(path: Path, mode: int = 0o666) -> Iterator[LockedFile]:
     The folder is made if there is none. ``mode`` is that of the file, less the umask.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written, or its lock is a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Private: an account that can open the lock could keep everybody waiting.
-    descriptor = os.open(path.parent / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # Private: an account that can open the lock could keep everybody waiting. Through a link, an
+    # account that can write the folder would choose which file is made or locked.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path.parent / LOCK, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield LockedFile(path, mode)

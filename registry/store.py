@@ -6,6 +6,7 @@ seconds and 170 MB: nothing that serves may do so.
 
 import logging
 import re
+import secrets
 import tempfile
 import time
 import warnings
@@ -36,6 +37,7 @@ from registry.contract import (
     CHAMPION,
     MODEL_NAME,
     PREVIOUS,
+    ForeignVersion,
     Manifest,
     ModelRef,
     ModelVersion,
@@ -58,6 +60,7 @@ LEDGER = ".ledger"
 ENTRY_TAG, NEWEST_TAG = "convoy.entry", "convoy.newest_line"
 TRIAL_TAG = "convoy.trial"
 SIGNATURE_TAG = "convoy.signature"
+CLAIM_TAG = "convoy.claim"
 # What the databases take for a number: 32 bits.
 MOST_VERSIONS = 2**31 - 1
 APPEND_TRIES = 20
@@ -109,10 +112,11 @@ class ModelStore:
 
         Raises:
             RegistryUnavailable: the registry did not take it.
-            PromotionRefused: another account has a log, or a model, of that name.
+            PromotionRefused: as ``check_name``.
         """
         assert bundle.folder.name == Path(BUNDLE_PATH).name
         name = bundle.manifest.model
+        self.check_name(name)  # before the upload; the claim after it leaves nothing half for long
         with self.errors():
             with warnings.catch_warnings():
                 # The signature is given; an example would only be run to guess one.
@@ -133,7 +137,7 @@ class ModelStore:
                 logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
             )
             version = int(registered.version)
-            self._client.set_registered_model_alias(name, CHALLENGER, str(version))
+            self._set_alias(name, {}, CHALLENGER, version)
         return self.resolve(ModelRef(name, version))
 
     def models(self) -> list[str]:
@@ -198,23 +202,29 @@ class ModelStore:
             entity = self._client.get_model_version(ref.name, str(number))
         return self._model_version(entity, aliases)
 
-    def sides(self, name: str, version: int) -> tuple[ModelVersion | None, ModelVersion]:
-        """The champion, unless there is none or it was deleted, and ``version`` beside it."""
+    def sides(
+        self, name: str, version: int
+    ) -> tuple[ModelVersion | ForeignVersion | None, ModelVersion]:
+        """The champion, as ``champion`` gives it, and ``version`` beside it."""
         aliases = self.aliases(name)
         challenger = self.resolve_in(aliases, ModelRef(name, version))
-        champion = None
-        with suppress(VersionNotFound, BundleInvalid):
-            champion = self.resolve_in(aliases, ModelRef(name, alias=CHAMPION))
-        return champion, challenger
+        return self.champion(name, aliases.get(CHAMPION)), challenger
 
-    def find(self, name: str, number: int | None) -> ModelVersion | None:
-        """The version, or None when there is no such number, or none of Convoy's any more."""
+    def champion(self, name: str, number: int | None) -> ModelVersion | ForeignVersion | None:
+        """What a challenger is compared with; None when there is no such number any more."""
         if number is None:
             return None
         try:
             return self.resolve(ModelRef(name, number))
-        except (VersionNotFound, BundleInvalid):
+        except VersionNotFound:
             return None
+        except BundleInvalid as error:
+            return ForeignVersion(name=name, version=number, why=str(error))
+
+    def find(self, name: str, number: int | None) -> ModelVersion | None:
+        """The version, or None when there is no such number, or none of Convoy's any more."""
+        found = self.champion(name, number)
+        return found if isinstance(found, ModelVersion) else None
 
     def manifest(self, version: ModelVersion) -> Manifest:
         """The record inside its bundle; raises as ``download`` does."""
@@ -234,7 +244,8 @@ class ModelStore:
         most ``MAX_MANIFEST_BYTES`` are fetched, of any other file what the manifest says.
 
         Raises:
-            BundleInvalid: something that came is not what was published.
+            BundleInvalid: something that came is not what was published, or the manifest does not
+                name a wanted file.
         """
         with self.errors():
             source = self._client.get_model_version_download_uri(version.name, str(version.version))
@@ -245,7 +256,7 @@ class ModelStore:
         for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            size_bytes = bundle.manifest.files[name].size_bytes
+            size_bytes = bundle.entry(name).size_bytes
             self._fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent, size_bytes)
         bundle.verify(names)
         return bundle
@@ -274,8 +285,25 @@ class ModelStore:
         if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
             with self.errors():
                 self._client.delete_registered_model_alias(name, CHALLENGER)
+            self._restore_challenger(name, champion, previous)
         with suppress(OSError):  # a puller that is not woken looks by itself soon
             self._decided.touch()
+
+    def _restore_challenger(self, name: str, champion: int, previous: int | None) -> None:
+        """Call the newest version challenger, if it came while the champion lost that alias.
+
+        MLflow deletes an alias whatever version it is at, so it may have been at a version that was
+        published after the alias was read.
+        """
+        with self.errors():
+            found = self._client.search_model_versions(
+                f"name = '{name}'", max_results=1, order_by=["version_number DESC"]
+            )
+        newest = next((int(entity.version) for entity in found if DIGEST_TAG in entity.tags), 0)
+        aliases = self.aliases(name)
+        if newest > champion and newest != previous and CHALLENGER not in aliases:
+            with suppress(VersionNotFound):  # it was deleted since
+                self._set_alias(name, aliases, CHALLENGER, newest)
 
     def sign(self, version: ModelVersion, envelope: str) -> None:
         """Keep the ``envelope`` of a signature with the version, instead of an earlier one."""
@@ -354,41 +382,71 @@ class ModelStore:
                 "followed: restore the registry from a backup, or publish under another name"
             )
 
-    def _claim(self, name: str) -> None:
-        """Make the log of ``name``, and then the model, unless an earlier version did.
+    def check_name(self, name: str) -> None:
+        """Refuse a name under which no version can be published. Changes nothing.
 
         Raises:
-            PromotionRefused: somebody else may have made one of them.
+            PromotionRefused: the registry has a log or a model of that name but no version, or a
+                log that publishing did not make.
+        """
+        self._is_new(name)
+
+    def _is_new(self, name: str) -> bool:
+        """Whether the registry has neither a model nor a log of ``name``; raises as ``check_name``.
+
+        Another process may be publishing a first version, so half of it is looked at again.
         """
         deadline = time.monotonic() + CLAIM_TIMEOUT_S
         while True:
-            model, log_model = self._registered(name), self._registered(f"{name}{LEDGER}")
-            if model is None and log_model is None and self._made_both(name):
-                return
-            if model is not None and self._has_versions(name):
+            known = [each for each in (name, f"{name}{LEDGER}") if self._registered(each)]
+            if not known:
+                return True
+            if name in known and self._has_versions(name):
                 self.check_log(name)
-                return
+                return False
             if time.monotonic() >= deadline:  # it is not a first version of this moment
                 break
             time.sleep(CLAIM_INTERVAL_S)
         raise PromotionRefused(
-            f"the registry has a registered model {name} or {name}{LEDGER}, but no version of "
-            f"{name}: another account may have made it, and would decide what serves. Delete it in "
-            "MLflow and publish again, or publish under another name"
+            f"nothing can be published as {name}: MLflow has the registered model "
+            f"{' and '.join(known)}, but no version of {name}. A publication may have ended before "
+            "its version, the versions may have been deleted, or another account may have made it "
+            "and would decide what serves. Delete it in MLflow, with the decisions that a log "
+            "holds, and publish again, or publish under another name"
         )
+
+    def _claim(self, name: str) -> None:
+        """Make the log of ``name``, and then the model, unless an earlier version did.
+
+        Raises:
+            PromotionRefused: as ``check_name``.
+            RegistryUnavailable: another account made one of them and deleted it meanwhile.
+        """
+        if self._is_new(name) and not self._made_both(name) and self._is_new(name):
+            raise RegistryUnavailable(
+                f"the registered model {name} was made and deleted at once; publish again"
+            )
 
     def _made_both(self, name: str) -> bool:
         """Whether this call made the log and the model; False when others are at it."""
         about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
+        return self._made(f"{name}{LEDGER}", about) and self._made(name)
+
+    def _made(self, name: str, about: str | None = None) -> bool:
+        """Whether this call made the registered model ``name``; False when another one did.
+
+        MLflow's client sends a request again when its answer was lost. The model is there then, and
+        the ``claim`` in its tags tells that this call made it.
+        """
+        claim = secrets.token_hex(16)
         try:
             with self.errors():
-                self._client.create_registered_model(f"{name}{LEDGER}", description=about)
-                self._client.create_registered_model(name)
+                self._client.create_registered_model(name, {CLAIM_TAG: claim}, about)
         except RegistryUnavailable as error:
-            cause = error.__cause__
-            if getattr(cause, "error_code", None) == "RESOURCE_ALREADY_EXISTS":
-                return False
-            raise
+            if getattr(error.__cause__, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = self._registered(name)
+            return found is not None and found.tags.get(CLAIM_TAG) == claim
         return True
 
     def _registered(self, name: str) -> Any:

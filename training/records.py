@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 SCORED_AT_ONCE = 256
 # Beside the probabilities, 4 bytes each: label, digest and look of an example.
 RECORD_BYTES = 8 + 32 + 8
+# More than the headers of the arrays take: 128 bytes each.
+HEADERS_BYTES = 4096
 
 
 class ChampionScores(Struct, frozen=True):
@@ -50,7 +52,7 @@ def example_files(
     examples, classes = data.validation, heldout.probabilities.shape[1]
     if champion is not None:
         classes = max(classes, champion.probabilities.shape[1])
-    kept = slice(MAX_ARRAYS_BYTES // (RECORD_BYTES + 4 * classes))
+    kept = slice((MAX_ARRAYS_BYTES - HEADERS_BYTES) // (RECORD_BYTES + 4 * classes))
     digests = np.frombuffer(bytes.fromhex("".join(examples.digests)), np.uint8).reshape(-1, 32)
     files = {
         HELDOUT: to_npz(

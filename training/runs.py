@@ -3,7 +3,6 @@
 import logging
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from registry.classifier import Classifier
 from registry.contract import ModelVersion
 from registry.devices import choose_device, describe_device
-from registry.errors import UsageError, VersionNotFound
+from registry.errors import UsageError
 from registry.home import Home
 from registry.plans.torch_eager import eager_classifier
 from registry.store import ModelStore
@@ -122,14 +121,13 @@ def _rehearse(
     Raises:
         UsageError: the classes' names cannot be published.
         RegistryUnavailable: the registry does not answer for the model.
-        PromotionRefused: another account may have made the model's log.
+        PromotionRefused: nothing can be published under the model's name.
     """
     announce_steps(recipe, data)
     report.rehearse(data)
     if not register:
         return
-    with suppress(VersionNotFound):  # the first version makes the model
-        store.check_log(model)
+    store.check_name(model)
     try:
         build_manifest(model, recipe, data, seed, describe_device(device), {}).to_json()
     except ValueError as error:  # two labels that are equal, for example

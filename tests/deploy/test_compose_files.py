@@ -137,6 +137,17 @@ def test_the_puller_has_an_account_that_reads_and_no_other() -> None:
     assert settings["mlflow"]["grant_default_workspace_access"] == "true"
 
 
+def test_only_the_control_plane_can_write_its_sessions_judgements_and_policies() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    writers = {
+        name
+        for name, service in services.items()
+        for volume in service.get("volumes", ())
+        if volume.startswith("control:") and not volume.endswith(":ro")
+    }
+    assert writers == {"control"}
+
+
 def test_a_step_that_has_ended_well_is_not_started_again_by_swarm() -> None:
     made = stack()["services"]
     assert made["accounts"]["deploy"]["restart_policy"]["condition"] == "on-failure"

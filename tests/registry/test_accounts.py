@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from registry import store as store_module
 from registry.contract import ModelRef, ModelVersion
-from registry.errors import PromotionRefused
+from registry.errors import PromotionRefused, UsageError
 from registry.home import Home
 from registry.ledger import Entry, Ledger
 from registry.promotion import audit, promote
@@ -131,6 +131,27 @@ def forge_log(client: MlflowClient, name: str, version: int) -> None:
     client.create_model_version(
         name + LEDGER, f"convoy:/{name}/{version}", tags={ENTRY_TAG: line}, await_creation_for=0
     )
+
+
+def test_an_account_of_the_pullers_that_is_an_administrator_is_refused(open_server: str) -> None:
+    def change(is_admin: bool) -> None:
+        answer = requests.patch(
+            f"{open_server}/api/2.0/mlflow/users/update-admin",
+            json={"username": "reader", "is_admin": is_admin},
+            auth=("admin", PASSWORDS["admin"]),
+            timeout=30,
+        )
+        assert answer.ok, answer.text
+
+    change(True)
+    try:
+        with pytest.raises(UsageError, match="'reader' is an administrator"):
+            make_reader(open_server, ("admin", PASSWORDS["admin"]), "another-password")
+    finally:
+        change(False)
+    reader = ("reader", PASSWORDS["reader"])  # as before
+    url = f"{open_server}/api/2.0/mlflow/users/get?username=reader"
+    assert requests.get(url, auth=reader, timeout=30).ok
 
 
 def test_a_reader_can_make_no_log_once_a_version_is_published(

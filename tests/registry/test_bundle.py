@@ -143,6 +143,8 @@ HOSTILE_ARRAYS = {
     "a label before the first": record(np.array([0, -1])),
     "labels that are no numbers": record(np.array(["a", "b"])),
     "no picture at all": record(np.zeros(0, int), ONES[:0]),
+    "a probability below 0": record(probabilities=ONES - np.float32(0.2)),
+    "a probability above 1": record(probabilities=ONES * np.float32(1e30)),
     "digests of other pictures": record(digests=NAMES[:1]),
     "digests that are cut": record(digests=NAMES[:, :8]),
     "looks that are no words": record(looks=LOOKS.astype(float)),
@@ -190,6 +192,12 @@ def test_scores_of_a_champion_are_those_of_one_version_and_of_all_examples(
     assert scored.champion_scores("2" * 64, (2, 10)) is None
     with pytest.raises(BundleInvalid, match="not of 3 examples and 10 classes"):
         scored.champion_scores("1" * 64, (3, 10))
+    wrong = {CHAMPION_SCORES: to_npz(probabilities=-ONES)}
+    below = write_bundle(tmp_path / "below", manifest, wrong)
+    with pytest.raises(
+        BundleInvalid, match=r"20 probabilities are outside 0 … 1; the first is -0\.1"
+    ):
+        below.champion_scores("1" * 64, (2, 10))
 
 
 def bomb(bomb_name: str, shape: tuple[int, ...], size_bytes: int) -> bytes:

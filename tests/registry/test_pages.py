@@ -20,7 +20,7 @@ from registry.judging import Judge
 from registry.live import Live, VersionTraffic, WorkerReport
 from registry.live_history import SAMPLES, LiveHistory, curves
 from registry.promotion import promote, roll_back
-from registry.sessions import SESSION_TTL_S
+from registry.sessions import MAX_SESSIONS_OF_A_TOKEN, SESSION_TTL_S, Sessions
 from registry.store import ModelStore
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -107,6 +107,23 @@ def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None
     assert "SameSite=Strict" in cookie
     assert tokens["viewer"] not in cookie
     assert "digits" in client.get("/").text
+
+
+def test_one_token_cannot_sign_the_holders_of_others_out(home: Home) -> None:
+    sessions = Sessions(home.sessions)
+    other = sessions.begin("a" * 64)
+    cookies = [sessions.begin("b" * 64) for _ in range(MAX_SESSIONS_OF_A_TOKEN + 2)]
+    assert sessions.find(other) is not None
+    assert [cookie for cookie in cookies if sessions.find(cookie)] == cookies[2:]
+
+
+def test_the_oldest_session_of_all_ends_when_there_are_too_many(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.sessions.MAX_SESSIONS", 3)
+    sessions = Sessions(home.sessions)
+    cookies = [sessions.begin(digit * 64) for digit in "1234"]
+    assert [cookie for cookie in cookies if sessions.find(cookie)] == cookies[1:]
 
 
 @pytest.mark.parametrize("target", ["//evil.example", "/\\evil.example", "https://evil.example"])

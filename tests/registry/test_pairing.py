@@ -152,6 +152,17 @@ def test_a_class_without_a_common_picture_is_judged_by_what_publishing_scored(ve
     assert (scored.examples, scored.challenger_accuracy, scored.accepted) == (50, 0.8, False)
 
 
+def test_a_class_of_which_no_picture_is_compared_is_named(version) -> None:
+    old = version({**right(range(40)), **right(range(40, 50), "dog")})
+    for heldout in (right(range(40)), {**right(range(40)), **right(range(40, 50))}):
+        verdict = compare(old, version(heldout))
+        assert (verdict.examples, verdict.accepted) == (40, True)
+        assert "NOT compared, as no picture of it can be used: class 'dog'" in notes(verdict)
+        assert "class 'dog'" in str(verdict)
+    both = version({**right(range(40)), **right(range(40, 50), "dog")})
+    assert "NOT compared" not in notes(compare(old, both))
+
+
 def test_half_of_a_small_record_is_enough(version) -> None:
     old = version(right(range(12)))
     assert compare(old, version(right(range(6, 18)))).examples == 6

@@ -358,6 +358,19 @@ def test_a_version_that_a_worker_refuses_stands_in_the_ledger_once(
     assert store.ledger("digits").champion == 1
 
 
+def test_a_refusal_is_logged_once_when_the_log_in_the_registry_is_not_followed(
+    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+    puller.pull(REF)
+    store._client.delete_registered_model("digits.ledger")
+    worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
+    for _ in range(3):
+        looked_after(puller, monkeypatch, workers=(worker,))
+    assert caplog.text.count("version 1 of digits is refused here (golden image 3 differs)") == 1
+    assert "its log, the registered model digits.ledger, is missing" in caplog.text
+
+
 def test_a_decision_on_this_machine_wakes_the_puller(
     store: ModelStore, publish, registry_home: Home
 ) -> None:

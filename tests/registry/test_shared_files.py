@@ -92,3 +92,13 @@ def test_a_file_has_the_mode_that_was_asked_for(tmp_path: Path) -> None:
         file.replace(b"secret")
         assert file.read() == b"secret"
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_is_not_made(tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(target)
+    with pytest.raises(OSError, match="symbolic link"), locked(folder / "file"):
+        pass
+    assert not target.exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from msgspec.structs import replace
+from sqlalchemy.exc import IntegrityError
 
 from registry import promotion
 from registry import store as registry_store
@@ -54,6 +55,13 @@ def test_a_published_version_is_the_challenger_and_comes_back_whole(
 def test_only_the_wanted_files_are_fetched(store: ModelStore, publish, tmp_path: Path) -> None:
     store.download(publish(), tmp_path / "down", lambda _: [HELDOUT])
     assert sorted(path.name for path in (tmp_path / "down").iterdir()) == [HELDOUT, "manifest.json"]
+
+
+def test_a_file_that_the_manifest_does_not_name_is_named(
+    store: ModelStore, publish, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleInvalid, match=r"the manifest names no file training\.zip"):
+        store.download(publish(), tmp_path / "down", lambda _: ["training.zip"])
 
 
 def test_what_does_not_exist_is_named(store: ModelStore, publish) -> None:
@@ -428,6 +436,26 @@ def test_a_champion_that_convoy_did_not_publish_can_be_left(
     assert roll_back(store, "digits").entry.to_version == 1
 
 
+def test_nothing_is_accepted_beside_a_champion_that_convoy_did_not_publish(
+    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    publish(seed=0)
+    promote(store, "digits", 1)
+    publish(seed=1)
+    mlflow.MlflowClient().delete_model_version_tag("digits", "1", registry_store.DIGEST_TAG)
+    why = r"cannot be compared: digits version 1 was not published by Convoy"
+    with pytest.raises(PromotionRefused, match=why):
+        promote(store, "digits", 2)
+    assert Judge(store, registry_home).known(*store.sides("digits", 2)).accepted is False
+    assert command(["judge", "digits", "2", "--untimed"]) == 2
+    assert "challenger 2, champion 1: REFUSED" in capsys.readouterr().out
+    line = promote(store, "digits", 2, force=True, reason="its tag was lost")
+    assert (line.entry.action, line.entry.from_version) == ("forced", 1)
+    assert "was not published by Convoy" in str(line.entry.verdict)
+    assert "is gone" not in str(line.entry.verdict)
+
+
 def test_who_has_no_name_or_odd_reasons_gets_no_traceback(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +525,62 @@ def test_a_trial_of_a_version_that_was_deleted_can_be_withdrawn(store: ModelStor
     store._client.delete_model_version("digits", "2")
     assert withdraw(store, "digits").entry.to_version == 2
     assert store.standing("digits")[1] is None
+
+
+def test_a_version_is_challenger_though_another_made_the_alias_at_once(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = store._client.set_registered_model_alias, 0
+
+    def lose_once(*arguments: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise IntegrityError("INSERT", None, Exception("UNIQUE constraint failed"))
+        real(*arguments)
+
+    monkeypatch.setattr(store._client, "set_registered_model_alias", lose_once)
+    assert publish().aliases == ("challenger",)
+
+
+def test_a_version_that_is_published_during_a_promotion_stays_the_challenger(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(seed=0)
+    delete = store._client.delete_registered_model_alias
+
+    def publish_before(name: str, alias: str) -> None:
+        publish(seed=1)
+        delete(name, alias)
+
+    monkeypatch.setattr(store._client, "delete_registered_model_alias", publish_before)
+    promote(store, "digits", 1)
+    assert store.aliases("digits") == {"champion": 1, "challenger": 2}
+
+
+def test_nothing_is_uploaded_under_a_name_that_has_a_log_and_no_version(
+    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_store, "CLAIM_TIMEOUT_S", 0.0)
+    store._client.create_registered_model("digits.ledger")
+    with pytest.raises(PromotionRefused, match=r"has the registered model digits\.ledger, but no"):
+        publish()
+    assert not list(registry_home.artifacts.rglob(WEIGHTS))
+
+
+def test_a_first_version_whose_calls_were_sent_twice_is_published(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends a request again when its answer was lost."""
+    create = store._client.create_registered_model
+
+    def twice(*arguments: object) -> None:
+        create(*arguments)
+        create(*arguments)
+
+    monkeypatch.setattr(store._client, "create_registered_model", twice)
+    assert publish().version == 1
+    assert sorted(store.aliases("digits")) == ["challenger"]
 
 
 def test_models_of_others_are_not_convoys(store: ModelStore, publish) -> None:

@@ -93,15 +93,41 @@ def test_what_cannot_be_published_is_said_before_training(
 
 
 def test_a_run_that_registers_nothing_needs_nothing_of_the_model(
-    registry_home: Home, few_digits: Dataset, recipe: Recipe
+    registry_home: Home,
+    few_digits: Dataset,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ModelStore(registry_home)
     mlflow.MlflowClient().create_registered_model("digits")  # its log is missing
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
+    monkeypatch.setattr("registry.store.CLAIM_TIMEOUT_S", 0.0)
     train = functools.partial(runs.train_and_publish, twins, recipe, "digits", registry_home)
     with pytest.raises(PromotionRefused, match="log"):
         train(device="cpu")
     assert train(device="cpu", register=False)[1] is None
+
+
+@pytest.mark.parametrize("made", [("digits.ledger",), ("digits.ledger", "digits")])
+def test_a_name_that_has_no_version_is_refused_before_training(
+    store: ModelStore,
+    few_digits: Dataset,
+    recipe: Recipe,
+    registry_home: Home,
+    made: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when a publication ended before its version, or an operator deleted all versions."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(runs, "fit", never)
+    monkeypatch.setattr("registry.store.CLAIM_TIMEOUT_S", 0.0)
+    for name in made:
+        mlflow.MlflowClient().create_registered_model(name)
+    with pytest.raises(PromotionRefused, match="A publication may have ended before its version"):
+        runs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
 
 
 @pytest.mark.slow
