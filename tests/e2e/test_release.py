@@ -192,20 +192,24 @@ def test_workers_switch_together_and_a_roll_back_takes_no_load(
     assert {each.status for each in answers} == {200}
 
 
-def test_a_trial_that_fails_its_requests_ends_by_itself(
-    home: Path, service: Service, store: ModelStore, answers, digits: Dataset
-) -> None:
+def test_a_challenger_scores_in_the_shadow(service: Service, store: ModelStore, answers) -> None:
+    """Needs a core that is idle at times: the kernel runs the shadow only then, by design."""
     release(store, "digits", Trial(version=2, shadow=1.0), "to see")
-    shadow = "/v1/models/digits/traffic"
 
     def scored() -> int:
-        versions = service.ask("GET", shadow)[1]["versions"]
+        versions = service.ask("GET", "/v1/models/digits/traffic")[1]["versions"]
         return sum(each["agreed"] + each["differed"] for each in versions if each["version"] == 2)
 
     wait_for(lambda: scored() > 0, "nothing is scored in the shadow")
+    assert {each.version for each in answers} == {1}
+
+
+def test_a_trial_that_fails_its_requests_ends_by_itself(
+    home: Path, service: Service, store: ModelStore, answers, digits: Dataset
+) -> None:
     release(store, "digits", Trial(version=2, share=1.0), "all of it")
     wait_for(lambda: answers[-1].version == 2, "the challenger does not answer")
-    assert service.ask("GET", shadow)[1]["challenger"] == 2
+    assert service.ask("GET", "/v1/models/digits/traffic")[1]["challenger"] == 2
     broken = republish(store, home, with_nan)
     release(store, "digits", Trial(version=broken, share=0.5), "it is broken")
     wait_for(lambda: store.standing("digits")[1] is None, "the broken trial goes on")

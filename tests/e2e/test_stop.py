@@ -10,7 +10,7 @@ from tests.conftest import wait_for
 from tests.e2e.processes import Service
 
 pytestmark = pytest.mark.e2e
-TIMEOUT_S = 6
+TIMEOUT_S = 15
 
 
 def test_no_worker_dies_because_the_service_was_stopped_for_a_while(home: Path) -> None:
@@ -18,6 +18,7 @@ def test_no_worker_dies_because_the_service_was_stopped_for_a_while(home: Path) 
     try:
         wait_for(service.is_ready, "the service did not become ready")
         family = [service.process, *service.process.children(recursive=True)]
+        said_before = service.log.read_text()  # a worker may load for longer on a busy machine
         for process in family:
             process.send_signal(signal.SIGSTOP)
         go_on_at = time.monotonic() + 2 * TIMEOUT_S  # twice what the arbiter waits for a heartbeat
@@ -26,7 +27,7 @@ def test_no_worker_dies_because_the_service_was_stopped_for_a_while(home: Path) 
             process.send_signal(signal.SIGCONT)
         judged_at = time.monotonic() + TIMEOUT_S
         wait_for(lambda: service.is_ready() and time.monotonic() > judged_at, "not ready again")
-        assert "WORKER TIMEOUT" not in service.log.read_text()
+        assert "WORKER TIMEOUT" not in service.log.read_text().removeprefix(said_before)
         assert {each.pid for each in family} == {
             each.pid for each in [service.process, *service.process.children(recursive=True)]
         }
