@@ -27,7 +27,8 @@ TRAINING = (
     Parameter(
         "batch_size",
         "64",
-        "pictures in a step; without it from the number and the size of the pictures, 8 to 128",
+        "pictures in a step; without it from the number and the size of the pictures, 8 to 128; of "
+        "pictures above 448 px a side fewer, 2 at least",
     ),
     Parameter("optimizer", "sgd", "`adamw` or `sgd`"),
     Parameter(
