@@ -211,7 +211,7 @@ class ModelStore:
         return self.champion(name, aliases.get(CHAMPION)), challenger
 
     def champion(self, name: str, number: int | None) -> ModelVersion | ForeignVersion | None:
-        """What a challenger is compared with; None when there is no such number any more."""
+        """The version that a challenger is compared with; None when it was deleted."""
         if number is None:
             return None
         try:
@@ -222,7 +222,7 @@ class ModelStore:
             return ForeignVersion(name=name, version=number, why=str(error))
 
     def find(self, name: str, number: int | None) -> ModelVersion | None:
-        """The version, or None when there is no such number, or none of Convoy's any more."""
+        """The version; None when it was deleted, or Convoy did not publish it."""
         found = self.champion(name, number)
         return found if isinstance(found, ModelVersion) else None
 
@@ -292,8 +292,8 @@ class ModelStore:
     def _restore_challenger(self, name: str, champion: int, previous: int | None) -> None:
         """Call the newest version challenger, if it came while the champion lost that alias.
 
-        MLflow deletes an alias whatever version it is at, so it may have been at a version that was
-        published after the alias was read.
+        MLflow deletes an alias without comparing. A publication may have moved the alias to its
+        version after this store read it; then the deletion took it from that version.
         """
         with self.errors():
             found = self._client.search_model_versions(

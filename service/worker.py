@@ -78,9 +78,9 @@ SWITCH_INTERVAL_S = 0.001
 BACKGROUND_THREADS = 2
 BACKGROUND_SHARE = 0.25
 MAX_PAUSE_S = 1.0
-# This part of a worker's connections is closed when there is no room for another.
+# When a worker has no room for another connection, it closes this part of those that it has.
 ROOM_SHARE = 1 / 128
-# Of a crowd that asks for probes, the loop answers so many in a turn.
+# The loop answers so many probes in a turn, so that a crowd of them holds up no POST.
 PROBES_PER_TURN = 8
 MAX_WAITING = 512
 # Longer bodies have threads of their own: decoding them takes long, and others would wait.
@@ -356,10 +356,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _dispatch(self, timeout_s: float) -> None:
         for key, _ in self._poller.select(timeout_s):
-            try:
-                key.data(key.fileobj)
-            except Exception:
-                self.log.exception("an event could not be handled")
+            key.data(key.fileobj)
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept many who knock, as one a round would let a crowd of hundreds wait for seconds.
@@ -368,14 +365,14 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """
         for _ in range(ROUND_REQUESTS):
             try:
-                client, address = listener.accept()
+                client, _ = listener.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._make_room()
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                     self.log.warning("nobody could be accepted: %s", error)
                 return False
-            self._open(client, address)
+            self._open(client)
         return True
 
     def _take_over(self, sock: socket.socket) -> None:
@@ -383,26 +380,31 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         assert self._handover is not None
         while taken := self._handover.take():
             for client in taken:
-                try:
-                    connection = self._open(client, client.getpeername())
-                except OSError:  # the client has gone meanwhile
-                    client.close()
-                    continue
-                if connection in self._connections:
+                if connection := self._open(client):
                     self._readable[connection] = time.monotonic()
 
-    def _open(self, client: socket.socket, address: Any) -> Connection:
-        """Add a client's connection; it may be closed at once, to keep its address to its share."""
+    def _open(self, client: socket.socket) -> Connection | None:
+        """Add a client's connection.
+
+        None when it is closed again: the client has gone, its address has more than its share, or
+        the kernel has no memory to watch another socket.
+        """
         if len(self._connections) >= self._max_connections:
             self._make_room()
-        connection = Connection(client, address, client.getsockname(), self._limits)
+        try:
+            names = client.getpeername(), client.getsockname()
+            connection = Connection(client, *names, self._limits)
+            self._watch(connection, selectors.EVENT_READ)
+        except OSError as error:
+            self.log.debug("a connection is closed as it opens: %s", error)
+            client.close()
+            return None
         self._connections[connection] = None
-        self._watch(connection, selectors.EVENT_READ)
         if origin := connection.origin:
             self._of_origin[origin] += 1
             if self._of_origin[origin] > self._max_of_origin:
                 self._make_room(origin)
-        return connection
+        return connection if connection in self._connections else None
 
     def _make_room(self, origin: str | None = None) -> None:
         """Close a few connections, of ``origin`` if that is given, to free descriptors for others.

@@ -230,26 +230,28 @@ class Classify:
 
     def _decode_large(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
         """One at a time, so that large images take neither all memory nor all threads."""
-        settings = self._state.settings
         try:
-            check_parts(image, settings.decode_limits)  # what is refused takes nobody's place
+            # Before it waits: an image that is refused takes no other's place.
+            check_parts(image, self._state.settings.decode_limits)
         except ConvoyError as error:
             return _without_frames(error)
-        overloaded = Overloaded("too many large images are being decoded")
         if not self._large_or_waiting.acquire(blocking=False):
-            return overloaded
+            return Overloaded("too many large images are being decoded")
         try:
-            if not self._large.acquire(timeout=LARGE_WAIT_S):
-                return overloaded
-            try:
-                return decode_image(image, spec, settings.decode_limits)
-            except ConvoyError as error:
-                return _without_frames(error)
-            finally:
-                give_back()  # else the heap keeps what the largest picture took
-                self._large.release()
+            return self._decode_alone(image, spec)
         finally:
             self._large_or_waiting.release()
+
+    def _decode_alone(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
+        if not self._large.acquire(timeout=LARGE_WAIT_S):
+            return Overloaded("too many large images are being decoded")
+        try:
+            return decode_image(image, spec, self._state.settings.decode_limits)
+        except ConvoyError as error:
+            return _without_frames(error)
+        finally:
+            give_back()  # else the heap keeps what the largest picture took
+            self._large.release()
 
     def _answer(self, job: Job, start_response: "StartResponse") -> Iterator[bytes]:
         """The second part: it begins when it is first iterated."""

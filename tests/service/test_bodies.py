@@ -230,6 +230,15 @@ def test_what_is_not_base64_is_told_so(ready: FlaskClient, text: str, reason: st
     assert reason in response.json["detail"]
 
 
+@pytest.mark.parametrize("given", [{"image": 1}, {"images": ["QUJD", None]}, {"images": [["a"]]}])
+def test_an_image_that_is_not_a_string_fails_the_whole_body(
+    ready: FlaskClient, given: object
+) -> None:
+    response = post(ready, json.dumps(given).encode(), JSON)
+    assert response.status_code == 400
+    assert "not a string" in response.json["detail"]
+
+
 def test_json_may_begin_with_a_byte_order_mark(ready: FlaskClient, png: bytes) -> None:
     body = b"\xef\xbb\xbf" + json.dumps({"image": b64(png)}).encode()
     assert post(ready, body, JSON).status_code == 200
