@@ -45,6 +45,7 @@ class Lookout:
         self._by = f"{who} on {platform.node()}"
         self._guards: dict[str, TrialGuard] = {}
         self._told: set[tuple[str, int]] = set()
+        self._warned: set[tuple[str, int]] = set()
         self._unguarded: set[str] = set()
 
     def look(self, store: ModelStore, name: str, trial: Trial | None) -> bool:
@@ -92,10 +93,13 @@ class Lookout:
             return
         try:
             note_refusal(store, store.resolve(ModelRef(name, number)), why, self._by)
+        except PromotionRefused as error:  # the log is not followed now; `why` is what matters
+            if (name, number) not in self._warned:
+                log.warning("version %d of %s is refused here (%s): %s", number, name, why, error)
+            self._warned.add((name, number))
+            return
         except (VersionNotFound, BundleInvalid):  # deleted since
             pass
-        except PromotionRefused as error:  # the log is not followed; `why` is what matters
-            log.warning("version %d of %s is refused here (%s): %s", number, name, why, error)
         self._told.add((name, number))
 
     def watch(self, open_store: Callable[[], ModelStore], stop: Event) -> None:

@@ -7,6 +7,7 @@ its own: MLflow's default, READ, is all that it may (deploy/mlflow-auth.ini).
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import requests
 
@@ -18,46 +19,27 @@ TIMEOUT_S = 30.0
 
 
 def make_reader(address: str, admin: tuple[str, str], password: str) -> None:
-    """Make the account, or give it this ``password`` if it is there.
+    """Make the account; one that is there gets this ``password``, and is not an administrator then.
 
     Raises:
         RegistryUnavailable: MLflow does not answer, or refuses.
-        UsageError: the account is there and is an administrator.
     """
     users = f"{address}/api/2.0/mlflow/users"
     account = {"username": READER, "password": password}
     made = _call("POST", f"{users}/create", admin, account)
     if "RESOURCE_ALREADY_EXISTS" in made.text:
-        known = _call("GET", f"{users}/get?username={READER}", admin)
-        if _is_admin(known):
-            raise UsageError(
-                f"MLflow's account {READER!r} is an administrator, and pullers must only read: "
-                "take that right from it, or delete it, and start this step again"
-            )
-        made = _call("PATCH", f"{users}/update-password", admin, account)
+        less = {"username": READER, "is_admin": False}
+        made = _call("PATCH", f"{users}/update-admin", admin, less)
+        if made.ok:
+            made = _call("PATCH", f"{users}/update-password", admin, account)
     if not made.ok:
         raise RegistryUnavailable(
             f"MLflow did not make the account {READER!r}: {made.status_code} {made.text[:500]}"
         )
 
 
-def _is_admin(answer: requests.Response) -> bool:
-    """Whether MLflow's ``answer`` about an account calls it an administrator.
-
-    Raises:
-        RegistryUnavailable: MLflow does not say.
-    """
-    try:
-        return bool(answer.json()["user"]["is_admin"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RegistryUnavailable(
-            f"MLflow does not say what the account {READER!r} may do: "
-            f"{answer.status_code} {answer.text[:500]}"
-        ) from error
-
-
 def _call(
-    method: str, url: str, admin: tuple[str, str], account: dict[str, str] | None = None
+    method: str, url: str, admin: tuple[str, str], account: dict[str, Any]
 ) -> requests.Response:
     try:
         return requests.request(method, url, json=account, auth=admin, timeout=TIMEOUT_S)

@@ -283,27 +283,30 @@ class ModelStore:
             self._set_alias(name, aliases, PREVIOUS, previous)
         self._set_alias(name, aliases, CHAMPION, champion)
         if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
-            with self.errors():
-                self._client.delete_registered_model_alias(name, CHALLENGER)
-            self._restore_challenger(name, champion, previous)
+            self._end_challenge(name)
         with suppress(OSError):  # a puller that is not woken looks by itself soon
             self._decided.touch()
 
-    def _restore_challenger(self, name: str, champion: int, previous: int | None) -> None:
-        """Call the newest version challenger, if it came while the champion lost that alias.
+    def _end_challenge(self, name: str) -> None:
+        """Delete the alias ``challenger``, and give it to a version that is published meanwhile.
 
-        MLflow deletes an alias without comparing. A publication may have moved the alias to its
-        version after this store read it; then the deletion took it from that version.
+        MLflow deletes an alias without comparing, so a publication may just have moved it.
         """
+        newest = self._newest(name)
+        with self.errors():
+            self._client.delete_registered_model_alias(name, CHALLENGER)
+        while (published := self._newest(name)) > newest:
+            newest = published
+            with suppress(VersionNotFound):  # it was deleted since
+                self._set_alias(name, self.aliases(name), CHALLENGER, newest)
+
+    def _newest(self, name: str) -> int:
+        """The highest number of a version of ``name``; 0 when Convoy did not publish that."""
         with self.errors():
             found = self._client.search_model_versions(
                 f"name = '{name}'", max_results=1, order_by=["version_number DESC"]
             )
-        newest = next((int(entity.version) for entity in found if DIGEST_TAG in entity.tags), 0)
-        aliases = self.aliases(name)
-        if newest > champion and newest != previous and CHALLENGER not in aliases:
-            with suppress(VersionNotFound):  # it was deleted since
-                self._set_alias(name, aliases, CHALLENGER, newest)
+        return next((int(entity.version) for entity in found if DIGEST_TAG in entity.tags), 0)
 
     def sign(self, version: ModelVersion, envelope: str) -> None:
         """Keep the ``envelope`` of a signature with the version, instead of an earlier one."""

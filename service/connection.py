@@ -10,11 +10,12 @@ import random
 import re
 import socket
 import time
+from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from io import BytesIO
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 
 from msgspec import Struct
@@ -184,10 +185,13 @@ class Connection:
         """Of the request that arrives, and of what was sent behind it."""
         return len(self.received) + self._filled
 
-    def receive(self) -> None:
-        """Take what has arrived; raises as ``recv`` does, also when there is nothing."""
+    def receive(self) -> int:
+        """Take what has arrived; how many bytes that were.
+
+        Raises as ``recv`` does, also when there is nothing.
+        """
         if self._head is None and len(self.received) >= MOST_HEAD_BYTES:
-            return  # requests behind each other wait in the kernel, not here
+            return 0  # requests behind each other wait in the kernel, not here
         if self._large is not None:
             end = self._filled + RECEIVE_LARGE_BYTES
             with memoryview(self._large) as whole, whole[self._filled : end] as free:
@@ -202,6 +206,7 @@ class Connection:
             self._moved_at = time.monotonic()
         else:
             self.ended = True
+        return count
 
     @property
     def deadline(self) -> float:
@@ -245,6 +250,7 @@ class Connection:
 
         Raises:
             HeadTooLong: it is none, or not one for us.
+            OSError: the machine has no memory for its body.
         """
         asked = self._take_whole() if self._head is not None or self._take_head() else None
         has_begun = self._head is not None or self.received
@@ -291,7 +297,7 @@ class Connection:
         too_long = length is not None and self._is_too_long(length, self._head)
         self._length = None if too_long else length
         if self._length and self._length > max(MAPPED_BODY_BYTES, len(received)):
-            self._large = mmap(-1, self._length, MAP_PRIVATE | MAP_ANONYMOUS)
+            self._large = _pages(self._length)
             self._filled = self._large.write(received)
             received.clear()
         return True
@@ -341,6 +347,14 @@ class Connection:
         if length > limits.max_json_bytes and _JSON.search(head):
             return True
         return length > limits.max_body_bytes
+
+
+def _pages(size: int) -> mmap:
+    """Private memory of ``size`` bytes, which takes room only where something was written."""
+    pages = mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(MADV_NOHUGEPAGE)  # else one byte of a body could take 2 MB
+    return pages
 
 
 def _origin(client: Any, proxies: tuple[IPv4Network | IPv6Network, ...]) -> str:

@@ -90,7 +90,7 @@ class Handover:
             except (ConnectionRefusedError, FileNotFoundError):  # it was killed
                 del self._peers[name]
                 continue
-            except OSError:  # the client has gone
+            except OSError:  # too many descriptors are on their way, for example
                 return False
             return True
         return False

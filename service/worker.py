@@ -89,10 +89,9 @@ LARGE_POOL_BYTES = 1024 * 1024
 # are served; so a worker sends so many errors a second, and the others wait for theirs.
 REFUSALS_PER_S = 400
 REFUSALS_AT_ONCE = 100
-# A refusal counts once more for each so many bytes of its request, up to a limit: the kernel takes
-# what clients go on to send, at a core for a gigabyte a second.
+# A refusal counts once more for each so many bytes that its client has sent or goes on to send:
+# the kernel needs a core to take a gigabyte a second.
 BYTES_PER_REFUSAL = 4 * 1024 * 1024
-MAX_REFUSAL_PRICE = 16.0
 # One address may have this part of a worker's connections, a trusted proxy all of them.
 ADDRESS_SHARE = 0.75
 # Of requests that are not answered yet.
@@ -130,7 +129,6 @@ class Answering:
     """A request, and its answer while it is made."""
 
     __slots__ = (
-        "announced_bytes",
         "body",
         "connection",
         "environ",
@@ -146,7 +144,6 @@ class Answering:
     ) -> None:
         self.connection = connection
         self.size = len(asked.body)
-        self.announced_bytes = int(asked.digits or 0)
         self.is_post = asked.is_post
         self.queues = False
         self.environ = environ
@@ -169,11 +166,11 @@ class Answering:
                 self.body.close()
 
 
-def _failure(work: Callable[[], None]) -> Exception | None:
+def _failure(work: Callable[[], None]) -> BaseException | None:
     """Do ``work``; the exception that ended it, if one did."""
     try:
         work()
-    except Exception as error:  # noqa: BLE001 - the loop answers and logs it
+    except BaseException as error:  # noqa: BLE001 - the loop answers it, or raises it again
         return error
     return None
 
@@ -203,6 +200,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._round: dict[Connection, Answering] = {}
         self._of_origin: Counter[str] = Counter()
         self._probes = self._queued = 0
+        self._waiting_probes: deque[Answering] = deque()
         self._refusals: deque[tuple[Connection, bytes, float]] = deque()
         self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
         self._ending = self._deaf = self._listens_alone = False
@@ -220,14 +218,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._done = PollableMethodQueue()
         self._done.init()
         self._postponed = RequestPool(ThreadPoolExecutor(self.cfg.threads, "work"))
-        self._large = RequestPool(ThreadPoolExecutor(max(1, self.cfg.threads // 2), "large"))
+        self._large = RequestPool(ThreadPoolExecutor(self.cfg.threads, "large"))
         threads = ThreadPoolExecutor(BACKGROUND_THREADS, "background")
         self._background = RequestPool(threads, BACKGROUND_SHARE / BACKGROUND_THREADS)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_connections = min(self.cfg.worker_connections, max(16, soft - 128))
         default = max(1, int(ADDRESS_SHARE * self._max_connections))
         self._handover = Handover(settings.run_folder / HANDOVER) if settings.run_folder else None
-        self._room = max(1, int(ROOM_SHARE * self._max_connections))
         self._max_of_origin = settings.max_connections_per_address or default
         super().init_process()
 
@@ -321,15 +318,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
             # With a crowd waiting already, being told of it again would cost a tenth of a round.
             self._next_poll = now + POLL_S
-            self._dispatch(0 if self._readable else wait_s)
+            self._dispatch(0 if self._readable or self._waiting_probes else wait_s)
         self._round, self._probes = {}, 0
         ends = time.monotonic() + ROUND_S
-        while (
-            self._readable
-            and len(self._round) < ROUND_REQUESTS
-            and self._probes < PROBES_PER_TURN
-            and time.monotonic() < ends
-        ):
+        while self._waiting_probes and self._probes < PROBES_PER_TURN:
+            self._call(self._waiting_probes.popleft())
+        while self._readable and len(self._round) < ROUND_REQUESTS and time.monotonic() < ends:
             connection = next(iter(self._readable))
             waited_s = time.monotonic() - self._readable.pop(connection)
             try:
@@ -396,7 +390,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             connection = Connection(client, *names, self._limits)
             self._watch(connection, selectors.EVENT_READ)
         except OSError as error:
-            self.log.debug("a connection is closed as it opens: %s", error)
+            if error.errno not in (errno.ENOTCONN, errno.ECONNRESET):
+                self.log.warning("nobody could be accepted: %s", error)
             client.close()
             return None
         self._connections[connection] = None
@@ -421,7 +416,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             if each.phase is not Phase.WORKING and origin in (None, each.origin)
         ]
         by_loss = lambda each: (each in self._readable, *each.closing_order(now))  # noqa: E731
-        for connection in nsmallest(self._room, closable, key=by_loss):
+        room = max(1, int(ROOM_SHARE * (self._max_of_origin if origin else self._max_connections)))
+        for connection in nsmallest(room, closable, key=by_loss):
             self._close(connection)
         if not closable and self._refusals:
             self._close(self._refusals.popleft()[0])
@@ -440,23 +436,16 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _read(self, connection: Connection, waited_s: float = 0.0) -> None:
         """Receive from ``connection``; what is whole is answered, or called in this round."""
-        if self._is_passed_on(connection):
-            return
-        try:
-            connection.receive()
-        except BlockingIOError:
-            pass  # its next request has arrived with the last one
-        except OSError:
-            self._close(connection)
-            return
-        if connection.phase is Phase.LINGERING:
-            if connection.ended:
-                self._close(connection)
+        if self._is_passed_on(connection) or not self._receive(connection):
             return
         try:
             asked = connection.take()
         except HeadTooLong:
             self._refuse(connection, 431, "the head of the request is too long")
+            return
+        except OSError as error:
+            self.log.warning("no memory for the body of a request: %s", error)
+            self._refuse(connection, 503, "too many large requests arrive at once")
             return
         if asked is not None:
             if waited_s > PATIENCE_S and connection.has_hung_up():
@@ -471,6 +460,23 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         elif connection.received_bytes > RECEIVE_BYTES and time.monotonic() >= self._next_count:
             self._next_count = time.monotonic() + COUNT_INTERVAL_S
             self._make_space(0)
+
+    def _receive(self, connection: Connection) -> bool:
+        """Receive what has arrived; whether it may be a request."""
+        count = 0
+        try:
+            count = connection.receive()
+        except BlockingIOError:
+            pass  # its next request has arrived with the last one
+        except OSError:
+            self._close(connection)
+            return False
+        if connection.phase is not Phase.LINGERING:
+            return True
+        self._charge(count / BYTES_PER_REFUSAL)
+        if connection.ended:
+            self._close(connection)
+        return False
 
     def _is_passed_on(self, connection: Connection) -> bool:
         """Pass a connection on whose request would wait here, to a worker with less to do."""
@@ -525,7 +531,11 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         is_old = connection.is_old() and not connection.received  # nothing asked behind it
         if self._deaf or not asked.complete or is_old:
             answering.response.force_close()
-        self._call(answering)
+        if self._probes >= PROBES_PER_TURN and not asked.is_post:
+            self._watch(connection, 0)
+            self._waiting_probes.append(answering)
+        else:
+            self._call(answering)
 
     def _call(self, answering: Answering) -> None:
         """Call the application in the loop; its answer is iterated at the end of the round."""
@@ -560,7 +570,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             answering.call(self.wsgi)
             answering.iterate()
 
-        def done(error: Exception | None) -> None:
+        def done(error: BaseException | None) -> None:
             pool.count -= 1
             pool.size -= size
             self._queued -= answering.queues
@@ -584,16 +594,18 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if self._handover and self._handover.load != NEVER:
             self._handover.load = self._queued
 
-    def _finish(self, answering: Answering, error: Exception | None) -> None:
+    def _finish(self, answering: Answering, error: BaseException | None) -> None:
         """Send what the application has answered, or that it failed with ``error``."""
         connection = answering.connection
-        if error is not None:
+        if isinstance(error, Exception):
             self._fail(connection, error)
             return
+        if error is not None:  # SystemExit, for example: it ends the worker
+            raise error
         connection.keep = not answering.response.should_close()
         data = b"".join(answering.written)
         if answering.is_post and answering.response.status_code >= HTTPStatus.BAD_REQUEST:
-            self._hold_refusal(connection, data, answering.announced_bytes)
+            self._hold_refusal(connection, data, answering.size)
         else:
             self._send(connection, data)
 
@@ -602,8 +614,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         connection.work()
         self._watch(connection, 0)
         self._readable.pop(connection, None)
-        price = min(MAX_REFUSAL_PRICE, 1 + size / BYTES_PER_REFUSAL)
-        self._refusals.append((connection, data, price))
+        self._refusals.append((connection, data, 1 + size / BYTES_PER_REFUSAL))
 
     def _send_refusals(self, now: float) -> None:
         """Send the refusals whose time has come, in their order."""
@@ -611,8 +622,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._may_refuse, self._refilled = min(REFUSALS_AT_ONCE, self._may_refuse + earned), now
         while self._refusals and self._may_refuse >= 1:
             connection, data, price = self._refusals.popleft()
-            self._may_refuse -= 1 if connection.has_hung_up() else price
+            self._charge(price)
             self._send(connection, data)
+
+    def _charge(self, price: float) -> None:
+        """Have later refusals wait for so many; the debt has an end."""
+        self._may_refuse = max(-REFUSALS_AT_ONCE, self._may_refuse - price)
 
     def _fail(self, connection: Connection, error: Exception) -> None:
         request_id = self._refuse(connection, 500, "something went wrong on our side")

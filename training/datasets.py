@@ -192,6 +192,8 @@ def _from_arrays(pixels: Pixels, labels: NDArray[np.int64]) -> Examples:
     for position, digest in enumerate(digests):
         by_digest.setdefault(digest, []).append(position)
     kept = [equal[0] for equal in by_digest.values() if len(set(labels[equal].tolist())) == 1]
+    if dropped := len(digests) - len(kept):
+        log.warning("left out %d pictures: copies, or under two labels", dropped)
     return take(examples, np.array(kept, np.int64))
 
 

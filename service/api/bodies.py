@@ -121,9 +121,12 @@ class Images:
             abort(400, "the multipart body has no part named 'image', 'images', 'file' or 'files'")
 
     def _json(self, body: "bytes | mmap") -> Iterator[bytes | ConvoyError]:
-        # Many values or escapes would have msgspec hold the interpreter for long: it checks a
-        # list's length only when all of it is decoded. A data URL has a comma of its own.
-        self._check_count(_count(body, b",", 2 * self._settings.max_batch + 4) // 2 - 1)
+        # Many strings (each, and each name, has two quotes), other values or escapes would have
+        # msgspec hold the interpreter for long: it checks a list only when all of it is decoded.
+        most = self._settings.max_batch
+        self._check_count(_count(body, b'"', 2 * most + 6) // 2 - 2)
+        if _count(body, b",", 2 * most + 4) > 2 * most + 3:  # a data URL has one of its own
+            abort(400, f"the JSON body has more values than {most} images have")
         has_escapes = body.find(b"\\", 0) >= 0
         most_escapes = len(body) // MIN_BYTES_PER_ESCAPE + MAX_FREE_ESCAPES
         if has_escapes and body[:].count(b"\\") > most_escapes:

@@ -51,8 +51,8 @@ LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
 LARGE_AT_ONCE = 1
 LARGE_WAIT_S = 1.0
-# Each that waits has one of the worker's threads.
-LARGE_WAITING = 3
+# Each that waits has one of the worker's threads; so many are left to other requests.
+FREE_THREADS = 2
 # The loop answers these itself, so that no crowd on other routes holds them up.
 PROBES = {"/livez", "/readyz", "/healthz"}
 _PATH = re.compile(
@@ -123,7 +123,7 @@ class Classify:
         self._app = app
         self._state = state
         self._large = Semaphore(LARGE_AT_ONCE)
-        self._large_or_waiting = Semaphore(LARGE_AT_ONCE + LARGE_WAITING)
+        self._large_or_waiting = Semaphore(max(1, state.settings.threads - FREE_THREADS))
         self._sticky = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
 
     def __call__(
@@ -176,7 +176,7 @@ class Classify:
             if trial is not None and not decoded:
                 self._choose_side(job, trial, serving.challenger, image, environ)
                 if in_loop and _is_slow(job.served.batcher):
-                    raise Postpone  # of the challenger's
+                    raise Postpone(queues=True)  # of the challenger's
             decoding = time.perf_counter()
             job.read_s += decoding - reading
             if in_loop and job.read_s + job.decode_s > LOOP_DECODE_S:

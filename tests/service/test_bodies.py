@@ -75,7 +75,7 @@ def test_a_json_body_over_its_own_limit_is_refused_by_its_length(ready: FlaskCli
     assert "multipart/form-data" in response.json["detail"]
 
 
-@pytest.mark.parametrize("value", ["ab", 1, None])
+@pytest.mark.parametrize("value", [1, None, [], {"a": "b"}])
 def test_many_values_are_counted_before_they_are_decoded(
     ready: FlaskClient, monkeypatch: pytest.MonkeyPatch, value: object
 ) -> None:
@@ -83,7 +83,19 @@ def test_many_values_are_counted_before_they_are_decoded(
         raise AssertionError("the body was decoded")
 
     monkeypatch.setattr(bodies.msgspec.json, "decode", decode)
-    response = post(ready, json.dumps({"images": [value] * 30_000}).encode(), JSON)
+    response = post(ready, json.dumps({"images": [value] * 20_000}).encode(), JSON)
+    assert response.status_code == (413 if isinstance(value, dict) else 400)
+    assert "more" in response.json["detail"]
+
+
+def test_many_texts_are_counted_before_they_are_decoded(
+    ready: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*arguments: object, **named: object) -> None:
+        raise AssertionError("the body was decoded")
+
+    monkeypatch.setattr(bodies.msgspec.json, "decode", decode)
+    response = post(ready, json.dumps({"images": ["ab"] * 30_000}).encode(), JSON)
     assert response.status_code == 413
     assert "more than 4 images" in response.json["detail"]
     response = post(ready, b'{"image": "' + rb"\n" * 50_000 + b'"}', JSON)

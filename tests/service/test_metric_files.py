@@ -1,10 +1,15 @@
 """The metrics of workers that are gone: counted for good, in a bounded number of files."""
 
+import os
+import runpy
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 
+import pytest
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
+import service
 from service.metric_files import AllProcesses, forget_process
 from service.metrics import Metrics
 
@@ -71,3 +76,17 @@ def test_metrics_are_rendered_again_only_when_they_are_too_old() -> None:
     line = b'convoy_requests_total{model_name="digits",model_version="1",outcome="load"} %s'
     assert line % b"0.0" in kept.render()
     assert line % b"1.0" in fresh.render()
+
+
+def test_the_arbiter_survives_files_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CONVOY_RUN_FOLDER", "PROMETHEUS_MULTIPROC_DIR", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # the configuration sets them
+    monkeypatch.setenv("CONVOY_RUN_FOLDER", str(tmp_path))
+    configuration = runpy.run_path(str(Path(service.__file__).with_name("gunicorn.conf.py")))
+    (tmp_path / "metrics" / "counter_7.db").touch()
+    logged = []
+    server = SimpleNamespace(log=SimpleNamespace(exception=lambda *text: logged.append(text)))
+    configuration["child_exit"](server, SimpleNamespace(pid=7))
+    assert len(logged) == 1

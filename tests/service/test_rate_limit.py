@@ -2,10 +2,11 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from service.rate_limit import SETS, WAYS, RateLimiter
+from service.rate_limit import SETS, SITE_CALLERS, WAYS, RateLimiter
 
 
 def test_a_caller_gets_its_rate_and_no_more() -> None:
@@ -87,3 +88,15 @@ def test_a_flood_of_addresses_has_no_honest_caller_refused(attackers: str) -> No
     honest = [f"198.51.{number >> 8}.{number & 255}" for number in range(1000)]
     refused = sum(limiter.take(caller) > 0 for caller in honest for _ in range(10))
     assert refused == 0
+
+
+def test_a_caller_pays_nothing_while_its_site_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic_ns=lambda: now_ns)
+    monkeypatch.setattr("service.rate_limit.time", clock)
+    now_ns = 10**12
+    limiter = RateLimiter(rate=1, burst=1)
+    for network in range(SITE_CALLERS):
+        assert limiter.take(f"2001:db8:0:{network + 1:x}::1") == 0
+    assert all(limiter.take("2001:db8::1") > 0 for _ in range(100))
+    now_ns += 2 * 10**9 // SITE_CALLERS  # the site may ask again, a caller that has paid may not
+    assert limiter.take("2001:db8::1") == 0

@@ -326,6 +326,20 @@ def test_one_address_takes_no_more_than_its_part_of_the_connections(tmp_path: Pa
     server.stop()
 
 
+def test_one_connection_too_many_of_an_address_closes_one(tmp_path: Path) -> None:
+    server = Server(tmp_path, CONVOY_MAX_CONNECTIONS_PER_ADDRESS="5")
+    many = [Connection(server.port) for _ in range(5)]
+    for each in many:
+        each.ask(b"here")
+        each.send(post(b"x" * 1000)[:60])
+    newcomer = Connection(server.port)
+    assert newcomer.ask(b"new")["body"] == "new"
+    assert sum(each.has_ended() for each in many) == 1
+    for each in (*many, newcomer):
+        each.close()
+    server.stop()
+
+
 def test_a_trusted_proxy_may_have_all_connections(tmp_path: Path) -> None:
     arguments = "--worker-connections 40"
     server = Server(tmp_path, GUNICORN_CMD_ARGS=arguments, CONVOY_PROXIES="127.0.0.0/8")
