@@ -45,7 +45,7 @@ from service.connection import RECEIVE_BYTES, Asked, Connection, HeadTooLong, Ph
 from service.handover import NEVER, Handover
 from service.heads import Heads
 from service.listening import SETTLE_S, turn_away
-from service.memory import give_back, share_heap
+from service.memory import share_heap
 from service.settings import HANDOVER, Settings
 
 IN_LOOP = "convoy.in_loop"
@@ -71,9 +71,6 @@ PATIENCE_S = 1.0
 # Connections on which nothing is asked are closed so long after the order to end: who asks all the
 # time is answered, and told that it was the last time.
 IDLE_S = 1.0
-# The loop gives up the interpreter at each of its system calls, and then waits so long for a thread
-# that is decoding; by default 5 ms each time.
-SWITCH_INTERVAL_S = 0.001
 # For metrics and pages; together these threads use a core at most for this part of the time.
 BACKGROUND_THREADS = 2
 BACKGROUND_SHARE = 0.25
@@ -90,8 +87,8 @@ LARGE_POOL_BYTES = 1024 * 1024
 REFUSALS_PER_S = 400
 REFUSALS_AT_ONCE = 100
 # A refusal counts once more for each so many bytes that its client has sent or goes on to send:
-# the kernel needs a core to take a gigabyte a second.
-BYTES_PER_REFUSAL = 4 * 1024 * 1024
+# eight clients with 4 MB each would otherwise take half of the machine (reliability.md, row 14).
+BYTES_PER_REFUSAL = 256 * 1024
 # One address may have this part of a worker's connections, a trusted proxy all of them.
 ADDRESS_SHARE = 0.75
 # Of requests that are not answered yet.
@@ -208,7 +205,6 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def init_process(self) -> None:
         share_heap()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         settings = Settings.from_environment()
         self._heads = Heads(self.cfg)
         self._limits = replace(settings.limits, keep_alive_s=self.cfg.keepalive)
@@ -581,8 +577,6 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             began = time.thread_time()
             failure = _failure(answer)
             self._done.defer(done, failure)
-            if pool is self._large:
-                give_back()
             if pool.share < 1 and pool.count > 1:
                 used_s = time.thread_time() - began
                 time.sleep(min(MAX_PAUSE_S, used_s / pool.share - used_s))
