@@ -334,6 +334,7 @@ def browser():
         chromium.close()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
     browser, url: str, promoted: None, tokens, store: ModelStore

@@ -101,6 +101,7 @@ def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
         assert printed.stdout.split()[-2:] == [with_nncf, "None"], printed.stderr
 
 
+@pytest.mark.slow
 def test_the_fastest_right_plan_is_chosen_and_remembered(
     bundle: Bundle,
     planner: Planner,

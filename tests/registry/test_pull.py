@@ -564,6 +564,7 @@ def test_what_was_left_does_not_end_the_next_puller(
     assert not guarded(puller, registry_home, clock)
 
 
+@pytest.mark.slow
 def test_a_champion_and_a_pinned_number_are_followed_in_one_home(
     store: ModelStore, publish, registry_home: Home
 ) -> None:

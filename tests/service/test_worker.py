@@ -534,6 +534,7 @@ def test_hundreds_who_send_and_read_slowly_hold_nobody(port: int, connection: Co
         each.close()
 
 
+@pytest.mark.slow
 def test_a_request_that_does_not_arrive_in_its_time_is_told_so(connection: Connection) -> None:
     started = time.monotonic()
     connection.send(b"POST / HTTP/1.1\r\nHo")

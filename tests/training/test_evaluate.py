@@ -53,6 +53,7 @@ def test_accuracy_against_shift_begins_with_the_plain_accuracy(few_digits: Datas
     assert curve[0] == evaluate(classifier, few_digits.test).accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [

@@ -295,6 +295,7 @@ def test_files_that_a_container_has_read_take_no_memory_from_it(
     assert memory.available_bytes() == 800_000
 
 
+@pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_pixels(tmp_path: Path) -> None:
     """By the address space that numpy and Python allocate; what is used is less."""
     import tracemalloc

@@ -14,6 +14,7 @@ from training.datasets import Dataset
 from training.plan_accuracy import record_plan_accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cpu_with_everything")
 def test_held_out_accuracy_is_measured_without_risk_to_who_publishes(
     make_bundle: MakeBundle,

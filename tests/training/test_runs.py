@@ -53,6 +53,7 @@ def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "export_network", lambda *_: {})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
 def test_the_summary_says_what_to_do_next(registry_home: Home, capsys) -> None:
     assert main([*QUICK, "--recipe", "dense", "--model", "mine"]) == 0
@@ -92,6 +93,7 @@ def test_what_cannot_be_published_is_said_before_training(
         runs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_run_that_registers_nothing_needs_nothing_of_the_model(
     registry_home: Home,
     few_digits: Dataset,
@@ -250,6 +252,7 @@ def test_pictures_that_are_deleted_while_training_lose_nothing(
     assert ModelStore(registry_home).aliases("pictures") == {"challenger": 1}
 
 
+@pytest.mark.slow
 def test_the_defaults_train_on_digits(registry_home: Home, capsys) -> None:
     words = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--no-register"]
     assert main(words) == 0
@@ -278,6 +281,7 @@ def test_recipes_are_compared_on_the_same_pictures(
     }
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
