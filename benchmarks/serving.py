@@ -75,8 +75,8 @@ def main() -> int:
         "command": f"python -m benchmarks.serving {' '.join(sys.argv[1:])}",
     }
     os.environ["CONVOY_PLAN"] = arguments.plan  # read by all that is started from here
-    for workload in arguments.workloads.split(","):
-        bundle = prepare(workload)
+    bundles = {workload: prepare(workload) for workload in arguments.workloads.split(",")}
+    for workload, bundle in bundles.items():
         details[workload] = found = measure(bundle, arguments.seconds, arguments.repetitions)
         results[workload] = found.pop("medians")
     return conclude(results, details, arguments.json)
