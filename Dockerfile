@@ -21,7 +21,7 @@ STOPSIGNAL SIGTERM
 LABEL org.opencontainers.image.title="Convoy" \
     org.opencontainers.image.licenses="Apache-2.0"
 # What runs has its secrets from files: NAME_FILE says where the value of NAME lies.
-ENTRYPOINT ["python", "-m", "registry.secret_files"]
+ENTRYPOINT ["python", "-m", "registry.cli.secret_files"]
 
 FROM base AS packages
 ENV PIP_NO_CACHE_DIR=1 \

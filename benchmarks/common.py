@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from registry.devices import CORES, describe_machine
+from registry.core.devices import CORES, describe_machine
 
 START_TIMEOUT_S = 180.0
 SERVER_PORTS = (20_000, 32_000)

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import parser, report
-from registry import preprocess
-from registry.contract import PreprocessSpec
-from registry.decode_limits import TRUSTED_LIMITS
+from registry.model.image import decode
+from registry.model.image.limits import TRUSTED_LIMITS
+from registry.model.manifest import PreprocessSpec
 
 SPEC = PreprocessSpec(
     mode="RGB",
@@ -69,13 +69,13 @@ def enlarged(photograph: Image.Image, megapixels: float) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes, gap: int) -> tuple[float, preprocess.Pixels]:
+def decode(data: bytes, gap: int) -> tuple[float, decode.Pixels]:
     """Shortest of some repetitions in ms, and the pixels, when ``gap`` times the size is kept."""
-    preprocess.REDUCING_GAP = gap
+    decode.REDUCING_GAP = gap
     took_ms = []
     for _ in range(REPETITIONS):
         started = time.perf_counter()
-        pixels = preprocess.decode_image(data, SPEC, TRUSTED_LIMITS)
+        pixels = decode.decode_image(data, SPEC, TRUSTED_LIMITS)
         took_ms.append((time.perf_counter() - started) * 1000)
     return min(took_ms), pixels
 

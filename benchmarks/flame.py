@@ -21,17 +21,17 @@ from benchmarks.serving import HOME, WORKERS, predictions, prepare
 RATE = 500
 # A stack counts for the first of these that its innermost frames come to.
 PARTS = {
-    "registry/plans/": "forward pass",
-    "registry/classifier.py": "forward pass",
+    "registry/model/plans/": "forward pass",
+    "registry/model/classifier.py": "forward pass",
     "PIL/": "decode",
-    "registry/preprocess.py": "decode",
-    "service/batcher.py": "batcher",
-    "service/api/": "request to queue, scores to JSON",
-    "service/requests.py": "request to queue, scores to JSON",
+    "registry/model/image/decode.py": "decode",
+    "service/inference/batcher.py": "batcher",
+    "service/protocols/": "request to queue, scores to JSON",
+    "service/http/": "request to queue, scores to JSON",
     "gunicorn/http/": "gunicorn: requests parsed, answers framed",
     "gunicorn/workers/": "loop and sockets",
-    "service/worker.py": "loop and sockets",
-    "service/metrics.py": "metrics",
+    "service/server/": "loop and sockets",
+    "service/observability/metrics.py": "metrics",
 }
 
 

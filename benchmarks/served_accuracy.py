@@ -21,12 +21,12 @@ from benchmarks.common import (
     running_service,
     served_plan,
 )
-from registry.bundle import open_bundle
-from registry.contract import parse_model_ref
-from registry.home import convoy_home
-from registry.plans.torch_eager import EAGER
-from registry.releases import read_release, version_folder
-from training.datasets import Examples, load_dataset
+from registry.core.paths import convoy_home
+from registry.delivery.deployment import read_release, version_folder
+from registry.model.bundle import open_bundle
+from registry.model.plans.torch_eager import EAGER
+from registry.model.refs import parse_model_ref
+from training.data.sources import Examples, load_dataset
 
 CLIENTS = 4
 PLANS = (EAGER, "onnxruntime-fp32", "openvino-fp32", "openvino-bf16", "openvino-int8", "torch-bf16")

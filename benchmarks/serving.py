@@ -31,12 +31,12 @@ from tqdm import tqdm
 from benchmarks.closed_loop import FAILURES, Figures, load, post
 from benchmarks.common import RunningService, free_port, machine, parser, served_plan
 from benchmarks.serving_report import conclude
-from registry.bundle import Bundle, open_bundle
-from registry.contract import ModelRef
-from registry.home import Home
-from registry.plans.choice import AUTO, Planner
-from registry.preprocess import decode_image
-from registry.releases import read_release, version_folder
+from registry.core.paths import Home
+from registry.delivery.deployment import read_release, version_folder
+from registry.model.bundle import Bundle, open_bundle
+from registry.model.image.decode import decode_image
+from registry.model.plans.planner import AUTO, Planner
+from registry.model.refs import ModelRef
 
 ROOT = Path(__file__).parent.parent
 HOME = ROOT / "var" / "benchmarks"
@@ -75,8 +75,8 @@ def main() -> int:
         "command": f"python -m benchmarks.serving {' '.join(sys.argv[1:])}",
     }
     os.environ["CONVOY_PLAN"] = arguments.plan  # read by all that is started from here
-    bundles = {workload: prepare(workload) for workload in arguments.workloads.split(",")}
-    for workload, bundle in bundles.items():
+    for workload in arguments.workloads.split(","):
+        bundle = prepare(workload)
         details[workload] = found = measure(bundle, arguments.seconds, arguments.repetitions)
         results[workload] = found.pop("medians")
     return conclude(results, details, arguments.json)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from benchmarks.common import RunningService, parser, report
 from benchmarks.traffic import Traffic, capacity, failed, honest, in_turn
 from benchmarks.two_versions import two_versions
-from registry.contract import Trial
-from registry.home import Home
-from registry.live import Live
-from registry.promotion import release, withdraw
-from registry.store import ModelStore
+from registry.canary.traffic_stats import Live
+from registry.core.paths import Home
+from registry.model.refs import Trial
+from registry.promotion.promotion import release, withdraw
+from registry.store.mlflow_store import ModelStore
 
 LOAD = 0.5
 SETTLE_S = 5.0
@@ -90,7 +90,7 @@ async def measure(home: Home, service: RunningService, image: bytes, rounds: int
 def shadow_cpu_s(service: RunningService) -> float:
     """What the shadow's process has used; 0 when there is none."""
     for child in service.process.children():
-        if "service.shadow" in child.cmdline():
+        if "service.shadow.process" in child.cmdline():
             times = child.cpu_times()
             return float(times.user + times.system)
     return 0.0

@@ -12,10 +12,10 @@ import sys
 import numpy as np
 
 from benchmarks.common import parser, post_image, report, running_service
-from registry.bundle import open_bundle
-from registry.contract import parse_model_ref
-from registry.home import convoy_home
-from registry.releases import read_release, version_folder
+from registry.core.paths import convoy_home
+from registry.delivery.deployment import read_release, version_folder
+from registry.model.bundle import open_bundle
+from registry.model.refs import parse_model_ref
 
 REQUESTS = 1000
 

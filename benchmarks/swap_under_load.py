@@ -32,7 +32,7 @@ from tqdm import tqdm
 from benchmarks.common import RunningService, parser, report
 from benchmarks.traffic import Row, Traffic, capacity, failed, honest, in_turn
 from benchmarks.two_versions import two_versions
-from registry.home import Home
+from registry.core.paths import Home
 
 LOAD = 0.7
 PAUSE_S = 1.0
@@ -168,8 +168,8 @@ def memory_mb(service: RunningService) -> float:
 def promote_on_demand(home: Home) -> int:
     """Promote the version of each line that comes, and say when that was decided."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    from registry.promotion import promote
-    from registry.store import ModelStore
+    from registry.promotion.promotion import promote
+    from registry.store.mlflow_store import ModelStore
 
     store = ModelStore(home)
     print("ready", flush=True)

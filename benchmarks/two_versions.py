@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.common import RunningService, running_service
-from registry.home import Home
-from training.datasets import load_dataset
+from registry.core.paths import Home
+from training.data.sources import load_dataset
 
 
 @contextmanager

@@ -16,9 +16,9 @@ import urllib.request
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from registry.contract import ModelRef
-from registry.home import Home, convoy_home
-from registry.releases import read_release
+from registry.core.paths import Home, convoy_home
+from registry.delivery.deployment import read_release
+from registry.model.refs import ModelRef
 
 MODEL = "fashion"
 START_TIMEOUT_S = 90.0
@@ -78,8 +78,8 @@ def train_first_champion() -> None:
 
 def save_test_picture(home: Home) -> tuple[Path, str]:
     """The first picture of the official test set as a file, and its true label."""
-    from registry.preprocess import encode_png
-    from training.fashion_mnist import LABELS, load
+    from registry.model.image.decode import encode_png
+    from training.data.fashion_mnist import LABELS, load
 
     _, _, pictures, labels = load(None, home.datasets)
     label = LABELS[labels[0]]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
-    from service.metrics import Metrics
+    from service.loading.loader import Slots
+    from service.observability.metrics import Metrics
     from service.settings import Settings
-    from service.state import Slots
 
 
 METRICS_MAX_AGE_S = 1.0
@@ -35,16 +35,16 @@ def create_app(
     """
     from flask import Flask
 
-    from service import errors, requests
-    from service.api import docs, health, models, page
-    from service.api.classify import Classify
-    from service.cors import Cors
-    from service.door import Door
-    from service.metrics import Metrics
+    from service.access.auth import Door
+    from service.http import docs, health, models, page, problems, request_context
+    from service.http.cors import Cors
+    from service.loading.loader import open_slots
+    from service.loading.watchdog import Watchdog
+    from service.observability.metrics import Metrics
+    from service.protocols.v1 import Classify
     from service.settings import Settings
-    from service.shadow_feed import ShadowFeed
-    from service.state import State, open_slots
-    from service.watchdog import Watchdog
+    from service.shadow.client import ShadowFeed
+    from service.state import State
 
     settings = settings or Settings.from_environment()
     metrics = metrics or Metrics(METRICS_MAX_AGE_S)
@@ -67,8 +67,8 @@ def create_app(
         watchdog=watchdog,
         door=Door(settings),
     )
-    requests.init_app(app)
-    errors.init_app(app)
+    request_context.init_app(app)
+    problems.init_app(app)
     for module in (models, health, docs, page):
         app.register_blueprint(module.blueprint)
     app.wsgi_app = Classify(app.wsgi_app, state)  # type: ignore[method-assign]

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from registry.errors import ConvoyError
-from registry.plain_logs import log_to_stderr
-from registry.services import DEFAULT_PORT, local_address
+from registry.core.console_logging import log_to_stderr
+from registry.core.errors import ConvoyError
+from registry.core.service_address import DEFAULT_PORT, local_address
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from service.serve import serve
     from service.settings import Settings
+    from service.supervisor import serve
 
     return serve(Settings.from_environment(), pull=not arguments.no_pull)
 

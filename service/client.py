@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from registry.errors import UsageError
+from registry.core.errors import UsageError
 
 TIMEOUT_S = 30.0
 BAR_WIDTH = 24

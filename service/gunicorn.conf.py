@@ -6,17 +6,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from service.logs import logging_config
+import msgspec
+
+from registry.core.problem_details import Problem
+from service.malloc import share_heap
+from service.observability.logging import logging_config
+from service.running_time import RunningTime
+from service.server.protocol import ServerOptions
 from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
-from service.stops import RunningTime
 
 settings = Settings.from_environment()
 
 wsgi_app = "service:create_app()"
-# Each worker binds a socket of its own, once it has loaded (service.worker): the kernel spreads
-# connections over them; from one shared socket whoever wakes first took all.
+# Each worker binds a socket of its own, once it has loaded (service.server.gunicorn_worker): the
+# kernel spreads connections over them; from one shared socket whoever wakes first took all.
 bind: list[str] = []
-worker_class = "service.worker.LoopWorker"
+worker_class = "service.server.gunicorn_worker.LoopWorker"
 workers = settings.workers
 threads = settings.threads
 # Each worker loads its own model: neither CUDA nor OpenMP's threads survive a fork.
@@ -54,10 +59,24 @@ def on_starting(server: Any) -> None:
     server.murder_workers = spare_after_a_stop
 
 
+def post_fork(server: Any, worker: Any) -> None:
+    """Tell a worker what it serves, before it has threads."""
+    share_heap()
+    worker.options = ServerOptions(
+        address=(settings.host, settings.port),
+        family=settings.family,
+        limits=settings.limits,
+        describe_error=lambda *facts: msgspec.json.encode(Problem.of(*facts)),
+        unready_s=settings.unready_s,
+        max_connections_per_address=settings.max_connections_per_address,
+        handover_folder=run_folder / HANDOVER,
+    )
+
+
 def child_exit(server: Any, worker: Any) -> None:
     """Keep the counts of a worker that is gone, and forget the rest of it."""
-    from service.handover import forget_worker
-    from service.metric_files import forget_process
+    from service.observability.metric_files import forget_process
+    from service.server.handover import forget_worker
 
     try:
         forget_process(run_folder / METRICS, worker.pid)

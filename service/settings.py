@@ -13,20 +13,20 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from registry.contract import ModelRef, parse_model_refs
-from registry.decode_limits import (
+from registry.core.devices import CORES, forward_threads
+from registry.core.errors import UsageError
+from registry.core.names import unusable
+from registry.core.paths import convoy_home
+from registry.core.service_address import SERVICE_KEY, local_address
+from registry.model.image.limits import (
     DEFAULT_LIMITS,
     DecodedBytes,
     DecodeLimits,
     FileBytes,
     PixelCount,
 )
-from registry.devices import CORES, forward_threads
-from registry.errors import UsageError
-from registry.home import convoy_home
-from registry.services import SERVICE_KEY, local_address
-from registry.texts import unusable
-from service.connection import Limits
+from registry.model.refs import ModelRef, parse_model_refs
+from service.server.protocol import Limits
 
 Network = IPv4Network | IPv6Network
 Count = Annotated[int, Meta(ge=1)]

@@ -18,18 +18,18 @@ import pytest
 import torch
 
 from benchmarks.common import free_port as free_port
-from registry.bundle import Bundle
-from registry.classifier import Classifier
-from registry.contract import Manifest, NetworkSpec
-from registry.home import Home, convoy_home
-from registry.networks import Program, build_program
-from registry.plans.choice import Planner
-from registry.plans.torch_eager import EAGER, eager_classifier
-from training.config import Recipe
-from training.datasets import Dataset, load_dataset, take
-from training.evaluate import evaluate
-from training.export import export_network
-from training.publish import build_manifest, choose_calibration, write_version
+from registry.core.paths import Home, convoy_home
+from registry.model.bundle import Bundle
+from registry.model.classifier import Classifier
+from registry.model.manifest import Manifest, NetworkSpec
+from registry.model.networks import Program, build_program
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER, eager_classifier
+from training.data.sources import Dataset, load_dataset, take
+from training.fitting.recipes import Recipe
+from training.publishing.evaluate import evaluate
+from training.publishing.export import export_network
+from training.publishing.publish import build_manifest, choose_calibration, write_version
 
 MakeBundle = Callable[..., Bundle]
 CPU = torch.device("cpu")
@@ -122,14 +122,14 @@ CPU_KINDS = {
 def cpu_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a kind of CPU; this machine seems to be of that kind."""
     kind: str = request.param
-    monkeypatch.setattr("registry.devices.cpu_flags", lambda: CPU_KINDS[kind])
+    monkeypatch.setattr("registry.core.devices.cpu_flags", lambda: CPU_KINDS[kind])
     return kind
 
 
 @pytest.fixture
 def cpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine seems to have kernels in every precision, so every plan is tried."""
-    monkeypatch.setattr("registry.devices.cpu_flags", lambda: CPU_KINDS["AMX"])
+    monkeypatch.setattr("registry.core.devices.cpu_flags", lambda: CPU_KINDS["AMX"])
 
 
 TINY = NetworkSpec("dense", {"hidden": [8]})
@@ -204,7 +204,7 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables, made once: making one takes seconds."""
 
     def make(root: Path) -> None:
-        from registry.store import ModelStore
+        from registry.store.mlflow_store import ModelStore
 
         with pytest.MonkeyPatch.context() as patch:
             # MLflow itself sets it, for an earlier one.
@@ -229,7 +229,7 @@ def registry_home(home: Home, empty_registry: Path) -> Iterator[Home]:
 @pytest.fixture
 def store(registry_home: Home):
     """An empty registry."""
-    from registry.store import ModelStore
+    from registry.store.mlflow_store import ModelStore
 
     return ModelStore(registry_home)
 
@@ -251,7 +251,7 @@ def downloads(store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def publish(store, make_bundle: MakeBundle):
     """Registers a version: ``publish(seed=1)`` gives its ``ModelVersion``."""
-    from training.tracking import start_run
+    from training.publishing.tracking import start_run
 
     def register(seed: int = 0, **options):
         bundle = make_bundle(seed=seed, **options)

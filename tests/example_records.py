@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from registry.bundle import HELDOUT, TRAINING, to_npz
+from registry.model.bundle import HELDOUT, TRAINING, to_npz
 
 
 def digest(number: int) -> bytes:

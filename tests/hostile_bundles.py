@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from registry.bundle import GOLDEN, HELDOUT, MANIFEST, WEIGHTS, Bundle
-from registry.contract import sha256_hex
+from registry.core.names import sha256_hex
+from registry.model.bundle import GOLDEN, HELDOUT, MANIFEST, WEIGHTS, Bundle
 
 Change = Callable[[Bundle, Path], None]
 

@@ -11,7 +11,7 @@ from random import Random
 
 from PIL import Image
 
-from registry.contract import PreprocessSpec
+from registry.model.manifest import PreprocessSpec
 
 # As a network for photographs has it.
 SPEC = PreprocessSpec(

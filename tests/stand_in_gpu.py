@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from registry.bundle import Bundle
-from registry.classifier import Classifier
-from registry.errors import DeviceLost
-from registry.plans.choice import Planner
-from registry.plans.plan import Run
-from registry.plans.torch_eager import EAGER
+from registry.core.errors import DeviceLost
+from registry.model.bundle import Bundle
+from registry.model.classifier import Classifier
+from registry.model.plans.base import Run
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER
 
 DEVICE, PLAN = "cuda:0 (stand-in)", "cuda-stand-in"
 
@@ -53,21 +53,21 @@ def losable(run: Run) -> Run:
 def main() -> int:
     step, *arguments = sys.argv[1:]
     if step == "serve":
-        from service import serve
+        from service import supervisor
         from service.__main__ import main as service
 
-        serve.GPU = [sys.executable, "-m", "tests.stand_in_gpu", "own"]
-        serve.may_use_gpu = lambda wanted: True
+        supervisor.GPU = [sys.executable, "-m", "tests.stand_in_gpu", "own"]
+        supervisor.may_use_gpu = lambda wanted: True
         return service(arguments)
     while Path(os.environ.get("STAND_IN_HELD", "/nowhere")).exists():
         time.sleep(0.05)
-    from registry import devices
-    from registry.plans import choice
-    from service import gpu
+    from registry.core import devices
+    from registry.model.plans import planner
+    from service.loading import gpu_process
 
     devices.choose_device = lambda wanted: "cpu" if lost() else "cuda:0"
-    choice.Planner = lambda *arguments: StandInPlanner(losable)
-    return gpu.main(arguments)
+    planner.Planner = lambda *arguments: StandInPlanner(losable)
+    return gpu_process.main(arguments)
 
 
 if __name__ == "__main__":

@@ -3,83 +3,177 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("registry", "training", "service")
-ALLOWED = {
-    "registry": {"registry"},
-    "training": {"training", "registry"},
-    "service": {"service", "registry"},
+MLFLOW_MODULES = {
+    "registry.store.mlflow_connection",
+    "registry.store.mlflow_store",
+    "training.publishing.tracking",
 }
-MLFLOW_MODULES = {"registry/mlflow_connection.py", "registry/store.py", "training/tracking.py"}
+# What a folder may import beside itself: folders, and single modules where only these are meant.
+CORE, MODEL, STORE = "registry.core", "registry.model", "registry.store"
+OFFERED_TO_SERVICE = {
+    CORE,
+    "registry.auth",
+    MODEL,
+    "registry.delivery.deployment",
+    "registry.delivery.signing",
+    "registry.canary.traffic_stats",
+}
+SETTINGS = "service.settings"
+INFERENCE, OBSERVABILITY = "service.inference", "service.observability"
+MAY_IMPORT = {
+    CORE: set(),
+    "registry.auth": {CORE},
+    MODEL: {CORE},
+    STORE: {CORE, MODEL},
+    "registry.delivery": {CORE, MODEL, STORE},
+    "registry.promotion": {CORE, MODEL, STORE},
+    "registry.canary": {CORE, MODEL, STORE, "registry.promotion"},
+    "registry.control": {
+        *(CORE, MODEL, STORE),
+        *("registry.auth", "registry.delivery", "registry.promotion", "registry.canary"),
+    },
+    "registry.cli": {"registry"},
+    "service.server": set(),
+    "service.access": {SETTINGS, *OFFERED_TO_SERVICE},
+    INFERENCE: OFFERED_TO_SERVICE,
+    OBSERVABILITY: {INFERENCE, *OFFERED_TO_SERVICE},
+    "service.loading": {
+        *(SETTINGS, INFERENCE, OBSERVABILITY, "service.malloc", "service.running_time"),
+        *OFFERED_TO_SERVICE,
+    },
+    "service.shadow": {SETTINGS, "service.loading", OBSERVABILITY, *OFFERED_TO_SERVICE},
+    # Probes and the list of models say what is being loaded.
+    "service.http": {
+        *(SETTINGS, "service.state", "service.server.protocol", INFERENCE, OBSERVABILITY),
+        *("service.loading.deployment_watcher", *OFFERED_TO_SERVICE),
+    },
+    "service.protocols": {
+        *("service.http", "service.state", "service.server.protocol", "service.malloc"),
+        *(INFERENCE, OBSERVABILITY, "service.shadow.client", *OFFERED_TO_SERVICE),
+    },
+    "service": {"service", *OFFERED_TO_SERVICE, "registry.core"},
+    "training.data": {CORE, MODEL},
+    "training.fitting": {CORE, MODEL, "training.data"},
+    "training.publishing": {CORE, MODEL, STORE, "training.data", "training.fitting"},
+    "training": {"training", CORE, MODEL, STORE},
+}
 
 
-def imports(path: Path) -> set[str]:
-    """Top-level names that a file imports, wherever in it."""
-    found = set()
+def sources() -> dict[str, Path]:
+    """Every module of the three packages, by name."""
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a file imports, wherever in it; of ``from a import b`` both ``a`` and ``a.b``."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module.partition(".")[0])
-    return found
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def sources() -> list[tuple[str, Path]]:
-    return [(package, path) for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+def is_in(module: str, folder: str) -> bool:
+    return module == folder or module.startswith(f"{folder}.")
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_dependencies_point_to_the_registry(package: str) -> None:
-    forbidden = (set(PACKAGES) | {"tests", "benchmarks", "deploy"}) - ALLOWED[package]
-    offenders = {
-        str(path.relative_to(ROOT)): sorted(imports(path) & forbidden)
-        for owner, path in sources()
-        if owner == package and imports(path) & forbidden
+def imports_of_ours(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """Which of ``modules`` each of them imports."""
+    return {
+        name: {found for found in imported(path) if found in modules and found != name}
+        for name, path in modules.items()
     }
+
+
+def test_imports_point_in_one_direction() -> None:
+    modules = sources()
+    offenders = []
+    for name, targets in imports_of_ours(modules).items():
+        folder = max((each for each in MAY_IMPORT if is_in(name, each)), key=len, default=None)
+        if folder is None:  # a package's own docstring, or its command
+            folder = "registry.cli"
+        allowed = {folder, *MAY_IMPORT[folder]}
+        offenders += [
+            f"{name} imports {target}"
+            for target in targets
+            if "." in target
+            and not any(is_in(target, each) for each in allowed)
+            # `from registry.core import errors` also names the folder
+            and target not in {each.rpartition(".")[0] for each in allowed}
+        ]
     assert not offenders
 
 
-def test_mlflow_is_imported_at_its_two_doors_only() -> None:
-    importers = {str(path.relative_to(ROOT)) for _, path in sources() if "mlflow" in imports(path)}
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = imports_of_ours(sources())
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+
+
+def test_nothing_imports_tests_benchmarks_or_tools() -> None:
+    for path in sources().values():
+        tops = {name.partition(".")[0] for name in imported(path)}
+        assert not tops & {"tests", "benchmarks", "deploy"}, path
+
+
+def test_a_folder_holds_few_modules() -> None:
+    for package in PACKAGES:
+        for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
+            modules = [each for each in folder.glob("*.py") if each.name != "__init__.py"]
+            assert len(modules) <= 9, folder
+
+
+def test_mlflow_is_imported_at_its_doors_only() -> None:
+    importers = {
+        name
+        for name, path in sources().items()
+        if "mlflow" in {each.partition(".")[0] for each in imported(path)}
+    }
     assert importers == MLFLOW_MODULES
 
 
 def test_serving_never_loads_what_can_run_code() -> None:
     banned = ("torch.load(", "torch.export.load(", "load_model(", "pickle", "allow_pickle=True")
     offenders = [
-        (str(path.relative_to(ROOT)), word)
-        for package, path in sources()
-        if package != "training"
+        (name, word)
+        for name, path in sources().items()
+        if not is_in(name, "training") and name != "registry.model.bundle"
         for word in banned
         if word in path.read_text().replace("mlflow.pyfunc.load_model(", "")
-        and path.name != "bundle.py"
     ]
     assert not offenders
-    assert "allow_pickle=False" in (ROOT / "registry/bundle.py").read_text()
+    assert "allow_pickle=False" in (ROOT / "registry/model/bundle.py").read_text()
 
 
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("registry.contract", {"torch", "mlflow", "PIL", "numpy"}),
-        ("registry.releases", {"torch", "mlflow", "PIL", "numpy"}),
-        ("registry.bundle", {"torch", "mlflow", "PIL"}),
-        ("registry.preprocess", {"torch", "mlflow"}),
-        ("registry.classifier", {"mlflow"}),
-        ("registry.live", {"torch", "mlflow", "PIL", "numpy", "flask"}),
+        ("registry.model.manifest", {"torch", "mlflow", "PIL", "numpy"}),
+        ("registry.delivery.deployment", {"torch", "mlflow", "PIL", "numpy"}),
+        ("registry.model.bundle", {"torch", "mlflow", "PIL"}),
+        ("registry.model.image.decode", {"torch", "mlflow"}),
+        ("registry.model.classifier", {"mlflow"}),
+        ("registry.canary.traffic_stats", {"torch", "mlflow", "PIL", "numpy", "flask"}),
         ("registry.__main__", {"torch", "mlflow", "PIL"}),
         ("training.__main__", {"torch", "mlflow", "PIL"}),
-        ("training.loop", {"mlflow"}),
+        ("training.fitting.loop", {"mlflow"}),
         ("service.__main__", {"torch", "mlflow", "PIL", "flask"}),
         ("service.client", {"torch", "mlflow", "PIL", "numpy"}),
-        ("service.batcher", {"torch", "mlflow", "flask"}),
-        ("service.model_slot", {"torch", "mlflow", "flask"}),
-        ("service.api.classify", {"torch", "mlflow"}),
+        ("service.server.gunicorn_worker", {"torch", "mlflow", "PIL", "numpy", "flask"}),
+        ("service.inference.batcher", {"torch", "mlflow", "flask"}),
+        ("service.loading.deployment_watcher", {"torch", "mlflow", "flask"}),
+        ("service.protocols.v1", {"torch", "mlflow"}),
     ],
 )
 def test_light_modules_stay_light(module: str, absent: set[str]) -> None:

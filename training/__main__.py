@@ -6,11 +6,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from registry.contract import check_model_name
-from registry.errors import ConvoyError, NetworkImpossible, UsageError
-from registry.home import convoy_home
-from registry.plain_logs import log_to_stderr
-from training.config import RECIPES, choose_recipe
+from registry.core.console_logging import log_to_stderr
+from registry.core.errors import ConvoyError, NetworkImpossible, UsageError
+from registry.core.names import check_model_name
+from registry.core.paths import convoy_home
+from training.fitting.recipes import RECIPES, choose_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +41,9 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = choose_recipe(arguments.recipe, arguments.set)
     model = check_model_name(arguments.model or _model_name(arguments.data))
     # Imported here, and not above, so that --help and typing mistakes answer at once.
-    from training.datasets import load_dataset, picture_side_px
-    from training.network_fit import fit_to_pictures
-    from training.runs import train_and_publish
+    from training.data.sources import load_dataset, picture_side_px
+    from training.fitting.network_fit import fit_to_pictures
+    from training.jobs import train_and_publish
 
     home = convoy_home()
     recipe = fit_to_pictures(recipe, picture_side_px(arguments.data, arguments.image_size))
@@ -87,9 +87,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     if len(set(names)) != len(names):
         raise UsageError(f"--recipes names a recipe twice: {arguments.recipes}")
     recipes = [choose_recipe(name, arguments.set) for name in names]
-    from training.datasets import load_dataset, picture_side_px
-    from training.network_fit import fit_to_pictures
-    from training.runs import compare
+    from training.data.sources import load_dataset, picture_side_px
+    from training.fitting.network_fit import fit_to_pictures
+    from training.jobs import compare
 
     home = convoy_home()
     side_px = picture_side_px(arguments.data, arguments.image_size)

@@ -14,10 +14,15 @@ from tqdm import tqdm
 from benchmarks.chaos.stack import home_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import Traffic, failed, honest, in_turn, summary
-from registry.bundle import open_bundle
-from registry.contract import ModelRef
-from registry.home import Home
-from registry.releases import ReleasedVersion, read_release, version_folder, write_release
+from registry.core.paths import Home
+from registry.delivery.deployment import (
+    ReleasedVersion,
+    read_release,
+    version_folder,
+    write_release,
+)
+from registry.model.bundle import open_bundle
+from registry.model.refs import ModelRef
 from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 
 DIGITS = ModelRef("digits", alias="champion")

@@ -11,11 +11,13 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["registry.picture_parts", "registry.preprocess", "PIL"]):
+with atheris.instrument_imports(
+    include=["registry.model.image.structure", "registry.model.image.decode", "PIL"]
+):
     from PIL import Image
 
-    from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
-    from registry.preprocess import decode_image
+    from registry.core.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
+    from registry.model.image.decode import decode_image
     from tests.hostile_pictures import SPEC
 
     Image.init()  # else the first picture imports the plug-ins, and nobody sees where it goes there

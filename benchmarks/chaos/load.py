@@ -20,8 +20,8 @@ from benchmarks.traffic import (
     summary,
 )
 from benchmarks.two_versions import run
-from registry.home import Home
-from training.datasets import load_dataset
+from registry.core.paths import Home
+from training.data.sources import load_dataset
 
 TIMES = 10
 PEAK_S = 8.0

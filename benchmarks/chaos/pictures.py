@@ -31,8 +31,8 @@ from benchmarks.traffic import (
     post,
     summary,
 )
-from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
-from registry.preprocess import decode_image
+from registry.core.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
+from registry.model.image.decode import decode_image
 from tests.hostile_pictures import HOSTILE, SPEC, mutants
 
 # Test pictures of Pillow (with the finds of OSS-Fuzz) and PngSuite, in their source packages.

@@ -19,10 +19,10 @@ from typing import Any
 from benchmarks.chaos.stack import home_of_two, service, wait_for_port
 from benchmarks.common import free_port
 from benchmarks.traffic import honest
-from registry.api import ROUTES
-from registry.home import Home
-from registry.store import ModelStore
-from registry.tokens import Tokens
+from registry.auth.tokens import Tokens
+from registry.control.api import ROUTES
+from registry.core.paths import Home
+from registry.store.mlflow_store import ModelStore
 
 SMUGGLED = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 WAIT_S = 1.0

@@ -12,7 +12,7 @@ from benchmarks.chaos.proxy import Fault, FaultProxy
 from benchmarks.chaos.stack import MODEL, home_of_two, service, wait_for_port
 from benchmarks.common import RunningService, free_port
 from benchmarks.traffic import Traffic, failed, honest, in_turn, summary
-from registry.home import Home
+from registry.core.paths import Home
 
 RATE = 300.0
 FAULTS = (Fault.REFUSED, Fault.HUNG, Fault.SLOW, Fault.CUT, Fault.FLAPPING)

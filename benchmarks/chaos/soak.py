@@ -11,7 +11,7 @@ from benchmarks.chaos.stack import home_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import Ask, Traffic, failed, get, honest, in_turn, post, summary
 from benchmarks.two_versions import run
-from registry.home import Home
+from registry.core.paths import Home
 from tests.hostile_pictures import HOSTILE
 
 RATE = 500.0

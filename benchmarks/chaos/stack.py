@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from benchmarks.common import RunningService, free_port, running_service
 from benchmarks.two_versions import prepare_two
-from registry.home import Home
-from training.datasets import load_dataset
+from registry.core.paths import Home
+from training.data.sources import load_dataset
 
 MODEL = "models:/digits@champion"
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from registry.bundle import open_bundle
-from registry.networks import build_network
+from registry.model.bundle import open_bundle
+from registry.model.networks import build_network
 
 torch.set_num_threads(1)
 

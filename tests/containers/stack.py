@@ -229,8 +229,8 @@ class Stack:
     def picture(self, data: str = "fashion-mnist") -> bytes:
         """The first picture of the test set, as the trainer has it."""
         code = (
-            "import sys; from registry.home import convoy_home;"
-            "from training.datasets import load_dataset;"
+            "import sys; from registry.core.paths import convoy_home;"
+            "from training.data.sources import load_dataset;"
             f"data = load_dataset({data!r}, convoy_home().datasets);"
             "sys.stdout.buffer.write(data.test.encode(0))"
         )

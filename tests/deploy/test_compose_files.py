@@ -14,7 +14,7 @@ import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
 from deploy.stack import as_stack
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("docker-compose*.yml"))
@@ -115,7 +115,7 @@ def test_images_forbid_new_privileges_themselves_and_no_stack_goes_round_that() 
     """Swarm ignores Compose's security_opt, and entries of the images are what it starts."""
     ours = (ROOT / "Dockerfile").read_text()
     assert re.findall(r"^ENTRYPOINT (.*)$", ours, re.MULTILINE) == [
-        '["python", "-m", "registry.secret_files"]'  # tests/registry/test_secret_files.py
+        '["python", "-m", "registry.cli.secret_files"]'  # tests/registry/test_secret_files.py
     ]
     proxy = (ROOT / "deploy" / "proxy" / "Dockerfile").read_text()
     assert 'ENTRYPOINT ["setpriv", "--no-new-privs", ' in proxy

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from registry.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, open_bundle, write_bundle
-from registry.contract import ModelRef, Trial
-from registry.errors import PromotionRefused
-from registry.home import Home
-from registry.promotion import promote, release, roll_back
-from registry.store import ModelStore
+from registry.core.errors import PromotionRefused
+from registry.core.paths import Home
+from registry.model.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, open_bundle, write_bundle
+from registry.model.refs import ModelRef, Trial
+from registry.promotion.promotion import promote, release, roll_back
+from registry.store.mlflow_store import ModelStore
 from tests.conftest import wait_for
 from tests.e2e.processes import Service
-from training.datasets import Dataset
-from training.tracking import start_run
+from training.data.sources import Dataset
+from training.publishing.tracking import start_run
 
 pytestmark = pytest.mark.e2e
 

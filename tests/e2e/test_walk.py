@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import PATIENCE_S, free_port, wait_for
 from tests.e2e.processes import Service, run
-from training.datasets import Dataset
+from training.data.sources import Dataset
 
 pytestmark = pytest.mark.e2e
 
@@ -174,7 +174,7 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
 HANG_ONCE = """
 import os, time
 from pathlib import Path
-from service.batcher import MicroBatcher
+from service.inference.batcher import MicroBatcher
 
 begin = MicroBatcher.__init__
 

@@ -16,16 +16,16 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from msgspec.structs import replace
 
-from registry import store as store_module
-from registry.contract import ModelRef, ModelVersion
-from registry.errors import PromotionRefused
-from registry.home import Home
-from registry.ledger import Entry, Ledger
-from registry.promotion import audit, promote
-from registry.pull import Puller
-from registry.reader_account import make_reader
-from registry.releases import read_release
-from registry.store import ENTRY_TAG, LEDGER, ModelStore
+from registry.cli.reader_account import make_reader
+from registry.core.errors import PromotionRefused
+from registry.core.paths import Home
+from registry.delivery.deployment import read_release
+from registry.delivery.puller import Puller
+from registry.model.refs import ModelRef, ModelVersion
+from registry.promotion.promotion import audit, promote
+from registry.store import mlflow_store as store_module
+from registry.store.audit_log import Entry, Ledger
+from registry.store.mlflow_store import ENTRY_TAG, LEDGER, ModelStore
 from tests.conftest import MakeBundle, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -115,7 +115,7 @@ def store_at(address: str, home: Home, monkeypatch: pytest.MonkeyPatch) -> Model
 
 
 def publish(store: ModelStore, make_bundle: MakeBundle, name: str, seed: int = 0) -> ModelVersion:
-    from training.tracking import start_run
+    from training.publishing.tracking import start_run
 
     bundle = make_bundle(seed=seed, change=lambda manifest: replace(manifest, model=name))
     with start_run(store, "accounts", name):

@@ -9,16 +9,16 @@ from flask import Flask
 from flask.testing import FlaskClient
 from msgspec.structs import replace
 
-from registry import api
-from registry.api import create_app
-from registry.api_document import document
-from registry.contract import Trial
-from registry.errors import ModelNotReady, RegistryUnavailable
-from registry.home import Home
-from registry.judging import Judge
-from registry.live import Live, VersionTraffic
-from registry.promotion import promote
-from registry.store import ModelStore
+from registry.canary.traffic_stats import Live, VersionTraffic
+from registry.control import api, state
+from registry.control.app import create_app
+from registry.control.openapi import document
+from registry.core.errors import ModelNotReady, RegistryUnavailable
+from registry.core.paths import Home
+from registry.model.refs import Trial
+from registry.promotion.gate_runner import Judge
+from registry.promotion.promotion import promote
+from registry.store.mlflow_store import ModelStore
 from tests.conftest import PATIENCE_S
 
 OPEN = {"/livez", "/openapi.json"}
@@ -209,14 +209,14 @@ def test_live_figures_come_from_the_services(
     live = Live(
         model="digits", generation=1, champion=1, versions=(VersionTraffic(version=1, requests=7),)
     )
-    monkeypatch.setattr(api, "read_live", lambda services, name: live)
+    monkeypatch.setattr(state, "read_live", lambda services, name: live)
     answer = client.get("/v1/models/digits/traffic", headers=headers["viewer"])
     assert msgspec.json.decode(answer.data, type=Live) == live
 
     def silent(services, name):
         raise ModelNotReady("nobody answers")
 
-    monkeypatch.setattr(api, "read_live", silent)
+    monkeypatch.setattr(state, "read_live", silent)
     assert client.get("/v1/models/digits/traffic", headers=headers["viewer"]).status_code == 503
 
 

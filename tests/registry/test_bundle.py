@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.lib import format as npy
 
-from registry.bundle import (
+from registry.core.errors import BundleInvalid
+from registry.model.bundle import (
     CHAMPION_SCORES,
     HELDOUT,
     MANIFEST,
@@ -22,8 +23,7 @@ from registry.bundle import (
     to_npz,
     write_bundle,
 )
-from registry.contract import FileEntry
-from registry.errors import BundleInvalid
+from registry.model.manifest import FileEntry
 from tests.conftest import MakeBundle
 
 

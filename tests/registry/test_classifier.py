@@ -6,14 +6,14 @@ import pytest
 import safetensors.numpy
 import torch
 
-from registry.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, write_bundle
-from registry.classifier import LARGEST_BATCH
-from registry.contract import NetworkSpec
-from registry.errors import BundleInvalid
-from registry.plans.choice import Planner
-from registry.plans.torch_eager import EAGER
+from registry.core.errors import BundleInvalid
+from registry.model.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, write_bundle
+from registry.model.classifier import LARGEST_BATCH
+from registry.model.manifest import NetworkSpec
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER
 from tests.conftest import MakeBundle, load_eager
-from training.datasets import Dataset
+from training.data.sources import Dataset
 
 
 def rewritten(bundle: Bundle, folder: Path, **files: bytes) -> Bundle:

@@ -4,11 +4,11 @@ from datetime import UTC, datetime
 import mlflow
 import pytest
 
-from registry.__main__ import main
-from registry.contract import ModelRef
-from registry.home import Home
-from registry.promotion import promote
-from registry.releases import read_release
+from registry.cli.main import main
+from registry.core.paths import Home
+from registry.delivery.deployment import read_release
+from registry.model.refs import ModelRef
+from registry.promotion.promotion import promote
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -129,7 +129,7 @@ def test_the_plans_of_a_version_are_shown(
     assert (row.split()[0], row.split()[-1]) == ("torch-fp32", "chosen")
 
     assert run(capsys, "pull", "models:/digits@champion")[0] == 0
-    monkeypatch.setattr("registry.__main__._store", None)  # is not asked any more
+    monkeypatch.setattr("registry.cli.serving.open_store", None)  # is not asked any more
     _, out, _ = run(capsys, "plan", "digits/1", "--threads", "1", "--json")
     found = json.loads(out)
     assert found["chosen"] == "torch-fp32"

@@ -3,14 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.bundle import Bundle
-from registry.contract import (
-    ModelRef,
-    PreprocessSpec,
-    manifest_from_json,
-    parse_model_ref,
-)
-from registry.errors import BundleInvalid, UsageError
+from registry.core.errors import BundleInvalid, UsageError
+from registry.model.bundle import Bundle
+from registry.model.manifest import PreprocessSpec, manifest_from_json
+from registry.model.refs import ModelRef, parse_model_ref
 from tests.conftest import MakeBundle
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from registry import devices
-from registry.devices import choose_device, describe_device, device_errors
-from registry.errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, UsageError
+from registry.core import devices
+from registry.core.devices import choose_device, describe_device, device_errors
+from registry.core.errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, UsageError
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 

@@ -2,10 +2,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from registry import gates
-from registry.bundle import write_bundle
-from registry.errors import BundleInvalid, PromotionRefused, UsageError
-from registry.gates import Policy, compare, read_policy
+from registry.core.errors import BundleInvalid, PromotionRefused, UsageError
+from registry.model.bundle import write_bundle
+from registry.promotion import gate
+from registry.promotion.gate import compare
+from registry.promotion.policy import Policy, read_policy
 from tests.conftest import MakeBundle
 from tests.example_records import heldout_file, training_file
 
@@ -182,6 +183,6 @@ def test_intervals_hold_what_they_promise() -> None:
     inside = 0
     for _ in range(2000):
         _, only_old, only_new, _ = random.multinomial(100, (0.7, 0.12, 0.05, 0.13))
-        low, high = gates._interval(int(only_new), int(only_old), 100)
+        low, high = gate._interval(int(only_new), int(only_old), 100)
         inside += low <= -0.07 <= high
     assert 0.93 < inside / 2000 < 0.975

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from registry import preprocess
-from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
-from registry.preprocess import FORMATS, decode_image, decode_training_image
+from registry.core.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
+from registry.model.image import decode
+from registry.model.image.decode import FORMATS, decode_image, decode_training_image
 from tests.hostile_pictures import HOSTILE, SPEC, encoded, mutants
 
 REFUSALS = (ImageTooLarge, InvalidImage, UnsupportedImageType)
@@ -51,9 +51,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from PIL import TiffImagePlugin
-from registry.contract import PreprocessSpec
-from registry.errors import ConvoyError
-from registry.preprocess import decode_image
+from registry.model.manifest import PreprocessSpec
+from registry.core.errors import ConvoyError
+from registry.model.image.decode import decode_image
 
 spec = PreprocessSpec(mode="L", width_px=8, height_px=8, mean=(0.5,), std=(0.5,))
 with suppress(ConvoyError):
@@ -72,7 +72,7 @@ def test_what_costs_too_much_is_refused_before_a_decoder_sees_it(
         assert decode_image(data, SPEC).shape == SPEC.shape
         return
     if name not in REFUSED_BY_THE_DECODER:
-        monkeypatch.setattr(preprocess.Image, "open", lambda *_, **__: pytest.fail("decoded"))
+        monkeypatch.setattr(decode.Image, "open", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(REFUSALS):
         decode_image(data, SPEC)
 

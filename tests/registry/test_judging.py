@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from registry.__main__ import main as command
-from registry.bundle import HELDOUT
-from registry.contract import ModelRef
-from registry.errors import BundleInvalid, PromotionRefused
-from registry.gates import Policy, compare
-from registry.home import Home
-from registry.judging import Judge, Judgement
-from registry.plans import duel
-from registry.plans.duel import Timed, time_both
-from registry.promotion import promote
-from registry.store import ModelStore
+from registry.cli.main import main as command
+from registry.core.errors import BundleInvalid, PromotionRefused
+from registry.core.paths import Home
+from registry.model.bundle import HELDOUT
+from registry.model.refs import ModelRef
+from registry.promotion import latency_comparison
+from registry.promotion.gate import compare
+from registry.promotion.gate_runner import Judge, Judgement
+from registry.promotion.latency_comparison import Timed, time_both
+from registry.promotion.policy import Policy
+from registry.promotion.promotion import promote
+from registry.store.mlflow_store import ModelStore
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_without_an_engine_nothing_is_timed_and_a_failure_says_why(
     (bundle.folder / "weights.safetensors").write_bytes(b"damaged")
     with pytest.raises(BundleInvalid, match=r"cannot be timed: .*has sha256"):
         time_both(bundle, bundle, home.plans, "cpu", "torch-eager", 1)
-    monkeypatch.setattr(duel, "catalogue", dict)
+    monkeypatch.setattr(latency_comparison, "catalogue", dict)
     assert time_both(bundle, bundle, home.plans, "cpu", "torch-eager", 1) is None
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.contract import Trial
-from registry.ledger import Entry, Ledger
+from registry.model.refs import Trial
+from registry.store.audit_log import Entry, Ledger
 
 
 def entry(to_version: int, action: str = "promoted", at: str = "2026-11-17T08:00:00+00:00", **more):

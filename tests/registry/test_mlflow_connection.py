@@ -9,11 +9,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from registry.contract import ModelRef, ModelVersion
-from registry.errors import RegistryUnavailable
-from registry.home import Home
-from registry.store import ModelStore
-from training.tracking import start_run
+from registry.core.errors import RegistryUnavailable
+from registry.core.paths import Home
+from registry.model.refs import ModelRef, ModelVersion
+from registry.store.mlflow_store import ModelStore
+from training.publishing.tracking import start_run
 
 
 @pytest.fixture

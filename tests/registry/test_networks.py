@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from registry.contract import NetworkSpec, PreprocessSpec
-from registry.errors import NetworkImpossible, UsageError
-from registry.networks import NETWORKS, build_network, build_program
+from registry.core.errors import NetworkImpossible, UsageError
+from registry.model.manifest import NetworkSpec, PreprocessSpec
+from registry.model.networks import NETWORKS, build_network, build_program
 
 SHAPE = (1, 28, 28)
 

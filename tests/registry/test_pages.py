@@ -13,15 +13,15 @@ from flask.testing import FlaskClient
 from msgspec.structs import replace
 from werkzeug.serving import make_server
 
-from registry import api
-from registry.api import create_app
-from registry.home import Home
-from registry.judging import Judge
-from registry.live import Live, VersionTraffic, WorkerReport
-from registry.live_history import SAMPLES, LiveHistory, curves
-from registry.promotion import promote, roll_back
-from registry.sessions import MAX_SESSIONS_OF_A_TOKEN, SESSION_TTL_S, Sessions
-from registry.store import ModelStore
+from registry.auth.sessions import MAX_SESSIONS_OF_A_TOKEN, SESSION_TTL_S, Sessions
+from registry.canary.traffic_stats import Live, VersionTraffic, WorkerReport
+from registry.control import state
+from registry.control.app import create_app
+from registry.control.charts import SAMPLES, LiveHistory, curves
+from registry.core.paths import Home
+from registry.promotion.gate_runner import Judge
+from registry.promotion.promotion import promote, roll_back
+from registry.store.mlflow_store import ModelStore
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -41,7 +41,7 @@ def app(store: ModelStore, registry_home: Home, monkeypatch: pytest.MonkeyPatch)
         workers=(worker,),
         versions=versions,
     )
-    monkeypatch.setattr(api, "read_live", lambda services, name: live)
+    monkeypatch.setattr(state, "read_live", lambda services, name: live)
     app = create_app(store, registry_home, ("http://somewhere",))
     app.extensions["convoy"].judge = Judge(store, registry_home, {}, timed=False)
     return app
@@ -120,7 +120,7 @@ def test_one_token_cannot_sign_the_holders_of_others_out(home: Home) -> None:
 def test_the_oldest_session_of_all_ends_when_there_are_too_many(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.sessions.MAX_SESSIONS", 3)
+    monkeypatch.setattr("registry.auth.sessions.MAX_SESSIONS", 3)
     sessions = Sessions(home.sessions)
     cookies = [sessions.begin(digit * 64) for digit in "1234"]
     assert [cookie for cookie in cookies if sessions.find(cookie)] == cookies[1:]

@@ -7,10 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from registry.bundle import CHAMPION_SCORES, Bundle, to_npz, write_bundle
-from registry.errors import PromotionRefused
-from registry.gates import Policy, Verdict, compare
-from registry.pairing import describe_classes
+from registry.core.errors import PromotionRefused
+from registry.model.bundle import CHAMPION_SCORES, Bundle, to_npz, write_bundle
+from registry.promotion.gate import Verdict, compare
+from registry.promotion.pairing import describe_classes
+from registry.promotion.policy import Policy
 from tests.conftest import MakeBundle
 from tests.example_records import heldout_file, training_file
 

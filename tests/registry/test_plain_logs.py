@@ -2,7 +2,7 @@
 
 import logging
 
-from registry.plain_logs import OneLine
+from registry.core.console_logging import OneLine
 
 
 def shown(message: str, *arguments: object, error: Exception | None = None) -> str:

@@ -15,7 +15,14 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from registry.bundle import (
+from registry.core.errors import (
+    BundleInvalid,
+    DeviceOutOfMemory,
+    DeviceUnavailable,
+    PlanUndecided,
+    UsageError,
+)
+from registry.model.bundle import (
     GOLDEN,
     INT8_GRAPH,
     INT8_WEIGHTS,
@@ -26,23 +33,17 @@ from registry.bundle import (
     with_manifest,
     write_bundle,
 )
-from registry.classifier import Classifier, replay_golden
-from registry.contract import DEFAULT_TOLERANCES, NetworkSpec
-from registry.errors import (
-    BundleInvalid,
-    DeviceOutOfMemory,
-    DeviceUnavailable,
-    PlanUndecided,
-    UsageError,
-)
-from registry.plans import choice, openvino_cpu
-from registry.plans.choice import Planner, refused_by_record, score
-from registry.plans.openvino_cpu import import_openvino
-from registry.plans.plan import Source, catalogue, find_plan
-from registry.plans.torch_eager import EAGER
-from registry.plans.trial import Finding, run_trial
+from registry.model.classifier import Classifier, replay_golden
+from registry.model.manifest import DEFAULT_TOLERANCES, NetworkSpec
+from registry.model.plans import openvino
+from registry.model.plans import planner as planner_module
+from registry.model.plans.base import Source, catalogue, find_plan
+from registry.model.plans.benchmark_process import Finding, run_trial
+from registry.model.plans.openvino import import_openvino
+from registry.model.plans.planner import Planner, refused_by_record, score
+from registry.model.plans.torch_eager import EAGER
 from tests.conftest import PATIENCE_S, MakeBundle, load_eager
-from training.datasets import Dataset
+from training.data.sources import Dataset
 
 SMALL_RESNET = NetworkSpec("resnet", {"widths": [4, 8]})
 
@@ -83,15 +84,16 @@ def test_a_plan_gives_the_answers_of_fp32(name: str, bundle: Bundle, few_digits:
 @pytest.mark.slow
 def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
     load = (
-        "import sys; from pathlib import Path; from registry.bundle import open_bundle;"
-        "from registry.plans.plan import Source, find_plan;"
+        "import sys; from pathlib import Path; from registry.model.bundle import open_bundle;"
+        "from registry.model.plans.base import Source, find_plan;"
         f"source = Source(open_bundle(Path({str(bundle.folder)!r})));"
         "find_plan('openvino-int8').load(source);"
     )
     export = (
         "import sys; import numpy as np; from pathlib import Path;"
-        "from registry.bundle import open_bundle; from registry.networks import load_program;"
-        "from training.export import export_network;"
+        "from registry.model.bundle import open_bundle;"
+        "from registry.model.networks import load_program;"
+        "from training.publishing.export import export_network;"
         f"program = load_program(open_bundle(Path({str(bundle.folder)!r})));"
         "export_network(program, np.zeros((2, 8, 8, 1), np.uint8));"
     )
@@ -135,8 +137,8 @@ def test_what_a_worker_loads_needs_no_torch(bundle: Bundle, tmp_path: Path) -> N
     pinned = Planner(tmp_path / "plans", "cpu", 1, "onnxruntime-fp32")
     assert pinned.choose(bundle).chosen == "onnxruntime-fp32"
     code = (
-        "import sys; from pathlib import Path; from registry.bundle import open_bundle;"
-        "from registry.plans.choice import Planner;"
+        "import sys; from pathlib import Path; from registry.model.bundle import open_bundle;"
+        "from registry.model.plans.planner import Planner;"
         f"planner = Planner(Path({str(tmp_path / 'plans')!r}), 'cpu', 1, 'onnxruntime-fp32');"
         f"planner.load(open_bundle(Path({str(bundle.folder)!r})));"
         "print('torch' in sys.modules)"
@@ -310,7 +312,7 @@ def test_a_new_version_of_an_engine_is_proved_again(
 ) -> None:
     planner = Planner(tmp_path / "plans", "cpu", 1, "torch-fp32")
     planner.choose(bundle)
-    monkeypatch.setattr(choice, "_version", lambda package: "99")
+    monkeypatch.setattr(planner_module, "_version", lambda package: "99")
     with pytest.raises(PlanUndecided):
         planner.load(bundle)
 
@@ -389,7 +391,7 @@ def test_a_plan_that_is_not_in_the_catalogue_is_named(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_cpu.OpenVino, "packages", ("no_such_engine",))
+    monkeypatch.setattr(openvino.OpenVino, "packages", ("no_such_engine",))
     assert find_plan("openvino-fp32").unsupported("cpu") == "not installed: no_such_engine"
 
 
@@ -563,7 +565,7 @@ def test_something_odd_in_an_entrys_place_is_replaced(
 def test_entries_that_were_not_used_for_long_are_pruned(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "CACHE_ENTRIES", 1)
+    monkeypatch.setattr(planner_module, "CACHE_ENTRIES", 1)
     plans = tmp_path / "plans"
     Planner(plans, "cpu", 1, "torch-fp32").choose(bundle)
     newer = Planner(plans, "cpu", 2, "torch-fp32")

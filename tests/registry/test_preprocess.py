@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from registry import preprocess
-from registry.contract import PreprocessSpec
-from registry.decode_limits import VARIABLES, DecodeLimits
-from registry.errors import ImageTooLarge, InvalidImage, UnsupportedImageType, UsageError
-from registry.preprocess import FORMATS, decode_image, decode_training_image, encode_png
+from registry.core.errors import ImageTooLarge, InvalidImage, UnsupportedImageType, UsageError
+from registry.model.image import decode
+from registry.model.image.decode import FORMATS, decode_image, decode_training_image, encode_png
+from registry.model.image.limits import VARIABLES, DecodeLimits
+from registry.model.manifest import PreprocessSpec
 from tests.hostile_pictures import chunk, encoded, png, webp_claiming
 
 GREY = PreprocessSpec(mode="L", width_px=8, height_px=6, mean=(0.5,), std=(0.5,))
@@ -164,7 +164,7 @@ def test_a_picture_of_many_bands_has_no_seams(mode: str, monkeypatch: pytest.Mon
     wide = Image.fromarray(noise[..., 0])
     image = wide if mode == "I;16" else Image.fromarray((noise >> 8).astype(np.uint8))
     whole = decode_image(encoded(image), COLOUR)
-    monkeypatch.setattr(preprocess, "BAND_PIXELS", 64 * 5)
+    monkeypatch.setattr(decode, "BAND_PIXELS", 64 * 5)
     np.testing.assert_array_equal(decode_image(encoded(image), COLOUR), whole)
 
 
@@ -401,7 +401,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(
     exif[0x0112] = orientation
     data = encoded(rings, "JPEG", quality=95, exif=exif)
     smaller = decode_image(data, PHOTO).astype(int)
-    monkeypatch.setattr(preprocess, "REDUCING_GAP", 10**6)
+    monkeypatch.setattr(decode, "REDUCING_GAP", 10**6)
     full = decode_image(data, PHOTO)
     difference = np.abs(smaller - full)
     assert 0 < difference.max() <= 24  # at the edge of the square
@@ -420,17 +420,17 @@ def test_training_holds_one_jpeg_at_a_time_that_is_too_large_to_serve_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = encoded(Image.new("RGB", (640, 512)), "JPEG")
-    original, alone = preprocess._bands, []
+    original, alone = decode._bands, []
 
     def watched(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-        alone.append(preprocess.WHOLE_LARGE.locked())
+        alone.append(decode.WHOLE_LARGE.locked())
         return original(image)
 
-    monkeypatch.setattr(preprocess, "_bands", watched)
+    monkeypatch.setattr(decode, "_bands", watched)
     for max_bytes in (640 * 512 * 3, 640 * 512 * 3 - 1):
         decode_training_image(data, COLOUR, DecodeLimits(max_decoded_bytes=max_bytes))
     assert alone == [False, True]
-    assert not preprocess.WHOLE_LARGE.locked()
+    assert not decode.WHOLE_LARGE.locked()
 
 
 @pytest.mark.parametrize(

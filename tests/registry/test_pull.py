@@ -5,17 +5,18 @@ from threading import Event, Thread
 
 import pytest
 
-from registry import pull
-from registry.bundle import WEIGHTS, open_bundle
-from registry.contract import ModelRef, Trial, sha256_hex
-from registry.errors import BundleInvalid, RegistryUnavailable
-from registry.home import Home
-from registry.live import Live, VersionTraffic, WorkerReport
-from registry.lookout import Lookout
-from registry.promotion import promote, release, withdraw
-from registry.pull import VERSIONS_KEPT, Puller
-from registry.releases import read_release, read_status, release_file, version_folder
-from registry.store import ModelStore
+from registry.canary.monitor import Lookout
+from registry.canary.traffic_stats import Live, VersionTraffic, WorkerReport
+from registry.core.errors import BundleInvalid, RegistryUnavailable
+from registry.core.names import sha256_hex
+from registry.core.paths import Home
+from registry.delivery import puller as puller_module
+from registry.delivery.deployment import read_release, read_status, release_file, version_folder
+from registry.delivery.puller import VERSIONS_KEPT, Puller
+from registry.model.bundle import WEIGHTS, open_bundle
+from registry.model.refs import ModelRef, Trial
+from registry.promotion.promotion import promote, release, withdraw
+from registry.store.mlflow_store import ModelStore
 from tests.conftest import PATIENCE_S, wait_for
 
 REF = ModelRef("digits", alias="champion")
@@ -226,7 +227,7 @@ def test_a_challenger_that_is_gone_or_damaged_does_not_hold_up_the_champion(
 
 def looked_after(puller: Puller, monkeypatch: pytest.MonkeyPatch, **live) -> None:
     found = Live(model="digits", generation=1, champion=1, challenger=2, **live)
-    monkeypatch.setattr("registry.lookout.read_live", lambda services, name: found)
+    monkeypatch.setattr("registry.canary.monitor.read_live", lambda services, name: found)
     puller.look_after(REF)
 
 
@@ -280,8 +281,8 @@ def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
         versions = tuple(next(shown, [failing]))
         return Live(model=name, generation=1, champion=1, challenger=2, versions=versions)
 
-    monkeypatch.setattr("registry.lookout.read_live", read_live)
-    monkeypatch.setattr("registry.lookout.LOOK_S", 0.01)
+    monkeypatch.setattr("registry.canary.monitor.read_live", read_live)
+    monkeypatch.setattr("registry.canary.monitor.LOOK_S", 0.01)
     before = len(store.ledger("digits").lines)
     reader.look_after(REF)
     assert len(store.ledger("digits").lines) == before
@@ -302,7 +303,7 @@ def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
 def test_the_control_planes_lookout_survives_whatever_fails(
     registry_home: Home, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    monkeypatch.setattr("registry.lookout.LOOK_S", 0.01)
+    monkeypatch.setattr("registry.canary.monitor.LOOK_S", 0.01)
     failures = iter([RegistryUnavailable("down"), RegistryUnavailable("down"), ValueError("odd")])
     opened, stop = [], Event()
 
@@ -322,7 +323,7 @@ def test_the_control_planes_lookout_survives_whatever_fails(
 def test_a_model_that_cannot_be_looked_at_leaves_no_other_unguarded(
     registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.lookout.LOOK_S", 0.01)
+    monkeypatch.setattr("registry.canary.monitor.LOOK_S", 0.01)
     looked: list[str] = []
 
     class Store:
@@ -459,7 +460,7 @@ class Clock:
         self.file = Path()
         self._steps = iter(steps)
         self._is_over = False
-        monkeypatch.setattr(pull.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(puller_module.time, "monotonic", lambda: self.now_s)
 
     def wait(self, timeout_s: float) -> bool:
         step = next(self._steps, None)
@@ -476,7 +477,7 @@ class Clock:
 
 def guarded(puller: Puller, home: Home, clock: Clock) -> list[float]:
     """The times at which the guard ends a puller whose download began just now."""
-    incoming = home.models / "digits" / "versions" / f"{pull.INCOMING}x"
+    incoming = home.models / "digits" / "versions" / f"{puller_module.INCOMING}x"
     incoming.mkdir(parents=True)
     clock.file = incoming / "file"
     puller._incoming, puller._pulling_since = incoming, clock.now_s
@@ -496,7 +497,7 @@ def test_a_pull_that_hangs_ends_the_puller_and_says_why(
     clock = Clock(monkeypatch, *[(10, b"a byte or two")] * 20)
     began_s = clock.now_s
     (ended_s,) = guarded(puller, registry_home, clock)
-    assert pull.HANGS_S < ended_s - began_s < 2 * pull.HANGS_S
+    assert puller_module.HANGS_S < ended_s - began_s < 2 * puller_module.HANGS_S
     status = read_status(registry_home.models, REF)
     assert "next to nothing" in str(status.error)
 
@@ -511,7 +512,7 @@ def test_a_pull_that_goes_on_is_left_alone(
 def test_a_pull_that_brings_more_than_was_said_ends_the_puller(
     puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pull, "SLACK_BYTES", 1_000_000)
+    monkeypatch.setattr(puller_module, "SLACK_BYTES", 1_000_000)
     clock = Clock(monkeypatch, *[(1, bytes(90_000))] * 20)
     began_s = clock.now_s
     (ended_s,) = guarded(puller, registry_home, clock)
@@ -521,7 +522,7 @@ def test_a_pull_that_brings_more_than_was_said_ends_the_puller(
 def test_what_a_killed_puller_left_is_removed(
     puller: Puller, store: ModelStore, publish, registry_home: Home
 ) -> None:
-    left = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}left"
+    left = registry_home.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"half")
     publish()
@@ -535,7 +536,7 @@ def test_without_room_on_the_disk_nothing_is_fetched(
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    monkeypatch.setattr(pull, "SLACK_BYTES", 10**18)
+    monkeypatch.setattr(puller_module, "SLACK_BYTES", 10**18)
     assert not puller.pull_all()
     assert "are free" in caplog.text
     assert not version_folder(registry_home.models, "digits", 1).exists()
@@ -544,11 +545,11 @@ def test_without_room_on_the_disk_nothing_is_fetched(
 def test_another_pullers_download_is_left_alone(
     puller: Puller, store: ModelStore, publish, registry_home: Home
 ) -> None:
-    theirs = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}theirs"
+    theirs = registry_home.models / "digits" / "versions" / f"{puller_module.INCOMING}theirs"
     theirs.mkdir(parents=True)
     publish()
     promote(store, "digits", 1)
-    with pull._locked(theirs):
+    with puller_module._locked(theirs):
         puller.pull(REF)
         assert theirs.exists()
 
@@ -556,8 +557,8 @@ def test_another_pullers_download_is_left_alone(
 def test_what_was_left_does_not_end_the_next_puller(
     puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pull, "SLACK_BYTES", 1000)
-    left = registry_home.models / "digits" / "versions" / f"{pull.INCOMING}left"
+    monkeypatch.setattr(puller_module, "SLACK_BYTES", 1000)
+    left = registry_home.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(bytes(10_000))
     clock = Clock(monkeypatch, (1, b""), (1, b""))

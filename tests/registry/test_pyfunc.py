@@ -5,12 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from registry.errors import InvalidImage
-from registry.promotion import promote
-from registry.pyfunc import _load_pyfunc
-from registry.store import ModelStore
+from registry.core.errors import InvalidImage
+from registry.model.mlflow_pyfunc import _load_pyfunc
+from registry.promotion.promotion import promote
+from registry.store.mlflow_store import ModelStore
 from tests.conftest import MakeBundle, load_eager
-from training.datasets import Dataset
+from training.data.sources import Dataset
 
 
 def test_mlflow_gives_the_classifiers_probabilities(

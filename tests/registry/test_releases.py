@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from registry.contract import ModelRef
-from registry.errors import BundleInvalid
-from registry.releases import (
+from registry.core.errors import BundleInvalid
+from registry.core.files import LOCK
+from registry.delivery.deployment import (
     ReleasedVersion,
     read_release,
     read_status,
@@ -12,7 +12,7 @@ from registry.releases import (
     write_release,
     write_status,
 )
-from registry.shared_files import LOCK
+from registry.model.refs import ModelRef
 
 REF = ModelRef("fashion", alias="champion")
 ONE = ReleasedVersion(version=1, manifest_sha256="a" * 64, alias="champion")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import UsageError
-from registry.secret_files import with_secrets
+from registry.cli.secret_files import with_secrets
+from registry.core.errors import UsageError
 from tests.conftest import PATIENCE_S
 
 
@@ -30,7 +30,7 @@ def test_a_file_that_is_missing_or_empty_stops_the_start(tmp_path: Path) -> None
 def test_the_command_takes_this_process_s_place(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("k")
     code = "import os, sys; print(os.environ['CONVOY_SERVICE_KEY'], os.getpid()); sys.exit(7)"
-    command = [sys.executable, "-m", "registry.secret_files", sys.executable, "-c", code]
+    command = [sys.executable, "-m", "registry.cli.secret_files", sys.executable, "-c", code]
     environment = {"CONVOY_SERVICE_KEY_FILE": str(tmp_path / "key")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         printed, _ = process.communicate(timeout=PATIENCE_S)
@@ -40,7 +40,7 @@ def test_the_command_takes_this_process_s_place(tmp_path: Path) -> None:
 
 def test_the_command_can_gain_no_privileges() -> None:
     """In a stack of Swarm, too, which ignores Compose's no-new-privileges."""
-    command = [sys.executable, "-m", "registry.secret_files", "cat", "/proc/self/status"]
+    command = [sys.executable, "-m", "registry.cli.secret_files", "cat", "/proc/self/status"]
     status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "NoNewPrivs:\t1\n" in status
 
@@ -51,7 +51,9 @@ def test_the_command_can_gain_no_privileges() -> None:
 )
 def test_no_command_is_said(command: list[str], said: str) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "registry.secret_files", *command], capture_output=True, text=True
+        [sys.executable, "-m", "registry.cli.secret_files", *command],
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 2
     assert said in ended.stderr

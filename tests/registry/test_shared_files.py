@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from registry.home import Home
-from registry.shared_files import locked, write_atomically
-from registry.tokens import Tokens
+from registry.auth.tokens import Tokens
+from registry.core.files import locked, write_atomically
+from registry.core.paths import Home
 
 CHANGES = 30
 # Adds and removes tokens of its own, beside others that do the same.
 CHANGER = """
 import sys
 from pathlib import Path
-from registry.tokens import Tokens
+from registry.auth.tokens import Tokens
 tokens, me = Tokens(Path(sys.argv[1])), sys.argv[2]
 sys.stdin.readline()
 for number in range(int(sys.argv[3])):

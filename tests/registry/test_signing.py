@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from registry import signing
-from registry.__main__ import main
-from registry.contract import ModelRef, ModelVersion, Trial
-from registry.errors import BundleInvalid, UsageError
-from registry.home import Home
-from registry.promotion import promote, roll_back
-from registry.pull import Puller
-from registry.releases import read_release, version_folder
-from registry.signing import SIGNATURE, TrustedKeys, check_expiry, make_key, sign
-from registry.store import ModelStore
+from registry.cli.main import main
+from registry.core.errors import BundleInvalid, UsageError
+from registry.core.paths import Home
+from registry.delivery import signing
+from registry.delivery.deployment import read_release, version_folder
+from registry.delivery.puller import Puller
+from registry.delivery.signing import SIGNATURE, TrustedKeys, check_expiry, make_key, sign
+from registry.model.refs import ModelRef, ModelVersion, Trial
+from registry.promotion.promotion import promote, roll_back
+from registry.store.mlflow_store import ModelStore
 
 REF = ModelRef("digits", alias="champion")
 

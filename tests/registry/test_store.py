@@ -12,12 +12,8 @@ import pytest
 from msgspec.structs import replace
 from sqlalchemy.exc import IntegrityError
 
-from registry import promotion
-from registry import store as registry_store
-from registry.__main__ import main as command
-from registry.bundle import HELDOUT, WEIGHTS
-from registry.contract import ModelRef, Trial
-from registry.errors import (
+from registry.cli.main import main as command
+from registry.core.errors import (
     BundleInvalid,
     PromotionConflict,
     PromotionRefused,
@@ -25,11 +21,15 @@ from registry.errors import (
     UsageError,
     VersionNotFound,
 )
-from registry.home import Home
-from registry.judging import Judge
-from registry.ledger import Entry
-from registry.promotion import promote, release, roll_back, withdraw
-from registry.store import ModelStore
+from registry.core.paths import Home
+from registry.model.bundle import HELDOUT, WEIGHTS
+from registry.model.refs import ModelRef, Trial
+from registry.promotion import promotion
+from registry.promotion.gate_runner import Judge
+from registry.promotion.promotion import promote, release, roll_back, withdraw
+from registry.store import mlflow_store as registry_store
+from registry.store.audit_log import Entry
+from registry.store.mlflow_store import ModelStore
 from tests.conftest import PATIENCE_S
 
 

@@ -4,9 +4,9 @@ import stat
 
 import pytest
 
-from registry.errors import KeysUnavailable, UsageError
-from registry.home import Home
-from registry.tokens import Tokens
+from registry.auth.tokens import Tokens
+from registry.core.errors import KeysUnavailable, UsageError
+from registry.core.paths import Home
 
 
 @pytest.fixture

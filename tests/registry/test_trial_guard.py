@@ -5,19 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.contract import Trial
-from registry.errors import UsageError
-from registry.gates import TrialPolicy, read_policy
-from registry.live import (
-    UNBOUNDED_S,
-    Live,
-    VersionTraffic,
-    WorkerReport,
-    add_up,
-)
-from registry.services import service_addresses
-from registry.tables import live_page
-from registry.trial_guard import TrialGuard
+from registry.canary.guard import TrialGuard
+from registry.canary.serving_client import service_addresses
+from registry.canary.traffic_stats import UNBOUNDED_S, Live, VersionTraffic, WorkerReport, add_up
+from registry.cli.render import live_page
+from registry.core.errors import UsageError
+from registry.model.refs import Trial
+from registry.promotion.policy import TrialPolicy, read_policy
 
 TRIAL = Trial(version=2, share=0.1)
 

@@ -10,18 +10,18 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.serving import make_server
 
-from registry.bundle import Bundle
-from registry.contract import ModelRef, Trial
-from registry.plans.choice import Planner
-from registry.plans.torch_eager import EAGER
-from registry.releases import ReleasedVersion, version_folder, write_release
-from registry.signing import TrustedKeys
+from registry.delivery.deployment import ReleasedVersion, version_folder, write_release
+from registry.delivery.signing import TrustedKeys
+from registry.model.bundle import Bundle
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER
+from registry.model.refs import ModelRef, Trial
 from service import create_app
-from service.metrics import Metrics
-from service.model_slot import ModelSlot
-from service.served import ServedModel
+from service.inference.loaded_model import ServedModel
+from service.loading.deployment_watcher import ModelSlot
+from service.loading.loader import load_served
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.state import load_served
 from tests.conftest import MakeBundle
 
 REF = ModelRef("digits", alias="champion")

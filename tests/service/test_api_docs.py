@@ -33,7 +33,7 @@ def test_there_are_examples() -> None:
 def test_an_example_answers_as_the_page_says(
     url: str, slot, png: bytes, tmp_path: Path, command: str, answer: str
 ) -> None:
-    from registry.releases import write_status
+    from registry.delivery.deployment import write_status
 
     write_status(slot._models_folder, REF, None)
     (tmp_path / "picture.png").write_bytes(png)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.errors import DeadlineExceeded, Overloaded
-from service.batcher import MicroBatcher, Scored
+from registry.core.errors import DeadlineExceeded, Overloaded
+from service.inference.batcher import MicroBatcher, Scored
 
 FOREVER_S = 30.0
 ANY_TIME_MS = 1e9  # a gate holds passes up; what that does to the ceiling is another test's
@@ -265,7 +265,7 @@ def test_ordinary_concurrency_is_queued_whatever_the_speed_of_the_network(
     monkeypatch: pytest.MonkeyPatch, image_ms: int, max_wait_s: float | None, callers: int
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("service.inference.batcher.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def compute(pixels: np.ndarray) -> np.ndarray:
         now[0] += image_ms / 1000 * len(pixels)

@@ -11,8 +11,9 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, TestResponse
 
-from service.api import bodies, classify
-from service.worker import IN_LOOP, Postpone
+from service.http import bodies
+from service.protocols import v1
+from service.server.protocol import IN_LOOP, Postpone
 
 JSON = "application/json"
 FORM = "multipart/form-data; boundary=b"
@@ -193,7 +194,7 @@ def test_in_the_loop_parsing_counts_like_decoding(
     monkeypatch.setattr(bodies, "LOOP_PARSE_S", 0.0)
     with pytest.raises(Postpone):
         ask(empty_parts, FORM)
-    monkeypatch.setattr(classify, "LOOP_DECODE_S", 0.0)  # reading alone takes longer
+    monkeypatch.setattr(v1, "LOOP_DECODE_S", 0.0)  # reading alone takes longer
     with pytest.raises(Postpone):
         ask(png, "image/png")
 

@@ -9,8 +9,8 @@ import pytest
 from flask.testing import FlaskClient
 from PIL import Image
 
-from registry.errors import DeadlineExceeded, Overloaded
-from service.model_slot import ModelSlot
+from registry.core.errors import DeadlineExceeded, Overloaded
+from service.loading.deployment_watcher import ModelSlot
 from tests.conftest import load_eager
 
 RAW = {"content_type": "application/octet-stream"}
@@ -59,7 +59,7 @@ def test_what_curl_sends_by_default_is_taken_as_the_image(ready: FlaskClient, pn
 def test_all_body_forms_give_the_classifiers_probabilities(
     ready: FlaskClient, png: bytes, slot: ModelSlot, few_digits
 ) -> None:
-    from registry.bundle import open_bundle
+    from registry.model.bundle import open_bundle
 
     folder = slot._models_folder / "digits" / "versions" / "1"
     expected = load_eager(open_bundle(folder)).classify(few_digits.test.pixels[:1])[0]

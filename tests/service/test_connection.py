@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from service.connection import (
+from service.server.connection import (
     MIN_BYTES_PER_S,
     MOST_HEAD_BYTES,
     RECEIVE_BYTES,
@@ -54,7 +54,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("service.connection.time", made)
+    monkeypatch.setattr("service.server.connection.time", made)
     return made
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 from flask.testing import FlaskClient
 
-from registry.bundle import Bundle
-from registry.errors import UsageError
+from registry.core.errors import UsageError
+from registry.model.bundle import Bundle
 from service import create_app
-from service.metrics import Metrics
-from service.model_slot import ModelSlot
+from service.loading.deployment_watcher import ModelSlot
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 ORIGIN = "https://app.example.com"

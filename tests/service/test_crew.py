@@ -10,13 +10,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from registry.bundle import WEIGHTS
-from registry.contract import ModelRef
-from registry.live import WorkerReport
-from registry.releases import Release, ReleasedVersion, version_folder
-from service import model_slot
-from service.crew import NOTHING, Crew
-from service.model_slot import ModelSlot
+from registry.canary.traffic_stats import WorkerReport
+from registry.delivery.deployment import Release, ReleasedVersion, version_folder
+from registry.model.bundle import WEIGHTS
+from registry.model.refs import ModelRef
+from service.loading import deployment_watcher
+from service.loading.deployment_watcher import ModelSlot
+from service.loading.worker_sync import NOTHING, Crew
 from tests.service.conftest import load
 
 REF = ModelRef("digits", alias="champion")
@@ -52,8 +52,8 @@ def test_all_switch_in_the_moment_in_which_the_last_has_prepared(worker, release
 def test_a_worker_that_cannot_prepare_stops_the_switch_and_says_so(
     worker, release, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
-    monkeypatch.setattr(model_slot, "WAITING_S", -1.0)
+    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
+    monkeypatch.setattr(deployment_watcher, "WAITING_S", -1.0)
     one, two = worker(), worker()
     release(1)
     for each in (one, two):
@@ -104,7 +104,7 @@ def test_a_release_that_is_taken_back_before_all_have_it_never_serves(worker, re
 
 def test_a_worker_that_was_killed_is_not_waited_for(tmp_path: Path, worker, release) -> None:
     script = (
-        "import sys; from pathlib import Path; from service.crew import Crew\n"
+        "import sys; from pathlib import Path; from service.loading.worker_sync import Crew\n"
         "crew = Crew(Path(sys.argv[1])); print(len(crew.reports('digits')), flush=True)\n"
         "sys.stdin.read()"
     )
@@ -206,4 +206,4 @@ def test_only_so_many_versions_stay_in_memory(models: Path, release) -> None:
     for number in range(1, 7):
         release(number, seed=number)
         slot.refresh()
-    assert len(slot._loaded) == 1 + model_slot.MOST_WARM
+    assert len(slot._loaded) == 1 + deployment_watcher.MOST_WARM

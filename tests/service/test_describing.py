@@ -8,10 +8,10 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from registry import releases
-from registry.releases import write_status
-from service.api.openapi import document
-from service.model_slot import ModelSlot
+from registry.delivery import deployment
+from registry.delivery.deployment import write_status
+from service.http.openapi import document
+from service.loading.deployment_watcher import ModelSlot
 from tests.service.conftest import REF
 
 
@@ -189,8 +189,8 @@ def test_registry_age_counts_from_the_last_agreement(
     ready: FlaskClient, slot: ModelSlot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_status(slot._models_folder, REF, None)
-    now = releases.boot_s()
-    monkeypatch.setattr(releases, "boot_s", lambda: now + 100)
+    now = deployment.boot_s()
+    monkeypatch.setattr(deployment, "boot_s", lambda: now + 100)
     (model,) = ready.get("/readyz").json["models"]
     assert 99 <= model["registry_age_s"] <= 101
     assert model["stale"]

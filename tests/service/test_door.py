@@ -8,13 +8,13 @@ import pytest
 from flask.testing import FlaskClient
 from msgspec.structs import replace
 
-from registry.bundle import Bundle
-from registry.errors import KeyMissing, RateExceeded, UsageError
-from registry.tokens import Tokens
+from registry.auth.tokens import Tokens
+from registry.core.errors import KeyMissing, RateExceeded, UsageError
+from registry.model.bundle import Bundle
 from service import create_app
-from service.door import Door
-from service.metrics import Metrics
-from service.model_slot import ModelSlot
+from service.access.auth import Door
+from service.loading.deployment_watcher import ModelSlot
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 OPEN = ("/docs", "/livez", "/readyz", "/healthz", "/openapi.json")

@@ -11,23 +11,24 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 
-from registry.bundle import Bundle
-from registry.classifier import Classifier
-from registry.contract import ModelRef
-from registry.errors import BundleInvalid, DeviceLost, ModelNotReady, PlanUndecided
-from registry.plans.choice import Planner
-from registry.plans.plan import Run
-from registry.plans.torch_eager import EAGER
-from registry.signing import TrustedKeys
-from service import create_app, gpu
-from service.gpu import GpuPlanner, GpuServer, Loaded, RemoteRun, _answer
-from service.metrics import Metrics
-from service.model_slot import ModelSlot
+from registry.core.errors import BundleInvalid, DeviceLost, ModelNotReady, PlanUndecided
+from registry.delivery.signing import TrustedKeys
+from registry.model.bundle import Bundle
+from registry.model.classifier import Classifier
+from registry.model.plans.base import Run
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER
+from registry.model.refs import ModelRef
+from service import create_app
+from service.loading import gpu_process
+from service.loading.deployment_watcher import ModelSlot
+from service.loading.gpu_process import GpuPlanner, GpuServer, Loaded, RemoteRun, _answer
+from service.loading.loader import load_served
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.state import load_served
 from tests.conftest import PATIENCE_S, MakeBundle, load_eager, wait_for
 from tests.stand_in_gpu import DEVICE, PLAN, StandInPlanner
-from training.datasets import Dataset
+from training.data.sources import Dataset
 
 SETTINGS = Settings(max_batch=8, queue_limit=64, batch_ms=1e6)
 
@@ -114,11 +115,11 @@ def test_a_load_that_hangs_ends_the_owner(
 ) -> None:
     owner, bundle, go_on = own(), make_bundle(), Event()
     monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(PATIENCE_S))
-    monkeypatch.setattr(gpu, "LOAD_S", 0.05)
+    monkeypatch.setattr(gpu_process, "LOAD_S", 0.05)
     with pytest.raises(DeviceLost):
         owner.client.load(bundle)
     wait_for(lambda: (owner.server._end_if_hung(), exits)[1] != [])
-    assert set(exits) == {gpu.DEVICE_LOST}
+    assert set(exits) == {gpu_process.DEVICE_LOST}
     go_on.set()
 
 
@@ -223,7 +224,7 @@ def test_an_owner_that_hangs_is_a_lost_device(
     remote = own(lambda run: lambda pixels: go_on.wait(PATIENCE_S) and run(pixels)).client.load(
         make_bundle()
     )
-    monkeypatch.setattr(gpu, "ANSWER_S", 0.05)
+    monkeypatch.setattr(gpu_process, "ANSWER_S", 0.05)
     with pytest.raises(DeviceLost, match=r"did not answer in 0\.05 s"):
         remote.classify(few_digits.test.pixels[:1])
     assert remote.lost
@@ -235,7 +236,7 @@ def test_an_owner_that_hangs_is_a_lost_device(
 def test_an_owner_that_does_not_read_is_a_lost_device(
     make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "ANSWER_S", 0.05)
+    monkeypatch.setattr(gpu_process, "ANSWER_S", 0.05)
     near, far = Pipe()  # of Unix sockets; nobody reads the other
     run = RemoteRun(near, 10)
     with pytest.raises(DeviceLost, match="has ended"):
@@ -250,11 +251,11 @@ def test_a_forward_pass_that_hangs_ends_the_owner(
     ended, go_on = Event(), Event()
 
     def exit_(status: int) -> None:
-        assert status == gpu.DEVICE_LOST
+        assert status == gpu_process.DEVICE_LOST
         ended.set()
 
     monkeypatch.setattr(os, "_exit", exit_)
-    monkeypatch.setattr(gpu, "PASS_S", 0.05)
+    monkeypatch.setattr(gpu_process, "PASS_S", 0.05)
     remote = own(lambda run: lambda pixels: go_on.wait(PATIENCE_S) and run(pixels)).client.load(
         make_bundle()
     )
@@ -301,7 +302,7 @@ def test_an_owner_that_loads_for_too_long_is_a_lost_device(
 ) -> None:
     owner, go_on = own(), Event()
     monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(PATIENCE_S))
-    monkeypatch.setattr(gpu, "LOAD_S", 0.05)
+    monkeypatch.setattr(gpu_process, "LOAD_S", 0.05)
     with pytest.raises(DeviceLost, match="did not load a plan"):
         owner.client.load(make_bundle())
     go_on.set()
@@ -358,13 +359,13 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
     lose.set()
     refused = client.post("/v1/classify", data=png)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
-    assert exits == [gpu.DEVICE_LOST]
+    assert exits == [gpu_process.DEVICE_LOST]
     assert client.get("/readyz").status_code == 503
     with pytest.raises(ModelNotReady, match="device was lost"):
         slot.require()
 
     owner.listener.close()
-    monkeypatch.setattr("service.model_slot.RETRY_S", 0.0)
+    monkeypatch.setattr("service.loading.deployment_watcher.RETRY_S", 0.0)
     assert not slot.refresh()
     assert "is not running" in str(slot.error)
     owner.client._address = own(device="cpu").client._address  # what takes over finds no GPU

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.handover import NEVER, SILENT_S, Handover, forget_worker
+from service.server.handover import NEVER, SILENT_S, Handover, forget_worker
 
 
 @pytest.fixture

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from registry.bundle import Bundle, open_bundle
-from registry.contract import ModelRef, ModelVersion, NetworkSpec
-from registry.errors import BundleInvalid
-from registry.networks import load_program
-from registry.plans.choice import Planner
-from registry.plans.torch_eager import EAGER
-from registry.releases import ReleasedVersion, version_folder, write_release
-from registry.signing import SIGNATURE, TrustedKeys, make_key, sign
-from service.metrics import Metrics
-from service.model_slot import ModelSlot
+from registry.core.errors import BundleInvalid
+from registry.delivery.deployment import ReleasedVersion, version_folder, write_release
+from registry.delivery.signing import SIGNATURE, TrustedKeys, make_key, sign
+from registry.model.bundle import Bundle, open_bundle
+from registry.model.manifest import NetworkSpec
+from registry.model.networks import load_program
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER
+from registry.model.refs import ModelRef, ModelVersion
+from service.loading.deployment_watcher import ModelSlot
+from service.loading.loader import load_served
+from service.loading.watchdog import rss_mb
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.state import load_served
-from service.watchdog import rss_mb
 from tests.conftest import MakeBundle
 from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 from tests.service.conftest import REF

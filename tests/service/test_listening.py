@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from service.listening import turn_away
+from service.server.graceful_close import turn_away
 from tests.conftest import PATIENCE_S
 
 

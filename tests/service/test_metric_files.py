@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
 import service
-from service.metric_files import AllProcesses, forget_process
-from service.metrics import Metrics
+from service.observability.metric_files import AllProcesses, forget_process
+from service.observability.metrics import Metrics
 
 
 def write(folder: Path, kind: str, pid: int, name: str, value: float) -> None:

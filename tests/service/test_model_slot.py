@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from registry.bundle import WEIGHTS
-from registry.contract import ModelRef
-from registry.errors import BundleInvalid, ModelNotReady, PlanUndecided
-from registry.releases import release_file, version_folder
-from service import model_slot
-from service.model_slot import ModelSlot
-from service.served import ServedModel
+from registry.core.errors import BundleInvalid, ModelNotReady, PlanUndecided
+from registry.delivery.deployment import release_file, version_folder
+from registry.model.bundle import WEIGHTS
+from registry.model.refs import ModelRef
+from service.inference.loaded_model import ServedModel
+from service.loading import deployment_watcher
+from service.loading.deployment_watcher import ModelSlot
 from tests.conftest import wait_for
 from tests.service.conftest import REF, load
 
@@ -57,7 +57,7 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
     weights = version_folder(models, "digits", 2) / WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
     assert not slot.refresh()
     assert not slot.refresh()
     assert slot.require().champion.version == 1
@@ -149,8 +149,8 @@ def test_a_release_file_that_holds_another_version_is_refused(models: Path, rele
 def test_a_damaged_release_file_does_not_stop_the_watcher(
     slot: ModelSlot, release, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_slot, "POLL_S", 0.005)
-    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    monkeypatch.setattr(deployment_watcher, "POLL_S", 0.005)
+    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
     (models / "digits").mkdir(parents=True)
     release_file(models, REF).write_text("{")
     others = set(threading.enumerate())

@@ -9,25 +9,25 @@ import msgspec
 import numpy as np
 import pytest
 
-from registry.bundle import Bundle
-from registry.contract import ModelRef, ModelVersion
-from registry.errors import ModelNotReady, PlanUndecided
-from registry.plans.choice import Choice, Planner
-from registry.plans.torch_eager import EAGER
-from registry.releases import ReleasedVersion, version_folder
-from registry.signing import SIGNATURE, TrustedKeys, make_key, sign
-from service.metrics import Metrics
-from service.model_slot import ModelSlot
-from service.served import ServedModel
+from registry.core.errors import ModelNotReady, PlanUndecided
+from registry.delivery.deployment import ReleasedVersion, version_folder
+from registry.delivery.signing import SIGNATURE, TrustedKeys, make_key, sign
+from registry.model.bundle import Bundle
+from registry.model.plans.planner import Choice, Planner
+from registry.model.plans.torch_eager import EAGER
+from registry.model.refs import ModelRef, ModelVersion
+from service.inference.loaded_model import ServedModel
+from service.loading.deployment_watcher import ModelSlot
+from service.loading.loader import load_served
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.state import load_served
 from tests.conftest import MakeBundle, load_eager
 
 VERSION = ReleasedVersion(version=3, manifest_sha256="", alias="champion")
 FORGED = (
     "inductor-fp32",  # older programs loaded a compiled package by this name
     "../../plans/evil",
-    "registry.plans.trial",
+    "registry.model.plans.benchmark_process",
     "cuda-fp16",  # not for this device
     "openvino-int8",  # the signed manifest has no accuracy for it
 )

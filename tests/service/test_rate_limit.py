@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from service.rate_limit import SETS, SITE_CALLERS, WAYS, RateLimiter
+from service.access.rate_limit import SETS, SITE_CALLERS, WAYS, RateLimiter
 
 
 def test_a_caller_gets_its_rate_and_no_more() -> None:
@@ -92,7 +92,7 @@ def test_a_flood_of_addresses_has_no_honest_caller_refused(attackers: str) -> No
 
 def test_a_caller_pays_nothing_while_its_site_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(monotonic_ns=lambda: now_ns)
-    monkeypatch.setattr("service.rate_limit.time", clock)
+    monkeypatch.setattr("service.access.rate_limit.time", clock)
     now_ns = 10**12
     limiter = RateLimiter(rate=1, burst=1)
     for network in range(SITE_CALLERS):

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from registry.errors import UsageError
-from service import serve
-from service.serve import Companion
+from registry.core.errors import UsageError
+from service import supervisor
+from service.supervisor import Companion
 from tests.conftest import wait_for
 
 
@@ -23,7 +23,7 @@ def script(code: str) -> list[str]:
 def test_a_companion_that_ends_is_started_again_after_a_growing_pause(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
     starts = tmp_path / "starts"
     companion = Companion("it", script(f"open({str(starts)!r}, 'a').write('x'); exit(3)"))
 
@@ -40,17 +40,17 @@ def test_a_companion_that_ends_is_started_again_after_a_growing_pause(
 def test_a_companion_that_cannot_be_started_is_tried_again_and_ends_nobody(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
     companion = Companion("it", script("pass"))
     failures = iter([OSError(11, "Resource temporarily unavailable")])
-    start = serve._start
+    start = supervisor._start
 
     def fail_once(*arguments, **named):
         for failure in failures:
             raise failure
         return start(*arguments, **named)
 
-    monkeypatch.setattr(serve, "_start", fail_once)
+    monkeypatch.setattr(supervisor, "_start", fail_once)
 
     def started() -> bool:
         companion.look()
@@ -89,7 +89,7 @@ def test_a_companion_that_is_waited_for_may_end_or_hang_instead(
     ends.end()
     hangs = Companion("it", script("import sys; sys.stdin.read()"))
     hangs.look()
-    monkeypatch.setattr(serve, "START_S", 0.1)
+    monkeypatch.setattr(supervisor, "START_S", 0.1)
     with pytest.raises(UsageError, match=r"within 0\.1 s .* CONVOY_DEVICE=cpu"):
         hangs.wait_for(tmp_path / "never")
     hangs.end()
@@ -97,7 +97,7 @@ def test_a_companion_that_is_waited_for_may_end_or_hang_instead(
 
 def test_what_was_started_ends_with_who_started_it() -> None:
     code = (
-        "import sys, time; from service.serve import _start;"
+        "import sys, time; from service.supervisor import _start;"
         "child = _start([sys.executable, '-c', 'import time; time.sleep(60)']);"
         "print(child.pid, flush=True); time.sleep(60)"
     )
@@ -116,7 +116,7 @@ def test_the_folder_of_a_run_lies_in_tmpdir(
     def parent(tmpdir: Path) -> Path:
         monkeypatch.setattr(tempfile, "tempdir", None)  # read anew
         monkeypatch.setenv("TMPDIR", str(tmpdir))
-        with serve._run_folder() as folder:
+        with supervisor._run_folder() as folder:
             assert Path(folder).stat().st_mode & 0o777 == 0o700
             return Path(folder).parent
 
@@ -125,13 +125,13 @@ def test_the_folder_of_a_run_lies_in_tmpdir(
         assert parent(short) == short
     finally:
         short.rmdir()
-    long = tmp_path / ("x" * serve.MAX_PARENT_BYTES)
+    long = tmp_path / ("x" * supervisor.MAX_PARENT_BYTES)
     long.mkdir()
     assert parent(long) == Path("/tmp")  # else a socket's path would not fit
 
     def fail(*arguments: object, **named: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(serve.tempfile, "TemporaryDirectory", fail)
+    monkeypatch.setattr(supervisor.tempfile, "TemporaryDirectory", fail)
     with pytest.raises(UsageError, match=r"Read-only file system.*TMPDIR"):
-        serve._run_folder()
+        supervisor._run_folder()

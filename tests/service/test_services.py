@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
-from registry.errors import ModelNotReady, UsageError
-from registry.services import SERVICE_KEY, _replicas, read_live, service_addresses
+from registry.canary.serving_client import _replicas, read_live, service_addresses
+from registry.core.errors import ModelNotReady, UsageError
+from registry.core.service_address import SERVICE_KEY
 
 
 def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from registry.contract import ModelRef
-from registry.errors import UsageError
+from registry.core.errors import UsageError
+from registry.model.refs import ModelRef
 from service import create_app
-from service.logs import logging_config
+from service.observability.logging import logging_config
 from service.settings import VARIABLES, Settings
 from tests.conftest import wait_for
 from tests.service.conftest import REF
@@ -91,7 +91,7 @@ def test_a_worker_never_opens_a_gpu_itself() -> None:
 def test_an_app_of_its_own_loads_what_is_released(
     make_bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from registry.releases import ReleasedVersion, version_folder, write_release
+    from registry.delivery.deployment import ReleasedVersion, version_folder, write_release
 
     monkeypatch.setenv("CONVOY_MODEL", "models:/digits@champion")
     monkeypatch.setenv("CONVOY_PLAN", "torch-eager")

@@ -18,23 +18,25 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from werkzeug.test import create_environ
 
-from registry.bundle import WEIGHTS
-from registry.classifier import Classifier
-from registry.contract import ModelRef, Trial
-from registry.errors import DeviceLost, PlanUndecided
-from registry.live import Live
-from registry.plans.choice import Planner
-from registry.plans.torch_eager import EAGER
-from registry.releases import version_folder
-from service import create_app, model_slot, shadow
-from service.api.classify import CALLED
-from service.metrics import Metrics
-from service.model_slot import ModelSlot
+from registry.canary.traffic_stats import Live
+from registry.core.errors import DeviceLost, PlanUndecided
+from registry.delivery.deployment import version_folder
+from registry.model.bundle import WEIGHTS
+from registry.model.classifier import Classifier
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER
+from registry.model.refs import ModelRef, Trial
+from service import create_app
+from service.inference.traffic_split import is_challengers
+from service.loading import deployment_watcher
+from service.loading.deployment_watcher import ModelSlot
+from service.observability.metrics import Metrics
+from service.protocols.v1 import CALLED
+from service.server.protocol import IN_LOOP, Postpone
 from service.settings import Settings
-from service.shadow import Budget, Shadow
-from service.shadow_feed import Sample, ShadowFeed
-from service.traffic import is_challengers
-from service.worker import IN_LOOP, Postpone
+from service.shadow import process
+from service.shadow.client import Sample, ShadowFeed
+from service.shadow.process import Budget, Shadow
 from tests.conftest import PATIENCE_S, wait_for
 from tests.service.conftest import load
 
@@ -105,7 +107,7 @@ def test_a_version_on_trial_can_be_asked_for_by_its_address(
 def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
     models: Path, release, on_trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_slot, "RETRY_S", 0.0)
+    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load)
     release(1)
     slot.refresh()
@@ -161,7 +163,7 @@ def test_a_sample_that_cannot_be_sent_at_once_is_dropped_and_counted(tmp_path: P
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(address))
         feed.send(sample)
-        assert shadow._receive(receiver) == [sample]
+        assert process._receive(receiver) == [sample]
         for _ in range(500):
             feed.send(sample)
         assert len(dropped) > 100

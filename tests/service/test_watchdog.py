@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from registry.contract import ModelRef
-from service import watchdog
-from service.watchdog import Watchdog, rss_mb
+from registry.model.refs import ModelRef
+from service.loading import watchdog
+from service.loading.watchdog import Watchdog, rss_mb
 from tests.conftest import PATIENCE_S
 
 

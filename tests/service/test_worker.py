@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 
-from service.connection import Asked
-from service.worker import Answering
+from service.server.connection import Asked
+from service.server.gunicorn_worker import Answering
 from tests.conftest import free_port
 
 APPLICATION = """
 import json, os, threading, time
-from service.worker import ENDING, IN_LOOP, WAITING, Postpone
+from service.server.protocol import ENDING, IN_LOOP, WAITING, Postpone
 
 called = []
 calls = 0
@@ -93,6 +93,8 @@ def application(environ, start_response):
     return answer()
 """
 
+GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "service/gunicorn.conf.py", "--workers", "1"]
+
 
 class Server:
     """A gunicorn of one worker, which serves the small application."""
@@ -100,8 +102,7 @@ class Server:
     def __init__(self, folder: Path, **environment: str) -> None:
         (folder / "small_application.py").write_text(APPLICATION)
         self.port = free_port()
-        command = [sys.executable, "-m", "gunicorn", "--worker-class", "service.worker.LoopWorker"]
-        command += ["--threads", "4", "--keep-alive", "4", "--no-control-socket"]
+        command = [*GUNICORN, "--threads", "4", "--keep-alive", "4"]
         command += ["--bind", f"127.0.0.1:{self.port}", "--pythonpath", str(folder)]
         self.process = subprocess.Popen(
             [*command, "small_application:application"], env={**os.environ, **environment}
@@ -765,11 +766,8 @@ def test_a_port_that_was_taken_meanwhile_ends_the_server(tmp_path: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         (tmp_path / "small_application.py").write_text(APPLICATION)
         port = str(taken.getsockname()[1])
-        (tmp_path / "conf.py").write_text("bind = []\n")
-        command = [sys.executable, "-m", "gunicorn", "-c", str(tmp_path / "conf.py")]
-        command += ["--worker-class", "service.worker.LoopWorker", "--no-control-socket"]
         ended = subprocess.run(
-            [*command, "--pythonpath", str(tmp_path), "small_application:application"],
+            [*GUNICORN, "--pythonpath", str(tmp_path), "small_application:application"],
             env={**os.environ, "CONVOY_PORT": port},
             capture_output=True,
             text=True,

@@ -23,16 +23,21 @@ import requests
 import torch
 from mlflow import MlflowClient
 
-from registry import store as registry_store
-from registry.bundle import open_bundle
-from registry.contract import ModelRef, ModelVersion
-from registry.errors import ConvoyError, PromotionRefused
-from registry.home import Home
-from registry.promotion import audit, promote
-from registry.pull import Puller
-from registry.releases import ReleasedVersion, read_release, version_folder, write_release
-from registry.store import ModelStore
-from service.model_slot import ModelSlot
+from registry.core.errors import ConvoyError, PromotionRefused
+from registry.core.paths import Home
+from registry.delivery.deployment import (
+    ReleasedVersion,
+    read_release,
+    version_folder,
+    write_release,
+)
+from registry.delivery.puller import Puller
+from registry.model.bundle import open_bundle
+from registry.model.refs import ModelRef, ModelVersion
+from registry.promotion.promotion import audit, promote
+from registry.store import mlflow_store as registry_store
+from registry.store.mlflow_store import ModelStore
+from service.loading.deployment_watcher import ModelSlot
 from tests.conftest import MakeBundle
 from tests.service.conftest import load
 

@@ -11,14 +11,14 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from registry.decode_limits import TRUSTED_LIMITS
-from registry.errors import UsageError
-from registry.preprocess import decode_image
+from registry.core.errors import UsageError
+from registry.model.image.decode import decode_image
+from registry.model.image.limits import TRUSTED_LIMITS
 from tests.training.pictures import picture
-from training import fashion_mnist
-from training.datasets import channel_statistics, load_dataset
-from training.fashion_mnist import FILES, IdxFile
-from training.split import split_by_digest
+from training.data import fashion_mnist
+from training.data.fashion_mnist import FILES, IdxFile
+from training.data.sources import channel_statistics, load_dataset
+from training.data.split import split_by_digest
 
 
 @pytest.fixture

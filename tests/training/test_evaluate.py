@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from registry.contract import NetworkSpec
-from registry.networks import build_program
-from registry.plans.torch_eager import eager_classifier
+from registry.model.manifest import NetworkSpec
+from registry.model.networks import build_program
+from registry.model.plans.torch_eager import eager_classifier
 from tests.conftest import tiny_program
-from training import report
-from training.datasets import Dataset
-from training.evaluate import Evaluation, accuracy_against_shift, evaluate, shift
-from training.loop import Epoch
+from training.data.sources import Dataset
+from training.fitting.loop import Epoch
+from training.publishing import report
+from training.publishing.evaluate import Evaluation, accuracy_against_shift, evaluate, shift
 
 EPOCH = Epoch(
     number=1,

@@ -5,20 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from registry.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
-from registry.classifier import Classifier
-from registry.contract import NetworkSpec
-from registry.plans.openvino_cpu import import_openvino
-from registry.plans.plan import Source, find_plan
-from registry.plans.torch_eager import eager_classifier
+from registry.model.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
+from registry.model.classifier import Classifier
+from registry.model.manifest import NetworkSpec
+from registry.model.plans.base import Source, find_plan
+from registry.model.plans.openvino import import_openvino
+from registry.model.plans.torch_eager import eager_classifier
 from tests.conftest import CPU, TINY, tiny_program
-from training import export
-from training.config import choose_recipe
-from training.datasets import Dataset
-from training.evaluate import evaluate
-from training.export import export_network
-from training.loop import fit
-from training.publish import build_manifest, choose_calibration, write_version
+from training.data.sources import Dataset
+from training.fitting.loop import fit
+from training.fitting.recipes import choose_recipe
+from training.publishing import export
+from training.publishing.evaluate import evaluate
+from training.publishing.export import export_network
+from training.publishing.publish import build_manifest, choose_calibration, write_version
 
 PIXELS = np.zeros((2, 8, 8, 1), np.uint8)
 

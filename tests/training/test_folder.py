@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from registry.errors import UsageError
-from registry.preprocess import decode_image
+from registry.core.errors import UsageError
+from registry.model.image.decode import decode_image
 from tests.training.pictures import picture, pictures
-from training import memory
-from training.datasets import Dataset, load_dataset
-from training.pictures import put_in_order
-from training.split import complete_split
+from training.data import memory
+from training.data.pictures import put_in_order
+from training.data.sources import Dataset, load_dataset
+from training.data.split import complete_split
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from registry.contract import NetworkSpec, sha256_hex
-from registry.errors import NetworkImpossible, UsageError
+from registry.core.errors import NetworkImpossible, UsageError
+from registry.core.names import sha256_hex
+from registry.model.manifest import NetworkSpec
 from tests.conftest import CPU
-from training import loop
-from training.config import Recipe
-from training.datasets import Dataset, take
-from training.loop import Epoch, Trained, fit
-from training.steps import Steps, announce_steps, plan_steps
+from training.data.sources import Dataset, take
+from training.fitting import loop
+from training.fitting.loop import Epoch, Trained, fit
+from training.fitting.recipes import Recipe
+from training.fitting.steps import Steps, announce_steps, plan_steps
 
 replace = msgspec.structs.replace
 

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from registry.contract import NetworkSpec
-from registry.plans.trial import Finding
+from registry.model.manifest import NetworkSpec
+from registry.model.plans.benchmark_process import Finding
 from tests.conftest import MakeBundle
-from training.datasets import Dataset
-from training.plan_accuracy import record_plan_accuracy
+from training.data.sources import Dataset
+from training.publishing.plan_accuracy import record_plan_accuracy
 
 
 @pytest.mark.slow

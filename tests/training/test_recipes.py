@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Generator
 
-from registry.errors import NetworkImpossible, UsageError
-from registry.networks import NETWORKS
-from training.augment import augment, random_crop, random_erase, random_flip
-from training.config import RECIPES, Recipe, choose_recipe
-from training.network_fit import fit_to_pictures
-from training.parameters import NETWORK, TRAINING, Parameter
+from registry.core.errors import NetworkImpossible, UsageError
+from registry.model.networks import NETWORKS
+from training.fitting.augment import augment, random_crop, random_erase, random_flip
+from training.fitting.network_fit import fit_to_pictures
+from training.fitting.parameters import NETWORK, TRAINING, Parameter
+from training.fitting.recipes import RECIPES, Recipe, choose_recipe
 
 
 def test_overrides_reach_the_recipe_and_its_network() -> None:

@@ -8,18 +8,18 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
-from registry import bundle as bundles
-from registry.bundle import WEIGHTS
-from registry.gates import compare
-from registry.home import Home
-from registry.promotion import promote
-from registry.store import ModelStore
+from registry.core.paths import Home
+from registry.model import bundle as bundles
+from registry.model.bundle import WEIGHTS
+from registry.promotion.gate import compare
+from registry.promotion.promotion import promote
+from registry.store.mlflow_store import ModelStore
 from tests.conftest import MakeBundle, load_eager, tiny_program
-from training import records
-from training.datasets import Dataset, take
-from training.evaluate import Evaluation
-from training.publish import write_version
-from training.records import ChampionScores, difference_hashes, score_champion
+from training.data.sources import Dataset, take
+from training.publishing import records
+from training.publishing.evaluate import Evaluation
+from training.publishing.publish import write_version
+from training.publishing.records import ChampionScores, difference_hashes, score_champion
 
 
 def test_the_champion_is_scored_on_the_held_out_pictures_of_the_next_version(

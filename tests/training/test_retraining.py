@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from registry.__main__ import main as registry
-from registry.home import Home
-from registry.store import ModelStore
+from registry.cli.main import main as registry
+from registry.core.paths import Home
+from registry.store.mlflow_store import ModelStore
 from training.__main__ import main as training
-from training.datasets import load_dataset
+from training.data.sources import load_dataset
 
 pytestmark = pytest.mark.slow
 

@@ -10,20 +10,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from registry.contract import ModelRef
-from registry.errors import BundleInvalid, PromotionRefused, RegistryUnavailable, UsageError
-from registry.home import Home
-from registry.store import ModelStore
+from registry.core.errors import BundleInvalid, PromotionRefused, RegistryUnavailable, UsageError
+from registry.core.paths import Home
+from registry.model.refs import ModelRef
+from registry.store.mlflow_store import ModelStore
 from tests.conftest import CPU, MakeBundle
 from tests.training.pictures import pictures
-from training import publish, report, runs
+from training import jobs
 from training.__main__ import main
-from training.checkpoint import checkpoint_file, only_training
-from training.config import Recipe
-from training.datasets import Dataset, load_dataset
-from training.evaluate import Evaluation
-from training.loop import fit
-from training.publish import choose_golden, rescore
+from training.data.sources import Dataset, load_dataset
+from training.fitting.checkpoint import checkpoint_file, only_training
+from training.fitting.loop import fit
+from training.fitting.recipes import Recipe
+from training.publishing import publish, report
+from training.publishing.evaluate import Evaluation
+from training.publishing.publish import choose_golden, rescore
 
 QUICK = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--set", "batch_size=64"]
 SMALL = ["--set", "filters=4", "--set", "hidden=16"]
@@ -71,12 +72,12 @@ def test_a_registry_that_fails_at_the_end_costs_no_training(
     def down(*_: object) -> None:
         raise RegistryUnavailable("the registry went down meanwhile")
 
-    original = runs.publish
-    monkeypatch.setattr(runs, "publish", down)
+    original = jobs.publish
+    monkeypatch.setattr(jobs, "publish", down)
     assert main([*QUICK, "--recipe", "dense"]) == 2
     assert "went down meanwhile" in capsys.readouterr().err
     (checkpoint,) = registry_home.checkpoints.iterdir()
-    monkeypatch.setattr(runs, "publish", original)
+    monkeypatch.setattr(jobs, "publish", original)
     assert main([*QUICK, "--recipe", "dense", "--resume"]) == 0
     assert not checkpoint.exists()
 
@@ -87,10 +88,10 @@ def test_what_cannot_be_published_is_said_before_training(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it trained")
 
-    monkeypatch.setattr(runs, "fit", never)
+    monkeypatch.setattr(jobs, "fit", never)
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
     with pytest.raises(UsageError, match="digits cannot be published: labels must differ"):
-        runs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
+        jobs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
 
 
 @pytest.mark.slow
@@ -103,8 +104,8 @@ def test_a_run_that_registers_nothing_needs_nothing_of_the_model(
     ModelStore(registry_home)
     mlflow.MlflowClient().create_registered_model("digits")  # its log is missing
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
-    monkeypatch.setattr("registry.store.CLAIM_TIMEOUT_S", 0.0)
-    train = functools.partial(runs.train_and_publish, twins, recipe, "digits", registry_home)
+    monkeypatch.setattr("registry.store.mlflow_store.CLAIM_TIMEOUT_S", 0.0)
+    train = functools.partial(jobs.train_and_publish, twins, recipe, "digits", registry_home)
     with pytest.raises(PromotionRefused, match="log"):
         train(device="cpu")
     assert train(device="cpu", register=False)[1] is None
@@ -124,12 +125,12 @@ def test_a_name_that_has_no_version_is_refused_before_training(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it trained")
 
-    monkeypatch.setattr(runs, "fit", never)
-    monkeypatch.setattr("registry.store.CLAIM_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(jobs, "fit", never)
+    monkeypatch.setattr("registry.store.mlflow_store.CLAIM_TIMEOUT_S", 0.0)
     for name in made:
         mlflow.MlflowClient().create_registered_model(name)
     with pytest.raises(PromotionRefused, match="A publication may have ended before its version"):
-        runs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
+        jobs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
 
 
 @pytest.mark.slow
@@ -147,7 +148,7 @@ def test_a_drawing_that_fails_costs_the_drawing(
     priced = msgspec.structs.replace(
         few_digits, labels=("low_$0_$5", "Ca$$h", r"\frac{1}", "日本", *few_digits.labels[4:])
     )
-    finished, version = runs.train_and_publish(
+    finished, version = jobs.train_and_publish(
         priced, recipe, "digits", registry_home, device="cpu"
     )
     assert version is not None
@@ -176,7 +177,7 @@ def test_a_registry_that_is_away_for_an_epoch_does_not_end_the_training(
         return original(*arguments, **named)
 
     monkeypatch.setattr(mlflow, "log_metrics", away_at_first)
-    finished, _ = runs.train_and_publish(
+    finished, _ = jobs.train_and_publish(
         few_digits, recipe, "digits", registry_home, device="cpu", register=False
     )
     assert caplog.text.count("metrics are logged later; training goes on") == 1
@@ -190,7 +191,7 @@ def test_one_run_is_trained_by_one_process_at_a_time(
     file = checkpoint_file(registry_home, few_digits, recipe, 0)
     with only_training(file):
         with pytest.raises(UsageError, match="another training of the same data, recipe and seed"):
-            runs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
+            jobs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
         with only_training(checkpoint_file(registry_home, few_digits, recipe, 1)):
             pass
     with only_training(file):
@@ -240,13 +241,13 @@ def test_pictures_that_are_deleted_while_training_lose_nothing(
     folder = tmp_path / "pictures"
     pictures(folder / "cat", 30, seed=1)
     pictures(folder / "dog", 30, seed=2)
-    original = runs.fit
+    original = jobs.fit
 
     def tidy_up(*arguments, **options):
         shutil.rmtree(folder)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(runs, "fit", tidy_up)
+    monkeypatch.setattr(jobs, "fit", tidy_up)
     words = ["--data", f"folder:{folder}", "--image-size", "16", *QUICK[2:], "--recipe", "dense"]
     assert main([*words, "--set", "epochs=1"]) == 0
     assert ModelStore(registry_home).aliases("pictures") == {"challenger": 1}
@@ -263,7 +264,7 @@ def test_the_defaults_train_on_digits(registry_home: Home, capsys) -> None:
 def test_recipes_are_compared_on_the_same_pictures(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "SHIFTS_PX", range(5))
+    monkeypatch.setattr(jobs, "SHIFTS_PX", range(5))
     arguments = ["compare", *QUICK, "--recipes", "dense", "--seeds", "2"]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -285,12 +286,12 @@ def test_recipes_are_compared_on_the_same_pictures(
 def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
     registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = runs.fit
+    original = jobs.fit
 
     def interrupted(*arguments, **options):
         return msgspec.structs.replace(original(*arguments, **options), interrupted=True)
 
-    monkeypatch.setattr(runs, "fit", interrupted)
+    monkeypatch.setattr(jobs, "fit", interrupted)
     assert main(["compare", *QUICK, "--recipes", "dense", "--seeds", "2"]) == 130
     assert "dense" not in capsys.readouterr().out
 
@@ -330,7 +331,7 @@ def test_ctrl_c_that_stops_everything_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "fit", interrupted)
+    monkeypatch.setattr(jobs, "fit", interrupted)
     assert main([*QUICK, "--recipe", "dense"]) == 130
     assert "--resume" in capsys.readouterr().err
 

@@ -1,0 +1,35 @@
+"""``python -m registry``: look at versions, judge, try, promote, take back, and follow."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from registry.cli import decisions, keys, serving, versions
+from registry.cli.secret_files import with_secrets
+from registry.core.console_logging import log_to_stderr
+from registry.core.errors import ConvoyError
+from registry.core.names import one_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    log_to_stderr("%(asctime)s %(name)s %(message)s")
+    try:
+        os.environ.update(with_secrets(os.environ))
+        return int(arguments.run(arguments))
+    except ConvoyError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m registry",
+        description="The registry of model versions: look, judge, try, promote, take back, follow.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for verbs in (versions, decisions, serving, keys):
+        verbs.add_to(commands)
+    return parser

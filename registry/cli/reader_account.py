@@ -1,0 +1,66 @@
+"""Make the account with which pullers read MLflow: ``python -m registry.cli.reader_account``.
+
+A step of the containers' start, with the administrator's account. The new account has no rights of
+its own: MLflow's default, READ, is all that it may (deploy/mlflow-auth.ini).
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+
+from registry.cli.secret_files import with_secrets
+from registry.core.errors import ConvoyError, RegistryUnavailable, UsageError
+
+READER = "reader"
+TIMEOUT_S = 30.0
+
+
+def make_reader(address: str, admin: tuple[str, str], password: str) -> None:
+    """Make the account; one that is there gets this ``password``, and is not an administrator then.
+
+    Raises:
+        RegistryUnavailable: MLflow does not answer, or refuses.
+    """
+    users = f"{address}/api/2.0/mlflow/users"
+    account = {"username": READER, "password": password}
+    made = _call("POST", f"{users}/create", admin, account)
+    if "RESOURCE_ALREADY_EXISTS" in made.text:
+        less = {"username": READER, "is_admin": False}
+        made = _call("PATCH", f"{users}/update-admin", admin, less)
+        if made.ok:
+            made = _call("PATCH", f"{users}/update-password", admin, account)
+    if not made.ok:
+        raise RegistryUnavailable(
+            f"MLflow did not make the account {READER!r}: {made.status_code} {made.text[:500]}"
+        )
+
+
+def _call(
+    method: str, url: str, admin: tuple[str, str], account: dict[str, Any]
+) -> requests.Response:
+    try:
+        return requests.request(method, url, json=account, auth=admin, timeout=TIMEOUT_S)
+    except requests.RequestException as error:
+        raise RegistryUnavailable(f"MLflow does not answer at {url}: {error}") from error
+
+
+def main(environment: Mapping[str, str] = os.environ) -> int:
+    try:
+        found = with_secrets(environment)
+        try:
+            admin = found["MLFLOW_TRACKING_USERNAME"], found["MLFLOW_TRACKING_PASSWORD"]
+            make_reader(found["MLFLOW_TRACKING_URI"], admin, found["MLFLOW_READER_PASSWORD"])
+        except KeyError as error:
+            raise UsageError(f"{error.args[0]} is not set") from error
+    except ConvoyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"the account {READER!r} is there")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What ``python -m registry`` prints: versions, one version, decisions, plans, live figures.
+
+Texts from the registry and from services are other people's: each stays on its own line, with its
+control characters escaped.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from registry.canary.traffic_stats import UNBOUNDED_S, Live, VersionTraffic
+from registry.core.names import one_line
+from registry.model.manifest import Manifest
+from registry.model.refs import ModelVersion
+
+if TYPE_CHECKING:
+    from registry.model.plans.planner import Choice
+    from registry.store.audit_log import Line
+
+BAR = 24  # characters
+
+
+def versions_table(rows: Iterable[tuple[ModelVersion, Mapping[str, str]]]) -> str:
+    """A line for each version, from its tags."""
+    heading = f"{'model':<20} {'version':>7}  {'aliases':<22} {'validation':>10} {'test':>8}"
+    lines = [f"{heading}  recipe    made"]
+    lines += [
+        f"{version.name:<20} {version.version:>7}  {', '.join(version.aliases):<22} "
+        f"{tags.get('convoy.validation_accuracy', ''):>10.6} "
+        f"{tags.get('convoy.test_accuracy', ''):>8.6}  {tags.get('convoy.recipe', ''):<8}  "
+        f"{_when(version)}"
+        for version, tags in rows
+    ]
+    return _page(lines)
+
+
+def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence["Line"]) -> str:
+    """One version: where it is from, what it takes and reaches, the decisions about its model."""
+    preprocess, data, source = manifest.preprocess, manifest.data, manifest.source
+    lines = [
+        f"{version.name} version {version.version} ({', '.join(version.aliases) or 'no alias'})",
+        f"  made       {_when(version)}, run {version.run_id}",
+        f"  network    {manifest.network.name} {manifest.network.args or ''}",
+        f"  labels     {', '.join(manifest.labels)}",
+        f"  input      {preprocess.mode} {preprocess.width_px}×{preprocess.height_px}",
+        f"  data       {data.name} {data.counts}, {data.sha256[:12]}…",
+        f"  source     {source.recipe}, seed {source.seed}, {source.device}, "
+        f"commit {source.git_commit}",
+        *(f"  {name:<28} {value:.4f}" for name, value in manifest.metrics.items()),
+        *(f"  {decision(line)}" for line in decisions),
+    ]
+    return _page(lines)
+
+
+def decision(line: "Line") -> str:
+    """One line of the ledger."""
+    entry = line.entry
+    overtaken = "" if line.stands else ", overtaken"
+    return one_line(
+        f"{line.number:>4}  {entry.at}  {entry.by}  {entry.action} version {entry.to_version} "
+        f"(champion was {entry.from_version}){overtaken}: "
+        f"{'; '.join(filter(None, (entry.reason, entry.verdict))) or 'no reason given'}"
+    )
+
+
+def plans_table(choice: "Choice", manifest: Manifest) -> str:
+    """Each plan that was tried, fastest first: times, memory, accuracy, verdict."""
+    from registry.model.plans.base import find_plan
+    from registry.model.plans.planner import score
+
+    lines = [
+        f"{'plan':<18} {'ms at 1':>9} {'at 8':>9} {'at 32':>9} {'memory MB':>10} "
+        f"{'difference':>10} {'held-out':>8}  verdict"
+    ]
+    for each in sorted(choice.findings, key=lambda finding: score(finding.batch_ms)):
+        accuracy = manifest.plan_accuracy.get(each.plan)
+        if each.reason is None and find_plan(each.plan).precision == "fp32":
+            accuracy = manifest.metrics.get("validation_accuracy")
+        cells = [
+            *(_cell(each.batch_ms.get(size), 9, ".3f") for size in (1, 8, 32)),
+            _cell(each.peak_mb, 10, ".0f"),
+            _cell(each.max_difference, 10, ".2g"),
+            _cell(accuracy, 8, ".4f"),
+        ]
+        verdict = "chosen" if each.plan == choice.chosen else each.reason or "accepted"
+        lines.append(f"{each.plan:<18} {' '.join(cells)}  {verdict}")
+    return _page(lines)
+
+
+def live_page(live: Live) -> str:
+    """A column for each version that serves, its times as bars, and the workers."""
+    here = [number for number in (live.champion, live.challenger) if number is not None]
+    shown = [live.of(number) for number in here]
+    names = ["champion", "challenger"][: len(here)]
+    rows: list[tuple[str, ...]] = [
+        ("", *(f"{name} {number}" for name, number in zip(names, here, strict=True))),
+        ("requests", *(f"{each.requests:,}" for each in shown)),
+        ("errors", *(f"{each.errors:,} ({each.error_rate:.2%})" for each in shown)),
+        ("p50 ms", *(_ms(each.quantile_s(0.5)) for each in shown)),
+        ("p99 ms", *(_ms(each.quantile_s(0.99)) for each in shown)),
+        ("mean confidence", *(_cell(each.mean_confidence, 0, ".4f") for each in shown)),
+        ("agreement in the shadow", *(_cell(each.agreement, 0, ".4f") for each in shown)),
+        ("shadowed / dropped", *(f"{each.shadowed:,} / {each.dropped:,}" for each in shown)),
+    ]
+    lines = [f"{row[0]:<24}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows]
+    for name, each in zip(names, shown, strict=True):
+        lines += [f"times of the {name}", *_bars(each)]
+    for worker in live.workers:
+        lines.append(
+            f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"
+            + (f", {worker.error}" if worker.error else "")
+        )
+    return _page(lines)
+
+
+def _page(lines: Iterable[str]) -> str:
+    return "\n".join(map(one_line, lines))
+
+
+def _bars(version: VersionTraffic) -> list[str]:
+    most = max((count for _, count in version.buckets), default=0)
+    return [
+        f"  {'over' if upper >= UNBOUNDED_S else f'≤ {1000 * upper:g}':>7} ms "
+        f"{'█' * max(1, round(BAR * count / most)):<{BAR}} {count:,}"
+        for upper, count in version.buckets
+        if count
+    ]
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.3g}"
+
+
+def _cell(value: float | None, width: int, form: str) -> str:
+    return "–".rjust(width) if value is None else f"{value:>{width}{form}}"
+
+
+def _when(version: ModelVersion) -> str:
+    return datetime.fromtimestamp(version.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")

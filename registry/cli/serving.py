@@ -1,0 +1,159 @@
+"""Verbs about what serves: ``compare``, ``plan``, ``serve`` and ``pull``."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from registry.cli.open import open_store
+from registry.cli.render import live_page, plans_table
+from registry.core.devices import serving_threads
+from registry.core.errors import UsageError
+from registry.core.paths import Home, convoy_home
+from registry.model.refs import ModelRef, parse_model_ref, parse_model_refs
+
+if TYPE_CHECKING:
+    from registry.model.bundle import Bundle
+
+# On the machine that serves, requests come first.
+PULLER_NICE = 10
+
+
+def add_to(commands: Any) -> None:
+    """Add these verbs to argparse's ``commands``."""
+    compare = commands.add_parser("compare", help="how the versions that serve do, live")
+    compare.add_argument("name")
+    compare.add_argument("--watch", action="store_true", help="again and again")
+    compare.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(run=_compare)
+
+    plan = commands.add_parser(
+        "plan", help="which ways of running a version are right here, and how fast"
+    )
+    plan.add_argument("ref", metavar="NAME@ALIAS", help="or NAME/NUMBER")
+    plan.add_argument("--anew", action="store_true", help="measure again")
+    plan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    plan.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of one forward pass; serving has cores / workers",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
+
+    serve = commands.add_parser("serve", help="the control plane: an API and pages for operators")
+    serve.add_argument("--host", default=os.environ.get("CONVOY_CONTROL_HOST") or "127.0.0.1")
+    serve.add_argument("--port", default=os.environ.get("CONVOY_CONTROL_PORT") or "8081")
+    serve.add_argument(
+        "--guard", action="store_true", help="end trials that break the policy, instead of pullers"
+    )
+    serve.set_defaults(run=_serve)
+
+    pull = commands.add_parser("pull", help="bring what should serve to disk and release it")
+    pull.add_argument(
+        "ref", nargs="*", help="models:/NAME@ALIAS or models:/NAME/NUMBER (default: CONVOY_MODEL)"
+    )
+    pull.add_argument("--watch", action="store_true", help="go on following the registry")
+    pull.add_argument(
+        "--interval", type=float, default=2.0, metavar="S", help="seconds between looks"
+    )
+    pull.add_argument(
+        "--no-guard",
+        dest="guard",
+        action="store_false",
+        help="write nothing to the registry: `serve --guard` ends trials, says what is refused",
+    )
+    pull.set_defaults(run=_pull)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from registry.canary.serving_client import read_live, service_addresses
+
+    services = service_addresses()
+    while True:
+        live = read_live(services, arguments.name)
+        if arguments.json:
+            print(json.dumps(msgspec.to_builtins(live)))
+        else:
+            home = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
+            print(home + live_page(live))
+        if not arguments.watch:
+            return 0
+        time.sleep(arguments.interval)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from registry.core.devices import choose_device
+    from registry.model.plans.planner import AUTO, Planner
+
+    home = convoy_home()
+    text = arguments.ref if arguments.ref.startswith("models:/") else f"models:/{arguments.ref}"
+    wanted = os.environ.get("CONVOY_PLAN") or AUTO
+    threads = arguments.threads or serving_threads()
+    planner = Planner(home.plans, choose_device(arguments.device), threads, wanted)
+    with tempfile.TemporaryDirectory(prefix="convoy-plan-") as folder:
+        bundle = _bundle_at_hand(parse_model_ref(text), home, Path(folder))
+        choice = planner.choose(bundle, anew=arguments.anew)
+    manifest = bundle.manifest
+    if arguments.json:
+        print(json.dumps(msgspec.to_builtins(choice, str_keys=True)))
+        return 0
+    print(f"{manifest.model} on {planner.device}, {threads} thread(s) a forward pass")
+    print(plans_table(choice, manifest))
+    return 0
+
+
+def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
+    """What the puller laid out, if it is that; else downloaded into ``folder``."""
+    from registry.delivery.deployment import all_releases, version_folder
+    from registry.model.bundle import open_bundle
+
+    found = (release.find(ref) for release in all_releases(home.models, ref.name))
+    if released := next(filter(None, found), None):
+        laid_out = version_folder(home.models, ref.name, released.version)
+        return open_bundle(laid_out, released.manifest_sha256)
+    store = open_store()
+    return store.download(store.resolve(ref), folder, lambda bundle: bundle.serving_files())
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from registry.control.server import serve
+
+    if not arguments.port.isdecimal():
+        raise UsageError(f"the control plane's port is {arguments.port!r}; it must be a number")
+    return serve(arguments.host, int(arguments.port), guard=arguments.guard)
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    if arguments.ref:
+        refs = parse_model_refs(",".join(arguments.ref), said_by="REF")
+    else:
+        refs = parse_model_refs(os.environ.get("CONVOY_MODEL"))
+    if not arguments.interval > 0:
+        raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
+    from registry.canary.monitor import Lookout
+    from registry.canary.serving_client import service_addresses
+    from registry.delivery.puller import Puller
+
+    services = service_addresses() if arguments.watch and arguments.guard else ()
+    lookout = Lookout(convoy_home(), services, "puller") if arguments.guard else None
+    puller = Puller(open_store, convoy_home(), refs, lookout)
+    if not arguments.watch:
+        return 0 if puller.pull_all() else 2
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    os.nice(PULLER_NICE)
+    threading.Thread(target=puller.guard, args=(stop,), name="guard", daemon=True).start()
+    puller.watch(stop, arguments.interval)
+    return 0

@@ -1,0 +1,119 @@
+"""Verbs that show: ``list``, ``show``, ``history`` and ``audit``."""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import msgspec
+
+from registry.cli.open import open_store
+from registry.cli.render import decision, version_page, versions_table
+from registry.core.names import one_line
+from registry.model.refs import ref_of
+
+AUDIT_AGAIN_S = 2.0
+
+
+def add_to(commands: Any) -> None:
+    """Add these verbs to argparse's ``commands``."""
+    listing = commands.add_parser("list", help="models and their versions")
+    listing.add_argument("name", nargs="?", help="only this model")
+    listing.set_defaults(run=_list)
+
+    show = commands.add_parser("show", help="one version: manifest, metrics, decisions")
+    show.add_argument("name")
+    show.add_argument("version", nargs="?", default="champion", help="number or alias")
+    show.set_defaults(run=_show)
+    for command in (listing, show):
+        command.add_argument("--json", action="store_true", help="print JSON")
+
+    history = commands.add_parser(
+        "history",
+        help="every decision about a model",
+        description="Every decision about a model. A name with (unverified) is one that a command "
+        "line took from $LOGNAME, which its user sets at will; names without it are those of the "
+        "control plane's tokens, which it has checked, or of machines.",
+    )
+    history.add_argument("name")
+    history.add_argument("--at", metavar="DAY", help="who was champion on 2026-11-17 (UTC)")
+    history.add_argument("--json", action="store_true", help="print JSON")
+    history.set_defaults(run=_history)
+
+    audit = commands.add_parser(
+        "audit",
+        help="are lines of the log missing, and do the aliases agree with it",
+        description="Finds lines of the log that are missing or unreadable, a log that publishing "
+        "did not make, and aliases that disagree with it. It does not find lines that an account "
+        "with write access to the registry has rewritten.",
+    )
+    audit.add_argument("name", nargs="?", help="only this model")
+    audit.set_defaults(run=_audit)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    store = open_store()
+    names = [arguments.name] if arguments.name else store.models()
+    rows = [(version, tags) for name in names for version, tags in store.versions(name)]
+    if arguments.json:
+        print(
+            json.dumps([{**msgspec.to_builtins(version), "tags": tags} for version, tags in rows])
+        )
+        return 0
+    if not rows:
+        print("no versions yet; python -m training makes one")
+        return 0
+    print(versions_table(rows))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    store = open_store()
+    ref = ref_of(arguments.name, arguments.version)
+    version = store.resolve(ref)
+    manifest = store.manifest(version)
+    lines = store.ledger(arguments.name).lines
+    shown = {
+        "version": msgspec.to_builtins(version),
+        "manifest": msgspec.to_builtins(manifest),
+        "decisions": msgspec.to_builtins(lines),
+    }
+    if arguments.json:
+        print(json.dumps(shown))
+        return 0
+    print(version_page(version, manifest, lines))
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    from registry.store.audit_log import moments
+
+    store = open_store()
+    store.aliases(arguments.name)  # says so if there is no such model
+    ledger = store.ledger(arguments.name)
+    lines = ledger.reigns(*moments(arguments.at)) if arguments.at else ledger.lines
+    if arguments.json:
+        print(json.dumps(msgspec.to_builtins(lines)))
+        return 0
+    if arguments.at is not None:
+        versions = ", then ".join(str(line.entry.to_version) for line in lines)
+        print(f"{arguments.name} on {arguments.at}: version {versions or 'none'}")
+    for line in lines:
+        print(decision(line))
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from registry.promotion.promotion import audit
+
+    store = open_store()
+    names = [arguments.name] if arguments.name else store.models()
+    failed = False
+    for name in names:
+        lines, faults = audit(store, name)
+        if faults:  # of somebody who promotes at this moment, perhaps
+            time.sleep(AUDIT_AGAIN_S)
+            lines, faults = audit(store, name)
+        failed = failed or bool(faults)
+        print(one_line(f"{name}: {lines} lines, {'; '.join(faults) or 'all in order'}"))
+    return 1 if failed else 0

@@ -1,0 +1,121 @@
+"""The OpenAPI 3.1 description of the control plane; a test holds it against the routes."""
+
+from typing import Any
+
+import msgspec
+
+from registry.core.problem_details import responses, schema
+from registry.promotion.commands import BODIES
+
+_FAILURES = {
+    "400": "The body or a parameter cannot be used.",
+    "401": "There is no token, or nobody's.",
+    "403": "The token may look, not decide.",
+    "404": "No such model or version, or nothing to take back.",
+    "409": "The champion, or what is on trial, is not what was expected: look again.",
+    "413": "The body is too large.",
+    "422": (
+        "The gate refuses; the refusal is in the ledger. `force` with a `reason` overrides. "
+        "`allow_new_classes` accepts classes that differ."
+    ),
+    "503": "The registry, or a service, cannot be reached.",
+}
+_NUMBER = {"type": "integer", "minimum": 1}
+_DECISIONS = {
+    "promote": "Make a version the champion, if the gate lets it.",
+    "roll-back": "Make the previous champion champion again.",
+    "release": "Try a challenger on a share of the requests, in the shadow, or both.",
+    "withdraw": "End the trial.",
+}
+_READS = {
+    "/v1/models": "All models: aliases, and what is on trial.",
+    "/v1/models/{name}": "One model: aliases, and what is on trial.",
+    "/v1/models/{name}/versions": "Its versions with their metrics, newest first.",
+    "/v1/models/{name}/versions/{version}": "One version: its manifest.",
+    "/v1/models/{name}/versions/{version}/verdict": (
+        "What the gate says of it beside the champion; 202 while that is being found."
+    ),
+    "/v1/models/{name}/traffic": "How the services serve it: workers, and each version's figures.",
+    "/v1/models/{name}/history": "Every decision; with `at`, who was champion on that day.",
+    "/v1/models/{name}/audit": "Whether lines of the log are missing, and the aliases agree; "
+    "a line that was rewritten is not found.",
+}
+
+
+def document() -> dict[str, Any]:
+    """The description as plain data."""
+    _, bodies = msgspec.json.schema_components(
+        BODIES.values(), ref_template="#/components/schemas/{name}"
+    )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Convoy's control plane",
+            "version": "1",
+            "description": "Versions of models: look, compare, promote, try, take back.",
+        },
+        "security": [{"token": []}],
+        "paths": {
+            "/livez": {"get": _open("Whether the process answers.", "text/plain")},
+            "/openapi.json": {"get": _open("This description.", "application/json")},
+            **{path: {"get": _read(path, summary)} for path, summary in _READS.items()},
+            **{
+                f"/v1/models/{{name}}/{verb}": {"post": _decision(verb, summary)}
+                for verb, summary in _DECISIONS.items()
+            },
+        },
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {"Problem": schema(), **bodies},
+        },
+    }
+
+
+def _open(summary: str, media_type: str) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "security": [],
+        "responses": {"200": {"description": summary, "content": {media_type: {}}}},
+    }
+
+
+def _read(path: str, summary: str) -> dict[str, Any]:
+    parameters = _path_parameters(path)
+    if path.endswith("/history"):
+        parameters.append({"name": "at", "in": "query", "schema": {"type": "string"}})
+    answers = {"200": _answer(summary)}
+    if path.endswith("/verdict"):
+        answers["202"] = _answer("It is being found; see Retry-After.")
+    codes = ("400", "401", "404", "422", "503")
+    return {"summary": summary, "parameters": parameters, "responses": answers | _problems(codes)}
+
+
+def _decision(verb: str, summary: str) -> dict[str, Any]:
+    body = {"$ref": f"#/components/schemas/{BODIES[verb].__name__}"}
+    return {
+        "summary": summary,
+        "parameters": _path_parameters("{name}"),
+        "requestBody": {"content": {"application/json": {"schema": body}}},
+        "responses": {
+            "200": _answer("The ledger's line."),
+            **_problems(tuple(_FAILURES)),
+        },
+    }
+
+
+def _answer(description: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"type": "object"}}}
+    return {"description": description, "content": content}
+
+
+def _problems(codes: tuple[str, ...]) -> dict[str, Any]:
+    return responses({code: _FAILURES[code] for code in codes})
+
+
+def _path_parameters(path: str) -> list[dict[str, Any]]:
+    kinds = {"name": {"type": "string"}, "version": _NUMBER}
+    return [
+        {"name": name, "in": "path", "required": True, "schema": schema}
+        for name, schema in kinds.items()
+        if "{" + name + "}" in path
+    ]

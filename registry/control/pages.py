@@ -1,0 +1,305 @@
+"""Pages over the control plane, for people. Reading them needs no JavaScript.
+
+A visitor signs in with a token and gets a session. Its cookie sends itself, so whatever decides
+something must also bring the session's own secret in the form, and come from this origin.
+"""
+
+import base64
+import hmac
+import os
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+from urllib.parse import urlsplit
+
+import jinja2
+from flask import (
+    Blueprint,
+    Flask,
+    Response,
+    g,
+    redirect,
+    render_template,
+    request,
+)
+from werkzeug.exceptions import Forbidden, NotFound
+
+from registry.auth.sessions import SESSION_TTL_S, form_secret
+from registry.control.addresses import relative, url_for
+from registry.control.charts import HEIGHT, WIDTH, curves
+from registry.control.state import COOKIE, control, describe_error, report_files
+from registry.core.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
+from registry.core.names import check_model_name
+from registry.model.refs import ModelRef
+from registry.promotion.commands import Decision, Promotion, RollBack, TrialRequest, Withdrawal
+from registry.promotion.gate_runner import Judgement
+from registry.promotion.policy import read_policy
+
+blueprint = Blueprint("pages", __name__)
+P = ParamSpec("P")
+
+
+def init_app(app: Flask) -> None:
+    app.register_blueprint(blueprint)
+    app.jinja_env.filters.update(FILTERS)
+    app.jinja_env.globals.update(width=WIDTH, height=HEIGHT, url_for=url_for)
+
+
+def verdict_page(judged: Judgement) -> str:
+    """A judgement as one file that needs nothing else, with its pictures in it."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder / "templates"), autoescape=True
+    )
+    environment.filters.update(FILTERS)
+    style = (folder / "static" / "style.css").read_text()
+    return environment.get_template("verdict_alone.html").render(judged=judged, style=style)
+
+
+def for_visitors(view: Callable[P, Any]) -> Callable[P, Any]:
+    """Of a page: who has no session, or may not look any more, is sent to sign in."""
+
+    @wraps(view)
+    def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
+        if g.visitor is None or not g.visitor.may_look:
+            return redirect(url_for("pages.sign_in", next=request.path), 303)
+        return view(*arguments, **named)
+
+    return guarded
+
+
+@blueprint.context_processor
+def _for_forms() -> dict[str, str]:
+    return {"csrf": form_secret(_cookie())}
+
+
+@blueprint.errorhandler(Exception)
+def show_error(error: Exception) -> tuple[str, int]:
+    status, title, detail = describe_error(error)
+    return render_template("error.html", title=title, detail=detail), status
+
+
+@blueprint.get("/login")
+def sign_in() -> str:
+    return render_template("login.html", next=request.args.get("next", ""), failed=False)
+
+
+@blueprint.post("/login")
+def signed_in() -> Any:
+    _check_origin()
+    token = control().tokens.find(request.form.get("token", "").strip())
+    target = request.form.get("next", "")
+    if token is None or not token.may_look:
+        return render_template("login.html", next=target, failed=True), 401
+    # Only to a page of ours: "//host" and "/\\host" are another's.
+    ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
+    response = redirect(relative(target) if ours else url_for("pages.show_models"), 303)
+    response.set_cookie(
+        COOKIE,
+        control().sessions.begin(token.sha256),
+        max_age=SESSION_TTL_S,
+        secure=os.environ.get("CONVOY_CONTROL_HTTPS") == "1",
+        httponly=True,
+        samesite="Strict",
+    )
+    return response
+
+
+@blueprint.post("/logout")
+@for_visitors
+def sign_out() -> Any:
+    _check_form()
+    control().sessions.end(_cookie())
+    response = redirect(url_for("pages.sign_in"), 303)
+    response.delete_cookie(COOKIE, httponly=True, samesite="Strict")
+    return response
+
+
+@blueprint.get("/")
+@for_visitors
+def show_models() -> str:
+    store = control().store
+    rows = [(name, *store.standing(name)) for name in store.models()]
+    return render_template("models.html", rows=rows)
+
+
+@blueprint.get("/models/<name>")
+@for_visitors
+def show_model(name: str) -> str:
+    return _model_page(name)
+
+
+@blueprint.get("/models/<name>/live")
+@for_visitors
+def show_live(name: str) -> str:
+    return render_template("live.html", **_live(check_model_name(name)))
+
+
+@blueprint.get("/models/<name>/versions/<int:version>")
+@for_visitors
+def show_version(name: str, version: int) -> str:
+    return _version_page(name, version)
+
+
+@blueprint.get("/models/<name>/versions/<int:version>/report/<file>")
+@for_visitors
+def show_report(name: str, version: int, file: str) -> Response:
+    """A picture of the version's training report, fetched once and kept."""
+    found = control().store.resolve(ModelRef(check_model_name(name), version))
+    picture = control().picture(found, f"report/{file}")
+    if picture is None:
+        raise NotFound
+    response = Response(picture, mimetype="image/png")
+    response.headers["Cache-Control"] = "private, max-age=86400"
+    return response
+
+
+@blueprint.post("/models/<name>/decide")
+@for_visitors
+def decide(name: str) -> Any:
+    """Whatever a form on the model's or a version's page decides."""
+    _check_form()
+    version = _number("version")
+    if not g.visitor.may_decide:
+        raise Forbidden(f"the token {g.visitor.name!r} may look, not decide")
+    try:
+        decision = _read_form(request.form.get("action", ""), version)
+        control().carry_out(decision, name, g.visitor.name)
+    except ConvoyError as error:
+        status, _, detail = describe_error(error)
+        if version is not None and isinstance(error, PromotionRefused):
+            return _version_page(name, version, detail), status
+        return _model_page(name, detail), status
+    return redirect(url_for("pages.show_model", name=name), 303)
+
+
+def _read_form(action: str, version: int | None) -> Decision:
+    """What the form that was sent asks for."""
+    reason = request.form.get("reason", "").strip() or None
+    expected = _number("expect_champion")
+    if action in ("promote", "force") and version is not None:
+        return Promotion(
+            version=version,
+            force=action == "force",
+            allow_new_classes="allow_new_classes" in request.form,
+            expect_champion=expected,
+            reason=reason,
+        )
+    if action == "release" and version is not None:
+        return TrialRequest(
+            challenger=version,
+            share=_percent("share"),
+            shadow=_percent("shadow"),
+            expect_champion=expected,
+            reason=reason,
+        )
+    if action == "withdraw":
+        return Withdrawal(expect_challenger=version, reason=reason)
+    if action == "roll-back":
+        return RollBack(expect_champion=expected, reason=reason)
+    raise UsageError(f"the form asks for {action!r}, which is nothing that can be decided")
+
+
+def _model_page(name: str, error: str | None = None) -> str:
+    store = control().store
+    versions = store.versions(check_model_name(name))
+    aliases, trial = store.standing(name)
+    lines = list(reversed(store.ledger(name).lines))
+    return render_template(
+        "model.html",
+        name=name,
+        versions=versions,
+        aliases=aliases,
+        trial=trial,
+        lines=lines,
+        error=error,
+        **_live(name),
+    )
+
+
+def _version_page(name: str, version: int, error: str | None = None) -> str:
+    store = control().store
+    found = store.resolve(ModelRef(check_model_name(name), version))
+    manifest = store.manifest(found)
+    aliases, trial = store.standing(name)
+    champion = aliases.get("champion")
+    judged = control().judgement(name, version) if champion not in (None, version) else None
+    return render_template(
+        "version.html",
+        name=name,
+        found=found,
+        manifest=manifest,
+        pictures=[file.removeprefix("report/") for file in report_files(manifest)],
+        champion=champion,
+        trial=trial,
+        judged=judged,
+        policy=read_policy(control().home.policy(name)),
+        error=error,
+    )
+
+
+def _live(name: str) -> dict[str, Any]:
+    try:
+        samples = control().history.samples(name)
+    except ModelNotReady as error:
+        return {"live": None, "live_error": str(error), "curves": []}
+    return {"live": samples[-1][1], "live_error": None, "curves": curves(samples)}
+
+
+def _check_form() -> None:
+    """Refuse a form that another site has sent: it does not know the session's secret."""
+    _check_origin()
+    sent, known = request.form.get("csrf", ""), form_secret(_cookie())
+    if not hmac.compare_digest(sent.encode(errors="replace"), known.encode()):
+        raise UsageError("the form is not of this session; go back, load the page again")
+
+
+def _check_origin() -> None:
+    origin = request.headers.get("Origin")
+    if request.headers.get("Sec-Fetch-Site") == "cross-site" or (
+        origin is not None and urlsplit(origin).netloc != request.host
+    ):
+        raise UsageError("the form comes from another site")
+
+
+def _number(field: str) -> int | None:
+    text = request.form.get(field, "")
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+
+
+def _percent(field: str) -> float:
+    text = request.form.get(field, "").strip().removesuffix("%") or "0"
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", text) or float(text) > 100:
+        raise UsageError(f"{field} is {text[:20]!r}; write a percentage from 0 to 100")
+    return float(text) / 100
+
+
+def _cookie() -> str:
+    return request.cookies.get(COOKIE, "")
+
+
+def _data_uri(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def _moment(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "data_uri": _data_uri,
+    "moment": _moment,
+    "figure": _figure,
+    "share": _share,
+}

@@ -1,0 +1,5 @@
+"""What takes a version from the registry to the disk of the machine that serves it.
+
+Imports ``core``, ``model`` and ``store``. ``deployment`` and ``signing`` are light: the service
+reads them.
+"""

@@ -1,0 +1,333 @@
+"""A bundle: all files of one model version in one folder, each named with its digest.
+
+Nothing in it can run code: JSON, safetensors, encoded pictures, ``.npz`` read without pickle, and
+the network as graphs of operations that the engines have themselves. Whoever reads a file gets the
+very bytes whose digest was checked, so nothing can change between the check and the use. Knows
+neither torch nor MLflow.
+"""
+
+import io
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+from msgspec import Struct
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from registry.core.errors import BundleInvalid
+from registry.core.names import sha256_hex
+from registry.model.heldout import Heldout, TrainingRecord
+from registry.model.manifest import FileEntry, Manifest, manifest_from_json
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+GOLDEN = "golden/golden.json"
+HELDOUT = "heldout.npz"
+TRAINING = "training.npz"
+CHAMPION_SCORES = "champion.npz"
+THUMBNAILS = "thumbnails.npz"
+# The network with its weights, for engines other than torch; a version may lack some or all.
+ONNX_GRAPH = "exports/network.onnx"
+INT8_GRAPH, INT8_WEIGHTS = "exports/int8.xml", "exports/int8.bin"
+ONNX_START = b"\x08"  # protobuf's tag of ModelProto.ir_version, which comes first
+# Rounding may lift a probability above 1; in half precision the next number is 1 + 2⁻¹⁰.
+ROUNDING = 1e-3
+# What arrays of a bundle may take in memory: 65,000 examples of 1,000 classes, for instance.
+MAX_ARRAYS_BYTES = 256 * 1024 * 1024
+
+
+class GoldenImage(Struct, frozen=True):
+    """One encoded held-out picture of the bundle and the fp32 probabilities it must get."""
+
+    file: str
+    probabilities: tuple[float, ...]
+
+
+class Bundle:
+    """An opened bundle: its manifest, and its files checked as they are read."""
+
+    def __init__(self, folder: Path, manifest_bytes: bytes) -> None:
+        self.folder = folder
+        self.manifest = manifest_from_json(manifest_bytes)
+        self.manifest_sha256 = sha256_hex(manifest_bytes)
+        for name in self.manifest.files:
+            _check_name(name)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of the file ``name``, their size and digest checked.
+
+        Raises:
+            BundleInvalid: not in the manifest, missing on disk, or not what was published.
+        """
+        return read_digested(self.folder / name, self.entry(name).sha256)
+
+    def entry(self, name: str) -> FileEntry:
+        """What the manifest says of the file ``name``; ``BundleInvalid`` if it does not name it."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleInvalid(f"{self.folder}: the manifest names no file {name}")
+        return entry
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Read ``names``, by default every file; ``BundleInvalid`` if one is not right."""
+        for name in self.manifest.files if names is None else names:
+            self.read(name)
+
+    def serving_files(self) -> list[str]:
+        """What serving needs beside the manifest: weights, exported graphs, golden pictures."""
+        return [
+            name
+            for name in self.manifest.files
+            if name == WEIGHTS or name.startswith(("exports/", "golden/"))
+        ]
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """The state dict as arrays, by parameter name."""
+        try:
+            return safetensors.numpy.load(self.read(WEIGHTS))
+        except safetensors.SafetensorError as error:
+            raise BundleInvalid(f"{self.folder / WEIGHTS}: {error}") from error
+
+    def graph(self, name: str) -> bytes:
+        """An exported graph, whole: engines would read what it names outside, unchecked.
+
+        Raises:
+            BundleInvalid: as for ``read``; or it is in another format than its name says, which
+                an engine might read all the same; or it may name another file.
+        """
+        graph = self.read(name)
+        if name == INT8_GRAPH and not graph.startswith(b"<?xml"):
+            raise BundleInvalid(f"{self.folder / name} is not in OpenVINO's format")
+        if name == ONNX_GRAPH and not graph.startswith(ONNX_START):
+            raise BundleInvalid(f"{self.folder / name} is not in ONNX's format")
+        # How ONNX says where a tensor lies outside, in whatever way the field is encoded.
+        if name == ONNX_GRAPH and b"location" in graph:
+            raise BundleInvalid(f"{self.folder / name} refers to other files")
+        return graph
+
+    def golden(self) -> list[GoldenImage]:
+        try:
+            return msgspec.json.decode(self.read(GOLDEN), type=list[GoldenImage])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise BundleInvalid(f"{self.folder / GOLDEN}: {error}") from error
+
+    def heldout(self) -> Heldout:
+        arrays = self._arrays(HELDOUT, "labels", "probabilities", "digests", "looks")
+        labels, probabilities = arrays["labels"], arrays["probabilities"]
+        classes = len(self.manifest.labels)
+        fits = (
+            labels.dtype.kind in "iu"
+            and probabilities.dtype.kind == "f"
+            and labels.ndim == 1
+            and labels.size > 0
+            and probabilities.shape == (labels.size, classes)
+            and 0 <= labels.min() <= labels.max() < classes
+        )
+        if not fits:
+            raise BundleInvalid(
+                f"{self.folder / HELDOUT}: labels {labels.dtype}{labels.shape} and probabilities "
+                f"{probabilities.dtype}{probabilities.shape} are none of {classes} classes"
+            )
+        digests, looks = arrays["digests"], arrays["looks"]
+        if digests.dtype != np.uint8 or digests.shape != (labels.size, 32):
+            raise BundleInvalid(
+                f"{self.folder / HELDOUT}: digests {digests.dtype}{digests.shape} are not the "
+                f"SHA-256 of {labels.size} examples"
+            )
+        self._check_words(HELDOUT, looks, (labels.size,))
+        self._check_range(HELDOUT, probabilities)
+        return Heldout(labels, probabilities, digests, looks)
+
+    def training(self) -> TrainingRecord:
+        arrays = self._arrays(TRAINING, "digests", "looks")
+        digests, looks = arrays["digests"], arrays["looks"]
+        self._check_words(TRAINING, digests, (digests.size,))
+        self._check_words(TRAINING, looks, digests.shape)
+        return TrainingRecord(digests, looks)
+
+    def champion_scores(
+        self, manifest_sha256: str, shape: tuple[int, int]
+    ) -> NDArray[np.float32] | None:
+        """Scores that another version gave to the held-out examples here.
+
+        Training adds them when it publishes: of the champion of that moment.
+
+        Args:
+            manifest_sha256: of the version whose scores are wanted.
+            shape: how many held-out examples there are here, and how many classes it knows.
+
+        Returns:
+            float32 of ``shape``; None where the bundle has the scores of another version, or none.
+        """
+        if self.manifest.scored_champion != manifest_sha256:
+            return None
+        scores = self._arrays(CHAMPION_SCORES, "probabilities")["probabilities"]
+        if scores.dtype.kind != "f" or scores.shape != shape:
+            raise BundleInvalid(
+                f"{self.folder / CHAMPION_SCORES}: probabilities {scores.dtype}{scores.shape} are "
+                f"not of {shape[0]} examples and {shape[1]} classes"
+            )
+        self._check_range(CHAMPION_SCORES, scores)
+        return scores
+
+    def thumbnails(self) -> NDArray[np.uint8]:
+        """Small pictures of the first held-out examples, uint8 (N, H, W, C), to be looked at.
+
+        None at all of a version that was published without.
+        """
+        if THUMBNAILS not in self.manifest.files:
+            return np.zeros((0, 1, 1, 1), np.uint8)
+        pixels = self._arrays(THUMBNAILS, "pixels")["pixels"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
+            raise BundleInvalid(
+                f"{self.folder / THUMBNAILS}: {pixels.dtype}{pixels.shape} are no pictures"
+            )
+        return pixels
+
+    def _check_words(self, file: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+        if array.dtype != np.uint64 or array.shape != shape:
+            raise BundleInvalid(
+                f"{self.folder / file}: digests are {array.dtype}{array.shape}, not uint64{shape}"
+            )
+
+    def _check_range(self, file: str, probabilities: NDArray[Any]) -> None:
+        """NaN passes: the gate refuses it, and says which version to publish again."""
+        outside = probabilities[(probabilities < 0) | (probabilities > 1 + ROUNDING)]
+        if outside.size:
+            raise BundleInvalid(
+                f"{self.folder / file}: {outside.size:,} probabilities are outside 0 … 1; the "
+                f"first is {outside[0]:g}"
+            )
+
+    def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:
+        """The arrays ``names`` of an ``.npz`` file, unpacked only if they fit into memory."""
+        try:
+            with zipfile.ZipFile(io.BytesIO(self.read(file))) as archive:
+                _check_unpacked(archive, names)
+                return {name: _read_array(archive, name) for name in names}
+        except Exception as error:  # of bytes that are no such file, zip and zlib raise their own
+            raise BundleInvalid(f"{self.folder / file}: {error}") from error
+
+
+def _check_unpacked(archive: zipfile.ZipFile, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` if the arrays ``names`` say that they take more than is read."""
+    size_bytes = sum(archive.getinfo(f"{name}.npy").file_size for name in names)
+    if size_bytes > MAX_ARRAYS_BYTES:
+        raise ValueError(
+            f"it would unpack to {size_bytes:,} bytes; at most {MAX_ARRAYS_BYTES:,} are read"
+        )
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """One array, after its header agreed with the size of its member.
+
+    numpy allocates what a header says before it reads. ``zipfile`` never reads more than a member's
+    declared size.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed by another method than deflate")
+    with archive.open(member) as file:
+        if npy.read_magic(file) != (1, 0):
+            raise ValueError(f"{member.filename} is not in version 1.0 of numpy's format")
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} has another size than {dtype}{shape} takes")
+    with archive.open(member) as file:
+        array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+    return array
+
+
+def to_npz(**arrays: NDArray[Any]) -> bytes:
+    """The content of an ``.npz`` file of ``arrays``."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write ``files`` and the manifest that names them into ``folder``, and open the result.
+
+    The manifest comes last: a folder without one is no bundle.
+    """
+    entries = {name: FileEntry(sha256_hex(data), len(data)) for name, data in files.items()}
+    for name, data in files.items():
+        _check_name(name)
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    manifest_bytes = msgspec.structs.replace(manifest, files=entries).to_json()
+    (folder / MANIFEST).write_bytes(manifest_bytes)
+    return Bundle(folder, manifest_bytes)
+
+
+def with_manifest(bundle: Bundle, manifest: Manifest) -> Bundle:
+    """``bundle`` with another manifest over the same files; written in place."""
+    manifest_bytes = msgspec.structs.replace(manifest, files=bundle.manifest.files).to_json()
+    (bundle.folder / MANIFEST).write_bytes(manifest_bytes)
+    return Bundle(bundle.folder, manifest_bytes)
+
+
+def open_bundle(folder: Path, expected_sha256: str | None = None) -> Bundle:
+    """The bundle in ``folder``; its other files are checked when they are read.
+
+    Args:
+        folder: where ``manifest.json`` lies.
+        expected_sha256: the manifest's digest as the registry has it.
+
+    Raises:
+        BundleInvalid: no manifest, one that cannot be read, or one with another digest.
+    """
+    try:
+        manifest_bytes = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleInvalid(f"{folder / MANIFEST}: {error.strerror}") from error
+    found = sha256_hex(manifest_bytes)
+    if expected_sha256 is not None and found != expected_sha256:
+        raise BundleInvalid(
+            f"{folder / MANIFEST} has sha256 {found[:12]}…; "
+            f"the registry says {expected_sha256[:12]}…"
+        )
+    return Bundle(folder, manifest_bytes)
+
+
+def read_digested(path: Path, sha256: str | None) -> bytes:
+    """The content of ``path``.
+
+    Raises:
+        BundleInvalid: it cannot be read, or its digest is not ``sha256``.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleInvalid(f"{path}: {error.strerror}") from error
+    if (found := sha256_hex(data)) != sha256:
+        raise BundleInvalid(
+            f"{path} ({len(data)} bytes) has sha256 {found[:12]}…, not {str(sha256)[:12]}…"
+        )
+    return data
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder under ``folder``, so that a rename after it survives a crash."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that would leave the bundle's folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or name == MANIFEST:
+        raise BundleInvalid(f"the manifest names a file {name!r} outside the bundle")

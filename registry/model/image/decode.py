@@ -1,0 +1,330 @@
+"""The one place that opens an image: training, publishing and serving all decode here.
+
+It knows Pillow and the preprocessing contract; it knows neither networks nor HTTP.
+"""
+
+import ctypes
+import hashlib
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, _imaging
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from registry.core.errors import ConvoyError, ImageTooLarge, InvalidImage
+from registry.model.image.limits import (
+    DEFAULT_LIMITS,
+    MIN_BYTES_PER_PIXEL,
+    VARIABLES,
+    DecodeLimits,
+    check_decoded,
+)
+from registry.model.image.structure import check_parts
+from registry.model.manifest import PreprocessSpec
+
+Pixels = NDArray[np.uint8]
+"""One decoded image: uint8, row-major (height, width, channels), C-contiguous."""
+
+# Of training and of serving. Pillow opens more, and runs other programs for some of it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+_INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# EXIF 2.32, 4.6.4 A: what undoes each orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = {5, 6, 7, 8}
+# Pillow's own advice for thumbnails; docs/decisions/0008 has what it costs in accuracy.
+REDUCING_GAP = 2
+# Pillow warns of each odd tag: a picture of a stranger's would write a thousand lines into the log,
+# and have Python remember each of them. It also logs some faults, and libtiff writes its own to
+# stderr; what matters of them is in the error that is raised.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with suppress(OSError, AttributeError):  # a build of Pillow without libtiff
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+# What is made of a large picture is made in bands: so much less is held at once.
+BAND_PIXELS = 1_000_000
+# A PNG's grey of fewer bits, as Pillow scales it, but for the value that is transparent.
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+# Held while training has a picture in memory that serving would not hold whole.
+WHOLE_LARGE = threading.Lock()
+
+
+def decode_image(
+    data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT_LIMITS
+) -> Pixels:
+    """The pixels of an encoded image, in the size and mode that ``spec`` asks for.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled by 1/257, CMYK
+    and palettes are converted, and of an animation the first frame is taken. Safe to call from
+    several threads.
+
+    Args:
+        data: the whole file.
+        spec: the contract of the version that will see the pixels.
+        limits: refused before decoding when the file claims or contains more.
+
+    Returns:
+        uint8 array of shape ``spec.shape``, read-only.
+
+    Raises:
+        UnsupportedImageType: the bytes start like none of the accepted formats.
+        ImageTooLarge: more of anything than ``limits`` allow.
+        InvalidImage: anything else that keeps the bytes from being decoded.
+    """
+    return _decode(check_parts(data, limits), spec, limits)
+
+
+def decode_training_image(
+    data: bytes, spec: PreprocessSpec, limits: DecodeLimits | None = None
+) -> tuple[Pixels, str]:
+    """Pixels as ``decode_image`` gives them, and the digest of the picture in its full size.
+
+    The SHA-256 is of the pixels and not of the file, so that a copy in another format, or with
+    other metadata, is known as the same picture. Safe to call from several threads: a JPEG that is
+    over ``limits`` before it shrinks is in memory whole for one of them at a time.
+
+    Args:
+        data: the whole file.
+        spec: the contract of the version that will see the pixels.
+        limits: by default those that the environment sets, for the service too: what trains must
+            serve.
+
+    Raises:
+        UnsupportedImageType, ImageTooLarge, InvalidImage: as ``decode_image``.
+    """
+    try:
+        limits = limits or DecodeLimits.from_environment()
+        needed = check_parts(data, limits)
+        return _decode(needed, spec, limits), _digest(needed, spec, limits)
+    except ImageTooLarge as error:
+        raise ImageTooLarge(
+            f"{error}; {', '.join(VARIABLES)} set the limits, here and for the service"
+        ) from error
+
+
+def _digest(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> str:
+    """The SHA-256 of the upright picture's size and of its pixels as RGB."""
+    with _opened(data) as image, _alone_if_large(image, limits):
+        upright = _upright(_opaque(image, data), spec, _orientation(image))
+        digest = hashlib.sha256(f"{upright.size}".encode())
+        for _, band in _bands(upright):
+            digest.update(band.convert("RGB").tobytes())
+        return digest.hexdigest()
+
+
+def _alone_if_large(image: Image.Image, limits: DecodeLimits) -> AbstractContextManager[object]:
+    is_large = _decoded_bytes(image) > limits.max_decoded_bytes
+    return WHOLE_LARGE if is_large else nullcontext()
+
+
+def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Pixels:
+    with _opened(data) as image:
+        size = _shrink_on_load(image, spec)
+        _check_decoded(image, limits)
+        opaque = _opaque(image, data)
+        orientation = _orientation(image)
+        plain = opaque if opaque.mode == spec.mode else opaque.convert(spec.mode)
+        is_turned = orientation in QUARTER_TURNS and spec.exif == "transpose"
+        fitted = _upright(_fit(plain, spec, size, is_turned), spec, orientation)
+        return np.frombuffer(fitted.tobytes(), dtype=np.uint8).reshape(spec.shape)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    with _decoding(), Image.open(BytesIO(data), formats=FORMATS) as image:
+        yield image
+
+
+def _check_decoded(image: Image.Image, limits: DecodeLimits) -> None:
+    """Refuse a JPEG that stays too large though it is shrunk; of others the header has told."""
+    if isinstance(image, JpegImageFile):
+        check_decoded(_decoded_bytes(image), image.size, limits)
+
+
+def _decoded_bytes(image: Image.Image) -> int:
+    return image.width * image.height * max(MIN_BYTES_PER_PIXEL, len(image.getbands()))
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever Pillow raises, and it raises a dozen kinds on bad bytes, as one of our errors."""
+    try:
+        yield
+    except ConvoyError:
+        raise
+    except _BOMBS as error:
+        raise ImageTooLarge("the image claims more pixels than can be decoded safely") from error
+    except Exception as error:
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__
+        raise InvalidImage(f"the image cannot be decoded: {_without_address(reason)}") from error
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """``pixels`` as a PNG that ``decode_image`` gives back unchanged at the same size."""
+    buffer = BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _shrink_on_load(image: Image.Image, spec: PreprocessSpec) -> tuple[float, float]:
+    """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
+
+    At least ``REDUCING_GAP`` times what is needed stays, for the resize after it to average.
+
+    Returns:
+        Width and height that the picture itself has of those that are decoded: a last row and
+        column may be of it in part only.
+    """
+    if not isinstance(image, JpegImageFile):
+        return image.size
+    width_px, height_px = image.size
+    needed_px = REDUCING_GAP * (spec.resize_shorter_px or max(spec.width_px, spec.height_px))
+    for factor in (8, 4, 2):
+        smaller = (width_px // factor, height_px // factor)
+        if min(smaller) >= needed_px:
+            image.draft(None, smaller)
+            return width_px / factor, height_px / factor
+    return image.size
+
+
+def _upright(image: Image.Image, spec: PreprocessSpec, orientation: int) -> Image.Image:
+    """The picture turned as its EXIF says that it is meant to be seen."""
+    turn = _TURNS.get(orientation) if spec.exif == "transpose" else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation. ImageOps.exif_transpose would refuse a picture for any other odd tag."""
+    if image.format == "TIFF" or not image.info:
+        return 1  # Pillow turns a TIFF itself when it is loaded
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # noqa: BLE001 - a broken EXIF block says nothing about the picture
+        return 1
+
+
+def _opaque(image: Image.Image, data: bytes) -> Image.Image:
+    """The picture of the file ``data``, loaded, in 8 bits: wide grey scaled, laid on white."""
+    _load(image, data)
+    if image.mode == "F":
+        raise InvalidImage(
+            "images of floating-point pixels are not accepted: their range is unknown"
+        )
+    if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate instead of scale
+        return _in_bands(image, "L", _narrow)
+    return _in_bands(image, "RGB", _on_white) if image.has_transparency_data else image
+
+
+def _load(image: Image.Image, data: bytes) -> None:
+    """Decode, and have the transparent colour of a PNG in the depth that its pixels then have."""
+    depth = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
+    image.load()
+    colour = image.info.get("transparency")
+    if depth in ("L;2", "L;4") and isinstance(colour, int):
+        image.info["transparency"] = colour * _GREY_STEPS[depth]
+    elif depth == "RGB;16B" and isinstance(colour, tuple):
+        del image.info["transparency"]
+        image.putalpha(_where_not(image, data, colour))
+
+
+def _where_not(image: Image.Image, data: bytes, colour: tuple[int, int, int]) -> Image.Image:
+    """255 where the 16-bit PNG ``data`` has another colour, else 0; Pillow keeps the high bytes."""
+    equal = np.ones((image.height, image.width), dtype=bool)
+    with Image.open(BytesIO(data), formats=("PNG",)) as low:
+        low.tile = [low.tile[0]._replace(args="RGB;16L")]  # as if the low bytes stood first
+        low.load()
+        for band, value in enumerate(colour):
+            equal &= np.asarray(image.getchannel(band)) == value >> 8
+            equal &= np.asarray(low.getchannel(band)) == value & 0xFF
+    return Image.fromarray(np.where(equal, np.uint8(0), np.uint8(255)))
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture from top to bottom in pieces, each with its first row."""
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_bands(
+    image: Image.Image, mode: str, change: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """A new picture of ``mode``, of what ``change`` makes of each band."""
+    made = Image.new(mode, image.size)
+    for top, band in _bands(image):
+        made.paste(change(band), (0, top))
+    return made
+
+
+def _narrow(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; what is transparent becomes white."""
+    wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        wide[wide == transparent] = 65535
+    wide *= 255  # and with the next two lines (wide + 128) // 257, in a fifth of the time
+    wide += 32895
+    wide >>= 16
+    return Image.fromarray(wide.astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _fit(
+    image: Image.Image, spec: PreprocessSpec, size: tuple[float, float], is_turned: bool
+) -> Image.Image:
+    """Resize and cut out what ``spec`` asks for.
+
+    Args:
+        image: what was decoded.
+        spec: the contract.
+        size: width and height that the picture has of it, as ``_shrink_on_load`` says.
+        is_turned: the result will be turned by a quarter.
+    """
+    target = (spec.width_px, spec.height_px)
+    if is_turned:
+        target = target[::-1]
+    resample = _INTERPOLATIONS[spec.interpolation]
+    if spec.resize_shorter_px is None:
+        return image if image.size == target else image.resize(target, resample, box=(0, 0, *size))
+    scale = spec.resize_shorter_px / min(size)
+    width_px, height_px = (max(spec.resize_shorter_px, round(side * scale)) for side in size)
+    left = (width_px - target[0]) // 2
+    top = (height_px - target[1]) // 2
+    right, bottom = left + target[0], top + target[1]
+    if width_px == size[0] and height_px == size[1]:
+        return image.crop((left, top, right, bottom))
+    # Only what stays is resized: on a landscape photograph a quarter of the work less.
+    across, down = size[0] / width_px, size[1] / height_px
+    # Beyond the edge by a rounding error is refused.
+    end = min(right * across, size[0]), min(bottom * down, size[1])
+    return image.resize(target, resample, box=(left * across, top * down, *end))
+
+
+def _without_address(reason: str) -> str:
+    """Pillow names the in-memory file by its address; callers need not see it."""
+    return "unknown or damaged format" if "BytesIO" in reason else reason

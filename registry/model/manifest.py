@@ -1,0 +1,174 @@
+"""The records that training writes, the registry keeps and serving reads.
+
+Light on purpose (msgspec only): the HTTP workers, the CLI's ``--help`` and the tests of the
+contract load neither torch nor MLflow. All records are immutable, refuse unknown fields when they
+are read, and check their own values, so that whatever holds one can trust it.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from registry.core.errors import BundleInvalid, UsageError
+from registry.core.names import Sha256, check_model_name
+
+SCHEMA_VERSION = 3
+
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Side = Annotated[int, Meta(ge=1, le=4096)]
+
+
+# Largest difference in probability to fp32 that a plan of a precision may show. docs/decisions/0006
+# has what trained networks measured: about 0.01 in bf16, 0.05 in int8.
+DEFAULT_TOLERANCES: dict[Precision, float] = {
+    "fp32": 1e-3,
+    "fp16": 0.02,
+    "bf16": 0.05,
+    "int8": 0.2,
+}
+
+
+class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How encoded bytes become the network's input, for training, publishing and serving alike.
+
+    Geometry: with ``resize_shorter_px`` the shorter side is resized to it and the centre
+    ``height_px`` × ``width_px`` is cut out; without it the whole picture is stretched to that
+    size. ``mean`` and ``std`` are per channel, in units of pixel value / 255, and are applied on
+    the device.
+    """
+
+    mode: Literal["L", "RGB"]
+    width_px: Side
+    height_px: Side
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_shorter_px: Side | None = None
+    interpolation: Interpolation = "bilinear"
+    exif: Literal["transpose", "ignore"] = "transpose"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mode {self.mode} needs {self.channels} values in mean and in std")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError("mean must be finite")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError("std must be finite and above 0")
+        shorter = self.resize_shorter_px
+        if shorter is not None and shorter < max(self.width_px, self.height_px):
+            raise ValueError("resize_shorter_px must be at least width_px and height_px")
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.mode == "L" else 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one ``Pixels`` array: (height_px, width_px, channels)."""
+        return self.height_px, self.width_px, self.channels
+
+
+class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A network from our own list, ``registry.model.networks.NETWORKS``, and its arguments."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class DataRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which pictures a version was trained and judged on. ``sha256`` names the whole data set.
+
+    The bundle's ``training.npz`` and ``heldout.npz`` have the digest of each picture.
+    """
+
+    name: str
+    sha256: Sha256
+    counts: dict[str, int]
+
+
+class SourceRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What made this version: enough to make it again."""
+
+    recipe: str
+    seed: int
+    device: str
+    git_commit: str | None = None
+    versions: dict[str, str] = {}
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """Digest and size of one file of a bundle."""
+
+    sha256: Sha256
+    size_bytes: Annotated[int, Meta(ge=0)]
+
+
+class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The record inside a bundle. Everything else in the bundle is reached through ``files``.
+
+    ``tolerances`` are, for each precision, the largest difference in probability that a replay of
+    the golden images may show before a plan, or the version, is refused. ``plan_accuracy`` is the
+    accuracy on the held-out pictures, by plan, of those below fp32 that the publishing machine
+    could run; fp32's own is ``metrics["validation_accuracy"]``. ``scored_champion`` is the
+    digest of the manifest of another version: of the champion when this version was published. Its
+    scores on the held-out pictures of this version lie in ``champion.npz``.
+    """
+
+    schema_version: int
+    model: str
+    network: NetworkSpec
+    labels: Annotated[tuple[str, ...], Meta(min_length=2)]
+    preprocess: PreprocessSpec
+    metrics: dict[str, float]
+    data: DataRecord
+    source: SourceRecord
+    tolerances: dict[Precision, Annotated[float, Meta(gt=0, le=1)]] = msgspec.field(
+        default_factory=DEFAULT_TOLERANCES.copy
+    )
+    plan_accuracy: dict[str, float] = {}
+    scored_champion: Sha256 | None = None
+    files: dict[str, FileEntry] = {}
+
+    def __post_init__(self) -> None:
+        check_model_name(self.model)
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must differ from each other")
+        if missing := set(DEFAULT_TOLERANCES) - set(self.tolerances):
+            raise ValueError(f"tolerances has no {', '.join(sorted(missing))}")
+
+    def to_json(self) -> bytes:
+        """Stable UTF-8 JSON: equal manifests give equal bytes."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
+
+
+class _SchemaOnly(Struct):
+    schema_version: int
+
+
+def manifest_from_json(data: bytes) -> Manifest:
+    """The manifest in ``data``.
+
+    Raises:
+        BundleInvalid: not JSON, of another schema version, or with a value that cannot be.
+    """
+    try:
+        found = msgspec.json.decode(data, type=_SchemaOnly).schema_version
+        if found != SCHEMA_VERSION:
+            raise BundleInvalid(
+                f"the manifest has schema_version {found}; this Convoy reads {SCHEMA_VERSION}: "
+                "publish the version again, or run the Convoy that wrote it"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, ValueError, RecursionError, UsageError) as error:
+        raise BundleInvalid(f"the manifest cannot be read: {error}") from error
+
+
+class ClassScore(Struct, frozen=True):
+    """One line of a prediction; ``probability`` is in 0..1."""
+
+    label: str
+    index: int
+    probability: float

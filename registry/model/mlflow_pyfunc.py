@@ -1,0 +1,80 @@
+"""MLflow's python_function door to the same ``Classifier`` that serves.
+
+``mlflow.pyfunc.load_model("models:/fashion@champion").predict(frame)`` gives the service's
+probabilities. The bundle's ``MLmodel`` names this module; Convoy's own serving never comes here.
+"""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from registry.core.devices import choose_device
+from registry.core.errors import ConvoyError, InvalidImage
+from registry.core.paths import convoy_home
+from registry.model.bundle import open_bundle
+from registry.model.classifier import Classifier
+from registry.model.image.decode import decode_image
+from registry.model.manifest import Manifest
+from registry.model.plans.planner import Planner
+from registry.model.plans.torch_eager import EAGER
+
+
+class ImageModel:
+    """Encoded images in, one row of scores for each out."""
+
+    def __init__(self, manifest: Manifest, classifier: Classifier) -> None:
+        self._manifest = manifest
+        self._classifier = classifier
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Classify encoded images.
+
+        Args:
+            model_input: a frame whose column ``image`` (or only column) holds the bytes of image
+                files, or their base64 text; or any sequence of such.
+            params: unused; MLflow passes it.
+
+        Returns:
+            A frame with ``label``, ``index``, ``probability`` of the best class and
+            ``probabilities`` of all classes in the manifest's order.
+
+        Raises:
+            InvalidImage: one of them cannot be decoded; the text says which.
+        """
+        if isinstance(model_input, pd.DataFrame):
+            model_input = model_input["image" if "image" in model_input else model_input.columns[0]]
+        pixels = []
+        for position, item in enumerate(model_input):
+            try:
+                pixels.append(decode_image(_as_bytes(item), self._manifest.preprocess))
+            except ConvoyError as error:
+                raise InvalidImage(f"image {position}: {error}") from error
+        scores = self._classifier.classify(np.stack(pixels)).astype(float)
+        best = scores.argmax(axis=1)
+        return pd.DataFrame(
+            {
+                "label": [self._manifest.labels[index] for index in best],
+                "index": best,
+                "probability": scores.max(axis=1),
+                "probabilities": scores.tolist(),
+            }
+        )
+
+
+def _load_pyfunc(path: str) -> ImageModel:
+    """MLflow's hook: ``path`` is the bundle's folder."""
+    bundle = open_bundle(Path(path))
+    planner = Planner(convoy_home().plans, choose_device("auto"), threads=None, wanted=EAGER)
+    return ImageModel(bundle.manifest, planner.load(bundle))
+
+
+def _as_bytes(item: Any) -> bytes:
+    if isinstance(item, str):
+        try:
+            return base64.b64decode(item, validate=True)
+        except ValueError as error:
+            raise InvalidImage(f"neither bytes nor base64: {error}") from error
+    return bytes(item)

@@ -1,0 +1,355 @@
+"""The networks that a bundle may name, built from plain arguments, and the program around them.
+
+A bundle carries a name and arguments, never code: what can run is this list and nothing else.
+Every builder checks its shapes with arithmetic first, so that an impossible network is refused by
+the layer that does not fit and with what would fit, instead of by an error from inside a kernel.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from registry.core.errors import BundleInvalid, NetworkImpossible, UsageError
+from registry.model.bundle import Bundle
+from registry.model.manifest import NetworkSpec, PreprocessSpec
+
+Choice = TypeVar("Choice")
+
+Shape = tuple[int, int, int]
+"""(channels, height, width) of one example."""
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+POOLINGS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {
+    "max": nn.MaxPool2d,
+    "average": nn.AvgPool2d,
+}
+
+
+def dense(
+    shape: Shape, classes: int, *, hidden: Sequence[int] = (128,), activation: str = "relu"
+) -> nn.Sequential:
+    """Flatten → ``hidden`` units → classes: the baseline that knows nothing of neighbourhood."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    width = shape[0] * shape[1] * shape[2]
+    for number, units in enumerate(_sizes("hidden", hidden), start=1):
+        layers[f"dense{number}"] = nn.Linear(width, units)
+        layers[f"activation{number}"] = _choose("activation", activation, ACTIVATIONS)()
+        width = units
+    layers["logits"] = nn.Linear(width, classes)
+    return nn.Sequential(layers)
+
+
+def cnn(
+    shape: Shape,
+    classes: int,
+    *,
+    filters: Sequence[int] = (32, 64),
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    pooling: str = "max",
+    pool_size: int | Sequence[int] = 2,
+    activation: str = "relu",
+    hidden: int = 128,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """For each of ``filters``: convolution → activation → pooling; then ``hidden`` → classes.
+
+    A number given for ``kernel_size``, ``stride``, ``padding`` or ``pool_size`` counts for every
+    convolution, a list gives one for each. ``pool_size`` 1 leaves the pooling out.
+    """
+    filters = _sizes("filters", filters)
+    depth = len(filters)
+    kernels = _per_layer("kernel_size", kernel_size, depth, least=1)
+    strides = _per_layer("stride", stride, depth, least=1)
+    paddings = _per_layer("padding", padding, depth, least=0)
+    pools = _per_layer("pool_size", pool_size, depth, least=1)
+    if not 0 <= dropout < 1:
+        raise NetworkImpossible(
+            f"dropout is {dropout}; it must be at least 0 and below 1", "dropout=0.3"
+        )
+
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels, height, width = shape
+    for index, count in enumerate(filters):
+        number, kernel, pad, pool = index + 1, kernels[index], paddings[index], pools[index]
+        _check_kernel(f"conv{number}", "kernel_size", kernels, index, (height, width), pad)
+        layers[f"conv{number}"] = nn.Conv2d(channels, count, kernel, strides[index], pad)
+        layers[f"activation{number}"] = _choose("activation", activation, ACTIVATIONS)()
+        channels = count
+        height = (height + 2 * pad - kernel) // strides[index] + 1
+        width = (width + 2 * pad - kernel) // strides[index] + 1
+        if pool > 1:
+            _check_kernel(f"pool{number}", "pool_size", pools, index, (height, width), 0)
+            layers[f"pool{number}"] = _choose("pooling", pooling, POOLINGS)(pool)
+            height, width = height // pool, width // pool
+    layers["flatten"] = nn.Flatten()
+    layers["dense"] = nn.Linear(channels * height * width, _sizes("hidden", hidden)[0])
+    layers["dense_activation"] = _choose("activation", activation, ACTIVATIONS)()
+    if dropout:
+        layers["dropout"] = nn.Dropout(dropout)
+    layers["logits"] = nn.Linear(hidden, classes)
+    return nn.Sequential(layers)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+                nn.BatchNorm2d(channels_out),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.relu(self.norm1(self.conv1(x)))
+        return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
+
+
+def _small_stem(channels: int, width: int) -> dict[str, nn.Module]:
+    return {
+        "conv1": nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+        "norm1": nn.BatchNorm2d(width),
+        "activation1": nn.ReLU(),
+    }
+
+
+def _large_stem(channels: int, width: int) -> dict[str, nn.Module]:
+    return {
+        "conv1": nn.Conv2d(channels, width, 7, 2, 3, bias=False),
+        "norm1": nn.BatchNorm2d(width),
+        "activation1": nn.ReLU(),
+        "pool1": nn.MaxPool2d(3, 2, 1),
+    }
+
+
+STEMS = {"small": _small_stem, "large": _large_stem}
+
+
+def resnet(
+    shape: Shape,
+    classes: int,
+    *,
+    widths: Sequence[int] = (32, 64, 128),
+    blocks: int | Sequence[int] = 1,
+    stem: str = "small",
+) -> nn.Sequential:
+    """A residual network: a stem, then ``blocks`` blocks at each of ``widths``.
+
+    Every width after the first halves the height and the width of the maps. The ``small`` stem is
+    one 3×3 convolution; the ``large`` one, for pictures of 100 px and more, is 7×7 with stride 2
+    and a pooling: with widths 64, 128, 256, 512 and 2 blocks that is the paper's ResNet-18.
+    """
+    widths = _sizes("widths", widths)
+    depths = _per_layer("blocks", blocks, len(widths), least=1)
+    if sum(depths) > MOST_LAYERS:
+        raise NetworkImpossible(
+            f"blocks is {blocks!r}; at most {MOST_LAYERS} are built", "blocks=2"
+        )
+    opening = _choose("stem", stem, STEMS)(shape[0], widths[0])
+    smallest = min(shape[1:]) if stem == "small" else (min(shape[1:]) + 3) // 4
+    if smallest < 2 ** (len(widths) - 1):
+        raise NetworkImpossible(
+            f"widths has {len(widths)} stages and halves the map {len(widths) - 1} times, but the "
+            f"input is {shape[1]}×{shape[2]}: at most {smallest.bit_length()} stages fit a "
+            f"{stem} stem",
+            f"widths={_listed(widths[: smallest.bit_length()])}",
+        )
+    layers = OrderedDict(opening)
+    for stage, (before, width) in enumerate(pairwise((widths[0], *widths)), start=1):
+        for block in range(1, depths[stage - 1] + 1):
+            first = block == 1
+            stride = 2 if first and stage > 1 else 1
+            layers[f"stage{stage}_block{block}"] = ResidualBlock(
+                before if first else width, width, stride
+            )
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["logits"] = nn.Linear(widths[-1], classes)
+    return nn.Sequential(layers)
+
+
+MOST_LAYERS = 1000
+NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"dense": dense, "cnn": cnn, "resnet": resnet}
+
+
+def build_network(name: str, shape: Shape, classes: int, /, **args: Any) -> nn.Sequential:
+    """The network ``name`` with freshly drawn weights.
+
+    Args:
+        name: one of ``NETWORKS``.
+        shape: (channels, height, width) of one example.
+        classes: number of labels, so of logits.
+        **args: the builder's own arguments.
+
+    Returns:
+        A module from float32 (N, C, H, W) to logits float32 (N, classes).
+
+    Raises:
+        UsageError: no network of that name.
+        NetworkImpossible: an argument is unknown, or a layer does not fit its input.
+    """
+    if name not in NETWORKS:
+        raise UsageError(f"there is no network {name!r}; there are: {', '.join(NETWORKS)}")
+    builder = NETWORKS[name]
+    known = list(inspect.signature(builder).parameters)[2:]
+    if unknown := sorted(set(args) - set(known)):
+        raise NetworkImpossible(
+            f"{name} takes no argument {', '.join(unknown)}; it takes: {', '.join(known)}"
+        )
+    try:
+        return builder(shape, classes, **args)
+    except (TypeError, ValueError) as error:
+        raise NetworkImpossible(f"{name} cannot be built from {args}: {error}") from error
+
+
+class Program(nn.Module):
+    """A network with its normalisation in front, so that bytes, not floats, travel to the device.
+
+    uint8 pixels (N, H, W, C) become logits float32 (N, classes). The permuted view of row-major
+    pixels *is* the channels-last layout, in which convolutions run fastest here.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    dtype = torch.float32
+    """Of the network's weights; a plan of less precision keeps the normalisation in fp32."""
+
+    def __init__(self, network: nn.Module, spec: PreprocessSpec) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+        # (x / 255 - mean) / std as one multiplication and one addition per channel.
+        self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("offset", (-mean / std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.permute(0, 3, 1, 2).float()  # (N, C, H, W)
+        logits: Tensor = self.network((x * self.scale + self.offset).to(self.dtype))
+        return logits.float()
+
+
+def scored(program: Program) -> nn.Module:
+    """``program`` with softmax behind it, in evaluation mode: what engines make their own of."""
+    return nn.Sequential(program, nn.Softmax(dim=1)).eval()
+
+
+def any_batch(shape: tuple[int, int, int]) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
+    """For exporters: pixels of ``shape`` (H, W, C), and that there may be 1 to 4096 of them.
+
+    Returns:
+        Arguments of ``Program``, uint8 (2, H, W, C), as a batch of 1 would be taken for a fixed
+        size; and their dynamic shapes.
+    """
+    pixels = torch.zeros((2, *shape), dtype=torch.uint8)
+    return (pixels,), ({0: torch.export.Dim("images", min=1, max=4096)},)
+
+
+def build_program(spec: NetworkSpec, preprocess: PreprocessSpec, classes: int) -> Program:
+    """The program for ``spec``, weights freshly drawn; raises as ``build_network`` does."""
+    height_px, width_px, channels = preprocess.shape
+    network = build_network(spec.name, (channels, height_px, width_px), classes, **spec.args)
+    return Program(network, preprocess)
+
+
+def load_program(bundle: Bundle) -> Program:
+    """The program of ``bundle`` with its weights, in evaluation mode.
+
+    Raises:
+        BundleInvalid: the weights do not fit the network.
+    """
+    manifest = bundle.manifest
+    spec, (height_px, width_px, channels) = manifest.network, manifest.preprocess.shape
+    try:
+        with torch.device("meta"):  # takes no memory, whatever a stranger's manifest asks for
+            shape = channels, height_px, width_px
+            network = build_network(spec.name, shape, len(manifest.labels), **spec.args)
+        tensors = {name: torch.from_numpy(array) for name, array in bundle.weights().items()}
+        for name, wanted in network.state_dict().items():
+            if name in tensors and tensors[name].dtype != wanted.dtype:
+                raise NetworkImpossible(f"{name} is {tensors[name].dtype}, not {wanted.dtype}")
+        network.load_state_dict(tensors, strict=True, assign=True)
+    except (UsageError, NetworkImpossible, RuntimeError) as error:
+        raise BundleInvalid(
+            f"the weights of {manifest.model} do not fit its network: {error}"
+        ) from error
+    return Program(network, manifest.preprocess).eval()
+
+
+def _check_kernel(
+    layer: str, name: str, sizes: list[int], index: int, map_size: tuple[int, int], pad: int
+) -> None:
+    """Refuse ``sizes[index]``, the argument ``name`` of ``layer``, when it does not fit its map."""
+    size, smallest = sizes[index], min(map_size) + 2 * pad
+    if size <= smallest:
+        return
+    advice, suggestion = "fewer or smaller layers", ""
+    if smallest >= 1:
+        advice = f"{name} of at most {smallest}"
+        suggestion = f"{name}={_listed([*sizes[:index], smallest, *sizes[index + 1 :]])}"
+    if name == "kernel_size":
+        advice += f", or padding of at least {pad + -(-(size - smallest) // 2)},"
+    raise NetworkImpossible(
+        f"{layer}: a window of {size}×{size} does not fit its input of "
+        f"{map_size[0]}×{map_size[1]} (padding {pad}); {advice} would",
+        suggestion,
+    )
+
+
+def _sizes(name: str, values: int | Sequence[int]) -> list[int]:
+    sizes: list[int] = [values] if isinstance(values, int) else list(values)
+    if len(sizes) > MOST_LAYERS:
+        raise NetworkImpossible(f"{name} has {len(sizes)} values; at most {MOST_LAYERS} are built")
+    if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
+        raise NetworkImpossible(
+            f"{name} is {values!r}; it must be whole numbers of at least 1", f"{name}=32"
+        )
+    return sizes
+
+
+def _per_layer(name: str, value: int | Sequence[int], depth: int, least: int) -> list[int]:
+    values: list[int] = [value] * depth if isinstance(value, int) else list(value)
+    if len(values) != depth:
+        raise NetworkImpossible(
+            f"{name} has {len(values)} values for {depth} layers; give one, or one for each",
+            f"{name}={_listed((values or [1])[:1] * depth)}",
+        )
+    if not all(type(each) is int and each >= least for each in values):
+        raise NetworkImpossible(
+            f"{name} is {value!r}; it must be whole numbers of at least {least}",
+            f"{name}={max(1, least)}",
+        )
+    return values
+
+
+def _choose(name: str, value: str, choices: dict[str, Choice]) -> Choice:
+    if value not in choices:
+        raise NetworkImpossible(
+            f"{name} is {value!r}; it must be one of: {', '.join(choices)}",
+            f"{name}={next(iter(choices))}",
+        )
+    return choices[value]
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ",".join(str(value) for value in values)

@@ -1,0 +1,213 @@
+"""One step of choosing a plan, which the planner starts as a process of its own.
+
+An engine that does not fit the machine may take its process down; this one is there to be taken.
+``run_trial`` starts it; it writes its finding as JSON to what was its standard output; everything
+that libraries print goes to standard error.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from registry.core.process_lifetime import end_with_parent
+from registry.model.bundle import Bundle, open_bundle
+from registry.model.classifier import Classifier, replay_golden
+from registry.model.plans.base import Source, find_plan
+
+log = logging.getLogger(__name__)
+
+BATCHES = (1, 8, 32)
+HELDOUT_PIXELS, HELDOUT_LABELS = "heldout-pixels.npy", "heldout-labels.npy"
+LIMIT_S = 300  # for a plan to be tried
+KILLED = "its process was killed from outside, perhaps for want of memory"
+WINDOW_S = 0.3
+LEAST_RUNS = 3
+
+
+Step = Literal["try", "score"]
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """What a trial process is told: which plan of which bundle to try or to score."""
+
+    step: Step
+    plan: str
+    bundle: str
+    manifest_sha256: str
+    device: str
+    threads: int | None
+    heldout: str | None
+    """The folder of the held-out pictures; only scoring reads them."""
+    limit_s: int
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """What came out for one plan; ``reason`` says why not, or is None."""
+
+    plan: str
+    reason: str | None = None
+    max_difference: float | None = None
+    batch_ms: dict[int, float] = {}
+    peak_mb: float | None = None
+    accuracy: float | None = None
+
+
+def run_trial(
+    step: Step,
+    plan: str,
+    bundle: Bundle,
+    device: str,
+    threads: int | None = None,
+    heldout: Path | None = None,
+    limit_s: int = LIMIT_S,
+) -> Finding:
+    """What came out for ``plan`` in a process of its own; it is rejected if that process dies.
+
+    Args:
+        step: ``try`` proves and times the plan, ``score`` measures its held-out accuracy.
+        plan: its name.
+        bundle: whose network.
+        device: ``cpu`` or ``cuda:N``.
+        threads: of one forward pass; None leaves the engine's own choice.
+        heldout: for ``score``, the folder of the held-out pictures.
+        limit_s: after so many seconds the process is killed.
+    """
+    job = Job(
+        step=step,
+        plan=plan,
+        bundle=str(bundle.folder),
+        manifest_sha256=bundle.manifest_sha256,
+        device=device,
+        threads=threads,
+        heldout=str(heldout) if heldout else None,
+        limit_s=limit_s,
+    )
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    command = [
+        sys.executable,
+        "-m",
+        "registry.model.plans.benchmark_process",
+        msgspec.json.encode(job).decode(),
+    ]
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, stdout=answer, stderr=said, env=environment, start_new_session=True
+        )
+        hangs = False
+        try:
+            process.wait(limit_s + 30)
+        except subprocess.TimeoutExpired:
+            hangs = True
+            log.warning("the trial of %s hangs", plan)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
+        process.wait()
+        answer.seek(0)
+        if found := answer.read():
+            return msgspec.json.decode(found, type=Finding)
+        said.seek(0)
+        last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+    if process.returncode == -signal.SIGKILL and not hangs:
+        reason = KILLED
+    elif hangs or process.returncode == -signal.SIGALRM:
+        reason = f"it took more than {limit_s} s to {step}"
+    else:
+        reason = f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
+    return Finding(plan=plan, reason=reason)
+
+
+def main() -> int:
+    end_with_parent(signal.SIGKILL)  # nobody would read the answer, and others time plans here
+    job = msgspec.json.decode(sys.argv[1], type=Job)
+    if job.device == "cpu":  # on a GPU only torch's own plans run, and CUDA maps far more
+        _limit_memory()
+    answer = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    bundle = open_bundle(Path(job.bundle), job.manifest_sha256)
+    source = Source(bundle, job.device, job.threads)
+    signal.alarm(job.limit_s)
+    try:
+        finding = _try(source, job) if job.step == "try" else _score(source, job)
+    except Exception as error:  # noqa: BLE001 - an engine may raise anything; then it is rejected
+        text = str(error).strip().splitlines() or [""]
+        finding = Finding(plan=job.plan, reason=f"{type(error).__name__}: {text[0][:300]}")
+    answer.write(msgspec.json.encode(finding))
+    return 0
+
+
+def _limit_memory() -> None:
+    """To half of the machine's, or of its container's by cgroup v2.
+
+    A graph may ask for any amount, and others live here, too.
+    """
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # "max": this container has no limit of its own
+        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    resource.setrlimit(resource.RLIMIT_DATA, (most // 2, most // 2))
+
+
+def _try(source: Source, job: Job) -> Finding:
+    """Prove the plan as serving does, time it, and note what memory a worker with it needs."""
+    classifier = _load(source, job)
+    difference = replay_golden(source.bundle, classifier, find_plan(job.plan))
+    batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}
+    return Finding(plan=job.plan, max_difference=difference, batch_ms=batch_ms, peak_mb=peak_mb())
+
+
+def _score(source: Source, job: Job) -> Finding:
+    """Measure the plan's accuracy on the held-out pictures."""
+    folder = Path(str(job.heldout))
+    pixels = np.load(folder / HELDOUT_PIXELS, mmap_mode="c")  # torch wants writable ones
+    labels = np.load(folder / HELDOUT_LABELS)
+    predicted = _load(source, job).classify(pixels).argmax(axis=1)
+    return Finding(plan=job.plan, accuracy=float((predicted == labels).mean()))
+
+
+def _load(source: Source, job: Job) -> Classifier:
+    return Classifier(find_plan(job.plan).load(source), job.plan, job.device)
+
+
+def time_batch(classifier: Classifier, bundle: Bundle, size: int) -> float:
+    """Median milliseconds of a forward pass over ``size`` images."""
+    shape = bundle.manifest.preprocess.shape
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *shape), dtype=np.uint8)
+    classifier.classify(pixels)
+    runs_ms: list[float] = []
+    until = time.perf_counter() + WINDOW_S
+    while len(runs_ms) < LEAST_RUNS or time.perf_counter() < until:
+        started = time.perf_counter()
+        classifier.classify(pixels)
+        runs_ms.append((time.perf_counter() - started) * 1000)
+    return float(np.median(runs_ms))
+
+
+def peak_mb() -> float | None:
+    """The most memory that this process ever held; None where the system does not say.
+
+    Not getrusage's figure, which a process inherits from the one that started it.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 / 1e6 if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""ONNX Runtime on the CPU, fp32."""
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from registry.model.bundle import ONNX_GRAPH
+from registry.model.image.decode import Pixels
+from registry.model.manifest import Precision
+from registry.model.plans.base import Plan, Run, Source
+
+
+class OnnxRuntime(Plan):
+    name = "onnxruntime-fp32"
+    precision: ClassVar[Precision] = "fp32"
+    packages = ("onnxruntime",)
+    exports = (ONNX_GRAPH,)
+
+    def load(self, source: Source) -> Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = source.threads or 0
+        options.inter_op_num_threads = 1
+        # Else a file that says "ORTM" in the right place is read in another format.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        session = onnxruntime.InferenceSession(
+            source.bundle.graph(ONNX_GRAPH), options, providers=["CPUExecutionProvider"]
+        )
+
+        def run(pixels: Pixels) -> NDArray[np.float32]:
+            (probabilities,) = session.run(None, {"pixels": pixels})
+            return np.asarray(probabilities)
+
+        return run
+
+
+PLANS = (OnnxRuntime(),)

@@ -1,0 +1,330 @@
+"""Which plan is fastest here: candidates are proved on the golden images, timed, remembered.
+
+Each candidate is tried in a process of its own (``registry.model.plans.benchmark_process``), so
+that an engine that crashes on this machine is a rejected plan and not a dead worker, and so that
+the memory that is measured is what a worker with that plan will have. Knows neither torch nor any
+engine.
+
+The cache holds names of plans and nothing that an engine loads. It is not trusted: a remembered
+plan must still be a candidate for the version, and is proved on the golden images when it loads.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import geometric_mean
+
+import msgspec
+from msgspec import Struct
+
+from registry.core.devices import describe_machine
+from registry.core.errors import BundleInvalid, DeviceUnavailable, PlanUndecided
+from registry.core.files import write_atomically
+from registry.core.names import sha256_hex
+from registry.model.bundle import Bundle
+from registry.model.classifier import Classifier, load_classifier
+from registry.model.manifest import Manifest
+from registry.model.plans.base import Plan, Source, catalogue, find_plan
+from registry.model.plans.benchmark_process import KILLED, Finding, run_trial
+from registry.model.plans.torch_eager import EAGER
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+# Held while plans are tried. Not the lock of ``shared_files``, which each write takes for itself.
+CHOOSING = "choosing.lock"
+# Raised when another plan would be chosen although nothing that the key names has changed.
+CACHE_SCHEMA = 3
+CHOICE, REFUSED = ".json", ".refused"
+CACHE_ENTRIES = 24
+MAX_ENTRY_BYTES = 65_536
+REFUSAL_S = 60.0  # for so long, others that ask hear of a refusal that was found out
+ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """The plan that serves, and what was found out about every one."""
+
+    chosen: str
+    findings: tuple[Finding, ...]
+
+
+class Planner:
+    """Chooses, remembers and loads plans for one device. Safe in several processes at once."""
+
+    def __init__(self, folder: Path, device: str, threads: int | None, wanted: str = AUTO) -> None:
+        """Plans are chosen for one ``device`` and so many ``threads`` of a forward pass.
+
+        Args:
+            folder: the cache; one in /tmp where it cannot be written.
+            device: ``cpu`` or ``cuda:N``.
+            threads: of one forward pass; None leaves the engine's own choice.
+            wanted: ``auto``, or a plan's name to have that one or nothing.
+
+        Raises:
+            UsageError: there is no such plan.
+        """
+        self.device = device
+        self._threads = threads
+        self._wanted = wanted
+        self._candidates = catalogue() if wanted == AUTO else {wanted: find_plan(wanted)}
+        self._folder = folder
+
+    def load(self, bundle: Bundle) -> Classifier:
+        """The classifier of ``bundle`` by the plan that was chosen, proved on the golden images.
+
+        Raises:
+            PlanUndecided: nothing was chosen yet, or the chosen plan no longer scores as was
+                published; then it is forgotten.
+            BundleInvalid: the pinned plan ``torch-eager`` does not score as was published.
+        """
+        if self._wanted == EAGER:
+            return self._open(bundle, find_plan(EAGER))
+        entry = self._entry(self._root(), bundle)
+        choice = self._remembered(entry, bundle)
+        if choice is None:
+            raise PlanUndecided("no plan was chosen on this machine yet")
+        try:
+            return self._open(bundle, self._candidates[choice.chosen])
+        except (BundleInvalid, DeviceUnavailable) as error:  # others say nothing about the choice
+            _remove(entry)
+            raise PlanUndecided(f"plan {choice.chosen} can no longer be loaded: {error}") from error
+
+    def choose(self, bundle: Bundle, *, anew: bool = False) -> Choice:
+        """What was found out about the plans for ``bundle``, from the cache if it is there.
+
+        Else it is found out now, which takes from ten seconds to minutes; other processes that
+        ask for the same wait, and hear of a refusal that is a minute old at most.
+
+        Raises:
+            BundleInvalid: no plan, or not the one that is wanted, scores as was published.
+        """
+        with self._lock() as root:
+            entry = self._entry(root, bundle)
+            choice = None if anew else self._remembered(entry, bundle)
+            if choice is None:
+                refusal = entry.with_suffix(REFUSED)
+                if not anew and (reason := _fresh_text(refusal)):
+                    raise BundleInvalid(reason)
+                try:
+                    choice = self._try_candidates(bundle)
+                    _replace(entry, msgspec.json.encode(choice))
+                except BundleInvalid as error:
+                    _replace(refusal, str(error).encode()[:MAX_ENTRY_BYTES])
+                    raise
+                finally:
+                    _prune(root)
+            return choice
+
+    def _open(self, bundle: Bundle, plan: Plan) -> Classifier:
+        fallback = None
+        if self.device != "cpu":
+            eager = find_plan(EAGER)
+            fallback = load_classifier(Source(bundle, "cpu", self._threads), eager)
+        return load_classifier(Source(bundle, self.device, self._threads), plan, fallback)
+
+    def _entry(self, root: Path, bundle: Bundle) -> Path:
+        """The file of the choice for ``bundle``; its name covers everything that decides it."""
+        packages = sorted({name for plan in catalogue().values() for name in plan.packages})
+        facts = {
+            "schema": CACHE_SCHEMA,
+            "manifest": bundle.manifest_sha256,  # names the weights, the golden images, the network
+            "machine": describe_machine(self.device),
+            "device": self.device,
+            "threads": self._threads,
+            "wanted": self._wanted,
+            "versions": {name: _version(name) for name in packages},
+        }
+        return root / (sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24] + CHOICE)
+
+    def _remembered(self, entry: Path, bundle: Bundle) -> Choice | None:
+        """The choice in ``entry``, if it names a plan that may serve ``bundle`` here."""
+        try:
+            choice = msgspec.json.decode(_read_entry(entry), type=Choice)
+            for name in (choice.chosen, *(each.plan for each in choice.findings)):
+                if name not in self._candidates:
+                    raise ValueError(f"it names {name[:40]!r}, which is not a plan to choose here")
+            if reason := self._refusal(self._candidates[choice.chosen], bundle.manifest):
+                raise ValueError(f"it chooses {choice.chosen}: {reason}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            log.warning("%s is ignored: %s", entry, error)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry)  # the least recently used are pruned
+        return choice
+
+    def _root(self) -> Path:
+        """The cache's folder, or where it cannot be written, one of this user's in /tmp."""
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._folder.is_dir() and os.access(self._folder, os.W_OK):
+            return self._folder
+        log.warning("%s cannot be written: plans are remembered in /tmp only", self._folder)
+        self._folder = _private_folder(Path(tempfile.gettempdir(), f"convoy-plans-{os.getuid()}"))
+        return self._folder
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[Path]:
+        """One process chooses, the others wait: two would spoil each other's timings.
+
+        Yields the cache's folder.
+        """
+        root = self._root()
+        # A link there must not have another file opened for writing.
+        descriptor = os.open(root / CHOOSING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "rb"):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield root
+
+    def _try_candidates(self, bundle: Bundle) -> Choice:
+        """Prove and time every candidate; raises ``BundleInvalid`` if none may serve."""
+        log.info("%s: choosing a plan on %s", bundle.manifest.model, self.device)
+        findings = tuple(self._find_out(bundle, plan) for plan in self._candidates.values())
+        accepted = [finding for finding in findings if finding.reason is None]
+        if not accepted:
+            raise BundleInvalid(
+                f"no plan can serve it on {self.device}; "
+                + "; ".join(f"{each.plan}: {each.reason}" for each in findings)
+            )
+        best = min(accepted, key=lambda finding: score(finding.batch_ms))
+        log.info("%s: plan %s is the fastest that is right", bundle.manifest.model, best.plan)
+        return Choice(chosen=best.plan, findings=findings)
+
+    def _find_out(self, bundle: Bundle, plan: Plan) -> Finding:
+        if reason := self._refusal(plan, bundle.manifest):
+            finding = Finding(plan=plan.name, reason=reason)
+        else:
+            finding = run_trial("try", plan.name, bundle, self.device, self._threads)
+            if (
+                finding.reason == KILLED
+            ):  # perhaps for want of memory, which says little of the plan
+                finding = run_trial("try", plan.name, bundle, self.device, self._threads)
+        log.info("%s", describe_finding(finding))
+        return finding
+
+    def _refusal(self, plan: Plan, manifest: Manifest) -> str | None:
+        """Why ``plan`` may not serve the version here, as far as is known without trying it."""
+        return (
+            plan.unsupported(self.device)
+            or missing_exports(plan, manifest)
+            or refused_by_record(plan, manifest)
+        )
+
+
+def score(batch_ms: dict[int, float]) -> float:
+    """One figure to compare plans by: the geometric mean of ms per image over the batch sizes.
+
+    Serving meets single images when idle and full batches under load; a geometric mean lets a
+    plan that is twice as fast at one size make up for one that is twice as fast at another. A plan
+    without times is infinitely slow.
+    """
+    if not batch_ms:
+        return math.inf
+    return geometric_mean(milliseconds / size for size, milliseconds in batch_ms.items())
+
+
+def missing_exports(plan: Plan, manifest: Manifest) -> str | None:
+    """Why ``plan`` has nothing to read in the version's bundle, or None."""
+    missing = [name for name in plan.exports if name not in manifest.files]
+    return f"the version was published without {', '.join(missing)}" if missing else None
+
+
+def refused_by_record(plan: Plan, manifest: Manifest) -> str | None:
+    """Why the accuracy that was recorded when the version was published rules ``plan`` out."""
+    if plan.precision == "fp32":
+        return None
+    accuracy = manifest.plan_accuracy.get(plan.name)
+    fp32 = manifest.metrics.get("validation_accuracy")
+    if accuracy is None or fp32 is None:
+        unproved = "its held-out accuracy was not recorded when the version was published"
+        return unproved if plan.precision == "int8" else None
+    if fp32 - accuracy > ACCURACY_LOST:
+        return f"its held-out accuracy is {accuracy:.4f}, that of fp32 {fp32:.4f}"
+    return None
+
+
+def describe_finding(finding: Finding) -> str:
+    """One line for people."""
+    if finding.reason is not None:
+        return f"{finding.plan}: rejected: {finding.reason}"
+    times = ", ".join(f"{ms:.3g} ms at {size}" for size, ms in finding.batch_ms.items())
+    return f"{finding.plan}: accepted, differs by {finding.max_difference:.2g}; {times}"
+
+
+def _read_entry(file: Path) -> bytes:
+    """The content of a file of the cache; raises ``OSError`` of anything but a small regular file.
+
+    Opening a link or a pipe that somebody put there would read elsewhere or wait forever.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as opened:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_ENTRY_BYTES:
+            raise OSError(f"not a regular file of at most {MAX_ENTRY_BYTES} bytes")
+        return opened.read(MAX_ENTRY_BYTES)
+
+
+def _fresh_text(file: Path) -> str:
+    try:
+        if 0 <= time.time() - file.lstat().st_mtime < REFUSAL_S:
+            return _read_entry(file).decode(errors="replace")
+    except OSError:
+        pass
+    return ""
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Write ``file``, whatever lies in its place."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    write_atomically(file, data)
+
+
+def _private_folder(folder: Path) -> Path:
+    """``folder`` if only this user can have written to it, else a new one."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="convoy-plans-"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink()
+
+
+def _prune(root: Path) -> None:
+    """Keep the choices that were used last, and refusals that are still fresh."""
+    for refusal in root.glob(f"*{REFUSED}"):
+        if not _fresh_text(refusal):
+            _remove(refusal)
+    for old in sorted(root.glob(f"*{CHOICE}"), key=_last_used_s)[:-CACHE_ENTRIES]:
+        _remove(old)
+
+
+def _last_used_s(file: Path) -> float:
+    try:
+        return file.lstat().st_mtime
+    except OSError:  # a worker that could not load it has just removed it
+        return 0.0

@@ -1,0 +1,142 @@
+"""Two versions timed against each other on this machine, in a process of its own.
+
+In turn, so that whatever else the machine does meets both alike, each by the plan that would serve
+it here; where none was chosen yet, that is done first and remembered. A process of its own, as the
+trials are. Writes one line of JSON to what was its standard output.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from registry.core.devices import choose_device
+from registry.core.errors import BundleInvalid, ConvoyError
+from registry.core.process_lifetime import end_with_parent
+from registry.model.bundle import Bundle, open_bundle
+from registry.model.classifier import Classifier
+from registry.model.plans.base import catalogue
+
+BATCHES = (1, 8)
+ROUNDS = 31
+LIMIT_S = 900.0
+
+
+class DuelJob(Struct, frozen=True, kw_only=True):
+    """Which bundles, and how they would be served; ``device`` and ``plan`` as the settings."""
+
+    bundles: tuple[tuple[str, str], tuple[str, str]]
+    plans_folder: str
+    device: str
+    plan: str
+    threads: int
+
+
+class Timed(Struct, frozen=True, kw_only=True):
+    """The median milliseconds of a forward pass, by batch size, of champion and challenger."""
+
+    device: str
+    plans: tuple[str, str]
+    champion_ms: dict[int, float]
+    challenger_ms: dict[int, float]
+
+
+def time_both(
+    champion: Bundle, challenger: Bundle, plans_folder: Path, device: str, plan: str, threads: int
+) -> Timed | None:
+    """Both timed in a process of its own; None where no engine is installed to run them with.
+
+    Raises:
+        BundleInvalid: one of them cannot be run here; the text says which and why.
+    """
+    if all(each.unsupported("cpu") for each in catalogue().values()):
+        return None
+    first, second = (
+        (str(bundle.folder.resolve()), bundle.manifest_sha256) for bundle in (champion, challenger)
+    )
+    job = DuelJob(
+        bundles=(first, second),
+        plans_folder=str(plans_folder),
+        device=device,
+        plan=plan,
+        threads=threads,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "registry.promotion.latency_comparison",
+        msgspec.json.encode(job).decode(),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    try:
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, timeout=LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BundleInvalid(f"the two were not timed within {LIMIT_S:g} s") from error
+    try:
+        return msgspec.json.decode(done.stdout, type=Timed)
+    except msgspec.MsgspecError as error:
+        said = done.stdout.decode(errors="replace").strip() or f"it ended with {done.returncode}"
+        raise BundleInvalid(f"the forward passes cannot be timed: {said}") from error
+
+
+def main() -> int:
+    end_with_parent()
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print goes to standard error
+    job = msgspec.json.decode(sys.argv[1], type=DuelJob)
+    try:
+        answer.write(msgspec.json.encode(_run(job)))
+    except ConvoyError as error:
+        answer.write(str(error).encode())
+        return 2
+    finally:
+        answer.close()
+    return 0
+
+
+def _run(job: DuelJob) -> Timed:
+    from registry.model.plans.planner import Planner
+
+    device = choose_device(job.device)
+    planner = Planner(Path(job.plans_folder), device, job.threads, job.plan)
+    bundles = [open_bundle(Path(folder), sha256) for folder, sha256 in job.bundles]
+    both: list[Classifier] = []
+    for role, bundle in zip(("champion", "challenger"), bundles, strict=True):
+        try:
+            planner.choose(bundle)
+            both.append(planner.load(bundle))
+        except ConvoyError as error:
+            raise BundleInvalid(f"the {role}: {error}") from error
+    taken: dict[tuple[int, int], list[float]] = {}
+    random = np.random.default_rng(0)
+    for size in BATCHES:
+        pixels = [
+            random.integers(0, 256, (size, *bundle.manifest.preprocess.shape), dtype=np.uint8)
+            for bundle in bundles
+        ]
+        for _ in range(ROUNDS):
+            for place, classifier in enumerate(both):
+                began = time.perf_counter()
+                classifier.classify(pixels[place])
+                taken.setdefault((place, size), []).append(1000 * (time.perf_counter() - began))
+    medians = [
+        {size: statistics.median(taken[place, size]) for size in BATCHES} for place in (0, 1)
+    ]
+    return Timed(
+        device=both[0].device,
+        plans=(both[0].plan, both[1].plan),
+        champion_ms=medians[0],
+        challenger_ms=medians[1],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

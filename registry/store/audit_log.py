@@ -1,0 +1,191 @@
+"""The ledger of a model: what was decided about what serves, by whom, when and on what grounds.
+
+Append-only. A line that changes what serves, the champion or a trial beside it, claims to be the
+model's next move; of several that claim the same one the first stands, and the others were
+overtaken. So the order of the lines alone
+decides between people who promote at once, and every reader comes to the same end: no lock, and
+nothing that the registry's aliases, which have no compare-and-set, would have to offer.
+
+The lines' numbers show that one is missing. They do not show that one was rewritten: an account
+that may write to the registry can rewrite the log and whatever lies beside it (SECURITY.md). Pure:
+where the lines are kept is the store's matter.
+"""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from registry.core.errors import UsageError
+from registry.core.names import Sha256, shortened
+from registry.model.refs import Trial
+
+Action = Literal["promoted", "forced", "rolled back", "adopted", "refused", "tried", "withdrawn"]
+# A line is a tag of at most 100,000 characters in MLflow; JSON writes a control character as six.
+MAX_TEXT_CHARS = 8_000
+MAX_AUTHOR_CHARS = 200
+# Those that say who is champion. Each of them ends a trial.
+CROWNING = ("promoted", "forced", "rolled back", "adopted")
+
+
+def moments(day: str) -> tuple[datetime, datetime]:
+    """The first and the last moment of a day in UTC, or twice a moment that has a time.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        moment = datetime.fromisoformat(day)
+    except ValueError as error:
+        raise UsageError(f"at is {day!r}; write 2026-11-17 or 2026-11-17T15:00") from error
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment, moment if len(day) > 10 else moment + timedelta(days=1, microseconds=-1)
+
+
+class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One decision, written down before it is carried out.
+
+    ``at`` is UTC in ISO 8601, by the writer's clock. ``move`` is the number that is claimed among
+    the model's moves; a refusal has none. ``nonce`` tells a line that was written twice,
+    by a call that was tried again, from two people's. ``adopted`` says that the alias was found
+    moved by other means than Convoy. ``trial`` is what ``tried`` began, with ``to_version``
+    beside the champion; ``withdrawn`` ended it. ``by`` is the name of the token that decided,
+    "NAME (unverified)" where the command line took a name from its environment, or a machine.
+    """
+
+    action: Action
+    at: str
+    by: str
+    from_version: int | None
+    to_version: int
+    from_manifest_sha256: Sha256 | None = None
+    to_manifest_sha256: Sha256 | None = None
+    reason: str | None = None
+    verdict: str | None = None
+    trial: Trial | None = None
+    move: int | None = None
+    nonce: str = ""
+
+    def __post_init__(self) -> None:
+        if datetime.fromisoformat(self.at).tzinfo is None:
+            raise ValueError(f"at is {self.at}, without its time zone")
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self, order="sorted")
+
+    @property
+    def crowns(self) -> bool:
+        """Whether this line says who is champion."""
+        return self.action in CROWNING
+
+
+class Line(Struct, frozen=True, kw_only=True):
+    """An entry in its place. ``stands`` is false of a move that another one overtook."""
+
+    number: int
+    entry: Entry
+    stands: bool
+
+
+class Ledger:
+    """The lines of one model's ledger, oldest first, and what they come to."""
+
+    def __init__(self, rows: Iterable[tuple[int, bytes]] = ()) -> None:
+        """Read ``rows``: the number of each line and its JSON, in any order."""
+        self.lines: list[Line] = []
+        self._numbers: set[int] = set()
+        self._unreadable: dict[int, str] = {}
+        moves = 0
+        for number, data in sorted(rows):
+            self._numbers.add(number)
+            try:
+                entry = msgspec.json.decode(data, type=Entry)
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+                self._unreadable[number] = str(error)
+                continue
+            stands = entry.move is None or entry.move > moves
+            if stands and entry.move is not None:
+                moves = entry.move
+            self.lines.append(Line(number=number, entry=entry, stands=stands))
+
+    @property
+    def moves(self) -> list[Line]:
+        """The moves that stand."""
+        return [line for line in self.lines if line.stands and line.entry.move is not None]
+
+    @property
+    def crowned(self) -> list[Line]:
+        """The moves that stand and say who is champion."""
+        return [line for line in self.moves if line.entry.crowns]
+
+    @property
+    def champion(self) -> int | None:
+        """The version that should serve; None before the first move."""
+        return self.crowned[-1].entry.to_version if self.crowned else None
+
+    @property
+    def previous(self) -> int | None:
+        """The version that was champion before."""
+        return self.crowned[-1].entry.from_version if self.crowned else None
+
+    @property
+    def trial(self) -> Trial | None:
+        """What is tried beside the champion."""
+        return self.moves[-1].entry.trial if self.moves else None
+
+    @property
+    def last(self) -> int:
+        """The number of the newest line; 0 when there is none."""
+        return max(self._numbers, default=0)
+
+    def continued(self, entry: Entry) -> Entry:
+        """``entry`` as the next line, and unless it is a refusal, the next move.
+
+        Its texts are cut to what the registry takes: an error of any length can be written down.
+        """
+        moves = self.moves
+        latest = moves[-1].entry.move or 0 if moves else 0
+        return msgspec.structs.replace(
+            entry,
+            move=None if entry.action == "refused" else latest + 1,
+            by=shortened(entry.by, MAX_AUTHOR_CHARS),
+            reason=entry.reason and shortened(entry.reason, MAX_TEXT_CHARS),
+            verdict=entry.verdict and shortened(entry.verdict, MAX_TEXT_CHARS),
+        )
+
+    def reigns(self, start: datetime, end: datetime) -> list[Line]:
+        """The lines whose champion was that at some moment from ``start`` to ``end``, in order.
+
+        Both must know their time zone. The lines' order counts, not their clocks: a move that
+        claims to be older than one before it happened at the same moment.
+        """
+        began: list[datetime] = []
+        crowned = self.crowned
+        for line in crowned:
+            at = datetime.fromisoformat(line.entry.at)
+            began.append(max(at, began[-1]) if began else at)
+        ended = [*began[1:], datetime.max.replace(tzinfo=UTC)]
+        return [
+            line
+            for line, first, last in zip(crowned, began, ended, strict=False)
+            if first <= end and last > start
+        ]
+
+    def faults(self, newest: int | None = None) -> list[str]:
+        """Lines that are missing or cannot be read; a line that was rewritten is not found.
+
+        Args:
+            newest: the number of the newest line, as it was noted elsewhere; without it, a log that
+                was cut off at its end cannot be told from a shorter one.
+        """
+        faults = [
+            f"line {number} cannot be read: {why}" for number, why in self._unreadable.items()
+        ]
+        if self._numbers and newest is None:
+            faults.append("nothing says which line was the newest: some may be missing at the end")
+        last = max(self.last, newest or 0)
+        return faults + [
+            f"line {n} is missing" for n in range(1, last + 1) if n not in self._numbers
+        ]

@@ -1,0 +1,1 @@
+"""What all protocols share of HTTP: bodies, errors, and the routes beside classification."""

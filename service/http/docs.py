@@ -1,0 +1,68 @@
+"""``/openapi.json`` and ``/docs``: the API for programs, and the same for people."""
+
+import html
+from functools import cache
+from typing import Any
+
+import msgspec
+from flask import Blueprint, Response, redirect, request
+from werkzeug.wrappers import Response as BaseResponse
+
+from service.http.openapi import document
+from service.http.page import POLICY
+
+blueprint = Blueprint("docs", __name__)
+
+
+@blueprint.get("/openapi.json")
+def openapi() -> Response:
+    return Response(_encoded(), mimetype="application/json")
+
+
+@blueprint.get("/docs")
+def docs() -> BaseResponse:
+    if request.path.endswith("/"):
+        return redirect("../docs")  # its files' addresses are relative
+    response = Response(_page(), mimetype="text/html")
+    response.headers["Content-Security-Policy"] = POLICY
+    return response
+
+
+@cache
+def _encoded() -> bytes:
+    return msgspec.json.encode(document())
+
+
+@cache
+def _page() -> str:
+    described = document()
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'><title>Convoy API</title>"
+        "<link rel=stylesheet href=static/style.css><main class=docs><h1>Convoy API</h1>",
+        f"<p>{html.escape(described['info']['description'])} "
+        "<a href=openapi.json>openapi.json</a></p>",
+    ]
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            parts.append(_operation(path, method, operation))
+    return "".join(parts) + "</main></html>"
+
+
+def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(code)}<td>{html.escape(answer['description'])}"
+        for code, answer in operation["responses"].items()
+    )
+    inputs = "".join(
+        f"<li><code>{html.escape(each['name'])}</code> ({each['in']}): "
+        f"{html.escape(each.get('description', ''))}"
+        for each in operation.get("parameters", [])
+    )
+    bodies = ", ".join(operation.get("requestBody", {}).get("content", {}))
+    accepts = f"<p>Body: {html.escape(bodies)}</p>" if bodies else ""
+    return (
+        f"<h2><b>{method.upper()}</b> <code>{html.escape(path)}</code></h2>"
+        f"<p>{html.escape(operation['summary'])}</p><ul>{inputs}</ul>{accepts}"
+        f"<table><tr><th>status<th>meaning{rows}</table>"
+    )

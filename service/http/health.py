@@ -1,0 +1,58 @@
+"""Probes and metrics, for orchestrators and monitors rather than for people."""
+
+from typing import Any
+
+import msgspec
+from flask import Blueprint, Response, request
+
+from service.loading.deployment_watcher import ModelSlot
+from service.observability.metrics import CONTENT_TYPE
+from service.server.protocol import ENDING
+from service.state import state
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/livez")
+def livez() -> Response:
+    """200 while this process answers at all."""
+    return Response("ok\n", mimetype="text/plain")
+
+
+@blueprint.get("/readyz")
+@blueprint.get("/healthz")
+def readyz() -> Response:
+    """200 when every model has a version that is loaded, warmed up and proved; else 503.
+
+    Says for each how long ago the puller last agreed with the registry: a version that serves on
+    while the registry is down is ready, and stale.
+    """
+    slots = state().slots.values()
+    ending = state().watchdog.reason or ("told to end" if ENDING in request.environ else None)
+    ready = ending is None and all(slot.current is not None for slot in slots)
+    body = {"ready": ready, "ending": ending, "models": [_describe(slot) for slot in slots]}
+    return Response(msgspec.json.encode(body), 200 if ready else 503, mimetype="application/json")
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    current = state()
+    for slot in current.slots.values():
+        if (age_s := slot.pull_status().age_s) is not None:
+            current.metrics.registry_age_seconds.labels(slot.ref.name).set(round(age_s, 1))
+    return Response(current.metrics.render(), content_type=CONTENT_TYPE)
+
+
+def _describe(slot: ModelSlot) -> dict[str, Any]:
+    served, status = slot.current, slot.pull_status()
+    age_s = status.age_s
+    return {
+        "name": slot.ref.name,
+        "version": served.version if served else None,
+        "device": served.device if served else None,
+        "plan": served.plan if served else None,
+        "error": slot.error,
+        "registry_age_s": None if age_s is None else round(age_s, 1),
+        "stale": age_s is not None and age_s > state().settings.stale_s,
+        "registry_error": status.error,
+    }

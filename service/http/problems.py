@@ -1,0 +1,84 @@
+"""From a domain error to an answer: one table, problem JSON (RFC 9457) for everything.
+
+Each body also has the member ``error``, which clients of the Open Inference Protocol read.
+"""
+
+import logging
+from typing import Any
+
+from flask import Flask, Response, g
+from werkzeug.exceptions import HTTPException
+
+from registry.core import errors as domain
+from registry.core.problem_details import Problem
+
+log = logging.getLogger(__name__)
+
+# Error → (status, whose it is). The second is the metrics' ``outcome``.
+TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
+    domain.InvalidImage: (422, "caller"),
+    domain.UnsupportedImageType: (415, "caller"),
+    domain.UnsupportedEncoding: (415, "caller"),
+    domain.ImageTooLarge: (413, "caller"),
+    domain.ModelNotFound: (404, "caller"),
+    domain.VersionNotFound: (404, "caller"),
+    domain.KeyMissing: (401, "caller"),
+    domain.KeyInsufficient: (403, "caller"),
+    domain.RateExceeded: (429, "caller"),
+    domain.Overloaded: (503, "load"),
+    domain.DeadlineExceeded: (504, "load"),
+    domain.ModelNotReady: (503, "state"),
+    domain.KeysUnavailable: (503, "state"),
+    domain.DeviceLost: (503, "state"),
+}
+RETRY_AFTER_S: dict[type[Exception], int] = {
+    domain.ModelNotReady: 2,
+    domain.KeysUnavailable: 2,
+    domain.DeviceLost: 2,
+}
+
+
+def init_app(app: Flask) -> None:
+    app.register_error_handler(Exception, lambda error: answer(error, g.request_id))
+
+
+def answer(error: Exception, request_id: str) -> Response:
+    """The response for ``error``; what nobody foresaw is logged here and answered as 500."""
+    response = describe(error, request_id).answer(error)
+    retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(type(error))
+    if retry_after_s:
+        response.headers["Retry-After"] = str(retry_after_s)
+    if isinstance(error, domain.UnsupportedEncoding):
+        response.headers["Accept-Encoding"] = "identity"  # RFC 9110, section 15.5.16
+    return response
+
+
+def describe(error: Exception, request_id: str) -> Problem:
+    """The problem that ``error`` is to the caller; logs it when it is ours."""
+    if isinstance(error, HTTPException):
+        status, title = error.code or 500, error.name
+        detail = error.description or title
+    elif isinstance(error, domain.ConvoyError) and type(error) in TABLE:
+        status, _ = TABLE[type(error)]
+        title = type(error).title()
+        detail = str(error)
+    else:
+        log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
+        status, title = 500, "internal error"
+        detail = f"something went wrong on our side; ask the operator about {request_id}"
+    return Problem.of(status, title, detail, request_id)
+
+
+def outcome(error: Exception) -> str:
+    """Whose error it is, for the metrics: caller, load, state or ours."""
+    if isinstance(error, HTTPException):
+        return "caller" if (error.code or 500) < 500 else "ours"
+    if not isinstance(error, domain.ConvoyError):
+        return "ours"
+    return TABLE.get(type(error), (500, "ours"))[1]
+
+
+def as_item(error: Exception, request_id: str) -> dict[str, Any]:
+    """The ``error`` entry of one image among many."""
+    problem = describe(error, request_id)
+    return {"type": problem.type, "status": problem.status, "detail": problem.detail}

@@ -1,0 +1,274 @@
+"""``MicroBatcher``: concurrent callers share one forward pass. Knows no HTTP and no torch.
+
+Images are put into a queue, and waited for later. There is no timer and no thread of its own:
+whoever waits and finds the device idle runs what is queued; who finds it busy is in the next batch,
+which the first of those waiting runs. So a lone request waits for nothing, and load fills the
+batches. One thread may put many images before it waits for the first.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import Event, Lock
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from registry.core.errors import DeadlineExceeded, DeviceLost, Overloaded
+from registry.model.image.decode import Pixels
+
+Compute = Callable[[Pixels], NDArray[np.float32]]
+"""uint8 (N, H, W, C) to float32 (N, classes)."""
+
+OnBatch = Callable[[int, float, int], None]
+"""Told the size of each batch, the seconds of its forward pass, and how many images still wait."""
+
+# Of a new figure in the running mean of a forward pass's time for one image.
+MEAN_SHARE = 0.2
+# So many callers at once are ordinary. They are queued whatever the network's speed, if it can
+# answer them within this part of the deadline; the rest is for decoding and for a busy machine.
+ORDINARY_CALLERS = 64
+DEADLINE_SHARE = 0.8
+MIN_WAIT_LIMIT_S = 1.0
+
+
+class Scored(Struct, frozen=True):
+    """The answer for one image: probabilities float32 (classes,), and how it got them."""
+
+    probabilities: NDArray[np.float32]
+    queue_ms: float
+    forward_ms: float
+    batch_size: int
+
+
+class Ticket:
+    """One queued image, to be handed to ``MicroBatcher.wait``."""
+
+    __slots__ = ("deadline", "leads", "outcome", "pixels", "queued", "wake")
+
+    def __init__(self, pixels: Pixels, queued: float, deadline: float) -> None:
+        self.pixels = pixels
+        self.queued = queued
+        self.deadline = deadline
+        self.outcome: Scored | Exception | None = None
+        # The thread that waits, if one does, sleeps on ``wake``; when it is woken without an
+        # outcome, ``leads`` says that the device is its to use.
+        self.wake: Event | None = None
+        self.leads = False
+
+
+class MicroBatcher:
+    """Batches calls of ``compute``; every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        compute: Compute,
+        max_batch: int,
+        queue_limit: int,
+        batch_ms: float = 50.0,
+        max_wait_s: float | None = None,
+        deadline_s: float = math.inf,
+        on_batch: OnBatch = lambda size, forward_s, waiting: None,
+    ) -> None:
+        """Create a batcher with an empty queue.
+
+        Args:
+            compute: the forward pass.
+            max_batch: images in a batch at most.
+            queue_limit: images that wait at most.
+            batch_ms: no batch has more images than this has time for.
+            max_wait_s: no image is queued when it would wait longer; None chooses by the measured
+                speed of ``compute``, so that ``ORDINARY_CALLERS`` are queued.
+            deadline_s: how long callers wait at most.
+            on_batch: told of every batch.
+        """
+        self._compute = compute
+        self._max_batch = max_batch
+        self._queue_limit = queue_limit
+        self._batch_ms = batch_ms
+        self._max_wait_s = max_wait_s
+        self._deadline_s = deadline_s
+        self._on_batch = on_batch
+        self._image_ms = 0.0
+        self._running_since: float | None = None
+        self._lock = Lock()
+        self._waiting: deque[Ticket] = deque()
+        self._busy = False
+
+    @property
+    def depth(self) -> int:
+        """Images that wait now."""
+        return len(self._waiting)
+
+    @property
+    def image_ms(self) -> float:
+        """What an image takes of a forward pass, lately; 0 before the first."""
+        return self._image_ms
+
+    def wait_s(self, known: int = 0) -> float:
+        """How long an image will wait behind those queued, or the ``known`` if they are more.
+
+        The caller may know of requests that are on their way here; most of the queued are theirs.
+        """
+        return max(len(self._waiting), known) * self._image_ms / 1000
+
+    @property
+    def wait_limit_s(self) -> float:
+        """An image that would wait longer is refused."""
+        if self._max_wait_s is not None:
+            return self._max_wait_s
+        ordinary_s = ORDINARY_CALLERS * self._image_ms / 1000
+        return min(max(MIN_WAIT_LIMIT_S, ordinary_s), DEADLINE_SHARE * self._deadline_s)
+
+    @property
+    def running_s(self) -> float:
+        """For how long the forward pass has been running; 0 when none is."""
+        since = self._running_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def ceiling(self) -> int:
+        """The most images that the next batch takes: what ``batch_ms`` has time for."""
+        if self._image_ms * self._max_batch <= self._batch_ms:
+            return self._max_batch
+        return max(1, int(self._batch_ms / self._image_ms))
+
+    def check_room(self, known: int = 0) -> None:
+        """Raise ``Overloaded`` if an image would have to wait too long (see ``wait_s``)."""
+        if (wait_s := self.wait_s(known)) > self.wait_limit_s:
+            waiting = max(len(self._waiting), known)
+            raise Overloaded(f"{waiting} images wait already", max(1, math.ceil(wait_s)))
+
+    def put(self, images: Sequence[Pixels], deadline_s: float) -> list[Ticket]:
+        """Queue ``images``; each ticket must be waited for.
+
+        Args:
+            images: uint8 (H, W, C) each, at least one.
+            deadline_s: from now. An image whose time is over before its batch starts is not
+                computed; a forward pass that runs already is not cut short.
+
+        Raises:
+            Overloaded: the queue has no room for all of them; none was queued.
+        """
+        self.check_room()
+        now = time.monotonic()
+        tickets = [Ticket(pixels, now, now + deadline_s) for pixels in images]
+        with self._lock:
+            # A request larger than the whole queue may still run alone.
+            if self._waiting and len(self._waiting) + len(tickets) > self._queue_limit:
+                raise Overloaded(f"{len(self._waiting)} images wait already")
+            self._waiting.extend(tickets)
+        return tickets
+
+    def wait(self, ticket: Ticket) -> Scored | Exception:
+        """The scores of an image, or why it has none (``DeadlineExceeded`` among others).
+
+        Blocks until the image has one or the other; the caller's thread may run batches meanwhile.
+        """
+        while ticket.outcome is None:
+            with self._lock:
+                if not self._busy:
+                    self._busy = ticket.leads = True
+                elif ticket.wake is None:
+                    ticket.wake = Event()
+                    continue  # to look again: until now nobody could have woken this thread
+            if ticket.leads:
+                ticket.leads = False
+                self._run_batch()
+                continue
+            assert ticket.wake is not None
+            if ticket.wake.wait(max(0.0, ticket.deadline - time.monotonic())):
+                ticket.wake.clear()
+            else:
+                self._give_up(ticket)
+        return ticket.outcome
+
+    def _give_up(self, ticket: Ticket) -> None:
+        """Take an expired image out of the queue, unless it is computed now or was told to lead."""
+        with self._lock:
+            if ticket.leads or ticket.outcome is not None:
+                return
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+                ticket.outcome = _expired(ticket)
+                return
+        assert ticket.wake is not None
+        ticket.wake.wait()  # its batch runs now: the answer is on the way
+
+    def _run_batch(self) -> None:
+        """Compute one batch, then hand the device to the first of those who wait."""
+        batch: list[Ticket] = []
+        try:
+            with self._lock:
+                now = time.monotonic()
+                ceiling = self.ceiling
+                while self._waiting and len(batch) < ceiling:
+                    ticket = self._waiting.popleft()
+                    if ticket.deadline > now:
+                        batch.append(ticket)
+                    else:
+                        _settle(ticket, _expired(ticket))
+            if batch:
+                self._score(batch)
+        finally:
+            for ticket in batch:
+                if ticket.outcome is None:  # what is no Exception has ended this thread
+                    _settle(ticket, RuntimeError("the forward pass was interrupted"))
+            with self._lock:
+                successor = next((each for each in self._waiting if each.wake is not None), None)
+                if successor is None:
+                    self._busy = False
+                else:
+                    successor.leads = True
+                    _wake(successor)
+
+    def _score(self, batch: list[Ticket]) -> None:
+        """Give every image of ``batch`` its outcome; when the batch fails, each is tried alone."""
+        started = self._running_since = time.monotonic()
+        try:
+            scores = self._compute(np.stack([ticket.pixels for ticket in batch]))
+            if len(scores) != len(batch):
+                raise RuntimeError(f"{len(batch)} images gave {len(scores)} rows of scores")
+        except DeviceLost as error:  # to every image of the batch
+            for ticket in batch:
+                _settle(ticket, error)
+            return
+        except Exception as error:  # noqa: BLE001 - the edge of a batch: no error may reach others
+            if len(batch) > 1:
+                for ticket in batch:
+                    self._score([ticket])
+            else:
+                _settle(batch[0], error)
+            return
+        finally:
+            self._running_since = None
+        forward_s = time.monotonic() - started
+        self._note_time(forward_s * 1000 / len(batch))
+        self._on_batch(len(batch), forward_s, len(self._waiting))
+        finite = np.isfinite(scores).all(axis=1)
+        for ticket, row, is_finite in zip(batch, scores, np.atleast_1d(finite), strict=True):
+            if is_finite:
+                queue_ms = (started - ticket.queued) * 1000
+                _settle(ticket, Scored(row, queue_ms, forward_s * 1000, len(batch)))
+            else:
+                _settle(ticket, ArithmeticError("the network scored NaN or infinity"))
+
+    def _note_time(self, image_ms: float) -> None:
+        mean = self._image_ms or image_ms
+        self._image_ms = mean + MEAN_SHARE * (image_ms - mean)
+
+
+def _settle(ticket: Ticket, outcome: Scored | Exception) -> None:
+    ticket.outcome = outcome
+    _wake(ticket)
+
+
+def _wake(ticket: Ticket) -> None:
+    if ticket.wake is not None:
+        ticket.wake.set()
+
+
+def _expired(ticket: Ticket) -> DeadlineExceeded:
+    return DeadlineExceeded(f"not started within {ticket.deadline - ticket.queued:.3g} s")

@@ -1,0 +1,58 @@
+"""What serves: a version that is loaded, and a release of one or two of them."""
+
+from msgspec import Struct
+
+from registry.delivery.deployment import Release
+from registry.model.classifier import Classifier
+from registry.model.manifest import Manifest
+from registry.model.refs import Trial
+from service.inference.batcher import MicroBatcher
+
+
+class ServedModel(Struct, frozen=True, kw_only=True):
+    """One version, loaded, warmed up and proved. Immutable, shared by all threads."""
+
+    manifest: Manifest
+    manifest_sha256: str
+    version: int
+    alias: str | None
+    classifier: Classifier
+    batcher: MicroBatcher
+
+    @property
+    def name(self) -> str:
+        return self.manifest.model
+
+    @property
+    def device(self) -> str:
+        return self.classifier.device
+
+    @property
+    def plan(self) -> str:
+        return self.classifier.plan
+
+
+class Serving(Struct, frozen=True):
+    """A release, loaded. ``challenger`` is on trial; without it the champion answers its share."""
+
+    key: int
+    release: Release
+    champion: ServedModel
+    challenger: ServedModel | None = None
+
+    @property
+    def trial(self) -> Trial | None:
+        """What is tried here; nothing while the challenger is not loaded, or its device is lost."""
+        has_challenger = self.challenger is not None and not self.challenger.classifier.lost
+        return self.release.trial if has_challenger else None
+
+    @property
+    def whole(self) -> bool:
+        return (self.challenger is None) == (self.release.trial is None)
+
+    def find(self, version: int | None, alias: str | None) -> ServedModel | None:
+        """The version of that number or alias, if it serves; the champion without either."""
+        for served in (self.champion, self.challenger):
+            if served and version in (None, served.version) and alias in (None, served.alias):
+                return served
+        return None

@@ -1,0 +1,328 @@
+"""Prometheus metrics. Label sets are closed: no caller can add a series."""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from msgspec import Struct
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+
+from registry.canary.traffic_stats import UNBOUNDED_S, VersionTraffic
+from service.observability.metric_files import AllProcesses
+
+if TYPE_CHECKING:
+    from service.inference.batcher import OnBatch
+    from service.inference.loaded_model import ServedModel
+
+log = logging.getLogger(__name__)
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+FLUSH_S = 0.5
+MOST_NOTES = 100_000  # where metrics cannot be written, memory has an end
+OUTCOMES = ("ok", "caller", "load", "state", "ours")
+_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class Answered(Struct, frozen=True):
+    """Seconds of the stages of one request; ``queue_s`` is the longest of its images."""
+
+    images: int
+    read_s: float
+    decode_s: float
+    queue_s: float
+    encode_s: float
+    total_s: float
+    confidence: float  # of the best classes, summed over the images
+
+
+class Series:
+    """What the hot path noted of one version and ``flush`` has not written yet.
+
+    Writing a metric that all workers share takes a system call and more; noting it is an append.
+    """
+
+    def __init__(self) -> None:
+        self.requests: deque[Answered] = deque(maxlen=MOST_NOTES)
+        self.batches: deque[tuple[int, float, int]] = deque(maxlen=MOST_NOTES)
+        self.shadowed: deque[tuple[str, int]] = deque(maxlen=MOST_NOTES)
+
+    def note_batch(self, size: int, forward_s: float, waiting: int) -> None:
+        self.batches.append((size, forward_s, waiting))
+
+
+class Snapshot:
+    """The metrics of all processes at one moment; a collector of what it has collected."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+        self.taken = time.monotonic()
+        self._text: bytes | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        if self._text is None:
+            self._text = generate_latest(self)
+        return self._text
+
+
+class Metrics:
+    """The service's metrics; under gunicorn all workers write to ``PROMETHEUS_MULTIPROC_DIR``."""
+
+    def __init__(self, max_age_s: float = 0.0) -> None:
+        """``max_age_s``: how old the figures may be that ``render`` and ``traffic`` return.
+
+        Collecting takes milliseconds to hundreds of them, and anybody may ask.
+        """
+        self._max_age_s = max_age_s
+        self._snapshot: Snapshot | None = None
+        self._collecting = Lock()
+        self._registry = registry = CollectorRegistry()
+        self._of_version: dict[tuple[str, int], Series] = {}
+        self._flushing = Lock()
+        self._said: dict[str, tuple[str, str, str, str]] = {}
+        version = ("model_name", "model_version")
+        self.requests = Counter(
+            "convoy_requests",
+            f"Classification requests by outcome ({', '.join(OUTCOMES)}).",
+            (*version, "outcome"),
+            registry=registry,
+        )
+        self.images = Counter("convoy_images", "Images classified.", version, registry=registry)
+        self.request_seconds = Histogram(
+            "convoy_request_seconds",
+            "From the first byte read to the answer, answered requests.",
+            version,
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self.stage_seconds = Histogram(
+            "convoy_stage_seconds",
+            "Time in a stage: read, decode, queue, encode of a request, forward of a batch.",
+            (*version, "stage"),
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "convoy_batch_size",
+            "Images in a forward pass.",
+            version,
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=registry,
+        )
+        self.swaps = Counter(
+            "convoy_swaps",
+            "Releases that took over, or failed to.",
+            ("model_name", "outcome"),
+            registry=registry,
+        )
+        self.serving_version = Gauge(
+            "convoy_serving_version",
+            "Number of the version that a worker serves; the lowest of the workers.",
+            ("model_name",),
+            multiprocess_mode="livemin",
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "convoy_model_info",
+            "1 for the champion that serves, with the device and the plan that it serves by.",
+            (*version, "device", "plan"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.confidence = Counter(
+            "convoy_confidence",
+            "Probability of the best class, summed over the images; their mean is a version's.",
+            version,
+            registry=registry,
+        )
+        self.shadow_images = Counter(
+            "convoy_shadow_images",
+            "Images scored in the champion's shadow: agreed, differed, failed; or dropped.",
+            (*version, "outcome"),
+            registry=registry,
+        )
+        self.queue_depth = Gauge(
+            "convoy_queue_depth",
+            "Images that wait in a worker, summed over the workers.",
+            ("model_name",),
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.registry_age_seconds = Gauge(
+            "convoy_registry_age_seconds",
+            "Seconds since the puller last agreed with the registry.",
+            ("model_name",),
+            multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
+
+    def expect(self, name: str, version: str = "") -> None:
+        """Begin a version's, or a model's, counters that alarms look at.
+
+        Prometheus sees no increase where the first value is 1 already.
+        """
+        for outcome in OUTCOMES:
+            self.requests.labels(name, version, outcome)
+        for outcome in ("ok", "failed"):
+            self.swaps.labels(name, outcome)
+
+    def answered(self, name: str, version: int, request: "Answered") -> None:
+        """Note a request that was answered."""
+        self._series(name, version).requests.append(request)
+
+    def refused(self, name: str, version: int | None, outcome: str) -> None:
+        """Note a request that was answered with an error; ``name`` is "" for a model not served."""
+        self.requests.labels(name, "" if version is None else str(version), outcome).inc()
+
+    def on_batch(self, name: str, version: int) -> "OnBatch":
+        """What a batcher of that version tells after each batch."""
+        return self._series(name, version).note_batch
+
+    def shadowed(self, name: str, version: int, outcome: str, images: int) -> None:
+        """Note what became of images that were meant to be scored in the shadow."""
+        self._series(name, version).shadowed.append((outcome, images))
+
+    def flush(self) -> None:
+        """Write what the hot path noted; within ``FLUSH_S`` this happens by itself."""
+        with self._flushing:
+            for (name, version), series in list(self._of_version.items()):
+                self._write(name, str(version), series)
+
+    def start(self) -> None:
+        """Flush from a daemon thread from now on."""
+
+        def run() -> None:
+            while True:
+                time.sleep(FLUSH_S)
+                try:
+                    self.flush()
+                except Exception:  # the edge of a thread: a full disk must not end it
+                    log.exception("metrics cannot be written")
+
+        Thread(target=run, name="metrics", daemon=True).start()
+
+    def _series(self, name: str, version: int) -> "Series":
+        if series := self._of_version.get((name, version)):
+            return series
+        self.expect(name, str(version))
+        return self._of_version.setdefault((name, version), Series())
+
+    def _write(self, name: str, version: str, series: "Series") -> None:
+        if requests := _drain(series.requests):
+            self.requests.labels(name, version, "ok").inc(len(requests))
+            self.images.labels(name, version).inc(sum(each.images for each in requests))
+            self.confidence.labels(name, version).inc(sum(each.confidence for each in requests))
+            total_s = [each.total_s for each in requests]
+            _observe(self.request_seconds.labels(name, version), total_s)
+            for stage in ("read", "decode", "queue", "encode"):
+                stage_s = [getattr(each, f"{stage}_s") for each in requests]
+                _observe(self.stage_seconds.labels(name, version, stage), stage_s)
+        if batches := _drain(series.batches):
+            sizes, forward_s, waiting = zip(*batches, strict=True)
+            _observe(self.stage_seconds.labels(name, version, "forward"), forward_s)
+            _observe(self.batch_size.labels(name, version), sizes)
+            self.queue_depth.labels(name).set(waiting[-1])
+
+        for outcome, images in _drain(series.shadowed):
+            self.shadow_images.labels(name, version, outcome).inc(images)
+
+    def swapped(self, name: str, before: "ServedModel | None", after: "ServedModel | None") -> None:
+        """Note that ``after`` took over from ``before``, or that (None) a version was refused."""
+        self.swaps.labels(name, "ok" if after else "failed").inc()
+        if after is None:
+            return
+        # As it was said, not by ``before``: a version whose device was lost is none any more.
+        if said := self._said.get(name):
+            self.model_info.labels(*said).set(0)
+        self._said[name] = said = name, str(after.version), after.device, after.plan
+        self.model_info.labels(*said).set(1)
+        self.serving_version.labels(name).set(after.version)
+
+    def render(self) -> bytes:
+        """All workers' metrics in Prometheus' text format."""
+        return self._everyone().text()
+
+    def traffic(self, name: str) -> tuple[VersionTraffic, ...]:
+        """What each version of ``name`` did in all workers since the service started."""
+        found: dict[int, Tally] = {}
+        for family in self._everyone().collect():
+            for sample in family.samples:
+                labels = sample.labels
+                if labels.get("model_name") == name and labels.get("model_version"):
+                    tally = found.setdefault(int(labels["model_version"]), Tally())
+                    tally.add(sample.name, labels, sample.value)
+        return tuple(found[version].traffic(version) for version in sorted(found))
+
+    def _everyone(self) -> Snapshot:
+        with self._collecting:
+            snapshot = self._snapshot
+            if snapshot is None or time.monotonic() >= snapshot.taken + self._max_age_s:
+                self.flush()
+                folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+                source = AllProcesses(Path(folder)) if folder else self._registry
+                snapshot = self._snapshot = Snapshot(source.collect())
+            return snapshot
+
+
+class Tally:
+    """Sums up the samples of one version for ``VersionTraffic``."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = {}
+        self._up_to: dict[float, float] = {}
+
+    def add(self, name: str, labels: dict[str, str], value: float) -> None:
+        if name == "convoy_requests_total":
+            ours = labels["outcome"] in ("ours", "load")
+            name = "requests" if labels["outcome"] == "ok" else "errors" if ours else "other"
+        elif name == "convoy_shadow_images_total":
+            name = labels["outcome"]
+        elif name == "convoy_request_seconds_bucket":
+            self._up_to[min(float(labels["le"]), UNBOUNDED_S)] = value
+            return
+        self._counts[name] = self._counts.get(name, 0) + value
+
+    def traffic(self, version: int) -> VersionTraffic:
+        bounds = sorted(self._up_to)
+        below = [0.0, *(self._up_to[bound] for bound in bounds)]
+        names = ("requests", "errors", "agreed", "differed", "failed", "dropped")
+        return VersionTraffic(
+            version=version,
+            seconds=self._counts.get("convoy_request_seconds_sum", 0.0),
+            images=int(self._counts.get("convoy_images_total", 0)),
+            confidence=self._counts.get("convoy_confidence_total", 0.0),
+            buckets=tuple(
+                (bound, int(upper - lower))
+                for bound, lower, upper in zip(bounds, below, below[1:], strict=False)
+            ),
+            **{name: int(self._counts.get(name, 0)) for name in names},
+        )
+
+
+Row = TypeVar("Row")
+
+
+def _drain(notes: deque[Row]) -> list[Row]:
+    return [notes.popleft() for _ in range(len(notes))]
+
+
+def _observe(histogram: Histogram, values: Sequence[float]) -> None:
+    """``histogram.observe`` of every value, each bucket written once.
+
+    prometheus_client 0.26 has no such method, so this knows how it keeps a histogram.
+    """
+    places = np.searchsorted(histogram._upper_bounds, values)
+    for place, count in zip(*np.unique(places, return_counts=True), strict=True):
+        histogram._buckets[place].inc(int(count))
+    histogram._sum.inc(float(np.sum(values)))

@@ -1,0 +1,241 @@
+"""``python -m service``: gunicorn, and beside it what it needs, as one thing to start and to stop.
+
+That is the puller; where there may be a GPU, the process that owns it
+(``service.loading.gpu_process``); and while a challenger is tried in the shadow, the process that
+scores there (``service.shadow.process``). Each is started again when it ends. In containers the
+puller is a container of its own.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Event
+from types import FrameType
+from typing import Any
+
+from registry.core.devices import may_use_gpu
+from registry.core.errors import UsageError
+from registry.core.process_lifetime import end_with_parent
+from registry.core.service_address import SERVICE_KEY
+from registry.delivery.deployment import read_release_or_none
+from service.settings import (
+    GPU_SOCKET,
+    MAX_PARENT_BYTES,
+    METRICS,
+    RUN_FOLDER,
+    Settings,
+    run_parent,
+)
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+CALM_S = 60.0
+LOOK_S = 0.5
+START_S = 120.0
+GUNICORN = [
+    sys.executable,
+    "-m",
+    "gunicorn",
+    "-c",
+    str(Path(__file__).with_name("gunicorn.conf.py")),
+]
+PULLER = [sys.executable, "-m", "registry", "pull", "--watch"]
+GPU = [sys.executable, "-m", "service.loading.gpu_process"]
+SHADOW = [sys.executable, "-m", "service.shadow.process"]
+
+
+class Companion:
+    """A process that is started again when it ends, after a pause that grows with each time.
+
+    Its standard input ends when this process lets go of it, or dies.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """``environment``: by default this process's own."""
+        self._name = name
+        self._command = list(command)
+        self._environment = environment
+        self._pause_s = FIRST_PAUSE_S
+        self._start_at = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def look(self) -> None:
+        """Start the process if it does not run and its pause is over."""
+        now = time.monotonic()
+        if self._process is None:
+            if now >= self._start_at:
+                self._started = now
+                try:
+                    self._process = _start(
+                        self._command, stdin=subprocess.PIPE, env=self._environment
+                    )
+                except OSError as error:  # no room for a process: what runs must not end by that
+                    log.warning("%s cannot be started: %s", self._name, error)
+                    self._wait()
+        elif (status := self._process.poll()) is not None:
+            if now - self._started >= CALM_S:
+                self._pause_s = FIRST_PAUSE_S
+            log.warning("%s ended with %s; again in %.0f s", self._name, status, self._pause_s)
+            self.end()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Have the next start come after a pause, and the one after that later yet."""
+        self._start_at = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+    def wait_for(self, path: Path) -> int | None:
+        """Wait until the process makes ``path``; its exit status if it ends instead.
+
+        Raises:
+            UsageError: it does neither.
+        """
+        assert self._process is not None
+        deadline = time.monotonic() + START_S
+        while not path.exists():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(timeout=0.05)
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"{self._name} has not found out within {START_S:g} s what device works here; "
+                    "CONVOY_DEVICE=cpu serves without it"
+                )
+        return None
+
+    def end(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            _end(self._process, 5)
+            self._process = None
+
+
+def serve(settings: Settings, pull: bool = True) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns gunicorn's exit status.
+
+    Args:
+        settings: where to listen and what to serve.
+        pull: follow the registry; without it, what lies on disk serves.
+
+    Raises:
+        UsageError: the port is taken, or the GPU's process hangs.
+    """
+    _check_port(settings)
+    if pull and importlib.util.find_spec("mlflow") is None:
+        log.warning("MLflow is not installed: serving what lies in %s", settings.models_folder)
+        pull = False
+    companions: list[Companion] = []
+    ending = Event()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(_run_folder()))
+        (folder / METRICS).mkdir()
+        environment = {
+            **os.environ,
+            RUN_FOLDER: str(folder),
+            "PROMETHEUS_MULTIPROC_DIR": str(folder / METRICS),
+            SERVICE_KEY: os.environ.get(SERVICE_KEY) or secrets.token_urlsafe(32),
+            "CONVOY_SERVICE_URL": os.environ.get("CONVOY_SERVICE_URL") or settings.address,
+        }
+
+        def accompany(name: str, command: Sequence[str]) -> Companion:
+            companions.append(Companion(name, command, environment))
+            stack.callback(companions[-1].end)
+            companions[-1].look()
+            return companions[-1]
+
+        _on_end_signals(lambda number, frame: sys.exit(0))
+        if may_use_gpu(settings.device):
+            address = folder / "gpu"
+            owner = accompany("the GPU's process", [*GPU, str(address)])
+            if (status := owner.wait_for(address)) is not None:
+                return status  # it has said why
+            environment[GPU_SOCKET] = str(address)
+        gunicorn = _start(GUNICORN, env=environment)
+        stack.callback(_end, gunicorn, settings.drain_s + 5)
+
+        def end(number: int, frame: FrameType | None) -> None:
+            ending.set()
+            gunicorn.send_signal(signal.SIGTERM)
+
+        _on_end_signals(end)
+        if pull:
+            accompany("the puller", [*PULLER, *map(str, settings.models)])
+        shadow = Companion("the shadow's process", SHADOW, environment)
+        stack.callback(shadow.end)
+        while gunicorn.poll() is None:
+            if not ending.is_set():
+                for companion in companions:
+                    companion.look()
+                if _has_shadow(settings):
+                    shadow.look()
+                else:
+                    shadow.end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                gunicorn.wait(timeout=LOOK_S)
+        return gunicorn.returncode
+
+
+def _run_folder() -> "tempfile.TemporaryDirectory[str]":
+    """What the processes of this service share; only this user may enter it."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="convoy-run-", dir=run_parent())
+    except OSError as error:
+        raise UsageError(
+            f"no temporary folder can be made ({error}); set TMPDIR to a folder that can be "
+            f"written, whose path has at most {MAX_PARENT_BYTES} bytes"
+        ) from error
+
+
+def _has_shadow(settings: Settings) -> bool:
+    """Whether a challenger of one of the models scores in the shadow."""
+    releases = (read_release_or_none(settings.models_folder, ref) for ref in settings.models)
+    return any(release and release.trial and release.trial.shadow for release in releases)
+
+
+def _start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a process that is asked to end should this one die."""
+    return subprocess.Popen(command, preexec_fn=end_with_parent, **options)
+
+
+def _on_end_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _check_port(settings: Settings) -> None:
+    """Say who is to blame for a taken port before gunicorn retries five times."""
+    with socket.socket(settings.family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            advice = "choose another with CONVOY_PORT" if taken else "is CONVOY_HOST right?"
+            raise UsageError(
+                f"cannot listen on {settings.host} port {settings.port} "
+                f"({error.strerror}); {advice}"
+            ) from error
+
+
+def _end(process: "subprocess.Popen[bytes]", patience_s: float) -> None:
+    """Ask ``process`` to end, and make it if it does not."""
+    process.terminate()
+    try:
+        process.wait(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,247 @@
+"""From a trained program to a registered version, proved by reading back what was written."""
+
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import safetensors.torch
+from msgspec.structs import replace
+
+from registry.core.errors import BundleInvalid
+from registry.model.bundle import (
+    GOLDEN,
+    THUMBNAILS,
+    WEIGHTS,
+    Bundle,
+    GoldenImage,
+    to_npz,
+    write_bundle,
+)
+from registry.model.classifier import replay_golden
+from registry.model.image.decode import Pixels, decode_image
+from registry.model.image.limits import TRUSTED_LIMITS
+from registry.model.manifest import SCHEMA_VERSION, DataRecord, Manifest, SourceRecord
+from registry.model.networks import Program
+from registry.model.plans.base import Source, find_plan
+from registry.model.plans.torch_eager import EAGER, eager_classifier
+from registry.model.refs import ModelVersion
+from registry.store.mlflow_store import ModelStore
+from training.data.sources import Dataset, Examples
+from training.fitting.recipes import Recipe
+from training.publishing.evaluate import Evaluation
+from training.publishing.export import export_network
+from training.publishing.plan_accuracy import record_plan_accuracy
+from training.publishing.records import ChampionScores, example_files, score_champion
+
+log = logging.getLogger(__name__)
+
+GOLDEN_IMAGES = 32
+CALIBRATION_IMAGES = 256
+CALIBRATION_SIZE_BYTES = 16_000_000
+THUMBNAIL_PX = 64
+THUMBNAILS_SIZE_BYTES = 32_000_000
+GOLDEN_SIZE_BYTES = 512_000  # larger ones only where a class has no smaller
+# The same network on the same device; only the batches differ.
+RESCORE_TOLERANCE = 1e-4
+RECORDED_PACKAGES = ("torch", "numpy", "pillow", "safetensors", "msgspec")
+
+
+def build_manifest(
+    model: str, recipe: Recipe, data: Dataset, seed: int, device: str, metrics: dict[str, float]
+) -> Manifest:
+    """The manifest of a version that is about to be written, still without its files."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        model=model,
+        network=recipe.network,
+        labels=data.labels,
+        preprocess=data.preprocess,
+        metrics=metrics,
+        data=DataRecord(
+            name=data.name,
+            sha256=data.sha256,
+            counts=data.counts,
+        ),
+        source=SourceRecord(
+            recipe=recipe.name,
+            seed=seed,
+            device=device,
+            git_commit=_git_commit(),
+            versions={
+                "python": platform.python_version(),
+                **{name: _public_version(name) for name in RECORDED_PACKAGES},
+            },
+        ),
+    )
+
+
+def publish(
+    store: ModelStore,
+    manifest: Manifest,
+    program: Program,
+    data: Dataset,
+    heldout: Evaluation,
+    report: Path,
+    device: str,
+) -> ModelVersion:
+    """Write the bundle, prove it, and register it as the next version, alias ``challenger``.
+
+    Args:
+        store: where to; an MLflow run must be active.
+        manifest: from ``build_manifest``.
+        program: with the weights to ship.
+        data: for the golden pictures and the proof.
+        heldout: training's own scores of ``data.validation``.
+        report: folder of pictures that goes along.
+        device: where to prove it.
+
+    Raises:
+        BundleInvalid: what was written does not score like what was trained; nothing is registered.
+    """
+    with tempfile.TemporaryDirectory(prefix="convoy-publish-") as name:
+        log.info("exporting the network for other engines")
+        exports = export_network(program, choose_calibration(data.train))
+        champion = score_champion(store, manifest.model, data.validation, device)
+        bundle = write_version(
+            Path(name) / "bundle", manifest, program, data, heldout, report, exports, champion
+        )
+        pixels = rescore(bundle, data.validation, heldout, device)
+        bundle = record_plan_accuracy(bundle, pixels, heldout.labels, device)
+        tags = {
+            "convoy.recipe": manifest.source.recipe,
+            **{f"convoy.{key}": f"{value:.6f}" for key, value in manifest.metrics.items()},
+        }
+        return store.publish(bundle, tags)
+
+
+def write_version(
+    folder: Path,
+    manifest: Manifest,
+    program: Program,
+    data: Dataset,
+    heldout: Evaluation,
+    report: Path,
+    exports: Mapping[str, bytes],
+    champion: ChampionScores | None = None,
+) -> Bundle:
+    """The bundle of one version in ``folder``; ``exports`` are of ``export_network``.
+
+    ``champion`` is what the champion says of the held-out pictures, if there is one.
+    """
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in program.network.state_dict().items()
+    }
+    files = {
+        WEIGHTS: safetensors.torch.save(state),
+        **example_files(data, heldout, champion),
+        THUMBNAILS: to_npz(pixels=shrink(data.validation.pixels)),
+        **exports,
+    }
+    golden = []
+    for position in choose_golden(data.validation):
+        encoded = data.validation.encode(position)
+        file = f"golden/{data.validation.digests[position][:16]}"
+        files[file] = encoded
+        golden.append(GoldenImage(file, tuple(heldout.probabilities[position].tolist())))
+    files[GOLDEN] = msgspec.json.encode(golden)
+    files |= {f"report/{path.name}": path.read_bytes() for path in sorted(report.iterdir())}
+    scored = champion.manifest_sha256 if champion else None
+    return write_bundle(folder, replace(manifest, scored_champion=scored), files)
+
+
+def choose_golden(examples: Examples) -> list[int]:
+    """Up to 32 positions: the classes in turn, by digest, large files only for want of others."""
+    by_class: dict[int, list[int]] = {}
+    for position in sorted(range(len(examples)), key=lambda each: examples.digests[each]):
+        by_class.setdefault(int(examples.labels[position]), []).append(position)
+
+    def small_first(positions: list[int]) -> Iterator[int]:
+        large = []
+        for position in positions:
+            if len(examples.encode(position)) <= GOLDEN_SIZE_BYTES:
+                yield position
+            else:
+                large.append(position)
+        yield from large
+
+    turns = zip_longest(*(small_first(positions) for _, positions in sorted(by_class.items())))
+    in_turn = (position for turn in turns for position in turn if position is not None)
+    return list(islice(in_turn, GOLDEN_IMAGES))
+
+
+def choose_calibration(examples: Examples) -> Pixels:
+    """Up to 256 pictures, or as many as 16 MB hold, drawn by digest from ``examples``."""
+    one = examples.pixels[0].nbytes
+    count = max(1, min(CALIBRATION_IMAGES, CALIBRATION_SIZE_BYTES // one, len(examples)))
+    order = sorted(range(len(examples)), key=lambda each: examples.digests[each])
+    chosen: Pixels = examples.pixels[order[:count]]
+    return chosen
+
+
+def shrink(pixels: Pixels) -> Pixels:
+    """Pictures of at most 64 px a side, as many of the first as 32 MB hold, for people to see.
+
+    Args:
+        pixels: uint8 (N, H, W, C).
+    """
+    step = -(-max(pixels.shape[1:3]) // THUMBNAIL_PX)
+    one = pixels[0, ::step, ::step].nbytes
+    small: Pixels = pixels[: THUMBNAILS_SIZE_BYTES // one, ::step, ::step]
+    return small
+
+
+def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: str) -> Pixels:
+    """Send the held-out pictures, *encoded*, through what serving uses, and compare.
+
+    Returns:
+        The pictures as they were decoded, uint8 (N, H, W, C).
+
+    Raises:
+        BundleInvalid: a probability differs by more than 1e-4.
+    """
+    classifier = eager_classifier(Source(bundle).program, device)
+    replay_golden(bundle, classifier, find_plan(EAGER))
+    spec = bundle.manifest.preprocess
+    encoded = (examples.encode(position) for position in range(len(examples)))
+    pixels = np.stack([decode_image(data, spec, TRUSTED_LIMITS) for data in encoded])
+    difference = np.abs(classifier.classify(pixels) - expected.probabilities).max(axis=1)
+    worst = int(difference.argmax())
+    log.info(
+        "re-scored %d encoded pictures from the bundle: largest difference %.2g",
+        len(examples),
+        difference[worst],
+    )
+    if not difference[worst] <= RESCORE_TOLERANCE:  # also true of NaN
+        raise BundleInvalid(
+            f"the bundle does not score like the training did: held-out picture {worst} differs by "
+            f"{difference[worst]:.2g}; at most {RESCORE_TOLERANCE:g} is accepted"
+        )
+    return pixels
+
+
+def _git_commit() -> str | None:
+    """The commit that the working directory is at, marked when it has changes."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            cwd=Path(__file__).parent,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _public_version(package: str) -> str:
+    """The version without its local part (``2.13.0+cpu``), which no index could install."""
+    return importlib.metadata.version(package).partition("+")[0]

@@ -1,0 +1,111 @@
+"""Training runs in MLflow: parameters, metrics by epoch, pictures."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import msgspec
+
+from registry.core.errors import ConvoyError, RegistryUnavailable
+from registry.store.mlflow_store import ModelStore
+from training.data.sources import Dataset
+from training.fitting.loop import Epoch
+from training.fitting.recipes import Recipe
+
+log = logging.getLogger(__name__)
+
+# MLflow would take the run or the experiment of the shell that Convoy was started from.
+INHERITED = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+
+
+class Run:
+    """The active MLflow run. Its methods raise ``RegistryUnavailable``."""
+
+    def __init__(self, run_id: str, store: ModelStore) -> None:
+        self.id = run_id
+        self._store = store
+        self._unlogged: list[Epoch] = []
+        self._warned = False
+
+    def log_start(self, recipe: Recipe, data: Dataset, seed: int, device: str) -> None:
+        """What the run is of: recipe, data and their digests."""
+        settings = msgspec.to_builtins(recipe)
+        network = settings.pop("network")
+        arguments = {f"network.{key}": value for key, value in network["args"].items()}
+        with self._store.errors():
+            mlflow.log_params({**settings, "network": network["name"], **arguments, "seed": seed})
+            mlflow.log_params({f"data.{split}": count for split, count in data.counts.items()})
+            mlflow.set_tags(
+                {
+                    "recipe": recipe.name,
+                    "data": data.name,
+                    "data.sha256": data.sha256,
+                    "data.heldout_sha256": data.validation.sha256,
+                    "device": device,
+                }
+            )
+
+    def log_epoch(self, epoch: Epoch) -> None:
+        """Log the metrics of ``epoch``; those that MLflow refuses now follow with the next.
+
+        A registry that is away for some epochs does not end a training.
+        """
+        self._unlogged.append(epoch)
+        try:
+            self._log_epochs()
+        except RegistryUnavailable as error:
+            if not self._warned:
+                log.warning("metrics are logged later; training goes on: %s", error)
+            self._warned = True
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        self._log_epochs()
+        with self._store.errors():
+            mlflow.log_metrics(metrics)
+
+    def log_report(self, folder: Path) -> None:
+        with self._store.errors():
+            mlflow.log_artifacts(str(folder), "report")
+
+    def set_tag(self, key: str, value: Any) -> None:
+        with self._store.errors():
+            mlflow.set_tag(key, value)
+
+    def _log_epochs(self) -> None:
+        while self._unlogged:
+            metrics = msgspec.to_builtins(self._unlogged[0])
+            with self._store.errors():
+                mlflow.log_metrics(metrics, step=metrics.pop("number"))
+            self._unlogged.pop(0)
+
+
+@contextmanager
+def start_run(store: ModelStore, experiment: str, name: str, nested: bool = False) -> Iterator[Run]:
+    """A run that is marked finished, or failed or killed when the body raises.
+
+    Raises:
+        RegistryUnavailable: MLflow did not start it.
+    """
+    for variable in INHERITED:
+        if value := os.environ.pop(variable, None):
+            log.warning("%s=%s is ignored: a training has a run of its own", variable, value)
+    experiment_id = store.experiment(experiment)
+    with store.errors():
+        active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=nested)
+    status = "FAILED"
+    try:
+        yield Run(active.info.run_id, store)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            with store.errors():
+                mlflow.end_run(status)
+        except ConvoyError as error:  # must not hide an error of the body
+            log.warning("the run %s is not marked %s: %s", active.info.run_id, status, error)
