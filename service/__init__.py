@@ -38,10 +38,13 @@ def create_app(
     from service.access.auth import Door
     from service.http import docs, health, models, page, problems, request_context
     from service.http.cors import Cors
+    from service.inference.pipeline import Pipeline
     from service.loading.loader import open_slots
     from service.loading.watchdog import Watchdog
     from service.observability.metrics import Metrics
-    from service.protocols.v1 import Classify
+    from service.protocols.base import InferenceApp, InferenceProtocol
+    from service.protocols.torchserve import TorchServe
+    from service.protocols.v1 import V1
     from service.settings import Settings
     from service.shadow.client import ShadowFeed
     from service.state import State
@@ -63,15 +66,19 @@ def create_app(
         settings=settings,
         slots=slots,
         metrics=metrics,
-        shadow=shadow,
         watchdog=watchdog,
         door=Door(settings),
+        pipeline=Pipeline(
+            slots, settings, metrics, shadow, problems.outcome, lambda: watchdog.reason
+        ),
     )
     request_context.init_app(app)
     problems.init_app(app)
-    for module in (models, health, docs, page):
+    for module in (models, health, page):
         app.register_blueprint(module.blueprint)
-    app.wsgi_app = Classify(app.wsgi_app, state)  # type: ignore[method-assign]
+    protocols: list[InferenceProtocol] = [V1(settings), TorchServe(settings)]
+    docs.init_app(app, [each for protocol in protocols for each in protocol.operations])
+    app.wsgi_app = InferenceApp(app.wsgi_app, state, protocols)  # type: ignore[method-assign]
     if origins := settings.cors_origin_list:
         app.wsgi_app = Cors(app.wsgi_app, origins, settings.sticky_header)  # type: ignore[method-assign]
     return app

@@ -43,7 +43,10 @@ MAY_IMPORT = {
     "registry.cli": {"registry"},
     "service.server": set(),
     "service.access": {SETTINGS, *OFFERED_TO_SERVICE},
-    INFERENCE: OFFERED_TO_SERVICE,
+    INFERENCE: {
+        *(SETTINGS, "service.malloc", "service.server.protocol", "service.shadow.client"),
+        *OFFERED_TO_SERVICE,
+    },
     OBSERVABILITY: {INFERENCE, *OFFERED_TO_SERVICE},
     "service.loading": {
         *(SETTINGS, INFERENCE, OBSERVABILITY, "service.malloc", "service.running_time"),
@@ -56,8 +59,8 @@ MAY_IMPORT = {
         *("service.loading.deployment_watcher", *OFFERED_TO_SERVICE),
     },
     "service.protocols": {
-        *("service.http", "service.state", "service.server.protocol", "service.malloc"),
-        *(INFERENCE, OBSERVABILITY, "service.shadow.client", *OFFERED_TO_SERVICE),
+        *(SETTINGS, "service.http", "service.state", "service.server.protocol", INFERENCE),
+        *OFFERED_TO_SERVICE,
     },
     "service": {"service", *OFFERED_TO_SERVICE, "registry.core"},
     "training.data": {CORE, MODEL},

@@ -13,7 +13,18 @@ from typing import Any, ParamSpec
 
 import msgspec
 from flask import Response, g, request
+from msgspec.structs import asdict
 
+from registry.control.answers import (
+    Audit,
+    History,
+    Judging,
+    Standing,
+    Standings,
+    TaggedVersion,
+    Version,
+    Versions,
+)
 from registry.control.openapi import document
 from registry.control.state import control
 from registry.core import errors as domain
@@ -59,7 +70,7 @@ def may_decide(view: Callable[P, Any]) -> Callable[P, Any]:
 
 def list_models() -> Response:
     store = control().store
-    return _json({"models": [_standing(name) for name in store.models()]})
+    return _json(Standings([_standing(name) for name in store.models()]))
 
 
 def show_model(name: str) -> Response:
@@ -68,19 +79,19 @@ def show_model(name: str) -> Response:
 
 def list_versions(name: str) -> Response:
     rows = control().store.versions(check_model_name(name))
-    return _json({"versions": [{**msgspec.to_builtins(each), "tags": tags} for each, tags in rows]})
+    return _json(Versions([TaggedVersion(**asdict(each), tags=tags) for each, tags in rows]))
 
 
 def show_version(name: str, version: int) -> Response:
     found = control().store.resolve(ModelRef(check_model_name(name), version))
     manifest = control().store.manifest(found)
-    return _json({"version": found, "manifest": manifest})
+    return _json(Version(found, manifest))
 
 
 def show_verdict(name: str, version: int) -> Response:
     judged = control().judgement(check_model_name(name), version)
     if judged is None:
-        response = _json({"state": "judging"}, 202)
+        response = _json(Judging(), 202)
         response.headers["Retry-After"] = str(JUDGING_RETRY_S)
         return response
     return _json(judged)
@@ -95,13 +106,13 @@ def show_history(name: str) -> Response:
     store = control().store
     store.aliases(check_model_name(name))  # says so if there is no such model
     ledger, at = store.ledger(name), request.args.get("at")
-    return _json({"lines": ledger.reigns(*moments(at)) if at else ledger.lines})
+    return _json(History(ledger.reigns(*moments(at)) if at else ledger.lines))
 
 
 def show_audit(name: str) -> Response:
     control().store.aliases(check_model_name(name))
     lines, faults = audit(control().store, name)
-    return _json({"lines": lines, "faults": faults})
+    return _json(Audit(lines, faults))
 
 
 def _decision(kind: type[Decision]) -> Callable[..., Response]:
@@ -142,9 +153,9 @@ ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
 )
 
 
-def _standing(name: str) -> dict[str, Any]:
+def _standing(name: str) -> Standing:
     aliases, trial = control().store.standing(check_model_name(name))
-    return {"name": name, "aliases": aliases, "trial": trial}
+    return Standing(name, aliases, trial)
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -1,11 +1,18 @@
-"""The OpenAPI 3.1 description of the control plane; a test holds it against the routes."""
+"""The OpenAPI 3.1 description of the control plane, generated from the records of its answers.
+
+A test holds it against the routes.
+"""
 
 from typing import Any
 
 import msgspec
 
-from registry.core.problem_details import responses, schema
+from registry.canary.traffic_stats import Live
+from registry.control.answers import Audit, History, Judging, Standing, Standings, Version, Versions
+from registry.core.problem_details import Problem, responses
 from registry.promotion.commands import BODIES
+from registry.promotion.gate_runner import Judgement
+from registry.store.audit_log import Line
 
 _FAILURES = {
     "400": "The body or a parameter cannot be used.",
@@ -20,6 +27,7 @@ _FAILURES = {
     ),
     "503": "The registry, or a service, cannot be reached.",
 }
+_SCHEMAS = "#/components/schemas/"
 _NUMBER = {"type": "integer", "minimum": 1}
 _DECISIONS = {
     "promote": "Make a version the champion, if the gate lets it.",
@@ -27,25 +35,41 @@ _DECISIONS = {
     "release": "Try a challenger on a share of the requests, in the shadow, or both.",
     "withdraw": "End the trial.",
 }
-_READS = {
-    "/v1/models": "All models: aliases, and what is on trial.",
-    "/v1/models/{name}": "One model: aliases, and what is on trial.",
-    "/v1/models/{name}/versions": "Its versions with their metrics, newest first.",
-    "/v1/models/{name}/versions/{version}": "One version: its manifest.",
-    "/v1/models/{name}/versions/{version}/verdict": (
-        "What the gate says of it beside the champion; 202 while that is being found."
+# The path, what it says, and the record that it answers with.
+_READS: tuple[tuple[str, str, type], ...] = (
+    ("/v1/models", "All models: aliases, and what is on trial.", Standings),
+    ("/v1/models/{name}", "One model: aliases, and what is on trial.", Standing),
+    ("/v1/models/{name}/versions", "Its versions with their metrics, newest first.", Versions),
+    ("/v1/models/{name}/versions/{version}", "One version: its manifest.", Version),
+    (
+        "/v1/models/{name}/versions/{version}/verdict",
+        "What the gate says of it beside the champion; 202 while that is being found.",
+        Judgement,
     ),
-    "/v1/models/{name}/traffic": "How the services serve it: workers, and each version's figures.",
-    "/v1/models/{name}/history": "Every decision; with `at`, who was champion on that day.",
-    "/v1/models/{name}/audit": "Whether lines of the log are missing, and the aliases agree; "
-    "a line that was rewritten is not found.",
-}
+    (
+        "/v1/models/{name}/traffic",
+        "How the services serve it: workers, and each version's figures.",
+        Live,
+    ),
+    (
+        "/v1/models/{name}/history",
+        "Every decision; with `at`, the versions that were champion on that day.",
+        History,
+    ),
+    (
+        "/v1/models/{name}/audit",
+        "Whether lines of the log are missing, and the aliases agree; a line that was rewritten "
+        "is not found.",
+        Audit,
+    ),
+)
 
 
 def document() -> dict[str, Any]:
     """The description as plain data."""
-    _, bodies = msgspec.json.schema_components(
-        BODIES.values(), ref_template="#/components/schemas/{name}"
+    _, components = msgspec.json.schema_components(
+        [*BODIES.values(), *(record for _, _, record in _READS), Line, Judging, Problem],
+        ref_template=_SCHEMAS + "{name}",
     )
     return {
         "openapi": "3.1.0",
@@ -58,7 +82,7 @@ def document() -> dict[str, Any]:
         "paths": {
             "/livez": {"get": _open("Whether the process answers.", "text/plain")},
             "/openapi.json": {"get": _open("This description.", "application/json")},
-            **{path: {"get": _read(path, summary)} for path, summary in _READS.items()},
+            **{path: {"get": _read(path, summary, record)} for path, summary, record in _READS},
             **{
                 f"/v1/models/{{name}}/{verb}": {"post": _decision(verb, summary)}
                 for verb, summary in _DECISIONS.items()
@@ -66,7 +90,7 @@ def document() -> dict[str, Any]:
         },
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"Problem": schema(), **bodies},
+            "schemas": components,
         },
     }
 
@@ -79,33 +103,37 @@ def _open(summary: str, media_type: str) -> dict[str, Any]:
     }
 
 
-def _read(path: str, summary: str) -> dict[str, Any]:
+def _read(path: str, summary: str, record: type) -> dict[str, Any]:
     parameters = _path_parameters(path)
     if path.endswith("/history"):
         parameters.append({"name": "at", "in": "query", "schema": {"type": "string"}})
-    answers = {"200": _answer(summary)}
+    answers = {"200": _answer(summary, record)}
     if path.endswith("/verdict"):
-        answers["202"] = _answer("It is being found; see Retry-After.")
+        answers["202"] = _answer("It is being found; see Retry-After.", Judging)
     codes = ("400", "401", "404", "422", "503")
     return {"summary": summary, "parameters": parameters, "responses": answers | _problems(codes)}
 
 
 def _decision(verb: str, summary: str) -> dict[str, Any]:
-    body = {"$ref": f"#/components/schemas/{BODIES[verb].__name__}"}
+    body = _reference(BODIES[verb])
     return {
         "summary": summary,
         "parameters": _path_parameters("{name}"),
         "requestBody": {"content": {"application/json": {"schema": body}}},
         "responses": {
-            "200": _answer("The ledger's line."),
+            "200": _answer("The ledger's line.", Line),
             **_problems(tuple(_FAILURES)),
         },
     }
 
 
-def _answer(description: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"type": "object"}}}
+def _answer(description: str, record: type) -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference(record)}}
     return {"description": description, "content": content}
+
+
+def _reference(record: type) -> dict[str, str]:
+    return {"$ref": _SCHEMAS + record.__name__}
 
 
 def _problems(codes: tuple[str, ...]) -> dict[str, Any]:

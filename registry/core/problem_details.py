@@ -42,20 +42,6 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return response
 
 
-def schema(*more: str) -> dict[str, Any]:
-    """The OpenAPI description of a problem that also has the text members ``more``."""
-    texts = ("type", "title", "detail", "error", *more)
-    return {
-        "type": "object",
-        "description": "RFC 9457 problem details; `error` repeats `detail` for OIP clients.",
-        "required": [*texts, "status"],
-        "properties": {
-            **{name: {"type": "string"} for name in texts},
-            "status": {"type": "integer"},
-        },
-    }
-
-
 def responses(codes: dict[str, str]) -> dict[str, Any]:
     """The OpenAPI responses of these statuses and descriptions, each a problem."""
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}

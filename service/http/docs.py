@@ -1,22 +1,28 @@
 """``/openapi.json`` and ``/docs``: the API for programs, and the same for people."""
 
 import html
-from functools import cache
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Response, redirect, request
+from flask import Blueprint, Flask, Response, current_app, redirect, request
 from werkzeug.wrappers import Response as BaseResponse
 
-from service.http.openapi import document
+from service.http.openapi import Operation, document
 from service.http.page import POLICY
 
+OPERATIONS = "convoy.operations"
 blueprint = Blueprint("docs", __name__)
+
+
+def init_app(app: Flask, of_protocols: list[Operation]) -> None:
+    """Describe ``of_protocols``, and the routes that every service has."""
+    app.extensions[OPERATIONS] = of_protocols
+    app.register_blueprint(blueprint)
 
 
 @blueprint.get("/openapi.json")
 def openapi() -> Response:
-    return Response(_encoded(), mimetype="application/json")
+    return Response(msgspec.json.encode(_described()), mimetype="application/json")
 
 
 @blueprint.get("/docs")
@@ -28,14 +34,12 @@ def docs() -> BaseResponse:
     return response
 
 
-@cache
-def _encoded() -> bytes:
-    return msgspec.json.encode(document())
+def _described() -> dict[str, Any]:
+    return document(current_app.extensions[OPERATIONS])
 
 
-@cache
 def _page() -> str:
-    described = document()
+    described = _described()
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'><title>Convoy API</title>"

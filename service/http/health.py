@@ -1,9 +1,8 @@
 """Probes and metrics, for orchestrators and monitors rather than for people."""
 
-from typing import Any
-
 import msgspec
 from flask import Blueprint, Response, request
+from msgspec import Struct
 
 from service.loading.deployment_watcher import ModelSlot
 from service.observability.metrics import CONTENT_TYPE
@@ -11,6 +10,27 @@ from service.server.protocol import ENDING
 from service.state import state
 
 blueprint = Blueprint("health", __name__)
+
+
+class ModelState(Struct, frozen=True, kw_only=True):
+    """Whether one model serves, and when the puller last agreed with the registry."""
+
+    name: str
+    version: int | None
+    device: str | None
+    plan: str | None
+    error: str | None
+    registry_age_s: float | None
+    stale: bool
+    registry_error: str | None
+
+
+class Readiness(Struct, frozen=True, kw_only=True):
+    """Whether the service answers; ``ending`` says why it is about to end."""
+
+    ready: bool
+    ending: str | None
+    models: list[ModelState]
 
 
 @blueprint.get("/livez")
@@ -30,7 +50,7 @@ def readyz() -> Response:
     slots = state().slots.values()
     ending = state().watchdog.reason or ("told to end" if ENDING in request.environ else None)
     ready = ending is None and all(slot.current is not None for slot in slots)
-    body = {"ready": ready, "ending": ending, "models": [_describe(slot) for slot in slots]}
+    body = Readiness(ready=ready, ending=ending, models=[_describe(slot) for slot in slots])
     return Response(msgspec.json.encode(body), 200 if ready else 503, mimetype="application/json")
 
 
@@ -43,16 +63,16 @@ def metrics() -> Response:
     return Response(current.metrics.render(), content_type=CONTENT_TYPE)
 
 
-def _describe(slot: ModelSlot) -> dict[str, Any]:
+def _describe(slot: ModelSlot) -> ModelState:
     served, status = slot.current, slot.pull_status()
     age_s = status.age_s
-    return {
-        "name": slot.ref.name,
-        "version": served.version if served else None,
-        "device": served.device if served else None,
-        "plan": served.plan if served else None,
-        "error": slot.error,
-        "registry_age_s": None if age_s is None else round(age_s, 1),
-        "stale": age_s is not None and age_s > state().settings.stale_s,
-        "registry_error": status.error,
-    }
+    return ModelState(
+        name=slot.ref.name,
+        version=served.version if served else None,
+        device=served.device if served else None,
+        plan=served.plan if served else None,
+        error=slot.error,
+        registry_age_s=None if age_s is None else round(age_s, 1),
+        stale=age_s is not None and age_s > state().settings.stale_s,
+        registry_error=status.error,
+    )

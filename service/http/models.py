@@ -4,18 +4,55 @@ from typing import Any
 
 import msgspec
 from flask import Blueprint, Response, g
+from msgspec import Struct
 
-from registry.canary.traffic_stats import Live
-from service.inference.loaded_model import ServedModel
+from registry.canary.traffic_stats import Live, WorkerReport
+from registry.core.names import Sha256
+from registry.model.manifest import DataRecord, NetworkSpec, PreprocessSpec, SourceRecord
+from registry.model.refs import Trial
 from service.loading.deployment_watcher import ModelSlot
 from service.state import state
 
 blueprint = Blueprint("models", __name__)
 
 
+class ModelSummary(Struct, frozen=True, kw_only=True):
+    """One model: the version that serves, or why none does."""
+
+    name: str
+    wanted: str
+    ready: bool
+    version: int | None
+    alias: str | None
+    device: str | None
+    plan: str | None
+    error: str | None
+
+
+class ModelList(Struct, frozen=True):
+    """All models of the service."""
+
+    models: list[ModelSummary]
+
+
+class ModelDetails(ModelSummary, frozen=True, kw_only=True):
+    """One version that serves, and what serves beside it."""
+
+    trial: Trial | None
+    workers: list[WorkerReport]
+    labels: tuple[str, ...]
+    preprocess: PreprocessSpec
+    network: NetworkSpec
+    metrics: dict[str, float]
+    data: DataRecord
+    source: SourceRecord
+    manifest_sha256: Sha256
+
+
 @blueprint.get("/v1/models")
 def list_models() -> Response:
-    return _json({"models": [_summary(slot) for slot in state().slots.values()]})
+    summaries = [ModelSummary(**_summary(slot)) for slot in state().slots.values()]
+    return _json(ModelList(summaries))
 
 
 @blueprint.get("/v1/models/<name>")
@@ -23,20 +60,28 @@ def list_models() -> Response:
 @blueprint.get("/v1/models/<name>/aliases/<alias>")
 def show_model(name: str, version: int | None = None, alias: str | None = None) -> Response:
     current = state()
-    served, serving = current.served(name, version, alias)
+    served, serving = current.pipeline.find(name, version, alias)
     g.served = served
-    slot = current.slot(name)
+    slot, manifest = current.slot(name), served.manifest
+    of_version = {
+        "version": served.version,
+        "alias": served.alias,
+        "device": served.device,
+        "plan": served.plan,
+    }
     return _json(
-        {
-            **_summary(slot),
-            "version": served.version,
-            "alias": served.alias,
-            "device": served.device,
-            "plan": served.plan,
-            "trial": serving.trial,
-            "workers": slot.workers(),
-            **_details(served),
-        }
+        ModelDetails(
+            **_summary(slot) | of_version,
+            trial=serving.trial,
+            workers=slot.workers(),
+            labels=manifest.labels,
+            preprocess=manifest.preprocess,
+            network=manifest.network,
+            metrics=manifest.metrics,
+            data=manifest.data,
+            source=manifest.source,
+            manifest_sha256=served.manifest_sha256,
+        )
     )
 
 
@@ -72,18 +117,5 @@ def _summary(slot: ModelSlot) -> dict[str, Any]:
     }
 
 
-def _details(served: ServedModel) -> dict[str, Any]:
-    manifest = served.manifest
-    return {
-        "labels": manifest.labels,
-        "preprocess": manifest.preprocess,
-        "network": manifest.network,
-        "metrics": manifest.metrics,
-        "data": manifest.data,
-        "source": manifest.source,
-        "manifest_sha256": served.manifest_sha256,
-    }
-
-
-def _json(value: Any) -> Response:
+def _json(value: Struct) -> Response:
     return Response(msgspec.json.encode(value), mimetype="application/json")

@@ -1,46 +1,21 @@
-"""The OpenAPI 3.1 description of the routes; a test holds it against the routes themselves."""
+"""The OpenAPI 3.1 description of the service, generated from the records that it answers with.
 
+A test holds it against the routes. Each protocol describes its own operations.
+"""
+
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from registry.core.problem_details import responses, schema
+import msgspec
+from msgspec import Struct
 
-_PREDICTION = {
-    "type": "object",
-    "required": ["label", "index", "probability"],
-    "properties": {
-        "label": {"type": "string"},
-        "index": {"type": "integer", "minimum": 0},
-        "probability": {"type": "number", "minimum": 0, "maximum": 1},
-    },
-}
-_PREDICTIONS = {"type": "array", "items": {"$ref": "#/components/schemas/Prediction"}}
-_CLASSIFICATION = {
-    "type": "object",
-    "description": "`predictions` for one image, `results` for a list of them.",
-    "required": ["model", "request_id", "timings_ms"],
-    "properties": {
-        "model": {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string"},
-                "version": {"type": "integer"},
-                "alias": {"type": ["string", "null"]},
-            },
-        },
-        "predictions": _PREDICTIONS,
-        "results": {
-            "type": "array",
-            "description": "One entry per image, in order: `predictions`, or its own `error`.",
-            "items": {
-                "type": "object",
-                "properties": {"predictions": _PREDICTIONS, "error": {"type": "object"}},
-            },
-        },
-        "request_id": {"type": "string"},
-        "timings_ms": {"type": "object", "additionalProperties": {"type": "number"}},
-    },
-}
-_FAILURES = {
+from registry.canary.traffic_stats import Live
+from registry.core.problem_details import Problem, responses
+from service.http.health import Readiness
+from service.http.models import ModelDetails, ModelList
+
+FAILURES = {
     "400": "The request is malformed.",
     "401": "The service asks for a key: Authorization: Bearer …",
     "403": "The key may not do this.",
@@ -59,55 +34,97 @@ _FAILURES = {
     "503": "Too many wait, no version is loaded, or keys cannot be read; see Retry-After.",
     "504": "The image waited longer than its time.",
 }
+ABOUT_MODELS = ("401", "403", "404", "503")
+_BINARY = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
-_BODY = {
-    "required": True,
-    "content": {
-        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        "image/*": {"schema": {"type": "string", "format": "binary"}},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {
-                    "image": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                },
-            }
-        },
-        "application/json": {
-            "schema": {
-                "oneOf": [
-                    {
-                        "type": "object",
-                        "required": ["image"],
-                        "properties": {"image": _BASE64},
-                        "additionalProperties": False,
-                    },
-                    {
-                        "type": "object",
-                        "required": ["images"],
-                        "properties": {"images": {"type": "array", "items": _BASE64}},
-                        "additionalProperties": False,
-                    },
-                ]
-            }
-        },
-    },
-}
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "name": {"description": "Name of a served model.", "schema": {"type": "string"}},
     "version": {"description": "Number of the version.", "schema": {"type": "integer"}},
     "alias": {"description": "Alias that chose the version.", "schema": {"type": "string"}},
 }
-_TOP_K = {
-    "name": "top_k",
-    "in": "query",
-    "description": "How many classes to answer with, best first (default 5).",
-    "schema": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 5},
-}
 
 
-def document() -> dict[str, Any]:
-    """The description as plain data."""
+class Operation(Struct, frozen=True, kw_only=True):
+    """One method of one path.
+
+    Attributes:
+        path: with its parameters in braces.
+        answer: the type that a 200 has as JSON; None for text.
+        method: in lower case.
+        takes_images: whether the body has images, in any form that Convoy reads.
+        query: the parameters in the query, as OpenAPI describes them.
+        failures: statuses that it may have beside 200.
+        failure_answers: statuses beside 200 that have ``answer``, too.
+    """
+
+    path: str
+    summary: str
+    answer: Any = None
+    method: str = "get"
+    takes_images: bool = False
+    query: tuple[dict[str, Any], ...] = ()
+    failures: Iterable[str] = ()
+    failure_answers: tuple[str, ...] = ()
+
+
+_ONE_MODEL = (
+    "/v1/models/{name}",
+    "/v1/models/{name}/versions/{version}",
+    "/v1/models/{name}/aliases/{alias}",
+)
+OPERATIONS = (
+    Operation(
+        path="/v1/models",
+        summary="The models that are served.",
+        answer=ModelList,
+        failures=ABOUT_MODELS,
+    ),
+    *(
+        Operation(
+            path=path,
+            summary="One model: labels, preprocessing, metrics, device.",
+            answer=ModelDetails,
+            failures=ABOUT_MODELS,
+        )
+        for path in _ONE_MODEL
+    ),
+    Operation(
+        path="/v1/models/{name}/traffic",
+        summary="What each version did since the service started, and what each worker serves.",
+        answer=Live,
+        failures=ABOUT_MODELS,
+    ),
+    Operation(path="/livez", summary="Whether the process answers."),
+    Operation(
+        path="/readyz",
+        summary="Whether every model is loaded and warmed up.",
+        answer=Readiness,
+        failure_answers=("503",),
+    ),
+    Operation(
+        path="/healthz",
+        summary="The same as /readyz.",
+        answer=Readiness,
+        failure_answers=("503",),
+    ),
+    Operation(
+        path="/metrics", summary="Metrics in Prometheus' text format.", failures=ABOUT_MODELS
+    ),
+)
+
+
+def document(of_protocols: Iterable[Operation]) -> dict[str, Any]:
+    """The description as plain data: ``of_protocols`` first, then what every service has."""
+    operations = [*of_protocols, *OPERATIONS]
+    answers = [each.answer for each in operations if each.answer is not None]
+    schemas, components = msgspec.json.schema_components(
+        [*answers, Problem], ref_template="#/components/schemas/{name}"
+    )
+    by_answer = iter(schemas)
+    paths: dict[str, dict[str, Any]] = {}
+    for each in operations:
+        schema = next(by_answer) if each.answer is not None else None
+        paths.setdefault(each.path, {})[each.method] = _operation(each, schema)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -115,88 +132,55 @@ def document() -> dict[str, Any]:
             "version": "1",
             "description": "Classifies pictures; every answer names the version that made it.",
         },
-        "paths": {
-            **{
-                f"{path}/classify": {"post": _classify(path)}
-                for path in (
-                    "/v1",
-                    "/v1/models/{name}",
-                    "/v1/models/{name}/versions/{version}",
-                    "/v1/models/{name}/aliases/{alias}",
-                )
-            },
-            "/v1/models": {"get": _get("The models that are served.", "/v1/models")},
-            **{
-                path: {"get": _get("One model: labels, preprocessing, metrics, device.", path)}
-                for path in (
-                    "/v1/models/{name}",
-                    "/v1/models/{name}/versions/{version}",
-                    "/v1/models/{name}/aliases/{alias}",
-                )
-            },
-            "/v1/models/{name}/traffic": {
-                "get": _get(
-                    "What each version did since the service started, and what each worker serves.",
-                    "/v1/models/{name}/traffic",
-                )
-            },
-            "/livez": {"get": _get("Whether the process answers.", text=True)},
-            "/readyz": {"get": _get("Whether every model is loaded and warmed up.", ready=True)},
-            "/healthz": {"get": _get("The same as /readyz.", ready=True)},
-            "/metrics": {"get": _get("Metrics in Prometheus' text format.", "/metrics", text=True)},
-        },
-        # Of which a service asks only if it was told to; probes and pages are open always.
+        "paths": paths,
+        # A service asks for keys only if it was told to; probes and pages are open always.
         "security": [{}, {"key": []}],
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": {
-                "Prediction": _PREDICTION,
-                "Classification": _CLASSIFICATION,
-                "Problem": schema("request_id"),
+            "schemas": components,
+        },
+    }
+
+
+def _operation(operation: Operation, schema: dict[str, Any] | None) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema}} if schema else {"text/plain": {}}
+    named = re.findall(r"{(\w+)}", operation.path)
+    described = {
+        "summary": operation.summary,
+        "parameters": [
+            *(
+                {"name": name, "in": "path", "required": True, **_PARAMETERS[name]}
+                for name in named
+            ),
+            *operation.query,
+        ],
+        "responses": {
+            "200": {"description": operation.summary, "content": content},
+            **responses({code: FAILURES[code] for code in operation.failures}),
+            **{
+                code: {"description": "Not ready.", "content": content}
+                for code in operation.failure_answers
             },
         },
     }
+    if operation.takes_images:
+        described["requestBody"] = _images()
+    return described
 
 
-def _classify(path: str) -> dict[str, Any]:
+def _images() -> dict[str, Any]:
+    one = {"type": "object", "required": ["image"], "properties": {"image": _BASE64}}
+    list_of = {"type": "array", "items": _BASE64}
+    many = {"type": "object", "required": ["images"], "properties": {"images": list_of}}
+    parts = {"image": {"type": "array", "items": _BINARY}}
+    form = {"type": "object", "properties": parts}
+    either = {"oneOf": [{**each, "additionalProperties": False} for each in (one, many)]}
     return {
-        "summary": "Classify one image, or many.",
-        "parameters": [*_path_parameters(path), _TOP_K],
-        "requestBody": _BODY,
-        "responses": {
-            "200": {
-                "description": "The most probable classes, best first.",
-                "content": _json("Classification"),
-            },
-            **responses(_FAILURES),
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": _BINARY},
+            "image/*": {"schema": _BINARY},
+            "multipart/form-data": {"schema": form},
+            "application/json": {"schema": either},
         },
     }
-
-
-def _get(
-    summary: str, path: str = "", *, text: bool = False, ready: bool = False
-) -> dict[str, Any]:
-    content = {"text/plain": {}} if text else {"application/json": {"schema": {"type": "object"}}}
-    failures = {code: _FAILURES[code] for code in ("401", "403", "404", "503") if path}
-    not_ready = {"503": {"description": "Not ready.", "content": content}} if ready else {}
-    return {
-        "summary": summary,
-        "parameters": _path_parameters(path),
-        "responses": {
-            "200": {"description": summary, "content": content},
-            **not_ready,
-            **responses(failures),
-        },
-    }
-
-
-def _path_parameters(path: str) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "in": "path", "required": True, **described}
-        for name, described in _PARAMETERS.items()
-        if "{" + name + "}" in path
-    ]
-
-
-def _json(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}

@@ -1,11 +1,15 @@
 """What serves: a version that is loaded, and a release of one or two of them."""
 
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
+
 from msgspec import Struct
 
+from registry.core.errors import ModelNotFound
 from registry.delivery.deployment import Release
 from registry.model.classifier import Classifier
 from registry.model.manifest import Manifest
-from registry.model.refs import Trial
+from registry.model.refs import ModelRef, Trial
 from service.inference.batcher import MicroBatcher
 
 
@@ -56,3 +60,32 @@ class Serving(Struct, frozen=True):
             if served and version in (None, served.version) and alias in (None, served.alias):
                 return served
         return None
+
+
+class Slot(Protocol):
+    """One model of this service, whatever version of it is loaded."""
+
+    ref: ModelRef
+
+    @property
+    def current(self) -> ServedModel | None:
+        """The champion; None while nothing is loaded."""
+
+    def require(self) -> Serving:
+        """What serves; raises ``ModelNotReady`` while nothing does."""
+
+
+AnySlot = TypeVar("AnySlot", bound=Slot)
+
+
+def find_slot(slots: Mapping[str, AnySlot], name: str | None = None) -> AnySlot:
+    """The model ``name``, or the first, which is the default.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+    """
+    if name is None:
+        return next(iter(slots.values()))
+    if name not in slots:
+        raise ModelNotFound(f"there is no model {name!r} here; there are: {', '.join(slots)}")
+    return slots[name]

@@ -10,7 +10,6 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
@@ -21,6 +20,7 @@ from service.observability.metric_files import AllProcesses
 if TYPE_CHECKING:
     from service.inference.batcher import OnBatch
     from service.inference.loaded_model import ServedModel
+    from service.inference.pipeline import Answered
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +29,6 @@ FLUSH_S = 0.5
 MOST_NOTES = 100_000  # where metrics cannot be written, memory has an end
 OUTCOMES = ("ok", "caller", "load", "state", "ours")
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-
-
-class Answered(Struct, frozen=True):
-    """Seconds of the stages of one request; ``queue_s`` is the longest of its images."""
-
-    images: int
-    read_s: float
-    decode_s: float
-    queue_s: float
-    encode_s: float
-    total_s: float
-    confidence: float  # of the best classes, summed over the images
 
 
 class Series:

@@ -12,7 +12,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, TestResponse
 
 from service.http import bodies
-from service.protocols import v1
+from service.inference import pipeline
 from service.server.protocol import IN_LOOP, Postpone
 
 JSON = "application/json"
@@ -194,7 +194,7 @@ def test_in_the_loop_parsing_counts_like_decoding(
     monkeypatch.setattr(bodies, "LOOP_PARSE_S", 0.0)
     with pytest.raises(Postpone):
         ask(empty_parts, FORM)
-    monkeypatch.setattr(v1, "LOOP_DECODE_S", 0.0)  # reading alone takes longer
+    monkeypatch.setattr(pipeline, "LOOP_DECODE_S", 0.0)  # reading alone takes longer
     with pytest.raises(Postpone):
         ask(png, "image/png")
 

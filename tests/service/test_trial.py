@@ -31,7 +31,7 @@ from service.inference.traffic_split import is_challengers
 from service.loading import deployment_watcher
 from service.loading.deployment_watcher import ModelSlot
 from service.observability.metrics import Metrics
-from service.protocols.v1 import CALLED
+from service.protocols.base import CALLED
 from service.server.protocol import IN_LOOP, Postpone
 from service.settings import Settings
 from service.shadow import process
@@ -129,11 +129,14 @@ def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
 
 
 def test_what_the_champion_answers_is_sampled_for_the_shadow(
-    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes], app, tmp_path: Path
+    client: FlaskClient,
+    slot: ModelSlot,
+    on_trial,
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: list[Sample] = []
-    state = app.extensions["convoy"]
-    state.shadow.send = sent.append
+    monkeypatch.setattr(ShadowFeed, "send", lambda feed, sample: sent.append(sample))
     on_trial(shadow=1.0)
     slot.refresh()
     answer = client.post("/v1/classify", data=images[0], **RAW).json

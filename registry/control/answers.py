@@ -1,0 +1,61 @@
+"""The records that the control plane's API answers with, where no other module has one."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from registry.model.manifest import Manifest
+from registry.model.refs import ModelVersion, Trial
+from registry.store.audit_log import Line
+
+
+class Standing(Struct, frozen=True):
+    """One model: which version each alias names, and what is on trial."""
+
+    name: str
+    aliases: dict[str, int]
+    trial: Trial | None
+
+
+class Standings(Struct, frozen=True):
+    """All models."""
+
+    models: list[Standing]
+
+
+class TaggedVersion(ModelVersion, frozen=True, kw_only=True):
+    """A version with the registry's tags, its metrics among them."""
+
+    tags: dict[str, str]
+
+
+class Versions(Struct, frozen=True):
+    """The versions of a model, newest first."""
+
+    versions: list[TaggedVersion]
+
+
+class Version(Struct, frozen=True):
+    """One version and its manifest."""
+
+    version: ModelVersion
+    manifest: Manifest
+
+
+class Judging(Struct, frozen=True):
+    """The gate is at work; ask again."""
+
+    state: Literal["judging"] = "judging"
+
+
+class History(Struct, frozen=True):
+    """Lines of the log, oldest first."""
+
+    lines: list[Line]
+
+
+class Audit(Struct, frozen=True):
+    """How many lines the log has, and what is wrong with it or with the aliases."""
+
+    lines: int
+    faults: list[str]

@@ -1,0 +1,349 @@
+"""The only way from encoded images to predictions.
+
+It chooses the version, decodes, queues, waits, counts, and feeds the shadow. It knows no HTTP: a
+protocol module translates into a ``Request`` and out of a ``Result``. The work has two phases. A
+server that calls ``submit`` for many requests before it calls ``finish`` for any gets them into
+one batch.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+from msgspec import Struct
+
+from registry.core.errors import ConvoyError, ModelNotReady, VersionNotFound
+from registry.model.image.decode import Pixels
+from registry.model.manifest import ClassScore
+from registry.model.refs import Trial
+from service.inference.batcher import MicroBatcher, Scored, Ticket
+from service.inference.decoding import Decoder
+from service.inference.loaded_model import ServedModel, Serving, Slot, find_slot
+from service.inference.traffic_split import is_challengers
+from service.server.protocol import Postpone
+from service.settings import Settings
+from service.shadow.client import Sample, ShadowFeed
+
+DEFAULT_TOP_K = 5
+# Reading and decoding the images of one request may take so long of a worker's loop.
+LOOP_DECODE_S = 0.01
+LOOP_BYTES = 64 * 1024
+# A slower network would keep the loop from reading probes, and from refusing others.
+LOOP_IMAGE_MS = 2.0
+LOOP_WAIT_S = 0.02
+
+
+class Images(Protocol):
+    """The encoded images of a request, one after the other as they arrive.
+
+    ``many``: whether the client sent a list; known when all have arrived.
+    """
+
+    many: bool
+
+    def __iter__(self) -> Iterator[bytes | ConvoyError]:
+        """Each image's bytes, or the error that kept it from being read."""
+        ...
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """What a client asks for.
+
+    Attributes:
+        images: the encoded images.
+        name: of the model; None for the first that is served.
+        version: its number; ``alias`` and it are both None for the champion, or a canary.
+        session: requests with the same one get the same version during a canary.
+        top_k: how many classes each image is answered with.
+        loop_bytes: the size of the body, when the server's loop calls and nothing may take long;
+            else None.
+        waiting: how many requests the server has postponed, which will come here.
+        started: when the request arrived, by ``time.perf_counter``.
+    """
+
+    images: Images
+    name: str | None = None
+    version: int | None = None
+    alias: str | None = None
+    session: str | None = None
+    top_k: int = DEFAULT_TOP_K
+    loop_bytes: int | None = None
+    waiting: int = 0
+    started: float
+
+
+class Timings(Struct, frozen=True):
+    """Milliseconds of the stages; of many images the longest."""
+
+    decode: float
+    queue: float
+    forward: float
+    total: float
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """What a request is answered with.
+
+    Attributes:
+        served: the version that answered.
+        images: for each image its most probable classes, best first, or its error.
+        many: whether the client sent a list.
+        timings_ms: of the whole request.
+        batch_size: of the largest batch that one of the images was in.
+    """
+
+    served: ServedModel
+    images: list[list[ClassScore] | Exception]
+    many: bool
+    timings_ms: Timings
+    batch_size: int
+
+
+class Answered(Struct, frozen=True):
+    """Seconds of the stages of one request; ``queue_s`` is the longest of its images."""
+
+    images: int
+    read_s: float
+    decode_s: float
+    queue_s: float
+    encode_s: float
+    total_s: float
+    confidence: float  # of the best classes, summed over the images
+
+
+class Counters(Protocol):
+    """Where requests are counted."""
+
+    def answered(self, name: str, version: int, request: Answered) -> None: ...
+
+    def refused(self, name: str, version: int | None, outcome: str) -> None: ...
+
+
+class Job:
+    """One request on its way: what is known of it between ``submit`` and ``finish``."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.served: ServedModel | None = None
+        self.read_s = 0.0
+        self.decode_s = 0.0
+        self.tickets: list[Ticket | Exception] = []
+        # For the shadow: the version that scores there, and for each image what it needs for that.
+        self.challenger: ServedModel | None = None
+        self.samples: list[Pixels | bytes | Exception] = []
+
+
+class Pipeline:
+    """Answers requests by the loaded versions. Any thread may call any method."""
+
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        settings: Settings,
+        counters: Counters,
+        shadow: ShadowFeed,
+        outcome: Callable[[Exception], str],
+        why_unready: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """``outcome`` is the metrics' word for an error; ``why_unready`` ends all answers."""
+        self._slots = slots
+        self._deadline_s = settings.deadline_s
+        self._counters = counters
+        self._shadow = shadow
+        self._outcome = outcome
+        self._why_unready = why_unready
+        self._decoder = Decoder(settings)
+
+    def find(
+        self, name: str | None = None, version: int | None = None, alias: str | None = None
+    ) -> tuple[ServedModel, Serving]:
+        """The loaded version that a request means, and what else serves at this moment.
+
+        Raises:
+            ModelNotFound, VersionNotFound: it is not served here.
+            ModelNotReady: it will be, but is not loaded yet.
+        """
+        if reason := self._why_unready():
+            raise ModelNotReady(reason)
+        serving = find_slot(self._slots, name).require()
+        served = serving.find(version, alias)
+        if served is None:
+            wanted = f"version {version}" if alias is None else f"alias {alias!r}"
+            here = " and ".join(
+                f"version {each.version}" + (f", alias {each.alias!r}" if each.alias else "")
+                for each in (serving.champion, serving.challenger)
+                if each
+            )
+            raise VersionNotFound(
+                f"{serving.champion.name} {wanted} is not served here; served is {here}"
+            )
+        return served, serving
+
+    def submit(self, job: Job) -> None:
+        """The first phase: choose the version, decode the images, queue their pixels.
+
+        ``job.served`` says which version was chosen, also when this raises.
+
+        Raises:
+            Postpone: the server's loop calls, and this would take too long for it.
+            ConvoyError: the request cannot be answered.
+        """
+        request = job.request
+        in_loop = request.loop_bytes is not None
+        if in_loop and find_slot(self._slots, request.name).current is None:
+            raise Postpone  # it may have to be loaded first
+        # Read once: one request, one version.
+        job.served, serving = self.find(request.name, request.version, request.alias)
+        # Before the images are decoded: that would be for nothing.
+        job.served.batcher.check_room(request.waiting)
+        if in_loop and _is_slow(job.served.batcher):
+            raise Postpone(queues=True)
+        if request.loop_bytes is not None and request.loop_bytes > LOOP_BYTES:
+            raise Postpone
+        decoded = self._decode_all(job, serving)
+        if isinstance(decoded[0], Exception) and not request.images.many:
+            raise decoded[0]
+        left_s = self._deadline_s - (time.perf_counter() - request.started)
+        pixels = [each for each in decoded if not isinstance(each, Exception)]
+        tickets = iter(job.served.batcher.put(pixels, left_s) if pixels else ())
+        job.tickets = [each if isinstance(each, Exception) else next(tickets) for each in decoded]
+
+    def finish(self, job: Job, write: Callable[[Result], bytes]) -> bytes:
+        """The second phase: wait for the scores, have ``write`` translate them, and count.
+
+        Raises:
+            Exception: why the one image of a request has no scores.
+        """
+        served, request = job.served, job.request
+        assert served is not None
+        scored = [
+            each if isinstance(each, Exception) else served.batcher.wait(each)
+            for each in job.tickets
+        ]
+        if not request.images.many and isinstance(scored[0], Exception):
+            raise scored[0]
+        encoding = time.perf_counter()
+        result = _result(job, served, scored)
+        body = write(result)
+        done = time.perf_counter()
+        best = [None if isinstance(each, Exception) else each[0] for each in result.images]
+        failures = filter(None, (self._failure(each) for each in scored))
+        if failure := next(failures, None):  # a list is one request: what failed of it must show
+            self._counters.refused(served.name, served.version, failure)
+        else:
+            answered = Answered(
+                images=sum(each is not None for each in best),
+                read_s=job.read_s,
+                decode_s=job.decode_s,
+                queue_s=result.timings_ms.queue / 1000,
+                encode_s=done - encoding,
+                total_s=done - request.started,
+                confidence=sum(each.probability for each in best if each),
+            )
+            self._counters.answered(served.name, served.version, answered)
+        if job.challenger:
+            self._send_to_shadow(job.challenger, job.samples, best)
+        return body
+
+    def refuse(self, name: str | None, version: int | None, error: Exception) -> None:
+        """Count a request that ``error`` ended, about the model ``name`` or the default one."""
+        name = name or next(iter(self._slots))
+        known = name if name in self._slots else ""
+        self._counters.refused(known, version, self._outcome(error))
+
+    def _decode_all(self, job: Job, serving: Serving) -> list[Pixels | Exception]:
+        """Pixels or the error of each image; the first image may choose the version."""
+        request = job.request
+        trial = None if request.version or request.alias else serving.trial
+        in_loop = request.loop_bytes is not None
+        decoded: list[Pixels | Exception] = []
+        reading = time.perf_counter()
+        for image in request.images:
+            if trial is not None and not decoded:
+                _choose_side(job, trial, serving.challenger, image)
+                if in_loop and _is_slow(job.served.batcher):  # type: ignore[union-attr]
+                    raise Postpone(queues=True)  # of the challenger's
+            assert job.served is not None
+            decoding = time.perf_counter()
+            job.read_s += decoding - reading
+            if in_loop and job.read_s + job.decode_s > LOOP_DECODE_S:
+                raise Postpone
+            spec = job.served.manifest.preprocess
+            decoded.append(self._decoder.decode(image, spec, in_loop))
+            if job.challenger is not None:
+                alike = job.challenger.manifest.preprocess == spec
+                job.samples.append(decoded[-1] if alike else image)
+            reading = time.perf_counter()
+            job.decode_s += reading - decoding
+        return decoded
+
+    def _failure(self, scored: Scored | Exception) -> str | None:
+        """The metrics' word for an image's error, if it has one that is not the caller's."""
+        outcome = self._outcome(scored) if isinstance(scored, Exception) else "caller"
+        return None if outcome == "caller" else outcome
+
+    def _send_to_shadow(
+        self,
+        challenger: ServedModel,
+        samples: Iterable[Pixels | bytes | Exception],
+        best: list[ClassScore | None],
+    ) -> None:
+        """Have the challenger score what the champion did; nothing waits for it."""
+        for image, answered in zip(samples, best, strict=True):
+            if answered is not None and not isinstance(image, Exception):
+                data = image if isinstance(image, bytes) else image.tobytes()
+                self._shadow.send(
+                    Sample(challenger.name, challenger.version, answered.index, data is image, data)
+                )
+
+
+def _is_slow(batcher: MicroBatcher) -> bool:
+    """Whether this version's images are not for the loop, which has others to answer."""
+    return batcher.image_ms > LOOP_IMAGE_MS or batcher.wait_s() > LOOP_WAIT_S
+
+
+def _choose_side(
+    job: Job, trial: Trial, challenger: ServedModel | None, image: bytes | ConvoyError
+) -> None:
+    """Which version answers, by the client's session or the first image, and which one scores."""
+    session = job.request.session
+    key = session.encode() if session else b"" if isinstance(image, ConvoyError) else image
+    if is_challengers(trial, key):
+        job.served = challenger
+    elif random.random() < trial.shadow:  # noqa: S311 - a sample, no secret
+        job.challenger = challenger
+
+
+def _result(job: Job, served: ServedModel, scored: list[Scored | Exception]) -> Result:
+    request = job.request
+    good = [each for each in scored if isinstance(each, Scored)]
+    images = [
+        each if isinstance(each, Exception) else _predictions(each, served, request.top_k)
+        for each in scored
+    ]
+    timings = Timings(
+        round(job.decode_s * 1000, 3),
+        round(max((each.queue_ms for each in good), default=0.0), 3),
+        round(max((each.forward_ms for each in good), default=0.0), 3),
+        round((time.perf_counter() - request.started) * 1000, 3),
+    )
+    batch_size = max((each.batch_size for each in good), default=0)
+    return Result(
+        served=served,
+        images=images,
+        many=request.images.many,
+        timings_ms=timings,
+        batch_size=batch_size,
+    )
+
+
+def _predictions(scored: Scored, served: ServedModel, top_k: int) -> list[ClassScore]:
+    """The ``top_k`` most probable classes, best first; equal ones in label order."""
+    probabilities, labels = scored.probabilities, served.manifest.labels
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [
+        ClassScore(labels[index], index, value)
+        for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
+    ]

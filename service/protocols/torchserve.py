@@ -1,0 +1,64 @@
+"""``POST /predictions/{model}``: TorchServe's inference API, for clients that come from there.
+
+A picture in, an object of its most probable labels out, as TorchServe's ``image_classifier``
+answers (https://docs.pytorch.org/serve/inference_api.html). ``curl -T`` sends a PUT. Errors are
+problem JSON, as everywhere in Convoy.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from registry.model.manifest import ClassScore
+from service.http import problems
+from service.http.bodies import Images
+from service.http.openapi import FAILURES, Operation
+from service.inference.pipeline import DEFAULT_TOP_K, Result
+from service.protocols.base import Target
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+_PATH = re.compile(r"/predictions/(?P<name>[^/]+)(?:/(?P<version>[0-9]{1,9}))?/?")
+
+
+class TorchServe:
+    """Translates ``/predictions``; a list of images, which TorchServe has not, gives a list."""
+
+    methods: tuple[str, ...] = ("POST", "PUT")
+    operations: tuple[Operation, ...] = tuple(
+        Operation(
+            method=method,
+            path=path,
+            summary="Classify one image as TorchServe does: an object of labels.",
+            answer=dict[str, float],
+            takes_images=True,
+            failures=FAILURES,
+        )
+        for path in ("/predictions/{name}", "/predictions/{name}/{version}")
+        for method in ("post", "put")
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def match(self, path: str) -> Target | None:
+        found = _PATH.fullmatch(path) if path.startswith("/predictions/") else None
+        if found is None:
+            return None
+        return Target(found["name"], int(found["version"]) if found["version"] else None)
+
+    def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
+        return Images(environ, self._settings), DEFAULT_TOP_K
+
+    def write(self, result: Result, request_id: str) -> bytes:
+        items = [_item(each, request_id) for each in result.images]
+        return msgspec.json.encode(items if result.many else items[0])
+
+
+def _item(image: list[ClassScore] | Exception, request_id: str) -> dict[str, object]:
+    if isinstance(image, Exception):
+        return {"error": problems.as_item(image, request_id)}
+    return {each.label: each.probability for each in image}

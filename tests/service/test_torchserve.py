@@ -1,0 +1,60 @@
+"""``POST /predictions/{model}``: clients of TorchServe get the answers that they know."""
+
+import io
+
+import pytest
+from flask.testing import FlaskClient
+
+from service.loading.deployment_watcher import ModelSlot
+
+RAW = {"content_type": "application/octet-stream"}
+
+
+def as_object(predictions: list[dict[str, object]]) -> dict[str, object]:
+    return {str(each["label"]): each["probability"] for each in predictions}
+
+
+def test_labels_and_probabilities_are_those_of_v1(ready: FlaskClient, png: bytes) -> None:
+    v1 = ready.post("/v1/classify", data=png, **RAW).json
+    answer = ready.post("/predictions/digits", data=png, **RAW)
+    assert answer.status_code == 200
+    assert answer.headers["X-Model-Version"] == "1"
+    assert answer.json == as_object(v1["predictions"])
+    assert list(answer.json.values()) == sorted(answer.json.values(), reverse=True)
+
+
+@pytest.mark.parametrize("path", ["/predictions/digits/1", "/predictions/digits/"])
+def test_curl_sends_a_picture_with_put(ready: FlaskClient, png: bytes, path: str) -> None:
+    assert len(ready.put(path, data=png).json) == 5
+
+
+def test_several_images_give_a_list(ready: FlaskClient, png: bytes) -> None:
+    files = [(io.BytesIO(each), "x.png") for each in (png, b"bad")]
+    first, second = ready.post("/predictions/digits", data={"image": files}).json
+    assert len(first) == 5
+    assert second["error"]["status"] == 415
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/predictions/other", 404), ("/predictions/digits/7", 404), ("/predictions/digits", 415)],
+)
+def test_errors_are_problems(ready: FlaskClient, path: str, status: int) -> None:
+    answer = ready.post(path, data=b"no picture", **RAW)
+    assert (answer.status_code, answer.json["status"]) == (status, status)
+    assert answer.content_type == "application/problem+json"
+
+
+def test_another_method_is_refused_by_name(ready: FlaskClient) -> None:
+    answer = ready.get("/predictions/digits")
+    assert answer.status_code == 405
+    assert answer.headers["Allow"] == "POST, PUT"
+
+
+def test_requests_are_counted_as_those_of_v1(
+    ready: FlaskClient, slot: ModelSlot, png: bytes
+) -> None:
+    for _ in range(3):
+        ready.post("/predictions/digits", data=png, **RAW)
+    (version,) = ready.get("/v1/models/digits/traffic").json["versions"]
+    assert version["requests"] == 3
