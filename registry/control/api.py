@@ -8,8 +8,7 @@ cookie reads, and decides by forms only.
 """
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any
 
 import msgspec
 from flask import Response, g, request
@@ -29,43 +28,12 @@ from registry.control.openapi import document
 from registry.control.state import control
 from registry.core import errors as domain
 from registry.core.names import check_model_name
-from registry.core.problem_details import Problem
 from registry.model.refs import ModelRef
 from registry.promotion.commands import BODIES, Decision
 from registry.promotion.promotion import audit
 from registry.store.audit_log import moments
 
 JUDGING_RETRY_S = 2
-P = ParamSpec("P")
-
-
-def may_look(view: Callable[P, Any]) -> Callable[P, Any]:
-    """Of a view: for whoever has a token, of any role, in a header or a session."""
-
-    @wraps(view)
-    def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
-        known = g.token or g.visitor
-        if known is None:
-            return _refuse(401, "send a token: Authorization: Bearer …")
-        if not known.may_look:
-            return _refuse(403, f"the token {known.name!r} may classify, not look")
-        return view(*arguments, **named)
-
-    return guarded
-
-
-def may_decide(view: Callable[P, Any]) -> Callable[P, Any]:
-    """Of a view: for an operator's token in a header. A cookie is not enough: it sends itself."""
-
-    @wraps(view)
-    def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
-        if g.token is None:
-            return _refuse(401, "send a token: Authorization: Bearer …")
-        if not g.token.may_decide:
-            return _refuse(403, f"the token {g.token.name!r} may look, not decide")
-        return view(*arguments, **named)
-
-    return guarded
 
 
 def list_models() -> Response:
@@ -137,19 +105,19 @@ def openapi() -> Response:
 
 
 _MODEL = "/v1/models/<name>"
-# What programs use. Everything but the probe and the description asks for a token.
+# What programs use; ``registry.control.app`` says who may.
 ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     ("/livez", "GET", livez),
     ("/openapi.json", "GET", openapi),
-    ("/v1/models", "GET", may_look(list_models)),
-    (_MODEL, "GET", may_look(show_model)),
-    (f"{_MODEL}/versions", "GET", may_look(list_versions)),
-    (f"{_MODEL}/versions/<int:version>", "GET", may_look(show_version)),
-    (f"{_MODEL}/versions/<int:version>/verdict", "GET", may_look(show_verdict)),
-    (f"{_MODEL}/traffic", "GET", may_look(show_traffic)),
-    (f"{_MODEL}/history", "GET", may_look(show_history)),
-    (f"{_MODEL}/audit", "GET", may_look(show_audit)),
-    *((f"{_MODEL}/{verb}", "POST", may_decide(_decision(kind))) for verb, kind in BODIES.items()),
+    ("/v1/models", "GET", list_models),
+    (_MODEL, "GET", show_model),
+    (f"{_MODEL}/versions", "GET", list_versions),
+    (f"{_MODEL}/versions/<int:version>", "GET", show_version),
+    (f"{_MODEL}/versions/<int:version>/verdict", "GET", show_verdict),
+    (f"{_MODEL}/traffic", "GET", show_traffic),
+    (f"{_MODEL}/history", "GET", show_history),
+    (f"{_MODEL}/audit", "GET", show_audit),
+    *((f"{_MODEL}/{verb}", "POST", _decision(kind)) for verb, kind in BODIES.items()),
 )
 
 
@@ -160,7 +128,3 @@ def _standing(name: str) -> Standing:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, mimetype="application/json")
-
-
-def _refuse(status: int, detail: str) -> Response:
-    return Problem.of(status, "unauthorized" if status == 401 else "forbidden", detail).answer()

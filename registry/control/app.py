@@ -1,7 +1,9 @@
 """The control plane's WSGI application, put together."""
 
 from flask import Flask, Response, g, request
+from werkzeug.wrappers import Response as BaseResponse
 
+from registry.auth.bearer import bearer_token, require
 from registry.control import pages
 from registry.control.api import ROUTES
 from registry.control.state import COOKIE, Control, control, describe_error
@@ -10,6 +12,10 @@ from registry.core.problem_details import Problem
 from registry.store.mlflow_store import ModelStore
 
 MOST_BYTES = 64 * 1024
+# The routes that ask for no token.
+PUBLIC = frozenset(
+    {"GET /livez", "GET /openapi.json", "pages.sign_in", "pages.signed_in", "static"}
+)
 # Nothing of another origin, nothing inline.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -29,7 +35,7 @@ def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) ->
     app.extensions["convoy"] = Control(store, home, services)
     app.config["MAX_CONTENT_LENGTH"] = MOST_BYTES
     app.config["MAX_FORM_MEMORY_SIZE"] = MOST_BYTES
-    app.before_request(_identify)
+    app.before_request(_authorize)
     app.after_request(_harden)
     app.register_error_handler(Exception, _answer_error)
     for rule, method, view in ROUTES:
@@ -38,15 +44,31 @@ def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) ->
     return app
 
 
-def _identify() -> None:
-    """Note the caller: ``g.token`` by the header, ``g.visitor`` by the session's cookie."""
+def _authorize() -> BaseResponse | None:
+    """Note the caller, and refuse one that may not do what it asks.
+
+    ``g.token`` is that of the header, ``g.visitor`` that of the session's cookie. A cookie decides
+    nothing by the API: browsers send it by themselves. Pages decide by forms, which have a secret.
+
+    Raises:
+        KeyMissing, KeyInsufficient: the route is not public, and the caller's token may not.
+    """
     g.token = g.visitor = None
     tokens = control().tokens
-    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        g.token = tokens.find(text.strip())
+    if sent := bearer_token(request.headers.get("Authorization", "")):
+        g.token = tokens.find(sent)
     elif session := control().sessions.find(request.cookies.get(COOKIE, "")):
         g.visitor = tokens.find_digest(session.token_sha256)
+    if request.endpoint is None or request.endpoint in PUBLIC:
+        return None
+    if request.blueprint == pages.blueprint.name:
+        may_look = g.visitor is not None and g.visitor.may_look
+        return None if may_look else pages.ask_to_sign_in()
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        require(g.token or g.visitor, "look")
+    else:
+        require(g.token, "decide")
+    return None
 
 
 def _harden(response: Response) -> Response:

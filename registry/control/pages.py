@@ -10,9 +10,8 @@ import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 from urllib.parse import urlsplit
 
 import jinja2
@@ -25,8 +24,10 @@ from flask import (
     render_template,
     request,
 )
-from werkzeug.exceptions import Forbidden, NotFound
+from werkzeug.exceptions import NotFound
+from werkzeug.wrappers import Response as BaseResponse
 
+from registry.auth.bearer import require
 from registry.auth.sessions import SESSION_TTL_S, form_secret
 from registry.control.addresses import relative, url_for
 from registry.control.charts import HEIGHT, WIDTH, curves
@@ -39,7 +40,6 @@ from registry.promotion.gate_runner import Judgement
 from registry.promotion.policy import read_policy
 
 blueprint = Blueprint("pages", __name__)
-P = ParamSpec("P")
 
 
 def init_app(app: Flask) -> None:
@@ -59,16 +59,9 @@ def verdict_page(judged: Judgement) -> str:
     return environment.get_template("verdict_alone.html").render(judged=judged, style=style)
 
 
-def for_visitors(view: Callable[P, Any]) -> Callable[P, Any]:
-    """Of a page: who has no session, or may not look any more, is sent to sign in."""
-
-    @wraps(view)
-    def guarded(*arguments: P.args, **named: P.kwargs) -> Any:
-        if g.visitor is None or not g.visitor.may_look:
-            return redirect(url_for("pages.sign_in", next=request.path), 303)
-        return view(*arguments, **named)
-
-    return guarded
+def ask_to_sign_in() -> BaseResponse:
+    """Send a visitor without a session to the page for that, and from there back to here."""
+    return redirect(url_for("pages.sign_in", next=request.path), 303)
 
 
 @blueprint.context_processor
@@ -109,7 +102,6 @@ def signed_in() -> Any:
 
 
 @blueprint.post("/logout")
-@for_visitors
 def sign_out() -> Any:
     _check_form()
     control().sessions.end(_cookie())
@@ -119,7 +111,6 @@ def sign_out() -> Any:
 
 
 @blueprint.get("/")
-@for_visitors
 def show_models() -> str:
     store = control().store
     rows = [(name, *store.standing(name)) for name in store.models()]
@@ -127,25 +118,21 @@ def show_models() -> str:
 
 
 @blueprint.get("/models/<name>")
-@for_visitors
 def show_model(name: str) -> str:
     return _model_page(name)
 
 
 @blueprint.get("/models/<name>/live")
-@for_visitors
 def show_live(name: str) -> str:
     return render_template("live.html", **_live(check_model_name(name)))
 
 
 @blueprint.get("/models/<name>/versions/<int:version>")
-@for_visitors
 def show_version(name: str, version: int) -> str:
     return _version_page(name, version)
 
 
 @blueprint.get("/models/<name>/versions/<int:version>/report/<file>")
-@for_visitors
 def show_report(name: str, version: int, file: str) -> Response:
     """A picture of the version's training report, fetched once and kept."""
     found = control().store.resolve(ModelRef(check_model_name(name), version))
@@ -158,13 +145,11 @@ def show_report(name: str, version: int, file: str) -> Response:
 
 
 @blueprint.post("/models/<name>/decide")
-@for_visitors
 def decide(name: str) -> Any:
     """Whatever a form on the model's or a version's page decides."""
     _check_form()
     version = _number("version")
-    if not g.visitor.may_decide:
-        raise Forbidden(f"the token {g.visitor.name!r} may look, not decide")
+    require(g.visitor, "decide")
     try:
         decision = _read_form(request.form.get("action", ""), version)
         control().carry_out(decision, name, g.visitor.name)

@@ -31,6 +31,8 @@ COOKIE = "convoy"
 SAID_S = 60.0  # a judgement without figures is not kept on disk: what is wrong may be mended
 STATUS: dict[type[domain.ConvoyError], int] = {
     domain.UsageError: 400,
+    domain.KeyMissing: 401,
+    domain.KeyInsufficient: 403,
     domain.VersionNotFound: 404,
     domain.PromotionConflict: 409,
     domain.PromotionRefused: 422,

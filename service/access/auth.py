@@ -3,8 +3,9 @@
 import math
 from typing import TYPE_CHECKING
 
-from registry.auth.tokens import Token, Tokens
-from registry.core.errors import KeyInsufficient, KeyMissing, RateExceeded
+from registry.auth.bearer import bearer_token, require
+from registry.auth.tokens import Tokens
+from registry.core.errors import RateExceeded
 from registry.core.names import sha256_hex
 from service.access.rate_limit import RateLimiter, parse_address
 from service.settings import Settings
@@ -12,7 +13,10 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-_UNKNOWN = "send a key that is known here: Authorization: Bearer …"
+# The routes that ask for no token; all others do when access control is on.
+PUBLIC = frozenset(
+    {"docs.docs", "docs.openapi", "health.livez", "health.readyz", "page.page", "static"}
+)
 
 
 class Door:
@@ -40,22 +44,18 @@ class Door:
         """
         caller = self._address(environ)
         if self._asks_for_keys:
-            token = self._find(environ)
-            if not token.may_classify:
-                raise KeyInsufficient(f"the key {token.name!r} may look, not classify")
+            token = require(self._tokens.find(_sent(environ)), "classify")
             caller = f"key {token.name}"
         if self._rates is not None and not again and (wait_s := self._rates.take(caller)):
             raise RateExceeded("you ask more often than you may", math.ceil(wait_s))
 
-    def admit_looker(self, environ: "WSGIEnvironment") -> None:
-        """Somebody who wants to see models, traffic or metrics; raises as ``admit``."""
-        if not self._asks_for_keys:
+    def admit_to_route(self, endpoint: str | None, environ: "WSGIEnvironment") -> None:
+        """A request for a route that Flask has, or for none; raises as ``admit``."""
+        if not self._asks_for_keys or endpoint is None or endpoint in PUBLIC:
             return
-        if sha256_hex(_bearer(environ).encode()) == self._service_digest:
+        if sha256_hex(_sent(environ).encode()) == self._service_digest:
             return  # of digests, so that the time says nothing
-        token = self._find(environ)
-        if not token.may_look:
-            raise KeyInsufficient(f"the key {token.name!r} may classify, not look")
+        require(self._tokens.find(_sent(environ)), "look")
 
     def _address(self, environ: "WSGIEnvironment") -> str:
         """The client's address; behind a trusted proxy, the last entry of X-Forwarded-For."""
@@ -66,13 +66,6 @@ class Door:
                 return str(told)
         return peer
 
-    def _find(self, environ: "WSGIEnvironment") -> Token:
-        token = self._tokens.find(_bearer(environ))
-        if token is None:
-            raise KeyMissing(_UNKNOWN)
-        return token
 
-
-def _bearer(environ: "WSGIEnvironment") -> str:
-    scheme, _, text = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-    return text.strip() if scheme.lower() == "bearer" else ""
+def _sent(environ: "WSGIEnvironment") -> str:
+    return bearer_token(environ.get("HTTP_AUTHORIZATION", ""))

@@ -23,8 +23,6 @@ _TRACEPARENT = re.compile(
 )
 # An id names a request, it guards nothing: a system call for each would be for nothing.
 _random = random.Random()  # noqa: S311
-# Endpoints that say something of the models; probes, pages and documentation say nothing.
-GUARDED = {"models.list_models", "models.show_model", "models.show_traffic", "health.metrics"}
 # What is no page loads nothing and is framed by nobody, whatever a browser takes it for.
 NO_PAGE = "default-src 'none'; frame-ancestors 'none'"
 _LENGTH = re.compile(r"[0-9]{1,15}")
@@ -90,8 +88,7 @@ def body_buffer(stream: "InputStream | mmap", length: int) -> bytes | mmap:
 
 def _begin() -> None:
     g.request_id, g.trace_id = identify(request.environ)
-    if request.endpoint in GUARDED:
-        state().door.admit_looker(request.environ)
+    state().door.admit_to_route(request.endpoint, request.environ)
 
 
 def _finish(response: Response) -> Response:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from registry.canary.traffic_stats import Live, VersionTraffic
 from registry.control import api, state
-from registry.control.app import create_app
+from registry.control.app import PUBLIC, create_app
 from registry.control.openapi import document
 from registry.core.errors import ModelNotReady, RegistryUnavailable
 from registry.core.paths import Home
@@ -86,8 +86,21 @@ def test_every_route_wants_a_token_of_the_right_role(
         assert answer.content_type == "application/problem+json"
     if method == "POST":
         answer = client.post(path, headers=headers["viewer"], json={"version": 2})
-        assert (answer.status_code, answer.json["title"]) == (403, "forbidden")
+        assert (answer.status_code, answer.json["title"]) == (403, "key insufficient")
     assert len(store.ledger("digits").lines) == before
+
+
+def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -> None:
+    asked = 0
+    for rule in client.application.url_map.iter_rules():
+        path = re.sub(r"<int:version>", "2", rule.rule)
+        path = path.replace("<name>", "digits").replace("<file>", "roc.png")
+        for method in (rule.methods or set()) if rule.endpoint not in PUBLIC else ():
+            answer = client.open(path, method=method)
+            to_login = answer.status_code == 303 and "login" in answer.headers["Location"]
+            assert answer.status_code == 401 or to_login, (path, method)
+            asked += 1
+    assert asked > 40
 
 
 def test_the_description_has_every_route_and_no_other() -> None:

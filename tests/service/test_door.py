@@ -1,6 +1,7 @@
 """Keys and rates, at the door itself and through the app."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from registry.auth.tokens import Tokens
 from registry.core.errors import KeyMissing, RateExceeded, UsageError
 from registry.model.bundle import Bundle
 from service import create_app
-from service.access.auth import Door
+from service.access.auth import PUBLIC, Door
 from service.loading.deployment_watcher import ModelSlot
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -139,10 +140,30 @@ def test_a_request_that_a_thread_takes_over_is_counted_once(tmp_path: Path) -> N
         door.admit({"REMOTE_ADDR": "192.0.2.1"})
 
 
+def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -> None:
+    of_flask = {
+        (re.sub(r"<(?:int:)?version>", "1", rule.rule).replace("<name>", "digits"), method)
+        for rule in client.application.url_map.iter_rules()
+        for method in rule.methods or ()
+        if rule.endpoint not in PUBLIC
+    }
+    of_protocols = {
+        (re.sub(r"{version}", "1", path).replace("{name}", "digits"), method.upper())
+        for path, methods in client.get("/openapi.json").json["paths"].items()
+        for method, operation in methods.items()
+        if "requestBody" in operation
+    }
+    assert ("/metrics", "GET") in of_flask
+    assert ("/predictions/digits", "PUT") in of_protocols
+    for path, method in of_flask | of_protocols:
+        path = path.replace("<alias>", "champion").replace("{alias}", "champion")
+        assert client.open(path, method=method).status_code == 401, (path, method)
+
+
 def test_an_empty_service_key_opens_nothing() -> None:
     door = Door(Settings.from_environment({"CONVOY_KEYS": "required", "CONVOY_SERVICE_KEY": ""}))
     with pytest.raises(KeyMissing):
-        door.admit_looker({})
+        door.admit_to_route("health.metrics", {})
 
 
 @pytest.mark.parametrize(

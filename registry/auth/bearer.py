@@ -1,0 +1,34 @@
+"""``Authorization: Bearer …``: what a caller sent, and what that token may do."""
+
+from typing import Literal
+
+from registry.auth.tokens import Token
+from registry.core.errors import KeyInsufficient, KeyMissing
+
+Right = Literal["classify", "look", "decide"]
+
+
+def bearer_token(header: str) -> str:
+    """The token in the value of an ``Authorization`` header; empty when it has none."""
+    scheme, _, text = header.partition(" ")
+    return text.strip() if scheme.lower() == "bearer" else ""
+
+
+def require(token: Token | None, right: Right) -> Token:
+    """``token`` itself.
+
+    Raises:
+        KeyMissing: there is none.
+        KeyInsufficient: its role has not that ``right``.
+    """
+    if token is None:
+        raise KeyMissing("send a token that is known here: Authorization: Bearer …")
+    may = {
+        "classify": token.may_classify,
+        "look": token.may_look,
+        "decide": token.may_decide,
+    }
+    if not may[right]:
+        allowed = " and ".join(each for each, is_allowed in may.items() if is_allowed)
+        raise KeyInsufficient(f"the token {token.name!r} may {allowed}, not {right}")
+    return token
