@@ -80,8 +80,8 @@ class Asked(Struct, frozen=True):
         return self.body
 
     @property
-    def is_post(self) -> bool:
-        return self.head.startswith(b"POST ")
+    def is_upload(self) -> bool:
+        return self.head.startswith((b"POST ", b"PUT "))
 
 
 class Connection:

@@ -101,7 +101,7 @@ class Answering:
         "body",
         "connection",
         "environ",
-        "is_post",
+        "is_upload",
         "queues",
         "response",
         "size",
@@ -113,7 +113,7 @@ class Answering:
     ) -> None:
         self.connection = connection
         self.size = len(asked.body)
-        self.is_post = asked.is_post
+        self.is_upload = asked.is_upload
         self.queues = False
         self.environ = environ
         self.written = Written()
@@ -498,7 +498,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         is_old = connection.is_old() and not connection.received  # nothing asked behind it
         if self._deaf or not asked.complete or is_old:
             answering.response.force_close()
-        if self._probes >= PROBES_PER_TURN and not asked.is_post:
+        if self._probes >= PROBES_PER_TURN and not asked.is_upload:
             self._watch(connection, 0)
             self._waiting_probes.append(answering)
         else:
@@ -519,7 +519,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self._fail(answering.connection, error)
         else:
-            self._probes += not answering.is_post
+            self._probes += not answering.is_upload
             self._round[answering.connection] = answering
 
     def _to_thread(self, answering: Answering, pool: RequestPool) -> None:
@@ -569,7 +569,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             raise error
         connection.keep = not answering.response.should_close()
         data = b"".join(answering.written)
-        if answering.is_post and answering.response.status_code >= HTTPStatus.BAD_REQUEST:
+        if answering.is_upload and answering.response.status_code >= HTTPStatus.BAD_REQUEST:
             self._hold_refusal(connection, data, answering.size)
         else:
             self._send(connection, data)

@@ -70,7 +70,7 @@ def test_a_request_is_taken_once_all_of_it_is_there(pair: Pair) -> None:
         assert pair.ours.phase is Phase.READING
     asked = pair.sends(whole[-1:]).take()
     assert asked is not None
-    assert (asked.body, asked.digits, asked.is_post, asked.complete) == (b"hello", "5", True, True)
+    assert (asked.body, asked.digits, asked.is_upload, asked.complete) == (b"hello", "5", True, True)
     assert pair.ours.take() is None
 
 
