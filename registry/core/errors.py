@@ -1,7 +1,7 @@
 """The errors that Convoy's own rules raise. They carry facts and know no HTTP.
 
-``service/http/problems.py`` has the table that turns them into answers, ``registry/control/api.py``
-that of the control plane.
+``service/http/problems.py`` has the table that turns them into answers;
+``registry/control/state.py`` has that of the control plane.
 """
 
 import re

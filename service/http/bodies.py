@@ -49,7 +49,7 @@ _RAW = {
 _FORMS = {"multipart/form-data", "application/json"}
 # Also unquoted with characters that RFC 2045 wants quoted, as some clients write it.
 _BOUNDARY = re.compile(r";\s*boundary=(?:\"([^\"]{1,200})\"|([^;\"\s]{1,200}))", re.IGNORECASE)
-_IMAGE_NAME = re.compile(r"(?:image|file)s?(?:\[[0-9]*\])?", re.ASCII)
+IMAGE_NAME = re.compile(r"(?:image|file)s?(?:\[[0-9]*\])?", re.ASCII)
 # RFC 4648, section 5, as section 4 writes it.
 _STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
 
@@ -73,9 +73,16 @@ class Images:
     for a worker's loop.
     """
 
-    def __init__(self, environ: "WSGIEnvironment", settings: Settings) -> None:
+    def __init__(
+        self,
+        environ: "WSGIEnvironment",
+        settings: Settings,
+        part_name: re.Pattern[str] = IMAGE_NAME,
+    ) -> None:
+        """``part_name`` matches the names of a form's parts that are images."""
         self._environ = environ
         self._settings = settings
+        self._part_name = part_name
         self.many = False
         """Whether the client sent a list, so gets one; known when all images have arrived."""
 
@@ -112,7 +119,8 @@ class Images:
         boundary = found[1] or found[2]
         count = 0
         ends = time.perf_counter() + LOOP_PARSE_S if IN_LOOP in self._environ else float("inf")
-        for image in _image_parts(stream, length, boundary, self._settings, ends):
+        form = _Form(self._settings.max_image_bytes, self._part_name)
+        for image in _image_parts(stream, length, boundary, form, ends):
             count += 1
             self.many = count > 1
             self._check_count(count)
@@ -249,13 +257,12 @@ def _from_base64(text: memoryview, limit: int) -> bytes:
 
 
 def _image_parts(
-    stream: "InputStream", length: int, boundary: str, settings: Settings, ends: float
+    stream: "InputStream", length: int, boundary: str, form: "_Form", ends: float
 ) -> Iterator[bytes | ConvoyError]:
     """The parts that are images by their name; one over the limit is read past and not kept.
 
     Raises ``Postpone`` when ``time.perf_counter()`` is past ``ends`` at the start of a part.
     """
-    form = _Form(settings.max_image_bytes)
     try:
         # Browsers and scripts name files in any encoding; the names mean nothing here.
         with PushMultipartParser(
@@ -297,7 +304,8 @@ def _chunks(stream: "InputStream", length: int) -> Iterator[bytes]:
 class _Form:
     """What has come of a multipart body, under its limits."""
 
-    def __init__(self, max_image_bytes: int) -> None:
+    def __init__(self, max_image_bytes: int, part_name: re.Pattern[str]) -> None:
+        self._part_name = part_name
         self.in_image = False
         self._limit = max_image_bytes
         self._size = 0
@@ -305,7 +313,7 @@ class _Form:
         self._other_parts = self._other_bytes = 0
 
     def begin_part(self, name: str) -> None:
-        self.in_image = _IMAGE_NAME.fullmatch(name) is not None
+        self.in_image = self._part_name.fullmatch(name) is not None
         self._size, self._pieces = 0, []
         self._other_parts += not self.in_image
         if self._other_parts > MAX_OTHER_PARTS:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 MAX_AGE_S = 600
-METHODS = "GET, POST"
+METHODS = "GET, POST, PUT"
 EXPOSED = "X-Request-Id, X-Model-Version, Retry-After"
 
 

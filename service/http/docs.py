@@ -10,36 +10,34 @@ from werkzeug.wrappers import Response as BaseResponse
 from service.http.openapi import Operation, document
 from service.http.page import POLICY
 
-OPERATIONS = "convoy.operations"
+DESCRIBED = "convoy.described"
 blueprint = Blueprint("docs", __name__)
 
 
 def init_app(app: Flask, of_protocols: list[Operation]) -> None:
     """Describe ``of_protocols``, and the routes that every service has."""
-    app.extensions[OPERATIONS] = of_protocols
+    described = document(of_protocols)
+    app.extensions[DESCRIBED] = msgspec.json.encode(described), _page(described)
     app.register_blueprint(blueprint)
 
 
 @blueprint.get("/openapi.json")
 def openapi() -> Response:
-    return Response(msgspec.json.encode(_described()), mimetype="application/json")
+    description, _ = current_app.extensions[DESCRIBED]
+    return Response(description, mimetype="application/json")
 
 
 @blueprint.get("/docs")
 def docs() -> BaseResponse:
     if request.path.endswith("/"):
         return redirect("../docs")  # its files' addresses are relative
-    response = Response(_page(), mimetype="text/html")
+    _, page = current_app.extensions[DESCRIBED]
+    response = Response(page, mimetype="text/html")
     response.headers["Content-Security-Policy"] = POLICY
     return response
 
 
-def _described() -> dict[str, Any]:
-    return document(current_app.extensions[OPERATIONS])
-
-
-def _page() -> str:
-    described = _described()
+def _page(described: dict[str, Any]) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'><title>Convoy API</title>"

@@ -145,7 +145,7 @@ class Pipeline:
         counters: Counters,
         shadow: ShadowFeed,
         outcome: Callable[[Exception], str],
-        why_unready: Callable[[], str | None] = lambda: None,
+        why_unready: Callable[[], str | None],
     ) -> None:
         """``outcome`` is the metrics' word for an error; ``why_unready`` ends all answers."""
         self._slots = slots

@@ -79,7 +79,7 @@ class InferenceApp:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         for protocol in self._protocols:
             if target := protocol.match(path):
-                call = _Call(self._state, protocol, environ, target.name)
+                call = _Call(self._state, protocol, target, environ)
                 break
         else:
             is_probe = path in PROBES and method in ("GET", "HEAD")
@@ -87,7 +87,7 @@ class InferenceApp:
                 raise Postpone(background=True)
             return self._app(environ, start_response)
         try:
-            call.submit(target, environ.get(self._session))
+            call.submit(environ.get(self._session))
         except Postpone:
             raise
         except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
@@ -102,23 +102,25 @@ class _Call:
         self,
         state: State,
         protocol: InferenceProtocol,
+        target: Target,
         environ: "WSGIEnvironment",
-        name: str | None,
     ) -> None:
+        self._came = time.perf_counter()
         self._state = state
         self._protocol = protocol
+        self._target = target
         self._environ = environ
-        self._name = name
         self._id, self._trace_id = identify(environ)
         self._job: Job | None = None
+        self._result: Result | None = None
 
-    def submit(self, target: Target, session: str | None) -> None:
+    def submit(self, session: str | None) -> None:
         """The first part; raises whatever is to be answered instead."""
-        environ = self._environ
+        environ, target = self._environ, self._target
         if environ["REQUEST_METHOD"] not in self._protocol.methods:
             raise MethodNotAllowed(self._protocol.methods)
         self._state.door.admit(environ, again=CALLED in environ)
-        started = environ.setdefault(CALLED, time.perf_counter())
+        started = environ.setdefault(CALLED, self._came)
         images, top_k = self._protocol.read(environ)
         self._job = Job(
             PipelineRequest(
@@ -143,6 +145,8 @@ class _Call:
         except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
             yield from self.refuse(error, start_response)
             return
+        if self._result is not None and log.isEnabledFor(logging.DEBUG):
+            self._log(self._result)
         headers = answer_headers(self._id, self._version)
         length = ("Content-Length", str(len(body)))
         start_response("200 OK", [("Content-Type", "application/json"), length, *headers])
@@ -150,7 +154,7 @@ class _Call:
 
     def refuse(self, error: Exception, start_response: "StartResponse") -> Iterable[bytes]:
         """Count and answer ``error``."""
-        self._state.pipeline.refuse(self._name, self._version, error)
+        self._state.pipeline.refuse(self._target.name, self._version, error)
         response = problems.answer(error, self._id)
         error.__traceback__ = None  # its frames hold the body, and may hold the error
         response.headers.update(answer_headers(self._id, self._version))
@@ -164,10 +168,8 @@ class _Call:
         return served.version if served else None
 
     def _write(self, result: Result) -> bytes:
-        body = self._protocol.write(result, self._id)
-        if log.isEnabledFor(logging.DEBUG):
-            self._log(result)
-        return body
+        self._result = result
+        return self._protocol.write(result, self._id)
 
     def _log(self, result: Result) -> None:
         log.debug(

@@ -12,7 +12,7 @@ import msgspec
 
 from registry.model.manifest import ClassScore
 from service.http import problems
-from service.http.bodies import Images
+from service.http.bodies import IMAGE_NAME, Images
 from service.http.openapi import FAILURES, Operation
 from service.inference.pipeline import DEFAULT_TOP_K, Result
 from service.protocols.base import Target
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 _PATH = re.compile(r"/predictions/(?P<name>[^/]+)(?:/(?P<version>[0-9]{1,9}))?/?")
+
+# TorchServe's handlers read the parts `data` and `body`.
+_PART_NAME = re.compile(rf"data|body|{IMAGE_NAME.pattern}", re.ASCII)
 
 
 class TorchServe:
@@ -33,7 +36,7 @@ class TorchServe:
             method=method,
             path=path,
             summary="Classify one image as TorchServe does: an object of labels.",
-            answer=dict[str, float],
+            answer=dict[str, float] | list[dict[str, float]],
             takes_images=True,
             failures=FAILURES,
         )
@@ -51,7 +54,7 @@ class TorchServe:
         return Target(found["name"], int(found["version"]) if found["version"] else None)
 
     def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
-        return Images(environ, self._settings), DEFAULT_TOP_K
+        return Images(environ, self._settings, _PART_NAME), DEFAULT_TOP_K
 
     def write(self, result: Result, request_id: str) -> bytes:
         items = [_item(each, request_id) for each in result.images]

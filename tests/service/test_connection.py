@@ -70,7 +70,8 @@ def test_a_request_is_taken_once_all_of_it_is_there(pair: Pair) -> None:
         assert pair.ours.phase is Phase.READING
     asked = pair.sends(whole[-1:]).take()
     assert asked is not None
-    assert (asked.body, asked.digits, asked.is_upload, asked.complete) == (b"hello", "5", True, True)
+    assert (asked.body, asked.digits, asked.complete) == (b"hello", "5", True)
+    assert asked.is_upload
     assert pair.ours.take() is None
 
 
@@ -257,3 +258,11 @@ def test_after_the_last_answer_what_still_comes_is_thrown_away(pair: Pair, clock
     assert not pair.ours.received
     assert pair.client.recv(1) == b""
     assert pair.ours.deadline == clock.now + 2
+
+
+@pytest.mark.parametrize(("method", "is_upload"), [("POST", True), ("PUT", True), ("GET", False)])
+def test_a_request_that_brings_a_body_is_no_probe(pair: Pair, method: str, is_upload: bool) -> None:
+    head = f"{method} /predictions/digits HTTP/1.1\r\nContent-Length: 1\r\n\r\n"
+    asked = pair.sends(head.encode() + b"x").take()
+    assert asked is not None
+    assert asked.is_upload == is_upload

@@ -28,6 +28,14 @@ def test_curl_sends_a_picture_with_put(ready: FlaskClient, png: bytes, path: str
     assert len(ready.put(path, data=png).json) == 5
 
 
+@pytest.mark.parametrize("part", ["data", "body", "image"])
+def test_a_form_has_the_parts_that_torchserve_reads(
+    ready: FlaskClient, png: bytes, part: str
+) -> None:
+    answer = ready.post("/predictions/digits", data={part: (io.BytesIO(png), "x.png")})
+    assert len(answer.json) == 5
+
+
 def test_several_images_give_a_list(ready: FlaskClient, png: bytes) -> None:
     files = [(io.BytesIO(each), "x.png") for each in (png, b"bad")]
     first, second = ready.post("/predictions/digits", data={"image": files}).json
