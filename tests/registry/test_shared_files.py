@@ -31,9 +31,9 @@ tokens.remove(f"revoked-{me}")
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from registry import shared_files
-shared_files.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-shared_files.write_atomically(Path(sys.argv[1]), b"half")
+from registry.core import files
+files.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+files.write_atomically(Path(sys.argv[1]), b"half")
 """
 
 
