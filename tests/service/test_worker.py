@@ -335,10 +335,13 @@ def test_one_connection_too_many_of_an_address_closes_one(tmp_path: Path) -> Non
         many[-1].ask(b"here")
     for each in many:
         each.send(post(b"x" * 1000)[:60])
+    witness = Connection(server.port, "127.0.0.2")
+    for _ in range(2):  # when it is answered, what was sent before has been read
+        witness.ask(b"read")
     newcomer = Connection(server.port)
     assert newcomer.ask(b"new")["body"] == "new"
     assert sum(each.has_ended() for each in many) == 1
-    for each in (*many, newcomer):
+    for each in (*many, witness, newcomer):
         each.close()
     server.stop()
 
