@@ -16,7 +16,7 @@ def add_to(commands: Any) -> None:
     promote = commands.add_parser("promote", help="make a version the champion if it is no worse")
     promote.add_argument("name")
     promote.add_argument("version", help="number or alias")
-    promote.add_argument("--force", action="store_true", help="whatever the gate says")
+    promote.add_argument("--force", action="store_true", help="promote even if the gate refuses")
     promote.set_defaults(run=_promote)
 
     judge = commands.add_parser("judge", help="what the gate says of a version, nothing moved")
