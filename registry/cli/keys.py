@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.cli.open import open_store
 from registry.core.errors import UsageError
 from registry.core.paths import convoy_home
 from registry.model.refs import ModelVersion, ref_of
@@ -118,7 +119,5 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _find(arguments: argparse.Namespace) -> "tuple[ModelStore, ModelVersion]":
-    from registry.store.mlflow_store import ModelStore
-
-    store = ModelStore(convoy_home())
+    store = open_store()
     return store, store.resolve(ref_of(arguments.name, arguments.version))

@@ -16,7 +16,6 @@ from registry.core.names import Sha256, check_model_name
 
 SCHEMA_VERSION = 3
 
-
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Side = Annotated[int, Meta(ge=1, le=4096)]

@@ -53,9 +53,10 @@ class Door:
         """A request for a route that Flask has, or for none; raises as ``admit``."""
         if not self._asks_for_keys or endpoint is None or endpoint in PUBLIC:
             return
-        if sha256_hex(_sent(environ).encode()) == self._service_digest:
+        sent = _sent(environ)
+        if sha256_hex(sent.encode()) == self._service_digest:
             return  # of digests, so that the time says nothing
-        require(self._tokens.find(_sent(environ)), "look")
+        require(self._tokens.find(sent), "look")
 
     def _address(self, environ: "WSGIEnvironment") -> str:
         """The client's address; behind a trusted proxy, the last entry of X-Forwarded-For."""

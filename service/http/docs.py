@@ -1,6 +1,7 @@
 """``/openapi.json`` and ``/docs``: the API for programs, and the same for people."""
 
 import html
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -10,29 +11,43 @@ from werkzeug.wrappers import Response as BaseResponse
 from service.http.openapi import Operation, document
 from service.http.page import POLICY
 
-DESCRIBED = "convoy.described"
+EXTENSION = "convoy.description"
 blueprint = Blueprint("docs", __name__)
+
+
+class Description:
+    """The description in both forms, each made when it is first asked for."""
+
+    def __init__(self, of_protocols: list[Operation]) -> None:
+        self._of_protocols = of_protocols
+
+    @cached_property
+    def openapi(self) -> bytes:
+        return msgspec.json.encode(document(self._of_protocols))
+
+    @cached_property
+    def page(self) -> str:
+        return _page(document(self._of_protocols))
 
 
 def init_app(app: Flask, of_protocols: list[Operation]) -> None:
     """Describe ``of_protocols``, and the routes that every service has."""
-    described = document(of_protocols)
-    app.extensions[DESCRIBED] = msgspec.json.encode(described), _page(described)
+    app.extensions[EXTENSION] = Description(of_protocols)
     app.register_blueprint(blueprint)
 
 
 @blueprint.get("/openapi.json")
 def openapi() -> Response:
-    description, _ = current_app.extensions[DESCRIBED]
-    return Response(description, mimetype="application/json")
+    description: Description = current_app.extensions[EXTENSION]
+    return Response(description.openapi, mimetype="application/json")
 
 
 @blueprint.get("/docs")
 def docs() -> BaseResponse:
     if request.path.endswith("/"):
         return redirect("../docs")  # its files' addresses are relative
-    _, page = current_app.extensions[DESCRIBED]
-    response = Response(page, mimetype="text/html")
+    description: Description = current_app.extensions[EXTENSION]
+    response = Response(description.page, mimetype="text/html")
     response.headers["Content-Security-Policy"] = POLICY
     return response
 

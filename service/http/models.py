@@ -10,6 +10,7 @@ from registry.canary.traffic_stats import Live, WorkerReport
 from registry.core.names import Sha256
 from registry.model.manifest import DataRecord, NetworkSpec, PreprocessSpec, SourceRecord
 from registry.model.refs import Trial
+from service.inference.loaded_model import ServedModel
 from service.loading.deployment_watcher import ModelSlot
 from service.state import state
 
@@ -51,7 +52,7 @@ class ModelDetails(ModelSummary, frozen=True, kw_only=True):
 
 @blueprint.get("/v1/models")
 def list_models() -> Response:
-    summaries = [ModelSummary(**_summary(slot)) for slot in state().slots.values()]
+    summaries = [ModelSummary(**_summary(slot, slot.current)) for slot in state().slots.values()]
     return _json(ModelList(summaries))
 
 
@@ -63,15 +64,9 @@ def show_model(name: str, version: int | None = None, alias: str | None = None) 
     served, serving = current.pipeline.find(name, version, alias)
     g.served = served
     slot, manifest = current.slot(name), served.manifest
-    of_version = {
-        "version": served.version,
-        "alias": served.alias,
-        "device": served.device,
-        "plan": served.plan,
-    }
     return _json(
         ModelDetails(
-            **_summary(slot) | of_version,
+            **_summary(slot, served),
             trial=serving.trial,
             workers=slot.workers(),
             labels=manifest.labels,
@@ -103,8 +98,8 @@ def show_traffic(name: str) -> Response:
     )
 
 
-def _summary(slot: ModelSlot) -> dict[str, Any]:
-    served = slot.current
+def _summary(slot: ModelSlot, served: ServedModel | None) -> dict[str, Any]:
+    """The fields of a ``ModelSummary`` about the version ``served`` of the model in ``slot``."""
     return {
         "name": slot.ref.name,
         "wanted": str(slot.ref),

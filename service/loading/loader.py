@@ -2,10 +2,7 @@
 
 from functools import partial
 
-from registry.core.errors import (
-    BundleInvalid,
-    UsageError,
-)
+from registry.core.errors import BundleInvalid, UsageError
 from registry.delivery.deployment import ReleasedVersion
 from registry.delivery.signing import TrustedKeys, check_signature
 from registry.model.bundle import WEIGHTS, Bundle

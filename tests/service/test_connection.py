@@ -261,7 +261,9 @@ def test_after_the_last_answer_what_still_comes_is_thrown_away(pair: Pair, clock
 
 
 @pytest.mark.parametrize(("method", "is_upload"), [("POST", True), ("PUT", True), ("GET", False)])
-def test_a_request_that_brings_a_body_is_no_probe(pair: Pair, method: str, is_upload: bool) -> None:
+def test_a_request_that_brings_a_body_is_not_a_probe(
+    pair: Pair, method: str, is_upload: bool
+) -> None:
     head = f"{method} /predictions/digits HTTP/1.1\r\nContent-Length: 1\r\n\r\n"
     asked = pair.sends(head.encode() + b"x").take()
     assert asked is not None
