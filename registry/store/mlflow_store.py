@@ -283,22 +283,24 @@ class ModelStore:
             self._set_alias(name, aliases, PREVIOUS, previous)
         self._set_alias(name, aliases, CHAMPION, champion)
         if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
-            self._end_challenge(name)
+            self._end_challenge(name, champion, previous)
         with suppress(OSError):  # a puller that is not woken looks by itself soon
             self._decided.touch()
 
-    def _end_challenge(self, name: str) -> None:
+    def _end_challenge(self, name: str, champion: int, previous: int | None) -> None:
         """Delete the alias ``challenger``, and give it to a version that is published meanwhile.
 
-        MLflow deletes an alias without comparing, so a publication may just have moved it.
+        MLflow deletes an alias without comparing, so a publication may just have moved it. The
+        newest version after the champion lost it then, unless it is the ``previous`` champion.
         """
-        newest = self._newest(name)
         with self.errors():
             self._client.delete_registered_model_alias(name, CHALLENGER)
+        newest = champion
         while (published := self._newest(name)) > newest:
-            newest = published
-            with suppress(VersionNotFound):  # it was deleted since
-                self._set_alias(name, self.aliases(name), CHALLENGER, newest)
+            newest, aliases = published, self.aliases(name)
+            if newest != previous and aliases.get(CHALLENGER, 0) < newest:
+                with suppress(VersionNotFound):  # it was deleted since
+                    self._set_alias(name, aliases, CHALLENGER, newest)
 
     def _newest(self, name: str) -> int:
         """The highest number of a version of ``name``; 0 when Convoy did not publish that."""

@@ -558,6 +558,24 @@ def test_a_version_that_is_published_during_a_promotion_stays_the_challenger(
     assert store.aliases("digits") == {"champion": 1, "challenger": 2}
 
 
+def test_a_version_that_comes_as_the_alias_is_read_stays_the_challenger(
+    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(seed=0)
+    read = store.aliases
+
+    def read_before(name: str) -> dict[str, int]:
+        found = read(name)
+        if found == {"champion": 1, "challenger": 1}:
+            monkeypatch.setattr(store, "aliases", read)
+            publish(seed=1)
+        return found
+
+    monkeypatch.setattr(store, "aliases", read_before)
+    promote(store, "digits", 1)
+    assert store.aliases("digits") == {"champion": 1, "challenger": 2}
+
+
 def test_nothing_is_uploaded_under_a_name_that_has_a_log_and_no_version(
     store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
