@@ -74,6 +74,9 @@ REFUSALS_AT_ONCE = 100
 # A refusal counts once more for each so many bytes that its client has sent or goes on to send:
 # eight clients with 4 MB each would otherwise take half of the machine (reliability.md, row 14).
 BYTES_PER_REFUSAL = 256 * 1024
+# Bytes that clients send on after a refusal use at most this part of the refusals that time earns,
+# so that one fast sender cannot silence the errors of others.
+DISCARDED_SHARE = 0.75
 # One address may have this part of a worker's connections, a trusted proxy all of them.
 ADDRESS_SHARE = 0.75
 # Of requests that are not answered yet.
@@ -174,6 +177,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._waiting_probes: deque[Answering] = deque()
         self._refusals: deque[tuple[Connection, bytes, float]] = deque()
         self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
+        self._discarded_bytes = 0
         self._ending = self._deaf = self._listens_alone = False
         self._next_poll = self._next_look = self._next_count = 0.0
 
@@ -288,8 +292,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._dispatch(0 if self._readable or self._waiting_probes else wait_s)
         self._round, self._probes = {}, 0
         ends = time.monotonic() + ROUND_S
-        while self._waiting_probes and self._probes < PROBES_PER_TURN:
-            self._call(self._waiting_probes.popleft())
+        self._call_waiting_probes(ends)
         while self._readable and len(self._round) < ROUND_REQUESTS and time.monotonic() < ends:
             connection = next(iter(self._readable))
             waited_s = time.monotonic() - self._readable.pop(connection)
@@ -314,6 +317,11 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             if self._handover:
                 with contextlib.suppress(OSError):  # no descriptor is free: the next time, then
                     self._handover.find_peers()
+
+    def _call_waiting_probes(self, ends: float) -> None:
+        """Call the application for a turn's share of probes, while the round lasts."""
+        while self._waiting_probes and self._probes < PROBES_PER_TURN and time.monotonic() < ends:
+            self._call(self._waiting_probes.popleft())
 
     def _dispatch(self, timeout_s: float) -> None:
         for key, _ in self._poller.select(timeout_s):
@@ -440,7 +448,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             return False
         if connection.phase is not Phase.LINGERING:
             return True
-        self._charge(count / BYTES_PER_REFUSAL)
+        self._discarded_bytes += count
         if connection.ended:
             self._close(connection)
         return False
@@ -471,7 +479,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _received(self) -> int:
         """Bytes of requests that are not answered yet."""
         arriving = sum(each.received_bytes for each in self._connections)
-        return arriving + sum(pool.size for pool in self._pools())
+        waiting = sum(each.size for each in self._waiting_probes)
+        return arriving + waiting + sum(pool.size for pool in self._pools())
 
     def _pools(self) -> tuple[RequestPool, ...]:
         return self._postponed, self._large, self._background
@@ -525,7 +534,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _to_thread(self, answering: Answering, pool: RequestPool) -> None:
         size = answering.size
         if pool.count >= MAX_WAITING or (size and not self._make_space(size)):
-            self._refuse(answering.connection, 503, "too many requests wait already")
+            self._refuse(
+                answering.connection, 503, "too many requests wait already", answering.size
+            )
             return
         self._watch(answering.connection, 0)
         pool.count += 1
@@ -574,7 +585,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         else:
             self._send(connection, data)
 
-    def _hold_refusal(self, connection: Connection, data: bytes, size: int = 0) -> None:
+    def _hold_refusal(self, connection: Connection, data: bytes, size: int) -> None:
         """Have a refusal, of a request of ``size`` bytes, sent when its time has come."""
         connection.work()
         self._watch(connection, 0)
@@ -584,23 +595,24 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _send_refusals(self, now: float) -> None:
         """Send the refusals whose time has come, in their order."""
         earned = (now - self._refilled) * REFUSALS_PER_S
+        earned -= min(self._discarded_bytes / BYTES_PER_REFUSAL, DISCARDED_SHARE * earned)
+        self._discarded_bytes = 0
         self._may_refuse, self._refilled = min(REFUSALS_AT_ONCE, self._may_refuse + earned), now
         while self._refusals and self._may_refuse >= 1:
             connection, data, price = self._refusals.popleft()
-            self._charge(price)
+            self._may_refuse = max(-REFUSALS_AT_ONCE, self._may_refuse - price)  # debt has an end
             self._send(connection, data)
-
-    def _charge(self, price: float) -> None:
-        """Have later refusals wait for so many; the debt has an end."""
-        self._may_refuse = max(-REFUSALS_AT_ONCE, self._may_refuse - price)
 
     def _fail(self, connection: Connection, error: Exception) -> None:
         request_id = self._refuse(connection, 500, "something went wrong on our side")
         self.log.error("the application failed at %s", request_id, exc_info=error)
         error.__traceback__ = None  # its frames refer to it, and hold the request's body
 
-    def _refuse(self, connection: Connection, status: int, detail: str) -> str:
-        """Answer without the application, and listen to that client no more; the request's id."""
+    def _refuse(self, connection: Connection, status: int, detail: str, size: int = 0) -> str:
+        """Answer without the application, and listen to that client no more; the request's id.
+
+        ``size`` are the bytes of its body, if ``connection`` has handed them over.
+        """
         phrase = HTTPStatus(status).phrase
         request_id = secrets.token_hex(16)
         body = self.options.describe_error(status, phrase, detail, request_id)
@@ -609,9 +621,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             "Content-Type: application/problem+json\r\nX-Content-Type-Options: nosniff\r\n"
             f"{RETRY if status == 503 else ''}Content-Length: {len(body)}\r\n\r\n"
         )
+        size += connection.received_bytes
         connection.keep = False
         connection.forget()
-        (self._hold_refusal if status == 503 else self._send)(connection, head.encode() + body)
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self._hold_refusal(connection, head.encode() + body, size)
+        else:
+            self._send(connection, head.encode() + body)
         return request_id
 
     def _send(self, connection: Connection, data: bytes) -> None:

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,9 @@ def application(environ, start_response):
 GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "service/gunicorn.conf.py", "--workers", "1"]
 
 
+OPENED: list["Connection | Server"] = []
+
+
 class Server:
     """A gunicorn of one worker, which serves the small application."""
 
@@ -107,11 +111,16 @@ class Server:
         self.process = subprocess.Popen(
             [*command, "small_application:application"], env={**os.environ, **environment}
         )
+        OPENED.append(self)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
                 break
             time.sleep(0.05)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.stop()
 
     def stop(self) -> None:
         self.process.terminate()
@@ -121,11 +130,9 @@ class Server:
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     server = Server(tmp_path_factory.mktemp("application"))
+    OPENED.remove(server)  # all tests use it
     yield server.port
     server.stop()
-
-
-OPENED: list["Connection"] = []
 
 
 @pytest.fixture(autouse=True)
@@ -808,4 +815,32 @@ def test_a_body_that_is_only_announced_does_not_delay_the_errors_of_others(tmp_p
         liar.send(b"POST /not-ready HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999999\r\n\r\n")
         assert liar.answer()[0] == 503
         liar.close()
+    server.stop()
+
+
+def test_who_sends_on_after_a_refusal_does_not_silence_the_errors_of_others(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    head = b"POST /not-ready HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
+    done = threading.Event()
+
+    def send_on() -> None:
+        while not done.is_set():
+            sender = Connection(server.port)
+            with contextlib.suppress(OSError):
+                sender.send(head)
+                while not done.is_set():
+                    sender.send(bytes(1_000_000))
+            sender.close()
+
+    threads = [threading.Thread(target=send_on) for _ in range(4)]
+    for each in threads:
+        each.start()
+    honest = Connection(server.port)
+    for _ in range(20):
+        honest.send(post(b"refuse"))
+        assert honest.answer()[0] == 503
+    done.set()
+    for each in threads:
+        each.join()
+    honest.close()
     server.stop()
