@@ -62,7 +62,7 @@ MAY_IMPORT = {
         *(SETTINGS, "service.http", "service.state", "service.server.protocol", INFERENCE),
         *OFFERED_TO_SERVICE,
     },
-    "service": {"service", *OFFERED_TO_SERVICE, "registry.core"},
+    "service": {"service", *OFFERED_TO_SERVICE},
     "training.data": {CORE, MODEL},
     "training.fitting": {CORE, MODEL, "training.data"},
     "training.publishing": {CORE, MODEL, STORE, "training.data", "training.fitting"},

@@ -1,11 +1,7 @@
 """``Authorization: Bearer …``: what a caller sent, and what that token may do."""
 
-from typing import Literal
-
-from registry.auth.tokens import Token
+from registry.auth.tokens import RIGHTS, Right, Token
 from registry.core.errors import KeyInsufficient, KeyMissing
-
-Right = Literal["classify", "look", "decide"]
 
 
 def bearer_token(header: str) -> str:
@@ -23,12 +19,7 @@ def require(token: Token | None, right: Right) -> Token:
     """
     if token is None:
         raise KeyMissing("send a token that is known here: Authorization: Bearer …")
-    may = {
-        "classify": token.may_classify,
-        "look": token.may_look,
-        "decide": token.may_decide,
-    }
-    if not may[right]:
-        allowed = " and ".join(each for each, is_allowed in may.items() if is_allowed)
+    if not token.may(right):
+        allowed = " and ".join(RIGHTS[token.role])
         raise KeyInsufficient(f"the token {token.name!r} may {allowed}, not {right}")
     return token

@@ -23,6 +23,12 @@ from registry.core.names import MODEL_NAME, Sha256, sha256_hex
 log = logging.getLogger(__name__)
 
 Role = Literal["classify", "viewer", "admin"]
+Right = Literal["classify", "look", "decide"]
+RIGHTS: dict[Role, tuple[Right, ...]] = {
+    "classify": ("classify",),
+    "viewer": ("look",),
+    "admin": ("classify", "look", "decide"),
+}
 PREFIX = "convoy_"
 
 
@@ -34,17 +40,8 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
     made: str
 
-    @property
-    def may_classify(self) -> bool:
-        return self.role != "viewer"
-
-    @property
-    def may_look(self) -> bool:
-        return self.role != "classify"
-
-    @property
-    def may_decide(self) -> bool:
-        return self.role == "admin"
+    def may(self, right: Right) -> bool:
+        return right in RIGHTS[self.role]
 
 
 class Tokens:

@@ -62,7 +62,7 @@ def _authorize() -> BaseResponse | None:
     if request.endpoint is None or request.endpoint in PUBLIC:
         return None
     if request.blueprint == pages.blueprint.name:
-        may_look = g.visitor is not None and g.visitor.may_look
+        may_look = g.visitor is not None and g.visitor.may("look")
         return None if may_look else pages.ask_to_sign_in()
     if request.method in ("GET", "HEAD", "OPTIONS"):
         require(g.token or g.visitor, "look")

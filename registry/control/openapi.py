@@ -3,6 +3,7 @@
 A test holds it against the routes.
 """
 
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -65,6 +66,7 @@ _READS: tuple[tuple[str, str, type], ...] = (
 )
 
 
+@cache
 def document() -> dict[str, Any]:
     """The description as plain data."""
     _, components = msgspec.json.schema_components(

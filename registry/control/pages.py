@@ -85,7 +85,7 @@ def signed_in() -> Any:
     _check_origin()
     token = control().tokens.find(request.form.get("token", "").strip())
     target = request.form.get("next", "")
-    if token is None or not token.may_look:
+    if token is None or not token.may("look"):
         return render_template("login.html", next=target, failed=True), 401
     # Only to a page of ours: "//host" and "/\\host" are another's.
     ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)

@@ -1,4 +1,4 @@
-"""Who may call: tokens, and how often each caller may ask.
+"""Which callers may use the service, and how often each may ask.
 
-Imports ``registry.core`` and ``registry.auth``.
+Imports ``registry.core``, ``registry.auth`` and ``service.settings``. Knows no model.
 """

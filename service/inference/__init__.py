@@ -1,4 +1,5 @@
-"""From pixels to scores: batches, and which version answers.
+"""From encoded images to predictions: which version answers, decoding, batches.
 
-Imports ``registry.core`` and ``registry.model``, and knows no HTTP.
+Imports ``registry`` and small modules of the service (settings, malloc, the server's protocol, the
+shadow's client). Knows no HTTP.
 """

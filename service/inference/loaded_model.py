@@ -9,7 +9,7 @@ from registry.core.errors import ModelNotFound
 from registry.delivery.deployment import Release
 from registry.model.classifier import Classifier
 from registry.model.manifest import Manifest
-from registry.model.refs import ModelRef, Trial
+from registry.model.refs import Trial
 from service.inference.batcher import MicroBatcher
 
 
@@ -64,8 +64,6 @@ class Serving(Struct, frozen=True):
 
 class Slot(Protocol):
     """One model of this service, whatever version of it is loaded."""
-
-    ref: ModelRef
 
     @property
     def current(self) -> ServedModel | None:

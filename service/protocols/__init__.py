@@ -1,4 +1,5 @@
-"""One module for each protocol: it translates between HTTP and the model.
+"""One module for each protocol: it translates between HTTP and the pipeline.
 
-Imports ``service.inference``, ``service.http`` and ``registry.model``.
+Imports ``service.inference``, ``service.http``, ``service.state`` and the protocol of the server.
+Decides nothing.
 """

@@ -6,7 +6,7 @@ problem JSON, as everywhere in Convoy.
 """
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -36,7 +36,7 @@ class TorchServe:
             method=method,
             path=path,
             summary="Classify one image as TorchServe does: an object of labels.",
-            answer=dict[str, float] | list[dict[str, float]],
+            answer=dict[str, float] | list[dict[str, Any]],
             takes_images=True,
             failures=FAILURES,
         )

@@ -18,7 +18,7 @@ def test_a_token_opens_and_its_text_is_nowhere(tokens: Tokens, home: Home) -> No
     text = tokens.add("ann", "admin")
     found = tokens.find(text)
     assert found is not None
-    assert (found.name, found.may_decide) == ("ann", True)
+    assert (found.name, found.may("decide")) == ("ann", True)
     data = home.tokens.read_text()
     assert text not in data
     assert text.removeprefix("convoy_") not in data
