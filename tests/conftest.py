@@ -21,10 +21,10 @@ from benchmarks.common import free_port as free_port
 from registry.core.paths import Home, convoy_home
 from registry.model.bundle import Bundle
 from registry.model.classifier import Classifier
-from registry.model.manifest import Manifest, NetworkSpec
-from registry.model.networks import Program, build_program
+from registry.model.manifest import ListedNetwork, Manifest
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER, eager_classifier
+from registry.model.program import Program, build_program
 from training.data.sources import Dataset, load_dataset, take
 from training.fitting.recipes import Recipe
 from training.publishing.evaluate import evaluate
@@ -99,7 +99,7 @@ def few_digits(digits: Dataset) -> Dataset:
 def recipe() -> Recipe:
     return Recipe(
         name="tiny",
-        network=NetworkSpec("cnn", {"filters": [4], "hidden": 16}),
+        network=ListedNetwork("cnn", {"filters": [4], "hidden": 16}),
         epochs=2,
         batch_size=32,
         learning_rate=0.01,
@@ -132,10 +132,10 @@ def cpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("registry.core.devices.cpu_flags", lambda: CPU_KINDS["AMX"])
 
 
-TINY = NetworkSpec("dense", {"hidden": [8]})
+TINY = ListedNetwork("dense", {"hidden": [8]})
 
 
-def tiny_program(data: Dataset, seed: int = 0, network: NetworkSpec = TINY) -> Program:
+def tiny_program(data: Dataset, seed: int = 0, network: ListedNetwork = TINY) -> Program:
     """An untrained network with seeded weights."""
     torch.manual_seed(seed)
     return build_program(network, data.preprocess, len(data.labels)).eval()
@@ -175,7 +175,7 @@ def make_bundle(
         folder: Path | None = None,
         data: Dataset = few_digits,
         change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
-        network: NetworkSpec = TINY,
+        network: ListedNetwork = TINY,
         export: bool = False,
     ) -> Bundle:
         spec, program = network, tiny_program(data, seed, network)

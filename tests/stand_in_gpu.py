@@ -13,7 +13,7 @@ from pathlib import Path
 from registry.core.errors import DeviceLost
 from registry.model.bundle import Bundle
 from registry.model.classifier import Classifier
-from registry.model.plans.base import Run
+from registry.model.plans.base import PredictFn
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
 
@@ -27,7 +27,7 @@ def lost() -> bool:
 class StandInPlanner:
     """What plans on the GPU: ``wrap`` may change how it runs."""
 
-    def __init__(self, wrap=lambda run: run) -> None:
+    def __init__(self, wrap=lambda predict: predict) -> None:
         self.loads = 0
         self.chosen: list[str] = []
         self._wrap = wrap
@@ -35,19 +35,19 @@ class StandInPlanner:
     def load(self, bundle: Bundle) -> Classifier:
         self.loads += 1
         eager = Planner(Path("unused"), "cpu", 1, EAGER).load(bundle)
-        return Classifier(self._wrap(eager.classify), PLAN, DEVICE)
+        return Classifier(self._wrap(eager.predict), PLAN, DEVICE)
 
     def choose(self, bundle: Bundle) -> None:
         self.chosen.append(bundle.manifest_sha256)
 
 
-def losable(run: Run) -> Run:
-    def classify(pixels):
+def losable(predict: PredictFn) -> PredictFn:
+    def losing(pixels):
         if lost():
             raise DeviceLost("CUDA error: device-side assert triggered")
-        return run(pixels)
+        return predict(pixels)
 
-    return classify
+    return losing
 
 
 def main() -> int:

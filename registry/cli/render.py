@@ -40,7 +40,7 @@ def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence[
     lines = [
         f"{version.name} version {version.version} ({', '.join(version.aliases) or 'no alias'})",
         f"  made       {_when(version)}, run {version.run_id}",
-        f"  network    {manifest.network.name} {manifest.network.args or ''}",
+        f"  network    {manifest.network}",
         f"  labels     {', '.join(manifest.labels)}",
         f"  input      {preprocess.mode} {preprocess.width_px}×{preprocess.height_px}",
         f"  data       {data.name} {data.counts}, {data.sha256[:12]}…",

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from registry.core.errors import BundleInvalid, UsageError
 from registry.core.names import Sha256, check_model_name
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -70,11 +70,27 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.height_px, self.width_px, self.channels
 
 
-class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
+class ListedNetwork(
+    Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="listed"
+):
     """A network from our own list, ``registry.model.networks.NETWORKS``, and its arguments."""
 
     name: str
     args: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.args.items())])
+
+
+class OnnxNetwork(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="onnx"):
+    """The ONNX graph of the bundle, from pixels to logits. There are no weights for torch."""
+
+    def __str__(self) -> str:
+        return "an ONNX graph"
+
+
+NetworkSpec = ListedNetwork | OnnxNetwork
+"""What a bundle says of its network: data that one of our loaders understands, never code."""
 
 
 class DataRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,8 +121,12 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     size_bytes: Annotated[int, Meta(ge=0)]
 
 
-class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The record inside a bundle. Everything else in the bundle is reached through ``files``.
+
+    A field that has a default is an optional section: the manifest of a version without it does
+    not mention it, and the version serves without that ability. A Convoy that does not know a
+    section refuses the version, so that a new section needs no new ``schema_version``.
 
     ``tolerances`` are, for each precision, the largest difference in probability that a replay of
     the golden images may show before a plan, or the version, is refused. ``plan_accuracy`` is the

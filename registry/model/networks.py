@@ -1,4 +1,4 @@
-"""The networks that a bundle may name, built from plain arguments, and the program around them.
+"""The networks that a bundle may name, built from plain arguments.
 
 A bundle carries a name and arguments, never code: what can run is this list and nothing else.
 Every builder checks its shapes with arithmetic first, so that an impossible network is refused by
@@ -11,13 +11,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from registry.core.errors import BundleInvalid, NetworkImpossible, UsageError
-from registry.model.bundle import Bundle
-from registry.model.manifest import NetworkSpec, PreprocessSpec
+from registry.core.errors import NetworkImpossible, UsageError
 
 Choice = TypeVar("Choice")
 
@@ -203,7 +200,8 @@ def build_network(name: str, shape: Shape, classes: int, /, **args: Any) -> nn.S
         **args: the builder's own arguments.
 
     Returns:
-        A module from float32 (N, C, H, W) to logits float32 (N, classes).
+        A sequence of modules from float32 (N, C, H, W) to logits float32 (N, classes). The last
+        one, a linear layer, takes the features (N, D).
 
     Raises:
         UsageError: no network of that name.
@@ -221,79 +219,6 @@ def build_network(name: str, shape: Shape, classes: int, /, **args: Any) -> nn.S
         return builder(shape, classes, **args)
     except (TypeError, ValueError) as error:
         raise NetworkImpossible(f"{name} cannot be built from {args}: {error}") from error
-
-
-class Program(nn.Module):
-    """A network with its normalisation in front, so that bytes, not floats, travel to the device.
-
-    uint8 pixels (N, H, W, C) become logits float32 (N, classes). The permuted view of row-major
-    pixels *is* the channels-last layout, in which convolutions run fastest here.
-    """
-
-    scale: Tensor
-    offset: Tensor
-    dtype = torch.float32
-    """Of the network's weights; a plan of less precision keeps the normalisation in fp32."""
-
-    def __init__(self, network: nn.Module, spec: PreprocessSpec) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-        # (x / 255 - mean) / std as one multiplication and one addition per channel.
-        self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("offset", (-mean / std).view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = pixels.permute(0, 3, 1, 2).float()  # (N, C, H, W)
-        logits: Tensor = self.network((x * self.scale + self.offset).to(self.dtype))
-        return logits.float()
-
-
-def scored(program: Program) -> nn.Module:
-    """``program`` with softmax behind it, in evaluation mode: what engines make their own of."""
-    return nn.Sequential(program, nn.Softmax(dim=1)).eval()
-
-
-def any_batch(shape: tuple[int, int, int]) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
-    """For exporters: pixels of ``shape`` (H, W, C), and that there may be 1 to 4096 of them.
-
-    Returns:
-        Arguments of ``Program``, uint8 (2, H, W, C), as a batch of 1 would be taken for a fixed
-        size; and their dynamic shapes.
-    """
-    pixels = torch.zeros((2, *shape), dtype=torch.uint8)
-    return (pixels,), ({0: torch.export.Dim("images", min=1, max=4096)},)
-
-
-def build_program(spec: NetworkSpec, preprocess: PreprocessSpec, classes: int) -> Program:
-    """The program for ``spec``, weights freshly drawn; raises as ``build_network`` does."""
-    height_px, width_px, channels = preprocess.shape
-    network = build_network(spec.name, (channels, height_px, width_px), classes, **spec.args)
-    return Program(network, preprocess)
-
-
-def load_program(bundle: Bundle) -> Program:
-    """The program of ``bundle`` with its weights, in evaluation mode.
-
-    Raises:
-        BundleInvalid: the weights do not fit the network.
-    """
-    manifest = bundle.manifest
-    spec, (height_px, width_px, channels) = manifest.network, manifest.preprocess.shape
-    try:
-        with torch.device("meta"):  # takes no memory, whatever a stranger's manifest asks for
-            shape = channels, height_px, width_px
-            network = build_network(spec.name, shape, len(manifest.labels), **spec.args)
-        tensors = {name: torch.from_numpy(array) for name, array in bundle.weights().items()}
-        for name, wanted in network.state_dict().items():
-            if name in tensors and tensors[name].dtype != wanted.dtype:
-                raise NetworkImpossible(f"{name} is {tensors[name].dtype}, not {wanted.dtype}")
-        network.load_state_dict(tensors, strict=True, assign=True)
-    except (UsageError, NetworkImpossible, RuntimeError) as error:
-        raise BundleInvalid(
-            f"the weights of {manifest.model} do not fit its network: {error}"
-        ) from error
-    return Program(network, manifest.preprocess).eval()
 
 
 def _check_kernel(

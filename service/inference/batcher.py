@@ -20,7 +20,7 @@ from registry.core.errors import DeadlineExceeded, DeviceLost, Overloaded
 from registry.model.image.decode import Pixels
 
 Compute = Callable[[Pixels], NDArray[np.float32]]
-"""uint8 (N, H, W, C) to float32 (N, classes)."""
+"""uint8 (N, H, W, C) to float32 (N, values), a row for each image."""
 
 OnBatch = Callable[[int, float, int], None]
 """Told the size of each batch, the seconds of its forward pass, and how many images still wait."""
@@ -35,9 +35,9 @@ MIN_WAIT_LIMIT_S = 1.0
 
 
 class Scored(Struct, frozen=True):
-    """The answer for one image: probabilities float32 (classes,), and how it got them."""
+    """The answer for one image: its row of what ``compute`` returned, and how it got that."""
 
-    probabilities: NDArray[np.float32]
+    row: NDArray[np.float32]
     queue_ms: float
     forward_ms: float
     batch_size: int

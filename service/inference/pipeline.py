@@ -341,7 +341,7 @@ def _result(job: Job, served: ServedModel, scored: list[Scored | Exception]) -> 
 
 def _predictions(scored: Scored, served: ServedModel, top_k: int) -> list[ClassScore]:
     """The ``top_k`` most probable classes, best first; equal ones in label order."""
-    probabilities, labels = scored.probabilities, served.manifest.labels
+    probabilities, labels = scored.row, served.manifest.labels
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [
         ClassScore(labels[index], index, value)

@@ -30,7 +30,6 @@ from weakref import WeakValueDictionary
 import msgspec
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
 from registry.core import errors as domain
 from registry.core.errors import ConvoyError, DeviceLost
@@ -38,6 +37,7 @@ from registry.core.process_lifetime import end_with_standard_input
 from registry.model.bundle import Bundle, open_bundle
 from registry.model.classifier import Classifier
 from registry.model.image.decode import Pixels
+from registry.model.plans.base import Outputs
 from service.inference.batcher import MicroBatcher, Scored
 from service.running_time import RunningTime
 from service.settings import Settings
@@ -105,7 +105,7 @@ class GpuPlanner:
         if reply.device == "cpu":
             connection.close()
             return self._on_cpu.load(bundle)
-        remote = RemoteRun(connection, len(bundle.manifest.labels))
+        remote = RemotePredict(connection, len(bundle.manifest.labels))
         return Classifier(remote, reply.plan, reply.shown_device, is_lost=remote.is_lost)
 
     def choose(self, bundle: Bundle) -> None:
@@ -138,8 +138,8 @@ class GpuPlanner:
         return connection, reply
 
 
-class RemoteRun:
-    """A forward pass at the other end of a connection: a ``registry.model.plans.base.Run``."""
+class RemotePredict:
+    """A forward pass at the other end of a connection: a ``PredictFn``."""
 
     def __init__(self, connection: Connection, classes: int) -> None:
         self._connection = connection
@@ -149,7 +149,7 @@ class RemoteRun:
         with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as same:
             same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
-    def __call__(self, pixels: Pixels) -> NDArray[np.float32]:
+    def __call__(self, pixels: Pixels) -> Outputs:
         try:
             self._connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
             if not self._connection.poll(ANSWER_S):
@@ -159,7 +159,8 @@ class RemoteRun:
             self._lose("has ended", error)
         if answer[:1] == _FAILURE:
             raise _as_error(msgspec.json.decode(answer[1:], type=Failure))
-        return np.frombuffer(answer, np.float32, offset=1).reshape(len(pixels), self._classes)
+        rows = np.frombuffer(answer, np.float32, offset=1).reshape(len(pixels), -1)
+        return Outputs.from_rows(rows, self._classes)
 
     def is_lost(self) -> bool:
         """Between two calls: nothing is sent unasked, so what can be read then is the end."""
@@ -190,7 +191,11 @@ class Loaded:
         self.plan = classifier.plan
         # Each connection brings one batch at a time, from a queue that its worker keeps short.
         self.batcher = MicroBatcher(
-            classifier.classify, max_batch, sys.maxsize, batch_ms, max_wait_s=math.inf
+            lambda pixels: classifier.predict(pixels).rows(),
+            max_batch,
+            sys.maxsize,
+            batch_ms,
+            max_wait_s=math.inf,
         )
 
 
@@ -281,7 +286,7 @@ class GpuServer:
 def _answer(loaded: Loaded, pixels: Pixels) -> bytes:
     tickets = loaded.batcher.put(list(pixels), ANSWER_S)
     outcomes = [loaded.batcher.wait(ticket) for ticket in tickets]
-    scored = [each.probabilities for each in outcomes if isinstance(each, Scored)]
+    scored = [each.row for each in outcomes if isinstance(each, Scored)]
     if len(scored) == len(pixels):
         return _SCORES + np.stack(scored).tobytes()
     # The worker asks again, image by image: one bad one spoils no other's answer.

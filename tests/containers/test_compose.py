@@ -115,7 +115,7 @@ def test_a_registry_that_was_destroyed_is_restored(
     home = ("-e", "CONVOY_HOME=/tmp/restored", "control")
     up.compose("exec", "-T", *home, "python", "-m", "registry", "pull", "models:/fashion@champion")
     whole = file.read_bytes()
-    changed = whole.replace(b'"schema_version": 3', b'"schema_version": 4', 1)
+    changed = whole.replace(b'"schema_version": 4', b'"schema_version": 5', 1)
     assert changed != whole
     file.write_bytes(changed)
     damaged = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 from registry.core.errors import BundleInvalid
 from registry.model.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, write_bundle
 from registry.model.classifier import LARGEST_BATCH
-from registry.model.manifest import NetworkSpec
+from registry.model.manifest import ListedNetwork
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
 from tests.conftest import MakeBundle, load_eager
@@ -40,7 +40,7 @@ def test_rows_are_probabilities_whatever_the_batch(
 
 def test_weights_of_another_network_are_refused(make_bundle: MakeBundle) -> None:
     def other(manifest):
-        return msgspec.structs.replace(manifest, network=NetworkSpec("cnn", {"padding": 1}))
+        return msgspec.structs.replace(manifest, network=ListedNetwork("cnn", {"padding": 1}))
 
     with pytest.raises(BundleInvalid, match="do not fit its network"):
         load_eager(make_bundle(change=other))
@@ -48,7 +48,7 @@ def test_weights_of_another_network_are_refused(make_bundle: MakeBundle) -> None
 
 def test_a_network_that_is_not_on_our_list_is_refused(make_bundle: MakeBundle) -> None:
     def other(manifest):
-        return msgspec.structs.replace(manifest, network=NetworkSpec("os.system"))
+        return msgspec.structs.replace(manifest, network=ListedNetwork("os.system"))
 
     with pytest.raises(BundleInvalid, match="there is no network"):
         load_eager(make_bundle(change=other))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from registry.core.errors import BundleInvalid, UsageError
 from registry.model.bundle import Bundle
-from registry.model.manifest import PreprocessSpec, manifest_from_json
+from registry.model.manifest import OnnxNetwork, PreprocessSpec, manifest_from_json
 from registry.model.refs import ModelRef, parse_model_ref
 from tests.conftest import MakeBundle
 
@@ -27,14 +27,28 @@ def changed(data: bytes, **changes: object) -> bytes:
 
 
 def test_a_manifest_of_another_schema_names_both_versions(manifest_json: bytes) -> None:
-    with pytest.raises(BundleInvalid, match="schema_version 4; this Convoy reads 3"):
-        manifest_from_json(changed(manifest_json, schema_version=4, novelty=True))
+    with pytest.raises(BundleInvalid, match="schema_version 3; this Convoy reads 4"):
+        manifest_from_json(changed(manifest_json, schema_version=3, novelty=True))
+
+
+def test_a_manifest_mentions_only_the_sections_that_its_version_has(manifest_json: bytes) -> None:
+    said = msgspec.json.decode(manifest_json)
+    assert not {"scored_champion", "plan_accuracy"} & set(said)
+    assert manifest_from_json(manifest_json).scored_champion is None
+
+
+def test_a_network_may_be_one_of_our_list_or_a_graph(manifest_json: bytes) -> None:
+    assert msgspec.json.decode(manifest_json)["network"]["kind"] == "listed"
+    graph = manifest_from_json(changed(manifest_json, network={"kind": "onnx"}))
+    assert graph.network == OnnxNetwork()
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"novelty": True}, "novelty"),
+        ({"network": {"kind": "torchscript"}}, "torchscript"),
+        ({"network": {"name": "dense"}}, "kind"),
         ({"labels": ["only one"]}, "length >= 2"),
         ({"labels": ["same", "same"]}, "differ"),
         ({"model": "no/slash"}, "no model name"),

@@ -33,11 +33,11 @@ from registry.model.bundle import (
     with_manifest,
     write_bundle,
 )
-from registry.model.classifier import Classifier, replay_golden
-from registry.model.manifest import DEFAULT_TOLERANCES, NetworkSpec
+from registry.model.classifier import Classifier, replay_golden, softmax
+from registry.model.manifest import DEFAULT_TOLERANCES, ListedNetwork, OnnxNetwork
 from registry.model.plans import openvino
 from registry.model.plans import planner as planner_module
-from registry.model.plans.base import Source, catalogue, find_plan
+from registry.model.plans.base import Outputs, Source, catalogue, find_plan
 from registry.model.plans.benchmark_process import Finding, run_trial
 from registry.model.plans.openvino import import_openvino
 from registry.model.plans.planner import Planner, refused_by_record, score
@@ -45,7 +45,7 @@ from registry.model.plans.torch_eager import EAGER
 from tests.conftest import PATIENCE_S, MakeBundle, load_eager
 from training.data.sources import Dataset
 
-SMALL_RESNET = NetworkSpec("resnet", {"widths": [4, 8]})
+SMALL_RESNET = ListedNetwork("resnet", {"widths": [4, 8]})
 
 
 @pytest.fixture
@@ -71,14 +71,22 @@ def test_a_plan_gives_the_answers_of_fp32(name: str, bundle: Bundle, few_digits:
     if plan.device == "cuda":
         pytest.importorskip("torch").cuda.is_available() or pytest.skip("no CUDA")
     source = Source(bundle, device, threads=1)
-    run = plan.load(source)
-    expected = load_eager(bundle).classify(few_digits.test.pixels)
+    predict = plan.load(source)
+    eager = load_eager(bundle)
+    expected = eager.classify(few_digits.test.pixels)
+    features = eager.predict(few_digits.test.pixels).features
+    assert features is not None
+    close = 1e-3 if plan.precision == "fp32" else 0.1 * np.abs(features).max()
     for size in (1, 3, 8, 64):
-        scores = run(few_digits.test.pixels[:size])
-        assert scores.dtype == np.float32
+        outputs = predict(few_digits.test.pixels[:size])
+        assert outputs.logits.dtype == np.float32
         np.testing.assert_allclose(
-            scores, expected[:size], rtol=0, atol=DEFAULT_TOLERANCES[plan.precision]
+            softmax(outputs.logits),
+            expected[:size],
+            rtol=0,
+            atol=DEFAULT_TOLERANCES[plan.precision],
         )
+        np.testing.assert_allclose(outputs.features, features[:size], rtol=0, atol=close)
 
 
 @pytest.mark.slow
@@ -92,7 +100,7 @@ def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
     export = (
         "import sys; import numpy as np; from pathlib import Path;"
         "from registry.model.bundle import open_bundle;"
-        "from registry.model.networks import load_program;"
+        "from registry.model.program import load_program;"
         "from training.publishing.export import export_network;"
         f"program = load_program(open_bundle(Path({str(bundle.folder)!r})));"
         "export_network(program, np.zeros((2, 8, 8, 1), np.uint8));"
@@ -273,9 +281,9 @@ def test_what_is_called_onnx_is_read_as_onnx_or_refused(
         with pytest.raises(BundleInvalid, match=reason):
             find_plan(name).load(disguised)
         return
-    scores = find_plan(name).load(disguised)(few_digits.test.pixels)
+    logits, _ = find_plan(name).load(disguised)(few_digits.test.pixels)
     np.testing.assert_allclose(
-        scores, load_eager(bundle).classify(few_digits.test.pixels), atol=1e-3
+        softmax(logits), load_eager(bundle).classify(few_digits.test.pixels), atol=1e-3
     )
 
 
@@ -292,6 +300,24 @@ def test_a_version_without_exports_is_served_by_torch(
     found = {each.plan: each.reason for each in planner.choose(make_bundle()).findings}
     assert found["openvino-fp32"] == f"the version was published without {ONNX_GRAPH}"
     assert found[EAGER] is None
+
+
+def test_a_version_that_is_a_graph_is_served_by_engines_and_not_by_torch(
+    bundle: Bundle, planner: Planner, few_digits: Dataset, tmp_path: Path
+) -> None:
+    files = {each: bundle.read(each) for each in bundle.manifest.files if each != WEIGHTS}
+    manifest = msgspec.structs.replace(bundle.manifest, network=OnnxNetwork())
+    graph = write_bundle(tmp_path / "graph", manifest, files)
+    found = {each.plan: each.reason for each in planner.choose(graph).findings}
+    assert found[EAGER] == "the version is an ONNX graph, which torch does not run"
+    assert (found["onnxruntime-fp32"], found["openvino-fp32"]) == (None, None)
+    pixels = few_digits.test.pixels
+    expected = load_eager(bundle).classify(pixels)
+    for name in ("onnxruntime-fp32", "openvino-fp32"):
+        logits, _ = find_plan(name).load(Source(graph, threads=1))(pixels)
+        np.testing.assert_allclose(softmax(logits), expected, atol=1e-3)
+    with pytest.raises(BundleInvalid, match="torch cannot load it"):
+        load_eager(graph)
 
 
 def test_a_damaged_verdict_is_ignored(
@@ -437,7 +463,8 @@ def test_openvino_refuses_to_compute_fp32_under_the_name_of_bf16(
 
 
 def scored_as(bundle: Bundle, rows: list[list[float]]) -> Classifier:
-    return Classifier(lambda pixels: np.array(rows * len(pixels), dtype=np.float32), "fake", "cpu")
+    logits = np.log(np.array(rows, dtype=np.float32))
+    return Classifier(lambda pixels: Outputs(logits.repeat(len(pixels), axis=0)), "fake", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -446,7 +473,6 @@ def scored_as(bundle: Bundle, rows: list[list[float]]) -> Classifier:
         ([0.6, 0.35], [0.46, 0.49], "another best class for 1 of 1"),
         ([0.5, 0.45], [0.46, 0.49], None),  # nearly a tie
         ([0.6, 0.35], [0.3, 0.65], "differs by 0.3"),
-        ([0.6, 0.35], [0.6, 0.30], "sum to 1 only within"),
     ],
 )
 def test_the_best_class_must_stay_unless_it_was_nearly_a_tie(
@@ -476,7 +502,7 @@ class SmallDevice:
         self.sizes.append(len(pixels))
         if len(pixels) > self.room:
             raise DeviceOutOfMemory("CUDA out of memory")
-        return pixels[:, 0, 0, :1].astype(np.float32)
+        return Outputs(pixels[:, 0, 0, :1].astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -489,7 +515,7 @@ def test_what_does_not_fit_the_device_is_halved_once_then_answered_by_the_cpu(
     device, cpu = SmallDevice(room), SmallDevice(99)
     classifier = Classifier(device, "fake", "cpu", Classifier(cpu, "fake", "cpu"))
     pixels = np.arange(8, dtype=np.uint8).reshape(8, 1, 1, 1)
-    np.testing.assert_array_equal(classifier.classify(pixels)[:, 0], range(8))
+    np.testing.assert_array_equal(classifier.predict(pixels).logits[:, 0], range(8))
     assert (device.sizes, cpu.sizes) == (on_device, on_cpu)
 
 
@@ -497,7 +523,7 @@ def test_a_plan_that_is_wrong_at_one_batch_size_only_is_refused(bundle: Bundle) 
     right = load_eager(bundle)
 
     def wrong_when_alone(pixels):
-        return np.full((1, 10), 0.1, np.float32) if len(pixels) == 1 else right.classify(pixels)
+        return Outputs(np.zeros((1, 10), "f4")) if len(pixels) == 1 else right.predict(pixels)
 
     with pytest.raises(BundleInvalid, match=r"in a batch of 1: it differs by"):
         replay_golden(bundle, Classifier(wrong_when_alone, "fake", "cpu"), find_plan(EAGER))
@@ -505,7 +531,8 @@ def test_a_plan_that_is_wrong_at_one_batch_size_only_is_refused(bundle: Bundle) 
 
 def test_one_image_that_does_not_fit_the_device_is_answered_by_the_cpu() -> None:
     classifier = Classifier(SmallDevice(0), "fake", "cpu", Classifier(SmallDevice(9), "f", "cpu"))
-    assert classifier.classify(np.full((1, 1, 1, 1), 7, dtype=np.uint8)).tolist() == [[7.0]]
+    outputs = classifier.predict(np.full((1, 1, 1, 1), 7, dtype=np.uint8))
+    assert outputs.logits.tolist() == [[7.0]]
 
 
 def test_without_a_fallback_what_does_not_fit_is_an_error() -> None:

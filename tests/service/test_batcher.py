@@ -29,7 +29,7 @@ def echo(pixels: np.ndarray) -> np.ndarray:
 
 
 def values(outcomes: list[Scored | Exception]) -> list[float]:
-    return [float(each.probabilities[0]) for each in outcomes if isinstance(each, Scored)]
+    return [float(each.row[0]) for each in outcomes if isinstance(each, Scored)]
 
 
 class Gate:
@@ -303,7 +303,7 @@ def test_every_image_gets_exactly_one_outcome_and_its_own(
             assert len(outcomes) == requests[number]
             for outcome in outcomes:
                 if isinstance(outcome, Scored):
-                    assert outcome.probabilities[0] == number
+                    assert outcome.row[0] == number
                 else:
                     assert isinstance(outcome, DeadlineExceeded)
     assert batcher.depth == 0

@@ -15,14 +15,14 @@ from registry.core.errors import BundleInvalid, DeviceLost, ModelNotReady, PlanU
 from registry.delivery.signing import TrustedKeys
 from registry.model.bundle import Bundle
 from registry.model.classifier import Classifier
-from registry.model.plans.base import Run
+from registry.model.plans.base import PredictFn
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
 from registry.model.refs import ModelRef
 from service import create_app
 from service.loading import gpu_process
+from service.loading.gpu_process import GpuPlanner, GpuServer, Loaded, RemotePredict, _answer
 from service.loading.deployment_watcher import ModelSlot
-from service.loading.gpu_process import GpuPlanner, GpuServer, Loaded, RemoteRun, _answer
 from service.loading.loader import load_served
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -55,7 +55,9 @@ def own() -> Iterator[Callable[..., Owner]]:
     with tempfile.TemporaryDirectory() as folder:  # pytest's are too long for a socket
         owners: list[Owner] = []
 
-        def start(wrap: Callable[[Run], Run] = lambda run: run, device: str = "cuda:0") -> Owner:
+        def start(
+            wrap: Callable[[PredictFn], PredictFn] = lambda run: run, device: str = "cuda:0"
+        ) -> Owner:
             address = Path(folder) / str(len(owners))
             owners.append(Owner(address, StandInPlanner(wrap), device))
             return owners[-1]
@@ -129,7 +131,7 @@ def test_images_of_several_workers_share_a_batch(
     sizes: list[int] = []
     busy, go_on = Event(), Event()
 
-    def slow(run: Run) -> Run:
+    def slow(run: PredictFn) -> PredictFn:
         def classify(pixels):
             sizes.append(len(pixels))
             busy.set()
@@ -180,7 +182,7 @@ def test_errors_come_back_as_what_they_are(
 def test_a_forward_pass_that_fails_costs_its_own_images_only(
     own, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
-    def picky(run: Run) -> Run:
+    def picky(run: PredictFn) -> PredictFn:
         def classify(pixels):
             if not pixels.any(axis=(1, 2, 3)).all():
                 raise ValueError("a black image")
@@ -193,6 +195,9 @@ def test_a_forward_pass_that_fails_costs_its_own_images_only(
     with pytest.raises(RuntimeError, match="ValueError: a black image"):
         remote.classify(np.zeros_like(good))
     assert remote.classify(good).shape == (1, 10)
+    features = remote.predict(good).features
+    assert features is not None
+    assert features.shape == (1, 8)
     assert not remote.lost
 
 
@@ -238,7 +243,7 @@ def test_an_owner_that_does_not_read_is_a_lost_device(
 ) -> None:
     monkeypatch.setattr(gpu_process, "ANSWER_S", 0.05)
     near, far = Pipe()  # of Unix sockets; nobody reads the other
-    run = RemoteRun(near, 10)
+    run = RemotePredict(near, 10)
     with pytest.raises(DeviceLost, match="has ended"):
         run(np.zeros((64, 224, 224, 3), dtype=np.uint8))
     assert run.is_lost()
@@ -328,7 +333,7 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
 ) -> None:
     lose = Event()
 
-    def losable(run: Run) -> Run:
+    def losable(run: PredictFn) -> PredictFn:
         def classify(pixels):
             if lose.is_set():
                 raise DeviceLost("CUDA error: an illegal memory access was encountered")

@@ -12,10 +12,10 @@ from registry.core.errors import BundleInvalid
 from registry.delivery.deployment import ReleasedVersion, version_folder, write_release
 from registry.delivery.signing import SIGNATURE, TrustedKeys, make_key, sign
 from registry.model.bundle import Bundle, open_bundle
-from registry.model.manifest import NetworkSpec
-from registry.model.networks import load_program
+from registry.model.manifest import ListedNetwork
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
+from registry.model.program import load_program
 from registry.model.refs import ModelRef, ModelVersion
 from service.loading.deployment_watcher import ModelSlot
 from service.loading.loader import load_served
@@ -76,7 +76,7 @@ def test_none_takes_over_and_none_runs(
 
 @pytest.mark.parametrize("name", ["network would need 10¹⁶ bytes", "pictures of 4096×4096"])
 def test_none_takes_memory_for_what_it_claims(name: str, make_bundle: MakeBundle) -> None:
-    bundle = make_bundle(network=NetworkSpec("dense", {"hidden": [512]}))
+    bundle = make_bundle(network=ListedNetwork("dense", {"hidden": [512]}))
     HOSTILE_BUNDLES[name](bundle, Path("unused"))
     before = rss_mb()
     with pytest.raises(BundleInvalid, match="do not fit"):

@@ -45,7 +45,7 @@ def test_a_new_release_takes_over_while_the_old_object_goes_on(
         each.batcher.wait(each.batcher.put([image], 5)[0])
         for each in (old, slot.require().champion)
     ]
-    assert not np.allclose(answers[0].probabilities, answers[1].probabilities)
+    assert not np.allclose(answers[0].row, answers[1].row)
 
 
 def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(

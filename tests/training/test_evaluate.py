@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from registry.model.manifest import NetworkSpec
-from registry.model.networks import build_program
+from registry.model.manifest import ListedNetwork
 from registry.model.plans.torch_eager import eager_classifier
+from registry.model.program import build_program
 from tests.conftest import tiny_program
 from training.data.sources import Dataset
 from training.fitting.loop import Epoch
@@ -57,15 +57,15 @@ def test_accuracy_against_shift_begins_with_the_plain_accuracy(few_digits: Datas
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        (NetworkSpec("dense"), {"first layer"}),
+        (ListedNetwork("dense"), {"first layer"}),
         (
-            NetworkSpec("cnn", {"filters": [4, 8], "padding": 1, "pooling": "average"}),
+            ListedNetwork("cnn", {"filters": [4, 8], "padding": 1, "pooling": "average"}),
             {"first layer", *(f"feature maps after {x}" for x in ("conv1", "pool1", "conv2"))},
         ),
-        (NetworkSpec("resnet", {"widths": [4]}), {"first layer", "feature maps after conv1"}),
+        (ListedNetwork("resnet", {"widths": [4]}), {"first layer", "feature maps after conv1"}),
     ],
 )
-def test_a_run_is_drawn(few_digits: Dataset, tmp_path, spec: NetworkSpec, expected) -> None:
+def test_a_run_is_drawn(few_digits: Dataset, tmp_path, spec: ListedNetwork, expected) -> None:
     torch.manual_seed(0)
     program = build_program(spec, few_digits.preprocess, 10).eval()
     evaluation = evaluate(eager_classifier(program, "cpu"), few_digits.test)

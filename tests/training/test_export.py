@@ -7,7 +7,7 @@ import pytest
 
 from registry.model.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
 from registry.model.classifier import Classifier
-from registry.model.manifest import NetworkSpec
+from registry.model.manifest import ListedNetwork
 from registry.model.plans.base import Source, find_plan
 from registry.model.plans.openvino import import_openvino
 from registry.model.plans.torch_eager import eager_classifier
@@ -57,7 +57,7 @@ def test_the_int8_graph_of_a_trained_network_scores_as_fp32_does(
 
 
 def test_no_pair_of_8_bit_products_saturates_on_a_cpu_without_vnni(few_digits: Dataset) -> None:
-    network = NetworkSpec("cnn", {"filters": [4, 8], "hidden": 16, "pool_size": 1})
+    network = ListedNetwork("cnn", {"filters": [4, 8], "hidden": 16, "pool_size": 1})
     files = export_network(tiny_program(few_digits, 0, network), few_digits.train.pixels[:8])
     model = import_openvino().Core().read_model(files[INT8_GRAPH], files[INT8_WEIGHTS])
     weights = [

@@ -9,7 +9,7 @@ import torch
 
 from registry.core.errors import NetworkImpossible, UsageError
 from registry.core.names import sha256_hex
-from registry.model.manifest import NetworkSpec
+from registry.model.manifest import ListedNetwork
 from tests.conftest import CPU
 from training.data.sources import Dataset, take
 from training.fitting import loop
@@ -42,7 +42,7 @@ def test_the_same_seed_gives_the_same_weights(
         flip=True,
         crop_px=1,
         erase=0.5,
-        network=NetworkSpec("cnn", {"filters": [4], "hidden": 16, "dropout": 0.3}),
+        network=ListedNetwork("cnn", {"filters": [4], "hidden": 16, "dropout": 0.3}),
     )
     digests = [weights_digest(fit(noisy, few_digits, CPU, seed)) for seed in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
@@ -187,7 +187,7 @@ def test_a_loss_that_explodes_is_said(few_digits: Dataset, recipe: Recipe) -> No
 
 
 def test_a_network_that_does_not_fit_the_pictures_is_refused(few_digits: Dataset) -> None:
-    too_deep = Recipe(name="deep", network=NetworkSpec("cnn"), epochs=1)
+    too_deep = Recipe(name="deep", network=ListedNetwork("cnn"), epochs=1)
     with pytest.raises(NetworkImpossible, match="pool2"):
         fit(too_deep, few_digits, CPU, 0)
 

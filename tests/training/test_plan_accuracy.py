@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from registry.model.manifest import NetworkSpec
+from registry.model.manifest import ListedNetwork
 from registry.model.plans.benchmark_process import Finding
 from tests.conftest import MakeBundle
 from training.data.sources import Dataset
@@ -22,7 +22,7 @@ def test_held_out_accuracy_is_measured_without_risk_to_who_publishes(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    bundle = make_bundle(network=NetworkSpec("resnet", {"widths": [4, 8]}), export=True)
+    bundle = make_bundle(network=ListedNetwork("resnet", {"widths": [4, 8]}), export=True)
     real = subprocess.Popen
 
     def crash(command, **options):

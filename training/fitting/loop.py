@@ -20,7 +20,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from registry.core.errors import UsageError
-from registry.model.networks import Program, build_program
+from registry.model.program import Program, build_program
 from training.data.sources import Dataset, Examples
 from training.fitting.augment import augment
 from training.fitting.checkpoint import load_checkpoint, run_key, save_checkpoint
@@ -187,7 +187,7 @@ def train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                logits = program(batch)
+                logits, _ = program(batch)
             loss = functional.cross_entropy(
                 logits.float(), labels[chosen], label_smoothing=recipe.label_smoothing
             )
@@ -230,7 +230,7 @@ def validate(program: Program, examples: Examples, device: torch.device) -> tupl
     for start in range(0, len(examples), 500):
         pixels = torch.from_numpy(examples.pixels[start : start + 500]).to(device)
         labels = torch.from_numpy(examples.labels[start : start + 500]).to(device)
-        logits = program(pixels)
+        logits, _ = program(pixels)
         loss_sum += functional.cross_entropy(logits, labels, reduction="sum").item()
         correct += int((logits.argmax(1) == labels).sum())
     return loss_sum / len(examples), correct / len(examples)

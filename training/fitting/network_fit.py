@@ -6,7 +6,7 @@ import msgspec
 import torch
 
 from registry.core.errors import NetworkImpossible
-from registry.model.manifest import NetworkSpec
+from registry.model.manifest import ListedNetwork
 from registry.model.networks import build_network
 from training.fitting.recipes import Recipe
 
@@ -30,11 +30,11 @@ def fit_to_pictures(recipe: Recipe, side_px: int) -> Recipe:
         except NetworkImpossible as error:
             impossible = error
             continue
-        return msgspec.structs.replace(recipe, network=NetworkSpec(network.name, args))
+        return msgspec.structs.replace(recipe, network=ListedNetwork(network.name, args))
     raise impossible
 
 
-def _small_picture_defaults(network: NetworkSpec, side_px: int) -> list[dict[str, Any]]:
+def _small_picture_defaults(network: ListedNetwork, side_px: int) -> list[dict[str, Any]]:
     """Further defaults to try, the mildest first."""
     if network.name != "cnn":
         return []

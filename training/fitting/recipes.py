@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from registry.core.errors import UsageError
-from registry.model.manifest import NetworkSpec
+from registry.model.manifest import ListedNetwork
 from training.fitting.parameters import TRAINING, describe_unknown, find_parameter
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -26,7 +26,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     name: str
-    network: NetworkSpec
+    network: ListedNetwork
     epochs: PositiveInt
     optimizer: Literal["adamw", "sgd"] = "adamw"
     batch_size: Annotated[int, Meta(ge=2)] | None = None
@@ -44,11 +44,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="dense", network=NetworkSpec("dense"), epochs=12),
-        Recipe(name="cnn", network=NetworkSpec("cnn", {"dropout": 0.4}), epochs=14),
+        Recipe(name="dense", network=ListedNetwork("dense"), epochs=12),
+        Recipe(name="cnn", network=ListedNetwork("cnn", {"dropout": 0.4}), epochs=14),
         Recipe(
             name="resnet",
-            network=NetworkSpec("resnet"),
+            network=ListedNetwork("resnet"),
             epochs=30,
             optimizer="sgd",
             learning_rate=0.1,
@@ -62,7 +62,7 @@ RECIPES = {
         # The paper's ResNet-18, for photographs of 100 px and more.
         Recipe(
             name="resnet18",
-            network=NetworkSpec(
+            network=ListedNetwork(
                 "resnet", {"stem": "large", "widths": [64, 128, 256, 512], "blocks": 2}
             ),
             epochs=30,

@@ -1,8 +1,8 @@
 """The network as graphs that engines read without torch, written once, when a version is published.
 
 So what publishing measured is, byte for byte, what serves, and machines that serve need neither
-torch nor exporters. Every graph takes pixels and ends in probabilities, as ``registry.model.plans``
-says.
+torch nor exporters. Every graph takes ``pixels`` and ends in ``logits`` and ``features``, as
+``registry.model.plans`` says.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from torch import nn
 
 from registry.model.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
 from registry.model.image.decode import Pixels
-from registry.model.networks import Program, any_batch, scored
 from registry.model.plans.openvino import import_openvino
+from registry.model.program import Program, any_batch
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def export_network(program: Program, calibration: Pixels) -> dict[str, bytes]:
         program: the trained one, on any device; it is copied.
         calibration: uint8 (N, H, W, C), pictures of the training part: int8 takes its ranges there.
     """
-    ready = scored(copy.deepcopy(program).cpu())
+    ready = copy.deepcopy(program).cpu().eval()
     try:
         files = {ONNX_GRAPH: _to_onnx(ready, calibration)}
     except Exception as error:  # noqa: BLE001 - exporters raise whatever they meet
@@ -54,6 +54,7 @@ def _to_onnx(ready: nn.Module, calibration: Pixels) -> bytes:
             ready,
             arguments,
             input_names=["pixels"],
+            output_names=["logits", "features"],
             dynamic_shapes=sizes,
             dynamo=True,
             verbose=False,

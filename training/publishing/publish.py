@@ -28,9 +28,9 @@ from registry.model.classifier import replay_golden
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import TRUSTED_LIMITS
 from registry.model.manifest import SCHEMA_VERSION, DataRecord, Manifest, SourceRecord
-from registry.model.networks import Program
 from registry.model.plans.base import Source, find_plan
 from registry.model.plans.torch_eager import EAGER, eager_classifier
+from registry.model.program import Program
 from registry.model.refs import ModelVersion
 from registry.store.mlflow_store import ModelStore
 from training.data.sources import Dataset, Examples

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from registry.model.image.decode import Pixels
-from registry.model.networks import Program
+from registry.model.program import Program
 from training.data.sources import Dataset, Examples
 from training.fitting.loop import Epoch
 from training.publishing.evaluate import Evaluation

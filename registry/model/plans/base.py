@@ -7,9 +7,9 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,41 @@ from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
 
 if TYPE_CHECKING:
-    from registry.model.networks import Program
+    from registry.model.program import Program
 
-Run = Callable[[Pixels], NDArray[np.float32]]
-"""uint8 (N, H, W, C), N ≥ 1, to probabilities float32 (N, classes). One call at a time."""
+
+class Outputs(NamedTuple):
+    """What a forward pass gives for N images: logits (N, classes), and features (N, D) if any."""
+
+    logits: NDArray[np.float32]
+    features: NDArray[np.float32] | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence["Outputs"]) -> "Outputs":
+        """The outputs of consecutive batches as those of one."""
+        if len(parts) == 1:
+            return parts[0]
+        features = [part.features for part in parts if part.features is not None]
+        return cls(
+            np.concatenate([part.logits for part in parts]),
+            np.concatenate(features) if len(features) == len(parts) else None,
+        )
+
+    def rows(self) -> NDArray[np.float32]:
+        """Logits and features side by side, (N, classes + D): one row for each image."""
+        if self.features is None:
+            return self.logits
+        return np.concatenate((self.logits, self.features), axis=1)
+
+    @classmethod
+    def from_rows(cls, rows: NDArray[np.float32], classes: int) -> "Outputs":
+        """What ``rows`` made one array of."""
+        has_features = rows.shape[1] > classes
+        return cls(rows[:, :classes], rows[:, classes:] if has_features else None)
+
+
+PredictFn = Callable[[Pixels], Outputs]
+"""A forward pass over uint8 (N, H, W, C), N ≥ 1. One call at a time."""
 
 
 class Source:
@@ -39,13 +70,14 @@ class Source:
     @cached_property
     def program(self) -> "Program":
         """The fp32 program with the bundle's weights, on the CPU, in evaluation mode."""
-        from registry.model.networks import load_program
+        from registry.model.program import load_program
 
         return load_program(self.bundle)
 
 
 class Plan(ABC):
-    """One way to run a network. It has no state and writes no files: ``load`` returns a ``Run``."""
+    """One way to run a network. It has no state and writes no files: ``load`` returns a
+    ``PredictFn``."""
 
     name: ClassVar[str]
     precision: ClassVar[Precision]
@@ -71,7 +103,7 @@ class Plan(ABC):
         return f"not installed: {', '.join(missing)}" if missing else None
 
     @abstractmethod
-    def load(self, source: Source) -> Run:
+    def load(self, source: Source) -> PredictFn:
         """Open the engine; the result needs no torch unless the engine is torch."""
 
 

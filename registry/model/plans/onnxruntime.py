@@ -2,13 +2,10 @@
 
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from registry.model.bundle import ONNX_GRAPH
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Plan, Run, Source
+from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 
 
 class OnnxRuntime(Plan):
@@ -17,7 +14,7 @@ class OnnxRuntime(Plan):
     packages = ("onnxruntime",)
     exports = (ONNX_GRAPH,)
 
-    def load(self, source: Source) -> Run:
+    def load(self, source: Source) -> PredictFn:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -29,11 +26,10 @@ class OnnxRuntime(Plan):
             source.bundle.graph(ONNX_GRAPH), options, providers=["CPUExecutionProvider"]
         )
 
-        def run(pixels: Pixels) -> NDArray[np.float32]:
-            (probabilities,) = session.run(None, {"pixels": pixels})
-            return np.asarray(probabilities)
+        def predict(pixels: Pixels) -> Outputs:
+            return Outputs(*session.run(None, {"pixels": pixels}))
 
-        return run
+        return predict
 
 
 PLANS = (OnnxRuntime(),)

@@ -8,15 +8,12 @@ import io
 import sys
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from registry.core.devices import BF16_FLAGS, INT8_FLAGS
 from registry.core.errors import DeviceUnavailable
 from registry.model.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH, Bundle
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Plan, Run, Source
+from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 
 
 class OpenVino(Plan):
@@ -27,7 +24,7 @@ class OpenVino(Plan):
     packages = ("openvino",)
     exports: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
 
-    def load(self, source: Source) -> Run:
+    def load(self, source: Source) -> PredictFn:
         openvino = import_openvino()
         core = openvino.Core()
         options: dict[str, Any] = {
@@ -44,12 +41,13 @@ class OpenVino(Plan):
             raise DeviceUnavailable("OpenVINO has no bf16 kernels for this CPU")
         request = compiled.create_infer_request()
 
-        def run(pixels: Pixels) -> NDArray[np.float32]:
-            request.infer(pixels, share_inputs=True)
-            probabilities: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
-            return probabilities
+        outputs = range(len(compiled.outputs))
 
-        return run
+        def predict(pixels: Pixels) -> Outputs:
+            request.infer(pixels, share_inputs=True)
+            return Outputs(*(request.get_output_tensor(index).data.copy() for index in outputs))
+
+        return predict
 
     def read_model(self, openvino: Any, bundle: Bundle) -> Any:
         """The graph as a model, read as ONNX.

@@ -33,7 +33,7 @@ from registry.core.files import write_atomically
 from registry.core.names import sha256_hex
 from registry.model.bundle import Bundle
 from registry.model.classifier import Classifier, load_classifier
-from registry.model.manifest import Manifest
+from registry.model.manifest import ListedNetwork, Manifest
 from registry.model.plans.base import Plan, Source, catalogue, find_plan
 from registry.model.plans.benchmark_process import KILLED, Finding, run_trial
 from registry.model.plans.torch_eager import EAGER
@@ -237,6 +237,8 @@ def score(batch_ms: dict[int, float]) -> float:
 
 def missing_exports(plan: Plan, manifest: Manifest) -> str | None:
     """Why ``plan`` has nothing to read in the version's bundle, or None."""
+    if not plan.exports and not isinstance(manifest.network, ListedNetwork):
+        return f"the version is {manifest.network}, which torch does not run"
     missing = [name for name in plan.exports if name not in manifest.files]
     return f"the version was published without {', '.join(missing)}" if missing else None
 

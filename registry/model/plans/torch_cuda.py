@@ -7,17 +7,16 @@ the next size that has one.
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from registry.core.devices import device_errors
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Plan, Run, Source
+from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 from registry.model.plans.torch_eager import fold
 
 if TYPE_CHECKING:
     import torch
+
+    from registry.model.program import Program
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -28,33 +27,29 @@ class CudaFp16(Plan):
     device = "cuda"
     batch_sizes = BUCKETS
 
-    def load(self, source: Source) -> Run:
+    def load(self, source: Source) -> PredictFn:
         import torch
-
-        from registry.model.networks import scored
 
         device = torch.device(source.device)
         with device_errors():
             program = fold(source.program, self.precision).to(device)
-            ready = scored(program)
             shape = source.bundle.manifest.preprocess.shape
             pool = torch.cuda.graph_pool_handle()
-            graphs = {size: _capture(ready, (size, *shape), device, pool) for size in BUCKETS}
+            graphs = {size: _capture(program, (size, *shape), device, pool) for size in BUCKETS}
 
         @device_errors()
         @torch.inference_mode()
-        def run(pixels: Pixels) -> NDArray[np.float32]:
+        def predict(pixels: Pixels) -> Outputs:
             parts = []
             for start in range(0, len(pixels), BUCKETS[-1]):
                 part = torch.from_numpy(pixels[start : start + BUCKETS[-1]])
-                graph, given, answer = graphs[_bucket(len(part))]
+                graph, given, outputs = graphs[_bucket(len(part))]
                 given[: len(part)].copy_(part)  # what an earlier batch left behind it stays
                 graph.replay()
-                parts.append(answer[: len(part)].cpu())
-            probabilities: NDArray[np.float32] = torch.cat(parts).numpy()
-            return probabilities
+                parts.append(Outputs(*(each[: len(part)].cpu().numpy() for each in outputs)))
+            return Outputs.joined(parts)
 
-        return run
+        return predict
 
 
 class CudaBf16(CudaFp16):
@@ -67,12 +62,12 @@ def _bucket(images: int) -> int:
 
 
 def _capture(
-    scored: "torch.nn.Module",
+    program: "Program",
     shape: tuple[int, int, int, int],
     device: "torch.device",
     pool: Any,
-) -> tuple["torch.cuda.CUDAGraph", "torch.Tensor", "torch.Tensor"]:
-    """A graph of one forward pass, the tensor that it reads and the one that it writes."""
+) -> tuple["torch.cuda.CUDAGraph", "torch.Tensor", tuple["torch.Tensor", ...]]:
+    """A graph of one forward pass, the tensor that it reads and those that it writes."""
     import torch
 
     given = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -81,13 +76,13 @@ def _capture(
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # libraries choose their kernels outside the capture
             for _ in range(3):
-                scored(given)
+                program(given)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are part of it: others answer by an older version meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            answer = scored(given).float()
-    return graph, given, answer
+            outputs = program(given)
+    return graph, given, outputs
 
 
 PLANS = (CudaFp16(), CudaBf16())

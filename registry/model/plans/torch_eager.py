@@ -8,42 +8,37 @@ import copy
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from registry.core.devices import BF16_FLAGS, describe_device, device_errors
 from registry.model.classifier import Classifier
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Plan, Run, Source
+from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 
 if TYPE_CHECKING:
     import torch
 
-    from registry.model.networks import Program
+    from registry.model.program import Program
 
 EAGER = "torch-eager"
 
 
-def torch_run(program: "Program", device: str) -> Run:
+def torch_predict(program: "Program", device: str) -> PredictFn:
     """Run ``program``, in whatever precision it is, operation by operation on ``device``."""
     import torch
 
     ready = program.to(device).eval()
 
     @torch.inference_mode()
-    def run(pixels: Pixels) -> NDArray[np.float32]:
-        probabilities: NDArray[np.float32] = (
-            ready(torch.from_numpy(pixels).to(device)).softmax(dim=1).cpu().numpy()
-        )
-        return probabilities
+    def predict(pixels: Pixels) -> Outputs:
+        logits, features = ready(torch.from_numpy(pixels).to(device))
+        return Outputs(logits.cpu().numpy(), features.cpu().numpy())
 
-    return run if device == "cpu" else device_errors()(run)
+    return predict if device == "cpu" else device_errors()(predict)
 
 
 def eager_classifier(program: "Program", device: str) -> Classifier:
     """The classifier of a program that lies in no bundle: what training measures."""
-    return Classifier(torch_run(program, device), EAGER, describe_device(device))
+    return Classifier(torch_predict(program, device), EAGER, describe_device(device))
 
 
 def fold(program: "Program", precision: Precision) -> "Program":
@@ -85,12 +80,12 @@ class TorchEager(Plan):
     precision: ClassVar[Precision] = "fp32"
     device = "any"
 
-    def load(self, source: Source) -> Run:
+    def load(self, source: Source) -> PredictFn:
         import torch
 
         if source.threads is not None:
             torch.set_num_threads(source.threads)
-        return torch_run(self.prepare(source.program), source.device)
+        return torch_predict(self.prepare(source.program), source.device)
 
     def prepare(self, program: "Program") -> "Program":
         return program
