@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
-    from service.loading.loader import Slots
+    from service.loading.open_slots import Slots
     from service.observability.metrics import Metrics
     from service.settings import Settings
 
@@ -39,7 +39,7 @@ def create_app(
     from service.http import docs, health, models, page, problems, request_context
     from service.http.cors import Cors
     from service.inference.pipeline import Pipeline
-    from service.loading.loader import open_slots
+    from service.loading.open_slots import open_slots
     from service.loading.watchdog import Watchdog
     from service.observability.metrics import Metrics
     from service.protocols.base import InferenceApp, InferenceProtocol

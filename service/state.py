@@ -6,8 +6,8 @@ from msgspec import Struct
 from service.access.auth import Door
 from service.inference.loaded_model import find_slot
 from service.inference.pipeline import Pipeline
-from service.loading.deployment_watcher import ModelSlot
-from service.loading.loader import Slots
+from service.loading.model_slot import ModelSlot
+from service.loading.open_slots import Slots
 from service.loading.watchdog import Watchdog
 from service.observability.metrics import Metrics
 from service.settings import Settings

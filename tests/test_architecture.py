@@ -56,7 +56,7 @@ MAY_IMPORT = {
     # Probes and the list of models say what is being loaded.
     "service.http": {
         *(SETTINGS, "service.state", "service.server.protocol", INFERENCE, OBSERVABILITY),
-        *("service.loading.deployment_watcher", *OFFERED_TO_SERVICE),
+        *("service.loading.model_slot", *OFFERED_TO_SERVICE),
     },
     "service.protocols": {
         *(SETTINGS, "service.http", "service.state", "service.server.protocol", INFERENCE),
@@ -175,7 +175,7 @@ def test_serving_never_loads_what_can_run_code() -> None:
         ("service.client", {"torch", "mlflow", "PIL", "numpy"}),
         ("service.server.gunicorn_worker", {"torch", "mlflow", "PIL", "numpy", "flask"}),
         ("service.inference.batcher", {"torch", "mlflow", "flask"}),
-        ("service.loading.deployment_watcher", {"torch", "mlflow", "flask"}),
+        ("service.loading.model_slot", {"torch", "mlflow", "flask"}),
         ("service.protocols.v1", {"torch", "mlflow"}),
     ],
 )

@@ -4,7 +4,7 @@ import msgspec
 from flask import Blueprint, Response, request
 from msgspec import Struct
 
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from service.observability.metrics import CONTENT_TYPE
 from service.server.protocol import ENDING
 from service.state import state

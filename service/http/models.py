@@ -11,7 +11,7 @@ from registry.core.names import Sha256
 from registry.model.manifest import DataRecord, NetworkSpec, PreprocessSpec, SourceRecord
 from registry.model.refs import Trial
 from service.inference.loaded_model import ServedModel
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from service.state import state
 
 blueprint = Blueprint("models", __name__)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Thread
 
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from service.malloc import give_back
 from service.running_time import RunningTime
 

@@ -179,7 +179,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     Thread(target=end_with_standard_input, daemon=True).start()
-    from service.loading.loader import open_planner
+    from service.loading.open_slots import open_planner
     from service.observability.logging import logging_config
 
     settings = Settings.from_environment()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from flask import Flask
@@ -18,8 +19,9 @@ from registry.model.plans.torch_eager import EAGER
 from registry.model.refs import ModelRef, Trial
 from service import create_app
 from service.inference.loaded_model import ServedModel
-from service.loading.deployment_watcher import ModelSlot
-from service.loading.loader import load_served
+from service.loading import version_loader
+from service.loading.model_slot import ModelSlot
+from service.loading.open_slots import load_served
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import MakeBundle
@@ -125,3 +127,12 @@ def url(ready: FlaskClient) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The loader's clock, which stands still: ``clock.now`` in seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(version_loader, "time", clock)
+    return clock

@@ -10,7 +10,7 @@ from flask.testing import FlaskClient
 from PIL import Image
 
 from registry.core.errors import DeadlineExceeded, Overloaded
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from tests.conftest import load_eager
 
 RAW = {"content_type": "application/octet-stream"}

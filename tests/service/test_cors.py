@@ -8,7 +8,7 @@ from flask.testing import FlaskClient
 from registry.core.errors import UsageError
 from registry.model.bundle import Bundle
 from service import create_app
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.settings import Settings
 

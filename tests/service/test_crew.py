@@ -14,8 +14,8 @@ from registry.canary.traffic_stats import WorkerReport
 from registry.delivery.deployment import Release, ReleasedVersion, version_folder
 from registry.model.bundle import WEIGHTS
 from registry.model.refs import ModelRef
-from service.loading import deployment_watcher
-from service.loading.deployment_watcher import ModelSlot
+from service.loading import version_loader, version_switch
+from service.loading.model_slot import ModelSlot
 from service.loading.worker_sync import NOTHING, Crew
 from tests.service.conftest import load
 
@@ -52,8 +52,8 @@ def test_all_switch_in_the_moment_in_which_the_last_has_prepared(worker, release
 def test_a_worker_that_cannot_prepare_stops_the_switch_and_says_so(
     worker, release, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
-    monkeypatch.setattr(deployment_watcher, "WAITING_S", -1.0)
+    monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
+    monkeypatch.setattr(version_switch, "WAITING_S", -1.0)
     one, two = worker(), worker()
     release(1)
     for each in (one, two):
@@ -202,8 +202,15 @@ def test_a_version_that_was_left_stays_in_memory_for_a_while(
 
 
 def test_only_so_many_versions_stay_in_memory(models: Path, release) -> None:
-    slot = ModelSlot(REF, models, load, keep_warm_s=600)
-    for number in range(1, 7):
+    loads: list[int] = []
+
+    def counted(bundle, released):
+        loads.append(released.version)
+        return load(bundle, released)
+
+    slot = ModelSlot(REF, models, counted, keep_warm_s=600)
+    for number in (1, 2, 3, 4, 2, 4, 3, 1):
         release(number, seed=number)
         slot.refresh()
-    assert len(slot._loaded) == 1 + deployment_watcher.MOST_WARM
+    assert version_loader.MAX_WARM == 2
+    assert loads == [1, 2, 3, 4, 1]

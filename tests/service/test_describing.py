@@ -10,7 +10,7 @@ from flask.testing import FlaskClient
 
 from registry.delivery import deployment
 from registry.delivery.deployment import write_status
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from tests.service.conftest import REF
 
 

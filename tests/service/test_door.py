@@ -14,7 +14,7 @@ from registry.core.errors import KeyMissing, RateExceeded, UsageError
 from registry.model.bundle import Bundle
 from service import create_app
 from service.access.auth import PUBLIC, Door
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.settings import Settings
 

@@ -22,8 +22,8 @@ from registry.model.refs import ModelRef
 from service import create_app
 from service.loading import gpu_process
 from service.loading.gpu_process import GpuPlanner, GpuServer, Loaded, RemotePredict, _answer
-from service.loading.deployment_watcher import ModelSlot
-from service.loading.loader import load_served
+from service.loading.model_slot import ModelSlot
+from service.loading.open_slots import load_served
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import PATIENCE_S, MakeBundle, load_eager, wait_for
@@ -370,7 +370,7 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
         slot.require()
 
     owner.listener.close()
-    monkeypatch.setattr("service.loading.deployment_watcher.RETRY_S", 0.0)
+    monkeypatch.setattr("service.loading.version_loader.RETRY_S", 0.0)
     assert not slot.refresh()
     assert "is not running" in str(slot.error)
     owner.client._address = own(device="cpu").client._address  # what takes over finds no GPU

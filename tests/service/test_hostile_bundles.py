@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,8 +18,8 @@ from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
 from registry.model.program import load_program
 from registry.model.refs import ModelRef, ModelVersion
-from service.loading.deployment_watcher import ModelSlot
-from service.loading.loader import load_served
+from service.loading.model_slot import ModelSlot
+from service.loading.open_slots import load_served
 from service.loading.watchdog import rss_mb
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -96,7 +97,7 @@ def test_an_array_of_objects_is_refused_where_it_is_read(
 
 
 def test_a_bundle_in_which_one_byte_is_another_never_takes_over(
-    serving: ModelSlot, make_bundle: MakeBundle, models: Path
+    serving: ModelSlot, make_bundle: MakeBundle, models: Path, clock: SimpleNamespace
 ) -> None:
     bundle = make_bundle(seed=1, folder=version_folder(models, "digits", 2))
     files = [bundle.folder / name for name in (*bundle.serving_files(), "manifest.json")]
@@ -106,13 +107,13 @@ def test_a_bundle_in_which_one_byte_is_another_never_takes_over(
         good = file.read_bytes()
         at = dice.randrange(len(good))
         file.write_bytes(good[:at] + bytes([good[at] ^ (1 << dice.randrange(8))]) + good[at + 1 :])
-        serving._failure = None  # not after a pause
+        clock.now += 600  # after any pause
         put_forward(models, 2, bundle.manifest_sha256)
         assert not serving.refresh()
         assert serving.current is not None
         assert serving.current.version == 1
         file.write_bytes(good)
-    serving._failure = None
+    clock.now += 600
     assert serving.refresh()  # it was good but for the byte
 
 

@@ -1,17 +1,18 @@
 import threading
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from msgspec.structs import replace
 
 from registry.core.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.delivery.deployment import release_file, version_folder
 from registry.model.bundle import WEIGHTS
 from registry.model.refs import ModelRef
 from service.inference.loaded_model import ServedModel
-from service.loading import deployment_watcher
-from service.loading.deployment_watcher import ModelSlot
+from service.loading import deployment_watcher, version_loader
+from service.loading.model_slot import ModelSlot
 from tests.conftest import wait_for
 from tests.service.conftest import REF, load
 
@@ -57,7 +58,7 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
     weights = version_folder(models, "digits", 2) / WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
+    monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     assert not slot.refresh()
     assert not slot.refresh()
     assert slot.require().champion.version == 1
@@ -150,7 +151,7 @@ def test_a_damaged_release_file_does_not_stop_the_watcher(
     slot: ModelSlot, release, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployment_watcher, "POLL_S", 0.005)
-    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
+    monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     (models / "digits").mkdir(parents=True)
     release_file(models, REF).write_text("{")
     others = set(threading.enumerate())
@@ -219,7 +220,7 @@ def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(models: Path,
         number = int(bundle.folder.name)
         before = list(read)
         for _ in range(5):  # the looks meanwhile, which must not read it all again
-            slot._look()
+            slot.poll_once()
             assert {each.refused for each in slot.workers()} == {None}
         assert read == before
         chosen.add(number)
@@ -234,7 +235,9 @@ def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(models: Path,
     assert {each.refused for each in slot.workers()} == {None}
 
 
-def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(models: Path, release) -> None:
+def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
+    models: Path, release, clock: SimpleNamespace
+) -> None:
     release(1)
     decided = []
 
@@ -245,36 +248,35 @@ def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(models: Path
     for _ in range(5):
         assert not slot.refresh()
     assert len(decided) == 1
-    try_at_once(slot)
+    clock.now += version_loader.RETRY_S
     slot.refresh()
     assert len(decided) == 2
 
 
 def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
-    models: Path, release, caplog
+    models: Path, release, caplog, clock: SimpleNamespace
 ) -> None:
     release(1)
+    tried = []
 
     def never(bundle, released):
         raise PlanUndecided("nothing was chosen")
 
     def refuse(bundle) -> None:
+        tried.append(clock.now)
         raise BundleInvalid("no plan can serve it")
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, never, refuse)
-    pauses = []
-    for _ in range(9):
-        slot.refresh()
-        pauses.append(try_at_once(slot))
-    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+
+    def pauses(until: int) -> list[float]:
+        """Seconds between the next tries."""
+        tried.clear()
+        while len(tried) < until:
+            slot.refresh()
+            clock.now += 5
+        return [after - before for before, after in pairwise(tried)]
+
+    assert pauses(until=10) == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert len([each for each in caplog.records if each.levelname == "WARNING"]) == 1
     release(2, seed=1)
-    slot.refresh()
-    assert try_at_once(slot) == 5
-
-
-def try_at_once(slot: ModelSlot) -> float:
-    """Has the slot not wait until it tries again; for how many seconds it would have."""
-    assert slot._failure is not None
-    slot._failure = replace(slot._failure, retry_at=0.0)
-    return slot._failure.pause_s
+    assert pauses(until=2) == [5]

@@ -17,8 +17,8 @@ from registry.model.plans.planner import Choice, Planner
 from registry.model.plans.torch_eager import EAGER
 from registry.model.refs import ModelRef, ModelVersion
 from service.inference.loaded_model import ServedModel
-from service.loading.deployment_watcher import ModelSlot
-from service.loading.loader import load_served
+from service.loading.model_slot import ModelSlot
+from service.loading.open_slots import load_served
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import MakeBundle, load_eager

@@ -5,7 +5,7 @@ import io
 import pytest
 from flask.testing import FlaskClient
 
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 
 RAW = {"content_type": "application/octet-stream"}
 

@@ -28,8 +28,8 @@ from registry.model.plans.torch_eager import EAGER
 from registry.model.refs import ModelRef, Trial
 from service import create_app
 from service.inference.traffic_split import is_challengers
-from service.loading import deployment_watcher
-from service.loading.deployment_watcher import ModelSlot
+from service.loading import version_loader
+from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.protocols.base import CALLED
 from service.server.protocol import IN_LOOP, Postpone
@@ -107,7 +107,7 @@ def test_a_version_on_trial_can_be_asked_for_by_its_address(
 def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
     models: Path, release, on_trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment_watcher, "RETRY_S", 0.0)
+    monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load)
     release(1)
     slot.refresh()

@@ -37,7 +37,7 @@ from registry.model.refs import ModelRef, ModelVersion
 from registry.promotion.promotion import audit, promote
 from registry.store import mlflow_store as registry_store
 from registry.store.mlflow_store import ModelStore
-from service.loading.deployment_watcher import ModelSlot
+from service.loading.model_slot import ModelSlot
 from tests.conftest import MakeBundle
 from tests.service.conftest import load
 

@@ -9,8 +9,8 @@ from registry.model.bundle import WEIGHTS, Bundle
 from registry.model.plans.planner import Planner
 from service.inference.batcher import MicroBatcher
 from service.inference.loaded_model import ServedModel
-from service.loading.deployment_watcher import ModelSlot
 from service.loading.gpu_process import GpuPlanner, Planning
+from service.loading.model_slot import ModelSlot
 from service.loading.worker_sync import Crew
 from service.observability.metrics import Metrics
 from service.settings import Settings

@@ -1,0 +1,238 @@
+"""``VersionLoader``: loads the versions of a deployment and keeps them while they are of use.
+
+Where no plan was chosen for a version on this machine yet, it says so: choosing takes minutes, and
+the caller does that beside.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from registry.core.errors import BundleInvalid, PlanUndecided
+from registry.core.names import shortened
+from registry.delivery.deployment import MAX_ERROR_CHARS, Release, ReleasedVersion, version_folder
+from registry.model.bundle import Bundle, open_bundle
+from service.inference.loaded_model import ServedModel, Serving
+from service.malloc import give_back
+
+RETRY_S = 5.0
+# Finding out again that no plan can serve a version takes the cores from the one that serves.
+MAX_RETRY_S = 300.0
+MAX_WARM = 2  # versions that do not serve any more
+
+Load = Callable[[Bundle, ReleasedVersion], ServedModel]
+"""Loads a version; raises ``PlanUndecided`` rather than spend the time that choosing one takes."""
+
+ChoosePlan = Callable[[Bundle], object]
+"""Chooses the plan of a version, however long it takes, so that it can be loaded."""
+
+
+class Failed(Struct, frozen=True):
+    """Something could not be loaded. The loader tries again after ``retry_at``.
+
+    ``version`` is the one whose fault it is; None: a device's, a disk's, the deployment's.
+    """
+
+    deployment: Release | None
+    version: int | None
+    error: str
+    pause_s: float
+    retry_at: float
+
+    @property
+    def refused(self) -> int | None:
+        return self.version
+
+
+class Loaded(Struct, frozen=True):
+    """Nothing has failed since the last deployment was loaded whole, or since the start."""
+
+    error: None = None
+    refused: None = None
+
+
+class PlanPending(Struct, frozen=True):
+    """A version cannot be loaded before its plan is chosen. ``before``: it has failed already."""
+
+    deployment: Release
+    version: int
+    bundle: Bundle
+    reason: str
+    before: Failed | None
+
+    @property
+    def error(self) -> str:
+        return self.before.error if self.before else self.reason
+
+    @property
+    def refused(self) -> int | None:
+        return self.before.version if self.before else None
+
+
+class PlanChosen(Struct, frozen=True):
+    """The plan of a version, by its manifest's digest, was just chosen; the next poll loads it."""
+
+    manifest_sha256: str
+    error: None = None
+    refused: None = None
+
+
+LoadState = Loaded | PlanPending | PlanChosen | Failed
+
+
+class VersionLoader:
+    """The versions of one model in this worker's memory. One thread at a time may call it."""
+
+    def __init__(
+        self,
+        model: str,
+        models_folder: Path,
+        load: Load,
+        choose_plan: ChoosePlan,
+        keep_warm_s: float,
+    ) -> None:
+        """``keep_warm_s``: for so long a version that was replaced stays in memory."""
+        self.state: LoadState = Loaded()
+        self._model = model
+        self._models_folder = models_folder
+        self._load = load
+        self._choose_plan = choose_plan
+        self._keep_warm_s = keep_warm_s
+        self._versions: dict[tuple[int, str], ServedModel] = {}
+        self._left_at: dict[tuple[int, str], float] = {}
+
+    @property
+    def running_s(self) -> float:
+        """Seconds for which the longest forward pass of a loaded version has been running."""
+        return max((each.batcher.running_s for each in list(self._versions.values())), default=0.0)
+
+    def may_try(self, deployment: Release) -> bool:
+        """Whether it is time to load ``deployment``: it has not failed a moment ago."""
+        state = self.state
+        if isinstance(state, Failed) and state.deployment == deployment:
+            return time.monotonic() >= state.retry_at
+        if isinstance(state, PlanPending) and state.deployment != deployment:
+            self.state = Loaded()
+        return True
+
+    def load(self, deployment: Release, champion: ReleasedVersion, alone: bool) -> Serving | None:
+        """All of ``deployment``; None if something of it cannot be loaded, as ``state`` then says.
+
+        Args:
+            deployment: whose champion ``champion`` is.
+            champion: the version that this worker was asked to serve.
+            alone: where its canary cannot be loaded, load the champion without it.
+        """
+        served = self._load_version(deployment, champion)
+        if served is None:
+            return None
+        serving = Serving(deployment.key, deployment, served)
+        if deployment.challenger is not None:
+            challenger = self._load_version(deployment, deployment.challenger)
+            if challenger is None:
+                return serving if alone else None
+            serving = replace(serving, challenger=challenger)
+        self.state = Loaded()
+        return serving
+
+    def choose_plan(self, pending: PlanPending) -> Exception | None:
+        """Choose the plan that a load has missed; the error if that fails. Takes minutes.
+
+        The one method that may run beside the others.
+        """
+        try:
+            self._choose_plan(pending.bundle)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+            return error
+        return None
+
+    def note_choice(self, pending: PlanPending, error: Exception | None) -> None:
+        """Note how ``choose_plan`` ended, unless another deployment has come meanwhile."""
+        if self.state is not pending:
+            return
+        if error is None:
+            self.state = PlanChosen(pending.bundle.manifest_sha256)
+            return
+        before, pause_s = pending.before, RETRY_S
+        if before is not None and before.deployment == pending.deployment:
+            pause_s = min(2 * before.pause_s, MAX_RETRY_S)
+        self.fail(error, pending.deployment, pending.version, pause_s)
+
+    def fail(
+        self,
+        error: Exception,
+        deployment: Release | None,
+        version: int | None = None,
+        pause_s: float | None = None,
+    ) -> None:
+        """Note that ``deployment``, or its ``version``, cannot be served for now."""
+        is_fault = isinstance(error, BundleInvalid)  # else a device, a disk: the version is good
+        text = str(error) if is_fault else f"{type(error).__name__}: {error}"
+        pause_s = RETRY_S if pause_s is None else pause_s
+        self.state = Failed(
+            deployment,
+            version if is_fault else None,
+            shortened(text, MAX_ERROR_CHARS),  # it goes to every probe and to the registry
+            pause_s,
+            time.monotonic() + pause_s,
+        )
+
+    def keep(self, used: Iterable[ServedModel]) -> None:
+        """Free the versions that are not ``used`` and were not for long, and their memory."""
+        in_use = {(each.version, each.manifest_sha256) for each in used}
+        now = time.monotonic()
+        for key in in_use:
+            self._left_at.pop(key, None)
+        for key in self._versions.keys() - in_use:
+            self._left_at.setdefault(key, now)
+        for place, (key, left) in enumerate(sorted(self._left_at.items(), key=lambda row: -row[1])):
+            if place >= MAX_WARM or now - left >= self._keep_warm_s:
+                del self._versions[key], self._left_at[key]
+                give_back()
+
+    def forget_all(self) -> None:
+        """Have every version loaded again: their device was lost."""
+        self._versions.clear()
+        self._left_at.clear()
+
+    def _load_version(self, deployment: Release, wanted: ReleasedVersion) -> ServedModel | None:
+        """The version, from memory if it is there; None if it failed or has no plan yet."""
+        key = wanted.version, wanted.manifest_sha256
+        if (known := self._versions.get(key)) and not known.classifier.lost:
+            return replace(known, alias=wanted.alias)
+        if self._is_pending(wanted):
+            return None  # it would be read again at every poll
+        try:
+            folder = version_folder(self._models_folder, self._model, wanted.version)
+            bundle = open_bundle(folder, wanted.manifest_sha256)
+            fresh = self._load_with_plan(deployment, wanted, bundle)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+            self.fail(error, deployment, wanted.version)
+            return None
+        if fresh is not None:
+            self._versions[key] = fresh
+        return fresh
+
+    def _load_with_plan(
+        self, deployment: Release, wanted: ReleasedVersion, bundle: Bundle
+    ) -> ServedModel | None:
+        """The version, loaded; None, and noted, if its plan has to be chosen first."""
+        state = self.state
+        try:
+            return self._load(bundle, wanted)
+        except PlanUndecided as error:
+            if state == PlanChosen(bundle.manifest_sha256):
+                raise BundleInvalid("the plan that was just chosen cannot be loaded") from error
+            before = state if isinstance(state, Failed) else None
+            if before is not None and before.deployment != deployment:
+                before = None
+            self.state = PlanPending(deployment, wanted.version, bundle, str(error), before)
+            return None
+
+    def _is_pending(self, wanted: ReleasedVersion) -> bool:
+        if not isinstance(self.state, PlanPending):
+            return False
+        return self.state.bundle.manifest_sha256 == wanted.manifest_sha256
