@@ -45,7 +45,7 @@ class RunningService:
 
     def __init__(
         self,
-        home: Path,
+        paths: Path,
         model: str,
         workers: int,
         pull: bool,
@@ -57,7 +57,7 @@ class RunningService:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long-lived as the service
         self._environment = {
             **os.environ,
-            "CONVOY_HOME": str(home),
+            "CONVOY_HOME": str(paths),
             "CONVOY_PORT": str(self.port),
             "CONVOY_MODEL": model,
             "CONVOY_WORKERS": str(workers),
@@ -124,14 +124,14 @@ def _listens(worker: psutil.Process) -> bool:
 
 @contextmanager
 def running_service(
-    home: Path,
+    paths: Path,
     model: str,
     workers: int = 2,
     pull: bool = False,
     plan: str = "auto",
     **more: str,
 ) -> Iterator[RunningService]:
-    service = RunningService(home, model, workers, pull, plan, **more)
+    service = RunningService(paths, model, workers, pull, plan, **more)
     try:
         yield service
     finally:

@@ -21,8 +21,8 @@ from benchmarks.common import (
     running_service,
     served_plan,
 )
-from registry.core.paths import convoy_home
-from registry.delivery.deployment import read_release, version_folder
+from registry.core.paths import convoy_paths
+from registry.delivery.deployment import read_deployment, version_folder
 from registry.model.bundle import open_bundle
 from registry.model.plans.torch_eager import EAGER
 from registry.model.refs import parse_model_ref
@@ -37,21 +37,21 @@ def main() -> int:
     options.add_argument("--model", default="models:/fashion@champion")
     options.add_argument("--plans", default=",".join(PLANS), help="with commas between them")
     arguments = options.parse_args()
-    home = convoy_home()
+    paths = convoy_paths()
     ref = parse_model_ref(arguments.model)
-    release = read_release(home.models, ref)
-    if release is None:
+    deployment = read_deployment(paths.models, ref)
+    if deployment is None:
         raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
-    version = release.versions[0].version
-    manifest = open_bundle(version_folder(home.models, ref.name, version)).manifest
-    data = load_dataset(manifest.data.name, home.datasets)
+    version = deployment.versions[0].version
+    manifest = open_bundle(version_folder(paths.models, ref.name, version)).manifest
+    data = load_dataset(manifest.data.name, paths.datasets)
     if data.sha256 != manifest.data.sha256:
         raise SystemExit(f"{ref} was trained on another {manifest.data.name}")
 
     measured = round(manifest.metrics["test_accuracy"] * len(data.test))
     right: dict[str, int] = {}
     for plan in arguments.plans.split(","):
-        with running_service(home.root, str(ref), plan=plan) as service:
+        with running_service(paths.root, str(ref), plan=plan) as service:
             served = served_plan(service, ref.name)
             if served != plan:  # its figure would be another plan's
                 raise SystemExit(f"{plan} was asked for, and {served} serves")

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from benchmarks.closed_loop import FAILURES, Figures, load, post
 from benchmarks.common import RunningService, free_port, machine, parser, served_plan
 from benchmarks.serving_report import conclude
-from registry.core.paths import Home
-from registry.delivery.deployment import read_release, version_folder
+from registry.core.paths import Paths
+from registry.delivery.deployment import read_deployment, version_folder
 from registry.model.bundle import Bundle, open_bundle
 from registry.model.image.decode import decode_image
 from registry.model.plans.planner import AUTO, Planner
@@ -85,19 +85,19 @@ def main() -> int:
 def prepare(workload: str) -> Bundle:
     """The trained, promoted and pulled version of a workload; made when it is not there."""
     model, training = TRAINING[workload]
-    home = Home(HOME)
+    paths = Paths(HOME)
     champion = ModelRef(model, alias="champion")
-    if read_release(home.models, champion) is None:
+    if read_deployment(paths.models, champion) is None:
         if workload == "w2":
             _run("benchmarks.photographs", str(HOME / "photographs"))
         _run("training", *training, "--model", model)
         _run("registry", "promote", model, "challenger")
         _run("registry", "pull", f"models:/{model}@champion")
-    release = read_release(home.models, champion)
-    assert release is not None
-    (version,) = release.versions
+    deployment = read_deployment(paths.models, champion)
+    assert deployment is not None
+    (version,) = deployment.versions
     bundle = open_bundle(
-        version_folder(home.models, model, version.version), version.manifest_sha256
+        version_folder(paths.models, model, version.version), version.manifest_sha256
     )
     _run("registry", "plan", f"{model}@champion")
     return bundle
@@ -178,9 +178,9 @@ PEERS = {
 def peer(name: str, bundle: Bundle) -> Iterator[int]:
     """The port of a server that was started for this, and ends with it."""
     port = free_port()
-    program, *options = PEERS[name]
+    preprocessed, *options = PEERS[name]
     listen = ["--bind", f"127.0.0.1:{port}", "--no-control-socket", "--keep-alive", "75"]
-    if program == "uvicorn":
+    if preprocessed == "uvicorn":
         listen = ["--port", str(port)]
     environment = {
         **os.environ,
@@ -190,7 +190,7 @@ def peer(name: str, bundle: Bundle) -> Iterator[int]:
     }
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", program, "--workers", str(WORKERS), *listen, *options],
+            [sys.executable, "-m", preprocessed, "--workers", str(WORKERS), *listen, *options],
             env=environment,
             cwd=ROOT,
             stdout=log,
@@ -321,7 +321,7 @@ def ceiling(bundle: Bundle, plan: str) -> float:
 def cost(folder: str, plan: str) -> float:
     """Seconds of one core for one picture, decoded, and computed in a batch of 8."""
     bundle = open_bundle(Path(folder))
-    classifier = Planner(Home(HOME).plans, "cpu", 1, os.environ["CONVOY_PLAN"]).load(bundle)
+    classifier = Planner(Paths(HOME).plans, "cpu", 1, os.environ["CONVOY_PLAN"]).load(bundle)
     assert classifier.plan == plan
     encoded = [bundle.read(each.file) for each in bundle.golden()][:8]
     import numpy as np

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from benchmarks.common import RunningService, parser, report
 from benchmarks.traffic import Traffic, capacity, failed, honest, in_turn
 from benchmarks.two_versions import two_versions
-from registry.canary.traffic_stats import Live
-from registry.core.paths import Home
-from registry.model.refs import Trial
-from registry.promotion.promotion import release, withdraw
+from registry.canary.traffic_stats import ServingStatus
+from registry.core.paths import Paths
+from registry.model.refs import Canary
+from registry.promotion.promotion import start_canary, stop_canary
 from registry.store.mlflow_store import ModelStore
 
 LOAD = 0.5
-SETTLE_S = 5.0
+RECONCILE_TIMEOUT_S = 5.0
 MEASURE_S = 6.0
 
 
@@ -36,14 +36,16 @@ def main() -> int:
     options = parser("What scoring in the shadow costs the champion's callers.")
     options.add_argument("--rounds", type=int, default=5)
     arguments = options.parse_args()
-    with two_versions("shadow") as (home, service, image):
-        figures = asyncio.run(measure(home, service, image, arguments.rounds))
+    with two_versions("shadow") as (paths, service, image):
+        figures = asyncio.run(measure(paths, service, image, arguments.rounds))
     report(figures, arguments.json)
     return 1 if figures["failed"] or not figures["images_scored_least"] else 0
 
 
-async def measure(home: Home, service: RunningService, image: bytes, rounds: int) -> dict[str, Any]:
-    store = ModelStore(home)
+async def measure(
+    paths: Paths, service: RunningService, image: bytes, rounds: int
+) -> dict[str, Any]:
+    store = ModelStore(paths)
     ask = honest(service.port, image)
     rps = await capacity(service.port, ask)
     traffic = Traffic(service.port, in_turn([ask]), LOAD * rps)
@@ -55,10 +57,12 @@ async def measure(home: Home, service: RunningService, image: bytes, rounds: int
         for turn in tqdm(range(2 * rounds), unit="turn", disable=None):
             shadow = turn % 2 == 1
             if shadow:
-                await asyncio.to_thread(release, store, "digits", Trial(version=2, shadow=1.0))
+                await asyncio.to_thread(
+                    start_canary, store, "digits", Canary(version=2, shadow=1.0)
+                )
             elif cpu:
-                await asyncio.to_thread(withdraw, store, "digits")
-            await asyncio.sleep(SETTLE_S)
+                await asyncio.to_thread(stop_canary, store, "digits")
+            await asyncio.sleep(RECONCILE_TIMEOUT_S)
             before, used_s = len(traffic.rows), shadow_cpu_s(service)
             scored_before = (await asyncio.to_thread(scored, service))["images_scored"]
             await asyncio.sleep(MEASURE_S)
@@ -99,7 +103,7 @@ def shadow_cpu_s(service: RunningService) -> float:
 def scored(service: RunningService) -> dict[str, int]:
     connection = service.connect()
     connection.request("GET", "/v1/models/digits/traffic")
-    found = msgspec.json.decode(connection.getresponse().read(), type=Live).of(2)
+    found = msgspec.json.decode(connection.getresponse().read(), type=ServingStatus).of(2)
     connection.close()
     return {"images_scored": found.shadowed, "images_dropped": found.dropped}
 

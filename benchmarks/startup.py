@@ -12,8 +12,8 @@ import sys
 import numpy as np
 
 from benchmarks.common import parser, post_image, report, running_service
-from registry.core.paths import convoy_home
-from registry.delivery.deployment import read_release, version_folder
+from registry.core.paths import convoy_paths
+from registry.delivery.deployment import read_deployment, version_folder
 from registry.model.bundle import open_bundle
 from registry.model.refs import parse_model_ref
 
@@ -25,19 +25,19 @@ def main() -> int:
     options.add_argument("--model", default="models:/fashion@champion")
     options.add_argument("--runs", type=int, default=5)
     arguments = options.parse_args()
-    home, ref = convoy_home(), parse_model_ref(arguments.model)
-    release = read_release(home.models, ref)
-    if release is None:
+    paths, ref = convoy_paths(), parse_model_ref(arguments.model)
+    deployment = read_deployment(paths.models, ref)
+    if deployment is None:
         raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
-    bundle = open_bundle(version_folder(home.models, ref.name, release.versions[0].version))
+    bundle = open_bundle(version_folder(paths.models, ref.name, deployment.versions[0].version))
     golden = bundle.golden()[0]
     image, best = bundle.read(golden.file), int(np.argmax(golden.probabilities))
 
-    with running_service(home.root, str(ref), workers=1):
+    with running_service(paths.root, str(ref), workers=1):
         pass  # a first start on a machine chooses the plan; the others are what is measured
     starts_s, sizes_mb = [], []
     for _ in range(arguments.runs):
-        with running_service(home.root, str(ref), workers=1) as service:
+        with running_service(paths.root, str(ref), workers=1) as service:
             starts_s.append(service.start_to_ready_s)
             connection = service.connect()
             for _ in range(REQUESTS):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from benchmarks.common import RunningService, parser, report
 from benchmarks.traffic import Row, Traffic, capacity, failed, honest, in_turn
 from benchmarks.two_versions import two_versions
-from registry.core.paths import Home
+from registry.core.paths import Paths
 
 LOAD = 0.7
 PAUSE_S = 1.0
@@ -48,20 +48,22 @@ def main() -> int:
     options.add_argument("--promoter", type=Path, help="the process that promotes; not for people")
     arguments = options.parse_args()
     if arguments.promoter:
-        return promote_on_demand(Home(arguments.promoter))
+        return promote_on_demand(Paths(arguments.promoter))
     os.environ["CONVOY_KEEP_WARM_S"] = str(arguments.keep_warm)
-    with two_versions("swap") as (home, service, image):
-        figures = asyncio.run(measure(home, service, image, arguments.swaps))
+    with two_versions("swap") as (paths, service, image):
+        figures = asyncio.run(measure(paths, service, image, arguments.version_switches))
     report({"keep_warm_s": arguments.keep_warm, **figures}, arguments.json)
     return 0 if not figures["failed"] and not figures["wrong_version"] else 1
 
 
-async def measure(home: Home, service: RunningService, image: bytes, swaps: int) -> dict[str, Any]:
+async def measure(
+    paths: Paths, service: RunningService, image: bytes, version_switches: int
+) -> dict[str, Any]:
     ask = honest(service.port, image)
     rps = await capacity(service.port, ask)
     before_mb = memory_mb(service)
     promoter = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.swap_under_load", "--promoter", str(home.root)),
+        *(sys.executable, "-m", "benchmarks.swap_under_load", "--promoter", str(paths.root)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -73,7 +75,7 @@ async def measure(home: Home, service: RunningService, image: bytes, swaps: int)
     command_s, decided_s = [], []
     async with traffic.running():
         await asyncio.sleep(PAUSE_S)
-        for number in tqdm(range(swaps), unit="swap", disable=None):
+        for number in tqdm(range(version_switches), unit="swap", disable=None):
             version = 2 if number % 2 == 0 else 1
             began = time.perf_counter()
             promoter.stdin.write(b"%d\n" % version)
@@ -95,7 +97,7 @@ async def measure(home: Home, service: RunningService, image: bytes, swaps: int)
     promoter.stdin.close()
     await promoter.wait()
     return {
-        **judge(traffic.rows, windows),
+        **run_gate(traffic.rows, windows),
         "capacity_rps": rps,
         "load_rps": LOAD * rps,
         "command_to_first_answer_median_s": statistics.median(command_s),
@@ -113,7 +115,7 @@ def version_of(row: Row) -> int | None:
     return int(found[1]) if found else None
 
 
-def judge(rows: list[Row], windows: list[tuple[float, float]]) -> dict[str, Any]:
+def run_gate(rows: list[Row], windows: list[tuple[float, float]]) -> dict[str, Any]:
     good = [row for row in rows if version_of(row) is not None]
     due, sent, done = np.array([(row.due, row.sent, row.done) for row in good]).T
     version = np.array([version_of(row) for row in good])
@@ -165,18 +167,18 @@ def memory_mb(service: RunningService) -> float:
     return sum(worker.memory_full_info().uss for worker in service.workers()) / 1e6
 
 
-def promote_on_demand(home: Home) -> int:
+def promote_on_demand(paths: Paths) -> int:
     """Promote the version of each line that comes, and say when that was decided."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     from registry.promotion.promotion import promote
     from registry.store.mlflow_store import ModelStore
 
-    store = ModelStore(home)
+    store = ModelStore(paths)
     print("ready", flush=True)
     for line in sys.stdin:
         promote(store, "digits", int(line), force=True, reason="benchmark")
         # The clock of all processes of a machine.
-        print(json.dumps({"decided": home.decided.stat().st_mtime + offset_s()}), flush=True)
+        print(json.dumps({"decided": paths.decided.stat().st_mtime + offset_s()}), flush=True)
     return 0
 
 

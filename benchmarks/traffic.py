@@ -21,7 +21,7 @@ import numpy as np
 
 LOST, REFUSED, WRONG = 0, -1, -2
 ANSWER_BYTES = 640
-PATIENCE_S = 20.0
+WAIT_TIMEOUT_S = 20.0
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _LABEL = re.compile(rb'"label":"[^"]*"')
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
@@ -69,7 +69,7 @@ def honest(port: int, image: bytes) -> Ask:
 
     Every version that answers during the load must name the same.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_TIMEOUT_S)
     connection.request("POST", "/v1/classify?top_k=1", image)
     response = connection.getresponse()
     answer = response.read()
@@ -224,7 +224,7 @@ class Traffic:
             # Not more often than needed: what the client takes of the cores, the service lacks.
             await asyncio.sleep(min(max(due - now, 0.001), 0.01))
         self._endless = False
-        deadline = time.perf_counter() + PATIENCE_S
+        deadline = time.perf_counter() + WAIT_TIMEOUT_S
         while (self._waiting or self._busy()) and time.perf_counter() < deadline:
             self.give()
             await asyncio.sleep(0.01)
@@ -242,7 +242,7 @@ class Traffic:
     def _give_up(self, now: float) -> None:
         for client in self.clients:
             since = client.waits_since()
-            if since is not None and now - since > PATIENCE_S:
+            if since is not None and now - since > WAIT_TIMEOUT_S:
                 client.abort()
 
 

@@ -16,8 +16,8 @@ import urllib.request
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from registry.core.paths import Home, convoy_home
-from registry.delivery.deployment import read_release
+from registry.core.paths import Paths, convoy_paths
+from registry.delivery.deployment import read_deployment
 from registry.model.refs import ModelRef
 
 MODEL = "fashion"
@@ -26,24 +26,24 @@ UI_PORT = 5000
 
 
 def main() -> int:
-    home = convoy_home()
+    paths = convoy_paths()
     os.environ["CONVOY_MODEL"] = f"models:/{MODEL}@champion"
-    if read_release(home.models, ModelRef(MODEL, alias="champion")) is None:
+    if read_deployment(paths.models, ModelRef(MODEL, alias="champion")) is None:
         train_first_champion()
-    picture, label = save_test_picture(home)
+    picture, label = save_test_picture(paths)
     service_url = f"http://127.0.0.1:{os.environ.get('CONVOY_PORT', '8080')}"
     ui_port = free_port(UI_PORT)
     with ExitStack() as stack:
-        service = start(stack, "-m", "service", log=home.root / "demo-service.log")
+        service = start(stack, "-m", "service", log=paths.root / "demo-service.log")
         page = start(
             stack,
             *("-m", "mlflow", "ui", "--workers", "1", "--port", str(ui_port)),
-            *("--backend-store-uri", home.tracking_uri),
-            *("--default-artifact-root", home.artifacts.as_uri()),
-            log=home.root / "demo-mlflow.log",
+            *("--backend-store-uri", paths.tracking_uri),
+            *("--default-artifact-root", paths.artifacts.as_uri()),
+            log=paths.root / "demo-mlflow.log",
         )
         say("starting the service …")
-        wait_for(f"{service_url}/readyz", service, home.root / "demo-service.log")
+        wait_for(f"{service_url}/readyz", service, paths.root / "demo-service.log")
         say(f"a test picture that nobody trained on, of class {label}:\n")
         command = [sys.executable, "-m", "service", "classify", str(picture)]
         subprocess.run([*command, "--url", service_url], check=True)
@@ -51,7 +51,7 @@ def main() -> int:
             [*command, "--url", service_url, "--json"], check=True, capture_output=True, text=True
         )
         print(f"\n  curl --data-binary @{os.path.relpath(picture)} {service_url}/v1/classify\n")
-        wait_for(f"http://127.0.0.1:{ui_port}/health", page, home.root / "demo-mlflow.log")
+        wait_for(f"http://127.0.0.1:{ui_port}/health", page, paths.root / "demo-mlflow.log")
         print(f"  the page    {service_url}/")
         print(f"  mlflow ui   http://127.0.0.1:{ui_port}/\n")
         if json.loads(answer.stdout)["predictions"][0]["label"] != label:
@@ -76,14 +76,14 @@ def train_first_champion() -> None:
         subprocess.run([sys.executable, "-m", *arguments], check=True)
 
 
-def save_test_picture(home: Home) -> tuple[Path, str]:
+def save_test_picture(paths: Paths) -> tuple[Path, str]:
     """The first picture of the official test set as a file, and its true label."""
     from registry.model.image.decode import encode_png
     from training.data.fashion_mnist import LABELS, load
 
-    _, _, pictures, labels = load(None, home.datasets)
+    _, _, pictures, labels = load(None, paths.datasets)
     label = LABELS[labels[0]]
-    path = home.root / f"{label.lower().replace(' ', '-')}.png"
+    path = paths.root / f"{label.lower().replace(' ', '-')}.png"
     path.write_bytes(encode_png(pictures[0][..., None]))
     return path, label
 

@@ -35,7 +35,7 @@ def create_app(
     """
     from flask import Flask
 
-    from service.access.auth import Door
+    from service.access.auth import AccessControl
     from service.http import docs, health, models, page, problems, request_context
     from service.http.cors import Cors
     from service.inference.pipeline import Pipeline
@@ -55,7 +55,7 @@ def create_app(
     slots = open_slots(settings, metrics) if slots is None else slots
     for name in slots:
         metrics.expect(name)
-    watchdog = Watchdog(slots.values(), settings.hung_s, settings.max_rss_mb)
+    watchdog = Watchdog(slots.values(), settings.forward_timeout_s, settings.max_rss_mb)
     if is_worker:
         metrics.start()
         watchdog.start()
@@ -67,7 +67,7 @@ def create_app(
         slots=slots,
         metrics=metrics,
         watchdog=watchdog,
-        door=Door(settings),
+        access_control=AccessControl(settings),
         pipeline=Pipeline(
             slots, settings, metrics, shadow, problems.outcome, lambda: watchdog.reason
         ),

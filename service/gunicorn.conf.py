@@ -27,7 +27,7 @@ threads = settings.threads
 # Each worker loads its own model: neither CUDA nor OpenMP's threads survive a fork.
 preload_app = False
 keepalive = 75
-graceful_timeout = settings.drain_s
+graceful_timeout = settings.graceful_timeout_s
 timeout = 60
 # Its default place is one socket per user: two services would fight over it; nothing uses it.
 control_socket_disable = True
@@ -67,7 +67,7 @@ def post_fork(server: Any, worker: Any) -> None:
         family=settings.family,
         limits=settings.limits,
         describe_error=lambda *facts: msgspec.json.encode(Problem.of(*facts)),
-        unready_s=settings.unready_s,
+        shutdown_delay_s=settings.shutdown_delay_s,
         max_connections_per_address=settings.max_connections_per_address,
         handover_folder=run_folder / HANDOVER,
     )

@@ -21,7 +21,7 @@ def share_heap() -> None:
         _libc.mallopt(M_ARENA_MAX, ARENAS)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """After a version or a large picture was let go: glibc keeps what was freed, many megabytes."""
     if _libc is not None:
         _libc.malloc_trim(0)

@@ -16,7 +16,7 @@ class RunningTime:
         self._looked_at: float | None = None
         self._since = 0.0
 
-    def look(self) -> float:
+    def elapsed_s(self) -> float:
         """Seconds for which this process has run without a stop, at most since the first look."""
         now = time.monotonic()
         if self._looked_at is None or now - self._looked_at > self._longest_s:

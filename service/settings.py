@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from registry.core.devices import CORES, forward_threads
 from registry.core.errors import UsageError
 from registry.core.names import unusable
-from registry.core.paths import convoy_home
+from registry.core.paths import convoy_paths
 from registry.core.service_address import SERVICE_KEY, local_address
 from registry.model.image.limits import (
     DEFAULT_LIMITS,
@@ -31,7 +31,7 @@ from service.server.protocol import Limits
 Network = IPv4Network | IPv6Network
 Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
-DRAIN_LEAST_S = 3.0
+MIN_DRAIN_S = 3.0
 # Pictures of which decoding holds more are decoded one at a time: each may take 260 MB.
 LARGE_BYTES = 6_000_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
@@ -53,7 +53,7 @@ VARIABLES = {
     "CONVOY_WORKERS": "workers",
     "CONVOY_THREADS": "threads",
     "CONVOY_MAX_BATCH": "max_batch",
-    "CONVOY_BATCH_MS": "batch_ms",
+    "CONVOY_MAX_BATCH_COMPUTE_MS": "max_batch_compute_ms",
     "CONVOY_MAX_IMAGE_BYTES": "max_image_bytes",
     "CONVOY_MAX_BODY_BYTES": "max_body_bytes",
     "CONVOY_MAX_JSON_BYTES": "max_json_bytes",
@@ -61,21 +61,21 @@ VARIABLES = {
     "CONVOY_MAX_DECODED_BYTES": "max_decoded_bytes",
     "CONVOY_QUEUE_LIMIT": "queue_limit",
     "CONVOY_DEADLINE_S": "deadline_s",
-    "CONVOY_MAX_WAIT_S": "max_wait_s",
-    "CONVOY_DRAIN_S": "drain_s",
-    "CONVOY_UNREADY_S": "unready_s",
-    "CONVOY_CONNECTION_S": "connection_s",
+    "CONVOY_MAX_QUEUE_DELAY_S": "max_queue_delay_s",
+    "CONVOY_GRACEFUL_TIMEOUT_S": "graceful_timeout_s",
+    "CONVOY_SHUTDOWN_DELAY_S": "shutdown_delay_s",
+    "CONVOY_MAX_CONNECTION_AGE_S": "max_connection_age_s",
     "CONVOY_MAX_CONNECTIONS_PER_ADDRESS": "max_connections_per_address",
-    "CONVOY_HUNG_S": "hung_s",
+    "CONVOY_FORWARD_TIMEOUT_S": "forward_timeout_s",
     "CONVOY_MAX_RSS_MB": "max_rss_mb",
     "CONVOY_KEEP_WARM_S": "keep_warm_s",
     "CONVOY_STICKY_HEADER": "sticky_header",
     "CONVOY_SHADOW_CPU": "shadow_cpu",
     "CONVOY_STALE_S": "stale_s",
-    "CONVOY_KEYS": "keys",
-    "CONVOY_RATE": "rate",
+    "CONVOY_AUTH": "auth",
+    "CONVOY_RATE_LIMIT": "rate_limit",
     "CONVOY_BURST": "burst",
-    "CONVOY_PROXIES": "proxies",
+    "CONVOY_TRUSTED_PROXIES": "trusted_proxies",
     "CONVOY_CORS_ORIGINS": "cors_origins",
     "CONVOY_LOG_LEVEL": "log_level",
 }
@@ -84,16 +84,21 @@ VARIABLES = {
 class Settings(Struct, frozen=True, kw_only=True):
     """What an operator can choose. Sizes are in bytes, times in seconds.
 
-    ``models`` are what to serve, the first is the default model; ``max_batch`` is the most images
-    that one forward pass takes, and that one request may bring; ``batch_ms`` the time that a
-    forward pass should take at most; ``gpu_socket`` where the process that owns the GPU listens;
-    ``run_folder`` what the processes of this service share while they run. ``keep_warm_s`` is how
-    long a version that was replaced stays in memory; requests with the same ``sticky_header`` get
-    the same version during a trial; ``shadow_cpu`` is the part of the machine's cores that scoring
-    in the shadow may take. With ``keys``, callers need a token of the file ``tokens``; who knows
-    ``service_key`` may look. ``rate`` is in requests a second for each caller, after ``burst``. Of
-    ``proxies``, networks with commas between them, the last address in X-Forwarded-For is the
-    caller's. ``cors_origins`` are origins, with commas between them, whose pages may ask.
+    Attributes:
+        models: what to serve; the first is the default model.
+        max_batch: the most images of one forward pass, and of one request.
+        max_batch_compute_ms: the time that a forward pass should take at most.
+        keep_warm_s: how long a version that was replaced stays in memory.
+        sticky_header: requests with the same value get the same version during a canary.
+        shadow_cpu: the part of the machine's cores that scoring in the shadow may take.
+        auth: ``required``: clients need a token of the file ``tokens``.
+        service_key: a client that sends it may read metrics and traffic.
+        rate_limit: requests a second of each client, after the first ``burst``.
+        trusted_proxies: networks, with commas between them; behind them the last address in
+            X-Forwarded-For is the client's.
+        cors_origins: origins, with commas between them, whose pages may send requests.
+        gpu_socket: where the process that owns the GPU listens.
+        run_folder: what the processes of this service share while they run.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -106,7 +111,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     workers: Count = CORES
     threads: Count = 8
     max_batch: Count = 32
-    batch_ms: Annotated[float, Meta(gt=0)] = 50.0
+    max_batch_compute_ms: Annotated[float, Meta(gt=0)] = 50.0
     max_image_bytes: FileBytes = DEFAULT_LIMITS.max_bytes
     max_body_bytes: Count = 64 * 1024 * 1024
     max_json_bytes: Count = 4 * 1024 * 1024
@@ -114,23 +119,23 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_decoded_bytes: DecodedBytes = DEFAULT_LIMITS.max_decoded_bytes
     queue_limit: Count = 256
     deadline_s: Seconds = 10.0
-    max_wait_s: Seconds | None = None
-    drain_s: Count = 30
-    unready_s: Annotated[float, Meta(ge=0)] = 0.0
-    connection_s: Seconds = 60.0
+    max_queue_delay_s: Seconds | None = None
+    graceful_timeout_s: Count = 30
+    shutdown_delay_s: Annotated[float, Meta(ge=0)] = 0.0
+    max_connection_age_s: Seconds = 60.0
     max_connections_per_address: Count | None = None
-    hung_s: Seconds = 30.0
+    forward_timeout_s: Seconds = 30.0
     max_rss_mb: Count | None = None
     keep_warm_s: Annotated[float, Meta(ge=0)] = 600.0
     sticky_header: Annotated[str, Meta(pattern="^[A-Za-z0-9-]+$")] = "X-Session-Id"
     shadow_cpu: Annotated[float, Meta(gt=0, le=1)] = 0.2
     stale_s: Annotated[float, Meta(gt=0)] = 60.0
-    keys: Literal["off", "required"] = "off"
+    auth: Literal["off", "required"] = "off"
     tokens: Path = Path("var/tokens/tokens.json")
     service_key: str | None = None
-    rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    rate_limit: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     burst: Count = 20
-    proxies: str = ""
+    trusted_proxies: str = ""
     cors_origins: str = ""
     log_level: str = "INFO"
     gpu_socket: Path | None = None
@@ -153,12 +158,12 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def proxy_networks(self) -> tuple[Network, ...]:
-        """Of ``proxies``; raises ``UsageError`` when one is no network."""
+        """Of ``trusted_proxies``; raises ``UsageError`` when one is no network."""
         try:
-            parts = (part.strip() for part in self.proxies.split(","))
+            parts = (part.strip() for part in self.trusted_proxies.split(","))
             return tuple(ip_network(part) for part in parts if part)
         except ValueError as error:
-            raise UsageError(f"CONVOY_PROXIES={self.proxies!r}: {error}") from error
+            raise UsageError(f"CONVOY_TRUSTED_PROXIES={self.trusted_proxies!r}: {error}") from error
 
     @property
     def cors_origin_list(self) -> tuple[str, ...]:
@@ -182,8 +187,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         return Limits(
             max_body_bytes=self.max_body_bytes,
             max_json_bytes=self.max_json_bytes,
-            age_s=self.connection_s,
-            proxies=self.proxy_networks,
+            age_s=self.max_connection_age_s,
+            trusted_proxies=self.proxy_networks,
         )
 
     @property
@@ -225,9 +230,9 @@ class Settings(Struct, frozen=True, kw_only=True):
             field: environment[name] for name, field in VARIABLES.items() if environment.get(name)
         }
         values["models"] = parse_model_refs(environment.get("CONVOY_MODEL"))
-        home = convoy_home(environment)
-        values["models_folder"], values["plans_folder"] = home.models, home.plans
-        values["tokens"], values["service_key"] = home.tokens, environment.get(SERVICE_KEY) or None
+        paths = convoy_paths(environment)
+        values["models_folder"], values["plans_folder"] = paths.models, paths.plans
+        values["tokens"], values["service_key"] = paths.tokens, environment.get(SERVICE_KEY) or None
         for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
             if environment.get(name):
                 values[field] = Path(environment[name])
@@ -240,10 +245,11 @@ class Settings(Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(values, cls, strict=False)
             # Here, not when the first worker starts:
             _ = settings.proxy_networks, settings.cors_origin_list
-            if settings.unready_s > max(0.0, settings.drain_s - DRAIN_LEAST_S):
+            if settings.shutdown_delay_s > max(0.0, settings.graceful_timeout_s - MIN_DRAIN_S):
                 raise UsageError(
-                    f"CONVOY_UNREADY_S={settings.unready_s:g} leaves no time to drain: it must be "
-                    f"{DRAIN_LEAST_S:g} s below CONVOY_DRAIN_S={settings.drain_s}"
+                    f"CONVOY_SHUTDOWN_DELAY_S={settings.shutdown_delay_s:g} leaves no time to "
+                    f"drain: it must be {MIN_DRAIN_S:g} s below "
+                    f"CONVOY_GRACEFUL_TIMEOUT_S={settings.graceful_timeout_s}"
                 )
             return settings
         except msgspec.ValidationError as error:

@@ -3,7 +3,7 @@
 from flask import current_app
 from msgspec import Struct
 
-from service.access.auth import Door
+from service.access.auth import AccessControl
 from service.inference.loaded_model import find_slot
 from service.inference.pipeline import Pipeline
 from service.loading.model_slot import ModelSlot
@@ -18,7 +18,7 @@ class State(Struct, frozen=True, kw_only=True):
     slots: Slots
     metrics: Metrics
     watchdog: Watchdog
-    door: Door
+    access_control: AccessControl
     pipeline: Pipeline
 
     def slot(self, name: str) -> ModelSlot:

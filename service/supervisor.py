@@ -28,7 +28,7 @@ from registry.core.devices import may_use_gpu
 from registry.core.errors import UsageError
 from registry.core.process_lifetime import end_with_parent
 from registry.core.service_address import SERVICE_KEY
-from registry.delivery.deployment import read_release_or_none
+from registry.delivery.deployment import read_deployment_or_none
 from service.settings import (
     GPU_SOCKET,
     MAX_PARENT_BYTES,
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 CALM_S = 60.0
-LOOK_S = 0.5
+POLL_INTERVAL_S = 0.5
 START_S = 120.0
 GUNICORN = [
     sys.executable,
@@ -56,7 +56,7 @@ GPU = [sys.executable, "-m", "service.loading.gpu_process"]
 SHADOW = [sys.executable, "-m", "service.shadow.process"]
 
 
-class Companion:
+class SupervisedProcess:
     """A process that is started again when it ends, after a pause that grows with each time.
 
     Its standard input ends when this process lets go of it, or dies.
@@ -73,7 +73,7 @@ class Companion:
         self._start_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
-    def look(self) -> None:
+    def poll_once(self) -> None:
         """Start the process if it does not run and its pause is over."""
         now = time.monotonic()
         if self._process is None:
@@ -138,7 +138,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
     if pull and importlib.util.find_spec("mlflow") is None:
         log.warning("MLflow is not installed: serving what lies in %s", settings.models_folder)
         pull = False
-    companions: list[Companion] = []
+    companions: list[SupervisedProcess] = []
     ending = Event()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(_run_folder()))
@@ -151,10 +151,10 @@ def serve(settings: Settings, pull: bool = True) -> int:
             "CONVOY_SERVICE_URL": os.environ.get("CONVOY_SERVICE_URL") or settings.address,
         }
 
-        def accompany(name: str, command: Sequence[str]) -> Companion:
-            companions.append(Companion(name, command, environment))
+        def accompany(name: str, command: Sequence[str]) -> SupervisedProcess:
+            companions.append(SupervisedProcess(name, command, environment))
             stack.callback(companions[-1].end)
-            companions[-1].look()
+            companions[-1].poll_once()
             return companions[-1]
 
         _on_end_signals(lambda number, frame: sys.exit(0))
@@ -165,7 +165,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
                 return status  # it has said why
             environment[GPU_SOCKET] = str(address)
         gunicorn = _start(GUNICORN, env=environment)
-        stack.callback(_end, gunicorn, settings.drain_s + 5)
+        stack.callback(_end, gunicorn, settings.graceful_timeout_s + 5)
 
         def end(number: int, frame: FrameType | None) -> None:
             ending.set()
@@ -174,18 +174,18 @@ def serve(settings: Settings, pull: bool = True) -> int:
         _on_end_signals(end)
         if pull:
             accompany("the puller", [*PULLER, *map(str, settings.models)])
-        shadow = Companion("the shadow's process", SHADOW, environment)
+        shadow = SupervisedProcess("the shadow's process", SHADOW, environment)
         stack.callback(shadow.end)
         while gunicorn.poll() is None:
             if not ending.is_set():
                 for companion in companions:
-                    companion.look()
+                    companion.poll_once()
                 if _has_shadow(settings):
-                    shadow.look()
+                    shadow.poll_once()
                 else:
                     shadow.end()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                gunicorn.wait(timeout=LOOK_S)
+                gunicorn.wait(timeout=POLL_INTERVAL_S)
         return gunicorn.returncode
 
 
@@ -202,8 +202,10 @@ def _run_folder() -> "tempfile.TemporaryDirectory[str]":
 
 def _has_shadow(settings: Settings) -> bool:
     """Whether a challenger of one of the models scores in the shadow."""
-    releases = (read_release_or_none(settings.models_folder, ref) for ref in settings.models)
-    return any(release and release.trial and release.trial.shadow for release in releases)
+    deployments = (read_deployment_or_none(settings.models_folder, ref) for ref in settings.models)
+    return any(
+        deployment and deployment.canary and deployment.canary.shadow for deployment in deployments
+    )
 
 
 def _start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
@@ -231,11 +233,11 @@ def _check_port(settings: Settings) -> None:
             ) from error
 
 
-def _end(process: "subprocess.Popen[bytes]", patience_s: float) -> None:
+def _end(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
     """Ask ``process`` to end, and make it if it does not."""
     process.terminate()
     try:
-        process.wait(timeout=patience_s)
+        process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

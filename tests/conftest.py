@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from benchmarks.common import free_port as free_port
-from registry.core.paths import Home, convoy_home
+from registry.core.paths import Paths, convoy_paths
 from registry.model.bundle import Bundle
 from registry.model.classifier import Classifier
 from registry.model.manifest import ListedNetwork, Manifest
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER, eager_classifier
-from registry.model.program import Program, build_program
+from registry.model.preprocessed_model import PreprocessedModel, build_preprocessed
 from training.data.sources import Dataset, load_dataset, take
 from training.fitting.recipes import Recipe
 from training.publishing.evaluate import evaluate
@@ -33,13 +33,13 @@ from training.publishing.publish import build_manifest, choose_calibration, writ
 
 MakeBundle = Callable[..., Bundle]
 CPU = torch.device("cpu")
-PATIENCE_S = 300.0
+WAIT_TIMEOUT_S = 300.0
 """How long a test waits for an event. Generous: a machine may have ten times as much to do."""
 
 
 def wait_for(condition: Callable[[], object], what: str = "it did not happen in time") -> None:
     """Return once ``condition()`` holds; fail with ``what`` when it never does."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
@@ -74,8 +74,8 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.fixture
-def home() -> Home:
-    return convoy_home()
+def paths() -> Paths:
+    return convoy_paths()
 
 
 @pytest.fixture(scope="session")
@@ -135,10 +135,10 @@ def cpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 TINY = ListedNetwork("dense", {"hidden": [8]})
 
 
-def tiny_program(data: Dataset, seed: int = 0, network: ListedNetwork = TINY) -> Program:
+def tiny_model(data: Dataset, seed: int = 0, network: ListedNetwork = TINY) -> PreprocessedModel:
     """An untrained network with seeded weights."""
     torch.manual_seed(seed)
-    return build_program(network, data.preprocess, len(data.labels)).eval()
+    return build_preprocessed(network, data.preprocess, len(data.labels)).eval()
 
 
 def load_eager(bundle: Bundle) -> Classifier:
@@ -146,13 +146,15 @@ def load_eager(bundle: Bundle) -> Classifier:
     return Planner(Path("unused"), "cpu", None, EAGER).load(bundle)
 
 
-def exported(factory: pytest.TempPathFactory, program: Program, data: Dataset) -> dict[str, bytes]:
+def exported(
+    factory: pytest.TempPathFactory, preprocessed: PreprocessedModel, data: Dataset
+) -> dict[str, bytes]:
     """What ``export_network`` makes of a program, made once for all processes: it takes seconds."""
-    weights = [tensor.numpy().tobytes() for tensor in program.network.state_dict().values()]
-    key = hashlib.sha256(b"".join([data.sha256.encode(), str(program).encode(), *weights]))
+    weights = [tensor.numpy().tobytes() for tensor in preprocessed.network.state_dict().values()]
+    key = hashlib.sha256(b"".join([data.sha256.encode(), str(preprocessed).encode(), *weights]))
 
     def make(folder: Path) -> None:
-        for name, content in export_network(program, choose_calibration(data.train)).items():
+        for name, content in export_network(preprocessed, choose_calibration(data.train)).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 
@@ -178,8 +180,8 @@ def make_bundle(
         network: ListedNetwork = TINY,
         export: bool = False,
     ) -> Bundle:
-        spec, program = network, tiny_program(data, seed, network)
-        heldout = evaluate(eager_classifier(program, "cpu"), data.validation)
+        spec, preprocessed = network, tiny_model(data, seed, network)
+        heldout = evaluate(eager_classifier(preprocessed, "cpu"), data.validation)
         tiny = Recipe(name="tiny", network=spec, epochs=1)
         manifest = build_manifest("digits", tiny, data, seed, "cpu", heldout.metrics("validation"))
         report = tmp_path / "report"
@@ -187,8 +189,8 @@ def make_bundle(
         (report / "report.html").write_text("<title>report</title>")
         # The store insists on the folder's name.
         target = folder or tmp_path / f"version-{seed}" / "bundle"
-        exports = exported(tmp_path_factory, program, data) if export else {}
-        return write_version(target, change(manifest), program, data, heldout, report, exports)
+        exports = exported(tmp_path_factory, preprocessed, data) if export else {}
+        return write_version(target, change(manifest), preprocessed, data, heldout, report, exports)
 
     return make
 
@@ -209,17 +211,17 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             # MLflow itself sets it, for an earlier one.
             patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-            ModelStore(Home(root)).models()
+            ModelStore(Paths(root)).models()
 
     return made_once(tmp_path_factory, "registry", make) / "mlflow.db"
 
 
 @pytest.fixture
-def registry_home(home: Home, empty_registry: Path) -> Iterator[Home]:
+def registry_paths(paths: Paths, empty_registry: Path) -> Iterator[Paths]:
     """A home with an empty registry in it."""
-    home.root.mkdir(parents=True)
-    shutil.copy(empty_registry, home.root / "mlflow.db")
-    yield home
+    paths.root.mkdir(parents=True)
+    shutil.copy(empty_registry, paths.root / "mlflow.db")
+    yield paths
     import mlflow
 
     while mlflow.active_run() is not None:
@@ -227,11 +229,11 @@ def registry_home(home: Home, empty_registry: Path) -> Iterator[Home]:
 
 
 @pytest.fixture
-def store(registry_home: Home):
+def store(registry_paths: Paths):
     """An empty registry."""
     from registry.store.mlflow_store import ModelStore
 
-    return ModelStore(registry_home)
+    return ModelStore(registry_paths)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def heldout_file(
     labels: np.ndarray,
     probabilities: np.ndarray,
     numbers: Iterable[int] = (),
-    looks: np.ndarray | None = None,
+    perceptual_hashes: np.ndarray | None = None,
 ) -> dict[str, bytes]:
     """``heldout.npz`` of the examples ``numbers``, by default 0, 1, 2, …"""
     numbers = list(numbers) or range(len(labels))
@@ -29,11 +29,15 @@ def heldout_file(
         labels=labels,
         probabilities=probabilities,
         digests=np.frombuffer(names, np.uint8).reshape(-1, 32),
-        looks=short_digests(numbers) if looks is None else looks,
+        perceptual_hashes=short_digests(numbers)
+        if perceptual_hashes is None
+        else perceptual_hashes,
     )
     return {HELDOUT: data}
 
 
 def training_file(numbers: Iterable[int] = ()) -> dict[str, bytes]:
     """``training.npz`` of the examples ``numbers``."""
-    return {TRAINING: to_npz(digests=short_digests(numbers), looks=short_digests(numbers))}
+    return {
+        TRAINING: to_npz(digests=short_digests(numbers), perceptual_hashes=short_digests(numbers))
+    }

@@ -49,7 +49,7 @@ def object_array(marker: Path) -> bytes:
     """An ``.npz`` whose array is of objects, so pickled."""
     buffer = io.BytesIO()
     objects = np.array([Marker(marker)], dtype=object)
-    names = ("pixels", "labels", "probabilities", "digests", "looks")
+    names = ("pixels", "labels", "probabilities", "digests", "perceptual_hashes")
     np.savez(buffer, **dict.fromkeys(names, objects))
     return buffer.getvalue()
 

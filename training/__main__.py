@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from registry.core.console_logging import log_to_stderr
 from registry.core.errors import ConvoyError, NetworkImpossible, UsageError
 from registry.core.names import check_model_name
-from registry.core.paths import convoy_home
+from registry.core.paths import convoy_paths
 from training.fitting.recipes import RECIPES, choose_recipe
 
 
@@ -45,14 +45,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from training.fitting.network_fit import fit_to_pictures
     from training.jobs import train_and_publish
 
-    home = convoy_home()
+    paths = convoy_paths()
     recipe = fit_to_pictures(recipe, picture_side_px(arguments.data, arguments.image_size))
-    data = load_dataset(arguments.data, home.datasets, arguments.image_size)
+    data = load_dataset(arguments.data, paths.datasets, arguments.image_size)
     finished, registered = train_and_publish(
         data,
         recipe,
         model,
-        home,
+        paths,
         seed=arguments.seed,
         device=arguments.device,
         resume=arguments.resume,
@@ -91,11 +91,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     from training.fitting.network_fit import fit_to_pictures
     from training.jobs import compare
 
-    home = convoy_home()
+    paths = convoy_paths()
     side_px = picture_side_px(arguments.data, arguments.image_size)
     recipes = [fit_to_pictures(recipe, side_px) for recipe in recipes]
-    data = load_dataset(arguments.data, home.datasets, arguments.image_size)
-    comparison = compare(data, recipes, arguments.seeds, home, arguments.device)
+    data = load_dataset(arguments.data, paths.datasets, arguments.image_size)
+    comparison = compare(data, recipes, arguments.seeds, paths, arguments.device)
     heading, rows = comparison.table()
     widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
     for row in [heading, *rows]:

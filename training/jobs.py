@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from registry.core.devices import choose_device, describe_device
 from registry.core.errors import UsageError
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.classifier import Classifier
 from registry.model.plans.torch_eager import eager_classifier
 from registry.model.refs import ModelVersion
@@ -55,14 +55,14 @@ class Finished(Struct, frozen=True, kw_only=True):
 
     @property
     def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.trained.program.parameters())
+        return sum(parameter.numel() for parameter in self.trained.preprocessed.parameters())
 
 
 def train_and_publish(
     data: Dataset,
     recipe: Recipe,
     model: str,
-    home: Home,
+    paths: Paths,
     *,
     seed: int = 0,
     device: str = "auto",
@@ -78,8 +78,8 @@ def train_and_publish(
         The run, and its version (None when ``register`` is False).
     """
     chosen = choose_device(device)
-    store = ModelStore(home)
-    checkpoint = checkpoint_file(home, data, recipe, seed)
+    store = ModelStore(paths)
+    checkpoint = checkpoint_file(paths, data, recipe, seed)
     with (
         only_training(checkpoint),
         tempfile.TemporaryDirectory(prefix="convoy-report-") as name,
@@ -95,9 +95,9 @@ def train_and_publish(
                 manifest = build_manifest(
                     model, recipe, data, seed, describe_device(chosen), finished.metrics
                 )
-                program = finished.trained.program
+                preprocessed = finished.trained.preprocessed
                 version = publish(
-                    store, manifest, program, data, finished.validation, report_folder, chosen
+                    store, manifest, preprocessed, data, finished.validation, report_folder, chosen
                 )
         if not finished.trained.interrupted:
             checkpoint.unlink(missing_ok=True)
@@ -158,7 +158,7 @@ def _train(
         on_epoch=run.log_epoch,
     )
     seconds = time.perf_counter() - started
-    classifier = eager_classifier(trained.program, device)
+    classifier = eager_classifier(trained.preprocessed, device)
     finished = Finished(
         run_id=run.id,
         trained=trained,
@@ -187,7 +187,7 @@ def _write_run_report(
 ) -> None:
     trained = finished.trained
     drawings = report.draw_run(
-        trained.program, trained.history, trained.best, finished.test, data, device
+        trained.preprocessed, trained.history, trained.best, finished.test, data, device
     )
     arguments = ", ".join(f"{key} {value}" for key, value in recipe.network.args.items())
     facts = [
@@ -258,7 +258,7 @@ class Comparison(Struct, frozen=True):
 
 
 def compare(
-    data: Dataset, recipes: list[Recipe], seeds: int, home: Home, device: str = "auto"
+    data: Dataset, recipes: list[Recipe], seeds: int, paths: Paths, device: str = "auto"
 ) -> Comparison:
     """Train every recipe with seeds 0 … ``seeds`` - 1 on ``data`` and log what they are worth.
 
@@ -267,7 +267,7 @@ def compare(
     nothing.
     """
     chosen = choose_device(device)
-    store = ModelStore(home)
+    store = ModelStore(paths)
     title = f"compare {', '.join(recipe.name for recipe in recipes)}"
     runs: list[ComparedRun] = []
     for recipe in recipes:

@@ -18,7 +18,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.chaos.stack import paths_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import LOST, Row, Traffic, between, failed, get, in_turn, post, summary
 from service.settings import Settings
@@ -92,7 +92,7 @@ Crowd = Callable[[int, float, Callable[[], None]], Counter[str]]
 
 
 def _play(crowd: Crowd, seconds: int) -> tuple[dict[str, Any], Traffic]:
-    with home_of_two() as (home, image), service(home) as running:
+    with paths_of_two() as (paths, image), service(paths) as running:
         return asyncio.run(_measure(running, image, crowd, seconds))
 
 
@@ -109,10 +109,10 @@ async def _measure(
             honest.fault("the attack begins")
             began = time.perf_counter()
             begin()
-            most_mb = [0.0] * len(before_mb)
+            max_mb = [0.0] * len(before_mb)
             while time.perf_counter() < began + seconds:
                 await asyncio.sleep(0.5)
-                most_mb = [max(pair) for pair in zip(most_mb, _memory_mb(running), strict=True)]
+                max_mb = [max(pair) for pair in zip(max_mb, _memory_mb(running), strict=True)]
             ended = time.perf_counter()
             honest.fault("and ends")
             await asyncio.sleep(1)
@@ -129,7 +129,7 @@ async def _measure(
         f"{kind}_worst_ms": max(1000 * (row.done - row.due) for row in rows)
         for kind, rows in asked.items()
     }
-    growth_mb = max(most - before for most, before in zip(most_mb, before_mb, strict=True))
+    growth_mb = max(most - before for most, before in zip(max_mb, before_mb, strict=True))
     figures = {
         "seconds": seconds,
         "answers_to_attackers": dict(answers),

@@ -11,15 +11,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.chaos.stack import paths_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import Traffic, failed, honest, in_turn, summary
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.delivery.deployment import (
-    ReleasedVersion,
-    read_release,
+    DeployedVersion,
+    read_deployment,
     version_folder,
-    write_release,
+    write_deployment,
 )
 from registry.model.bundle import open_bundle
 from registry.model.refs import ModelRef
@@ -27,29 +27,31 @@ from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 
 DIGITS = ModelRef("digits", alias="champion")
 RATE = 300.0
-PATIENCE_S = 20.0
+WAIT_TIMEOUT_S = 20.0
 
 
-def hostile_bundles(flips: int = 1000) -> tuple[dict[str, Any], Traffic]:
+def hostile_bundles(prediction_changes: int = 1000) -> tuple[dict[str, Any], Traffic]:
     """Malicious and broken bundles, and ones with a byte flipped, are released under load."""
     # A plan that is chosen for each of a thousand versions would take a day.
-    with home_of_two() as (home, image), service(home, plan="torch-eager") as running:
-        return asyncio.run(_hostile_bundles(home, running, image, flips))
+    with paths_of_two() as (paths, image), service(paths, plan="torch-eager") as running:
+        return asyncio.run(_hostile_bundles(paths, running, image, prediction_changes))
 
 
 async def _hostile_bundles(
-    home: Home, running: RunningService, image: bytes, flips: int
+    paths: Paths, running: RunningService, image: bytes, prediction_changes: int
 ) -> tuple[dict[str, Any], Traffic]:
     loop = asyncio.get_running_loop()
     traffic = Traffic(running.port, in_turn([honest(running.port, image)]), RATE)
-    good = home.root / "good"
-    release = read_release(home.models, DIGITS)
-    assert release is not None
-    (served,) = release.versions
-    shutil.copytree(version_folder(home.models, "digits", served.version), good)
+    good = paths.root / "good"
+    deployment = read_deployment(paths.models, DIGITS)
+    assert deployment is not None
+    (served,) = deployment.versions
+    shutil.copytree(version_folder(paths.models, "digits", served.version), good)
     async with traffic.running():
         await asyncio.sleep(2)
-        figures = await loop.run_in_executor(None, _release_all, home, running, good, flips)
+        figures = await loop.run_in_executor(
+            None, _release_all, paths, running, good, prediction_changes
+        )
     versions = {row.answer.lower().partition(b"x-model-version: ")[2][:3] for row in traffic.rows}
     figures |= {
         **summary(traffic.rows),
@@ -59,21 +61,23 @@ async def _hostile_bundles(
     return figures, traffic
 
 
-def _release_all(home: Home, running: RunningService, good: Path, flips: int) -> dict[str, Any]:
+def _release_all(
+    paths: Paths, running: RunningService, good: Path, prediction_changes: int
+) -> dict[str, Any]:
     """Release one after the other, each as a version of its own; wait until it was refused."""
     number, activated, markers, unrefused = 1000, [], [], []
     dice = random.Random(0)
     names = sorted(path.relative_to(good) for path in good.rglob("*") if path.is_file())
     digest = open_bundle(good).manifest_sha256
-    jobs: list[str | None] = [*HOSTILE_BUNDLES, *[None] * flips]
+    jobs: list[str | None] = [*HOSTILE_BUNDLES, *[None] * prediction_changes]
     for name in tqdm(jobs, desc="bundles", unit="bundle", disable=None):
         number += 1
-        folder = version_folder(home.models, "digits", number)
+        folder = version_folder(paths.models, "digits", number)
         shutil.copytree(good, folder)
-        marker = home.root / f"marker-{number}"
+        marker = paths.root / f"marker-{number}"
         said = digest
         if name is None:
-            file = folder / dice.choice(names)
+            file = folder / dice.selection(names)
             data = bytearray(file.read_bytes())
             data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
             file.write_bytes(data)
@@ -86,19 +90,19 @@ def _release_all(home: Home, running: RunningService, good: Path, flips: int) ->
                 "calibration is an array of objects",
             )
             said = as_published(open_bundle_or(folder, good)) if trusting else digest
-        fresh = ReleasedVersion(version=number, manifest_sha256=said, alias="champion")
-        write_release(home.models, DIGITS, (fresh,))
-        verdict = _verdict(running, number)
-        if verdict == "activated":
+        fresh = DeployedVersion(version=number, manifest_sha256=said, alias="champion")
+        write_deployment(paths.models, DIGITS, (fresh,))
+        comparison = _verdict(running, number)
+        if comparison == "activated":
             activated.append(name or "a flipped byte")
-        elif verdict == "silent":
+        elif comparison == "silent":
             unrefused.append(name or "a flipped byte")
         if marker.exists():
             markers.append(name)
         shutil.rmtree(folder)
     return {
         "bundles": len(jobs),
-        "flips": flips,
+        "prediction_changes": prediction_changes,
         "markers": len(markers),
         "activations": len(activated),
         "activated": activated[:10],
@@ -115,7 +119,7 @@ def open_bundle_or(folder: Path, good: Path) -> Any:
 
 def _verdict(running: RunningService, number: int) -> str:
     """What the workers make of version ``number``: refused, activated or silent."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
     while time.monotonic() < deadline:
         url = f"http://127.0.0.1:{running.port}/v1/models/digits"
         with urllib.request.urlopen(url, timeout=10) as answer:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.chaos.stack import paths_of_two, service
 from benchmarks.common import RunningService, running_service
 from benchmarks.traffic import (
     Traffic,
@@ -20,7 +20,7 @@ from benchmarks.traffic import (
     summary,
 )
 from benchmarks.two_versions import run
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from training.data.sources import load_dataset
 
 TIMES = 10
@@ -34,25 +34,25 @@ IMAGE_PX = 224
 
 def overload(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
     """Ten times as many requests as can be answered, open loop, of a network that takes a while."""
-    with home_of_two() as (home, _):
-        image = publish_slow(home)
-        with running_service(home.root, SLOW_MODEL, plan="torch-eager") as running:
+    with paths_of_two() as (paths, _):
+        image = publish_slow(paths)
+        with running_service(paths.root, SLOW_MODEL, plan="torch-eager") as running:
             return asyncio.run(_overload(running, image, seconds))
 
 
-def publish_slow(home: Home) -> bytes:
+def publish_slow(paths: Paths) -> bytes:
     """A ResNet-18 at 224×224, hardly trained; a picture for it."""
-    digits = load_dataset("digits", home.datasets).test
-    folder = home.root / "pictures"
+    digits = load_dataset("digits", paths.datasets).test
+    folder = paths.root / "pictures"
     for number in range(10):
         for copy in range(12):
             target = folder / str(number) / f"{copy}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(digits.encode(number * 12 + copy))
     data = ("--data", f"folder:{folder}", "--image-size", str(IMAGE_PX))
-    run(home, "training", *data, "--recipe", "resnet18", "--set", "epochs=1", "--model", "slow")
-    run(home, "registry", "promote", "slow", "1")
-    run(home, "registry", "pull", SLOW_MODEL)
+    run(paths, "training", *data, "--recipe", "resnet18", "--set", "epochs=1", "--model", "slow")
+    run(paths, "registry", "promote", "slow", "1")
+    run(paths, "registry", "pull", SLOW_MODEL)
     return Path(folder / "0" / "0.png").read_bytes()
 
 
@@ -133,11 +133,11 @@ def _recovery(after: Traffic, since: float, bearable_ms: float) -> float:
 def impatient_clients(seconds: int = 20) -> tuple[dict[str, Any], None]:
     """Ten times the connections that saturate; each client asks again as soon as it is refused."""
     figures: dict[str, Any] = {"seconds": seconds}
-    with home_of_two() as (home, image), service(home) as running:
+    with paths_of_two() as (paths, image), service(paths) as running:
         figures |= asyncio.run(_impatient("w1", running, image, 32, seconds))
-    with home_of_two() as (home, _):
-        image = publish_slow(home)
-        with running_service(home.root, SLOW_MODEL) as running:
+    with paths_of_two() as (paths, _):
+        image = publish_slow(paths)
+        with running_service(paths.root, SLOW_MODEL) as running:
             figures |= asyncio.run(_impatient("w2", running, image, PEAK_CONNECTIONS, seconds))
     return figures, None
 
@@ -169,7 +169,7 @@ async def _impatient(
 
 def slow_clients(seconds: int = 300) -> tuple[dict[str, Any], Traffic]:
     """500 connections that send or read a byte at a time, no proxy, and honest clients beside."""
-    with home_of_two() as (home, image), service(home) as running:
+    with paths_of_two() as (paths, image), service(paths) as running:
         return asyncio.run(_slow_clients(running, image, seconds))
 
 

@@ -18,7 +18,7 @@ import psutil
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.chaos.stack import paths_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import (
     Ask,
@@ -38,7 +38,7 @@ from tests.hostile_pictures import HOSTILE, SPEC, mutants
 # Test pictures of Pillow (with the finds of OSS-Fuzz) and PngSuite, in their source packages.
 SOURCES = ("pillow==13.0.0", "pypng==0.20220715.0")
 WARM_UP = 1000
-MOST_BYTES = 8 * 1024 * 1024
+MAX_BYTES = 8 * 1024 * 1024
 
 
 def hostile_pictures(count: int = 6000) -> tuple[dict[str, Any], Traffic]:
@@ -49,7 +49,7 @@ def hostile_pictures(count: int = 6000) -> tuple[dict[str, Any], Traffic]:
     seeds = [data for data in found if 100 < len(data) < 100_000]
     nasty = [*own, *found, *itertools.islice(mutants(seeds, count), count - len(own) - len(found))]
     random.Random(0).shuffle(nasty)
-    with home_of_two() as (home, image), service(home) as running:
+    with paths_of_two() as (paths, image), service(paths) as running:
         return asyncio.run(_hostile_pictures(running, image, nasty))
 
 
@@ -130,7 +130,7 @@ def corpus() -> list[bytes]:
                 for member in members:
                     if "Tests/" in member.name or "pngsuite" in member.name.lower():
                         file = members.extractfile(member)
-                        data = file.read() if file and member.size <= MOST_BYTES else b""
+                        data = file.read() if file and member.size <= MAX_BYTES else b""
                         if data and not member.name.endswith((".py", ".txt", ".md")):
                             found[data] = None
     return list(found)

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.stack import home_of_two, service, wait_for_port
+from benchmarks.chaos.stack import paths_of_two, service, wait_for_port
 from benchmarks.common import free_port
 from benchmarks.traffic import honest
 from registry.auth.tokens import Tokens
 from registry.control.api import ROUTES
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.store.mlflow_store import ModelStore
 
 SMUGGLED = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -112,7 +112,7 @@ def malformed_http(repeat: int = 1) -> tuple[dict[str, Any], None]:
     """Smuggling and malformed HTTP by raw socket, straight to the service."""
     outcomes: Counter[str] = Counter()
     problems = []
-    with home_of_two() as (home, image), service(home) as running:
+    with paths_of_two() as (paths, image), service(paths) as running:
         workers = [worker.pid for worker in running.workers()]
         sent = 0
         for kind, payload in itertools.chain.from_iterable(payloads() for _ in range(repeat)):
@@ -150,10 +150,10 @@ def exchange(port: int, payload: bytes) -> list[int]:
 def described_api(examples: int = 200) -> tuple[dict[str, Any], None]:
     """schemathesis on both OpenAPI documents: no server error, no code that is not described."""
     figures: dict[str, Any] = {}
-    with home_of_two() as (home, _), service(home, pull=True) as running:
+    with paths_of_two() as (paths, _), service(paths, pull=True) as running:
         figures |= _schemathesis("service", running.port, {}, examples)
         address = f"http://127.0.0.1:{running.port}"
-        with control_plane(home, CONVOY_SERVICE_URL=address) as (port, texts):
+        with control_plane(paths, CONVOY_SERVICE_URL=address) as (port, texts):
             bearer = {"Authorization": f"Bearer {texts['admin']}"}
             figures |= _schemathesis("control", port, bearer, examples)
     return figures, None
@@ -181,15 +181,15 @@ def _schemathesis(name: str, port: int, headers: dict[str, str], examples: int) 
 
 
 @contextmanager
-def control_plane(home: Home, **more: str) -> Iterator[tuple[int, dict[str, str]]]:
+def control_plane(paths: Paths, **more: str) -> Iterator[tuple[int, dict[str, str]]]:
     """A control plane of its own: its port, and a token of each role."""
-    tokens = Tokens(home.tokens)
+    tokens = Tokens(paths.tokens)
     texts = {role: tokens.add(role, role) for role in ("classify", "viewer", "admin")}
     port = free_port()
-    environment = {**os.environ, "CONVOY_HOME": str(home.root), **more}
+    environment = {**os.environ, "CONVOY_HOME": str(paths.root), **more}
     environment.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, "-m", "registry", "serve", "--port", str(port)]
-    with Path(home.root / "control.log").open("ab") as log:
+    with Path(paths.root / "control.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         wait_for_port(port, 60)
@@ -204,9 +204,9 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
     opened = []
     tried: Counter[str] = Counter()
     open_to_all = {"/livez", "/openapi.json"}
-    with home_of_two() as (home, _), control_plane(home) as (port, texts):
+    with paths_of_two() as (paths, _), control_plane(paths) as (port, texts):
         cookie, csrf = _sign_in(port, texts["admin"])
-        decisions = len(ModelStore(home).ledger("digits").lines)
+        decisions = len(ModelStore(paths).audit_log("digits").lines)
         if _status(port, "GET", "/models/digits", {"Cookie": cookie}, b"") != 200:
             raise SystemExit("could not sign in: what follows would be refused for that alone")
         keys = {
@@ -232,7 +232,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
                 if status not in (401, 403):
                     opened.append(f"{name}: {method} {path} → {status}")
         path = "/models/digits/decide"
-        for action in ("promote", "roll-back", "release", "withdraw"):
+        for action in ("promote", "roll-back", "canary/start", "canary/stop"):
             form = {"action": action, "version": "2", "reason": "x"}
             for name, extra, headers in (
                 ("form without csrf", {}, {"Cookie": cookie}),
@@ -247,7 +247,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
                 sent_to_login = 300 <= status < 400 and location.startswith("/login")
                 if status not in (400, 401, 403, 404, 405) and not sent_to_login:
                     opened.append(f"{name}: {path} → {status} {location}")
-        decided = len(ModelStore(home).ledger("digits").lines) - decisions
+        decided = len(ModelStore(paths).audit_log("digits").lines) - decisions
     return {"attempts": sum(tried.values()), **tried, "opened": opened, "decided": decided}, None
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import aiohttp
 
 from benchmarks.chaos.proxy import Fault, FaultProxy
-from benchmarks.chaos.stack import MODEL, home_of_two, service, wait_for_port
+from benchmarks.chaos.stack import MODEL, paths_of_two, service, wait_for_port
 from benchmarks.common import RunningService, free_port
 from benchmarks.traffic import Traffic, failed, honest, in_turn, summary
-from registry.core.paths import Home
+from registry.core.paths import Paths
 
 RATE = 300.0
 FAULTS = (Fault.REFUSED, Fault.HUNG, Fault.SLOW, Fault.CUT, Fault.FLAPPING)
@@ -22,30 +22,30 @@ RECOVERY_S = 120.0
 
 def registry_faults(seconds: int = 600) -> tuple[dict[str, Any], Traffic]:
     """The registry refuses, hangs, trickles, cuts and flaps, while the service is asked."""
-    with home_of_two() as (home, image):
+    with paths_of_two() as (paths, image):
         server_port = free_port()
-        server = start_mlflow(home, server_port)
+        server = start_mlflow(paths, server_port)
         try:
-            return asyncio.run(_registry_faults(home, image, server_port, seconds))
+            return asyncio.run(_registry_faults(paths, image, server_port, seconds))
         finally:
             server.terminate()
             server.wait(20)
 
 
-def start_mlflow(home: Home, port: int) -> "subprocess.Popen[bytes]":
+def start_mlflow(paths: Paths, port: int) -> "subprocess.Popen[bytes]":
     """An MLflow server over the home's database."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--allowed-hosts", "*"]
-    command += ["--backend-store-uri", home.tracking_uri, "--serve-artifacts"]
-    command += ["--artifacts-destination", home.artifacts.as_uri()]
-    log = (home.root / "mlflow.log").open("ab")
+    command += ["--backend-store-uri", paths.tracking_uri, "--serve-artifacts"]
+    command += ["--artifacts-destination", paths.artifacts.as_uri()]
+    log = (paths.root / "mlflow.log").open("ab")
     process = subprocess.Popen(command, stdout=log, stderr=log)
     wait_for_port(port, 90)
     return process
 
 
 async def _registry_faults(
-    home: Home, image: bytes, server_port: int, seconds: int
+    paths: Paths, image: bytes, server_port: int, seconds: int
 ) -> tuple[dict[str, Any], Traffic]:
     loop = asyncio.get_running_loop()
     proxy = FaultProxy(server_port)
@@ -53,7 +53,7 @@ async def _registry_faults(
     uri = f"http://127.0.0.1:{proxy.port}"
 
     def start() -> Any:
-        manager = service(home, pull=True, MLFLOW_TRACKING_URI=uri)
+        manager = service(paths, pull=True, MLFLOW_TRACKING_URI=uri)
         return manager, manager.__enter__()
 
     manager, running = await loop.run_in_executor(None, start)
@@ -69,7 +69,7 @@ async def _registry_faults(
                 proxy.become(fault)
                 name = fault.name.lower()
                 until = time.perf_counter() + seconds / len(FAULTS)
-                cold_s.append(await loop.run_in_executor(None, _cold_start, home, uri))
+                cold_s.append(await loop.run_in_executor(None, _cold_start, paths, uri))
                 await asyncio.sleep(max(0.0, until - time.perf_counter()))
                 figures[f"{name}_stale"] = (await _ready(running.port))["models"][0]["stale"]
                 traffic.fault("NONE")
@@ -89,9 +89,9 @@ async def _registry_faults(
     }, traffic
 
 
-def _cold_start(home: Home, uri: str) -> float:
+def _cold_start(paths: Paths, uri: str) -> float:
     """Seconds that another service takes to be ready, from the same disk and with that registry."""
-    other = RunningService(home.root, MODEL, 2, True, MLFLOW_TRACKING_URI=uri)
+    other = RunningService(paths.root, MODEL, 2, True, MLFLOW_TRACKING_URI=uri)
     try:
         return other.start_to_ready_s
     finally:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.chaos.stack import home_of_two, service
+from benchmarks.chaos.stack import paths_of_two, service
 from benchmarks.common import RunningService
 from benchmarks.traffic import Ask, Traffic, failed, get, honest, in_turn, post, summary
 from benchmarks.two_versions import run
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from tests.hostile_pictures import HOSTILE
 
 RATE = 500.0
@@ -22,14 +22,14 @@ WARM_UP = 0.25  # of the time: until every thread has had the largest picture on
 
 def soak(seconds: int = 1800) -> tuple[dict[str, Any], Traffic]:
     """Half an hour of small, large and refused pictures, with fifty promotions of two versions."""
-    with home_of_two() as (home, image):
-        run(home, "registry", "plan", "digits/2")
-        with service(home, pull=True, CONVOY_KEEP_WARM_S="0") as running:
-            return asyncio.run(_soak(home, running, image, seconds))
+    with paths_of_two() as (paths, image):
+        run(paths, "registry", "plan", "digits/2")
+        with service(paths, pull=True, CONVOY_KEEP_WARM_S="0") as running:
+            return asyncio.run(_soak(paths, running, image, seconds))
 
 
 async def _soak(
-    home: Home, running: RunningService, image: bytes, seconds: int
+    paths: Paths, running: RunningService, image: bytes, seconds: int
 ) -> tuple[dict[str, Any], Traffic]:
     names = ("jpeg of 5,000 scans", "jpeg of one byte", "a gif", "png of 30 packed texts")
     others = [post(HOSTILE[name](), kind="other") for name in names]
@@ -38,7 +38,7 @@ async def _soak(
     traffic = Traffic(running.port, in_turn(asks), RATE)
     samples: list[tuple[float, list[int], int, int]] = []
     workers = running.workers()
-    swaps = asyncio.ensure_future(_swap(home, traffic, seconds))
+    version_switches = asyncio.ensure_future(_swap(paths, traffic, seconds))
     async with traffic.running():
         began = time.perf_counter()
         with tqdm(total=seconds, desc="soak", unit="s", disable=None) as bar:
@@ -54,7 +54,7 @@ async def _soak(
                 bar.n = int(now)
                 bar.refresh()
                 await asyncio.sleep(SAMPLE_S)
-        swapped = await swaps
+        version_switched = await version_switches
     settled = [sample for sample in samples if sample[0] > WARM_UP * seconds]
     slopes = [
         _slope([(at, rss[n]) for at, rss, _, _ in settled], seconds / SWAPS)
@@ -62,7 +62,7 @@ async def _soak(
     ]
     figures = {
         "seconds": seconds,
-        "swaps": swapped,
+        "swaps": version_switched,
         **summary(traffic.rows),
         "failed": failed(traffic.rows),
         "others": sum(row.kind == "other" for row in traffic.rows),
@@ -102,7 +102,7 @@ def _slope(samples: list[tuple[float, int]], swap_s: float) -> tuple[float, floa
     return float(slope), float(np.sqrt(covariance[0, 0]))
 
 
-async def _swap(home: Home, traffic: Traffic, seconds: int) -> int:
+async def _swap(paths: Paths, traffic: Traffic, seconds: int) -> int:
     """Promote one of the two versions after the other, evenly over the time."""
     loop = asyncio.get_running_loop()
     for number in range(SWAPS):
@@ -110,5 +110,5 @@ async def _swap(home: Home, traffic: Traffic, seconds: int) -> int:
         traffic.fault("swap")
         version = str(2 - number % 2)
         arguments = ("registry", "promote", "digits", version, "--force", "--reason", "soak")
-        await loop.run_in_executor(None, run, home, *arguments)
+        await loop.run_in_executor(None, run, paths, *arguments)
     return SWAPS

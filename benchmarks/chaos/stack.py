@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.common import RunningService, free_port, running_service
 from benchmarks.two_versions import prepare_two
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from training.data.sources import load_dataset
 
 MODEL = "models:/digits@champion"
@@ -53,18 +53,18 @@ http {{
 
 
 @contextmanager
-def home_of_two() -> Iterator[tuple[Home, bytes]]:
+def paths_of_two() -> Iterator[tuple[Paths, bytes]]:
     """A home in which two small versions of a model are published, and a picture for it."""
     with tempfile.TemporaryDirectory(prefix="convoy-chaos-") as folder:
-        home = Home(Path(folder))
-        prepare_two(home)
-        yield home, load_dataset("digits", home.datasets).test.encode(0)
+        paths = Paths(Path(folder))
+        prepare_two(paths)
+        yield paths, load_dataset("digits", paths.datasets).test.encode(0)
 
 
 def service(
-    home: Home, workers: int = 2, pull: bool = False, **more: str
+    paths: Paths, workers: int = 2, pull: bool = False, **more: str
 ) -> AbstractContextManager[RunningService]:
-    return running_service(home.root, MODEL, workers, pull, **more)
+    return running_service(paths.root, MODEL, workers, pull, **more)
 
 
 @contextmanager
@@ -108,16 +108,16 @@ class BehindNginx(NamedTuple):
 @contextmanager
 def two_behind_nginx() -> Iterator[BehindNginx]:
     with (
-        home_of_two() as (home, image),
-        service(home, workers=1) as one,
-        service(home, workers=1) as two,
+        paths_of_two() as (paths, image),
+        service(paths, workers=1) as one,
+        service(paths, workers=1) as two,
         nginx([one.port, two.port]) as (port, again),
     ):
         yield BehindNginx(port, image, (one, two), again)
 
 
-def wait_for_port(port: int, patience_s: float = 30.0) -> None:
-    deadline = time.monotonic() + patience_s
+def wait_for_port(port: int, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

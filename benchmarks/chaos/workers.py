@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from benchmarks.chaos.stack import BehindNginx, home_of_two, service, two_behind_nginx
+from benchmarks.chaos.stack import BehindNginx, paths_of_two, service, two_behind_nginx
 from benchmarks.common import RunningService
 from benchmarks.traffic import REFUSED, Traffic, capacity, failed, honest, in_turn, summary
 
@@ -113,7 +113,7 @@ async def _restart(stack: BehindNginx, restarts: int) -> tuple[dict[str, Any], T
 
 def sigterm(times: int = 20) -> tuple[dict[str, Any], Traffic]:
     """SIGTERM under load, 16 clients with kept connections and nothing in between."""
-    with home_of_two() as (home, image), service(home) as running:
+    with paths_of_two() as (paths, image), service(paths) as running:
         return asyncio.run(_sigterm(running, image, times))
 
 

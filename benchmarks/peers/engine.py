@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from flask import Flask, jsonify, request
 
-from registry.core.paths import convoy_home
+from registry.core.paths import convoy_paths
 from registry.model.bundle import open_bundle
 from registry.model.image.decode import decode_image
 from registry.model.plans.planner import Planner
 
 bundle = open_bundle(Path(os.environ["BENCH_BUNDLE"]))
-classifier = Planner(convoy_home().plans, "cpu", 1, os.environ["CONVOY_PLAN"]).load(bundle)
+classifier = Planner(convoy_paths().plans, "cpu", 1, os.environ["CONVOY_PLAN"]).load(bundle)
 manifest = bundle.manifest
 app = Flask(__name__)
 

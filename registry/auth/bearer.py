@@ -1,7 +1,7 @@
 """``Authorization: Bearer …``: what a caller sent, and what that token may do."""
 
 from registry.auth.tokens import RIGHTS, Right, Token
-from registry.core.errors import KeyInsufficient, KeyMissing
+from registry.core.errors import TokenInsufficient, TokenMissing
 
 
 def bearer_token(header: str) -> str:
@@ -18,8 +18,8 @@ def require(token: Token | None, right: Right) -> Token:
         KeyInsufficient: its role has not that ``right``.
     """
     if token is None:
-        raise KeyMissing("send a token that is known here: Authorization: Bearer …")
+        raise TokenMissing("send a token that is known here: Authorization: Bearer …")
     if not token.may(right):
         allowed = " and ".join(RIGHTS[token.role])
-        raise KeyInsufficient(f"the token {token.name!r} may {allowed}, not {right}")
+        raise TokenInsufficient(f"the token {token.name!r} may {allowed}, not {right}")
     return token

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from registry.core.errors import KeysUnavailable
+from registry.core.errors import TokensUnavailable
 from registry.core.files import locked
 from registry.core.names import Sha256, sha256_hex
 
@@ -86,7 +86,7 @@ class Sessions:
                 file.replace(msgspec.json.encode(change(tuple(known))) + b"\n")
         except OSError as error:
             log.error("%s cannot be written: %s", self._file, error)
-            raise KeysUnavailable(
+            raise TokensUnavailable(
                 "sessions cannot be changed now; the control plane's log says why"
             ) from error
 

@@ -16,18 +16,18 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from registry.core.errors import KeysUnavailable, UsageError
+from registry.core.errors import TokensUnavailable, UsageError
 from registry.core.files import locked
 from registry.core.names import MODEL_NAME, Sha256, sha256_hex
 
 log = logging.getLogger(__name__)
 
 Role = Literal["classify", "viewer", "admin"]
-Right = Literal["classify", "look", "decide"]
+Right = Literal["classify", "view", "decide"]
 RIGHTS: dict[Role, tuple[Right, ...]] = {
     "classify": ("classify",),
-    "viewer": ("look",),
-    "admin": ("classify", "look", "decide"),
+    "viewer": ("view",),
+    "admin": ("classify", "view", "decide"),
 }
 PREFIX = "convoy_"
 
@@ -121,7 +121,7 @@ class Tokens:
             tokens = self.all()
         except UsageError as error:
             log.error("%s; nobody is let in", error)
-            raise KeysUnavailable("keys cannot be checked now") from error
+            raise TokensUnavailable("keys cannot be checked now") from error
         found = None
         for token in tokens:
             if hmac.compare_digest(token.sha256, digest):

@@ -2,40 +2,40 @@
 
 from scipy.stats import binomtest
 
-from registry.canary.traffic_stats import Live, VersionTraffic
-from registry.model.refs import Trial
-from registry.promotion.policy import TrialPolicy
+from registry.canary.traffic_stats import ServingStatus, VersionTraffic
+from registry.model.refs import Canary
+from registry.promotion.policy import CanaryPolicy
 
 # Looked at every two seconds, so that a trial of an hour may not end by chance.
 SIGNIFICANCE = 1e-4
 
 
-class TrialGuard:
+class CanaryGuard:
     """One trial from its first moment on."""
 
-    def __init__(self, trial: Trial, policy: TrialPolicy, begin: Live) -> None:
+    def __init__(self, canary: Canary, policy: CanaryPolicy, begin: ServingStatus) -> None:
         """``begin`` is what was counted before the trial: it counts no more."""
-        self.trial = trial
+        self.canary = canary
         self._policy = policy
         self._begin = begin
 
-    def look(self, live: Live) -> str | None:
+    def check(self, status: ServingStatus) -> str | None:
         """Why the trial must end, by what happened since it began; None while it may go on."""
-        challenger = self._since(live, self.trial.version)
-        champion = self._since(live, live.champion)
-        for worker in live.workers:
-            if worker.refused == self.trial.version and worker.error:
+        challenger = self._since(status, self.canary.version)
+        champion = self._since(status, status.champion)
+        for worker in status.workers:
+            if worker.refused == self.canary.version and worker.error:
                 return f"worker {worker.pid} cannot serve it: {worker.error}"
         return (
-            self._judge_errors(challenger, champion)
-            or self._judge_latency(challenger, champion)
-            or self._judge_shadow(challenger)
+            self._check_errors(challenger, champion)
+            or self._check_latency(challenger, champion)
+            or self._check_shadow(challenger)
         )
 
-    def _since(self, live: Live, version: int | None) -> VersionTraffic:
-        return live.of(version).since(self._begin.of(version))
+    def _since(self, status: ServingStatus, version: int | None) -> VersionTraffic:
+        return status.of(version).since(self._begin.of(version))
 
-    def _judge_errors(self, challenger: VersionTraffic, champion: VersionTraffic) -> str | None:
+    def _check_errors(self, challenger: VersionTraffic, champion: VersionTraffic) -> str | None:
         count = challenger.requests + challenger.errors
         allowed = champion.error_rate + self._policy.max_error_gap
         if count < self._policy.min_requests or not _exceeds(challenger.errors, count, allowed):
@@ -45,7 +45,7 @@ class TrialGuard:
             f"{champion.error_rate:.2%} of the champion's; allowed: {allowed:.2%}"
         )
 
-    def _judge_latency(self, challenger: VersionTraffic, champion: VersionTraffic) -> str | None:
+    def _check_latency(self, challenger: VersionTraffic, champion: VersionTraffic) -> str | None:
         if min(challenger.requests, champion.requests) < self._policy.min_requests:
             return None
         # The mean is exact, but a few that hung may make it; of the median the bucket is known.
@@ -58,7 +58,7 @@ class TrialGuard:
             f"{1000 * champion.mean_s:.3g} ms; allowed: {self._policy.max_latency_ratio:g} times"
         )
 
-    def _judge_shadow(self, challenger: VersionTraffic) -> str | None:
+    def _check_shadow(self, challenger: VersionTraffic) -> str | None:
         count, limit = challenger.shadowed, self._policy.min_agreement
         if count < self._policy.min_requests:
             return None

@@ -10,8 +10,8 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 
-from registry.canary.guard import TrialGuard
-from registry.canary.serving_client import read_live
+from registry.canary.guard import CanaryGuard
+from registry.canary.serving_client import read_serving_status
 from registry.canary.traffic_stats import refusals
 from registry.core.errors import (
     BundleInvalid,
@@ -23,33 +23,33 @@ from registry.core.errors import (
     VersionNotFound,
 )
 from registry.core.names import shortened
-from registry.core.paths import Home
-from registry.model.refs import ModelRef, Trial
-from registry.promotion.policy import TrialPolicy, read_policy
-from registry.promotion.promotion import note_refusal, withdraw
+from registry.core.paths import Paths
+from registry.model.refs import Canary, ModelRef
+from registry.promotion.policy import CanaryPolicy, read_policy
+from registry.promotion.promotion import note_refusal, stop_canary
 from registry.store.audit_log import MAX_TEXT_CHARS
 from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 2.0
+POLL_INTERVAL_S = 2.0
 
 
-class Lookout:
+class CanaryMonitor:
     """Asks ``services``, by their addresses, how each model is served; asks nobody if none."""
 
-    def __init__(self, home: Home, services: Sequence[str], who: str) -> None:
+    def __init__(self, paths: Paths, services: Sequence[str], who: str) -> None:
         """``who`` looks: the ledger says "``who`` on" this machine."""
-        self._home = home
+        self._paths = paths
         self._services = services
         self._by = f"{who} on {platform.node()}"
-        self._guards: dict[str, TrialGuard] = {}
+        self._guards: dict[str, CanaryGuard] = {}
         self._told: set[tuple[str, int]] = set()
         self._warned: set[tuple[str, int]] = set()
         self._unguarded: set[str] = set()
 
-    def look(self, store: ModelStore, name: str, trial: Trial | None) -> bool:
-        """Whether ``trial`` of ``name`` was ended; what is refused is told.
+    def poll_once(self, store: ModelStore, name: str, canary: Canary | None) -> bool:
+        """Whether ``canary`` of ``name`` was ended; what is refused is told.
 
         Raises:
             RegistryUnavailable: it cannot be told now; the next look tries again.
@@ -57,33 +57,33 @@ class Lookout:
         if not self._services:
             return False
         try:
-            live = read_live(self._services, name)
+            status = read_serving_status(self._services, name)
         except ModelNotReady as error:  # a service that starts or ends; it says so itself
-            is_news = trial is not None and name not in self._unguarded
+            is_news = canary is not None and name not in self._unguarded
             log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error)
-            if trial is not None:
+            if canary is not None:
                 self._unguarded.add(name)
             return False
         self._unguarded.discard(name)
-        for number, why in refusals(live.workers).items():
-            self.tell(store, name, number, why)
-        if trial is None:
+        for number, why in refusals(status.workers).items():
+            self.record_refusal(store, name, number, why)
+        if canary is None:
             self._guards.pop(name, None)
             return False
         guard = self._guards.get(name)
-        if guard is None or guard.trial != trial:
-            guard = self._guards[name] = TrialGuard(trial, self._policy(name), live)
-        broken = guard.look(live)
+        if guard is None or guard.canary != canary:
+            guard = self._guards[name] = CanaryGuard(canary, self._policy(name), status)
+        broken = guard.check(status)
         if broken is None:
             return False
         broken = shortened(broken, MAX_TEXT_CHARS)
-        log.warning("%s: the trial of %s ends: %s", name, trial, broken)
+        log.warning("%s: the trial of %s ends: %s", name, canary, broken)
         with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
-            withdraw(store, name, broken, expect_challenger=trial.version, by=self._by)
+            stop_canary(store, name, broken, expect_challenger=canary.version, by=self._by)
         self._guards.pop(name)
         return True
 
-    def tell(self, store: ModelStore, name: str, number: int, why: str) -> None:
+    def record_refusal(self, store: ModelStore, name: str, number: int, why: str) -> None:
         """Have the ledger say, once, that a version is refused where this looks.
 
         Raises:
@@ -106,13 +106,13 @@ class Lookout:
         """Look at every model of the registry, again and again, until ``stop`` is set."""
         store: ModelStore | None = None
         failing: set[str] = set()
-        while not stop.wait(LOOK_S):
+        while not stop.wait(POLL_INTERVAL_S):
             with self._noted("", failing):
                 store = store or open_store()
                 for name in store.models():
                     with self._noted(name, failing):  # one model's failure leaves no other alone
-                        _, trial = store.standing(name)
-                        self.look(store, name, trial)
+                        _, canary = store.aliases_and_canary(name)
+                        self.poll_once(store, name, canary)
             if "" in failing:
                 store = None
 
@@ -129,10 +129,10 @@ class Lookout:
                 log.warning("%s not guarded: %s", what, error, exc_info=unexpected)
             failing.add(name)
 
-    def _policy(self, name: str) -> TrialPolicy:
+    def _policy(self, name: str) -> CanaryPolicy:
         """The policy of trials; one that cannot be used must not leave a trial unguarded."""
         try:
-            return read_policy(self._home.policy(name)).trial
+            return read_policy(self._paths.policy(name)).canary
         except UsageError as error:
             log.warning("%s; trials are guarded by the default", error)
-            return TrialPolicy()
+            return CanaryPolicy()

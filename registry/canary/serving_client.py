@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from registry.canary.traffic_stats import Live, add_up
+from registry.canary.traffic_stats import ServingStatus, add_up
 from registry.core.errors import ModelNotReady, UsageError
 from registry.core.service_address import DEFAULT_PORT, SERVICE_KEY
 
 TIMEOUT_S = 2.0
-MOST_BYTES = 4_000_000
+MAX_BYTES = 4_000_000
 
 
 def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str,
     return found
 
 
-def read_live(services: Sequence[str], model: str) -> Live:
+def read_serving_status(services: Sequence[str], model: str) -> ServingStatus:
     """What ``services``, by their addresses, say of ``model``, added up.
 
     Raises:
@@ -68,7 +68,7 @@ def _replicas(service: str) -> list[str]:
     return [f"http://{f'[{host}]' if ':' in host else host}:{port}{parts.path}" for host in hosts]
 
 
-def _ask(replica: str, service: str, model: str) -> Live:
+def _ask(replica: str, service: str, model: str) -> ServingStatus:
     url = f"{replica}/v1/models/{urllib.parse.quote(model)}/traffic"
     key = os.environ.get(SERVICE_KEY)
     headers = {"Host": urllib.parse.urlsplit(service).netloc.rpartition("@")[2]}
@@ -77,6 +77,6 @@ def _ask(replica: str, service: str, model: str) -> Live:
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - checked
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            return msgspec.json.decode(answer.read(MOST_BYTES), type=Live)
+            return msgspec.json.decode(answer.read(MAX_BYTES), type=ServingStatus)
     except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
         raise ModelNotReady(f"{service} does not say how {model} is served: {error}") from error

@@ -16,7 +16,8 @@ UNBOUNDED_S = 1e9  # the bound of the last bucket: JSON has no infinity
 class WorkerReport(Struct, frozen=True, kw_only=True):
     """What one worker serves of a model, what it has ready to serve, and what it refuses.
 
-    Keys are of releases (``Release.key``). ``refused`` is the version whose failure ``error`` is.
+    Keys are those of deployments (``Deployment.key``). ``error`` says why the worker cannot serve
+    the version ``refused``.
     """
 
     pid: int
@@ -106,7 +107,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
         return VersionTraffic(version=self.version, buckets=tuple(sorted(counts.items())), **sums)
 
 
-class Live(Struct, frozen=True, kw_only=True):
+class ServingStatus(Struct, frozen=True, kw_only=True):
     """A model as it is served: the release's generation, its workers, and what versions did."""
 
     model: str
@@ -122,13 +123,13 @@ class Live(Struct, frozen=True, kw_only=True):
         return next(found, VersionTraffic(version=version or 0))
 
 
-def add_up(found: Sequence[Live]) -> Live:
+def add_up(found: Sequence[ServingStatus]) -> ServingStatus:
     """Several services as one; who serves what is as the first says."""
     versions: dict[int, VersionTraffic] = {}
-    for each in (version for live in found for version in live.versions):
+    for each in (version for status in found for version in status.versions):
         known = versions.get(each.version)
         versions[each.version] = known.plus(each) if known else each
-    workers = tuple(worker for live in found for worker in live.workers)
+    workers = tuple(worker for status in found for worker in status.workers)
     return msgspec.structs.replace(
         found[0], workers=workers, versions=tuple(versions[key] for key in sorted(versions))
     )

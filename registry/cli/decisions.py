@@ -1,4 +1,4 @@
-"""Verbs that judge and decide: ``promote``, ``judge``, ``roll-back``, ``release``, ``withdraw``."""
+"""Verbs that compare and decide: ``promote``, ``evaluate``, ``roll-back``, ``canary``."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from registry.cli.open import open_store
-from registry.core.paths import convoy_home
-from registry.model.refs import Trial, ref_of
+from registry.core.paths import convoy_paths
+from registry.model.refs import Canary, ref_of
 
 
 def add_to(commands: Any) -> None:
@@ -19,45 +19,51 @@ def add_to(commands: Any) -> None:
     promote.add_argument("--force", action="store_true", help="promote even if the gate refuses")
     promote.set_defaults(run=_promote)
 
-    judge = commands.add_parser("judge", help="what the gate says of a version, nothing moved")
-    judge.add_argument("name")
-    judge.add_argument("version", nargs="?", default="challenger", help="number or alias")
-    judge.add_argument("--json", action="store_true", help="print JSON")
-    judge.add_argument(
-        "--page", type=Path, metavar="FILE", help="write it there too, with the flipped pictures"
+    evaluate = commands.add_parser("evaluate", help="compare a version with the champion")
+    evaluate.add_argument("name")
+    evaluate.add_argument("version", nargs="?", default="challenger", help="number or alias")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument(
+        "--page", type=Path, metavar="FILE", help="also write a page, with the changed pictures"
     )
-    judge.set_defaults(run=_judge)
-    for command in (promote, judge):
+    evaluate.set_defaults(run=_evaluate)
+    for command in (promote, evaluate):
         command.add_argument(
-            "--untimed", action="store_true", help="run no forward passes: takes seconds less"
+            "--skip-latency", action="store_true", help="run no forward passes: takes seconds less"
         )
         command.add_argument(
             "--allow-new-classes",
             action="store_true",
-            help="accept classes that are new, removed or renamed, judged by those that both have",
+            help="accept new, removed or renamed classes; the shared ones are compared",
         )
 
     roll_back = commands.add_parser("roll-back", help="make the previous champion champion again")
     roll_back.add_argument("name")
     roll_back.set_defaults(run=_roll_back)
 
-    release = commands.add_parser("release", help="try a version on real traffic")
-    release.add_argument("name")
-    release.add_argument("--challenger", required=True, metavar="N", help="number or alias")
-    release.add_argument(
-        "--share", type=_share, default=0.0, metavar="10%", help="of the requests that it answers"
+    canary = commands.add_parser("canary", help="have a version answer real requests")
+    actions = canary.add_subparsers(required=True, metavar="start|stop")
+    start_canary = actions.add_parser("start", help="have a version answer a share of the requests")
+    start_canary.add_argument("name")
+    start_canary.add_argument("--challenger", required=True, metavar="N", help="number or alias")
+    start_canary.add_argument(
+        "--share",
+        type=_share,
+        default=0.0,
+        metavar="10%",
+        help="of the requests, to be answered by it",
     )
-    release.add_argument(
+    start_canary.add_argument(
         "--shadow",
         type=_share,
         nargs="?",
         const=1.0,
         default=0.0,
         metavar="25%",
-        help="of the champion's images that it scores too; alone: of all",
+        help="of the champion's images, to be scored by it too; without a value all",
     )
-    release.set_defaults(run=_release)
-    for command in (promote, roll_back, release):
+    start_canary.set_defaults(run=_start_canary)
+    for command in (promote, roll_back, start_canary):
         command.add_argument(
             "--expect-champion",
             type=int,
@@ -65,17 +71,17 @@ def add_to(commands: Any) -> None:
             help="refuse when another version is the champion by then",
         )
 
-    withdraw = commands.add_parser("withdraw", help="end the trial of a version")
-    withdraw.add_argument("name")
-    withdraw.set_defaults(run=_withdraw)
-    for command in (promote, roll_back, release, withdraw):
+    stop_canary = actions.add_parser("stop", help="have the champion answer everything again")
+    stop_canary.add_argument("name")
+    stop_canary.set_defaults(run=_stop_canary)
+    for command in (promote, roll_back, start_canary, stop_canary):
         command.add_argument(
             "--reason", help="why; recorded with the decision, as is $LOGNAME, marked (unverified)"
         )
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from registry.promotion.gate_runner import Judge
+    from registry.promotion.gate_runner import GateRunner
     from registry.promotion.promotion import promote
 
     store = open_store()
@@ -88,28 +94,28 @@ def _promote(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         allow_new_classes=arguments.allow_new_classes,
         reason=arguments.reason,
-        judge=Judge(store, convoy_home(), timed=not arguments.untimed),
-        on_judged=lambda judged: print(judged.table(allow_new_classes=arguments.allow_new_classes)),
+        gate_runner=GateRunner(store, convoy_paths(), timed=not arguments.skip_latency),
+        on_result=lambda result: print(result.table(allow_new_classes=arguments.allow_new_classes)),
     )
     print(f"{arguments.name} version {number} is the champion now ({line.entry.action})")
     return 0
 
 
-def _judge(arguments: argparse.Namespace) -> int:
-    from registry.promotion.gate_runner import Judge
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from registry.promotion.gate_runner import GateRunner
 
     store = open_store()
     number = store.resolve(ref_of(arguments.name, arguments.version)).version
-    judge = Judge(store, convoy_home(), timed=not arguments.untimed)
-    judged = judge.judge(*store.sides(arguments.name, number))
+    gate_runner = GateRunner(store, convoy_paths(), timed=not arguments.skip_latency)
+    result = gate_runner.run(*store.champion_and_candidate(arguments.name, number))
     if arguments.page is not None:
-        from registry.control.pages import verdict_page
+        from registry.control.pages import gate_result_page
 
-        arguments.page.write_text(verdict_page(judged))
+        arguments.page.write_text(gate_result_page(result))
     allowed = arguments.allow_new_classes
-    table = judged.table(allow_new_classes=allowed)
-    print(msgspec.json.encode(judged).decode() if arguments.json else table)
-    return 0 if judged.accepts(allow_new_classes=allowed) else 2
+    table = result.table(allow_new_classes=allowed)
+    print(msgspec.json.encode(result).decode() if arguments.json else table)
+    return 0 if result.accepts(allow_new_classes=allowed) else 2
 
 
 def _roll_back(arguments: argparse.Namespace) -> int:
@@ -126,29 +132,29 @@ def _roll_back(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _release(arguments: argparse.Namespace) -> int:
-    from registry.promotion.promotion import release
+def _start_canary(arguments: argparse.Namespace) -> int:
+    from registry.promotion.promotion import start_canary
 
     store = open_store()
     number = store.resolve(ref_of(arguments.name, arguments.challenger)).version
-    trial = Trial(version=number, share=arguments.share, shadow=arguments.shadow)
-    release(
+    canary = Canary(version=number, share=arguments.share, shadow=arguments.shadow)
+    start_canary(
         store,
         arguments.name,
-        trial,
+        canary,
         arguments.reason,
         expect_champion=arguments.expect_champion,
     )
-    print(f"{arguments.name}: {trial}")
-    print(f"  watch it: python -m registry compare {arguments.name}")
+    print(f"{arguments.name}: {canary}")
+    print(f"  watch it: python -m registry traffic {arguments.name}")
     return 0
 
 
-def _withdraw(arguments: argparse.Namespace) -> int:
-    from registry.promotion.promotion import withdraw
+def _stop_canary(arguments: argparse.Namespace) -> int:
+    from registry.promotion.promotion import stop_canary
 
-    entry = withdraw(open_store(), arguments.name, arguments.reason).entry
-    print(f"{arguments.name}: version {entry.to_version} is no longer on trial")
+    entry = stop_canary(open_store(), arguments.name, arguments.reason).entry
+    print(f"{arguments.name}: version {entry.to_version} is no longer a canary")
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.cli.open import open_store
 from registry.core.errors import UsageError
-from registry.core.paths import convoy_home
+from registry.core.paths import convoy_paths
 from registry.model.refs import ModelVersion, ref_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_to(commands: Any) -> None:
 def _add_token(arguments: argparse.Namespace) -> int:
     from registry.auth.tokens import Tokens
 
-    text = Tokens(convoy_home().tokens).add(arguments.name, arguments.role)
+    text = Tokens(convoy_paths().tokens).add(arguments.name, arguments.role)
     print(text)
     print(f"{arguments.role} {arguments.name}: keep it, it is not shown again", file=sys.stderr)
     return 0
@@ -58,7 +58,7 @@ def _add_token(arguments: argparse.Namespace) -> int:
 def _remove_token(arguments: argparse.Namespace) -> int:
     from registry.auth.tokens import Tokens
 
-    Tokens(convoy_home().tokens).remove(arguments.name)
+    Tokens(convoy_paths().tokens).remove(arguments.name)
     print(f"the token {arguments.name} opens nothing any more")
     return 0
 
@@ -66,7 +66,7 @@ def _remove_token(arguments: argparse.Namespace) -> int:
 def _list_tokens(arguments: argparse.Namespace) -> int:
     from registry.auth.tokens import Tokens
 
-    for token in Tokens(convoy_home().tokens).all():
+    for token in Tokens(convoy_paths().tokens).all():
         print(f"{token.name:<24} {token.role:<10} {token.made}")
     return 0
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from registry.core.paths import convoy_home
+from registry.core.paths import convoy_paths
 
 if TYPE_CHECKING:
     from registry.store.mlflow_store import ModelStore
@@ -12,4 +12,4 @@ def open_store() -> "ModelStore":
     """The registry of ``CONVOY_HOME`` or ``MLFLOW_TRACKING_URI``; takes seconds to import."""
     from registry.store.mlflow_store import ModelStore
 
-    return ModelStore(convoy_home())
+    return ModelStore(convoy_paths())

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from registry.canary.traffic_stats import UNBOUNDED_S, Live, VersionTraffic
+from registry.canary.traffic_stats import UNBOUNDED_S, ServingStatus, VersionTraffic
 from registry.core.names import one_line
 from registry.model.manifest import Manifest
 from registry.model.refs import ModelVersion
 
 if TYPE_CHECKING:
-    from registry.model.plans.planner import Choice
+    from registry.model.plans.planner import PlanSelection
     from registry.store.audit_log import Line
 
 BAR = 24  # characters
@@ -59,11 +59,11 @@ def decision(line: "Line") -> str:
     return one_line(
         f"{line.number:>4}  {entry.at}  {entry.by}  {entry.action} version {entry.to_version} "
         f"(champion was {entry.from_version}){overtaken}: "
-        f"{'; '.join(filter(None, (entry.reason, entry.verdict))) or 'no reason given'}"
+        f"{'; '.join(filter(None, (entry.reason, entry.details))) or 'no reason given'}"
     )
 
 
-def plans_table(choice: "Choice", manifest: Manifest) -> str:
+def plans_table(selection: "PlanSelection", manifest: Manifest) -> str:
     """Each plan that was tried, fastest first: times, memory, accuracy, verdict."""
     from registry.model.plans.base import find_plan
     from registry.model.plans.planner import score
@@ -72,7 +72,7 @@ def plans_table(choice: "Choice", manifest: Manifest) -> str:
         f"{'plan':<18} {'ms at 1':>9} {'at 8':>9} {'at 32':>9} {'memory MB':>10} "
         f"{'difference':>10} {'held-out':>8}  verdict"
     ]
-    for each in sorted(choice.findings, key=lambda finding: score(finding.batch_ms)):
+    for each in sorted(selection.results, key=lambda result: score(result.batch_ms)):
         accuracy = manifest.plan_accuracy.get(each.plan)
         if each.reason is None and find_plan(each.plan).precision == "fp32":
             accuracy = manifest.metrics.get("validation_accuracy")
@@ -82,15 +82,15 @@ def plans_table(choice: "Choice", manifest: Manifest) -> str:
             _cell(each.max_difference, 10, ".2g"),
             _cell(accuracy, 8, ".4f"),
         ]
-        verdict = "chosen" if each.plan == choice.chosen else each.reason or "accepted"
-        lines.append(f"{each.plan:<18} {' '.join(cells)}  {verdict}")
+        details = "chosen" if each.plan == selection.chosen else each.reason or "accepted"
+        lines.append(f"{each.plan:<18} {' '.join(cells)}  {details}")
     return _page(lines)
 
 
-def live_page(live: Live) -> str:
+def traffic_page(status: ServingStatus) -> str:
     """A column for each version that serves, its times as bars, and the workers."""
-    here = [number for number in (live.champion, live.challenger) if number is not None]
-    shown = [live.of(number) for number in here]
+    here = [number for number in (status.champion, status.challenger) if number is not None]
+    shown = [status.of(number) for number in here]
     names = ["champion", "challenger"][: len(here)]
     rows: list[tuple[str, ...]] = [
         ("", *(f"{name} {number}" for name, number in zip(names, here, strict=True))),
@@ -105,7 +105,7 @@ def live_page(live: Live) -> str:
     lines = [f"{row[0]:<24}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows]
     for name, each in zip(names, shown, strict=True):
         lines += [f"times of the {name}", *_bars(each)]
-    for worker in live.workers:
+    for worker in status.workers:
         lines.append(
             f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"
             + (f", {worker.error}" if worker.error else "")

@@ -1,4 +1,4 @@
-"""Verbs about what serves: ``compare``, ``plan``, ``serve`` and ``pull``."""
+"""Verbs about what serves: ``traffic``, ``plan``, ``serve`` and ``pull``."""
 
 import argparse
 import json
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from registry.cli.open import open_store
-from registry.cli.render import live_page, plans_table
+from registry.cli.render import plans_table, traffic_page
 from registry.core.devices import serving_threads
 from registry.core.errors import UsageError
-from registry.core.paths import Home, convoy_home
+from registry.core.paths import Paths, convoy_paths
 from registry.model.refs import ModelRef, parse_model_ref, parse_model_refs
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ PULLER_NICE = 10
 
 def add_to(commands: Any) -> None:
     """Add these verbs to argparse's ``commands``."""
-    compare = commands.add_parser("compare", help="how the versions that serve do, live")
-    compare.add_argument("name")
-    compare.add_argument("--watch", action="store_true", help="again and again")
-    compare.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between")
-    compare.add_argument("--json", action="store_true", help="print JSON")
-    compare.set_defaults(run=_compare)
+    traffic = commands.add_parser("traffic", help="requests, errors and latency of each version")
+    traffic.add_argument("name")
+    traffic.add_argument("--watch", action="store_true", help="again and again")
+    traffic.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between")
+    traffic.add_argument("--json", action="store_true", help="print JSON")
+    traffic.set_defaults(run=_traffic)
 
     plan = commands.add_parser(
         "plan", help="which ways of running a version are right here, and how fast"
     )
     plan.add_argument("ref", metavar="NAME@ALIAS", help="or NAME/NUMBER")
-    plan.add_argument("--anew", action="store_true", help="measure again")
+    plan.add_argument("--refresh", action="store_true", help="measure again")
     plan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     plan.add_argument(
         "--threads",
@@ -76,17 +76,17 @@ def add_to(commands: Any) -> None:
     pull.set_defaults(run=_pull)
 
 
-def _compare(arguments: argparse.Namespace) -> int:
-    from registry.canary.serving_client import read_live, service_addresses
+def _traffic(arguments: argparse.Namespace) -> int:
+    from registry.canary.serving_client import read_serving_status, service_addresses
 
     services = service_addresses()
     while True:
-        live = read_live(services, arguments.name)
+        status = read_serving_status(services, arguments.name)
         if arguments.json:
-            print(json.dumps(msgspec.to_builtins(live)))
+            print(json.dumps(msgspec.to_builtins(status)))
         else:
-            home = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
-            print(home + live_page(live))
+            paths = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
+            print(paths + traffic_page(status))
         if not arguments.watch:
             return 0
         time.sleep(arguments.interval)
@@ -96,32 +96,32 @@ def _plan(arguments: argparse.Namespace) -> int:
     from registry.core.devices import choose_device
     from registry.model.plans.planner import AUTO, Planner
 
-    home = convoy_home()
+    paths = convoy_paths()
     text = arguments.ref if arguments.ref.startswith("models:/") else f"models:/{arguments.ref}"
     wanted = os.environ.get("CONVOY_PLAN") or AUTO
     threads = arguments.threads or serving_threads()
-    planner = Planner(home.plans, choose_device(arguments.device), threads, wanted)
+    planner = Planner(paths.plans, choose_device(arguments.device), threads, wanted)
     with tempfile.TemporaryDirectory(prefix="convoy-plan-") as folder:
-        bundle = _bundle_at_hand(parse_model_ref(text), home, Path(folder))
-        choice = planner.choose(bundle, anew=arguments.anew)
+        bundle = _bundle_at_hand(parse_model_ref(text), paths, Path(folder))
+        selection = planner.choose(bundle, refresh=arguments.refresh)
     manifest = bundle.manifest
     if arguments.json:
-        print(json.dumps(msgspec.to_builtins(choice, str_keys=True)))
+        print(json.dumps(msgspec.to_builtins(selection, str_keys=True)))
         return 0
     print(f"{manifest.model} on {planner.device}, {threads} thread(s) a forward pass")
-    print(plans_table(choice, manifest))
+    print(plans_table(selection, manifest))
     return 0
 
 
-def _bundle_at_hand(ref: ModelRef, home: Home, folder: Path) -> "Bundle":
+def _bundle_at_hand(ref: ModelRef, paths: Paths, folder: Path) -> "Bundle":
     """What the puller laid out, if it is that; else downloaded into ``folder``."""
-    from registry.delivery.deployment import all_releases, version_folder
+    from registry.delivery.deployment import all_deployments, version_folder
     from registry.model.bundle import open_bundle
 
-    found = (release.find(ref) for release in all_releases(home.models, ref.name))
-    if released := next(filter(None, found), None):
-        laid_out = version_folder(home.models, ref.name, released.version)
-        return open_bundle(laid_out, released.manifest_sha256)
+    found = (deployment.find(ref) for deployment in all_deployments(paths.models, ref.name))
+    if deployed := next(filter(None, found), None):
+        laid_out = version_folder(paths.models, ref.name, deployed.version)
+        return open_bundle(laid_out, deployed.manifest_sha256)
     store = open_store()
     return store.download(store.resolve(ref), folder, lambda bundle: bundle.serving_files())
 
@@ -141,13 +141,13 @@ def _pull(arguments: argparse.Namespace) -> int:
         refs = parse_model_refs(os.environ.get("CONVOY_MODEL"))
     if not arguments.interval > 0:
         raise UsageError(f"--interval is {arguments.interval}; it must be above 0 seconds")
-    from registry.canary.monitor import Lookout
+    from registry.canary.monitor import CanaryMonitor
     from registry.canary.serving_client import service_addresses
     from registry.delivery.puller import Puller
 
     services = service_addresses() if arguments.watch and arguments.guard else ()
-    lookout = Lookout(convoy_home(), services, "puller") if arguments.guard else None
-    puller = Puller(open_store, convoy_home(), refs, lookout)
+    monitor = CanaryMonitor(convoy_paths(), services, "puller") if arguments.guard else None
+    puller = Puller(open_store, convoy_paths(), refs, monitor)
     if not arguments.watch:
         return 0 if puller.pull_all() else 2
     stop = threading.Event()

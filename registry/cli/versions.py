@@ -72,7 +72,7 @@ def _show(arguments: argparse.Namespace) -> int:
     ref = ref_of(arguments.name, arguments.version)
     version = store.resolve(ref)
     manifest = store.manifest(version)
-    lines = store.ledger(arguments.name).lines
+    lines = store.audit_log(arguments.name).lines
     shown = {
         "version": msgspec.to_builtins(version),
         "manifest": msgspec.to_builtins(manifest),
@@ -90,8 +90,8 @@ def _history(arguments: argparse.Namespace) -> int:
 
     store = open_store()
     store.aliases(arguments.name)  # says so if there is no such model
-    ledger = store.ledger(arguments.name)
-    lines = ledger.reigns(*moments(arguments.at)) if arguments.at else ledger.lines
+    audit_log = store.audit_log(arguments.name)
+    lines = audit_log.champion_periods(*moments(arguments.at)) if arguments.at else audit_log.lines
     if arguments.json:
         print(json.dumps(msgspec.to_builtins(lines)))
         return 0

@@ -5,22 +5,22 @@ from typing import Literal
 from msgspec import Struct
 
 from registry.model.manifest import Manifest
-from registry.model.refs import ModelVersion, Trial
+from registry.model.refs import Canary, ModelVersion
 from registry.store.audit_log import Line
 
 
-class Standing(Struct, frozen=True):
+class ModelStatus(Struct, frozen=True):
     """One model: which version each alias names, and what is on trial."""
 
     name: str
     aliases: dict[str, int]
-    trial: Trial | None
+    canary: Canary | None
 
 
-class Standings(Struct, frozen=True):
+class ModelStatuses(Struct, frozen=True):
     """All models."""
 
-    models: list[Standing]
+    models: list[ModelStatus]
 
 
 class TaggedVersion(ModelVersion, frozen=True, kw_only=True):
@@ -42,10 +42,10 @@ class Version(Struct, frozen=True):
     manifest: Manifest
 
 
-class Judging(Struct, frozen=True):
+class GatePending(Struct, frozen=True):
     """The gate is at work; ask again."""
 
-    state: Literal["judging"] = "judging"
+    state: Literal["running"] = "running"
 
 
 class History(Struct, frozen=True):

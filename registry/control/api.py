@@ -16,16 +16,16 @@ from msgspec.structs import asdict
 
 from registry.control.answers import (
     Audit,
+    GatePending,
     History,
-    Judging,
-    Standing,
-    Standings,
+    ModelStatus,
+    ModelStatuses,
     TaggedVersion,
     Version,
     Versions,
 )
 from registry.control.openapi import document
-from registry.control.state import control
+from registry.control.state import control_state
 from registry.core import errors as domain
 from registry.core.names import check_model_name
 from registry.model.refs import ModelRef
@@ -33,53 +33,53 @@ from registry.promotion.commands import BODIES, Decision
 from registry.promotion.promotion import audit
 from registry.store.audit_log import moments
 
-JUDGING_RETRY_S = 2
+GATE_RETRY_S = 2
 
 
 def list_models() -> Response:
-    store = control().store
-    return _json(Standings([_standing(name) for name in store.models()]))
+    store = control_state().store
+    return _json(ModelStatuses([_model_status(name) for name in store.models()]))
 
 
 def show_model(name: str) -> Response:
-    return _json(_standing(name))
+    return _json(_model_status(name))
 
 
 def list_versions(name: str) -> Response:
-    rows = control().store.versions(check_model_name(name))
+    rows = control_state().store.versions(check_model_name(name))
     return _json(Versions([TaggedVersion(**asdict(each), tags=tags) for each, tags in rows]))
 
 
 def show_version(name: str, version: int) -> Response:
-    found = control().store.resolve(ModelRef(check_model_name(name), version))
-    manifest = control().store.manifest(found)
+    found = control_state().store.resolve(ModelRef(check_model_name(name), version))
+    manifest = control_state().store.manifest(found)
     return _json(Version(found, manifest))
 
 
-def show_verdict(name: str, version: int) -> Response:
-    judged = control().judgement(check_model_name(name), version)
-    if judged is None:
-        response = _json(Judging(), 202)
-        response.headers["Retry-After"] = str(JUDGING_RETRY_S)
+def show_gate_result(name: str, version: int) -> Response:
+    result = control_state().gate_result(check_model_name(name), version)
+    if result is None:
+        response = _json(GatePending(), 202)
+        response.headers["Retry-After"] = str(GATE_RETRY_S)
         return response
-    return _json(judged)
+    return _json(result)
 
 
 def show_traffic(name: str) -> Response:
-    control().store.aliases(check_model_name(name))  # says so if there is no such model
-    return _json(control().live(name))
+    control_state().store.aliases(check_model_name(name))  # says so if there is no such model
+    return _json(control_state().serving_status(name))
 
 
 def show_history(name: str) -> Response:
-    store = control().store
+    store = control_state().store
     store.aliases(check_model_name(name))  # says so if there is no such model
-    ledger, at = store.ledger(name), request.args.get("at")
-    return _json(History(ledger.reigns(*moments(at)) if at else ledger.lines))
+    audit_log, at = store.audit_log(name), request.args.get("at")
+    return _json(History(audit_log.champion_periods(*moments(at)) if at else audit_log.lines))
 
 
 def show_audit(name: str) -> Response:
-    control().store.aliases(check_model_name(name))
-    lines, faults = audit(control().store, name)
+    control_state().store.aliases(check_model_name(name))
+    lines, faults = audit(control_state().store, name)
     return _json(Audit(lines, faults))
 
 
@@ -91,7 +91,7 @@ def _decision(kind: type[Decision]) -> Callable[..., Response]:
             decision = msgspec.json.decode(request.get_data() or b"{}", type=kind)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise domain.UsageError(f"the body cannot be used: {error}") from error
-        return _json(control().carry_out(decision, name, g.token.name))
+        return _json(control_state().carry_out(decision, name, g.token.name))
 
     return post
 
@@ -113,7 +113,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     (_MODEL, "GET", show_model),
     (f"{_MODEL}/versions", "GET", list_versions),
     (f"{_MODEL}/versions/<int:version>", "GET", show_version),
-    (f"{_MODEL}/versions/<int:version>/verdict", "GET", show_verdict),
+    (f"{_MODEL}/versions/<int:version>/gate-result", "GET", show_gate_result),
     (f"{_MODEL}/traffic", "GET", show_traffic),
     (f"{_MODEL}/history", "GET", show_history),
     (f"{_MODEL}/audit", "GET", show_audit),
@@ -121,9 +121,9 @@ ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
 )
 
 
-def _standing(name: str) -> Standing:
-    aliases, trial = control().store.standing(check_model_name(name))
-    return Standing(name, aliases, trial)
+def _model_status(name: str) -> ModelStatus:
+    aliases, canary = control_state().store.aliases_and_canary(check_model_name(name))
+    return ModelStatus(name, aliases, canary)
 
 
 def _json(value: Any, status: int = 200) -> Response:

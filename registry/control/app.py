@@ -6,12 +6,12 @@ from werkzeug.wrappers import Response as BaseResponse
 from registry.auth.bearer import bearer_token, require
 from registry.control import pages
 from registry.control.api import ROUTES
-from registry.control.state import COOKIE, Control, control, describe_error
-from registry.core.paths import Home
+from registry.control.state import COOKIE, ControlState, control_state, describe_error
+from registry.core.paths import Paths
 from registry.core.problem_details import Problem
 from registry.store.mlflow_store import ModelStore
 
-MOST_BYTES = 64 * 1024
+MAX_BYTES = 64 * 1024
 # The routes that ask for no token.
 PUBLIC = frozenset(
     {"GET /livez", "GET /openapi.json", "pages.sign_in", "pages.signed_in", "static"}
@@ -23,7 +23,7 @@ POLICY = (
 )
 
 
-def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) -> Flask:
+def create_app(store: ModelStore, paths: Paths, services: tuple[str, ...] = ()) -> Flask:
     """The WSGI application.
 
     Args:
@@ -32,9 +32,9 @@ def create_app(store: ModelStore, home: Home, services: tuple[str, ...] = ()) ->
         services: addresses of those who serve, for live figures.
     """
     app = Flask(__name__)
-    app.extensions["convoy"] = Control(store, home, services)
-    app.config["MAX_CONTENT_LENGTH"] = MOST_BYTES
-    app.config["MAX_FORM_MEMORY_SIZE"] = MOST_BYTES
+    app.extensions["convoy"] = ControlState(store, paths, services)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
+    app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BYTES
     app.before_request(_authorize)
     app.after_request(_harden)
     app.register_error_handler(Exception, _answer_error)
@@ -54,18 +54,18 @@ def _authorize() -> BaseResponse | None:
         KeyMissing, KeyInsufficient: the route is not public, and the caller's token may not.
     """
     g.token = g.visitor = None
-    tokens = control().tokens
+    tokens = control_state().tokens
     if sent := bearer_token(request.headers.get("Authorization", "")):
         g.token = tokens.find(sent)
-    elif session := control().sessions.find(request.cookies.get(COOKIE, "")):
+    elif session := control_state().sessions.find(request.cookies.get(COOKIE, "")):
         g.visitor = tokens.find_digest(session.token_sha256)
     if request.endpoint is None or request.endpoint in PUBLIC:
         return None
     if request.blueprint == pages.blueprint.name:
-        may_look = g.visitor is not None and g.visitor.may("look")
-        return None if may_look else pages.ask_to_sign_in()
+        may_view = g.visitor is not None and g.visitor.may("view")
+        return None if may_view else pages.ask_to_sign_in()
     if request.method in ("GET", "HEAD", "OPTIONS"):
-        require(g.token or g.visitor, "look")
+        require(g.token or g.visitor, "view")
     else:
         require(g.token, "decide")
     return None

@@ -8,7 +8,7 @@ from threading import Lock
 
 from msgspec import Struct
 
-from registry.canary.traffic_stats import Live
+from registry.canary.traffic_stats import ServingStatus
 
 SAMPLE_S = 1.5
 SAMPLES = 150
@@ -26,15 +26,15 @@ class Curve(Struct, frozen=True, kw_only=True):
     """Role, points, last value."""
 
 
-class LiveHistory:
+class TrafficHistory:
     """Samples of each model that somebody looks at: taken when it is asked for, so by the pages."""
 
-    def __init__(self, read: Callable[[str], Live]) -> None:
+    def __init__(self, read: Callable[[str], ServingStatus]) -> None:
         self._read = read
-        self._samples: dict[str, deque[tuple[float, Live]]] = {}
+        self._samples: dict[str, deque[tuple[float, ServingStatus]]] = {}
         self._locks: dict[str, Lock] = {}
 
-    def samples(self, name: str) -> list[tuple[float, Live]]:
+    def samples(self, name: str) -> list[tuple[float, ServingStatus]]:
         """What was sampled of ``name``, oldest first, the last within two seconds.
 
         Raises:
@@ -51,7 +51,7 @@ class LiveHistory:
             return list(rows)
 
 
-def curves(samples: Sequence[tuple[float, Live]]) -> list[Curve]:
+def curves(samples: Sequence[tuple[float, ServingStatus]]) -> list[Curve]:
     """Requests a second, median time, and errors between two samples each, of both versions."""
     latest = samples[-1][1]
     roles = {"champion": latest.champion, "challenger": latest.challenger}

@@ -8,17 +8,25 @@ from typing import Any
 
 import msgspec
 
-from registry.canary.traffic_stats import Live
-from registry.control.answers import Audit, History, Judging, Standing, Standings, Version, Versions
+from registry.canary.traffic_stats import ServingStatus
+from registry.control.answers import (
+    Audit,
+    GatePending,
+    History,
+    ModelStatus,
+    ModelStatuses,
+    Version,
+    Versions,
+)
 from registry.core.problem_details import Problem, responses
 from registry.promotion.commands import BODIES
-from registry.promotion.gate_runner import Judgement
+from registry.promotion.gate_runner import GateResult
 from registry.store.audit_log import Line
 
 _FAILURES = {
     "400": "The body or a parameter cannot be used.",
     "401": "There is no token, or nobody's.",
-    "403": "The token may look, not decide.",
+    "403": "The token may view, not decide.",
     "404": "No such model or version, or nothing to take back.",
     "409": "The champion, or what is on trial, is not what was expected: look again.",
     "413": "The body is too large.",
@@ -33,24 +41,24 @@ _NUMBER = {"type": "integer", "minimum": 1}
 _DECISIONS = {
     "promote": "Make a version the champion, if the gate lets it.",
     "roll-back": "Make the previous champion champion again.",
-    "release": "Try a challenger on a share of the requests, in the shadow, or both.",
-    "withdraw": "End the trial.",
+    "canary/start": "Have a challenger answer a share of the requests, or score in the shadow.",
+    "canary/stop": "Have the champion answer everything again.",
 }
 # The path, what it says, and the record that it answers with.
 _READS: tuple[tuple[str, str, type], ...] = (
-    ("/v1/models", "All models: aliases, and what is on trial.", Standings),
-    ("/v1/models/{name}", "One model: aliases, and what is on trial.", Standing),
+    ("/v1/models", "All models: aliases, and what is on trial.", ModelStatuses),
+    ("/v1/models/{name}", "One model: aliases, and what is on trial.", ModelStatus),
     ("/v1/models/{name}/versions", "Its versions with their metrics, newest first.", Versions),
     ("/v1/models/{name}/versions/{version}", "One version: its manifest.", Version),
     (
-        "/v1/models/{name}/versions/{version}/verdict",
+        "/v1/models/{name}/versions/{version}/gate-result",
         "What the gate says of it beside the champion; 202 while that is being found.",
-        Judgement,
+        GateResult,
     ),
     (
         "/v1/models/{name}/traffic",
         "How the services serve it: workers, and each version's figures.",
-        Live,
+        ServingStatus,
     ),
     (
         "/v1/models/{name}/history",
@@ -70,7 +78,7 @@ _READS: tuple[tuple[str, str, type], ...] = (
 def document() -> dict[str, Any]:
     """The description as plain data."""
     _, components = msgspec.json.schema_components(
-        [*BODIES.values(), *(record for _, _, record in _READS), Line, Judging, Problem],
+        [*BODIES.values(), *(record for _, _, record in _READS), Line, GatePending, Problem],
         ref_template=_SCHEMAS + "{name}",
     )
     return {
@@ -110,8 +118,8 @@ def _read(path: str, summary: str, record: type) -> dict[str, Any]:
     if path.endswith("/history"):
         parameters.append({"name": "at", "in": "query", "schema": {"type": "string"}})
     answers = {"200": _answer(summary, record)}
-    if path.endswith("/verdict"):
-        answers["202"] = _answer("It is being found; see Retry-After.", Judging)
+    if path.endswith("/gate-result"):
+        answers["202"] = _answer("It is being found; see Retry-After.", GatePending)
     codes = ("400", "401", "404", "422", "503")
     return {"summary": summary, "parameters": parameters, "responses": answers | _problems(codes)}
 

@@ -31,12 +31,12 @@ from registry.auth.bearer import require
 from registry.auth.sessions import SESSION_TTL_S, form_secret
 from registry.control.addresses import relative, url_for
 from registry.control.charts import HEIGHT, WIDTH, curves
-from registry.control.state import COOKIE, control, describe_error, report_files
+from registry.control.state import COOKIE, control_state, describe_error, report_files
 from registry.core.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
 from registry.core.names import check_model_name
 from registry.model.refs import ModelRef
-from registry.promotion.commands import Decision, Promotion, RollBack, TrialRequest, Withdrawal
-from registry.promotion.gate_runner import Judgement
+from registry.promotion.commands import CanaryStart, CanaryStop, Decision, Promotion, RollBack
+from registry.promotion.gate_runner import GateResult
 from registry.promotion.policy import read_policy
 
 blueprint = Blueprint("pages", __name__)
@@ -48,7 +48,7 @@ def init_app(app: Flask) -> None:
     app.jinja_env.globals.update(width=WIDTH, height=HEIGHT, url_for=url_for)
 
 
-def verdict_page(judged: Judgement) -> str:
+def gate_result_page(result: GateResult) -> str:
     """A judgement as one file that needs nothing else, with its pictures in it."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
@@ -56,7 +56,7 @@ def verdict_page(judged: Judgement) -> str:
     )
     environment.filters.update(FILTERS)
     style = (folder / "static" / "style.css").read_text()
-    return environment.get_template("verdict_alone.html").render(judged=judged, style=style)
+    return environment.get_template("gate_result_alone.html").render(result=result, style=style)
 
 
 def ask_to_sign_in() -> BaseResponse:
@@ -83,16 +83,16 @@ def sign_in() -> str:
 @blueprint.post("/login")
 def signed_in() -> Any:
     _check_origin()
-    token = control().tokens.find(request.form.get("token", "").strip())
+    token = control_state().tokens.find(request.form.get("token", "").strip())
     target = request.form.get("next", "")
-    if token is None or not token.may("look"):
+    if token is None or not token.may("view"):
         return render_template("login.html", next=target, failed=True), 401
     # Only to a page of ours: "//host" and "/\\host" are another's.
     ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
     response = redirect(relative(target) if ours else url_for("pages.show_models"), 303)
     response.set_cookie(
         COOKIE,
-        control().sessions.begin(token.sha256),
+        control_state().sessions.begin(token.sha256),
         max_age=SESSION_TTL_S,
         secure=os.environ.get("CONVOY_CONTROL_HTTPS") == "1",
         httponly=True,
@@ -104,7 +104,7 @@ def signed_in() -> Any:
 @blueprint.post("/logout")
 def sign_out() -> Any:
     _check_form()
-    control().sessions.end(_cookie())
+    control_state().sessions.end(_cookie())
     response = redirect(url_for("pages.sign_in"), 303)
     response.delete_cookie(COOKIE, httponly=True, samesite="Strict")
     return response
@@ -112,8 +112,8 @@ def sign_out() -> Any:
 
 @blueprint.get("/")
 def show_models() -> str:
-    store = control().store
-    rows = [(name, *store.standing(name)) for name in store.models()]
+    store = control_state().store
+    rows = [(name, *store.aliases_and_canary(name)) for name in store.models()]
     return render_template("models.html", rows=rows)
 
 
@@ -122,9 +122,9 @@ def show_model(name: str) -> str:
     return _model_page(name)
 
 
-@blueprint.get("/models/<name>/live")
-def show_live(name: str) -> str:
-    return render_template("live.html", **_live(check_model_name(name)))
+@blueprint.get("/models/<name>/traffic")
+def show_traffic(name: str) -> str:
+    return render_template("traffic.html", **_traffic(check_model_name(name)))
 
 
 @blueprint.get("/models/<name>/versions/<int:version>")
@@ -135,8 +135,8 @@ def show_version(name: str, version: int) -> str:
 @blueprint.get("/models/<name>/versions/<int:version>/report/<file>")
 def show_report(name: str, version: int, file: str) -> Response:
     """A picture of the version's training report, fetched once and kept."""
-    found = control().store.resolve(ModelRef(check_model_name(name), version))
-    picture = control().picture(found, f"report/{file}")
+    found = control_state().store.resolve(ModelRef(check_model_name(name), version))
+    picture = control_state().picture(found, f"report/{file}")
     if picture is None:
         raise NotFound
     response = Response(picture, mimetype="image/png")
@@ -152,7 +152,7 @@ def decide(name: str) -> Any:
     require(g.visitor, "decide")
     try:
         decision = _read_form(request.form.get("action", ""), version)
-        control().carry_out(decision, name, g.visitor.name)
+        control_state().carry_out(decision, name, g.visitor.name)
     except ConvoyError as error:
         status, _, detail = describe_error(error)
         if version is not None and isinstance(error, PromotionRefused):
@@ -173,45 +173,45 @@ def _read_form(action: str, version: int | None) -> Decision:
             expect_champion=expected,
             reason=reason,
         )
-    if action == "release" and version is not None:
-        return TrialRequest(
+    if action == "start-canary" and version is not None:
+        return CanaryStart(
             challenger=version,
             share=_percent("share"),
             shadow=_percent("shadow"),
             expect_champion=expected,
             reason=reason,
         )
-    if action == "withdraw":
-        return Withdrawal(expect_challenger=version, reason=reason)
+    if action == "stop-canary":
+        return CanaryStop(expect_challenger=version, reason=reason)
     if action == "roll-back":
         return RollBack(expect_champion=expected, reason=reason)
     raise UsageError(f"the form asks for {action!r}, which is nothing that can be decided")
 
 
 def _model_page(name: str, error: str | None = None) -> str:
-    store = control().store
+    store = control_state().store
     versions = store.versions(check_model_name(name))
-    aliases, trial = store.standing(name)
-    lines = list(reversed(store.ledger(name).lines))
+    aliases, canary = store.aliases_and_canary(name)
+    lines = list(reversed(store.audit_log(name).lines))
     return render_template(
         "model.html",
         name=name,
         versions=versions,
         aliases=aliases,
-        trial=trial,
+        canary=canary,
         lines=lines,
         error=error,
-        **_live(name),
+        **_traffic(name),
     )
 
 
 def _version_page(name: str, version: int, error: str | None = None) -> str:
-    store = control().store
+    store = control_state().store
     found = store.resolve(ModelRef(check_model_name(name), version))
     manifest = store.manifest(found)
-    aliases, trial = store.standing(name)
+    aliases, canary = store.aliases_and_canary(name)
     champion = aliases.get("champion")
-    judged = control().judgement(name, version) if champion not in (None, version) else None
+    result = control_state().gate_result(name, version) if champion not in (None, version) else None
     return render_template(
         "version.html",
         name=name,
@@ -219,19 +219,19 @@ def _version_page(name: str, version: int, error: str | None = None) -> str:
         manifest=manifest,
         pictures=[file.removeprefix("report/") for file in report_files(manifest)],
         champion=champion,
-        trial=trial,
-        judged=judged,
-        policy=read_policy(control().home.policy(name)),
+        canary=canary,
+        result=result,
+        policy=read_policy(control_state().paths.policy(name)),
         error=error,
     )
 
 
-def _live(name: str) -> dict[str, Any]:
+def _traffic(name: str) -> dict[str, Any]:
     try:
-        samples = control().history.samples(name)
+        samples = control_state().history.samples(name)
     except ModelNotReady as error:
-        return {"live": None, "live_error": str(error), "curves": []}
-    return {"live": samples[-1][1], "live_error": None, "curves": curves(samples)}
+        return {"status": None, "status_error": str(error), "curves": []}
+    return {"status": samples[-1][1], "status_error": None, "curves": curves(samples)}
 
 
 def _check_form() -> None:

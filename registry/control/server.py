@@ -13,9 +13,9 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.workers.gthread import ThreadWorker
 
 from registry.auth.tokens import Tokens
-from registry.canary.monitor import Lookout
+from registry.canary.monitor import CanaryMonitor
 from registry.canary.serving_client import service_addresses
-from registry.core.paths import convoy_home
+from registry.core.paths import convoy_paths
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ TIMEOUT_S = 900
 
 def serve(host: str, port: int, guard: bool = False) -> int:
     """Serve until SIGTERM or Ctrl-C; ``guard`` trials, too."""
-    if not Tokens(convoy_home().tokens).all():
+    if not Tokens(convoy_paths().tokens).all():
         log.warning("nobody has a token yet; run: python -m registry token add NAME --role admin")
     ControlPlane(host, port, guard).run()
     return 0
@@ -69,9 +69,9 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
         from registry.control.app import create_app
         from registry.store.mlflow_store import ModelStore
 
-        home, services = convoy_home(), service_addresses()
+        paths, services = convoy_paths(), service_addresses()
         if self._guard:
-            watch = Lookout(home, services, "control plane").watch
-            arguments = (lambda: ModelStore(home), Event())
+            watch = CanaryMonitor(paths, services, "control plane").watch
+            arguments = (lambda: ModelStore(paths), Event())
             Thread(target=watch, args=arguments, name="guard", daemon=True).start()
-        return create_app(ModelStore(home), home, services)
+        return create_app(ModelStore(paths), paths, services)

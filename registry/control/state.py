@@ -12,90 +12,90 @@ from werkzeug.exceptions import HTTPException
 
 from registry.auth.sessions import Sessions
 from registry.auth.tokens import Tokens
-from registry.canary.serving_client import read_live
-from registry.canary.traffic_stats import Live
-from registry.control.charts import LiveHistory
+from registry.canary.serving_client import read_serving_status
+from registry.canary.traffic_stats import ServingStatus
+from registry.control.charts import TrafficHistory
 from registry.core import errors as domain
 from registry.core.names import check_model_name
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.bundle import open_bundle
 from registry.model.manifest import Manifest
 from registry.model.refs import ModelVersion
 from registry.promotion.commands import Decision
-from registry.promotion.gate_runner import Judge, Judgement
+from registry.promotion.gate_runner import GateResult, GateRunner
 from registry.store.audit_log import Line
 from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 COOKIE = "convoy"
-SAID_S = 60.0  # a judgement without figures is not kept on disk: what is wrong may be mended
+RESULT_TTL_S = 60.0  # a judgement without figures is not kept on disk: what is wrong may be mended
 STATUS: dict[type[domain.ConvoyError], int] = {
     domain.UsageError: 400,
-    domain.KeyMissing: 401,
-    domain.KeyInsufficient: 403,
+    domain.TokenMissing: 401,
+    domain.TokenInsufficient: 403,
     domain.VersionNotFound: 404,
     domain.PromotionConflict: 409,
     domain.PromotionRefused: 422,
     domain.BundleInvalid: 422,
     domain.RegistryUnavailable: 503,
     domain.ModelNotReady: 503,
-    domain.KeysUnavailable: 503,
+    domain.TokensUnavailable: 503,
 }
 REPORT = re.compile(r"report/[A-Za-z0-9_.-]{1,80}\.png")
 REPORTS_KEPT = 20
 
 
-class Control:
+class ControlState:
     """What the control plane's requests work on."""
 
-    def __init__(self, store: ModelStore, home: Home, services: tuple[str, ...]) -> None:
+    def __init__(self, store: ModelStore, paths: Paths, services: tuple[str, ...]) -> None:
         self.store = store
-        self.home = home
+        self.paths = paths
         self.services = services
-        self.tokens = Tokens(home.tokens)
-        self.sessions = Sessions(home.sessions)
-        self.judge = Judge(store, home)
-        self.history = LiveHistory(self.live)
-        self._judging: dict[tuple[str, int], Thread] = {}
-        self._said: dict[tuple[str, int], tuple[float, Judgement | Exception]] = {}
+        self.tokens = Tokens(paths.tokens)
+        self.sessions = Sessions(paths.sessions)
+        self.gate_runner = GateRunner(store, paths)
+        self.history = TrafficHistory(self.serving_status)
+        self._running_gates: dict[tuple[str, int], Thread] = {}
+        self._said: dict[tuple[str, int], tuple[float, GateResult | Exception]] = {}
         self._lock = Lock()
         self._fetching = Lock()
 
-    def judgement(self, name: str, version: int) -> Judgement | None:
+    def gate_result(self, name: str, version: int) -> GateResult | None:
         """The gate's word on a version; None while it is being found, which this begins.
 
         Raises:
             ConvoyError: why it was not found, of the last minute.
         """
-        champion, challenger = self.store.sides(name, version)
-        if known := self.judge.known(champion, challenger):
+        champion, challenger = self.store.champion_and_candidate(name, version)
+        if known := self.gate_runner.known(champion, challenger):
             return known
         with self._lock:
-            at, said = self._said.get((name, version), (-SAID_S, None))
-            if time.monotonic() - at < SAID_S:
+            at, said = self._said.get((name, version), (-RESULT_TTL_S, None))
+            if time.monotonic() - at < RESULT_TTL_S:
                 if isinstance(said, Exception):
                     raise said
                 if said and said.champion == (champion.version if champion else None):
                     return said
-            running = self._judging.get((name, version))
+            running = self._running_gates.get((name, version))
             if running is None or not running.is_alive():
                 sides = (champion, challenger)
-                thread = Thread(target=self._judge, args=sides, name="judge", daemon=True)
-                self._judging[name, version] = thread
+                thread = Thread(target=self._run_gate, args=sides, name="gate", daemon=True)
+                self._running_gates[name, version] = thread
                 thread.start()
         return None
 
     def carry_out(self, decision: Decision, name: str, by: str) -> Line:
         """The ledger's line of ``decision`` about the model ``name``; raises as promotions do."""
-        return decision.carry_out(self.store, self.judge, check_model_name(name), by)
+        return decision.carry_out(self.store, self.gate_runner, check_model_name(name), by)
 
-    def live(self, name: str) -> Live:
+    def serving_status(self, name: str) -> ServingStatus:
         """How the services serve ``name``; raises ``ModelNotReady`` when they do not say."""
-        return read_live(self.services, name)
+        return read_serving_status(self.services, name)
 
     def picture(self, version: ModelVersion, path: str) -> bytes | None:
         """A picture of the version's report, all of which are fetched once and kept."""
-        folder = self.home.reports / version.manifest_sha256
+        folder = self.paths.reports / version.manifest_sha256
         with self._fetching:  # a page asks for all its pictures at once
             with suppress(domain.BundleInvalid):
                 bundle = open_bundle(folder, version.manifest_sha256)
@@ -106,18 +106,20 @@ class Control:
                 shutil.rmtree(old, ignore_errors=True)
             return bundle.read(path) if path in report_files(bundle.manifest) else None
 
-    def _judge(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
-        said: Judgement | Exception
+    def _run_gate(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
+        said: GateResult | Exception
         try:
-            said = self.judge.judge(champion, challenger)
+            said = self.gate_runner.run(champion, challenger)
         except Exception as error:  # the edge of a thread; who asks again is told
             log.exception("%s version %d was not judged", challenger.name, challenger.version)
             said = error
-        if isinstance(said, Judgement) and said.verdict is not None:
+        if isinstance(said, GateResult) and said.comparison is not None:
             return  # it lies on disk
         now = time.monotonic()
         with self._lock:
-            self._said = {key: row for key, row in self._said.items() if now - row[0] < SAID_S}
+            self._said = {
+                key: row for key, row in self._said.items() if now - row[0] < RESULT_TTL_S
+            }
             self._said[challenger.name, challenger.version] = now, said
 
 
@@ -126,8 +128,8 @@ def report_files(manifest: Manifest) -> list[str]:
     return sorted(file for file in manifest.files if REPORT.fullmatch(file))
 
 
-def control() -> Control:
-    found: Control = current_app.extensions["convoy"]
+def control_state() -> ControlState:
+    found: ControlState = current_app.extensions["convoy"]
     return found
 
 

@@ -44,15 +44,15 @@ class RateExceeded(Overloaded):
     """This caller asks more often than it may; ``retry_after_s`` as in ``Overloaded``."""
 
 
-class KeyMissing(ConvoyError):
+class TokenMissing(ConvoyError):
     """The caller has not said who it is, or is not known."""
 
 
-class KeyInsufficient(ConvoyError):
+class TokenInsufficient(ConvoyError):
     """The caller is known, and may not do this."""
 
 
-class KeysUnavailable(ConvoyError):
+class TokensUnavailable(ConvoyError):
     """Nobody's key can be checked now, which is not the caller's fault."""
 
 

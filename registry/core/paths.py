@@ -9,14 +9,14 @@ from msgspec import Struct
 from registry.core.errors import UsageError
 
 
-class Home(Struct, frozen=True):
+class Paths(Struct, frozen=True):
     """The folder tree under ``CONVOY_HOME``. Nothing is created until it is written to."""
 
     root: Path
 
     @property
     def models(self) -> Path:
-        """What the puller laid out: ``<name>/versions/<n>`` and ``<name>/release@<alias>.json``."""
+        """The puller's files: ``<name>/versions/<n>`` and ``<name>/deployment@<alias>.json``."""
         return self.root / "models"
 
     @property
@@ -29,9 +29,9 @@ class Home(Struct, frozen=True):
         return self.root / "policies" / f"{name}.toml"
 
     @property
-    def verdicts(self) -> Path:
+    def gate_results(self) -> Path:
         """What the gate said lately: a cache."""
-        return self.root / "verdicts"
+        return self.root / "gate-results"
 
     @property
     def tokens(self) -> Path:
@@ -71,13 +71,13 @@ class Home(Struct, frozen=True):
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
 
 
-def convoy_home(environment: Mapping[str, str] = os.environ) -> Home:
+def convoy_paths(environment: Mapping[str, str] = os.environ) -> Paths:
     """The home folder: ``CONVOY_HOME``, by default ``var/`` in the working directory.
 
     Raises:
         UsageError: its path has a character that means something else in a database's address.
     """
-    home = Home(Path(environment.get("CONVOY_HOME") or "var").resolve())
-    if bad := set("?#%") & set(str(home.root)):
-        raise UsageError(f"CONVOY_HOME is {home.root}; its path must be without {' '.join(bad)}")
-    return home
+    paths = Paths(Path(environment.get("CONVOY_HOME") or "var").resolve())
+    if bad := set("?#%") & set(str(paths.root)):
+        raise UsageError(f"CONVOY_HOME is {paths.root}; its path must be without {' '.join(bad)}")
+    return paths

@@ -1,4 +1,4 @@
-"""``release@ALIAS.json``, ``release-NUMBER.json``: which versions of a model serve here.
+"""``deployment@ALIAS.json``, ``deployment-NUMBER.json``: which versions of a model serve here.
 
 The puller writes them, the workers read them; they are the only channel between them. Each
 reference that is followed has a file of its own, so that a service of the champion and one of a
@@ -21,14 +21,14 @@ from msgspec.structs import replace
 from registry.core.errors import BundleInvalid
 from registry.core.files import locked
 from registry.core.names import Sha256, shortened
-from registry.model.refs import ModelRef, Trial
+from registry.model.refs import Canary, ModelRef
 
-RELEASE_SCHEMA_VERSION = 2
+DEPLOYMENT_SCHEMA_VERSION = 2
 # What a puller or a worker says went wrong: it goes to probes, to pages and to the registry.
 MAX_ERROR_CHARS = 2_000
 
 
-class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DeployedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One version that serves, and the alias that chose it."""
 
     version: Annotated[int, Meta(ge=1)]
@@ -36,8 +36,8 @@ class ReleasedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     alias: str | None = None
 
 
-class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What serves: one version, or with a ``trial`` two, the challenger being the second.
+class Deployment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What serves: one version, or with a ``canary`` two, the challenger being the second.
 
     ``generation`` grows by one with every change; clocks decide nothing.
     """
@@ -45,11 +45,11 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     schema_version: int
     model: str
     generation: int
-    versions: Annotated[tuple[ReleasedVersion, ...], Meta(min_length=1, max_length=2)]
-    trial: Trial | None = None
+    versions: Annotated[tuple[DeployedVersion, ...], Meta(min_length=1, max_length=2)]
+    canary: Canary | None = None
 
     def __post_init__(self) -> None:
-        tried = [self.trial.version] if self.trial else []
+        tried = [self.canary.version] if self.canary else []
         if [each.version for each in self.versions[1:]] != tried:
             raise ValueError("a second version is there if, and only if, it is on trial")
 
@@ -59,17 +59,17 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return int.from_bytes(hashlib.sha256(msgspec.json.encode(self)).digest()[:7]) + 1
 
     @property
-    def challenger(self) -> ReleasedVersion | None:
+    def challenger(self) -> DeployedVersion | None:
         """The version that is on trial."""
-        return self.versions[1] if self.trial else None
+        return self.versions[1] if self.canary else None
 
-    def find(self, ref: ModelRef) -> ReleasedVersion | None:
+    def find(self, ref: ModelRef) -> DeployedVersion | None:
         """The version that ``ref`` means, by its alias or its number; None when it is not here."""
-        for released in self.versions:
-            if ref.alias is not None and released.alias == ref.alias:
-                return released
-            if ref.version is not None and released.version == ref.version:
-                return released
+        for deployed in self.versions:
+            if ref.alias is not None and deployed.alias == ref.alias:
+                return deployed
+            if ref.version is not None and deployed.version == ref.version:
+                return deployed
         return None
 
 
@@ -100,27 +100,27 @@ def version_folder(models: Path, name: str, version: int) -> Path:
     return models / name / "versions" / str(version)
 
 
-def release_file(models: Path, ref: ModelRef) -> Path:
-    return _file(models, ref, "release")
+def deployment_file(models: Path, ref: ModelRef) -> Path:
+    return _file(models, ref, "deployment")
 
 
-def all_releases(models: Path, name: str) -> list[Release]:
+def all_deployments(models: Path, name: str) -> list[Deployment]:
     """What serves of the model ``name``, by whichever reference; unreadable files are left out."""
     found = []
-    for file in sorted((models / name).glob("release[@-]*.json")):
+    for file in sorted((models / name).glob("deployment[@-]*.json")):
         with suppress(BundleInvalid, FileNotFoundError):
             found.append(_decode(file, name))
     return found
 
 
-def read_release(models: Path, ref: ModelRef) -> Release | None:
+def read_deployment(models: Path, ref: ModelRef) -> Deployment | None:
     """What serves for ``ref``; None when nothing was released yet.
 
     Raises:
         BundleInvalid: the file is there but cannot be understood.
     """
     try:
-        return _decode(release_file(models, ref), ref.name)
+        return _decode(deployment_file(models, ref), ref.name)
     except FileNotFoundError:
         return None
 
@@ -130,48 +130,48 @@ def _file(models: Path, ref: ModelRef, kind: str) -> Path:
     return models / ref.name / f"{kind}{selector}.json"
 
 
-def _decode(path: Path, name: str) -> Release:
+def _decode(path: Path, name: str) -> Deployment:
     data = path.read_bytes()
     try:
-        release = msgspec.json.decode(data, type=Release)
+        deployment = msgspec.json.decode(data, type=Deployment)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BundleInvalid(f"{path} cannot be read: {error}") from error
-    if release.schema_version != RELEASE_SCHEMA_VERSION or release.model != name:
+    if deployment.schema_version != DEPLOYMENT_SCHEMA_VERSION or deployment.model != name:
         raise BundleInvalid(
-            f"{path} is of model {release.model}, schema {release.schema_version}; "
-            f"expected {name}, schema {RELEASE_SCHEMA_VERSION}"
+            f"{path} is of model {deployment.model}, schema {deployment.schema_version}; "
+            f"expected {name}, schema {DEPLOYMENT_SCHEMA_VERSION}"
         )
-    return release
+    return deployment
 
 
-def read_release_or_none(models: Path, ref: ModelRef) -> Release | None:
+def read_deployment_or_none(models: Path, ref: ModelRef) -> Deployment | None:
     """What serves for ``ref``; None where there is no release that can be understood."""
     try:
-        return read_release(models, ref)
+        return read_deployment(models, ref)
     except BundleInvalid:
         return None
 
 
-def write_release(
+def write_deployment(
     models: Path,
     ref: ModelRef,
-    versions: tuple[ReleasedVersion, ...],
-    trial: Trial | None = None,
-) -> Release:
+    versions: tuple[DeployedVersion, ...],
+    canary: Canary | None = None,
+) -> Deployment:
     """Make ``versions`` the release of ``ref``; one that changes nothing keeps its generation."""
-    with locked(release_file(models, ref)) as file:
-        current = read_release_or_none(models, ref)
-        if current is not None and (current.versions, current.trial) == (versions, trial):
+    with locked(deployment_file(models, ref)) as file:
+        current = read_deployment_or_none(models, ref)
+        if current is not None and (current.versions, current.canary) == (versions, canary):
             return current
-        release = Release(
-            schema_version=RELEASE_SCHEMA_VERSION,
+        deployment = Deployment(
+            schema_version=DEPLOYMENT_SCHEMA_VERSION,
             model=ref.name,
             generation=current.generation + 1 if current else 1,
             versions=versions,
-            trial=trial,
+            canary=canary,
         )
-        file.replace(msgspec.json.encode(release) + b"\n")
-    return release
+        file.replace(msgspec.json.encode(deployment) + b"\n")
+    return deployment
 
 
 def read_status(models: Path, ref: ModelRef) -> PullStatus:

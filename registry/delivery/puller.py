@@ -20,19 +20,19 @@ from typing import Protocol
 
 from registry.core.errors import BundleInvalid, ConvoyError, RegistryUnavailable
 from registry.core.files import write_atomically
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.delivery.deployment import (
-    Release,
-    ReleasedVersion,
-    all_releases,
-    read_release_or_none,
+    DeployedVersion,
+    Deployment,
+    all_deployments,
+    read_deployment_or_none,
     version_folder,
-    write_release,
+    write_deployment,
     write_status,
 )
 from registry.delivery.signing import SIGNATURE, Signed, TrustedKeys, check_expiry
 from registry.model.bundle import Bundle, fsync_tree, open_bundle
-from registry.model.refs import CHALLENGER, CHAMPION, ModelRef, ModelVersion, Trial
+from registry.model.refs import CHALLENGER, CHAMPION, Canary, ModelRef, ModelVersion
 from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,9 @@ Traces = tuple[str, tuple[tuple[str, int, int], ...]]
 class Monitor(Protocol):
     """What tells the registry how versions do on this machine."""
 
-    def look(self, store: ModelStore, name: str, trial: Trial | None) -> bool: ...
+    def poll_once(self, store: ModelStore, name: str, canary: Canary | None) -> bool: ...
 
-    def tell(self, store: ModelStore, name: str, number: int, why: str) -> None: ...
+    def record_refusal(self, store: ModelStore, name: str, number: int, why: str) -> None: ...
 
 
 class Puller:
@@ -66,17 +66,17 @@ class Puller:
     def __init__(
         self,
         open_store: Callable[[], ModelStore],
-        home: Home,
+        paths: Paths,
         refs: tuple[ModelRef, ...],
-        lookout: Monitor | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
-        """Without a ``lookout`` nothing is written to the registry: reading it is enough."""
+        """Without a ``monitor`` nothing is written to the registry: reading it is enough."""
         self._open_store = open_store
         self._store: ModelStore | None = None
-        self._home = home
-        self._models = home.models
+        self._paths = paths
+        self._models = paths.models
         self._refs = refs
-        self._lookout = lookout
+        self._monitor = monitor
         self._trust = TrustedKeys.from_environment()
         self._verified: dict[Path, Traces] = {}
         self._pulling_since: float | None = None
@@ -84,53 +84,53 @@ class Puller:
         self._incoming: Path | None = None
         self._expected_bytes = 0
 
-    def pull(self, ref: ModelRef) -> Release:
+    def pull(self, ref: ModelRef) -> Deployment:
         """Resolve ``ref``, fetch its version if it is not here yet, and release it.
 
         Raises:
             VersionNotFound, RegistryUnavailable, BundleInvalid: as the store; nothing changed.
         """
         store = self._at_registry()
-        aliases, trial = store.standing(ref.name)
-        before = read_release_or_none(self._models, ref)
-        versions: tuple[ReleasedVersion, ...]
+        aliases, canary = store.aliases_and_canary(ref.name)
+        before = read_deployment_or_none(self._models, ref)
+        versions: tuple[DeployedVersion, ...]
         wanted = store.resolve_in(aliases, ref)
         versions = (self._lay_out(store, wanted, ref.alias, before),)
-        if ref.alias != CHAMPION or (trial and trial.version == versions[0].version):
-            trial = None  # tried beside the champion, beside nothing else, and not beside itself
-        if trial is not None:
+        if ref.alias != CHAMPION or (canary and canary.version == versions[0].version):
+            canary = None  # tried beside the champion, beside nothing else, and not beside itself
+        if canary is not None:
             try:
-                tried = store.resolve_in(aliases, ModelRef(ref.name, trial.version))
+                tried = store.resolve_in(aliases, ModelRef(ref.name, canary.version))
                 versions = (*versions, self._lay_out(store, tried, CHALLENGER, before))
             except (ConvoyError, OSError) as error:  # the champion's matter it is not
-                log.warning("%s is not tried: %s", trial, error)
+                log.warning("%s is not tried: %s", canary, error)
                 is_down = isinstance(error, RegistryUnavailable)
-                if is_down and before is not None and before.trial == trial:
+                if is_down and before is not None and before.canary == canary:
                     versions = (*versions, before.versions[1])
                 else:
-                    trial = None
-        release = write_release(self._models, ref, versions, trial)
-        if before is None or before.generation != release.generation:
+                    canary = None
+        deployment = write_deployment(self._models, ref, versions, canary)
+        if before is None or before.generation != deployment.generation:
             log.info(
                 "released %s version %d%s (generation %d)",
                 ref.name,
                 versions[0].version,
-                f", on trial {trial}" if trial else "",
-                release.generation,
+                f", on trial {canary}" if canary else "",
+                deployment.generation,
             )
             self._prune(ref.name)
-        return release
+        return deployment
 
-    def look_after(self, ref: ModelRef) -> None:
+    def check_serving(self, ref: ModelRef) -> None:
         """Ask the services how ``ref`` is served, and have the registry say what went wrong.
 
         Raises:
             RegistryUnavailable: it cannot be told now; the next look tries again.
         """
-        release = read_release_or_none(self._models, ref)
-        if self._lookout is None or release is None:
+        deployment = read_deployment_or_none(self._models, ref)
+        if self._monitor is None or deployment is None:
             return
-        if self._lookout.look(self._at_registry(), ref.name, release.trial):
+        if self._monitor.poll_once(self._at_registry(), ref.name, deployment.canary):
             self.pull(ref)
 
     def _at_registry(self) -> ModelStore:
@@ -139,12 +139,12 @@ class Puller:
         return self._store
 
     def _lay_out(
-        self, store: ModelStore, version: ModelVersion, alias: str | None, before: Release | None
-    ) -> ReleasedVersion:
+        self, store: ModelStore, version: ModelVersion, alias: str | None, before: Deployment | None
+    ) -> DeployedVersion:
         """``version`` on disk, whole and verified, whatever that takes."""
         folder = version_folder(self._models, version.name, version.version)
         if self._trust:
-            signed = self._vouched(version)
+            signed = self._verify_signature(version)
             # Its end counts when a version is chosen, not while it serves.
             if not before or version.manifest_sha256 not in _digests(before):
                 check_expiry(signed, time.time())
@@ -152,16 +152,16 @@ class Puller:
             try:
                 self._fetch(store, folder, version)
             except BundleInvalid as error:
-                if self._lookout is not None:
-                    self._lookout.tell(store, version.name, version.version, str(error))
+                if self._monitor is not None:
+                    self._monitor.record_refusal(store, version.name, version.version, str(error))
                 raise
         if self._trust and _read(folder / SIGNATURE) != version.signature:
             write_atomically(folder / SIGNATURE, (version.signature or "").encode())
-        return ReleasedVersion(
+        return DeployedVersion(
             version=version.version, manifest_sha256=version.manifest_sha256, alias=alias
         )
 
-    def _vouched(self, version: ModelVersion) -> Signed:
+    def _verify_signature(self, version: ModelVersion) -> Signed:
         return self._trust.check(
             version.signature, version.name, version.version, version.manifest_sha256
         )
@@ -174,7 +174,7 @@ class Puller:
             try:
                 self._pulling_since = time.monotonic()
                 self.pull(ref)
-                self.look_after(ref)
+                self.check_serving(ref)
             except Exception as error:
                 if not isinstance(error, ConvoyError | OSError):
                     log.error("cannot follow %s", ref, exc_info=error)
@@ -241,7 +241,7 @@ class Puller:
 
     def _decided_ns(self) -> int:
         try:
-            return self._home.decided.stat().st_mtime_ns
+            return self._paths.decided.stat().st_mtime_ns
         except OSError:
             return 0
 
@@ -294,8 +294,8 @@ class Puller:
 
     def _prune(self, name: str) -> None:
         """Remove old versions, except those that serve: here or for other references."""
-        releases = all_releases(self._models, name)
-        serving = {each.version for release in releases for each in release.versions}
+        deployments = all_deployments(self._models, name)
+        serving = {each.version for deployment in deployments for each in deployment.versions}
         folders = [
             p
             for p in version_folder(self._models, name, 0).parent.iterdir()
@@ -325,8 +325,8 @@ def _remove_left(versions: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _digests(release: Release) -> set[str]:
-    return {each.manifest_sha256 for each in release.versions}
+def _digests(deployment: Deployment) -> set[str]:
+    return {each.manifest_sha256 for each in deployment.versions}
 
 
 def _read(path: Path) -> str | None:

@@ -30,7 +30,7 @@ SIGNATURE = "signature.json"
 """In a version's folder, beside its bundle: the envelope as the registry had it."""
 
 PAYLOAD_TYPE = "application/vnd.convoy.version+json"
-MOST_BYTES = 16_384
+MAX_BYTES = 16_384
 DAY_S = 86_400
 
 
@@ -108,7 +108,7 @@ class TrustedKeys:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
         try:
-            envelope = msgspec.json.decode(text[:MOST_BYTES], type=Envelope)
+            envelope = msgspec.json.decode(text[:MAX_BYTES], type=Envelope)
             payload = base64.b64decode(envelope.payload, validate=True)
             signatures = [base64.b64decode(s.sig, validate=True) for s in envelope.signatures]
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -163,7 +163,7 @@ def check_signature(bundle: Bundle, name: str, version: int, keys: TrustedKeys) 
         BundleInvalid: no trusted key says that this bundle is this version of the model ``name``.
     """
     try:
-        envelope = (bundle.folder / SIGNATURE).read_bytes()[: MOST_BYTES + 1]
+        envelope = (bundle.folder / SIGNATURE).read_bytes()[: MAX_BYTES + 1]
     except FileNotFoundError:
         envelope = b""
     except OSError as error:

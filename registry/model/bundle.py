@@ -120,7 +120,7 @@ class Bundle:
             raise BundleInvalid(f"{self.folder / GOLDEN}: {error}") from error
 
     def heldout(self) -> Heldout:
-        arrays = self._arrays(HELDOUT, "labels", "probabilities", "digests", "looks")
+        arrays = self._arrays(HELDOUT, "labels", "probabilities", "digests", "perceptual_hashes")
         labels, probabilities = arrays["labels"], arrays["probabilities"]
         classes = len(self.manifest.labels)
         fits = (
@@ -136,22 +136,22 @@ class Bundle:
                 f"{self.folder / HELDOUT}: labels {labels.dtype}{labels.shape} and probabilities "
                 f"{probabilities.dtype}{probabilities.shape} are none of {classes} classes"
             )
-        digests, looks = arrays["digests"], arrays["looks"]
+        digests, perceptual_hashes = arrays["digests"], arrays["perceptual_hashes"]
         if digests.dtype != np.uint8 or digests.shape != (labels.size, 32):
             raise BundleInvalid(
                 f"{self.folder / HELDOUT}: digests {digests.dtype}{digests.shape} are not the "
                 f"SHA-256 of {labels.size} examples"
             )
-        self._check_words(HELDOUT, looks, (labels.size,))
+        self._check_words(HELDOUT, perceptual_hashes, (labels.size,))
         self._check_range(HELDOUT, probabilities)
-        return Heldout(labels, probabilities, digests, looks)
+        return Heldout(labels, probabilities, digests, perceptual_hashes)
 
     def training(self) -> TrainingRecord:
-        arrays = self._arrays(TRAINING, "digests", "looks")
-        digests, looks = arrays["digests"], arrays["looks"]
+        arrays = self._arrays(TRAINING, "digests", "perceptual_hashes")
+        digests, perceptual_hashes = arrays["digests"], arrays["perceptual_hashes"]
         self._check_words(TRAINING, digests, (digests.size,))
-        self._check_words(TRAINING, looks, digests.shape)
-        return TrainingRecord(digests, looks)
+        self._check_words(TRAINING, perceptual_hashes, digests.shape)
+        return TrainingRecord(digests, perceptual_hashes)
 
     def champion_scores(
         self, manifest_sha256: str, shape: tuple[int, int]

@@ -60,7 +60,7 @@ class Heldout(Scores, frozen=True):
     """
 
     digests: NDArray[np.uint8]
-    looks: NDArray[np.uint64]
+    perceptual_hashes: NDArray[np.uint64]
 
     @property
     def short_digests(self) -> NDArray[np.uint64]:
@@ -79,4 +79,4 @@ class TrainingRecord(Struct, frozen=True):
     """
 
     digests: NDArray[np.uint64]
-    looks: NDArray[np.uint64]
+    perceptual_hashes: NDArray[np.uint64]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from registry.core.devices import choose_device
 from registry.core.errors import ConvoyError, InvalidImage
-from registry.core.paths import convoy_home
+from registry.core.paths import convoy_paths
 from registry.model.bundle import open_bundle
 from registry.model.classifier import Classifier
 from registry.model.image.decode import decode_image
@@ -67,7 +67,7 @@ class ImageModel:
 def _load_pyfunc(path: str) -> ImageModel:
     """MLflow's hook: ``path`` is the bundle's folder."""
     bundle = open_bundle(Path(path))
-    planner = Planner(convoy_home().plans, choose_device("auto"), threads=None, wanted=EAGER)
+    planner = Planner(convoy_paths().plans, choose_device("auto"), threads=None, wanted=EAGER)
     return ImageModel(bundle.manifest, planner.load(bundle))
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from registry.core.errors import NetworkImpossible, UsageError
 
-Choice = TypeVar("Choice")
+Option = TypeVar("Option")
 
 Shape = tuple[int, int, int]
 """(channels, height, width) of one example."""
@@ -159,10 +159,8 @@ def resnet(
     """
     widths = _sizes("widths", widths)
     depths = _per_layer("blocks", blocks, len(widths), least=1)
-    if sum(depths) > MOST_LAYERS:
-        raise NetworkImpossible(
-            f"blocks is {blocks!r}; at most {MOST_LAYERS} are built", "blocks=2"
-        )
+    if sum(depths) > MAX_LAYERS:
+        raise NetworkImpossible(f"blocks is {blocks!r}; at most {MAX_LAYERS} are built", "blocks=2")
     opening = _choose("stem", stem, STEMS)(shape[0], widths[0])
     smallest = min(shape[1:]) if stem == "small" else (min(shape[1:]) + 3) // 4
     if smallest < 2 ** (len(widths) - 1):
@@ -186,7 +184,7 @@ def resnet(
     return nn.Sequential(layers)
 
 
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"dense": dense, "cnn": cnn, "resnet": resnet}
 
 
@@ -243,8 +241,8 @@ def _check_kernel(
 
 def _sizes(name: str, values: int | Sequence[int]) -> list[int]:
     sizes: list[int] = [values] if isinstance(values, int) else list(values)
-    if len(sizes) > MOST_LAYERS:
-        raise NetworkImpossible(f"{name} has {len(sizes)} values; at most {MOST_LAYERS} are built")
+    if len(sizes) > MAX_LAYERS:
+        raise NetworkImpossible(f"{name} has {len(sizes)} values; at most {MAX_LAYERS} are built")
     if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
         raise NetworkImpossible(
             f"{name} is {values!r}; it must be whole numbers of at least 1", f"{name}=32"
@@ -267,7 +265,7 @@ def _per_layer(name: str, value: int | Sequence[int], depth: int, least: int) ->
     return values
 
 
-def _choose(name: str, value: str, choices: dict[str, Choice]) -> Choice:
+def _choose(name: str, value: str, choices: dict[str, Option]) -> Option:
     if value not in choices:
         raise NetworkImpossible(
             f"{name} is {value!r}; it must be one of: {', '.join(choices)}",

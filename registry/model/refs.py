@@ -41,7 +41,7 @@ class ForeignVersion(Struct, frozen=True, kw_only=True):
     why: str
 
 
-class Trial(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A challenger that is tried on real traffic beside the champion.
 
     ``share`` of the requests are answered by it, the same ones each time. Of the images that the

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from registry.model.refs import Share, Trial
-from registry.promotion.gate_runner import Judge
-from registry.promotion.promotion import promote, release, roll_back, withdraw
+from registry.model.refs import Canary, Share
+from registry.promotion.gate_runner import GateRunner
+from registry.promotion.promotion import promote, roll_back, start_canary, stop_canary
 from registry.store.audit_log import MAX_TEXT_CHARS, Line
 from registry.store.mlflow_store import ModelStore
 
@@ -27,7 +27,7 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
     allow_new_classes: bool = False
     reason: Reason | None = None
 
-    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
+    def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
         return promote(
             store,
             name,
@@ -36,7 +36,7 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
             force=self.force,
             allow_new_classes=self.allow_new_classes,
             reason=self.reason,
-            judge=judge,
+            gate_runner=gate_runner,
             by=by,
         )
 
@@ -45,35 +45,37 @@ class RollBack(Struct, forbid_unknown_fields=True, kw_only=True):
     expect_champion: Number | None = None
     reason: Reason | None = None
 
-    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
+    def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
         return roll_back(store, name, self.reason, expect_champion=self.expect_champion, by=by)
 
 
-class TrialRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+class CanaryStart(Struct, forbid_unknown_fields=True, kw_only=True):
     challenger: Number
     share: Share = 0.0
     shadow: Share = 0.0
     expect_champion: Number | None = None
     reason: Reason | None = None
 
-    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
-        trial = Trial(version=self.challenger, share=self.share, shadow=self.shadow)
+    def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
+        canary = Canary(version=self.challenger, share=self.share, shadow=self.shadow)
         expected = self.expect_champion
-        return release(store, name, trial, self.reason, expect_champion=expected, by=by)
+        return start_canary(store, name, canary, self.reason, expect_champion=expected, by=by)
 
 
-class Withdrawal(Struct, forbid_unknown_fields=True, kw_only=True):
+class CanaryStop(Struct, forbid_unknown_fields=True, kw_only=True):
     expect_challenger: Number | None = None
     reason: Reason | None = None
 
-    def carry_out(self, store: ModelStore, judge: Judge, name: str, by: str) -> Line:
-        return withdraw(store, name, self.reason, expect_challenger=self.expect_challenger, by=by)
+    def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
+        return stop_canary(
+            store, name, self.reason, expect_challenger=self.expect_challenger, by=by
+        )
 
 
-Decision = Promotion | RollBack | TrialRequest | Withdrawal
+Decision = Promotion | RollBack | CanaryStart | CanaryStop
 BODIES: dict[str, type[Decision]] = {
     "promote": Promotion,
     "roll-back": RollBack,
-    "release": TrialRequest,
-    "withdraw": Withdrawal,
+    "canary/start": CanaryStart,
+    "canary/stop": CanaryStop,
 }

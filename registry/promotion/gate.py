@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from registry.model.bundle import Bundle
 from registry.model.heldout import Scores
-from registry.promotion.latency_comparison import Timed
+from registry.promotion.latency_comparison import LatencyComparison
 from registry.promotion.pairing import Labels, Pairs, pair_heldout
 from registry.promotion.policy import Policy
 
@@ -28,7 +28,7 @@ class Check(Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
-class Verdict(Struct, frozen=True, kw_only=True):
+class GateComparison(Struct, frozen=True, kw_only=True):
     """The comparison of a challenger with the champion.
 
     ``gained`` and ``lost`` are the positions among the challenger's held-out pictures of those that
@@ -81,9 +81,9 @@ def compare(
     champion: Bundle,
     challenger: Bundle,
     policy: Policy | None = None,
-    timed: Timed | None = None,
+    timed: LatencyComparison | None = None,
     pairs: Pairs | None = None,
-) -> Verdict:
+) -> GateComparison:
     """The verdict on ``challenger``; of its speed only if both were ``timed``.
 
     Args:
@@ -103,16 +103,16 @@ def compare(
     gained, lost = new.right & ~old.right, old.right & ~new.right
     p_value = mcnemar(int(gained.sum()), int(lost.sum()))
     checks = [
-        _judge_accuracy(old, new, p_value, policy),
-        _judge_classes(old, new, challenger.manifest.labels, policy),
-        _judge_calibration(old, new, policy),
-        _judge_log_loss(old, new, policy),
-        *_judge_latency(timed, policy),
+        _check_accuracy(old, new, p_value, policy),
+        _check_classes(old, new, challenger.manifest.labels, policy),
+        _check_calibration(old, new, policy),
+        _check_log_loss(old, new, policy),
+        *_check_latency(timed, policy),
     ]
     notes = [*pairs.notes] if timed else [*pairs.notes, "forward passes were not timed"]
     if champion.manifest.preprocess != challenger.manifest.preprocess:
         notes.append("the two see pictures through different preprocessing")
-    return Verdict(
+    return GateComparison(
         examples=len(old.labels),
         champion_accuracy=old.accuracy,
         challenger_accuracy=new.accuracy,
@@ -130,7 +130,7 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def _judge_accuracy(old: Scores, new: Scores, p_value: float, policy: Policy) -> Check:
+def _check_accuracy(old: Scores, new: Scores, p_value: float, policy: Policy) -> Check:
     loss = (int(old.right.sum()) - int(new.right.sum())) / len(old.right)
     return Check(
         what="accuracy",
@@ -143,7 +143,7 @@ def _judge_accuracy(old: Scores, new: Scores, p_value: float, policy: Policy) ->
     )
 
 
-def _judge_classes(old: Scores, new: Scores, labels: Labels, policy: Policy) -> Check:
+def _check_classes(old: Scores, new: Scores, labels: Labels, policy: Policy) -> Check:
     """The class that is worst off: one that breaks the policy if there is one, else any."""
     rows: list[tuple[bool, float, Check]] = []
     classes = len(np.unique(new.labels))
@@ -185,7 +185,7 @@ def _interval(gained: int, lost: int, count: int) -> tuple[float, float]:
     return max(-1.0, change - spread), min(1.0, change + spread)
 
 
-def _judge_calibration(old: Scores, new: Scores, policy: Policy) -> Check:
+def _check_calibration(old: Scores, new: Scores, policy: Policy) -> Check:
     before, after, limit = (
         old.calibration_error,
         new.calibration_error,
@@ -200,7 +200,7 @@ def _judge_calibration(old: Scores, new: Scores, policy: Policy) -> Check:
     )
 
 
-def _judge_latency(timed: Timed | None, policy: Policy) -> list[Check]:
+def _check_latency(timed: LatencyComparison | None, policy: Policy) -> list[Check]:
     if timed is None:
         return []
     return [
@@ -216,7 +216,7 @@ def _judge_latency(timed: Timed | None, policy: Policy) -> list[Check]:
     ]
 
 
-def _judge_log_loss(old: Scores, new: Scores, policy: Policy) -> Check:
+def _check_log_loss(old: Scores, new: Scores, policy: Policy) -> Check:
     before, after, limit = old.log_loss, new.log_loss, policy.max_log_loss_ratio
     return Check(
         what="log loss",

@@ -19,12 +19,12 @@ from registry.core.devices import serving_threads
 from registry.core.errors import BundleInvalid, PromotionRefused
 from registry.core.files import write_atomically
 from registry.core.names import one_line, sha256_hex
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.bundle import HELDOUT, TRAINING, Bundle
 from registry.model.image.decode import encode_png
 from registry.model.refs import ForeignVersion, ModelVersion
-from registry.promotion.gate import Verdict, compare
-from registry.promotion.latency_comparison import time_both
+from registry.promotion.gate import GateComparison, compare
+from registry.promotion.latency_comparison import compare_latency
 from registry.promotion.pairing import Pairs, pair_heldout
 from registry.promotion.policy import Policy, read_policy
 from registry.store.mlflow_store import ModelStore
@@ -32,10 +32,10 @@ from registry.store.mlflow_store import ModelStore
 log = logging.getLogger(__name__)
 
 KEPT_S = 3600.0
-SHOWN_FLIPS = 60  # of those gained, and of those lost
+MAX_SHOWN_CHANGES = 60  # of those gained, and of those lost
 
 
-class Flip(Struct, frozen=True, kw_only=True):
+class PredictionChange(Struct, frozen=True, kw_only=True):
     """A held-out picture that only one of the two gets right.
 
     ``position`` is its place among the held-out pictures; each side's answer has its probability.
@@ -50,11 +50,11 @@ class Flip(Struct, frozen=True, kw_only=True):
     picture: bytes | None = None
 
 
-class Judgement(Struct, frozen=True, kw_only=True):
-    """What the gate says of a challenger, with what it says it by.
+class GateResult(Struct, frozen=True, kw_only=True):
+    """Whether the gate accepts a challenger, and why.
 
-    ``accepted`` holds for an operator who does not allow other classes. Without a ``verdict`` the
-    two could not be compared, or there was no champion; ``summary`` says which.
+    ``accepted`` holds for an operator who does not allow other classes. ``comparison`` is None
+    where the two could not be compared, or there was no champion; ``summary`` says which.
     """
 
     model: str
@@ -62,14 +62,14 @@ class Judgement(Struct, frozen=True, kw_only=True):
     challenger: int
     accepted: bool
     summary: str
-    verdict: Verdict | None = None
-    flips: tuple[Flip, ...] = ()
-    judged_unix_s: float
+    comparison: GateComparison | None = None
+    prediction_changes: tuple[PredictionChange, ...] = ()
+    evaluated_unix_s: float
 
     def accepts(self, *, allow_new_classes: bool) -> bool:
         """Whether the challenger may be promoted, if classes may differ."""
         return self.accepted or (
-            allow_new_classes and self.verdict is not None and self.verdict.passed
+            allow_new_classes and self.comparison is not None and self.comparison.passed
         )
 
     def table(self, *, allow_new_classes: bool = False) -> str:
@@ -79,50 +79,51 @@ class Judgement(Struct, frozen=True, kw_only=True):
             f"{self.model}: challenger {self.challenger}, champion {self.champion or 'none'}: "
             + ("accepted" if accepted else "REFUSED")
         ]
-        if self.verdict is None:
+        if self.comparison is None:
             return "\n".join(map(one_line, [*lines, f"  {self.summary}"]))
         lines.append(f"  {'':<22} {'champion':>10} {'challenger':>10}")
         lines += [
             f"  {check.what:<22} {check.champion:>10.4g} {check.challenger:>10.4g}  "
             f"{'ok' if check.passed else 'NO'}, allowed: {check.allowed}"
             + (f" ({check.note})" if check.note else "")
-            for check in self.verdict.checks
+            for check in self.comparison.checks
         ]
-        if self.verdict.class_changes:
+        if self.comparison.class_changes:
             allowed = "allowed" if allow_new_classes else "NO, unless --allow-new-classes"
             lines.append(f"  the classes differ: {allowed}. Clients will see:")
-            lines += [f"    {change}" for change in self.verdict.class_changes]
+            lines += [f"    {change}" for change in self.comparison.class_changes]
         lines.append(
-            f"  {self.verdict.examples:,} held-out pictures: {len(self.verdict.gained)} gained, "
-            f"{len(self.verdict.lost)} lost, McNemar p = {self.verdict.p_value:.3g}"
+            f"  {self.comparison.examples:,} held-out pictures: {len(self.comparison.gained)} "
+            f"gained, {len(self.comparison.lost)} lost, "
+            f"McNemar p = {self.comparison.p_value:.3g}"
         )
-        lines += [f"  {note}" for note in self.verdict.notes]
+        lines += [f"  {note}" for note in self.comparison.notes]
         return "\n".join(map(one_line, lines))
 
 
-class Judge:
+class GateRunner:
     """Judges versions of one registry, by the policies and on the machine of one home."""
 
     def __init__(
         self,
         store: ModelStore,
-        home: Home,
+        paths: Paths,
         environment: Mapping[str, str] = os.environ,
         *,
         timed: bool = True,
     ) -> None:
         """``timed``: whether forward passes are run, which takes seconds, or a minute at first."""
         self._store = store
-        self._home = home
+        self._paths = paths
         self._device = environment.get("CONVOY_DEVICE") or "auto"
         self._plan = environment.get("CONVOY_PLAN") or "auto"
         self._threads = serving_threads(environment)
         self._timed = timed
         self._one = Lock()  # several at a time would spoil each other's timings
 
-    def judge(
+    def run(
         self, champion: ModelVersion | ForeignVersion | None, challenger: ModelVersion
-    ) -> Judgement:
+    ) -> GateResult:
         """The judgement on ``challenger``; what cannot be read or compared does not pass.
 
         Raises:
@@ -131,36 +132,36 @@ class Judge:
         """
         if isinstance(champion, ForeignVersion):
             return _not_comparable(champion, challenger)
-        policy = read_policy(self._home.policy(challenger.name))
+        policy = read_policy(self._paths.policy(challenger.name))
         with self._one, tempfile.TemporaryDirectory(prefix="convoy-gate-") as folder:
             if known := self.known(champion, challenger, policy):
                 return known
-            judged = self._judge(champion, challenger, policy, Path(folder))
-        if judged.verdict is not None:  # what could not be fetched or read may be mended soon
+            result = self._compare_versions(champion, challenger, policy, Path(folder))
+        if result.comparison is not None:  # what could not be fetched or read may be mended soon
             file = self._file(champion, challenger, policy)
             try:
-                write_atomically(file, msgspec.json.encode(judged))
+                write_atomically(file, msgspec.json.encode(result))
                 _forget_old(file.parent)
             except OSError as error:
                 log.warning("the judgement is not kept: %s", error)
-        return judged
+        return result
 
     def known(
         self,
         champion: ModelVersion | ForeignVersion | None,
         challenger: ModelVersion,
         policy: Policy | None = None,
-    ) -> Judgement | None:
+    ) -> GateResult | None:
         """The judgement, if it was made within the last hour or takes no comparison."""
         if isinstance(champion, ForeignVersion):
             return _not_comparable(champion, challenger)
-        policy = policy or read_policy(self._home.policy(challenger.name))
+        policy = policy or read_policy(self._paths.policy(challenger.name))
         try:
             data = self._file(champion, challenger, policy).read_bytes()
-            judged = msgspec.json.decode(data, type=Judgement)
+            result = msgspec.json.decode(data, type=GateResult)
         except (OSError, msgspec.MsgspecError, ValueError):
             return None
-        return judged if 0 <= time.time() - judged.judged_unix_s < KEPT_S else None
+        return result if 0 <= time.time() - result.evaluated_unix_s < KEPT_S else None
 
     def _file(
         self, champion: ModelVersion | None, challenger: ModelVersion, policy: Policy
@@ -168,28 +169,28 @@ class Judge:
         sides = [(each.version, each.manifest_sha256) for each in (champion, challenger) if each]
         how = (self._timed, self._device, self._plan, self._threads)
         facts = (challenger.name, sides, policy, how)
-        return self._home.verdicts / f"{sha256_hex(msgspec.json.encode(facts))[:32]}.json"
+        return self._paths.gate_results / f"{sha256_hex(msgspec.json.encode(facts))[:32]}.json"
 
-    def _judge(
+    def _compare_versions(
         self,
         champion: ModelVersion | None,
         challenger: ModelVersion,
         policy: Policy,
         folder: Path,
-    ) -> Judgement:
-        judged = Judgement(
+    ) -> GateResult:
+        result = GateResult(
             model=challenger.name,
             champion=champion.version if champion else None,
             challenger=challenger.version,
             accepted=False,
             summary="",
-            judged_unix_s=time.time(),
+            evaluated_unix_s=time.time(),
         )
         try:
             ours = self._store.download(challenger, folder / "challenger")
             if champion is None:
                 return msgspec.structs.replace(
-                    judged, accepted=True, summary="there was no champion to compare with"
+                    result, accepted=True, summary="there was no champion to compare with"
                 )
             theirs = self._store.download(
                 champion,
@@ -199,37 +200,37 @@ class Judge:
             pairs = pair_heldout(theirs, ours, policy.min_examples)  # before anything slow
             timed = None
             if self._timed:
-                timed = time_both(
-                    theirs, ours, self._home.plans, self._device, self._plan, self._threads
+                timed = compare_latency(
+                    theirs, ours, self._paths.plans, self._device, self._plan, self._threads
                 )
-            verdict = compare(theirs, ours, policy, timed, pairs)
+            comparison = compare(theirs, ours, policy, timed, pairs)
         except (PromotionRefused, BundleInvalid) as error:
-            return msgspec.structs.replace(judged, summary=str(error))
+            return msgspec.structs.replace(result, summary=str(error))
         return msgspec.structs.replace(
-            judged,
-            accepted=verdict.accepted,
-            summary=str(verdict),
-            verdict=verdict,
-            flips=_flips(verdict, pairs, theirs, ours),
+            result,
+            accepted=comparison.accepted,
+            summary=str(comparison),
+            comparison=comparison,
+            prediction_changes=_prediction_changes(comparison, pairs, theirs, ours),
         )
 
 
-def _not_comparable(champion: ForeignVersion, challenger: ModelVersion) -> Judgement:
+def _not_comparable(champion: ForeignVersion, challenger: ModelVersion) -> GateResult:
     """A version that Convoy did not publish serves: nothing is compared, so nothing passes."""
-    return Judgement(
+    return GateResult(
         model=challenger.name,
         champion=champion.version,
         challenger=challenger.version,
         accepted=False,
         summary=f"the two cannot be compared: {champion.why}. Roll back to a version that Convoy "
         "published, or use --force with a reason",
-        judged_unix_s=time.time(),
+        evaluated_unix_s=time.time(),
     )
 
 
-def _flips(
-    verdict: Verdict, pairs: Pairs, champion: Bundle, challenger: Bundle
-) -> tuple[Flip, ...]:
+def _prediction_changes(
+    comparison: GateComparison, pairs: Pairs, champion: Bundle, challenger: Bundle
+) -> tuple[PredictionChange, ...]:
     """What flipped, surest mistakes first, as many as can be looked at."""
     sides = (
         (pairs.champion, champion.manifest.labels),
@@ -237,11 +238,11 @@ def _flips(
     )
     rows = {int(position): row for row, position in enumerate(pairs.positions)}
     pictures = challenger.thumbnails()
-    flips = []
-    for positions, gained in ((verdict.lost, False), (verdict.gained, True)):
+    prediction_changes = []
+    for positions, gained in ((comparison.lost, False), (comparison.gained, True)):
         wrong = (pairs.champion if gained else pairs.challenger).probabilities
         surest = sorted(positions, key=lambda each: -float(wrong[rows[each]].max()))
-        for position in surest[:SHOWN_FLIPS]:
+        for position in surest[:MAX_SHOWN_CHANGES]:
             row = rows[position]
             answers = [
                 (
@@ -250,8 +251,8 @@ def _flips(
                 )
                 for side, labels in sides
             ]
-            flips.append(
-                Flip(
+            prediction_changes.append(
+                PredictionChange(
                     position=position,
                     gained=gained,
                     truth=challenger.manifest.labels[int(pairs.challenger.labels[row])],
@@ -260,7 +261,7 @@ def _flips(
                     picture=encode_png(pictures[position]) if position < len(pictures) else None,
                 )
             )
-    return tuple(flips)
+    return tuple(prediction_changes)
 
 
 def _forget_old(folder: Path) -> None:

@@ -28,7 +28,7 @@ ROUNDS = 31
 LIMIT_S = 900.0
 
 
-class DuelJob(Struct, frozen=True, kw_only=True):
+class ComparisonJob(Struct, frozen=True, kw_only=True):
     """Which bundles, and how they would be served; ``device`` and ``plan`` as the settings."""
 
     bundles: tuple[tuple[str, str], tuple[str, str]]
@@ -38,7 +38,7 @@ class DuelJob(Struct, frozen=True, kw_only=True):
     threads: int
 
 
-class Timed(Struct, frozen=True, kw_only=True):
+class LatencyComparison(Struct, frozen=True, kw_only=True):
     """The median milliseconds of a forward pass, by batch size, of champion and challenger."""
 
     device: str
@@ -47,9 +47,9 @@ class Timed(Struct, frozen=True, kw_only=True):
     challenger_ms: dict[int, float]
 
 
-def time_both(
+def compare_latency(
     champion: Bundle, challenger: Bundle, plans_folder: Path, device: str, plan: str, threads: int
-) -> Timed | None:
+) -> LatencyComparison | None:
     """Both timed in a process of its own; None where no engine is installed to run them with.
 
     Raises:
@@ -60,7 +60,7 @@ def time_both(
     first, second = (
         (str(bundle.folder.resolve()), bundle.manifest_sha256) for bundle in (champion, challenger)
     )
-    job = DuelJob(
+    job = ComparisonJob(
         bundles=(first, second),
         plans_folder=str(plans_folder),
         device=device,
@@ -81,7 +81,7 @@ def time_both(
     except subprocess.TimeoutExpired as error:
         raise BundleInvalid(f"the two were not timed within {LIMIT_S:g} s") from error
     try:
-        return msgspec.json.decode(done.stdout, type=Timed)
+        return msgspec.json.decode(done.stdout, type=LatencyComparison)
     except msgspec.MsgspecError as error:
         said = done.stdout.decode(errors="replace").strip() or f"it ended with {done.returncode}"
         raise BundleInvalid(f"the forward passes cannot be timed: {said}") from error
@@ -91,7 +91,7 @@ def main() -> int:
     end_with_parent()
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to standard error
-    job = msgspec.json.decode(sys.argv[1], type=DuelJob)
+    job = msgspec.json.decode(sys.argv[1], type=ComparisonJob)
     try:
         answer.write(msgspec.json.encode(_run(job)))
     except ConvoyError as error:
@@ -102,7 +102,7 @@ def main() -> int:
     return 0
 
 
-def _run(job: DuelJob) -> Timed:
+def _run(job: ComparisonJob) -> LatencyComparison:
     from registry.model.plans.planner import Planner
 
     device = choose_device(job.device)
@@ -130,7 +130,7 @@ def _run(job: DuelJob) -> Timed:
     medians = [
         {size: statistics.median(taken[place, size]) for size in BATCHES} for place in (0, 1)
     ]
-    return Timed(
+    return LatencyComparison(
         device=both[0].device,
         plans=(both[0].plan, both[1].plan),
         champion_ms=medians[0],

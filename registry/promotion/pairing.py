@@ -23,7 +23,7 @@ Labels = tuple[str, ...]
 MAX_NAMED = 8
 # Of the 64 bits of a difference hash: docs/decisions/0017 has what JPEGs of photographs measured.
 MAX_LOOK_BITS = 6
-MAX_LOOKED_AT = 512
+MAX_VIEWED = 512
 
 
 class Pairs(Struct, frozen=True, kw_only=True):
@@ -266,28 +266,30 @@ def _changed_pictures(match: Match) -> list[str]:
         counts.append(f"{trains_now.sum():,} train the challenger now")
     if gone.any():
         counts.append(f"{gone.sum():,} removed")
-        if alike := _alike(old.looks[gone][:MAX_LOOKED_AT], _new_looks(match)):
+        if alike := _alike(old.perceptual_hashes[gone][:MAX_VIEWED], _new_hashes(match)):
             counts[-1] += f", {alike:,} of them re-encoded with loss by the look of new pictures"
     return [", ".join(counts)]
 
 
-def _new_looks(match: Match) -> NDArray[np.uint64]:
+def _new_hashes(match: Match) -> NDArray[np.uint64]:
     """The difference hashes of the challenger's pictures that the champion did not know."""
     known = np.concatenate([match.old.training.digests, match.old.heldout.short_digests])
     heldout, training = match.new.heldout, match.new.training
     return np.concatenate(
         [
-            heldout.looks[~np.isin(heldout.short_digests, known)],
-            training.looks[~np.isin(training.digests, known)],
+            heldout.perceptual_hashes[~np.isin(heldout.short_digests, known)],
+            training.perceptual_hashes[~np.isin(training.digests, known)],
         ]
     )
 
 
-def _alike(looks: NDArray[np.uint64], others: NDArray[np.uint64]) -> int:
-    """How many of ``looks`` are close to one of ``others``."""
+def _alike(perceptual_hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> int:
+    """How many of ``perceptual_hashes`` are close to one of ``others``."""
     if not len(others):
         return 0
-    return sum(bool(np.bitwise_count(others ^ each).min() <= MAX_LOOK_BITS) for each in looks)
+    return sum(
+        bool(np.bitwise_count(others ^ each).min() <= MAX_LOOK_BITS) for each in perceptual_hashes
+    )
 
 
 def _why_not(match: Match, notes: Sequence[str], *, is_scored: bool) -> str:

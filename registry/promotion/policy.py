@@ -10,8 +10,8 @@ from registry.core.errors import UsageError
 from registry.model.refs import Share
 
 
-class TrialPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When a trial on real traffic is ended: the table ``[trial]`` of a policy.
+class CanaryPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a trial on real traffic is ended: the table ``[canary]`` of a policy.
 
     Once the challenger has had ``min_requests``, its error rate may be ``max_error_gap`` above the
     champion's, unless that may be chance, and its mean time ``max_latency_ratio`` times the
@@ -48,7 +48,7 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_calibration_loss: Share | None = None
     max_log_loss_ratio: Annotated[float, Meta(gt=0)] | None = None
     max_latency_ratio: Annotated[float, Meta(gt=0)] = 2.0
-    trial: TrialPolicy = TrialPolicy()
+    canary: CanaryPolicy = CanaryPolicy()
 
 
 def read_policy(file: Path) -> Policy:

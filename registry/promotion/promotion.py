@@ -14,19 +14,19 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from registry.core.errors import PromotionConflict, PromotionRefused, UsageError, VersionNotFound
-from registry.core.paths import convoy_home
-from registry.model.refs import CHAMPION, PREVIOUS, ModelRef, ModelVersion, Trial
-from registry.promotion.gate_runner import Judge, Judgement
+from registry.core.paths import convoy_paths
+from registry.model.refs import CHAMPION, PREVIOUS, Canary, ModelRef, ModelVersion
+from registry.promotion.gate_runner import GateResult, GateRunner
 from registry.promotion.pairing import describe_classes
-from registry.store.audit_log import MAX_TEXT_CHARS, Action, Entry, Ledger, Line
+from registry.store.audit_log import MAX_TEXT_CHARS, Action, AuditLog, Entry, Line
 from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 
 # Between its line and its alias a promotion calls the registry a few times; each of them may take
 # MLflow's time-out, 10 s, and be tried again.
-SETTLE_S = 25.0
-LOOK_S = 0.25
+RECONCILE_TIMEOUT_S = 25.0
+POLL_INTERVAL_S = 0.25
 ALLOWING = ". The classes differ: --allow-new-classes accepts that, if every check passes"
 
 
@@ -39,9 +39,9 @@ def promote(
     force: bool = False,
     allow_new_classes: bool = False,
     reason: str | None = None,
-    judge: Judge | None = None,
+    gate_runner: GateRunner | None = None,
     by: str | None = None,
-    on_judged: Callable[[Judgement], None] = lambda judged: None,
+    on_result: Callable[[GateResult], None] = lambda result: None,
 ) -> Line:
     """Make ``version`` the champion of ``name`` if the gate lets it. That ends a trial.
 
@@ -72,35 +72,37 @@ def promote(
         raise UsageError("--force needs --reason: it is recorded with the decision")
     _check_text(reason)
     challenger = store.resolve(ModelRef(name, version))
-    ledger = _settle_at(store, name, expect_champion)
-    if ledger.champion == version:
+    audit_log = _reconcile_at(store, name, expect_champion)
+    if audit_log.champion == version:
         raise PromotionRefused(f"{name} version {version} is the champion already")
-    champion = store.champion(name, ledger.champion)
-    judged = (judge or Judge(store, convoy_home(), timed=False)).judge(champion, challenger)
-    on_judged(judged)
-    verdict = judged.summary
-    if champion is None and ledger.champion is not None:
-        verdict += f" (version {ledger.champion}, the champion, is gone from the registry)"
-    accepted = judged.accepts(allow_new_classes=allow_new_classes)
-    if accepted and not judged.accepted:
-        verdict += "; other classes were allowed by --allow-new-classes"
+    champion = store.champion(name, audit_log.champion)
+    result = (gate_runner or GateRunner(store, convoy_paths(), timed=False)).run(
+        champion, challenger
+    )
+    on_result(result)
+    details = result.summary
+    if champion is None and audit_log.champion is not None:
+        details += f" (version {audit_log.champion}, the champion, is gone from the registry)"
+    accepted = result.accepts(allow_new_classes=allow_new_classes)
+    if accepted and not result.accepted:
+        details += "; other classes were allowed by --allow-new-classes"
     action: Action = "promoted" if accepted else "forced" if force else "refused"
     line = _write(
         store,
         name,
-        ledger,
+        audit_log,
         action,
         version,
         to=challenger,
         left=champion if isinstance(champion, ModelVersion) else None,
         reason=reason,
         by=by,
-        verdict=verdict,
+        details=details,
     )
     if action == "refused":
-        differ = judged.verdict is not None and judged.verdict.class_changes
+        differ = result.comparison is not None and result.comparison.class_changes
         how = ALLOWING if differ and not allow_new_classes else ""
-        raise PromotionRefused(f"{name} version {version} is refused: {verdict}{how}")
+        raise PromotionRefused(f"{name} version {version} is refused: {details}{how}")
     return line
 
 
@@ -121,21 +123,21 @@ def roll_back(
         PromotionConflict: the champion is not the expected one, or was moved by somebody else.
     """
     _check_text(reason)
-    ledger = _settle_at(store, name, expect_champion)
-    if ledger.previous is None:
+    audit_log = _reconcile_at(store, name, expect_champion)
+    if audit_log.previous is None:
         raise VersionNotFound(f"{name} has no previous champion to roll back to")
-    back = store.resolve(ModelRef(name, ledger.previous))
-    left = store.find(name, ledger.champion)
+    back = store.resolve(ModelRef(name, audit_log.previous))
+    left = store.find(name, audit_log.champion)
     number = back.version
     return _write(
-        store, name, ledger, "rolled back", number, to=back, left=left, reason=reason, by=by
+        store, name, audit_log, "rolled back", number, to=back, left=left, reason=reason, by=by
     )
 
 
-def release(
+def start_canary(
     store: ModelStore,
     name: str,
-    trial: Trial,
+    canary: Canary,
     reason: str | None = None,
     *,
     expect_champion: int | None = None,
@@ -154,15 +156,15 @@ def release(
         VersionNotFound: no such version.
     """
     _check_text(reason)
-    if not trial.share and not trial.shadow:
+    if not canary.share and not canary.shadow:
         raise UsageError("a trial needs a share of the requests, a shadow, or both")
-    challenger = store.resolve(ModelRef(name, trial.version))
-    ledger = _settle_at(store, name, expect_champion)
-    champion = store.find(name, ledger.champion)
+    challenger = store.resolve(ModelRef(name, canary.version))
+    audit_log = _reconcile_at(store, name, expect_champion)
+    champion = store.find(name, audit_log.champion)
     if champion is None:
         raise PromotionRefused(f"{name} has no champion beside which a version could be tried")
-    if champion.version == trial.version:
-        raise PromotionRefused(f"{name} version {trial.version} is the champion already")
+    if champion.version == canary.version:
+        raise PromotionRefused(f"{name} version {canary.version} is the champion already")
     labels, others = store.manifest(champion).labels, store.manifest(challenger).labels
     if changes := describe_classes(labels, others):
         raise PromotionRefused(
@@ -171,19 +173,19 @@ def release(
     return _write(
         store,
         name,
-        ledger,
-        "tried",
-        trial.version,
+        audit_log,
+        "canary started",
+        canary.version,
         to=challenger,
         left=champion,
         reason=reason,
         by=by,
-        verdict=str(trial),
-        trial=trial,
+        details=str(canary),
+        canary=canary,
     )
 
 
-def withdraw(
+def stop_canary(
     store: ModelStore,
     name: str,
     reason: str | None = None,
@@ -199,39 +201,39 @@ def withdraw(
             moved something meanwhile.
     """
     _check_text(reason)
-    ledger = settle(store, name)
-    if ledger.trial is None:
+    audit_log = reconcile(store, name)
+    if audit_log.canary is None:
         raise VersionNotFound(f"no version of {name} is on trial")
-    number = ledger.trial.version
+    number = audit_log.canary.version
     if expect_challenger not in (None, number):
         raise PromotionConflict(f"{name}: version {number} is on trial, not {expect_challenger}")
     return _write(
         store,
         name,
-        ledger,
-        "withdrawn",
+        audit_log,
+        "canary stopped",
         number,
         to=store.find(name, number),
-        left=store.find(name, ledger.champion),
+        left=store.find(name, audit_log.champion),
         reason=reason,
         by=by,
-        verdict=str(ledger.trial),
+        details=str(audit_log.canary),
     )
 
 
-def note_refusal(store: ModelStore, version: ModelVersion, verdict: str, by: str) -> None:
+def note_refusal(store: ModelStore, version: ModelVersion, details: str, by: str) -> None:
     """Write down that a machine could not serve ``version``; once, whatever the reasons after."""
     store.check_log(version.name)
-    ledger = store.ledger(version.name)
+    audit_log = store.audit_log(version.name)
     refused = "refused", version.manifest_sha256, by
-    for line in ledger.lines:
+    for line in audit_log.lines:
         if refused == (line.entry.action, line.entry.to_manifest_sha256, line.entry.by):
             return
     number = version.version
-    _write(store, version.name, ledger, "refused", number, to=version, by=by, verdict=verdict)
+    _write(store, version.name, audit_log, "refused", number, to=version, by=by, details=details)
 
 
-def settle(store: ModelStore, name: str) -> Ledger:
+def reconcile(store: ModelStore, name: str) -> AuditLog:
     """The ledger of ``name``, once the champion's alias agrees with it.
 
     Where it does not, somebody is promoting at this moment, so it is waited for. If it stays so,
@@ -243,34 +245,34 @@ def settle(store: ModelStore, name: str) -> Ledger:
     before: object = None
     deadline = 0.0
     while True:
-        ledger, (aliases, trial) = store.ledger(name), store.standing(name)
+        audit_log, (aliases, canary) = store.audit_log(name), store.aliases_and_canary(name)
         alias = aliases.get(CHAMPION)
-        if alias == ledger.champion:
+        if alias == audit_log.champion:
             # A trial's tag that is another was left behind by who died before moving it.
-            is_left = ledger.lines and trial != ledger.trial
-            return _follow(store, name) if is_left else ledger
-        if alias is None and store.find(name, ledger.champion) is None:
-            return ledger  # the champion was deleted, and its alias with it
-        if before != (ledger.last, alias):  # a disagreement of its own, not the last one's
-            before, deadline = (ledger.last, alias), time.monotonic() + SETTLE_S
-        if not ledger.crowned or time.monotonic() >= deadline:
+            is_left = audit_log.lines and canary != audit_log.canary
+            return _follow(store, name) if is_left else audit_log
+        if alias is None and store.find(name, audit_log.champion) is None:
+            return audit_log  # the champion was deleted, and its alias with it
+        if before != (audit_log.last, alias):  # a disagreement of its own, not the last one's
+            before, deadline = (audit_log.last, alias), time.monotonic() + RECONCILE_TIMEOUT_S
+        if not audit_log.champion_moves or time.monotonic() >= deadline:
             break
-        time.sleep(LOOK_S)
+        time.sleep(POLL_INTERVAL_S)
     if alias is None:
         return _follow(store, name)
     log.warning("%s: version %d was made the champion by other means", name, alias)
     _write(
         store,
         name,
-        ledger,
+        audit_log,
         "adopted",
         alias,
         to=store.find(name, alias),
-        verdict=f"the ledger said version {ledger.champion}",
+        details=f"the ledger said version {audit_log.champion}",
         # Of before there was a ledger: it can be rolled back all the same.
-        instead_of=None if ledger.crowned else aliases.get(PREVIOUS),
+        instead_of=None if audit_log.champion_moves else aliases.get(PREVIOUS),
     )
-    return store.ledger(name)
+    return store.audit_log(name)
 
 
 def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
@@ -280,38 +282,38 @@ def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
     A line that an account with write access to the registry has rewritten is not found.
     """
     newest = store.newest_line(name)  # first: what is written meanwhile is no fault
-    ledger = store.ledger(name)
-    aliases, trial = store.standing(name)
-    faults = ledger.faults(newest)
+    audit_log = store.audit_log(name)
+    aliases, canary = store.aliases_and_canary(name)
+    faults = audit_log.faults(newest)
     try:
         store.check_log(name)
     except PromotionRefused as error:
         faults.append(str(error))
-    said = {CHAMPION: ledger.champion, PREVIOUS: ledger.previous} if ledger.last else {}
+    said = {CHAMPION: audit_log.champion, PREVIOUS: audit_log.previous} if audit_log.last else {}
     here = {version.version for version, _ in store.versions(name)}
     faults += [
         f"the alias {alias} is at version {aliases.get(alias)}, the ledger says {version}"
         for alias, version in said.items()
         if aliases.get(alias) != version and (version is None or version in here)
     ]
-    if trial != ledger.trial:
-        faults.append(f"on trial is {trial or 'nothing'}, the ledger says {ledger.trial}")
-    return len(ledger.lines), faults
+    if canary != audit_log.canary:
+        faults.append(f"on trial is {canary or 'nothing'}, the ledger says {audit_log.canary}")
+    return len(audit_log.lines), faults
 
 
-def _settle_at(store: ModelStore, name: str, expect_champion: int | None) -> Ledger:
-    ledger = settle(store, name)
-    if expect_champion not in (None, ledger.champion):
+def _reconcile_at(store: ModelStore, name: str, expect_champion: int | None) -> AuditLog:
+    audit_log = reconcile(store, name)
+    if expect_champion not in (None, audit_log.champion):
         raise PromotionConflict(
-            f"{name}: the champion is version {ledger.champion}, not {expect_champion}"
+            f"{name}: the champion is version {audit_log.champion}, not {expect_champion}"
         )
-    return ledger
+    return audit_log
 
 
 def _write(
     store: ModelStore,
     name: str,
-    ledger: Ledger,
+    audit_log: AuditLog,
     action: Action,
     version: int,
     *,
@@ -319,8 +321,8 @@ def _write(
     left: ModelVersion | None = None,
     reason: str | None = None,
     by: str | None = None,
-    verdict: str | None = None,
-    trial: Trial | None = None,
+    details: str | None = None,
+    canary: Canary | None = None,
     instead_of: int | None = None,
 ) -> Line:
     """Append a line and carry it out; ``PromotionConflict`` if another move came first.
@@ -328,18 +330,18 @@ def _write(
     ``version`` is the number that it is about, ``to`` that version where there still is one;
     ``left`` was champion, or where nobody knows it any more, the number ``instead_of``.
     """
-    entry = ledger.continued(
+    entry = audit_log.continued(
         Entry(
             action=action,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             by=by or _user(),
-            from_version=ledger.champion if instead_of is None else instead_of,
+            from_version=audit_log.champion if instead_of is None else instead_of,
             to_version=version,
             from_manifest_sha256=left.manifest_sha256 if left else None,
             to_manifest_sha256=to.manifest_sha256 if to else None,
             reason=reason,
-            verdict=verdict,
-            trial=trial,
+            details=details,
+            canary=canary,
             nonce=secrets.token_hex(8),
         )
     )
@@ -363,21 +365,24 @@ def _write(
     return line
 
 
-def _follow(store: ModelStore, name: str, *, moved: bool = True) -> Ledger:
+def _follow(store: ModelStore, name: str, *, moved: bool = True) -> AuditLog:
     """Note the newest line, and where a line ``moved`` something, have the registry say so.
 
     Until the ledger says the same still after that.
     """
-    ledger = store.ledger(name)
+    audit_log = store.audit_log(name)
     while True:
-        store.note_newest(name, ledger)
+        store.note_newest(name, audit_log)
         if moved:
-            store.point(
-                name, champion=ledger.champion, previous=ledger.previous, trial=ledger.trial
+            store.set_aliases(
+                name,
+                champion=audit_log.champion,
+                previous=audit_log.previous,
+                canary=audit_log.canary,
             )
-        seen, ledger = ledger.last, store.ledger(name)
-        if ledger.last == seen:
-            return ledger
+        seen, audit_log = audit_log.last, store.audit_log(name)
+        if audit_log.last == seen:
+            return audit_log
 
 
 def _user() -> str:

@@ -20,14 +20,16 @@ from msgspec import Struct
 
 from registry.core.errors import UsageError
 from registry.core.names import Sha256, shortened
-from registry.model.refs import Trial
+from registry.model.refs import Canary
 
-Action = Literal["promoted", "forced", "rolled back", "adopted", "refused", "tried", "withdrawn"]
+Action = Literal[
+    "promoted", "forced", "rolled back", "adopted", "refused", "canary started", "canary stopped"
+]
 # A line is a tag of at most 100,000 characters in MLflow; JSON writes a control character as six.
 MAX_TEXT_CHARS = 8_000
 MAX_AUTHOR_CHARS = 200
 # Those that say who is champion. Each of them ends a trial.
-CROWNING = ("promoted", "forced", "rolled back", "adopted")
+CHAMPION_ACTIONS = ("promoted", "forced", "rolled back", "adopted")
 
 
 def moments(day: str) -> tuple[datetime, datetime]:
@@ -50,9 +52,9 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ``at`` is UTC in ISO 8601, by the writer's clock. ``move`` is the number that is claimed among
     the model's moves; a refusal has none. ``nonce`` tells a line that was written twice,
     by a call that was tried again, from two people's. ``adopted`` says that the alias was found
-    moved by other means than Convoy. ``trial`` is what ``tried`` began, with ``to_version``
-    beside the champion; ``withdrawn`` ended it. ``by`` is the name of the token that decided,
-    "NAME (unverified)" where the command line took a name from its environment, or a machine.
+    moved by other means than Convoy. A line ``canary started`` has the ``canary``, and its version
+    as ``to_version``. ``by`` is the name of the token that decided, "NAME (unverified)" where the
+    command line took a name from its environment, or a machine.
     """
 
     action: Action
@@ -63,8 +65,8 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     from_manifest_sha256: Sha256 | None = None
     to_manifest_sha256: Sha256 | None = None
     reason: str | None = None
-    verdict: str | None = None
-    trial: Trial | None = None
+    details: str | None = None
+    canary: Canary | None = None
     move: int | None = None
     nonce: str = ""
 
@@ -76,9 +78,9 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return msgspec.json.encode(self, order="sorted")
 
     @property
-    def crowns(self) -> bool:
+    def sets_champion(self) -> bool:
         """Whether this line says who is champion."""
-        return self.action in CROWNING
+        return self.action in CHAMPION_ACTIONS
 
 
 class Line(Struct, frozen=True, kw_only=True):
@@ -89,7 +91,7 @@ class Line(Struct, frozen=True, kw_only=True):
     stands: bool
 
 
-class Ledger:
+class AuditLog:
     """The lines of one model's ledger, oldest first, and what they come to."""
 
     def __init__(self, rows: Iterable[tuple[int, bytes]] = ()) -> None:
@@ -116,24 +118,24 @@ class Ledger:
         return [line for line in self.lines if line.stands and line.entry.move is not None]
 
     @property
-    def crowned(self) -> list[Line]:
+    def champion_moves(self) -> list[Line]:
         """The moves that stand and say who is champion."""
-        return [line for line in self.moves if line.entry.crowns]
+        return [line for line in self.moves if line.entry.sets_champion]
 
     @property
     def champion(self) -> int | None:
         """The version that should serve; None before the first move."""
-        return self.crowned[-1].entry.to_version if self.crowned else None
+        return self.champion_moves[-1].entry.to_version if self.champion_moves else None
 
     @property
     def previous(self) -> int | None:
         """The version that was champion before."""
-        return self.crowned[-1].entry.from_version if self.crowned else None
+        return self.champion_moves[-1].entry.from_version if self.champion_moves else None
 
     @property
-    def trial(self) -> Trial | None:
+    def canary(self) -> Canary | None:
         """What is tried beside the champion."""
-        return self.moves[-1].entry.trial if self.moves else None
+        return self.moves[-1].entry.canary if self.moves else None
 
     @property
     def last(self) -> int:
@@ -152,24 +154,24 @@ class Ledger:
             move=None if entry.action == "refused" else latest + 1,
             by=shortened(entry.by, MAX_AUTHOR_CHARS),
             reason=entry.reason and shortened(entry.reason, MAX_TEXT_CHARS),
-            verdict=entry.verdict and shortened(entry.verdict, MAX_TEXT_CHARS),
+            details=entry.details and shortened(entry.details, MAX_TEXT_CHARS),
         )
 
-    def reigns(self, start: datetime, end: datetime) -> list[Line]:
+    def champion_periods(self, start: datetime, end: datetime) -> list[Line]:
         """The lines whose champion was that at some moment from ``start`` to ``end``, in order.
 
         Both must know their time zone. The lines' order counts, not their clocks: a move that
         claims to be older than one before it happened at the same moment.
         """
         began: list[datetime] = []
-        crowned = self.crowned
-        for line in crowned:
+        champion_moves = self.champion_moves
+        for line in champion_moves:
             at = datetime.fromisoformat(line.entry.at)
             began.append(max(at, began[-1]) if began else at)
         ended = [*began[1:], datetime.max.replace(tzinfo=UTC)]
         return [
             line
-            for line, first, last in zip(crowned, began, ended, strict=False)
+            for line, first, last in zip(champion_moves, began, ended, strict=False)
             if first <= end and last > start
         ]
 

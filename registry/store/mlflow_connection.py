@@ -27,7 +27,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from registry.core.errors import RegistryUnavailable, VersionNotFound
-from registry.core.paths import Home
+from registry.core.paths import Paths
 
 log = logging.getLogger(__name__)
 logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, step by step
@@ -45,12 +45,12 @@ PLACES = (
 BUSY_TIMEOUT_S = 20
 
 
-class Connection:
+class MlflowConnection:
     """MLflow's client for the database or server of a home."""
 
-    def __init__(self, home: Home) -> None:
-        self.uri = home.tracking_uri
-        self._artifacts = home.artifacts
+    def __init__(self, paths: Paths) -> None:
+        self.uri = paths.tracking_uri
+        self._artifacts = paths.artifacts
         mlflow.set_tracking_uri(self.uri)
         with self.errors():
             if not self.uri.startswith(SQLITE):
@@ -62,7 +62,7 @@ class Connection:
                 self.client = MlflowClient(self.uri)
                 # Now, while no other process makes the same tables.
                 self.client.search_registered_models(max_results=1)
-                if database.parent == home.root:
+                if database.parent == paths.root:
                     _relocate(database, self._artifacts.as_uri())
 
     def experiment(self, name: str) -> str:

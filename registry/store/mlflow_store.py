@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 # First of all: it tells MLflow how long to wait, before MLflow is imported.
-from registry.store.mlflow_connection import Connection  # isort: split
+from registry.store.mlflow_connection import MlflowConnection  # isort: split
 
 import mlflow
 import msgspec
@@ -38,31 +38,31 @@ from registry.core.errors import (
     VersionNotFound,
 )
 from registry.core.names import MODEL_NAME
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.bundle import MANIFEST, Bundle, open_bundle
 from registry.model.manifest import Manifest
 from registry.model.refs import (
     CHALLENGER,
     CHAMPION,
     PREVIOUS,
+    Canary,
     ForeignVersion,
     ModelRef,
     ModelVersion,
-    Trial,
 )
-from registry.store.audit_log import Entry, Ledger
+from registry.store.audit_log import AuditLog, Entry
 
 log = logging.getLogger(__name__)
 
 DIGEST_TAG = "convoy.manifest_sha256"
 # A model's ledger is registered under its name and this, which no model's name may have.
-LEDGER = ".ledger"
+AUDIT_LOG = ".ledger"
 ENTRY_TAG, NEWEST_TAG = "convoy.entry", "convoy.newest_line"
-TRIAL_TAG = "convoy.trial"
+CANARY_TAG = "convoy.canary"
 SIGNATURE_TAG = "convoy.signature"
 CLAIM_TAG = "convoy.claim"
 # What the databases take for a number: 32 bits.
-MOST_VERSIONS = 2**31 - 1
+MAX_VERSION_NUMBER = 2**31 - 1
 APPEND_TRIES = 20
 # A first version of the same name may be on its way: its maker needs three calls.
 CLAIM_TIMEOUT_S, CLAIM_INTERVAL_S = 10.0, 0.25
@@ -91,18 +91,18 @@ SIGNATURE = ModelSignature(
 class ModelStore:
     """An MLflow registry: a database or server, and a place for artefacts."""
 
-    def __init__(self, home: Home) -> None:
-        self._connection = Connection(home)
+    def __init__(self, paths: Paths) -> None:
+        self._connection = MlflowConnection(paths)
         self._client = self._connection.client
         self.uri = self._connection.uri
-        self._decided = home.decided
+        self._decided = paths.decided
 
     def experiment(self, name: str) -> str:
         """The id of the experiment ``name``, made if there is none, restored if it was deleted."""
         return self._connection.experiment(name)
 
     def errors(self, not_found: str | None = None) -> AbstractContextManager[None]:
-        """MLflow's exceptions as ours; see ``Connection.errors``."""
+        """MLflow's exceptions as ours; see ``MlflowConnection.errors``."""
         return self._connection.errors(not_found)
 
     def publish(self, bundle: Bundle, tags: dict[str, str]) -> ModelVersion:
@@ -164,18 +164,18 @@ class ModelStore:
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias → version number."""
-        return self.standing(name)[0]
+        return self.aliases_and_canary(name)[0]
 
-    def standing(self, name: str) -> tuple[dict[str, int], Trial | None]:
+    def aliases_and_canary(self, name: str) -> tuple[dict[str, int], Canary | None]:
         """Alias → version number, and what is on trial, as of one moment."""
         with self.errors(f"there is no model {name!r} in the registry"):
             model = self._client.get_registered_model(name)
         aliases = {alias: int(version) for alias, version in model.aliases.items()}
-        said = model.tags.get(TRIAL_TAG)
+        said = model.tags.get(CANARY_TAG)
         try:
-            return aliases, msgspec.json.decode(said, type=Trial) if said else None
+            return aliases, msgspec.json.decode(said, type=Canary) if said else None
         except (msgspec.MsgspecError, ValueError) as error:
-            log.warning("%s: the tag %s is ignored: %s", name, TRIAL_TAG, error)
+            log.warning("%s: the tag %s is ignored: %s", name, CANARY_TAG, error)
             return aliases, None
 
     def resolve(self, ref: ModelRef) -> ModelVersion:
@@ -196,13 +196,13 @@ class ModelStore:
                 f"{ref.name} has no alias {ref.alias!r}; its aliases are: {known}"
             )
         missing = f"{ref.name} has no version {number}"
-        if number > MOST_VERSIONS:
+        if number > MAX_VERSION_NUMBER:
             raise VersionNotFound(missing)
         with self.errors(missing):
             entity = self._client.get_model_version(ref.name, str(number))
         return self._model_version(entity, aliases)
 
-    def sides(
+    def champion_and_candidate(
         self, name: str, version: int
     ) -> tuple[ModelVersion | ForeignVersion | None, ModelVersion]:
         """The champion, as ``champion`` gives it, and ``version`` beside it."""
@@ -261,24 +261,24 @@ class ModelStore:
         bundle.verify(names)
         return bundle
 
-    def point(
+    def set_aliases(
         self,
         name: str,
         *,
         champion: int | None,
         previous: int | None,
-        trial: Trial | None = None,
+        canary: Canary | None = None,
     ) -> None:
         """Point the aliases ``champion`` and ``previous`` at these versions; None leaves one alone.
 
-        And say what is on ``trial``. ``previous`` moves first: a crash in between leaves the old
+        And say what is on ``canary``. ``previous`` moves first: a crash in between leaves the old
         champion serving. A new champion is no challenger any more.
         """
-        aliases, tried = self.standing(name)
-        if trial != tried:
+        aliases, tried = self.aliases_and_canary(name)
+        if canary != tried:
             with self.errors():
-                said = msgspec.json.encode(trial).decode() if trial else ""
-                self._client.set_registered_model_tag(name, TRIAL_TAG, said)
+                said = msgspec.json.encode(canary).decode() if canary else ""
+                self._client.set_registered_model_tag(name, CANARY_TAG, said)
         with suppress(VersionNotFound):  # what was left may have been deleted since
             self._set_alias(name, aliases, PREVIOUS, previous)
         self._set_alias(name, aliases, CHAMPION, champion)
@@ -325,39 +325,43 @@ class ModelStore:
         is backed up with the registry, and shows in its pages.
         """
         data = entry.to_json()
-        ledger = f"{name}{LEDGER}"
+        audit_log = f"{name}{AUDIT_LOG}"
         tags = {ENTRY_TAG: data.decode()}
         # MLflow insists on one; models:/ it would resolve, and fail for a version that is gone.
         source = f"convoy:/{name}/{entry.to_version}"  # servers want an absolute path
-        about = f"{entry.action} {entry.to_version}: {entry.reason or entry.verdict or ''}"[:1000]
+        about = f"{entry.action} {entry.to_version}: {entry.reason or entry.details or ''}"[:1000]
         with self.errors():
             for _ in range(APPEND_TRIES):
                 try:
                     self._client.create_model_version(
-                        ledger, source, tags=tags, description=about, await_creation_for=0
+                        audit_log, source, tags=tags, description=about, await_creation_for=0
                     )
                     return
                 except MlflowException as error:
                     if "Giving up after" not in str(error):  # MLflow lost the race three times
                         raise
-        raise RegistryUnavailable(f"{ledger}: no line could be written; try again")
+        raise RegistryUnavailable(f"{audit_log}: no line could be written; try again")
 
-    def ledger(self, name: str) -> Ledger:
+    def audit_log(self, name: str) -> AuditLog:
         """Every decision about ``name``; empty before the first."""
         with self.errors():
-            found = _all_pages(self._client.search_model_versions, f"name = '{name}{LEDGER}'")
-        return Ledger((int(line.version), line.tags.get(ENTRY_TAG, "").encode()) for line in found)
+            found = _all_pages(self._client.search_model_versions, f"name = '{name}{AUDIT_LOG}'")
+        return AuditLog(
+            (int(line.version), line.tags.get(ENTRY_TAG, "").encode()) for line in found
+        )
 
     def newest_line(self, name: str) -> int | None:
         """The number of the log's newest line, as it was noted beside the lines."""
-        log_model = self._registered(f"{name}{LEDGER}")
+        log_model = self._registered(f"{name}{AUDIT_LOG}")
         number = log_model.tags.get(NEWEST_TAG, "") if log_model else ""
         return int(number) if number.isdecimal() else None
 
-    def note_newest(self, name: str, ledger: Ledger) -> None:
+    def note_newest(self, name: str, audit_log: AuditLog) -> None:
         """Note the number of the newest line beside the log: a cut at its end shows then."""
         with self.errors():
-            self._client.set_registered_model_tag(f"{name}{LEDGER}", NEWEST_TAG, str(ledger.last))
+            self._client.set_registered_model_tag(
+                f"{name}{AUDIT_LOG}", NEWEST_TAG, str(audit_log.last)
+            )
 
     def check_log(self, name: str) -> None:
         """Refuse to follow a log that publishing did not make.
@@ -370,19 +374,19 @@ class ModelStore:
             PromotionRefused: it is such a log.
             VersionNotFound: there is no such model.
         """
-        model, log_model = self._registered(name), self._registered(f"{name}{LEDGER}")
+        model, log_model = self._registered(name), self._registered(f"{name}{AUDIT_LOG}")
         if model is None:
             raise VersionNotFound(f"there is no model {name!r} in the registry")
         if log_model is None:
             raise PromotionRefused(
-                f"{name}: its log, the registered model {name}{LEDGER}, is missing. Publishing "
+                f"{name}: its log, the registered model {name}{AUDIT_LOG}, is missing. Publishing "
                 "made it, and one that is made now is not followed: restore the registry from a "
                 "backup, or publish under another name"
             )
         younger_s = (log_model.creation_timestamp - model.creation_timestamp) / 1000
         if younger_s > LOG_YOUNGER_S:
             raise PromotionRefused(
-                f"{name}: its log, the registered model {name}{LEDGER}, was made "
+                f"{name}: its log, the registered model {name}{AUDIT_LOG}, was made "
                 f"{younger_s:,.0f} s after the model, so publishing did not make it, and it is not "
                 "followed: restore the registry from a backup, or publish under another name"
             )
@@ -403,7 +407,7 @@ class ModelStore:
         """
         deadline = time.monotonic() + CLAIM_TIMEOUT_S
         while True:
-            known = [each for each in (name, f"{name}{LEDGER}") if self._registered(each)]
+            known = [each for each in (name, f"{name}{AUDIT_LOG}") if self._registered(each)]
             if not known:
                 return True
             if name in known and self._has_versions(name):
@@ -435,7 +439,7 @@ class ModelStore:
     def _made_both(self, name: str) -> bool:
         """Whether this call made the log and the model; False when others are at it."""
         about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
-        return self._made(f"{name}{LEDGER}", about) and self._made(name)
+        return self._made(f"{name}{AUDIT_LOG}", about) and self._made(name)
 
     def _made(self, name: str, about: str | None = None) -> bool:
         """Whether this call made the registered model ``name``; False when another one did.

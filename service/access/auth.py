@@ -19,17 +19,17 @@ PUBLIC = frozenset(
 )
 
 
-class Door:
+class AccessControl:
     """Lets callers in; both methods raise what is to be answered instead."""
 
     def __init__(self, settings: Settings) -> None:
-        self._asks_for_keys = settings.keys == "required"
+        self._asks_for_keys = settings.auth == "required"
         self._tokens = Tokens(settings.tokens)
         key = settings.service_key
         self._service_digest = sha256_hex(key.encode()) if key else None
         self._rates = (
-            RateLimiter(settings.rate, settings.burst, settings.run_folder)
-            if settings.rate is not None
+            RateLimiter(settings.rate_limit, settings.burst, settings.run_folder)
+            if settings.rate_limit is not None
             else None
         )
         self._proxies = settings.proxy_networks
@@ -56,7 +56,7 @@ class Door:
         sent = _sent(environ)
         if sha256_hex(sent.encode()) == self._service_digest:
             return  # of digests, so that the time says nothing
-        require(self._tokens.find(sent), "look")
+        require(self._tokens.find(sent), "view")
 
     def _address(self, environ: "WSGIEnvironment") -> str:
         """The client's address; behind a trusted proxy, the last entry of X-Forwarded-For."""

@@ -136,8 +136,8 @@ class Images:
         if _count(body, b",", 2 * most + 4) > 2 * most + 3:  # a data URL has one of its own
             abort(400, f"the JSON body has more values than {most} images have")
         has_escapes = body.find(b"\\", 0) >= 0
-        most_escapes = len(body) // MIN_BYTES_PER_ESCAPE + MAX_FREE_ESCAPES
-        if has_escapes and body[:].count(b"\\") > most_escapes:
+        max_escapes = len(body) // MIN_BYTES_PER_ESCAPE + MAX_FREE_ESCAPES
+        if has_escapes and body[:].count(b"\\") > max_escapes:
             abort(400, "the JSON body has more escapes (\\) than base64 has use for")
         start = len(BYTE_ORDER_MARK) if body[: len(BYTE_ORDER_MARK)] == BYTE_ORDER_MARK else 0
         try:

@@ -1,5 +1,7 @@
 """Probes and metrics, for orchestrators and monitors rather than for people."""
 
+import time
+
 import msgspec
 from flask import Blueprint, Response, request
 from msgspec import Struct
@@ -59,7 +61,9 @@ def metrics() -> Response:
     current = state()
     for slot in current.slots.values():
         if (age_s := slot.pull_status().age_s) is not None:
-            current.metrics.registry_age_seconds.labels(slot.ref.name).set(round(age_s, 1))
+            current.metrics.last_sync_timestamp_seconds.labels(slot.ref.name).set(
+                round(time.time() - age_s, 1)
+            )
     return Response(current.metrics.render(), content_type=CONTENT_TYPE)
 
 

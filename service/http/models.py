@@ -6,10 +6,10 @@ import msgspec
 from flask import Blueprint, Response, g
 from msgspec import Struct
 
-from registry.canary.traffic_stats import Live, WorkerReport
+from registry.canary.traffic_stats import ServingStatus, WorkerReport
 from registry.core.names import Sha256
 from registry.model.manifest import DataRecord, NetworkSpec, PreprocessSpec, SourceRecord
-from registry.model.refs import Trial
+from registry.model.refs import Canary
 from service.inference.loaded_model import ServedModel
 from service.loading.model_slot import ModelSlot
 from service.state import state
@@ -39,7 +39,7 @@ class ModelList(Struct, frozen=True):
 class ModelDetails(ModelSummary, frozen=True, kw_only=True):
     """One version that serves, and what serves beside it."""
 
-    trial: Trial | None
+    canary: Canary | None
     workers: list[WorkerReport]
     labels: tuple[str, ...]
     preprocess: PreprocessSpec
@@ -67,7 +67,7 @@ def show_model(name: str, version: int | None = None, alias: str | None = None) 
     return _json(
         ModelDetails(
             **_summary(slot, served),
-            trial=serving.trial,
+            canary=serving.canary,
             workers=slot.workers(),
             labels=manifest.labels,
             preprocess=manifest.preprocess,
@@ -87,11 +87,11 @@ def show_traffic(name: str) -> Response:
     slot = current.slot(name)
     serving = slot.serving
     return _json(
-        Live(
+        ServingStatus(
             model=slot.ref.name,
-            generation=serving.release.generation if serving else None,
+            generation=serving.deployment.generation if serving else None,
             champion=serving.champion.version if serving else None,
-            challenger=serving.trial.version if serving and serving.trial else None,
+            challenger=serving.canary.version if serving and serving.canary else None,
             workers=tuple(slot.workers()),
             versions=current.metrics.traffic(slot.ref.name),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from registry.canary.traffic_stats import Live
+from registry.canary.traffic_stats import ServingStatus
 from registry.core.problem_details import Problem, responses
 from service.http.health import Readiness
 from service.http.models import ModelDetails, ModelList
@@ -91,7 +91,7 @@ OPERATIONS = (
     Operation(
         path="/v1/models/{name}/traffic",
         summary="What each version did since the service started, and what each worker serves.",
-        answer=Live,
+        answer=ServingStatus,
         failures=ABOUT_MODELS,
     ),
     Operation(path="/livez", summary="Whether the process answers."),

@@ -16,24 +16,24 @@ log = logging.getLogger(__name__)
 
 # Error → (status, whose it is). The second is the metrics' ``outcome``.
 TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
-    domain.InvalidImage: (422, "caller"),
-    domain.UnsupportedImageType: (415, "caller"),
-    domain.UnsupportedEncoding: (415, "caller"),
-    domain.ImageTooLarge: (413, "caller"),
-    domain.ModelNotFound: (404, "caller"),
-    domain.VersionNotFound: (404, "caller"),
-    domain.KeyMissing: (401, "caller"),
-    domain.KeyInsufficient: (403, "caller"),
-    domain.RateExceeded: (429, "caller"),
-    domain.Overloaded: (503, "load"),
-    domain.DeadlineExceeded: (504, "load"),
-    domain.ModelNotReady: (503, "state"),
-    domain.KeysUnavailable: (503, "state"),
-    domain.DeviceLost: (503, "state"),
+    domain.InvalidImage: (422, "client_error"),
+    domain.UnsupportedImageType: (415, "client_error"),
+    domain.UnsupportedEncoding: (415, "client_error"),
+    domain.ImageTooLarge: (413, "client_error"),
+    domain.ModelNotFound: (404, "client_error"),
+    domain.VersionNotFound: (404, "client_error"),
+    domain.TokenMissing: (401, "client_error"),
+    domain.TokenInsufficient: (403, "client_error"),
+    domain.RateExceeded: (429, "client_error"),
+    domain.Overloaded: (503, "overload"),
+    domain.DeadlineExceeded: (504, "overload"),
+    domain.ModelNotReady: (503, "unavailable"),
+    domain.TokensUnavailable: (503, "unavailable"),
+    domain.DeviceLost: (503, "unavailable"),
 }
 RETRY_AFTER_S: dict[type[Exception], int] = {
     domain.ModelNotReady: 2,
-    domain.KeysUnavailable: 2,
+    domain.TokensUnavailable: 2,
     domain.DeviceLost: 2,
 }
 
@@ -70,12 +70,12 @@ def describe(error: Exception, request_id: str) -> Problem:
 
 
 def outcome(error: Exception) -> str:
-    """Whose error it is, for the metrics: caller, load, state or ours."""
+    """Whose error it is, for the metrics: one of their ``OUTCOMES``."""
     if isinstance(error, HTTPException):
-        return "caller" if (error.code or 500) < 500 else "ours"
+        return "client_error" if (error.code or 500) < 500 else "server_error"
     if not isinstance(error, domain.ConvoyError):
-        return "ours"
-    return TABLE.get(type(error), (500, "ours"))[1]
+        return "server_error"
+    return TABLE.get(type(error), (500, "server_error"))[1]
 
 
 def as_item(error: Exception, request_id: str) -> dict[str, Any]:

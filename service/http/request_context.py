@@ -88,7 +88,7 @@ def body_buffer(stream: "InputStream | mmap", length: int) -> bytes | mmap:
 
 def _begin() -> None:
     g.request_id, g.trace_id = identify(request.environ)
-    state().door.admit_to_route(request.endpoint, request.environ)
+    state().access_control.admit_to_route(request.endpoint, request.environ)
 
 
 def _finish(response: Response) -> Response:

@@ -34,7 +34,7 @@ DEADLINE_SHARE = 0.8
 MIN_WAIT_LIMIT_S = 1.0
 
 
-class Scored(Struct, frozen=True):
+class Prediction(Struct, frozen=True):
     """The answer for one image: its row of what ``compute`` returned, and how it got that."""
 
     row: NDArray[np.float32]
@@ -43,7 +43,7 @@ class Scored(Struct, frozen=True):
     batch_size: int
 
 
-class Ticket:
+class QueuedImage:
     """One queued image, to be handed to ``MicroBatcher.wait``."""
 
     __slots__ = ("deadline", "leads", "outcome", "pixels", "queued", "wake")
@@ -52,7 +52,7 @@ class Ticket:
         self.pixels = pixels
         self.queued = queued
         self.deadline = deadline
-        self.outcome: Scored | Exception | None = None
+        self.outcome: Prediction | Exception | None = None
         # The thread that waits, if one does, sleeps on ``wake``; when it is woken without an
         # outcome, ``leads`` says that the device is its to use.
         self.wake: Event | None = None
@@ -67,8 +67,8 @@ class MicroBatcher:
         compute: Compute,
         max_batch: int,
         queue_limit: int,
-        batch_ms: float = 50.0,
-        max_wait_s: float | None = None,
+        max_batch_compute_ms: float = 50.0,
+        max_queue_delay_s: float | None = None,
         deadline_s: float = math.inf,
         on_batch: OnBatch = lambda size, forward_s, waiting: None,
     ) -> None:
@@ -87,14 +87,14 @@ class MicroBatcher:
         self._compute = compute
         self._max_batch = max_batch
         self._queue_limit = queue_limit
-        self._batch_ms = batch_ms
-        self._max_wait_s = max_wait_s
+        self._batch_ms = max_batch_compute_ms
+        self._max_wait_s = max_queue_delay_s
         self._deadline_s = deadline_s
         self._on_batch = on_batch
         self._image_ms = 0.0
         self._running_since: float | None = None
         self._lock = Lock()
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[QueuedImage] = deque()
         self._busy = False
 
     @property
@@ -130,7 +130,7 @@ class MicroBatcher:
 
     @property
     def ceiling(self) -> int:
-        """The most images that the next batch takes: what ``batch_ms`` has time for."""
+        """The most images that the next batch takes: what ``max_batch_compute_ms`` has time for."""
         if self._image_ms * self._max_batch <= self._batch_ms:
             return self._max_batch
         return max(1, int(self._batch_ms / self._image_ms))
@@ -141,7 +141,7 @@ class MicroBatcher:
             waiting = max(len(self._waiting), known)
             raise Overloaded(f"{waiting} images wait already", max(1, math.ceil(wait_s)))
 
-    def put(self, images: Sequence[Pixels], deadline_s: float) -> list[Ticket]:
+    def put(self, images: Sequence[Pixels], deadline_s: float) -> list[QueuedImage]:
         """Queue ``images``; each ticket must be waited for.
 
         Args:
@@ -154,68 +154,68 @@ class MicroBatcher:
         """
         self.check_room()
         now = time.monotonic()
-        tickets = [Ticket(pixels, now, now + deadline_s) for pixels in images]
+        queued_images = [QueuedImage(pixels, now, now + deadline_s) for pixels in images]
         with self._lock:
             # A request larger than the whole queue may still run alone.
-            if self._waiting and len(self._waiting) + len(tickets) > self._queue_limit:
+            if self._waiting and len(self._waiting) + len(queued_images) > self._queue_limit:
                 raise Overloaded(f"{len(self._waiting)} images wait already")
-            self._waiting.extend(tickets)
-        return tickets
+            self._waiting.extend(queued_images)
+        return queued_images
 
-    def wait(self, ticket: Ticket) -> Scored | Exception:
+    def wait(self, queued_image: QueuedImage) -> Prediction | Exception:
         """The scores of an image, or why it has none (``DeadlineExceeded`` among others).
 
         Blocks until the image has one or the other; the caller's thread may run batches meanwhile.
         """
-        while ticket.outcome is None:
+        while queued_image.outcome is None:
             with self._lock:
                 if not self._busy:
-                    self._busy = ticket.leads = True
-                elif ticket.wake is None:
-                    ticket.wake = Event()
+                    self._busy = queued_image.leads = True
+                elif queued_image.wake is None:
+                    queued_image.wake = Event()
                     continue  # to look again: until now nobody could have woken this thread
-            if ticket.leads:
-                ticket.leads = False
+            if queued_image.leads:
+                queued_image.leads = False
                 self._run_batch()
                 continue
-            assert ticket.wake is not None
-            if ticket.wake.wait(max(0.0, ticket.deadline - time.monotonic())):
-                ticket.wake.clear()
+            assert queued_image.wake is not None
+            if queued_image.wake.wait(max(0.0, queued_image.deadline - time.monotonic())):
+                queued_image.wake.clear()
             else:
-                self._give_up(ticket)
-        return ticket.outcome
+                self._give_up(queued_image)
+        return queued_image.outcome
 
-    def _give_up(self, ticket: Ticket) -> None:
+    def _give_up(self, queued_image: QueuedImage) -> None:
         """Take an expired image out of the queue, unless it is computed now or was told to lead."""
         with self._lock:
-            if ticket.leads or ticket.outcome is not None:
+            if queued_image.leads or queued_image.outcome is not None:
                 return
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-                ticket.outcome = _expired(ticket)
+            if queued_image in self._waiting:
+                self._waiting.remove(queued_image)
+                queued_image.outcome = _expired(queued_image)
                 return
-        assert ticket.wake is not None
-        ticket.wake.wait()  # its batch runs now: the answer is on the way
+        assert queued_image.wake is not None
+        queued_image.wake.wait()  # its batch runs now: the answer is on the way
 
     def _run_batch(self) -> None:
         """Compute one batch, then hand the device to the first of those who wait."""
-        batch: list[Ticket] = []
+        batch: list[QueuedImage] = []
         try:
             with self._lock:
                 now = time.monotonic()
                 ceiling = self.ceiling
                 while self._waiting and len(batch) < ceiling:
-                    ticket = self._waiting.popleft()
-                    if ticket.deadline > now:
-                        batch.append(ticket)
+                    queued_image = self._waiting.popleft()
+                    if queued_image.deadline > now:
+                        batch.append(queued_image)
                     else:
-                        _settle(ticket, _expired(ticket))
+                        _settle(queued_image, _expired(queued_image))
             if batch:
                 self._score(batch)
         finally:
-            for ticket in batch:
-                if ticket.outcome is None:  # what is no Exception has ended this thread
-                    _settle(ticket, RuntimeError("the forward pass was interrupted"))
+            for queued_image in batch:
+                if queued_image.outcome is None:  # what is no Exception has ended this thread
+                    _settle(queued_image, RuntimeError("the forward pass was interrupted"))
             with self._lock:
                 successor = next((each for each in self._waiting if each.wake is not None), None)
                 if successor is None:
@@ -224,21 +224,21 @@ class MicroBatcher:
                     successor.leads = True
                     _wake(successor)
 
-    def _score(self, batch: list[Ticket]) -> None:
+    def _score(self, batch: list[QueuedImage]) -> None:
         """Give every image of ``batch`` its outcome; when the batch fails, each is tried alone."""
         started = self._running_since = time.monotonic()
         try:
-            scores = self._compute(np.stack([ticket.pixels for ticket in batch]))
+            scores = self._compute(np.stack([queued_image.pixels for queued_image in batch]))
             if len(scores) != len(batch):
                 raise RuntimeError(f"{len(batch)} images gave {len(scores)} rows of scores")
         except DeviceLost as error:  # to every image of the batch
-            for ticket in batch:
-                _settle(ticket, error)
+            for queued_image in batch:
+                _settle(queued_image, error)
             return
         except Exception as error:  # noqa: BLE001 - the edge of a batch: no error may reach others
             if len(batch) > 1:
-                for ticket in batch:
-                    self._score([ticket])
+                for queued_image in batch:
+                    self._score([queued_image])
             else:
                 _settle(batch[0], error)
             return
@@ -248,27 +248,29 @@ class MicroBatcher:
         self._note_time(forward_s * 1000 / len(batch))
         self._on_batch(len(batch), forward_s, len(self._waiting))
         finite = np.isfinite(scores).all(axis=1)
-        for ticket, row, is_finite in zip(batch, scores, np.atleast_1d(finite), strict=True):
+        for queued_image, row, is_finite in zip(batch, scores, np.atleast_1d(finite), strict=True):
             if is_finite:
-                queue_ms = (started - ticket.queued) * 1000
-                _settle(ticket, Scored(row, queue_ms, forward_s * 1000, len(batch)))
+                queue_ms = (started - queued_image.queued) * 1000
+                _settle(queued_image, Prediction(row, queue_ms, forward_s * 1000, len(batch)))
             else:
-                _settle(ticket, ArithmeticError("the network scored NaN or infinity"))
+                _settle(queued_image, ArithmeticError("the network scored NaN or infinity"))
 
     def _note_time(self, image_ms: float) -> None:
         mean = self._image_ms or image_ms
         self._image_ms = mean + MEAN_SHARE * (image_ms - mean)
 
 
-def _settle(ticket: Ticket, outcome: Scored | Exception) -> None:
-    ticket.outcome = outcome
-    _wake(ticket)
+def _settle(queued_image: QueuedImage, outcome: Prediction | Exception) -> None:
+    queued_image.outcome = outcome
+    _wake(queued_image)
 
 
-def _wake(ticket: Ticket) -> None:
-    if ticket.wake is not None:
-        ticket.wake.set()
+def _wake(queued_image: QueuedImage) -> None:
+    if queued_image.wake is not None:
+        queued_image.wake.set()
 
 
-def _expired(ticket: Ticket) -> DeadlineExceeded:
-    return DeadlineExceeded(f"not started within {ticket.deadline - ticket.queued:.3g} s")
+def _expired(queued_image: QueuedImage) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"not started within {queued_image.deadline - queued_image.queued:.3g} s"
+    )

@@ -6,7 +6,7 @@ from registry.core.errors import ConvoyError, ImageTooLarge, Overloaded
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.structure import check_parts
 from registry.model.manifest import PreprocessSpec
-from service.malloc import give_back
+from service.malloc import trim_heap
 from service.server.protocol import Postpone
 from service.settings import Settings
 
@@ -68,7 +68,7 @@ class Decoder:
         except ConvoyError as error:
             return _without_frames(error)
         finally:
-            give_back()  # else the heap keeps what the largest picture took
+            trim_heap()  # else the heap keeps what the largest picture took
             self._large.release()
 
 

@@ -6,10 +6,10 @@ from typing import Protocol, TypeVar
 from msgspec import Struct
 
 from registry.core.errors import ModelNotFound
-from registry.delivery.deployment import Release
+from registry.delivery.deployment import Deployment
 from registry.model.classifier import Classifier
 from registry.model.manifest import Manifest
-from registry.model.refs import Trial
+from registry.model.refs import Canary
 from service.inference.batcher import MicroBatcher
 
 
@@ -36,23 +36,23 @@ class ServedModel(Struct, frozen=True, kw_only=True):
         return self.classifier.plan
 
 
-class Serving(Struct, frozen=True):
+class ActiveVersions(Struct, frozen=True):
     """A release, loaded. ``challenger`` is on trial; without it the champion answers its share."""
 
     key: int
-    release: Release
+    deployment: Deployment
     champion: ServedModel
     challenger: ServedModel | None = None
 
     @property
-    def trial(self) -> Trial | None:
+    def canary(self) -> Canary | None:
         """What is tried here; nothing while the challenger is not loaded, or its device is lost."""
         has_challenger = self.challenger is not None and not self.challenger.classifier.lost
-        return self.release.trial if has_challenger else None
+        return self.deployment.canary if has_challenger else None
 
     @property
     def whole(self) -> bool:
-        return (self.challenger is None) == (self.release.trial is None)
+        return (self.challenger is None) == (self.deployment.canary is None)
 
     def find(self, version: int | None, alias: str | None) -> ServedModel | None:
         """The version of that number or alias, if it serves; the champion without either."""
@@ -69,7 +69,7 @@ class Slot(Protocol):
     def current(self) -> ServedModel | None:
         """The champion; None while nothing is loaded."""
 
-    def require(self) -> Serving:
+    def require(self) -> ActiveVersions:
         """What serves; raises ``ModelNotReady`` while nothing does."""
 
 

@@ -17,11 +17,11 @@ from msgspec import Struct
 from registry.core.errors import ConvoyError, ModelNotReady, VersionNotFound
 from registry.model.image.decode import Pixels
 from registry.model.manifest import ClassScore
-from registry.model.refs import Trial
-from service.inference.batcher import MicroBatcher, Scored, Ticket
+from registry.model.refs import Canary
+from service.inference.batcher import MicroBatcher, Prediction, QueuedImage
 from service.inference.decoding import Decoder
-from service.inference.loaded_model import ServedModel, Serving, Slot, find_slot
-from service.inference.traffic_split import is_challengers
+from service.inference.loaded_model import ActiveVersions, ServedModel, Slot, find_slot
+from service.inference.traffic_split import routes_to_canary
 from service.server.protocol import Postpone
 from service.settings import Settings
 from service.shadow.client import Sample, ShadowFeed
@@ -101,7 +101,7 @@ class Result(Struct, frozen=True, kw_only=True):
     batch_size: int
 
 
-class Answered(Struct, frozen=True):
+class AnsweredRequest(Struct, frozen=True):
     """Seconds of the stages of one request; ``queue_s`` is the longest of its images."""
 
     images: int
@@ -110,13 +110,13 @@ class Answered(Struct, frozen=True):
     queue_s: float
     encode_s: float
     total_s: float
-    confidence: float  # of the best classes, summed over the images
+    confidences: list[float]  # the probability of the best class of each image
 
 
 class Counters(Protocol):
     """Where requests are counted."""
 
-    def answered(self, name: str, version: int, request: Answered) -> None: ...
+    def answered(self, name: str, version: int, request: AnsweredRequest) -> None: ...
 
     def refused(self, name: str, version: int | None, outcome: str) -> None: ...
 
@@ -129,7 +129,7 @@ class Job:
         self.served: ServedModel | None = None
         self.read_s = 0.0
         self.decode_s = 0.0
-        self.tickets: list[Ticket | Exception] = []
+        self.queued_images: list[QueuedImage | Exception] = []
         # For the shadow: the version that scores there, and for each image what it needs for that.
         self.challenger: ServedModel | None = None
         self.samples: list[Pixels | bytes | Exception] = []
@@ -158,7 +158,7 @@ class Pipeline:
 
     def find(
         self, name: str | None = None, version: int | None = None, alias: str | None = None
-    ) -> tuple[ServedModel, Serving]:
+    ) -> tuple[ServedModel, ActiveVersions]:
         """The loaded version that a request means, and what else serves at this moment.
 
         Raises:
@@ -207,8 +207,10 @@ class Pipeline:
             raise decoded[0]
         left_s = self._deadline_s - (time.perf_counter() - request.started)
         pixels = [each for each in decoded if not isinstance(each, Exception)]
-        tickets = iter(job.served.batcher.put(pixels, left_s) if pixels else ())
-        job.tickets = [each if isinstance(each, Exception) else next(tickets) for each in decoded]
+        queued_images = iter(job.served.batcher.put(pixels, left_s) if pixels else ())
+        job.queued_images = [
+            each if isinstance(each, Exception) else next(queued_images) for each in decoded
+        ]
 
     def finish(self, job: Job, write: Callable[[Result], bytes]) -> bytes:
         """The second phase: wait for the scores, have ``write`` translate them, and count.
@@ -220,7 +222,7 @@ class Pipeline:
         assert served is not None
         scored = [
             each if isinstance(each, Exception) else served.batcher.wait(each)
-            for each in job.tickets
+            for each in job.queued_images
         ]
         if not request.images.many and isinstance(scored[0], Exception):
             raise scored[0]
@@ -233,14 +235,14 @@ class Pipeline:
         if failure := next(failures, None):  # a list is one request: what failed of it must show
             self._counters.refused(served.name, served.version, failure)
         else:
-            answered = Answered(
+            answered = AnsweredRequest(
                 images=sum(each is not None for each in best),
                 read_s=job.read_s,
                 decode_s=job.decode_s,
                 queue_s=result.timings_ms.queue / 1000,
                 encode_s=done - encoding,
                 total_s=done - request.started,
-                confidence=sum(each.probability for each in best if each),
+                confidences=[each.probability for each in best if each],
             )
             self._counters.answered(served.name, served.version, answered)
         if job.challenger:
@@ -253,16 +255,16 @@ class Pipeline:
         known = name if name in self._slots else ""
         self._counters.refused(known, version, self._outcome(error))
 
-    def _decode_all(self, job: Job, serving: Serving) -> list[Pixels | Exception]:
+    def _decode_all(self, job: Job, serving: ActiveVersions) -> list[Pixels | Exception]:
         """Pixels or the error of each image; the first image may choose the version."""
         request = job.request
-        trial = None if request.version or request.alias else serving.trial
+        canary = None if request.version or request.alias else serving.canary
         in_loop = request.loop_bytes is not None
         decoded: list[Pixels | Exception] = []
         reading = time.perf_counter()
         for image in request.images:
-            if trial is not None and not decoded:
-                _choose_side(job, trial, serving.challenger, image)
+            if canary is not None and not decoded:
+                _choose_side(job, canary, serving.challenger, image)
                 if in_loop and _is_slow(job.served.batcher):  # type: ignore[union-attr]
                     raise Postpone(queues=True)  # of the challenger's
             assert job.served is not None
@@ -279,10 +281,10 @@ class Pipeline:
             job.decode_s += reading - decoding
         return decoded
 
-    def _failure(self, scored: Scored | Exception) -> str | None:
+    def _failure(self, scored: Prediction | Exception) -> str | None:
         """The metrics' word for an image's error, if it has one that is not the caller's."""
-        outcome = self._outcome(scored) if isinstance(scored, Exception) else "caller"
-        return None if outcome == "caller" else outcome
+        outcome = self._outcome(scored) if isinstance(scored, Exception) else "client_error"
+        return None if outcome == "client_error" else outcome
 
     def _send_to_shadow(
         self,
@@ -305,20 +307,20 @@ def _is_slow(batcher: MicroBatcher) -> bool:
 
 
 def _choose_side(
-    job: Job, trial: Trial, challenger: ServedModel | None, image: bytes | ConvoyError
+    job: Job, canary: Canary, challenger: ServedModel | None, image: bytes | ConvoyError
 ) -> None:
     """Which version answers, by the client's session or the first image, and which one scores."""
     session = job.request.session
     key = session.encode() if session else b"" if isinstance(image, ConvoyError) else image
-    if is_challengers(trial, key):
+    if routes_to_canary(canary, key):
         job.served = challenger
-    elif random.random() < trial.shadow:  # noqa: S311 - a sample, no secret
+    elif random.random() < canary.shadow:  # noqa: S311 - a sample, no secret
         job.challenger = challenger
 
 
-def _result(job: Job, served: ServedModel, scored: list[Scored | Exception]) -> Result:
+def _result(job: Job, served: ServedModel, scored: list[Prediction | Exception]) -> Result:
     request = job.request
-    good = [each for each in scored if isinstance(each, Scored)]
+    good = [each for each in scored if isinstance(each, Prediction)]
     images = [
         each if isinstance(each, Exception) else _predictions(each, served, request.top_k)
         for each in scored
@@ -339,7 +341,7 @@ def _result(job: Job, served: ServedModel, scored: list[Scored | Exception]) -> 
     )
 
 
-def _predictions(scored: Scored, served: ServedModel, top_k: int) -> list[ClassScore]:
+def _predictions(scored: Prediction, served: ServedModel, top_k: int) -> list[ClassScore]:
     """The ``top_k`` most probable classes, best first; equal ones in label order."""
     probabilities, labels = scored.row, served.manifest.labels
     order = np.argsort(-probabilities, kind="stable")[:top_k]

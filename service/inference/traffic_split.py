@@ -2,18 +2,18 @@
 
 import hashlib
 
-from registry.model.refs import Trial
+from registry.model.refs import Canary
 
 _WHOLE = float(1 << 64)
 
 
-def is_challengers(trial: Trial, key: bytes) -> bool:
+def routes_to_canary(canary: Canary, key: bytes) -> bool:
     """Whether the challenger answers the requests of ``key``.
 
     The same for the same key, in every worker and on every machine, as long as the same version is
     on trial; a larger share takes further keys and keeps those it had.
     """
-    if not trial.share:
+    if not canary.share:
         return False
-    digest = hashlib.sha256(b"%d:" % trial.version + key).digest()
-    return int.from_bytes(digest[:8]) < trial.share * _WHOLE
+    digest = hashlib.sha256(b"%d:" % canary.version + key).digest()
+    return int.from_bytes(digest[:8]) < canary.share * _WHOLE

@@ -9,11 +9,11 @@ from msgspec.structs import replace
 
 from registry.canary.traffic_stats import WorkerReport
 from registry.core.errors import BundleInvalid
-from registry.delivery.deployment import Release, ReleasedVersion, read_release
+from registry.delivery.deployment import DeployedVersion, Deployment, read_deployment
 from registry.model.refs import ModelRef
 from service.loading.version_loader import Failed, Loaded, PlanPending, VersionLoader
-from service.loading.version_switch import OnSwap, VersionSwitch
-from service.loading.worker_sync import Crew
+from service.loading.version_switch import OnSwitch, VersionSwitch
+from service.loading.worker_sync import WorkerGroup
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +30,15 @@ class DeploymentWatcher:
         models_folder: Path,
         loader: VersionLoader,
         switch: VersionSwitch,
-        crew: Crew,
-        on_swap: OnSwap,
+        group: WorkerGroup,
+        on_switch: OnSwitch,
     ) -> None:
         self._ref = ref
         self._models_folder = models_folder
         self._loader = loader
         self._switch = switch
-        self._crew = crew
-        self._on_swap = on_swap
+        self._group = group
+        self._on_swap = on_switch
         self._polling = Lock()
         self._announced: str | None = None
 
@@ -47,13 +47,13 @@ class DeploymentWatcher:
         """Why what is deployed does not serve here."""
         return self._loader.state.error or self._switch.waiting
 
-    def poll_once(self, patience_s: float = -1) -> bool:
+    def poll_once(self, timeout_s: float = -1) -> bool:
         """Load what is deployed if it does not serve; whether this worker serves another version.
 
-        Chooses no plan. Does nothing where another thread polls for ``patience_s`` and longer;
+        Chooses no plan. Does nothing where another thread polls for ``timeout_s`` and longer;
         -1 waits for it.
         """
-        if not self._polling.acquire(timeout=patience_s):
+        if not self._polling.acquire(timeout=timeout_s):
             return False
         try:
             before = self._switch.state.serving
@@ -115,7 +115,7 @@ class DeploymentWatcher:
     def _prepare(self) -> None:
         """Have what is wanted loaded, as far as that can be done now."""
         self._forget_lost()
-        deployment: Release | None = None
+        deployment: Deployment | None = None
         try:
             deployment = self._wanted()
             champion = self._champion(deployment)
@@ -133,18 +133,18 @@ class DeploymentWatcher:
             fresh = self._loader.load(deployment, champion, alone=is_first)
             self._switch.prepare(fresh, self._report)
 
-    def _wanted(self) -> Release:
+    def _wanted(self) -> Deployment:
         """What is deployed; a worker that comes late begins with what the others serve."""
         others, state = self._switch.others_serve(), self._loader.state
         failed = state.deployment if isinstance(state, Failed) else None
         if others is not None and others != failed:
             return others
-        release = read_release(self._models_folder, self._ref)
-        if release is None:
+        deployment = read_deployment(self._models_folder, self._ref)
+        if deployment is None:
             raise BundleInvalid(f"nothing is released; run: python -m registry pull {self._ref}")
-        return release
+        return deployment
 
-    def _champion(self, deployment: Release) -> ReleasedVersion:
+    def _champion(self, deployment: Deployment) -> DeployedVersion:
         """The version of ``deployment`` that this worker was asked to serve."""
         found = deployment.find(self._ref)
         if found is None:
@@ -170,12 +170,12 @@ class DeploymentWatcher:
         """Tell the other workers what this one serves, has prepared, or cannot load."""
         held, state = self._switch.state, self._loader.state
         serving, prepared = held.serving, held.prepared
-        self._crew.report(
+        self._group.report(
             WorkerReport(
                 pid=os.getpid(),
                 model=self._ref.name,
                 version=serving.champion.version if serving else None,
-                generation=serving.release.generation if serving else None,
+                generation=serving.deployment.generation if serving else None,
                 serving_key=serving.key if serving else 0,
                 prepared_key=prepared.key if prepared else 0,
                 error=self.error,

@@ -7,11 +7,11 @@ from registry.canary.traffic_stats import WorkerReport
 from registry.core.errors import ModelNotReady
 from registry.delivery.deployment import PullStatus, read_status
 from registry.model.refs import ModelRef
-from service.inference.loaded_model import ServedModel, Serving
+from service.inference.loaded_model import ActiveVersions, ServedModel
 from service.loading.deployment_watcher import DeploymentWatcher
 from service.loading.version_loader import ChoosePlan, Load, VersionLoader
-from service.loading.version_switch import OnSwap, VersionSwitch
-from service.loading.worker_sync import Crew
+from service.loading.version_switch import OnSwitch, VersionSwitch
+from service.loading.worker_sync import WorkerGroup
 
 REQUEST_WAITS_S = 1.0
 
@@ -29,18 +29,18 @@ class ModelSlot:
         models_folder: Path,
         load: Load,
         choose_plan: ChoosePlan = lambda bundle: None,
-        on_swap: OnSwap = lambda name, before, after: None,
-        crew: Crew | None = None,
+        on_switch: OnSwitch = lambda name, before, after: None,
+        group: WorkerGroup | None = None,
         keep_warm_s: float = 0.0,
     ) -> None:
         """``keep_warm_s``: for so long a version that was replaced stays in memory."""
         self.ref = ref
         self._models_folder = models_folder
-        self._crew = crew or Crew()
+        self._group = group or WorkerGroup()
         self._loader = VersionLoader(ref.name, models_folder, load, choose_plan, keep_warm_s)
-        self._switch = VersionSwitch(ref.name, self._crew, on_swap)
+        self._switch = VersionSwitch(ref.name, self._group, on_switch)
         self._watcher = DeploymentWatcher(
-            ref, models_folder, self._loader, self._switch, self._crew, on_swap
+            ref, models_folder, self._loader, self._switch, self._group, on_switch
         )
 
     @property
@@ -49,7 +49,7 @@ class ModelSlot:
         return self._watcher.error
 
     @property
-    def serving(self) -> Serving | None:
+    def serving(self) -> ActiveVersions | None:
         """What serves; None when nothing was loaded yet, or its device was lost since."""
         return self._switch.serving
 
@@ -64,7 +64,7 @@ class ModelSlot:
         """Seconds for which the longest forward pass of what is in memory has been running."""
         return self._loader.running_s
 
-    def require(self) -> Serving:
+    def require(self) -> ActiveVersions:
         """What serves, read once per request.
 
         A worker that has nothing yet loads what is deployed now, so that no request fails in the
@@ -89,7 +89,7 @@ class ModelSlot:
 
     def workers(self) -> list[WorkerReport]:
         """What every worker of the service serves."""
-        return self._crew.reports(self.ref.name)
+        return self._group.reports(self.ref.name)
 
     def poll_once(self) -> bool:
         """Load what is deployed, if its plan is known; whether another version serves now."""

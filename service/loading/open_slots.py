@@ -3,15 +3,15 @@
 from functools import partial
 
 from registry.core.errors import BundleInvalid, UsageError
-from registry.delivery.deployment import ReleasedVersion
+from registry.delivery.deployment import DeployedVersion
 from registry.delivery.signing import TrustedKeys, check_signature
 from registry.model.bundle import WEIGHTS, Bundle
 from registry.model.plans.planner import Planner
 from service.inference.batcher import MicroBatcher
 from service.inference.loaded_model import ServedModel
-from service.loading.gpu_process import GpuPlanner, Planning
+from service.loading.gpu_client import GpuPlanner, PlanLoader
 from service.loading.model_slot import ModelSlot
-from service.loading.worker_sync import Crew
+from service.loading.worker_sync import WorkerGroup
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -30,7 +30,7 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     """
     planner = open_planner(settings)
     trust = TrustedKeys.from_environment()
-    crew = Crew(settings.run_folder and settings.run_folder / "crew")
+    group = WorkerGroup(settings.run_folder and settings.run_folder / "crew")
     slots = {
         ref.name: ModelSlot(
             ref,
@@ -44,8 +44,8 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
                 trust=trust,
             ),
             planner.choose,
-            metrics.swapped,
-            crew,
+            metrics.version_switched,
+            group,
             settings.keep_warm_s,
         )
         for ref in settings.models
@@ -55,7 +55,7 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
     return slots
 
 
-def open_planner(settings: Settings) -> Planning:
+def open_planner(settings: Settings) -> PlanLoader:
     """What loads the versions of this worker: in itself, or in the process that owns the GPU."""
     on_cpu = Planner(settings.plans_folder, "cpu", settings.forward_threads, settings.plan)
     if settings.gpu_socket is not None:
@@ -70,10 +70,10 @@ def open_planner(settings: Settings) -> Planning:
 
 def load_served(
     bundle: Bundle,
-    released: ReleasedVersion,
+    deployed: DeployedVersion,
     *,
     name: str,
-    planner: Planning,
+    planner: PlanLoader,
     settings: Settings,
     metrics: Metrics,
     trust: TrustedKeys,
@@ -86,27 +86,27 @@ def load_served(
     """
     if bundle.manifest.model != name:
         raise BundleInvalid(
-            f"the bundle of {name} version {released.version} is of the model "
+            f"the bundle of {name} version {deployed.version} is of the model "
             f"{bundle.manifest.model!r}; publish it again under its own name"
         )
     # The weights are, as they are read; what this plan does not read must be whole all the same.
     bundle.verify(name for name in bundle.serving_files() if name != WEIGHTS)
     if trust:
-        check_signature(bundle, name, released.version, trust)
+        check_signature(bundle, name, deployed.version, trust)
     classifier = planner.load(bundle)
     return ServedModel(
         manifest=bundle.manifest,
         manifest_sha256=bundle.manifest_sha256,
-        version=released.version,
-        alias=released.alias,
+        version=deployed.version,
+        alias=deployed.alias,
         classifier=classifier,
         batcher=MicroBatcher(
             classifier.classify,
             settings.max_batch,
             settings.queue_limit,
-            settings.batch_ms,
-            settings.max_wait_s,
+            settings.max_batch_compute_ms,
+            settings.max_queue_delay_s,
             settings.deadline_s,
-            metrics.on_batch(bundle.manifest.model, released.version),
+            metrics.on_batch(bundle.manifest.model, deployed.version),
         ),
     )

@@ -13,17 +13,22 @@ from msgspec.structs import replace
 
 from registry.core.errors import BundleInvalid, PlanUndecided
 from registry.core.names import shortened
-from registry.delivery.deployment import MAX_ERROR_CHARS, Release, ReleasedVersion, version_folder
+from registry.delivery.deployment import (
+    MAX_ERROR_CHARS,
+    DeployedVersion,
+    Deployment,
+    version_folder,
+)
 from registry.model.bundle import Bundle, open_bundle
-from service.inference.loaded_model import ServedModel, Serving
-from service.malloc import give_back
+from service.inference.loaded_model import ActiveVersions, ServedModel
+from service.malloc import trim_heap
 
 RETRY_S = 5.0
 # Finding out again that no plan can serve a version takes the cores from the one that serves.
 MAX_RETRY_S = 300.0
 MAX_WARM = 2  # versions that do not serve any more
 
-Load = Callable[[Bundle, ReleasedVersion], ServedModel]
+Load = Callable[[Bundle, DeployedVersion], ServedModel]
 """Loads a version; raises ``PlanUndecided`` rather than spend the time that choosing one takes."""
 
 ChoosePlan = Callable[[Bundle], object]
@@ -36,7 +41,7 @@ class Failed(Struct, frozen=True):
     ``version`` is the one whose fault it is; None: a device's, a disk's, the deployment's.
     """
 
-    deployment: Release | None
+    deployment: Deployment | None
     version: int | None
     error: str
     pause_s: float
@@ -57,7 +62,7 @@ class Loaded(Struct, frozen=True):
 class PlanPending(Struct, frozen=True):
     """A version cannot be loaded before its plan is chosen. ``before``: it has failed already."""
 
-    deployment: Release
+    deployment: Deployment
     version: int
     bundle: Bundle
     reason: str
@@ -109,7 +114,7 @@ class VersionLoader:
         """Seconds for which the longest forward pass of a loaded version has been running."""
         return max((each.batcher.running_s for each in list(self._versions.values())), default=0.0)
 
-    def may_try(self, deployment: Release) -> bool:
+    def may_try(self, deployment: Deployment) -> bool:
         """Whether it is time to load ``deployment``: it has not failed a moment ago."""
         state = self.state
         if isinstance(state, Failed) and state.deployment == deployment:
@@ -118,7 +123,9 @@ class VersionLoader:
             self.state = Loaded()
         return True
 
-    def load(self, deployment: Release, champion: ReleasedVersion, alone: bool) -> Serving | None:
+    def load(
+        self, deployment: Deployment, champion: DeployedVersion, alone: bool
+    ) -> ActiveVersions | None:
         """All of ``deployment``; None if something of it cannot be loaded, as ``state`` then says.
 
         Args:
@@ -129,7 +136,7 @@ class VersionLoader:
         served = self._load_version(deployment, champion)
         if served is None:
             return None
-        serving = Serving(deployment.key, deployment, served)
+        serving = ActiveVersions(deployment.key, deployment, served)
         if deployment.challenger is not None:
             challenger = self._load_version(deployment, deployment.challenger)
             if challenger is None:
@@ -164,7 +171,7 @@ class VersionLoader:
     def fail(
         self,
         error: Exception,
-        deployment: Release | None,
+        deployment: Deployment | None,
         version: int | None = None,
         pause_s: float | None = None,
     ) -> None:
@@ -191,14 +198,14 @@ class VersionLoader:
         for place, (key, left) in enumerate(sorted(self._left_at.items(), key=lambda row: -row[1])):
             if place >= MAX_WARM or now - left >= self._keep_warm_s:
                 del self._versions[key], self._left_at[key]
-                give_back()
+                trim_heap()
 
     def forget_all(self) -> None:
         """Have every version loaded again: their device was lost."""
         self._versions.clear()
         self._left_at.clear()
 
-    def _load_version(self, deployment: Release, wanted: ReleasedVersion) -> ServedModel | None:
+    def _load_version(self, deployment: Deployment, wanted: DeployedVersion) -> ServedModel | None:
         """The version, from memory if it is there; None if it failed or has no plan yet."""
         key = wanted.version, wanted.manifest_sha256
         if (known := self._versions.get(key)) and not known.classifier.lost:
@@ -217,7 +224,7 @@ class VersionLoader:
         return fresh
 
     def _load_with_plan(
-        self, deployment: Release, wanted: ReleasedVersion, bundle: Bundle
+        self, deployment: Deployment, wanted: DeployedVersion, bundle: Bundle
     ) -> ServedModel | None:
         """The version, loaded; None, and noted, if its plan has to be chosen first."""
         state = self.state
@@ -232,7 +239,7 @@ class VersionLoader:
             self.state = PlanPending(deployment, wanted.version, bundle, str(error), before)
             return None
 
-    def _is_pending(self, wanted: ReleasedVersion) -> bool:
+    def _is_pending(self, wanted: DeployedVersion) -> bool:
         if not isinstance(self.state, PlanPending):
             return False
         return self.state.bundle.manifest_sha256 == wanted.manifest_sha256

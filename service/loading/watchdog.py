@@ -16,12 +16,12 @@ from pathlib import Path
 from threading import Thread
 
 from service.loading.model_slot import ModelSlot
-from service.malloc import give_back
+from service.malloc import trim_heap
 from service.running_time import RunningTime
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.5
+POLL_INTERVAL_S = 0.5
 # Between saying so in /readyz and the end: proxies look every second or two.
 UNREADY_S = 2.0
 # So that the workers of a service, which grow alike, do not end together.
@@ -37,43 +37,43 @@ class Watchdog:
     def __init__(
         self,
         slots: Collection[ModelSlot],
-        hung_s: float,
+        forward_timeout_s: float,
         max_rss_mb: int | None = None,
         end: Callable[[signal.Signals], object] = lambda number: os.kill(os.getpid(), number),
     ) -> None:
-        """``hung_s``: longer than any forward pass takes. ``max_rss_mb``: None is no limit."""
+        """No forward pass takes ``forward_timeout_s``. Without ``max_rss_mb`` there is no limit."""
         self.reason: str | None = None
         """Why this worker is about to end."""
         self._slots = slots
-        self._hung_s = hung_s
+        self._hung_s = forward_timeout_s
         self._max_rss_mb = math.inf if max_rss_mb is None else max_rss_mb
         self._end = end
         self._restart_at: float | None = None
         self._trim_at = 0.0
-        self._running_time = RunningTime(LOOK_S)
+        self._running_time = RunningTime(POLL_INTERVAL_S)
 
     def start(self) -> None:
         """Look from a daemon thread from now on."""
 
         def watch() -> None:
             while True:
-                time.sleep(LOOK_S)
+                time.sleep(POLL_INTERVAL_S)
                 try:
-                    self.look()
+                    self.poll_once()
                 except Exception:  # the edge of a thread: no descriptor free must not end it
                     log.exception("the watchdog could not look")
 
         Thread(target=watch, name="watchdog", daemon=True).start()
 
-    def look(self) -> None:
+    def poll_once(self) -> None:
         """End this process if it has to; with SIGKILL when it hangs, else as gunicorn would."""
-        ran_s = self._running_time.look()
+        ran_s = self._running_time.elapsed_s()
         for slot in self._slots:
             if min(slot.running_s, ran_s) > self._hung_s:  # a stop's time is not the pass's
                 self._end_hung(slot)
         now, rss = time.monotonic(), rss_mb()
         if now >= self._trim_at or rss > self._max_rss_mb:
-            give_back()
+            trim_heap()
             self._trim_at, rss = now + TRIM_S, rss_mb()
         if rss <= self._max_rss_mb:
             self._restart_at = None
@@ -91,7 +91,7 @@ class Watchdog:
         self.reason = f"{slot.ref.name}: a forward pass has not ended for {running_s:.0f} s"
         log.critical("%s; this worker ends", self.reason)
         time.sleep(UNREADY_S)
-        if slot.running_s > running_s and self._running_time.look() > self._hung_s:
+        if slot.running_s > running_s and self._running_time.elapsed_s() > self._hung_s:
             self._end(signal.SIGKILL)
         else:
             log.warning("%s: the forward pass has ended; this worker goes on", slot.ref.name)

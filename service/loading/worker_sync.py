@@ -21,13 +21,13 @@ from threading import Lock
 import msgspec
 
 from registry.canary.traffic_stats import WorkerReport
-from registry.delivery.deployment import Release
+from registry.delivery.deployment import Deployment
 
 NOTHING = 0
 _LOCK, _STATE = ".lock", ".json"
 
 
-class Crew:
+class WorkerGroup:
     """The workers as one of them, who owns this object, sees them."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -39,7 +39,7 @@ class Crew:
         self._folder = folder
         self._reports: dict[str, WorkerReport] = {}
         self._reporting = Lock()
-        self._posts: dict[str, Post] = {}
+        self._active: dict[str, ActiveDeployment] = {}
         name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._state = folder / f"{name}{_STATE}"
         with self.locked():
@@ -50,11 +50,11 @@ class Crew:
             fcntl.flock(alive, fcntl.LOCK_EX)
             self._write({})
 
-    def post(self, model: str) -> "Post":
+    def active_deployment(self, model: str) -> "ActiveDeployment":
         """Where the crew agrees on what it serves of ``model``."""
-        if model not in self._posts:
-            self._posts[model] = Post(self, self._folder, model)
-        return self._posts[model]
+        if model not in self._active:
+            self._active[model] = ActiveDeployment(self, self._folder, model)
+        return self._active[model]
 
     def report(self, report: WorkerReport) -> None:
         """Say to all what this worker serves, has prepared, or refuses."""
@@ -90,13 +90,13 @@ class Crew:
         self._reports = reports
 
 
-class Post:
+class ActiveDeployment:
     """What a crew serves of one model: the key of a release, in memory that all workers share."""
 
-    def __init__(self, crew: Crew, folder: Path, model: str) -> None:
-        self._crew = crew
+    def __init__(self, group: WorkerGroup, folder: Path, model: str) -> None:
+        self._group = group
         self._model = model
-        self._release = folder / f"{model}.release"
+        self._deployment_file = folder / f"{model}.deployment"
         descriptor = os.open(folder / f"{model}.serving", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(descriptor, 8)
@@ -111,31 +111,31 @@ class Post:
         return self._shared[0]
 
     @property
-    def release(self) -> Release | None:
+    def deployment(self) -> Deployment | None:
         """The release that serves, for a worker that comes later."""
-        with self._crew.locked():
+        with self._group.locked():
             if self.key == NOTHING:
                 return None
-            release = msgspec.json.decode(self._release.read_bytes(), type=Release)
+            deployment = msgspec.json.decode(self._deployment_file.read_bytes(), type=Deployment)
         # Another key: who was switching was killed before it had.
-        return release if release.key == self.key else None
+        return deployment if deployment.key == self.key else None
 
-    def switch(self, release: Release) -> list[WorkerReport]:
+    def switch(self, deployment: Deployment) -> list[WorkerReport]:
         """Have all serve ``release`` from now on if all have prepared it; else who has not.
 
         At the very first nobody waits for others: there is no older version that one could see.
         """
-        with self._crew.locked():
+        with self._group.locked():
             missing = [
                 report
-                for report in self._crew.reports(self._model)
-                if release.key not in (report.serving_key, report.prepared_key)
+                for report in self._group.reports(self._model)
+                if deployment.key not in (report.serving_key, report.prepared_key)
             ]
             if self.key == NOTHING:
                 missing = []
-            if not missing and self.key != release.key:
-                _replace(self._release, msgspec.json.encode(release))
-                self._shared[0] = release.key
+            if not missing and self.key != deployment.key:
+                _replace(self._deployment_file, msgspec.json.encode(deployment))
+                self._shared[0] = deployment.key
             return missing
 
 

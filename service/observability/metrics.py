@@ -20,27 +20,28 @@ from service.observability.metric_files import AllProcesses
 if TYPE_CHECKING:
     from service.inference.batcher import OnBatch
     from service.inference.loaded_model import ServedModel
-    from service.inference.pipeline import Answered
+    from service.inference.pipeline import AnsweredRequest
 
 log = logging.getLogger(__name__)
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 FLUSH_S = 0.5
-MOST_NOTES = 100_000  # where metrics cannot be written, memory has an end
-OUTCOMES = ("ok", "caller", "load", "state", "ours")
+MAX_NOTES = 100_000  # where metrics cannot be written, memory has an end
+OUTCOMES = ("ok", "client_error", "overload", "unavailable", "server_error")
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_BUCKETS_PROBABILITY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
-class Series:
+class MetricBuffer:
     """What the hot path noted of one version and ``flush`` has not written yet.
 
     Writing a metric that all workers share takes a system call and more; noting it is an append.
     """
 
     def __init__(self) -> None:
-        self.requests: deque[Answered] = deque(maxlen=MOST_NOTES)
-        self.batches: deque[tuple[int, float, int]] = deque(maxlen=MOST_NOTES)
-        self.shadowed: deque[tuple[str, int]] = deque(maxlen=MOST_NOTES)
+        self.requests: deque[AnsweredRequest] = deque(maxlen=MAX_NOTES)
+        self.batches: deque[tuple[int, float, int]] = deque(maxlen=MAX_NOTES)
+        self.shadowed: deque[tuple[str, int]] = deque(maxlen=MAX_NOTES)
 
     def note_batch(self, size: int, forward_s: float, waiting: int) -> None:
         self.batches.append((size, forward_s, waiting))
@@ -76,7 +77,7 @@ class Metrics:
         self._snapshot: Snapshot | None = None
         self._collecting = Lock()
         self._registry = registry = CollectorRegistry()
-        self._of_version: dict[tuple[str, int], Series] = {}
+        self._of_version: dict[tuple[str, int], MetricBuffer] = {}
         self._flushing = Lock()
         self._said: dict[str, tuple[str, str, str, str]] = {}
         version = ("model_name", "model_version")
@@ -108,9 +109,9 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
-        self.swaps = Counter(
-            "convoy_swaps",
-            "Releases that took over, or failed to.",
+        self.version_switches = Counter(
+            "convoy_version_switches",
+            "Deployments that this worker switched to, or could not load.",
             ("model_name", "outcome"),
             registry=registry,
         )
@@ -128,10 +129,11 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
-        self.confidence = Counter(
+        self.confidence = Histogram(
             "convoy_confidence",
-            "Probability of the best class, summed over the images; their mean is a version's.",
+            "Probability of the best class, of each image that was answered.",
             version,
+            buckets=_BUCKETS_PROBABILITY,
             registry=registry,
         )
         self.shadow_images = Counter(
@@ -147,9 +149,9 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
-        self.registry_age_seconds = Gauge(
-            "convoy_registry_age_seconds",
-            "Seconds since the puller last agreed with the registry.",
+        self.last_sync_timestamp_seconds = Gauge(
+            "convoy_last_sync_timestamp_seconds",
+            "When the puller last agreed with the registry, in seconds since 1970.",
             ("model_name",),
             multiprocess_mode="livemostrecent",
             registry=registry,
@@ -163,11 +165,11 @@ class Metrics:
         for outcome in OUTCOMES:
             self.requests.labels(name, version, outcome)
         for outcome in ("ok", "failed"):
-            self.swaps.labels(name, outcome)
+            self.version_switches.labels(name, outcome)
 
-    def answered(self, name: str, version: int, request: "Answered") -> None:
+    def answered(self, name: str, version: int, request: "AnsweredRequest") -> None:
         """Note a request that was answered."""
-        self._series(name, version).requests.append(request)
+        self._buffer(name, version).requests.append(request)
 
     def refused(self, name: str, version: int | None, outcome: str) -> None:
         """Note a request that was answered with an error; ``name`` is "" for a model not served."""
@@ -175,17 +177,17 @@ class Metrics:
 
     def on_batch(self, name: str, version: int) -> "OnBatch":
         """What a batcher of that version tells after each batch."""
-        return self._series(name, version).note_batch
+        return self._buffer(name, version).note_batch
 
     def shadowed(self, name: str, version: int, outcome: str, images: int) -> None:
         """Note what became of images that were meant to be scored in the shadow."""
-        self._series(name, version).shadowed.append((outcome, images))
+        self._buffer(name, version).shadowed.append((outcome, images))
 
     def flush(self) -> None:
         """Write what the hot path noted; within ``FLUSH_S`` this happens by itself."""
         with self._flushing:
-            for (name, version), series in list(self._of_version.items()):
-                self._write(name, str(version), series)
+            for (name, version), buffer in list(self._of_version.items()):
+                self._write(name, str(version), buffer)
 
     def start(self) -> None:
         """Flush from a daemon thread from now on."""
@@ -200,34 +202,37 @@ class Metrics:
 
         Thread(target=run, name="metrics", daemon=True).start()
 
-    def _series(self, name: str, version: int) -> "Series":
-        if series := self._of_version.get((name, version)):
-            return series
+    def _buffer(self, name: str, version: int) -> "MetricBuffer":
+        if buffer := self._of_version.get((name, version)):
+            return buffer
         self.expect(name, str(version))
-        return self._of_version.setdefault((name, version), Series())
+        return self._of_version.setdefault((name, version), MetricBuffer())
 
-    def _write(self, name: str, version: str, series: "Series") -> None:
-        if requests := _drain(series.requests):
+    def _write(self, name: str, version: str, buffer: "MetricBuffer") -> None:
+        if requests := _drain(buffer.requests):
             self.requests.labels(name, version, "ok").inc(len(requests))
             self.images.labels(name, version).inc(sum(each.images for each in requests))
-            self.confidence.labels(name, version).inc(sum(each.confidence for each in requests))
+            confidences = [value for each in requests for value in each.confidences]
+            _observe(self.confidence.labels(name, version), confidences)
             total_s = [each.total_s for each in requests]
             _observe(self.request_seconds.labels(name, version), total_s)
             for stage in ("read", "decode", "queue", "encode"):
                 stage_s = [getattr(each, f"{stage}_s") for each in requests]
                 _observe(self.stage_seconds.labels(name, version, stage), stage_s)
-        if batches := _drain(series.batches):
+        if batches := _drain(buffer.batches):
             sizes, forward_s, waiting = zip(*batches, strict=True)
             _observe(self.stage_seconds.labels(name, version, "forward"), forward_s)
             _observe(self.batch_size.labels(name, version), sizes)
             self.queue_depth.labels(name).set(waiting[-1])
 
-        for outcome, images in _drain(series.shadowed):
+        for outcome, images in _drain(buffer.shadowed):
             self.shadow_images.labels(name, version, outcome).inc(images)
 
-    def swapped(self, name: str, before: "ServedModel | None", after: "ServedModel | None") -> None:
+    def version_switched(
+        self, name: str, before: "ServedModel | None", after: "ServedModel | None"
+    ) -> None:
         """Note that ``after`` took over from ``before``, or that (None) a version was refused."""
-        self.swaps.labels(name, "ok" if after else "failed").inc()
+        self.version_switches.labels(name, "ok" if after else "failed").inc()
         if after is None:
             return
         # As it was said, not by ``before``: a version whose device was lost is none any more.
@@ -243,13 +248,15 @@ class Metrics:
 
     def traffic(self, name: str) -> tuple[VersionTraffic, ...]:
         """What each version of ``name`` did in all workers since the service started."""
-        found: dict[int, Tally] = {}
+        found: dict[int, TrafficAccumulator] = {}
         for family in self._everyone().collect():
             for sample in family.samples:
                 labels = sample.labels
                 if labels.get("model_name") == name and labels.get("model_version"):
-                    tally = found.setdefault(int(labels["model_version"]), Tally())
-                    tally.add(sample.name, labels, sample.value)
+                    accumulator = found.setdefault(
+                        int(labels["model_version"]), TrafficAccumulator()
+                    )
+                    accumulator.add(sample.name, labels, sample.value)
         return tuple(found[version].traffic(version) for version in sorted(found))
 
     def _everyone(self) -> Snapshot:
@@ -263,7 +270,7 @@ class Metrics:
             return snapshot
 
 
-class Tally:
+class TrafficAccumulator:
     """Sums up the samples of one version for ``VersionTraffic``."""
 
     def __init__(self) -> None:
@@ -272,8 +279,8 @@ class Tally:
 
     def add(self, name: str, labels: dict[str, str], value: float) -> None:
         if name == "convoy_requests_total":
-            ours = labels["outcome"] in ("ours", "load")
-            name = "requests" if labels["outcome"] == "ok" else "errors" if ours else "other"
+            is_error = labels["outcome"] in ("server_error", "overload")
+            name = "requests" if labels["outcome"] == "ok" else "errors" if is_error else "other"
         elif name == "convoy_shadow_images_total":
             name = labels["outcome"]
         elif name == "convoy_request_seconds_bucket":
@@ -289,7 +296,7 @@ class Tally:
             version=version,
             seconds=self._counts.get("convoy_request_seconds_sum", 0.0),
             images=int(self._counts.get("convoy_images_total", 0)),
-            confidence=self._counts.get("convoy_confidence_total", 0.0),
+            confidence=self._counts.get("convoy_confidence_sum", 0.0),
             buckets=tuple(
                 (bound, int(upper - lower))
                 for bound, lower, upper in zip(bounds, below, below[1:], strict=False)

@@ -119,7 +119,7 @@ class _Call:
         environ, target = self._environ, self._target
         if environ["REQUEST_METHOD"] not in self._protocol.methods:
             raise MethodNotAllowed(self._protocol.methods)
-        self._state.door.admit(environ, again=CALLED in environ)
+        self._state.access_control.admit(environ, again=CALLED in environ)
         started = environ.setdefault(CALLED, self._came)
         images, top_k = self._protocol.read(environ)
         self._job = Job(

@@ -28,7 +28,7 @@ RECEIVE_BYTES = 64 * 1024
 # pieces of megabytes, and frees them, kept 100 to 200 MB for eight bodies of 4 MB.
 MAPPED_BODY_BYTES = 256 * 1024
 RECEIVE_LARGE_BYTES = 256 * 1024
-MOST_HEAD_BYTES = 32 * 1024
+MAX_HEAD_BYTES = 32 * 1024
 LINGER_S = 2.0
 # After ``Limits.head_s`` of grace, a client that sends or reads more slowly is given up.
 MIN_BYTES_PER_S = 32 * 1024
@@ -44,7 +44,7 @@ _JSON = re.compile(rb"\r\ncontent-type:[ \t]*application/json", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
-class Phase(Enum):
+class ConnectionState(Enum):
     """What a connection waits for."""
 
     IDLE = "the first byte of a request"
@@ -58,7 +58,7 @@ class HeadTooLong(Exception):
     """The head of a request does not end."""
 
 
-class Asked(Struct, frozen=True):
+class RawRequest(Struct, frozen=True):
     """One whole request.
 
     ``likeness`` is its head without the digits of its length, which are ``digits``: a client sends
@@ -103,11 +103,11 @@ class Connection:
         "keep",
         "limits",
         "origin",
-        "phase",
         "received",
         "sent_bytes",
         "server",
         "sock",
+        "state",
         "unsent",
         "watched",
     )
@@ -120,7 +120,7 @@ class Connection:
         self.client = client
         self.server = server
         self.limits = limits
-        self.origin = _origin(client, limits.proxies)
+        self.origin = _origin(client, limits.trusted_proxies)
         """The address whose connections are limited together; "" where there is no limit."""
         self.received = bytearray()
         self.unsent: memoryview = memoryview(b"")
@@ -145,15 +145,15 @@ class Connection:
 
     def rest(self) -> None:
         """Wait for the next request."""
-        self._enter(Phase.IDLE)
+        self._enter(ConnectionState.IDLE)
 
     def work(self) -> None:
         """The application has the request; how long that takes is not the client's fault."""
-        self._enter(Phase.WORKING)
+        self._enter(ConnectionState.WORKING)
 
     def linger(self) -> None:
         """Say no more; read on for a while, as closing at once would take the answer back."""
-        self._enter(Phase.LINGERING)
+        self._enter(ConnectionState.LINGERING)
         self.forget()
         self.sock.shutdown(socket.SHUT_WR)
 
@@ -171,7 +171,7 @@ class Connection:
 
         Raises as ``recv`` does, also when there is nothing.
         """
-        if self._head is None and len(self.received) >= MOST_HEAD_BYTES:
+        if self._head is None and len(self.received) >= MAX_HEAD_BYTES:
             return 0  # requests behind each other wait in the kernel, not here
         if self._large is not None:
             end = self._filled + RECEIVE_LARGE_BYTES
@@ -181,7 +181,7 @@ class Connection:
         else:
             data = self.sock.recv(RECEIVE_BYTES)
             count = len(data)
-            if self.phase is not Phase.LINGERING:
+            if self.state is not ConnectionState.LINGERING:
                 self.received += data
         if count:
             self._moved_at = time.monotonic()
@@ -196,15 +196,15 @@ class Connection:
         A client that sends or reads must keep to ``MIN_BYTES_PER_S``, by the bytes that it has
         moved and not by those that it has announced; and it must not pause for ``head_s``.
         """
-        match self.phase:
-            case Phase.IDLE:
+        match self.state:
+            case ConnectionState.IDLE:
                 return self._since + self.limits.keep_alive_s
-            case Phase.READING | Phase.WRITING:
+            case ConnectionState.READING | ConnectionState.WRITING:
                 earned_s = self._moved_bytes() / MIN_BYTES_PER_S
                 return self.limits.head_s + min(self._since + earned_s, self._moved_at)
-            case Phase.LINGERING:
+            case ConnectionState.LINGERING:
                 return self._since + LINGER_S
-            case Phase.WORKING:
+            case ConnectionState.WORKING:
                 return math.inf
 
     def closing_order(self, now: float) -> tuple[bool, float]:
@@ -213,20 +213,20 @@ class Connection:
         Clients that are too slow come first, or have had their last answer; then the idle ones,
         for as long as they are that.
         """
-        slow = self.phase is Phase.LINGERING
-        if self.phase in (Phase.READING, Phase.WRITING):
+        slow = self.state is ConnectionState.LINGERING
+        if self.state in (ConnectionState.READING, ConnectionState.WRITING):
             elapsed_s = now - self._since
             slow = elapsed_s > max(SLOW_AFTER_S, self._moved_bytes() / MIN_BYTES_PER_S)
         return not slow, self._since
 
     def _moved_bytes(self) -> int:
-        return self.sent_bytes if self.phase is Phase.WRITING else self.received_bytes
+        return self.sent_bytes if self.state is ConnectionState.WRITING else self.received_bytes
 
-    def _enter(self, phase: Phase) -> None:
-        self.phase = phase
+    def _enter(self, state: ConnectionState) -> None:
+        self.state = state
         self._since = self._moved_at = time.monotonic()
 
-    def take(self) -> Asked | None:
+    def take(self) -> RawRequest | None:
         """The next request, once all of it has arrived.
 
         Raises:
@@ -235,11 +235,11 @@ class Connection:
         """
         asked = self._take_whole() if self._head is not None or self._take_head() else None
         has_begun = self._head is not None or self.received
-        if asked is None and has_begun and self.phase is Phase.IDLE:
-            self._enter(Phase.READING)
+        if asked is None and has_begun and self.state is ConnectionState.IDLE:
+            self._enter(ConnectionState.READING)
         return asked
 
-    def _take_whole(self) -> Asked | None:
+    def _take_whole(self) -> RawRequest | None:
         body: bytes | mmap
         if self._large is not None:
             if self._filled < len(self._large):
@@ -256,7 +256,7 @@ class Connection:
                 del self.received[:length]
         assert self._head is not None
         complete = self._length is not None
-        asked = Asked(self._head, self._likeness, self._digits, body, complete)
+        asked = RawRequest(self._head, self._likeness, self._digits, body, complete)
         self._head = None
         self._expects = False
         return asked
@@ -264,9 +264,9 @@ class Connection:
     def _take_head(self) -> bool:
         """Whether the head of the next request has arrived; it is taken out of ``received``."""
         received = self.received
-        end = received.find(HEADERS_END, 0, MOST_HEAD_BYTES)
+        end = received.find(HEADERS_END, 0, MAX_HEAD_BYTES)
         if end < 0:
-            if len(received) >= MOST_HEAD_BYTES:
+            if len(received) >= MAX_HEAD_BYTES:
                 raise HeadTooLong
             return False
         self._head = bytes(received[:end])
@@ -286,7 +286,7 @@ class Connection:
     @property
     def is_untouched(self) -> bool:
         """Whether nothing of its next request was read yet, so that another worker may read it."""
-        return self.phase is Phase.IDLE and not self.received and not self.ended
+        return self.state is ConnectionState.IDLE and not self.received and not self.ended
 
     def expects(self) -> bool:
         """Whether the client waits to be told to send the body; said once."""
@@ -302,8 +302,8 @@ class Connection:
         self.unsent = self.unsent[sent:]
         if not self.unsent:
             return True
-        if self.phase is not Phase.WRITING:
-            self._enter(Phase.WRITING)
+        if self.state is not ConnectionState.WRITING:
+            self._enter(ConnectionState.WRITING)
             self.sent_bytes = 0
         elif sent:
             self._moved_at = time.monotonic()
@@ -338,13 +338,13 @@ def _pages(size: int) -> mmap:
     return pages
 
 
-def _origin(client: Any, proxies: tuple[IPv4Network | IPv6Network, ...]) -> str:
+def _origin(client: Any, trusted_proxies: tuple[IPv4Network | IPv6Network, ...]) -> str:
     """The IPv4 address of a socket's peer, or the /64 of its IPv6 address."""
     if not isinstance(client, tuple):
         return ""  # a Unix socket's
     address = ip_address(client[0].partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
-    if any(address in network for network in proxies):
+    if any(address in network for network in trusted_proxies):
         return ""
     return str(address) if address.version == 4 else f"{int(address) >> 64:x}/64"
 

@@ -13,8 +13,8 @@ import ctypes
 import socket
 import sys
 
-SETTLE_S = 0.02
-"""After ``turn_away``, handshakes that had begun are over."""
+RECONCILE_TIMEOUT_S = 0.02
+"""After ``reject_new_connections``, handshakes that had begun are over."""
 
 # From Linux's asm-generic/socket.h and linux/bpf_common.h.
 SO_ATTACH_FILTER = 26
@@ -42,12 +42,12 @@ class _Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_uint16), ("program", ctypes.POINTER(_Instruction)))
 
 
-def turn_away(listener: socket.socket) -> None:
+def reject_new_connections(listener: socket.socket) -> None:
     """Have nobody new begin to connect; where the kernel cannot, nothing changes."""
     if sys.platform != "linux" or listener.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    program = (_Instruction * len(_PROGRAM))(*(_Instruction(*each) for each in _PROGRAM))
+    preprocessed = (_Instruction * len(_PROGRAM))(*(_Instruction(*each) for each in _PROGRAM))
     with contextlib.suppress(OSError):
         listener.setsockopt(
-            socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(_Filter(len(_PROGRAM), program))
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(_Filter(len(_PROGRAM), preprocessed))
         )

@@ -39,20 +39,26 @@ from gunicorn.workers.gthread import PollableMethodQueue
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.server.connection import RECEIVE_BYTES, Asked, Connection, HeadTooLong, Phase
-from service.server.graceful_close import SETTLE_S, turn_away
+from service.server.connection import (
+    RECEIVE_BYTES,
+    Connection,
+    ConnectionState,
+    HeadTooLong,
+    RawRequest,
+)
+from service.server.graceful_close import RECONCILE_TIMEOUT_S, reject_new_connections
 from service.server.handover import NEVER, Handover
 from service.server.protocol import ENDING, IN_LOOP, WAITING, Postpone, ServerOptions
-from service.server.request_parser import Heads
+from service.server.request_parser import HeaderCache
 
 # A round ends when it has this many requests or has taken so long, and answers them.
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
 POLL_S = 0.02
-LOOK_S = 0.25
+POLL_INTERVAL_S = 0.25
 # Of a client that waited longer it is looked whether it still does: in an overload, answers for
 # those who have left would be most of the work.
-PATIENCE_S = 1.0
+WAIT_TIMEOUT_S = 1.0
 # Connections on which nothing is asked are closed so long after the order to end: who asks all the
 # time is answered, and told that it was the last time.
 IDLE_S = 1.0
@@ -80,7 +86,7 @@ DISCARDED_SHARE = 0.75
 # One address may have this part of a worker's connections, a trusted proxy all of them.
 ADDRESS_SHARE = 0.75
 # Of requests that are not answered yet.
-MOST_RECEIVED_BYTES = 256 * 1024 * 1024
+MAX_RECEIVED_BYTES = 256 * 1024 * 1024
 # They are counted so often while they arrive: it takes 0.2 ms with 1,000 connections.
 COUNT_INTERVAL_S = 0.01
 RETRY = "Retry-After: 1\r\n"
@@ -89,15 +95,16 @@ RETRY = "Retry-After: 1\r\n"
 class Written(list[bytes]):
     """What gunicorn's response takes for a socket.
 
-    It writes an answer's head and body with a call each; here one ``send`` has both. Not a part of
-    ``Answering``: in a cycle of references, bodies would live until the next garbage collection.
+    It writes an answer's head and body with a call each; here one ``send`` has both. It is not
+    a part of ``PendingResponse``: in a cycle of references, bodies would live until the next
+    garbage collection.
     """
 
     def sendall(self, data: bytes) -> None:
         self.append(bytes(data))
 
 
-class Answering:
+class PendingResponse:
     """A request, and its answer while it is made."""
 
     __slots__ = (
@@ -112,7 +119,12 @@ class Answering:
     )
 
     def __init__(
-        self, connection: Connection, request: Any, environ: dict[str, Any], cfg: Any, asked: Asked
+        self,
+        connection: Connection,
+        request: Any,
+        environ: dict[str, Any],
+        cfg: Any,
+        asked: RawRequest,
     ) -> None:
         self.connection = connection
         self.size = len(asked.body)
@@ -171,10 +183,10 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._connections: dict[Connection, None] = {}
         # Since when, and in that order: whoever is left out is first in the next round.
         self._readable: dict[Connection, float] = {}
-        self._round: dict[Connection, Answering] = {}
+        self._round: dict[Connection, PendingResponse] = {}
         self._of_origin: Counter[str] = Counter()
         self._probes = self._queued = 0
-        self._waiting_probes: deque[Answering] = deque()
+        self._waiting_probes: deque[PendingResponse] = deque()
         self._refusals: deque[tuple[Connection, bytes, float]] = deque()
         self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
         self._discarded_bytes = 0
@@ -182,7 +194,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._next_poll = self._next_look = self._next_count = 0.0
 
     def init_process(self) -> None:
-        self._heads = Heads(self.cfg)
+        self._heads = HeaderCache(self.cfg)
         self._limits = replace(self.options.limits, keep_alive_s=self.cfg.keepalive)
         self._poller = selectors.DefaultSelector()
         self._done = PollableMethodQueue()
@@ -245,16 +257,19 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """
         self._ending = True
         now = time.monotonic()
-        ends, unready_until = now + self.cfg.graceful_timeout - 1, now + self.options.unready_s
+        ends, unready_until = (
+            now + self.cfg.graceful_timeout - 1,
+            now + self.options.shutdown_delay_s,
+        )
         while time.monotonic() < unready_until:
             self._turn()
         if self._handover:
             self._handover.load = NEVER
         for listener in self.sockets if self._listens_alone else ():
-            turn_away(listener)  # not the arbiter's: other workers accept from that
-        settled = time.monotonic() + SETTLE_S
+            reject_new_connections(listener)  # not the arbiter's: other workers accept from that
+        settled = time.monotonic() + RECONCILE_TIMEOUT_S
         while time.monotonic() < settled:  # whom the kernel has welcomed already is welcome
-            self._turn(SETTLE_S)
+            self._turn(RECONCILE_TIMEOUT_S)
         for listener in self.sockets:
             self._poller.unregister(listener)
             while self._accept(listener):
@@ -271,11 +286,11 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._turn()
             if now > idle_until:
                 self._dispatch(0)  # who has asked already is not idle
-                idle = [c for c in self._connections if c.phase is Phase.IDLE]
+                idle = [c for c in self._connections if c.state is ConnectionState.IDLE]
                 for each in [c for c in idle if c not in self._readable]:
                     self._close(each)
 
-    def _turn(self, wait_s: float = LOOK_S) -> None:
+    def _turn(self, wait_s: float = POLL_INTERVAL_S) -> None:
         """One round: what is readable now, and what becomes so while that is being taken.
 
         For the first of it ``wait_s`` at most.
@@ -311,7 +326,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 ends = now
         self._send_refusals(now)
         if now >= self._next_look:
-            self._next_look = now + LOOK_S
+            self._next_look = now + POLL_INTERVAL_S
             self._dispatch(0)  # what has arrived in time is not late
             self._close_late(now)
             if self._handover:
@@ -388,7 +403,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         closable = [
             each
             for each in self._connections
-            if each.phase is not Phase.WORKING and origin in (None, each.origin)
+            if each.state is not ConnectionState.WORKING and origin in (None, each.origin)
         ]
         by_loss = lambda each: (each in self._readable, *each.closing_order(now))  # noqa: E731
         room = max(1, int(ROOM_SHARE * (self._max_of_origin if origin else self._max_connections)))
@@ -404,7 +419,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """
         late = [c for c in self._connections if c.deadline <= now and c not in self._readable]
         for connection in late[:ROUND_REQUESTS]:
-            if connection.phase is Phase.READING:
+            if connection.state is ConnectionState.READING:
                 self._refuse(connection, 408, "the request did not arrive in its time")
             else:
                 self._close(connection)
@@ -423,7 +438,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._refuse(connection, 503, "too many large requests arrive at once")
             return
         if asked is not None:
-            if waited_s > PATIENCE_S and connection.has_hung_up():
+            if waited_s > WAIT_TIMEOUT_S and connection.has_hung_up():
                 self._close(connection)
             else:
                 self._ask(connection, asked)
@@ -446,7 +461,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         except OSError:
             self._close(connection)
             return False
-        if connection.phase is not Phase.LINGERING:
+        if connection.state is not ConnectionState.LINGERING:
             return True
         self._discarded_bytes += count
         if connection.ended:
@@ -466,10 +481,10 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
         Whether they may. Who is slow with a large body would keep out everybody else's.
         """
-        if sum(pool.size for pool in self._pools()) + size > MOST_RECEIVED_BYTES:
+        if sum(pool.size for pool in self._pools()) + size > MAX_RECEIVED_BYTES:
             return False  # that would help nobody
-        while self._received() + size > MOST_RECEIVED_BYTES:
-            sending = [each for each in self._connections if each.phase is Phase.READING]
+        while self._received() + size > MAX_RECEIVED_BYTES:
+            sending = [each for each in self._connections if each.state is ConnectionState.READING]
             if not sending:
                 return False
             most = max(sending, key=lambda each: each.received_bytes)
@@ -485,13 +500,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _pools(self) -> tuple[RequestPool, ...]:
         return self._postponed, self._large, self._background
 
-    def _pool(self, answering: Answering, postponed: Postpone) -> RequestPool:
+    def _pool(self, answering: PendingResponse, postponed: Postpone) -> RequestPool:
         """The threads for a request that is too long for the loop."""
         if postponed.background:
             return self._background
         return self._large if answering.size > LARGE_POOL_BYTES else self._postponed
 
-    def _ask(self, connection: Connection, asked: Asked) -> None:
+    def _ask(self, connection: Connection, asked: RawRequest) -> None:
         """Have the application called: here, or in a thread."""
         connection.work()
         try:
@@ -503,7 +518,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         environ["wsgi.input"] = asked.open_body()
         if self._ending:
             environ[ENDING] = True
-        answering = Answering(connection, request, environ, self.cfg, asked)
+        answering = PendingResponse(connection, request, environ, self.cfg, asked)
         is_old = connection.is_old() and not connection.received  # nothing asked behind it
         if self._deaf or not asked.complete or is_old:
             answering.response.force_close()
@@ -513,7 +528,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         else:
             self._call(answering)
 
-    def _call(self, answering: Answering) -> None:
+    def _call(self, answering: PendingResponse) -> None:
         """Call the application in the loop; its answer is iterated at the end of the round."""
         environ = answering.environ
         environ[IN_LOOP] = answering.size
@@ -531,7 +546,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._probes += not answering.is_upload
             self._round[answering.connection] = answering
 
-    def _to_thread(self, answering: Answering, pool: RequestPool) -> None:
+    def _to_thread(self, answering: PendingResponse, pool: RequestPool) -> None:
         size = answering.size
         if pool.count >= MAX_WAITING or (size and not self._make_space(size)):
             self._refuse(
@@ -542,7 +557,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         pool.count += 1
         pool.size += size
         self._queued += answering.queues
-        self._tell_load()
+        self._report_load()
 
         def answer() -> None:
             answering.call(self.wsgi)
@@ -552,7 +567,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             pool.count -= 1
             pool.size -= size
             self._queued -= answering.queues
-            self._tell_load()
+            self._report_load()
             self._finish(answering, error)
 
         def work() -> None:
@@ -565,12 +580,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
         pool.threads.submit(work)
 
-    def _tell_load(self) -> None:
+    def _report_load(self) -> None:
         """Tell the other workers how many requests wait in this one for each other."""
         if self._handover and self._handover.load != NEVER:
             self._handover.load = self._queued
 
-    def _finish(self, answering: Answering, error: BaseException | None) -> None:
+    def _finish(self, answering: PendingResponse, error: BaseException | None) -> None:
         """Send what the application has answered, or that it failed with ``error``."""
         connection = answering.connection
         if isinstance(error, Exception):
@@ -653,7 +668,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _on_event(self, connection: Connection) -> None:
         if connection not in self._connections:
             return  # another event of the same poll closed it to make room
-        if connection.phase is Phase.WRITING:
+        if connection.state is ConnectionState.WRITING:
             self._write(connection)
         elif connection not in self._round:  # its next request, or its end, comes after its answer
             self._readable.setdefault(connection, time.monotonic())

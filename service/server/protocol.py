@@ -51,7 +51,7 @@ class Limits(Struct, frozen=True):
     head_s: float = 10.0
     keep_alive_s: float = 75.0
     age_s: float = 60.0
-    proxies: tuple[IPv4Network | IPv6Network, ...] = ()
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):
@@ -72,6 +72,6 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     family: socket.AddressFamily
     limits: Limits
     describe_error: Callable[[int, str, str, str], bytes]
-    unready_s: float = 0.0
+    shutdown_delay_s: float = 0.0
     max_connections_per_address: int | None = None
     handover_folder: Path | None = None

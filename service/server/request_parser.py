@@ -9,19 +9,19 @@ from typing import Any
 from gunicorn import http
 from gunicorn.http import errors, wsgi
 
-from service.server.connection import HEADERS_END, MAX_CACHED_HEAD_BYTES, Asked, Connection
+from service.server.connection import HEADERS_END, MAX_CACHED_HEAD_BYTES, Connection, RawRequest
 
 MAX_CACHED_HEADS = 1024
 
 
-class Heads:
+class HeaderCache:
     """Reads heads by gunicorn 26's parser, under its configuration ``cfg``."""
 
     def __init__(self, cfg: Any) -> None:
         self._cfg = cfg
         self._known: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
-    def read(self, asked: Asked, connection: Connection) -> tuple[Any, dict[str, Any]]:
+    def read(self, asked: RawRequest, connection: Connection) -> tuple[Any, dict[str, Any]]:
         """gunicorn's request, and a WSGI environment of its own without the body.
 
         Raises:
@@ -42,7 +42,7 @@ class Heads:
             own["CONTENT_LENGTH"] = asked.digits
         return request, environ | own
 
-    def _parse(self, asked: Asked, connection: Connection) -> tuple[Any, dict[str, Any]]:
+    def _parse(self, asked: RawRequest, connection: Connection) -> tuple[Any, dict[str, Any]]:
         request = next(http.get_parser(self._cfg, [asked.head, HEADERS_END], connection.client))
         _check(request)
         _read_connection(request)

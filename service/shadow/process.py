@@ -23,14 +23,14 @@ from msgspec import Struct
 from registry.core.devices import CORES
 from registry.core.errors import DeviceLost
 from registry.core.process_lifetime import end_with_standard_input
-from registry.delivery.deployment import read_release_or_none, version_folder
+from registry.delivery.deployment import read_deployment_or_none, version_folder
 from registry.delivery.signing import TrustedKeys, check_signature
 from registry.model.bundle import open_bundle
 from registry.model.classifier import Classifier
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.manifest import Manifest
 from registry.model.refs import CHAMPION, ModelRef
-from service.loading.gpu_process import Planning
+from service.loading.gpu_client import PlanLoader
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.shadow.client import BUFFER_BYTES, Sample
@@ -44,7 +44,7 @@ RETRY_S = 10.0
 _decode = msgspec.msgpack.Decoder(Sample).decode
 
 
-class Loaded(Struct, frozen=True):
+class ShadowModel(Struct, frozen=True):
     """The challenger of a model."""
 
     version: int
@@ -55,17 +55,17 @@ class Loaded(Struct, frozen=True):
 class Shadow:
     """Scores samples, as many as its part of the machine allows."""
 
-    def __init__(self, settings: Settings, planner: Planning, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, planner: PlanLoader, metrics: Metrics) -> None:
         self._settings = settings
         self._trust = TrustedKeys.from_environment()
         self._planner = planner
         self._metrics = metrics
-        self._loaded: dict[str, Loaded] = {}
+        self._loaded: dict[str, ShadowModel] = {}
         self._retry_at: dict[tuple[str, int], float] = {}
 
     def serve(self, receiver: socket.socket) -> None:
         """Score what comes, until the process ends."""
-        budget = Budget(self._settings.shadow_cpu * CORES)
+        budget = CpuBudget(self._settings.shadow_cpu * CORES)
         while True:
             for model, samples in _by_model(_receive(receiver)).items():
                 self.score(model, samples)
@@ -98,7 +98,7 @@ class Shadow:
             if count := int(which.sum()):
                 self._metrics.shadowed(model, loaded.version, outcome, count)
 
-    def _challenger(self, model: str, version: int) -> Loaded | None:
+    def _challenger(self, model: str, version: int) -> ShadowModel | None:
         """The challenger of that version; None while the release does not name it, or it fails."""
         known = self._loaded.get(model)
         if known and known.version == version:
@@ -106,16 +106,16 @@ class Shadow:
         if time.monotonic() < self._retry_at.get((model, version), 0.0):
             return None
         champion = ModelRef(model, alias=CHAMPION)
-        release = read_release_or_none(self._settings.models_folder, champion)
-        released = release.challenger if release else None
-        if released is None or released.version != version:
+        deployment = read_deployment_or_none(self._settings.models_folder, champion)
+        deployed = deployment.challenger if deployment else None
+        if deployed is None or deployed.version != version:
             return None
         folder = version_folder(self._settings.models_folder, model, version)
         try:
-            bundle = open_bundle(folder, released.manifest_sha256)
+            bundle = open_bundle(folder, deployed.manifest_sha256)
             if self._trust:
                 check_signature(bundle, model, version, self._trust)
-            fresh = Loaded(version, bundle.manifest, self._planner.load(bundle))
+            fresh = ShadowModel(version, bundle.manifest, self._planner.load(bundle))
         except Exception as error:  # noqa: BLE001 - an engine may raise anything
             log.warning("%s version %d cannot be scored: %s", model, version, error)
             self._retry_at[model, version] = time.monotonic() + RETRY_S
@@ -130,7 +130,7 @@ class Shadow:
         return np.frombuffer(sample.image, np.uint8).reshape(manifest.preprocess.shape)
 
 
-class Budget:
+class CpuBudget:
     """How long to rest so that this process takes no more than so many cores."""
 
     def __init__(self, cores: float, clock: Callable[[], float] = time.process_time) -> None:

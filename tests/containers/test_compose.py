@@ -11,7 +11,7 @@ from tests.containers.stack import ROOT, Stack, load, say
 
 pytestmark = pytest.mark.containers
 
-MOST_BYTES = {"service": 350_000_000, "registry": 1_000_000_000}
+MAX_BYTES = {"service": 350_000_000, "registry": 1_000_000_000}
 
 
 def test_the_first_picture_is_classified_through_the_proxy(up: Stack, picture: bytes) -> None:
@@ -21,7 +21,7 @@ def test_the_first_picture_is_classified_through_the_proxy(up: Stack, picture: b
 
 
 def test_images_are_small_and_run_nothing_as_root(up: Stack) -> None:
-    for name, most in MOST_BYTES.items():
+    for name, most in MAX_BYTES.items():
         size = int(up.docker("image", "inspect", "-f", "{{.Size}}", f"convoy-{name}:latest"))
         say(f"convoy-{name}: {size / 1e6:.0f} MB")
         assert size < most
@@ -112,8 +112,8 @@ def test_a_registry_that_was_destroyed_is_restored(
     assert "ann" in up.registry("token", "list")
     assert set(counts) == {200}
     # With its files: a pull into an empty home gets a whole version.
-    home = ("-e", "CONVOY_HOME=/tmp/restored", "control")
-    up.compose("exec", "-T", *home, "python", "-m", "registry", "pull", "models:/fashion@champion")
+    paths = ("-e", "CONVOY_HOME=/tmp/restored", "control")
+    up.compose("exec", "-T", *paths, "python", "-m", "registry", "pull", "models:/fashion@champion")
     whole = file.read_bytes()
     changed = whole.replace(b'"schema_version": 4', b'"schema_version": 5', 1)
     assert changed != whole

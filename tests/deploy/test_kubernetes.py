@@ -22,7 +22,7 @@ VALUES = {
     "default": "",
     "everything": """
         service:
-          settings: {CONVOY_RATE: "100"}
+          settings: {CONVOY_RATE_LIMIT: "100"}
           tokensSecret: tokens
           keySecret: key
           trustedKeysConfigMap: trusted
@@ -141,7 +141,9 @@ def test_pods_that_serve_end_after_all_that_they_do_at_the_end(tmp_path: Path) -
     service, puller = spec["containers"]
     environment = {each["name"]: each.get("value") for each in service["env"]}
     sleep = int(service["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert spec["terminationGracePeriodSeconds"] > sleep + int(environment["CONVOY_DRAIN_S"])
+    assert spec["terminationGracePeriodSeconds"] > sleep + int(
+        environment["CONVOY_GRACEFUL_TIMEOUT_S"]
+    )
     assert service["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert service["livenessProbe"]["httpGet"]["path"] == "/livez"  # not killed for want of a model
     assert service["startupProbe"]["httpGet"]["path"] == "/livez"

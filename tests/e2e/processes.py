@@ -10,17 +10,17 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import PATIENCE_S, free_port
+from tests.conftest import WAIT_TIMEOUT_S, free_port
 
 
-def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(paths: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """One of the command lines, as a user would type it."""
     return subprocess.run(
         [sys.executable, "-m", *arguments],
-        env={**os.environ, "CONVOY_HOME": str(home), "CONVOY_PLAN": "torch-eager"},
+        env={**os.environ, "CONVOY_HOME": str(paths), "CONVOY_PLAN": "torch-eager"},
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=WAIT_TIMEOUT_S,
     )
 
 
@@ -28,14 +28,14 @@ class Service:
     """``python -m service`` on a free port."""
 
     def __init__(
-        self, home: Path, *arguments: str, module: tuple[str, ...] = ("service",), **more: str
+        self, paths: Path, *arguments: str, module: tuple[str, ...] = ("service",), **more: str
     ) -> None:
         """``module`` and its first arguments stand for ``service``; ``more`` are variables."""
         self.port = free_port()
-        self.log = home / "service.log"
+        self.log = paths / "service.log"
         environment = {
             **os.environ,
-            "CONVOY_HOME": str(home),
+            "CONVOY_HOME": str(paths),
             "CONVOY_PORT": str(self.port),
             "CONVOY_MODEL": "models:/digits@champion",
             "CONVOY_WORKERS": "2",
@@ -53,7 +53,7 @@ class Service:
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
         """Over a connection of its own, so that any worker may answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_TIMEOUT_S)
         try:
             connection.request(method, path, body)
             response = connection.getresponse()
@@ -62,7 +62,7 @@ class Service:
             connection.close()
 
     def text(self, path: str) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_TIMEOUT_S)
         try:
             connection.request("GET", path)
             return connection.getresponse().read().decode()
@@ -84,7 +84,7 @@ class Service:
         """SIGTERM; the exit status, when every process of the service is gone."""
         family = [self.process, *self.process.children(recursive=True)]
         self.process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+        _, alive = psutil.wait_procs(family, timeout=WAIT_TIMEOUT_S)
         for process in alive:
             process.kill()
         assert not alive, self.log.read_text()

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PATIENCE_S, free_port, wait_for
+from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
 from tests.e2e.processes import run
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def port(home: Path) -> Iterator[int]:
+def port(paths: Path) -> Iterator[int]:
     port = free_port()
-    environment = {**os.environ, "CONVOY_HOME": str(home), "CONVOY_CONTROL_PORT": str(port)}
-    with (home / "control.log").open("wb") as log:
+    environment = {**os.environ, "CONVOY_HOME": str(paths), "CONVOY_CONTROL_PORT": str(port)}
+    with (paths / "control.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "registry", "serve"], env=environment, stdout=log, stderr=log
         )
@@ -28,14 +28,14 @@ def port(home: Path) -> Iterator[int]:
         wait_for(lambda: ask(port, "/livez")[0] == 200, "the control plane did not start")
         yield port
         process.terminate()
-        assert process.wait(PATIENCE_S) == 0
+        assert process.wait(WAIT_TIMEOUT_S) == 0
     finally:
         process.kill()
         process.wait()
 
 
 def ask(port: int, path: str, token: str = "") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_TIMEOUT_S)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
         answer = connection.getresponse()
@@ -47,11 +47,11 @@ def ask(port: int, path: str, token: str = "") -> tuple[int, str]:
 
 
 def test_it_answers_those_who_have_a_token_and_silent_clients_do_not_hold_it(
-    home: Path, port: int
+    paths: Path, port: int
 ) -> None:
-    made = run(home, "registry", "token", "add", "ann", "--role", "viewer")
+    made = run(paths, "registry", "token", "add", "ann", "--role", "viewer")
     token = made.stdout.strip()
-    assert "ann" in run(home, "registry", "token", "list").stdout
+    assert "ann" in run(paths, "registry", "token", "list").stdout
     assert ask(port, "/v1/models")[0] == 401
     status, body = ask(port, "/v1/models", token)
     assert (status, '"name":"digits"' in body) == (200, True)
@@ -66,5 +66,5 @@ def test_it_answers_those_who_have_a_token_and_silent_clients_do_not_hold_it(
     finally:
         for each in silent:
             each.close()
-    assert run(home, "registry", "token", "remove", "ann").returncode == 0
+    assert run(paths, "registry", "token", "remove", "ann").returncode == 0
     assert ask(port, "/v1/models", token)[0] == 401

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PATIENCE_S, free_port, wait_for
+from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -17,7 +17,7 @@ def raw_status(port: int, *headers: str) -> str:
     """The status line of ``GET /livez`` with these headers; empty when nothing answers."""
     lines = ("GET /livez HTTP/1.1", "Host: x", *headers, "Connection: close", "", "")
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_TIMEOUT_S) as connection:
             connection.sendall("\r\n".join(lines).encode())
             return connection.makefile("rb").readline().decode().strip()
     except OSError:
@@ -48,4 +48,4 @@ def test_no_header_from_loopback_rewrites_the_path(
             assert raw_status(port, header).endswith("200 OK"), header
     finally:
         process.terminate()
-        process.wait(PATIENCE_S)
+        process.wait(WAIT_TIMEOUT_S)

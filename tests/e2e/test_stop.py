@@ -13,8 +13,8 @@ pytestmark = pytest.mark.e2e
 TIMEOUT_S = 15
 
 
-def test_no_worker_dies_because_the_service_was_stopped_for_a_while(home: Path) -> None:
-    service = Service(home, GUNICORN_CMD_ARGS=f"--timeout {TIMEOUT_S}", CONVOY_HUNG_S="5")
+def test_no_worker_dies_because_the_service_was_stopped_for_a_while(paths: Path) -> None:
+    service = Service(paths, GUNICORN_CMD_ARGS=f"--timeout {TIMEOUT_S}", CONVOY_HUNG_S="5")
     try:
         wait_for(service.is_ready, "the service did not become ready")
         family = [service.process, *service.process.children(recursive=True)]
@@ -25,8 +25,8 @@ def test_no_worker_dies_because_the_service_was_stopped_for_a_while(home: Path) 
         wait_for(lambda: time.monotonic() > go_on_at, "the clock stands still")
         for process in family:
             process.send_signal(signal.SIGCONT)
-        judged_at = time.monotonic() + TIMEOUT_S
-        wait_for(lambda: service.is_ready() and time.monotonic() > judged_at, "not ready again")
+        evaluated_at = time.monotonic() + TIMEOUT_S
+        wait_for(lambda: service.is_ready() and time.monotonic() > evaluated_at, "not ready again")
         assert "WORKER TIMEOUT" not in service.log.read_text().removeprefix(said_before)
         assert {each.pid for each in family} == {
             each.pid for each in [service.process, *service.process.children(recursive=True)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import PATIENCE_S, free_port, wait_for
+from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
 from tests.e2e.processes import Service, run
 from training.data.sources import Dataset
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_promotion_reaches_every_worker_and_fails_no_request(
-    home: Path, service: Service, digits: Dataset
+    paths: Path, service: Service, digits: Dataset
 ) -> None:
     png = digits.test.encode(0)
     status, answer = service.ask("POST", "/v1/classify", png)
@@ -37,7 +37,7 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(
     for thread in threads:
         thread.start()
     try:
-        promoted = run(home, "registry", "promote", "digits", "challenger")
+        promoted = run(paths, "registry", "promote", "digits", "challenger")
         assert promoted.returncode == 0, promoted.stderr
         wait_for(lambda: {version for _, version in answers[-100:]} == {2}, "version 2 never came")
     finally:
@@ -49,7 +49,7 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(
 
     def counted() -> float:
         """Every worker's requests, in one answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE_S)
+        connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=WAIT_TIMEOUT_S)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
@@ -80,45 +80,45 @@ def test_a_puller_that_dies_is_started_again(service: Service) -> None:
     assert service.stop() == 0
 
 
-def test_a_restart_serves_from_disk_without_the_registry(home: Path, service: Service) -> None:
+def test_a_restart_serves_from_disk_without_the_registry(paths: Path, service: Service) -> None:
     wait_for(
-        lambda: (home / "models/digits/release@champion.json").exists(), "nothing was released"
+        lambda: (paths / "models/digits/deployment@champion.json").exists(), "nothing was released"
     )
     assert service.stop() == 0
-    (home / "mlflow.db").rename(home / "gone.db")
-    again = Service(home, "--no-pull")
+    (paths / "mlflow.db").rename(paths / "gone.db")
+    again = Service(paths, "--no-pull")
     try:
         wait_for(again.is_ready, "not ready from disk")
     finally:
         assert again.stop() == 0
 
 
-def test_a_device_that_is_not_there_ends_the_service_with_the_reason(home: Path) -> None:
+def test_a_device_that_is_not_there_ends_the_service_with_the_reason(paths: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    environment = {**os.environ, "CONVOY_HOME": str(home), "CONVOY_DEVICE": "cuda"}
+    environment = {**os.environ, "CONVOY_HOME": str(paths), "CONVOY_DEVICE": "cuda"}
     environment["CONVOY_PORT"] = str(free_port())
     ended = subprocess.run(
         [sys.executable, "-m", "service", "--no-pull"],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=WAIT_TIMEOUT_S,
     )
     assert ended.returncode != 0
     assert "device cuda cannot run a kernel" in ended.stderr
 
 
 def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
-    home: Path, tmp_path: Path, digits: Dataset
+    paths: Path, tmp_path: Path, digits: Dataset
 ) -> None:
     """With a stand-in for the device, all else real: killed, then lost for good."""
-    assert run(home, "registry", "pull", "models:/digits@champion").returncode == 0
+    assert run(paths, "registry", "pull", "models:/digits@champion").returncode == 0
     lost, held = tmp_path / "lost", tmp_path / "held"
     service = Service(
-        home,
+        paths,
         "--no-pull",
         module=("tests.stand_in_gpu", "serve"),
         STAND_IN_LOST=str(lost),
@@ -193,13 +193,13 @@ MicroBatcher.__init__ = begin_with_a_hook
 
 
 def test_a_worker_whose_forward_pass_hangs_is_replaced(
-    home: Path, tmp_path: Path, digits: Dataset
+    paths: Path, tmp_path: Path, digits: Dataset
 ) -> None:
     (tmp_path / "hooks").mkdir()
     (tmp_path / "hooks" / "sitecustomize.py").write_text(HANG_ONCE)
     hang = tmp_path / "hang"
     service = Service(
-        home,
+        paths,
         PYTHONPATH=os.pathsep.join([str(tmp_path / "hooks"), os.environ.get("PYTHONPATH", "")]),
         HANG=str(hang),
         CONVOY_WORKERS="1",

@@ -18,14 +18,14 @@ from msgspec.structs import replace
 
 from registry.cli.reader_account import make_reader
 from registry.core.errors import PromotionRefused
-from registry.core.paths import Home
-from registry.delivery.deployment import read_release
+from registry.core.paths import Paths
+from registry.delivery.deployment import read_deployment
 from registry.delivery.puller import Puller
 from registry.model.refs import ModelRef, ModelVersion
 from registry.promotion.promotion import audit, promote
 from registry.store import mlflow_store as store_module
-from registry.store.audit_log import Entry, Ledger
-from registry.store.mlflow_store import ENTRY_TAG, LEDGER, ModelStore
+from registry.store.audit_log import AuditLog, Entry
+from registry.store.mlflow_store import AUDIT_LOG, ENTRY_TAG, ModelStore
 from tests.conftest import MakeBundle, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -104,14 +104,14 @@ def sign_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def store(
-    open_server: str, home: Home, sign_in: object, monkeypatch: pytest.MonkeyPatch
+    open_server: str, paths: Paths, sign_in: object, monkeypatch: pytest.MonkeyPatch
 ) -> ModelStore:
-    return store_at(open_server, home, monkeypatch)
+    return store_at(open_server, paths, monkeypatch)
 
 
-def store_at(address: str, home: Home, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
+def store_at(address: str, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    return ModelStore(home)
+    return ModelStore(paths)
 
 
 def publish(store: ModelStore, make_bundle: MakeBundle, name: str, seed: int = 0) -> ModelVersion:
@@ -126,10 +126,10 @@ def forge_log(client: MlflowClient, name: str, version: int) -> None:
     """What a reader would write: that ``version`` was promoted."""
     said: dict[str, Any] = {"action": "promoted", "by": "admin", "from_version": None}
     entry = Entry(**said, at="2026-11-01T00:00:00+00:00", to_version=version)
-    line = Ledger().continued(entry).to_json().decode()
-    client.create_registered_model(name + LEDGER)
+    line = AuditLog().continued(entry).to_json().decode()
+    client.create_registered_model(name + AUDIT_LOG)
     client.create_model_version(
-        name + LEDGER, f"convoy:/{name}/{version}", tags={ENTRY_TAG: line}, await_creation_for=0
+        name + AUDIT_LOG, f"convoy:/{name}/{version}", tags={ENTRY_TAG: line}, await_creation_for=0
     )
 
 
@@ -186,7 +186,7 @@ def test_a_log_that_a_reader_made_after_the_model_is_not_followed(
     monkeypatch.setattr(store_module, "LOG_YOUNGER_S", 0.0)
     for seed in (0, 1):
         publish(store, make_bundle, "lost", seed)
-    store._client.delete_registered_model("lost" + LEDGER)
+    store._client.delete_registered_model("lost" + AUDIT_LOG)
     with pytest.raises(PromotionRefused, match="is missing"):
         promote(store, "lost", 2)
     sign_in("reader")
@@ -199,14 +199,14 @@ def test_a_log_that_a_reader_made_after_the_model_is_not_followed(
 
 
 def test_with_our_settings_a_reader_creates_nothing_and_pulls_the_champion(
-    home: Home,
+    paths: Paths,
     make_bundle: MakeBundle,
     sign_in: Callable[[str], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with mlflow_server(tmp_path, workspaces=True) as address:
-        store = store_at(address, home, monkeypatch)
+        store = store_at(address, paths, monkeypatch)
         publish(store, make_bundle, "digits")
         promote(store, "digits", 1)
         sign_in("reader")
@@ -216,12 +216,12 @@ def test_with_our_settings_a_reader_creates_nothing_and_pulls_the_champion(
             lambda: client.create_registered_model("letters.ledger"),
             lambda: client.create_experiment("a reader's"),
             lambda: client.set_registered_model_alias("digits", "champion", "1"),
-            lambda: client.set_registered_model_tag("digits", "convoy.trial", "{}"),
+            lambda: client.set_registered_model_tag("digits", "convoy.canary", "{}"),
         ):
             with pytest.raises(MlflowException, match="403"):
                 attempt()
         ref = ModelRef("digits", alias="champion")
-        assert Puller(lambda: ModelStore(home), home, (ref,)).pull_all()
-        release = read_release(home.models, ref)
-        assert release is not None
-        assert release.versions[0].version == 1
+        assert Puller(lambda: ModelStore(paths), paths, (ref,)).pull_all()
+        deploy = read_deployment(paths.models, ref)
+        assert deploy is not None
+        assert deploy.versions[0].version == 1

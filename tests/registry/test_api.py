@@ -9,26 +9,26 @@ from flask import Flask
 from flask.testing import FlaskClient
 from msgspec.structs import replace
 
-from registry.canary.traffic_stats import Live, VersionTraffic
+from registry.canary.traffic_stats import ServingStatus, VersionTraffic
 from registry.control import api, state
 from registry.control.app import PUBLIC, create_app
 from registry.control.openapi import document
 from registry.core.errors import ModelNotReady, RegistryUnavailable
-from registry.core.paths import Home
-from registry.model.refs import Trial
-from registry.promotion.gate_runner import Judge
+from registry.core.paths import Paths
+from registry.model.refs import Canary
+from registry.promotion.gate_runner import GateRunner
 from registry.promotion.promotion import promote
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import PATIENCE_S
+from tests.conftest import WAIT_TIMEOUT_S
 
 OPEN = {"/livez", "/openapi.json"}
 
 
 @pytest.fixture
-def app(store: ModelStore, registry_home: Home) -> Flask:
-    app = create_app(store, registry_home, ("http://somewhere",))
+def app(store: ModelStore, registry_paths: Paths) -> Flask:
+    app = create_app(store, registry_paths, ("http://somewhere",))
     control = app.extensions["convoy"]
-    control.judge = Judge(store, registry_home, {}, timed=False)
+    control.gate_runner = GateRunner(store, registry_paths, {}, timed=False)
     return app
 
 
@@ -55,10 +55,10 @@ def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int])
     promote(store, "digits", 1)
 
 
-def wait_for_judges() -> None:
+def wait_for_gates() -> None:
     for thread in threading.enumerate():
-        if thread.name == "judge":
-            thread.join(PATIENCE_S)
+        if thread.name == "gate":
+            thread.join(WAIT_TIMEOUT_S)
 
 
 def routes() -> list[tuple[str, str]]:
@@ -73,7 +73,7 @@ def test_every_route_wants_a_token_of_the_right_role(
     if path in OPEN:
         assert client.open(path, method=method).status_code == 200
         return
-    before = len(store.ledger("digits").lines)
+    before = len(store.audit_log("digits").lines)
     for sent in (
         {},
         {"Authorization": "Bearer convoy_guess"},
@@ -86,8 +86,8 @@ def test_every_route_wants_a_token_of_the_right_role(
         assert answer.content_type == "application/problem+json"
     if method == "POST":
         answer = client.post(path, headers=headers["viewer"], json={"version": 2})
-        assert (answer.status_code, answer.json["title"]) == (403, "key insufficient")
-    assert len(store.ledger("digits").lines) == before
+        assert (answer.status_code, answer.json["title"]) == (403, "token insufficient")
+    assert len(store.audit_log("digits").lines) == before
 
 
 def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -> None:
@@ -120,7 +120,7 @@ def test_models_versions_history_and_audit_are_told(
 ) -> None:
     viewer = headers["viewer"]
     aliases = {"champion": 1, "challenger": 2}
-    standing = {"name": "digits", "aliases": aliases, "trial": None}
+    standing = {"name": "digits", "aliases": aliases, "canary": None}
     assert client.get("/v1/models", headers=viewer).json == {"models": [standing]}
     assert client.get("/v1/models/digits", headers=viewer).json == standing
     versions = client.get("/v1/models/digits/versions", headers=viewer).json["versions"]
@@ -145,10 +145,10 @@ def test_what_is_not_there_is_404(client: FlaskClient, headers, promoted: None, 
 
 
 def test_a_verdict_is_found_in_the_background(client: FlaskClient, headers, promoted: None) -> None:
-    path = "/v1/models/digits/versions/2/verdict"
+    path = "/v1/models/digits/versions/2/gate-result"
     first = client.get(path, headers=headers["viewer"])
     assert (first.status_code, first.headers["Retry-After"]) == (202, "2")
-    wait_for_judges()
+    wait_for_gates()
     found = client.get(path, headers=headers["viewer"])
     assert found.status_code == 200
     assert (found.json["accepted"], found.json["challenger"]) == (True, 2)
@@ -160,9 +160,9 @@ def test_an_operator_promotes_tries_withdraws_and_rolls_back(
     def post(verb: str, **body):
         return client.post(f"/v1/models/digits/{verb}", headers=headers["admin"], json=body)
 
-    assert post("release", challenger=2, share=0.1, reason="to see").status_code == 200
-    assert store.standing("digits")[1] == Trial(version=2, share=0.1)
-    assert post("withdraw", expect_challenger=2).json["entry"]["action"] == "withdrawn"
+    assert post("canary/start", challenger=2, share=0.1, reason="to see").status_code == 200
+    assert store.aliases_and_canary("digits")[1] == Canary(version=2, share=0.1)
+    assert post("canary/stop", expect_challenger=2).json["entry"]["action"] == "canary stopped"
     assert post("promote", version=2, expect_champion=7).status_code == 409
     moved = post("promote", version=2, expect_champion=1, reason="better")
     assert moved.json["entry"]["by"] == "admin"
@@ -171,8 +171,16 @@ def test_an_operator_promotes_tries_withdraws_and_rolls_back(
     assert post("promote", version=1, force=True).status_code == 400  # without a reason
     assert post("promote", version=1, force=True, reason="test").status_code == 200
     assert post("roll-back").json["entry"]["to_version"] == 2
-    assert [line.entry.action for line in store.ledger("digits").lines] == [
-        *("promoted", "tried", "withdrawn", "promoted", "refused", "forced", "rolled back")
+    assert [line.entry.action for line in store.audit_log("digits").lines] == [
+        *(
+            "promoted",
+            "canary started",
+            "canary stopped",
+            "promoted",
+            "refused",
+            "forced",
+            "rolled back",
+        )
     ]
 
 
@@ -189,9 +197,10 @@ def test_other_classes_are_promoted_only_if_the_operator_allows_them(
     refused = promote()
     assert refused.status_code == 422
     assert "labels that are renamed: '0' → 'a'" in refused.json["detail"]
-    verdict = client.get("/v1/models/digits/versions/3/verdict", headers=headers["viewer"]).json
-    assert verdict["accepted"] is False
-    assert verdict["verdict"]["class_changes"][0].startswith("labels that are renamed")
+    path = "/v1/models/digits/versions/3/gate-result"
+    comparison = client.get(path, headers=headers["viewer"]).json
+    assert comparison["accepted"] is False
+    assert comparison["comparison"]["class_changes"][0].startswith("labels that are renamed")
     assert promote(allow_new_classes=True).json["entry"]["action"] == "promoted"
 
 
@@ -211,7 +220,7 @@ def test_a_body_that_cannot_be_used_decides_nothing(
 ) -> None:
     path = "/v1/models/digits/promote"
     assert client.post(path, headers=headers["admin"], data=data).status_code == status
-    assert len(store.ledger("digits").lines) == 1
+    assert len(store.audit_log("digits").lines) == 1
 
 
 def test_live_figures_come_from_the_services(
@@ -219,17 +228,17 @@ def test_live_figures_come_from_the_services(
 ) -> None:
     assert client.get("/v1/models/digits/traffic", headers=headers["viewer"]).status_code == 404
     publish()
-    live = Live(
+    status = ServingStatus(
         model="digits", generation=1, champion=1, versions=(VersionTraffic(version=1, requests=7),)
     )
-    monkeypatch.setattr(state, "read_live", lambda services, name: live)
+    monkeypatch.setattr(state, "read_serving_status", lambda services, name: status)
     answer = client.get("/v1/models/digits/traffic", headers=headers["viewer"])
-    assert msgspec.json.decode(answer.data, type=Live) == live
+    assert msgspec.json.decode(answer.data, type=ServingStatus) == status
 
     def silent(services, name):
         raise ModelNotReady("nobody answers")
 
-    monkeypatch.setattr(state, "read_live", silent)
+    monkeypatch.setattr(state, "read_serving_status", silent)
     assert client.get("/v1/models/digits/traffic", headers=headers["viewer"]).status_code == 503
 
 
@@ -255,9 +264,9 @@ def test_errors_are_problems_and_tell_nothing_internal(
 
 
 def test_tokens_that_cannot_be_read_are_no_fault_of_the_caller(
-    client: FlaskClient, headers, registry_home: Home
+    client: FlaskClient, headers, registry_paths: Paths
 ) -> None:
-    registry_home.tokens.write_text("[{")
+    registry_paths.tokens.write_text("[{")
     answer = client.get("/v1/models", headers=headers["viewer"])
     assert (answer.status_code, answer.json["detail"]) == (503, "keys cannot be checked now")
 
@@ -266,9 +275,9 @@ def test_a_verdict_without_figures_is_told_too_and_found_once(
     client: FlaskClient, headers, promoted: None, publish, few_digits, downloads: list[int]
 ) -> None:
     publish(seed=9, data=replace(few_digits, validation=few_digits.test))
-    path = "/v1/models/digits/versions/3/verdict"
+    path = "/v1/models/digits/versions/3/gate-result"
     assert client.get(path, headers=headers["viewer"]).status_code == 202
-    wait_for_judges()
+    wait_for_gates()
     for _ in range(3):
         found = client.get(path, headers=headers["viewer"])
         assert (found.status_code, found.json["accepted"]) == (200, False)
@@ -277,14 +286,19 @@ def test_a_verdict_without_figures_is_told_too_and_found_once(
 
 
 def test_a_verdict_follows_the_policy_at_once(
-    client: FlaskClient, headers, app: Flask, promoted: None, store: ModelStore, registry_home: Home
+    client: FlaskClient,
+    headers,
+    app: Flask,
+    promoted: None,
+    store: ModelStore,
+    registry_paths: Paths,
 ) -> None:
     control = app.extensions["convoy"]
-    control._judge(*store.sides("digits", 2))
-    path = "/v1/models/digits/versions/2/verdict"
+    control._run_gate(*store.champion_and_candidate("digits", 2))
+    path = "/v1/models/digits/versions/2/gate-result"
     assert client.get(path, headers=headers["viewer"]).json["accepted"] is True
-    registry_home.policy("digits").parent.mkdir()
-    registry_home.policy("digits").write_text("max_log_loss_ratio = 0.0001")
+    registry_paths.policy("digits").parent.mkdir()
+    registry_paths.policy("digits").write_text("max_log_loss_ratio = 0.0001")
     assert client.get(path, headers=headers["viewer"]).status_code == 202
-    control._judge(*store.sides("digits", 2))
+    control._run_gate(*store.champion_and_candidate("digits", 2))
     assert client.get(path, headers=headers["viewer"]).json["accepted"] is False

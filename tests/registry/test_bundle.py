@@ -123,11 +123,11 @@ def bare(array: np.ndarray) -> bytes:
 ONES = np.ones((2, 10), np.float32) / 10
 TWO = np.zeros(2, int)
 NAMES = np.zeros((2, 32), np.uint8)
-LOOKS = np.zeros(2, np.uint64)
+PERCEPTUAL_HASHES = np.zeros(2, np.uint64)
 
 
 def record(labels: np.ndarray = TWO, probabilities: np.ndarray = ONES, **others) -> bytes:
-    arrays = {"digests": NAMES, "looks": LOOKS, **others}
+    arrays = {"digests": NAMES, "perceptual_hashes": PERCEPTUAL_HASHES, **others}
     return to_npz(labels=labels, probabilities=probabilities, **arrays)
 
 
@@ -147,7 +147,7 @@ HOSTILE_ARRAYS = {
     "a probability above 1": record(probabilities=ONES * np.float32(1e30)),
     "digests of other pictures": record(digests=NAMES[:1]),
     "digests that are cut": record(digests=NAMES[:, :8]),
-    "looks that are no words": record(looks=LOOKS.astype(float)),
+    "looks that are no words": record(perceptual_hashes=PERCEPTUAL_HASHES.astype(float)),
 }
 
 
@@ -177,7 +177,9 @@ def test_thumbnails_and_training_records_of_another_form_are_refused(changed) ->
     with pytest.raises(BundleInvalid, match="are no pictures"):
         changed(THUMBNAILS, to_npz(pixels=np.zeros((2, 8, 8, 2), np.uint8))).thumbnails()
     with pytest.raises(BundleInvalid, match=TRAINING):
-        changed(TRAINING, to_npz(digests=LOOKS, looks=LOOKS[:1])).training()
+        changed(
+            TRAINING, to_npz(digests=PERCEPTUAL_HASHES, perceptual_hashes=PERCEPTUAL_HASHES[:1])
+        ).training()
 
 
 def test_scores_of_a_champion_are_those_of_one_version_and_of_all_examples(
@@ -210,7 +212,7 @@ def bomb(bomb_name: str, shape: tuple[int, ...], size_bytes: int) -> bytes:
     npy.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     zeros = bytes(1 << 20)
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in ("labels", "probabilities", "digests", "looks", "pixels"):
+        for name in ("labels", "probabilities", "digests", "perceptual_hashes", "pixels"):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 member.write(header.getvalue())
                 for _ in range(size_bytes >> 20 if name == bomb_name else 0):

@@ -56,9 +56,9 @@ def test_a_network_that_is_not_on_our_list_is_refused(make_bundle: MakeBundle) -
 
 def test_weights_that_score_otherwise_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:
     first, second = make_bundle(seed=0), make_bundle(seed=1)
-    swapped = rewritten(first, tmp_path / "swapped", weights=second.read(WEIGHTS))
+    version_switched = rewritten(first, tmp_path / "swapped", weights=second.read(WEIGHTS))
     with pytest.raises(BundleInvalid, match=r"differs by .* its tolerance in fp32 is 0\.001"):
-        load_eager(swapped)
+        load_eager(version_switched)
 
 
 def test_weights_of_nan_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:

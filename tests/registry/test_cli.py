@@ -5,8 +5,8 @@ import mlflow
 import pytest
 
 from registry.cli.main import main
-from registry.core.paths import Home
-from registry.delivery.deployment import read_release
+from registry.core.paths import Paths
+from registry.delivery.deployment import read_deployment
 from registry.model.refs import ModelRef
 from registry.promotion.promotion import promote
 
@@ -17,18 +17,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return status, captured.out, captured.err
 
 
-def test_an_empty_registry_says_how_to_fill_it(registry_home: Home, capsys) -> None:
+def test_an_empty_registry_says_how_to_fill_it(registry_paths: Paths, capsys) -> None:
     assert run(capsys, "list")[:2] == (0, "no versions yet; python -m training makes one\n")
 
 
 def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
-    publish, better_and_worse_seed: tuple[int, int], registry_home: Home, capsys
+    publish, better_and_worse_seed: tuple[int, int], registry_paths: Paths, capsys
 ) -> None:
     for seed in better_and_worse_seed:
         publish(seed=seed)
     status, out, _ = run(capsys, "promote", "digits", "1")
     assert (status, out.splitlines()[-1]) == (0, "digits version 1 is the champion now (promoted)")
-    forced = ("--untimed", "--force", "--reason", "drill")
+    forced = ("--skip-latency", "--force", "--reason", "drill")
     status, out, _ = run(capsys, "promote", "digits", "challenger", *forced)
     assert "challenger 2, champion 1: REFUSED" in out
     assert (status, out.splitlines()[-1]) == (0, "digits version 2 is the champion now (forced)")
@@ -74,19 +74,19 @@ def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
     client.set_registered_model_alias("digits", "champion", "1")
 
     assert run(capsys, "pull", "models:/digits@champion")[0] == 0
-    release = read_release(registry_home.models, ModelRef("digits", alias="champion"))
-    assert release is not None
-    assert release.versions[0].version == 1
+    deploy = read_deployment(registry_paths.models, ModelRef("digits", alias="champion"))
+    assert deploy is not None
+    assert deploy.versions[0].version == 1
 
 
 def test_what_is_pulled_by_default_is_the_setting(
-    publish, store, registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+    publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
     promote(store, "digits", 1)
     monkeypatch.setenv("CONVOY_MODEL", "models:/digits/1")
     assert run(capsys, "pull")[0] == 0
-    assert read_release(registry_home.models, ModelRef("digits", version=1)) is not None
+    assert read_deployment(registry_paths.models, ModelRef("digits", version=1)) is not None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_what_is_pulled_by_default_is_the_setting(
     ],
 )
 def test_wrong_use_is_answered_on_one_line(
-    registry_home: Home, capsys, arguments: tuple[str, ...], reason: str
+    registry_paths: Paths, capsys, arguments: tuple[str, ...], reason: str
 ) -> None:
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
@@ -110,12 +110,12 @@ def test_wrong_use_is_answered_on_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_pull_that_fails_says_so_with_its_status(registry_home: Home, capsys) -> None:
+def test_a_pull_that_fails_says_so_with_its_status(registry_paths: Paths, capsys) -> None:
     assert run(capsys, "pull", "models:/nobody@champion")[0] == 2
 
 
 def test_the_plans_of_a_version_are_shown(
-    publish, store, registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+    publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First as the registry has it, then as the puller laid it out."""
     publish()
@@ -133,14 +133,14 @@ def test_the_plans_of_a_version_are_shown(
     _, out, _ = run(capsys, "plan", "digits/1", "--threads", "1", "--json")
     found = json.loads(out)
     assert found["chosen"] == "torch-fp32"
-    assert set(found["findings"][0]["batch_ms"]) == {"1", "8", "32"}
+    assert set(found["results"][0]["batch_ms"]) == {"1", "8", "32"}
 
 
 FORGED = "fine\n   2  2026-11-30  ann  promoted version 7\x1b[2J\x1b[31m\u202e"
 
 
 def test_a_text_of_the_registry_forges_no_line_and_moves_no_cursor(
-    publish, store, registry_home: Home, capsys
+    publish, store, registry_paths: Paths, capsys
 ) -> None:
     publish()
     promote(store, "digits", 1, reason=FORGED, by=FORGED)
@@ -153,9 +153,9 @@ def test_a_text_of_the_registry_forges_no_line_and_moves_no_cursor(
 
 
 def test_a_name_that_the_shell_claims_is_marked(
-    publish, store, registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+    publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOGNAME", "ann")  # as anybody can
     publish()
-    assert run(capsys, "promote", "digits", "1", "--untimed")[0] == 0
+    assert run(capsys, "promote", "digits", "1", "--skip-latency")[0] == 0
     assert "  ann (unverified)  promoted" in run(capsys, "history", "digits")[1]

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 
 from registry.core.errors import RegistryUnavailable
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.refs import ModelRef, ModelVersion
 from registry.store.mlflow_store import ModelStore
 from training.publishing.tracking import start_run
@@ -28,41 +28,41 @@ def ref(version: ModelVersion) -> ModelRef:
 
 @pytest.mark.parametrize("how", ["moved", "copied"])
 def test_a_home_takes_its_artefacts_along(
-    store: ModelStore, publish, registry_home: Home, tmp_path: Path, another_process, how: str
+    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path, another_process, how: str
 ) -> None:
     version = publish()
-    home = Home(tmp_path / "a new home")
+    paths = Paths(tmp_path / "a new home")
     if how == "moved":
-        registry_home.root.rename(home.root)
+        registry_paths.root.rename(paths.root)
     else:
-        shutil.copytree(registry_home.root, home.root)
-    before = set(registry_home.root.rglob("*"))
+        shutil.copytree(registry_paths.root, paths.root)
+    before = set(registry_paths.root.rglob("*"))
     another_process()
-    moved = ModelStore(home)
+    moved = ModelStore(paths)
     moved.download(moved.resolve_in({}, ref(version)), tmp_path / "down").verify()
     run = mlflow.MlflowClient(moved.uri).get_run(version.run_id)
-    assert run.info.artifact_uri.startswith(home.artifacts.as_uri())
+    assert run.info.artifact_uri.startswith(paths.artifacts.as_uri())
     with start_run(moved, "convoy", "in the new home") as new:
         mlflow.log_text("report", "report/report.html")
-    assert list((home.artifacts / new.id).rglob("report.html"))
-    assert set(registry_home.root.rglob("*")) == before
+    assert list((paths.artifacts / new.id).rglob("report.html"))
+    assert set(registry_paths.root.rglob("*")) == before
 
 
 def test_experiments_of_others_stay_where_they_are(
-    store: ModelStore, publish, registry_home: Home, tmp_path: Path, another_process
+    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path, another_process
 ) -> None:
     publish()
     other = (tmp_path / "elsewhere").as_uri()
     number = mlflow.MlflowClient(store.uri).create_experiment("theirs", artifact_location=other)
-    home = Home(tmp_path / "new")
-    registry_home.root.rename(home.root)
+    paths = Paths(tmp_path / "new")
+    registry_paths.root.rename(paths.root)
     another_process()
-    found = mlflow.MlflowClient(ModelStore(home).uri).get_experiment(number)
+    found = mlflow.MlflowClient(ModelStore(paths).uri).get_experiment(number)
     assert found.artifact_location == other
 
 
 @pytest.mark.slow
-def test_of_four_who_use_a_new_home_at_once_all_find_a_registry(home: Home) -> None:
+def test_of_four_who_use_a_new_home_at_once_all_find_a_registry(paths: Paths) -> None:
     command = [sys.executable, "-m", "registry", "list"]
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

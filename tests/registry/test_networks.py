@@ -4,7 +4,7 @@ import torch
 from registry.core.errors import NetworkImpossible, UsageError
 from registry.model.manifest import ListedNetwork, PreprocessSpec
 from registry.model.networks import NETWORKS, build_network
-from registry.model.program import build_program
+from registry.model.preprocessed_model import build_preprocessed
 
 SHAPE = (1, 28, 28)
 
@@ -75,12 +75,12 @@ def test_the_program_normalises_bytes_as_the_contract_says() -> None:
     spec = PreprocessSpec(
         mode="RGB", width_px=4, height_px=4, mean=(0.1, 0.2, 0.3), std=(0.5, 1, 2)
     )
-    program = build_program(ListedNetwork("dense"), spec, 2)
-    program.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity())
+    preprocessed = build_preprocessed(ListedNetwork("dense"), spec, 2)
+    preprocessed.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity())
     pixels = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
     expected = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
-    logits, features = program(pixels)
+    logits, features = preprocessed(pixels)
     torch.testing.assert_close(logits, expected.flatten(1))
     torch.testing.assert_close(features, logits)
 
@@ -88,16 +88,18 @@ def test_the_program_normalises_bytes_as_the_contract_says() -> None:
 @pytest.mark.parametrize(("name", "width"), [("dense", 128), ("cnn", 128), ("resnet", 128)])
 def test_a_program_gives_what_its_last_layer_makes_logits_of(name: str, width: int) -> None:
     spec = PreprocessSpec(mode="L", width_px=28, height_px=28, mean=(0.5,), std=(0.5,))
-    program = build_program(ListedNetwork(name), spec, 3).eval()
-    logits, features = program(torch.zeros((2, 28, 28, 1), dtype=torch.uint8))
+    preprocessed = build_preprocessed(ListedNetwork(name), spec, 3).eval()
+    logits, features = preprocessed(torch.zeros((2, 28, 28, 1), dtype=torch.uint8))
     assert features.shape == (2, width)
-    torch.testing.assert_close(program.network.logits(features), logits)
+    torch.testing.assert_close(preprocessed.network.logits(features), logits)
 
 
 def test_convolutions_get_the_channels_last_layout_for_nothing() -> None:
     spec = PreprocessSpec(mode="RGB", width_px=8, height_px=8, mean=(0.5,) * 3, std=(0.5,) * 3)
-    program = build_program(ListedNetwork("cnn", {"filters": [4]}), spec, 2)
+    preprocessed = build_preprocessed(ListedNetwork("cnn", {"filters": [4]}), spec, 2)
     seen = []
-    program.network.conv1.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    program(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+    preprocessed.network.conv1.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0])
+    )
+    preprocessed(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
     assert seen[0].is_contiguous(memory_format=torch.channels_last)

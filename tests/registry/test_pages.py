@@ -14,12 +14,12 @@ from msgspec.structs import replace
 from werkzeug.serving import make_server
 
 from registry.auth.sessions import MAX_SESSIONS_OF_A_TOKEN, SESSION_TTL_S, Sessions
-from registry.canary.traffic_stats import Live, VersionTraffic, WorkerReport
+from registry.canary.traffic_stats import ServingStatus, VersionTraffic, WorkerReport
 from registry.control import state
 from registry.control.app import create_app
-from registry.control.charts import SAMPLES, LiveHistory, curves
-from registry.core.paths import Home
-from registry.promotion.gate_runner import Judge
+from registry.control.charts import SAMPLES, TrafficHistory, curves
+from registry.core.paths import Paths
+from registry.promotion.gate_runner import GateRunner
 from registry.promotion.promotion import promote, roll_back
 from registry.store.mlflow_store import ModelStore
 
@@ -27,13 +27,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
-def app(store: ModelStore, registry_home: Home, monkeypatch: pytest.MonkeyPatch) -> Flask:
+def app(store: ModelStore, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Flask:
     worker = WorkerReport(pid=7, model="digits", version=1, generation=1)
     versions = tuple(
         VersionTraffic(version=number, requests=10 * number, buckets=((0.005, 10 * number),))
         for number in (1, 2)
     )
-    live = Live(
+    status = ServingStatus(
         model="digits",
         generation=1,
         champion=1,
@@ -41,9 +41,9 @@ def app(store: ModelStore, registry_home: Home, monkeypatch: pytest.MonkeyPatch)
         workers=(worker,),
         versions=versions,
     )
-    monkeypatch.setattr(state, "read_live", lambda services, name: live)
-    app = create_app(store, registry_home, ("http://somewhere",))
-    app.extensions["convoy"].judge = Judge(store, registry_home, {}, timed=False)
+    monkeypatch.setattr(state, "read_serving_status", lambda services, name: status)
+    app = create_app(store, registry_paths, ("http://somewhere",))
+    app.extensions["convoy"].gate_runner = GateRunner(store, registry_paths, {}, timed=False)
     return app
 
 
@@ -95,7 +95,7 @@ def test_pages_stay_below_the_path_of_a_proxy(client: FlaskClient, promoted: Non
 
 
 def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None, tokens) -> None:
-    for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/live"):
+    for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/traffic"):
         answer = client.get(path)
         assert answer.status_code == 303
         assert answer.headers["Location"] == f"{up(path)}login?next={path}"
@@ -109,8 +109,8 @@ def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None
     assert "digits" in client.get("/").text
 
 
-def test_one_token_cannot_sign_the_holders_of_others_out(home: Home) -> None:
-    sessions = Sessions(home.sessions)
+def test_one_token_cannot_sign_the_holders_of_others_out(paths: Paths) -> None:
+    sessions = Sessions(paths.sessions)
     other = sessions.begin("a" * 64)
     cookies = [sessions.begin("b" * 64) for _ in range(MAX_SESSIONS_OF_A_TOKEN + 2)]
     assert sessions.find(other) is not None
@@ -118,10 +118,10 @@ def test_one_token_cannot_sign_the_holders_of_others_out(home: Home) -> None:
 
 
 def test_the_oldest_session_of_all_ends_when_there_are_too_many(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("registry.auth.sessions.MAX_SESSIONS", 3)
-    sessions = Sessions(home.sessions)
+    sessions = Sessions(paths.sessions)
     cookies = [sessions.begin(digit * 64) for digit in "1234"]
     assert [cookie for cookie in cookies if sessions.find(cookie)] == cookies[1:]
 
@@ -149,34 +149,34 @@ def test_a_cookie_that_was_copied_opens_nothing_after_sign_out(
     thief = app.test_client()
     thief.set_cookie("convoy", copied.value)
     assert thief.get("/").headers["Location"].startswith("login")
-    before = len(store.ledger("digits").lines)
+    before = len(store.audit_log("digits").lines)
     form = {"action": "roll-back", "csrf": csrf}
     answer = thief.post("/models/digits/decide", data=form)
     assert answer.headers["Location"].startswith("../../login")
-    assert len(store.ledger("digits").lines) == before
+    assert len(store.audit_log("digits").lines) == before
 
 
 def test_a_sign_in_survives_a_restart_and_another_sign_out(
-    client: FlaskClient, app: Flask, tokens, store: ModelStore, registry_home: Home
+    client: FlaskClient, app: Flask, tokens, store: ModelStore, registry_paths: Paths
 ) -> None:
     sign_in(client, tokens["viewer"])
     cookie = client.get_cookie("convoy")
     assert cookie is not None
-    assert registry_home.sessions.stat().st_mode & 0o777 == 0o600
-    assert cookie.value not in registry_home.sessions.read_text()
+    assert registry_paths.sessions.stat().st_mode & 0o777 == 0o600
+    assert cookie.value not in registry_paths.sessions.read_text()
     other = app.test_client()
     other.post("/logout", data={"csrf": sign_in(other, tokens["viewer"])})
-    restarted = create_app(store, registry_home).test_client()
+    restarted = create_app(store, registry_paths).test_client()
     restarted.set_cookie("convoy", cookie.value)
     assert restarted.get("/").status_code == 200
 
 
 @pytest.mark.parametrize("content", [b"", b"[", b"[" * 5000, b'[{"cookie_sha256": "x"}]'])
 def test_a_damaged_file_of_sessions_locks_no_sign_in(
-    client: FlaskClient, tokens, registry_home: Home, content: bytes
+    client: FlaskClient, tokens, registry_paths: Paths, content: bytes
 ) -> None:
     sign_in(client, tokens["viewer"])
-    registry_home.sessions.write_bytes(content)
+    registry_paths.sessions.write_bytes(content)
     assert client.get("/").status_code == 303
     sign_in(client, tokens["viewer"])
     assert client.get("/").status_code == 200
@@ -199,7 +199,7 @@ def test_whoever_may_only_classify_sees_no_page(
     assert client.post("/login", data={"token": caller}).status_code == 401
     sign_in(client, tokens["viewer"])
     client.set_cookie("convoy", app.extensions["convoy"].sessions.begin(known.find(caller).sha256))
-    for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/live"):
+    for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/traffic"):
         assert client.get(path).status_code == 303
 
 
@@ -209,7 +209,7 @@ def test_a_session_decides_only_by_its_own_forms(
     csrf = sign_in(client, tokens["admin"])
     good = {"action": "roll-back", "csrf": csrf}
     path = "/models/digits/decide"
-    before = len(store.ledger("digits").lines)
+    before = len(store.audit_log("digits").lines)
     for data, headers in (
         ({**good, "csrf": ""}, {}),
         ({**good, "csrf": "x"}, {}),
@@ -220,7 +220,7 @@ def test_a_session_decides_only_by_its_own_forms(
     ):
         assert client.post(path, data=data, headers=headers).status_code == 400
     assert client.post("/v1/models/digits/roll-back", json={}).status_code == 401  # no cookie there
-    assert len(store.ledger("digits").lines) == before
+    assert len(store.audit_log("digits").lines) == before
     assert client.post(path, data=good, headers={"Origin": "http://localhost"}).status_code == 303
     assert store.aliases("digits")["champion"] == 1
 
@@ -230,18 +230,18 @@ def test_a_viewer_sees_no_forms_and_decides_nothing(
 ) -> None:
     csrf = sign_in(client, tokens["viewer"])
     assert "/decide" not in client.get("/models/digits").text
-    before = len(store.ledger("digits").lines)
+    before = len(store.audit_log("digits").lines)
     answer = client.post("/models/digits/decide", data={"action": "roll-back", "csrf": csrf})
     assert answer.status_code == 403
-    assert "may look, not decide" in answer.text
-    assert len(store.ledger("digits").lines) == before
+    assert "may view, not decide" in answer.text
+    assert len(store.audit_log("digits").lines) == before
 
 
 @pytest.mark.parametrize(
     ("form", "status", "text"),
     [
-        ({"action": "release", "version": "3", "share": "200"}, 400, "from 0 to 100"),
-        ({"action": "release", "version": "3"}, 400, "a share of the requests"),
+        ({"action": "start-canary", "version": "3", "share": "200"}, 400, "from 0 to 100"),
+        ({"action": "start-canary", "version": "3"}, 400, "a share of the requests"),
         ({"action": "explode"}, 400, "nothing that can be decided"),
         ({"action": "promote", "version": "1"}, 422, "is refused"),
         ({"action": "promote", "version": "1", "expect_champion": "9"}, 409, "not 9"),
@@ -269,7 +269,7 @@ def test_a_version_of_other_classes_says_what_clients_will_see_and_asks(
 ) -> None:
     better, _ = better_and_worse_seed
     publish(seed=better, change=lambda each: replace(each, labels=tuple("abcdefghij")))
-    app.extensions["convoy"].judge.judge(*store.sides("digits", 4))
+    app.extensions["convoy"].gate_runner.run(*store.champion_and_candidate("digits", 4))
     csrf = sign_in(client, tokens["admin"])
     page = client.get("/models/digits/versions/4").text
     assert "Clients will see" in page
@@ -296,11 +296,11 @@ def test_texts_of_others_are_escaped(
 
 
 def test_curves_are_of_what_happened_between_two_looks() -> None:
-    def live(requests: int) -> Live:
+    def status(requests: int) -> ServingStatus:
         version = VersionTraffic(version=1, requests=requests, buckets=((0.004, requests),))
-        return Live(model="m", generation=1, champion=1, versions=(version,))
+        return ServingStatus(model="m", generation=1, champion=1, versions=(version,))
 
-    requests, median, errors = curves([(0.0, live(100)), (2.0, live(140)), (4.0, live(140))])
+    requests, median, errors = curves([(0.0, status(100)), (2.0, status(140)), (4.0, status(140))])
     ((role, points, last), (_, none, _)) = requests.lines
     assert (role, last, requests.top, none) == ("champion", 0.0, 20.0, "")
     assert len(points.split()) == 2
@@ -373,9 +373,9 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
     page.wait_for_selector("text=On trial: version 1 on 25 % of the requests")
     page.click("text=End the trial")
     page.wait_for_selector("text=withdrawn")
-    actions = [line.entry.action for line in store.ledger("digits").lines]
+    actions = [line.entry.action for line in store.audit_log("digits").lines]
     assert actions[2:] == ["refused", "forced", "rolled back", "tried", "withdrawn"]
-    assert {line.entry.by for line in store.ledger("digits").lines[2:]} == {"admin"}
+    assert {line.entry.by for line in store.audit_log("digits").lines[2:]} == {"admin"}
     page.click("text=sign out")
     assert "/login" in page.url
     assert faults == []
@@ -427,11 +427,11 @@ def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
 def test_viewers_at_once_take_one_sample_and_none_out_of_order() -> None:
     reads: list[int] = []
 
-    def read(name: str) -> Live:
+    def read(name: str) -> ServingStatus:
         reads.append(1)
-        return Live(model=name, generation=1, champion=1)
+        return ServingStatus(model=name, generation=1, champion=1)
 
-    history = LiveHistory(read)
+    history = TrafficHistory(read)
     threads = [threading.Thread(target=history.samples, args=("m",)) for _ in range(8)]
     for thread in threads:
         thread.start()

@@ -9,7 +9,7 @@ import pytest
 
 from registry.core.errors import PromotionRefused
 from registry.model.bundle import CHAMPION_SCORES, Bundle, to_npz, write_bundle
-from registry.promotion.gate import Verdict, compare
+from registry.promotion.gate import GateComparison, compare
 from registry.promotion.pairing import describe_classes
 from registry.promotion.policy import Policy
 from tests.conftest import MakeBundle
@@ -36,14 +36,17 @@ def version(make_bundle: MakeBundle, tmp_path: Path):
         labels: tuple[str, ...] = ANIMALS,
         trained: Iterable[int] = (),
         champion: tuple[Bundle, list[str]] | None = None,
-        looks: np.ndarray | None = None,
+        perceptual_hashes: np.ndarray | None = None,
         copies: Iterable[int] = (),
     ) -> Bundle:
         number = {label: index for index, label in enumerate(labels)}
         numbers = [*heldout, *copies]
         truth = np.array([number[heldout[each][0]] for each in numbers])
         scores = scores_of([number[heldout[each][1]] for each in numbers], len(labels))
-        files = {**heldout_file(truth, scores, numbers, looks), **training_file(list(trained))}
+        files = {
+            **heldout_file(truth, scores, numbers, perceptual_hashes),
+            **training_file(list(trained)),
+        }
         changes: dict[str, object] = {"labels": labels, "files": {}}
         if champion is not None:
             bundle, answers = champion
@@ -66,47 +69,49 @@ def wrong(numbers: Iterable[int], label: str = "cat", said: str = "dog"):
     return dict.fromkeys(numbers, (label, said))
 
 
-def notes(verdict: Verdict) -> str:
-    return "; ".join(verdict.notes)
+def notes(comparison: GateComparison) -> str:
+    return "; ".join(comparison.notes)
 
 
 def test_equal_data_are_compared_whole_and_without_a_word(version) -> None:
-    verdict = compare(version(right(range(50))), version(right(range(50))))
-    assert (verdict.examples, verdict.accepted) == (50, True)
-    assert verdict.notes == ("forward passes were not timed",)
+    comparison = compare(version(right(range(50))), version(right(range(50))))
+    assert (comparison.examples, comparison.accepted) == (50, True)
+    assert comparison.notes == ("forward passes were not timed",)
 
 
 def test_copies_of_a_picture_were_not_removed(version) -> None:
-    verdict = compare(version(right(range(50)), copies=[3]), version(right(range(50)), copies=[3]))
-    assert verdict.notes == ("forward passes were not timed",)
+    comparison = compare(
+        version(right(range(50)), copies=[3]), version(right(range(50)), copies=[3])
+    )
+    assert comparison.notes == ("forward passes were not timed",)
 
 
 def test_the_order_of_the_pictures_does_not_matter(version) -> None:
     old = version({**right(range(40)), **wrong(range(40, 50))})
     new = version({**wrong(range(49, 39, -1)), **right(range(39, -1, -1))})
-    verdict = compare(old, new)
-    assert (verdict.examples, verdict.gained, verdict.lost) == (50, (), ())
+    comparison = compare(old, new)
+    assert (comparison.examples, comparison.gained, comparison.lost) == (50, (), ())
 
 
 def test_versions_with_more_pictures_are_compared_on_the_common_ones(version) -> None:
     old = version({**right(range(38)), **wrong(range(38, 40))})
     new = version({**wrong(range(100, 120)), **right(range(40))})  # 20 new ones, none right
-    verdict = compare(old, new)
-    assert verdict.accepted
-    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (0.95, 1.0)
-    assert verdict.gained == (58, 59)  # positions among the challenger's held-out pictures
+    comparison = compare(old, new)
+    assert comparison.accepted
+    assert (comparison.champion_accuracy, comparison.challenger_accuracy) == (0.95, 1.0)
+    assert comparison.gained == (58, 59)  # positions among the challenger's held-out pictures
     assert "the champion held out 40 pictures, the challenger 60: 40 in common, 20 new" in notes(
-        verdict
+        comparison
     )
 
 
 def test_a_worse_version_is_refused_with_the_figures_of_the_common_pictures(version) -> None:
     old = version(right(range(40)))
     new = version({**wrong(range(20)), **right(range(20, 40)), **right(range(100, 160))})
-    verdict = compare(old, new)
-    assert not verdict.accepted
-    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (1.0, 0.5)
-    assert "challenger 0.5000, champion 1.0000 on the same 40 held-out pictures" in str(verdict)
+    comparison = compare(old, new)
+    assert not comparison.accepted
+    assert (comparison.champion_accuracy, comparison.challenger_accuracy) == (1.0, 0.5)
+    assert "challenger 0.5000, champion 1.0000 on the same 40 held-out pictures" in str(comparison)
 
 
 def test_too_few_in_common_are_made_up_for_by_what_publishing_scored(version) -> None:
@@ -114,11 +119,11 @@ def test_too_few_in_common_are_made_up_for_by_what_publishing_scored(version) ->
     said = ["cat"] * 30 + ["dog"] * 20
     numbers = [*range(100, 140), *range(10)]
     new = version(right(numbers), champion=(old, said))
-    verdict = compare(old, new)
-    assert (verdict.examples, verdict.champion_accuracy) == (50, 0.6)
-    assert verdict.accepted
-    assert "only 10 pictures that both held out, 30 are needed; judged on all" in notes(verdict)
-    assert "50 removed" in notes(verdict)
+    comparison = compare(old, new)
+    assert (comparison.examples, comparison.champion_accuracy) == (50, 0.6)
+    assert comparison.accepted
+    assert "only 10 pictures that both held out, 30 are needed; judged on all" in notes(comparison)
+    assert "50 removed" in notes(comparison)
     assert compare(old, new, Policy(min_examples=10)).examples == 10
 
 
@@ -156,10 +161,10 @@ def test_a_class_without_a_common_picture_is_judged_by_what_publishing_scored(ve
 def test_a_class_of_which_no_picture_is_compared_is_named(version) -> None:
     old = version({**right(range(40)), **right(range(40, 50), "dog")})
     for heldout in (right(range(40)), {**right(range(40)), **right(range(40, 50))}):
-        verdict = compare(old, version(heldout))
-        assert (verdict.examples, verdict.accepted) == (40, True)
-        assert "NOT compared, as no picture of it can be used: class 'dog'" in notes(verdict)
-        assert "class 'dog'" in str(verdict)
+        comparison = compare(old, version(heldout))
+        assert (comparison.examples, comparison.accepted) == (40, True)
+        assert "NOT compared, as no picture of it can be used: class 'dog'" in notes(comparison)
+        assert "class 'dog'" in str(comparison)
     both = version({**right(range(40)), **right(range(40, 50), "dog")})
     assert "NOT compared" not in notes(compare(old, both))
 
@@ -176,10 +181,10 @@ def test_neither_is_judged_on_a_picture_that_trained_it(version) -> None:
     new = version(
         {**right(range(3)), **wrong([3]), **right(range(4, 40))}, trained=[2, 3, *range(200, 300)]
     )
-    verdict = compare(old, new)
-    assert (verdict.examples, verdict.accepted) == (36, True)
-    assert "3 pictures left out: in the training data of the champion" in notes(verdict)
-    assert "1 picture left out: in the training data of the challenger" in notes(verdict)
+    comparison = compare(old, new)
+    assert (comparison.examples, comparison.accepted) == (36, True)
+    assert "3 pictures left out: in the training data of the champion" in notes(comparison)
+    assert "1 picture left out: in the training data of the challenger" in notes(comparison)
 
 
 def test_a_champion_is_not_judged_on_what_trained_it_by_the_scores_of_publishing_either(
@@ -192,25 +197,27 @@ def test_a_champion_is_not_judged_on_what_trained_it_by_the_scores_of_publishing
         trained=range(40),
         champion=(old, ["cat"] * 70 + ["dog"] * 10),
     )
-    verdict = compare(old, new)
-    assert (verdict.examples, verdict.champion_accuracy) == (40, 0.75)
-    assert "40 pictures left out: in the training data of the champion" in notes(verdict)
-    assert "40 train the challenger now" in notes(verdict)
-    assert "40 new" in notes(verdict)
+    comparison = compare(old, new)
+    assert (comparison.examples, comparison.champion_accuracy) == (40, 0.75)
+    assert "40 pictures left out: in the training data of the champion" in notes(comparison)
+    assert "40 train the challenger now" in notes(comparison)
+    assert "40 new" in notes(comparison)
 
 
 def test_relabelled_removed_and_reencoded_pictures_are_told_apart(version) -> None:
     old = version({**right(range(50)), **right(range(50, 60), "dog")})
     # 0 to 4 are dogs now; 50 to 54 are gone; 55 to 59 were replaced by pictures that look alike.
     kept = {**wrong(range(5), "dog"), **right(range(5, 50)), **right(range(200, 204), "dog")}
-    looks = version(kept).heldout().looks.copy()
-    looks[-4:] = old.heldout().looks[55:59] ^ np.uint64(3)  # two bits differ
-    new = version(kept, looks=looks)
-    verdict = compare(old, new)
-    assert verdict.examples == 45
-    assert "5 pictures left out: re-labelled (cat → dog: 5)" in notes(verdict)
+    perceptual_hashes = version(kept).heldout().perceptual_hashes.copy()
+    perceptual_hashes[-4:] = old.heldout().perceptual_hashes[55:59] ^ np.uint64(
+        3
+    )  # two bits differ
+    new = version(kept, perceptual_hashes=perceptual_hashes)
+    comparison = compare(old, new)
+    assert comparison.examples == 45
+    assert "5 pictures left out: re-labelled (cat → dog: 5)" in notes(comparison)
     assert "10 removed, 4 of them re-encoded with loss by the look of new pictures" in notes(
-        verdict
+        comparison
     )
 
 
@@ -221,26 +228,26 @@ def test_a_new_class_must_be_allowed_and_the_shared_ones_are_judged(version) -> 
         | {**right(range(100, 108), "bird"), **wrong(range(108, 110), "bird", "cat")},
         labels=("bird", "cat", "dog"),
     )
-    verdict = compare(old, new)
-    assert verdict.examples == 40
-    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (1.0, 0.95)
-    assert not verdict.passed  # two dogs were taken for birds
-    assert verdict.class_changes == (
+    comparison = compare(old, new)
+    assert comparison.examples == 40
+    assert (comparison.champion_accuracy, comparison.challenger_accuracy) == (1.0, 0.95)
+    assert not comparison.passed  # two dogs were taken for birds
+    assert comparison.class_changes == (
         "labels that appear: 'bird'",
         "indices that change: 'cat' 0 → 1, 'dog' 1 → 2",
     )
-    assert "new classes, right on held-out pictures: 'bird' 8 of 10" in notes(verdict)
+    assert "new classes, right on held-out pictures: 'bird' 8 of 10" in notes(comparison)
     good = version(right(range(20)) | right(range(20, 40), "dog"), labels=("bird", "cat", "dog"))
-    verdict = compare(old, good)
-    assert (verdict.passed, verdict.accepted) == (True, False)
-    assert "labels that appear: 'bird'" in str(verdict)
+    comparison = compare(old, good)
+    assert (comparison.passed, comparison.accepted) == (True, False)
+    assert "labels that appear: 'bird'" in str(comparison)
 
 
 def test_a_class_that_disappears_costs_the_others_nothing(version) -> None:
     old = version({**right(range(20)), **right(range(20, 40), "dog")}, labels=("cat", "dog", "eel"))
-    verdict = compare(old, version(right(range(20)) | right(range(20, 40), "dog")))
-    assert verdict.passed
-    assert verdict.class_changes == ("labels that disappear: 'eel'",)
+    comparison = compare(old, version(right(range(20)) | right(range(20, 40), "dog")))
+    assert comparison.passed
+    assert comparison.class_changes == ("labels that disappear: 'eel'",)
 
 
 def test_a_class_that_most_pictures_left_for_one_new_name_is_renamed(version) -> None:
@@ -248,9 +255,9 @@ def test_a_class_that_most_pictures_left_for_one_new_name_is_renamed(version) ->
     new = version(
         right(range(20), "kitten") | right(range(20, 40), "dog"), labels=("dog", "kitten")
     )
-    verdict = compare(old, new)
-    assert (verdict.examples, verdict.passed) == (40, True)
-    assert verdict.class_changes == (
+    comparison = compare(old, new)
+    assert (comparison.examples, comparison.passed) == (40, True)
+    assert comparison.class_changes == (
         "labels that are renamed: 'cat' → 'kitten'",
         "indices that change: 'kitten' 0 → 1, 'dog' 1 → 0",
     )

@@ -38,11 +38,11 @@ from registry.model.manifest import DEFAULT_TOLERANCES, ListedNetwork, OnnxNetwo
 from registry.model.plans import openvino
 from registry.model.plans import planner as planner_module
 from registry.model.plans.base import Outputs, Source, catalogue, find_plan
-from registry.model.plans.benchmark_process import Finding, run_trial
+from registry.model.plans.benchmark_process import PlanResult, run_benchmark
 from registry.model.plans.openvino import import_openvino
 from registry.model.plans.planner import Planner, refused_by_record, score
 from registry.model.plans.torch_eager import EAGER
-from tests.conftest import PATIENCE_S, MakeBundle, load_eager
+from tests.conftest import WAIT_TIMEOUT_S, MakeBundle, load_eager
 from training.data.sources import Dataset
 
 SMALL_RESNET = ListedNetwork("resnet", {"widths": [4, 8]})
@@ -100,7 +100,7 @@ def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
     export = (
         "import sys; import numpy as np; from pathlib import Path;"
         "from registry.model.bundle import open_bundle;"
-        "from registry.model.program import load_program;"
+        "from registry.model.preprocessed_model import load_program;"
         "from training.publishing.export import export_network;"
         f"program = load_program(open_bundle(Path({str(bundle.folder)!r})));"
         "export_network(program, np.zeros((2, 8, 8, 1), np.uint8));"
@@ -122,11 +122,11 @@ def test_the_fastest_right_plan_is_chosen_and_remembered(
     with pytest.raises(PlanUndecided, match="no plan was chosen"):
         planner.load(bundle)
     found = planner.choose(bundle)
-    accepted = [each for each in found.findings if each.reason is None]
+    accepted = [each for each in found.results if each.reason is None]
     assert {each.plan for each in accepted} >= {EAGER, "torch-fp32", "onnxruntime-fp32"}
     assert found.chosen == min(accepted, key=lambda each: score(each.batch_ms)).plan
     assert all(set(each.batch_ms) == {1, 8, 32} and each.peak_mb for each in accepted)
-    rejected = {each.plan: each.reason for each in found.findings if each.reason}
+    rejected = {each.plan: each.reason for each in found.results if each.reason}
     assert rejected["cuda-fp16"] == "runs on cuda only"
 
     monkeypatch.setattr(subprocess, "Popen", None)  # a second look starts no process
@@ -226,10 +226,10 @@ def test_a_hostile_graph_is_a_rejected_plan(
     files |= {ONNX_GRAPH: graph, INT8_GRAPH: graph, INT8_WEIGHTS: bytes(640)}
     hostile = write_bundle(tmp_path / "hostile", bundle.manifest, files)
     for plan in ("onnxruntime-fp32", "openvino-fp32"):
-        said = run_trial("try", plan, hostile, "cpu", 1).reason
+        said = run_benchmark("try", plan, hostile, "cpu", 1).reason
         assert said
         assert reason in said
-    int8 = run_trial("try", "openvino-int8", hostile, "cpu", 1)
+    int8 = run_benchmark("try", "openvino-int8", hostile, "cpu", 1)
     assert "is not in OpenVINO's format" in str(int8.reason)
 
 
@@ -291,13 +291,13 @@ def test_an_int8_graph_that_is_broken_is_a_rejected_plan(bundle: Bundle, tmp_pat
     files = {each: bundle.read(each) for each in bundle.manifest.files}
     files[INT8_GRAPH] = files[INT8_GRAPH][:-100]
     broken = write_bundle(tmp_path / "broken", bundle.manifest, files)
-    assert run_trial("try", "openvino-int8", broken, "cpu", 1).reason
+    assert run_benchmark("try", "openvino-int8", broken, "cpu", 1).reason
 
 
 def test_a_version_without_exports_is_served_by_torch(
     make_bundle: MakeBundle, planner: Planner
 ) -> None:
-    found = {each.plan: each.reason for each in planner.choose(make_bundle()).findings}
+    found = {each.plan: each.reason for each in planner.choose(make_bundle()).results}
     assert found["openvino-fp32"] == f"the version was published without {ONNX_GRAPH}"
     assert found[EAGER] is None
 
@@ -308,7 +308,7 @@ def test_a_version_that_is_a_graph_is_served_by_engines_and_not_by_torch(
     files = {each: bundle.read(each) for each in bundle.manifest.files if each != WEIGHTS}
     manifest = msgspec.structs.replace(bundle.manifest, network=OnnxNetwork())
     graph = write_bundle(tmp_path / "graph", manifest, files)
-    found = {each.plan: each.reason for each in planner.choose(graph).findings}
+    found = {each.plan: each.reason for each in planner.choose(graph).results}
     assert found[EAGER] == "the version is an ONNX graph, which torch does not run"
     assert (found["onnxruntime-fp32"], found["openvino-fp32"]) == (None, None)
     pixels = few_digits.test.pixels
@@ -383,7 +383,7 @@ def test_an_engine_that_takes_its_process_down_is_rejected(
         return real(command, **options)
 
     monkeypatch.setattr(subprocess, "Popen", crash)
-    found = {each.plan: each.reason for each in planner.choose(bundle).findings}
+    found = {each.plan: each.reason for each in planner.choose(bundle).results}
     assert found["onnxruntime-fp32"] == "its process ended with -11"
     assert found["torch-fp32"] is None  # killed once from outside, and tried again
     assert found["openvino-fp32"] == "its process ended with 1 no such instruction"
@@ -440,11 +440,11 @@ def test_every_plan_that_a_kind_of_cpu_has_kernels_for_is_timed_there(
     def answer(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         """The trial's answer without the trial: the real CPU may not be of this kind."""
         name = msgspec.json.decode(command[-1])["plan"]
-        found = Finding(plan=name, max_difference=0.0, batch_ms={1: 1.0})
+        found = PlanResult(plan=name, max_difference=0.0, batch_ms={1: 1.0})
         return real(["echo", msgspec.json.encode(found).decode()], **options)
 
     monkeypatch.setattr(subprocess, "Popen", answer)
-    found = {each.plan: each.reason for each in planner.choose(bundle).findings}
+    found = {each.plan: each.reason for each in planner.choose(bundle).results}
     assert {name for name, reason in found.items() if reason is None} == TRIED[cpu_kind]
     left_out = {name: found[name] for name in (INT8 | BF16) - TRIED[cpu_kind]}
     assert all("this CPU has no" in str(reason) for reason in left_out.values())
@@ -557,7 +557,7 @@ def test_a_trial_that_hangs_ends_with_all_that_it_started(
     started = time.monotonic()
     with pytest.raises(BundleInvalid, match=r"torch-fp32: it took more than 300 s to try"):
         Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(bundle)
-    assert time.monotonic() - started < PATIENCE_S  # it did not wait for what the trial started
+    assert time.monotonic() - started < WAIT_TIMEOUT_S  # it did not wait for what the trial started
 
 
 def make_folder(entry: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from registry.cli.secret_files import with_secrets
 from registry.core.errors import UsageError
-from tests.conftest import PATIENCE_S
+from tests.conftest import WAIT_TIMEOUT_S
 
 
 def test_what_a_file_says_is_in_the_environment(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_the_command_takes_this_process_s_place(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "registry.cli.secret_files", sys.executable, "-c", code]
     environment = {"CONVOY_SERVICE_KEY_FILE": str(tmp_path / "key")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
-        printed, _ = process.communicate(timeout=PATIENCE_S)
+        printed, _ = process.communicate(timeout=WAIT_TIMEOUT_S)
     assert printed.decode().split() == ["k", str(process.pid)]
     assert process.returncode == 7
 

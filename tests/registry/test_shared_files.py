@@ -11,7 +11,7 @@ import pytest
 
 from registry.auth.tokens import Tokens
 from registry.core.files import locked, write_atomically
-from registry.core.paths import Home
+from registry.core.paths import Paths
 
 CHANGES = 30
 # Adds and removes tokens of its own, beside others that do the same.
@@ -37,13 +37,13 @@ files.write_atomically(Path(sys.argv[1]), b"half")
 """
 
 
-def test_no_revoked_token_returns_when_processes_add_and_revoke_at_once(home: Home) -> None:
-    tokens = Tokens(home.tokens)
+def test_no_revoked_token_returns_when_processes_add_and_revoke_at_once(paths: Paths) -> None:
+    tokens = Tokens(paths.tokens)
     names = [f"process{number}" for number in range(6)]
     revoked = [tokens.add(f"revoked-{name}", "admin") for name in names]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", CHANGER, str(home.tokens), name, str(CHANGES)],
+            [sys.executable, "-c", CHANGER, str(paths.tokens), name, str(CHANGES)],
             stdin=subprocess.PIPE,
         )
         for name in names

@@ -11,12 +11,12 @@ import pytest
 
 from registry.cli.main import main
 from registry.core.errors import BundleInvalid, UsageError
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.delivery import signing
-from registry.delivery.deployment import read_release, version_folder
+from registry.delivery.deployment import read_deployment, version_folder
 from registry.delivery.puller import Puller
 from registry.delivery.signing import SIGNATURE, TrustedKeys, check_expiry, make_key, sign
-from registry.model.refs import ModelRef, ModelVersion, Trial
+from registry.model.refs import Canary, ModelRef, ModelVersion
 from registry.promotion.promotion import promote, roll_back
 from registry.store.mlflow_store import ModelStore
 
@@ -142,22 +142,22 @@ def test_a_version_signed_by_command_is_pulled_and_a_roll_back_needs_no_signer(
     key: Path,
     trusted: Path,
     store: ModelStore,
-    registry_home: Home,
+    registry_paths: Paths,
     publish: Callable[..., ModelVersion],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    puller = Puller(lambda: store, registry_home, (REF,))
+    puller = Puller(lambda: store, registry_paths, (REF,))
     publish(seed=0)
     promote(store, "digits", 1)
     with pytest.raises(BundleInvalid, match="not signed"):
         puller.pull(REF)
-    assert read_release(registry_home.models, REF) is None
+    assert read_deployment(registry_paths.models, REF) is None
     assert main(["verify", "digits", "1"]) == 2
     assert main(["sign", "digits", "1", "--key", str(key)]) == 0
     assert main(["verify", "digits", "champion"]) == 0
     assert "signed by ann" in capsys.readouterr().out
     assert puller.pull(REF).versions[0].version == 1
-    assert (version_folder(registry_home.models, "digits", 1) / SIGNATURE).is_file()
+    assert (version_folder(registry_paths.models, "digits", 1) / SIGNATURE).is_file()
 
     publish(seed=1)
     promote(store, "digits", 2, force=True, reason="test")
@@ -216,24 +216,24 @@ def test_a_version_whose_signature_has_ended_is_not_tried_and_serves_on_where_it
     key: Path,
     trusted: Path,
     store: ModelStore,
-    registry_home: Home,
+    registry_paths: Paths,
     publish: Callable[..., ModelVersion],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    puller, models = Puller(lambda: store, registry_home, (REF,)), registry_home.models
+    puller, models = Puller(lambda: store, registry_paths, (REF,)), registry_paths.models
     for seed in (0, 1):
         publish(seed=seed)
     for number in ("1", "2"):
         assert main(["sign", "digits", number, "--key", str(key)]) == 0
     promote(store, "digits", 2)
     assert puller.pull(REF).versions[0].version == 2
-    store.point("digits", champion=None, previous=None, trial=Trial(version=1, share=1.0))
-    assert puller.pull(REF).trial == Trial(version=1, share=1.0)
+    store.set_aliases("digits", champion=None, previous=None, canary=Canary(version=1, share=1.0))
+    assert puller.pull(REF).canary == Canary(version=1, share=1.0)
     (version_folder(models, "digits", 1) / SIGNATURE).write_bytes(b"\xff\xfe")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 400 * signing.DAY_S)
-    assert puller.pull(REF).trial == Trial(version=1, share=1.0)  # mended, and serves on
-    store.point("digits", champion=None, previous=None, trial=None)
-    assert puller.pull(REF).trial is None
-    store.point("digits", champion=None, previous=None, trial=Trial(version=1, share=1.0))
-    assert puller.pull(REF).trial is None  # it would have to be chosen anew
+    assert puller.pull(REF).canary == Canary(version=1, share=1.0)  # mended, and serves on
+    store.set_aliases("digits", champion=None, previous=None, canary=None)
+    assert puller.pull(REF).canary is None
+    store.set_aliases("digits", champion=None, previous=None, canary=Canary(version=1, share=1.0))
+    assert puller.pull(REF).canary is None  # it would have to be chosen anew

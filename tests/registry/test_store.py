@@ -21,20 +21,20 @@ from registry.core.errors import (
     UsageError,
     VersionNotFound,
 )
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.bundle import HELDOUT, WEIGHTS
-from registry.model.refs import ModelRef, Trial
+from registry.model.refs import Canary, ModelRef
 from registry.promotion import promotion
-from registry.promotion.gate_runner import Judge
-from registry.promotion.promotion import promote, release, roll_back, withdraw
+from registry.promotion.gate_runner import GateRunner
+from registry.promotion.promotion import promote, roll_back, start_canary, stop_canary
 from registry.store import mlflow_store as registry_store
 from registry.store.audit_log import Entry
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import PATIENCE_S
+from tests.conftest import WAIT_TIMEOUT_S
 
 
-def artifact(home: Home, name: str) -> Path:
-    (path,) = home.artifacts.rglob(name)
+def artifact(paths: Paths, name: str) -> Path:
+    (path,) = paths.artifacts.rglob(name)
     return path
 
 
@@ -77,39 +77,43 @@ def test_what_does_not_exist_is_named(store: ModelStore, publish) -> None:
 
 
 def test_a_truncated_artefact_is_found_out(
-    store: ModelStore, publish, registry_home: Home, tmp_path: Path
+    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path
 ) -> None:
     version = publish()
-    path = artifact(registry_home, WEIGHTS)
+    path = artifact(registry_paths, WEIGHTS)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BundleInvalid, match=r"bytes\) has sha256"):
         store.download(version, tmp_path / "down")
 
 
 def test_a_missing_artefact_is_found_out(
-    store: ModelStore, publish, registry_home: Home, tmp_path: Path
+    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path
 ) -> None:
     version = publish()
-    artifact(registry_home, WEIGHTS).unlink()
+    artifact(registry_paths, WEIGHTS).unlink()
     with pytest.raises(BundleInvalid, match="missing"):
         store.download(version, tmp_path / "down")
 
 
 def test_a_swapped_manifest_is_found_out(
-    store: ModelStore, publish, registry_home: Home, tmp_path: Path
+    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path
 ) -> None:
     version = publish()
-    path = artifact(registry_home, "manifest.json")
+    path = artifact(registry_paths, "manifest.json")
     path.write_bytes(path.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
     with pytest.raises(BundleInvalid, match="the registry says"):
         store.download(version, tmp_path / "down")
 
 
 def test_more_than_was_published_is_not_fetched(
-    store: ModelStore, publish, registry_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore,
+    publish,
+    registry_paths: Paths,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     version = publish()
-    path = artifact(registry_home, WEIGHTS)
+    path = artifact(registry_paths, WEIGHTS)
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(BundleInvalid, match=r"bytes long; at most [\d,]+ bytes are fetched"):
         store.download(version, tmp_path / "one")
@@ -117,7 +121,7 @@ def test_more_than_was_published_is_not_fetched(
     monkeypatch.setattr(registry_store, "MAX_MANIFEST_BYTES", 1000)
     with pytest.raises(BundleInvalid, match=r"bytes long; at most 1,000 bytes are fetched"):
         store.manifest(version)
-    manifest = artifact(registry_home, "manifest.json")
+    manifest = artifact(registry_paths, "manifest.json")
     manifest.unlink()
     manifest.mkdir()
     (manifest / "large").write_bytes(bytes(2000))
@@ -164,31 +168,31 @@ def test_versions_that_convoy_did_not_publish_are_refused(store: ModelStore) -> 
         store.resolve(ModelRef("foreign", version=1))
 
 
-def test_a_registry_of_another_schema_says_what_to_do(registry_home: Home) -> None:
-    with sqlite3.connect(registry_home.root / "mlflow.db") as database:
+def test_a_registry_of_another_schema_says_what_to_do(registry_paths: Paths) -> None:
+    with sqlite3.connect(registry_paths.root / "mlflow.db") as database:
         database.execute("UPDATE alembic_version SET version_num = 'f00dfeed0000'")
     # MLflow keeps one opened store per address and process; another spelling is another address.
-    home = Home(registry_home.root / ".." / registry_home.root.name)
+    paths = Paths(registry_paths.root / ".." / registry_paths.root.name)
     with pytest.raises(RegistryUnavailable, match=r"another MLflow version.*mlflow db upgrade"):
-        ModelStore(home).models()
+        ModelStore(paths).models()
 
 
 def test_a_registry_that_is_down_answers_soon_and_hides_its_password(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # pragma: allowlist nextline secret
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     with pytest.raises(RegistryUnavailable) as caught:
-        ModelStore(home).models()
+        ModelStore(paths).models()
     assert "127.0.0.1:9" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
 def test_the_first_version_is_promoted_without_a_comparison(store: ModelStore, publish) -> None:
     publish()
-    assert "no champion" in str(promote(store, "digits", 1).entry.verdict)
+    assert "no champion" in str(promote(store, "digits", 1).entry.details)
     assert store.aliases("digits") == {"champion": 1}
-    (line,) = store.ledger("digits").lines
+    (line,) = store.audit_log("digits").lines
     assert (line.entry.action, line.entry.from_version, line.entry.to_version) == (
         "promoted",
         None,
@@ -217,12 +221,12 @@ def test_a_worse_version_is_refused_with_the_figures_and_can_be_forced(
     with pytest.raises(UsageError, match="--reason"):
         promote(store, "digits", worse, force=True, reason=" ")
     line = promote(store, "digits", worse, force=True, reason="a drill")
-    assert "accuracy" in str(line.entry.verdict)
+    assert "accuracy" in str(line.entry.details)
     assert store.aliases("digits")["champion"] == worse
     assert store.aliases("digits")["previous"] == better
-    ledger = store.ledger("digits")
-    assert ledger.faults(store.newest_line("digits")) == []
-    actions = [(each.entry.action, each.entry.reason) for each in ledger.lines]
+    audit_log = store.audit_log("digits")
+    assert audit_log.faults(store.newest_line("digits")) == []
+    actions = [(each.entry.action, each.entry.reason) for each in audit_log.lines]
     assert actions == [("promoted", None), ("refused", None), ("forced", "a drill")]
     with pytest.raises(PromotionRefused, match="champion already"):
         promote(store, "digits", worse)
@@ -237,19 +241,19 @@ def test_a_better_version_takes_over_and_is_rolled_back(
         roll_back(store, "digits")
     entry = promote(store, "digits", better).entry
     assert entry.action == "promoted"
-    assert "gained" in str(entry.verdict)
+    assert "gained" in str(entry.details)
     entry = roll_back(store, "digits", "looks odd").entry
     assert (entry.from_version, entry.to_version) == (better, worse)
     aliases = store.aliases("digits")
     assert (aliases["champion"], aliases["previous"]) == (worse, better)
-    assert store.ledger("digits").lines[-1].entry.action == "rolled back"
+    assert store.audit_log("digits").lines[-1].entry.action == "rolled back"
 
 
 def test_a_damaged_challenger_never_becomes_champion(
-    store: ModelStore, publish, registry_home: Home
+    store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish()
-    path = artifact(registry_home, WEIGHTS)
+    path = artifact(registry_paths, WEIGHTS)
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(PromotionRefused, match="has sha256"):
         promote(store, "digits", 1)
@@ -258,20 +262,20 @@ def test_a_damaged_challenger_never_becomes_champion(
 
 @pytest.mark.slow
 def test_of_eight_who_promote_at_once_one_wins_each_round(
-    store: ModelStore, publish, registry_home: Home
+    store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     """Whoever loses hears who came first; ledger and aliases agree in the end."""
     for seed in range(9):
         publish(seed=seed)
     promote(store, "digits", 9)
     for number in range(1, 4):
-        champion = store.ledger("digits").champion
+        champion = store.audit_log("digits").champion
         start = threading.Barrier(8)
         race = {"expect_champion": champion, "force": True, "reason": "a race"}
 
         def try_to(version: int, start: threading.Barrier = start, race: dict = race) -> int | str:
-            own = ModelStore(registry_home)
-            start.wait(PATIENCE_S)
+            own = ModelStore(registry_paths)
+            start.wait(WAIT_TIMEOUT_S)
             try:
                 return promote(own, "digits", version, **race).entry.to_version
             except PromotionConflict as error:
@@ -281,13 +285,16 @@ def test_of_eight_who_promote_at_once_one_wins_each_round(
             outcomes = list(pool.map(try_to, (v for v in range(1, 10) if v != champion)))
         winners = [each for each in outcomes if isinstance(each, int)]
         losers = [str(each) for each in outcomes if not isinstance(each, int)]
-        assert winners == [store.ledger("digits").champion], outcomes
+        assert winners == [store.audit_log("digits").champion], outcomes
         assert all("came first" in each or "the champion is" in each for each in losers)
-        ledger = store.ledger("digits")
-        assert len(ledger.moves) == number + 1
-        assert ledger.faults(store.newest_line("digits")) == []
+        audit_log = store.audit_log("digits")
+        assert len(audit_log.moves) == number + 1
+        assert audit_log.faults(store.newest_line("digits")) == []
         aliases = store.aliases("digits")
-        assert (aliases["champion"], aliases["previous"]) == (ledger.champion, ledger.previous)
+        assert (aliases["champion"], aliases["previous"]) == (
+            audit_log.champion,
+            audit_log.previous,
+        )
 
 
 def test_a_promotion_that_expects_another_champion_is_refused(store: ModelStore, publish) -> None:
@@ -303,7 +310,7 @@ def test_a_champion_that_was_made_by_other_means_is_written_down(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By MLflow's own page, say; or by one who died between the ledger and the alias."""
-    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
     for seed in range(3):
         publish(seed=seed)
     client = mlflow.MlflowClient()
@@ -311,7 +318,7 @@ def test_a_champion_that_was_made_by_other_means_is_written_down(
     promote(store, "digits", 1, force=True, reason="a drill")
     client.set_registered_model_alias("digits", "champion", "3")
     assert roll_back(store, "digits").entry.to_version == 1
-    moves = [(each.entry.action, each.entry.to_version) for each in store.ledger("digits").moves]
+    moves = [(each.entry.action, each.entry.to_version) for each in store.audit_log("digits").moves]
     assert moves == [("adopted", 2), ("promoted", 1), ("adopted", 3), ("rolled back", 1)]
 
 
@@ -320,7 +327,7 @@ def test_a_registry_from_before_the_ledger_can_be_rolled_back(
 ) -> None:
     for seed in range(2):
         publish(seed=seed)
-    store.point("digits", champion=2, previous=1)
+    store.set_aliases("digits", champion=2, previous=1)
     assert roll_back(store, "digits").entry.to_version == 1
     assert command(["audit"]) == 0
 
@@ -350,7 +357,7 @@ def test_a_champion_that_was_deleted_is_no_obstacle(
         with pytest.raises(PromotionRefused, match="weights are damaged"):
             promote(store, "digits", 2)
     line = promote(store, "digits", 2)
-    assert "version 1, the champion, is gone" in str(line.entry.verdict)
+    assert "version 1, the champion, is gone" in str(line.entry.details)
     with pytest.raises(VersionNotFound, match="no version 1"):
         roll_back(store, "digits")
 
@@ -358,7 +365,7 @@ def test_a_champion_that_was_deleted_is_no_obstacle(
 def test_a_first_promotion_that_died_before_its_alias_is_carried_out(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
     for seed in range(2):
         publish(seed=seed)
     with monkeypatch.context() as dying:
@@ -366,42 +373,42 @@ def test_a_first_promotion_that_died_before_its_alias_is_carried_out(
         def die(*arguments: object, **named: object) -> None:
             raise RegistryUnavailable("the registry did not answer")
 
-        dying.setattr(ModelStore, "point", die)
+        dying.setattr(ModelStore, "set_aliases", die)
         with pytest.raises(RegistryUnavailable):
             promote(store, "digits", 1)
     assert "champion" not in store.aliases("digits")
     with pytest.raises(PromotionRefused, match="champion already"):
         promote(store, "digits", 1)
     assert store.aliases("digits")["champion"] == 1  # settled before it was refused
-    assert store.ledger("digits").faults(store.newest_line("digits")) == []
+    assert store.audit_log("digits").faults(store.newest_line("digits")) == []
 
 
 def test_who_was_too_slow_to_move_the_alias_is_told(
-    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """His line stood, but what still served was adopted before he moved the alias."""
-    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
     for seed in range(3):
         publish(seed=seed)
     promote(store, "digits", 1)
-    real, reached, go_on = ModelStore.point, threading.Event(), threading.Event()
+    real, reached, go_on = ModelStore.set_aliases, threading.Event(), threading.Event()
 
     def slow(self: ModelStore, name: str, **aliases: int | None) -> None:
         if threading.current_thread().name.startswith("slow") and not reached.is_set():
             reached.set()
-            assert go_on.wait(PATIENCE_S)
+            assert go_on.wait(WAIT_TIMEOUT_S)
         real(self, name, **aliases)
 
-    monkeypatch.setattr(ModelStore, "point", slow)
+    monkeypatch.setattr(ModelStore, "set_aliases", slow)
     options = {"force": True, "reason": "a race"}
     with ThreadPoolExecutor(1, "slow") as pool:
-        late = pool.submit(promote, ModelStore(registry_home), "digits", 2, **options)
-        assert reached.wait(PATIENCE_S)
+        late = pool.submit(promote, ModelStore(registry_paths), "digits", 2, **options)
+        assert reached.wait(WAIT_TIMEOUT_S)
         promote(store, "digits", 3, **options)
         go_on.set()
         with pytest.raises(PromotionConflict, match="version 1, which still served, was taken"):
             late.result(30)
-    moves = [(each.entry.action, each.entry.to_version) for each in store.ledger("digits").moves]
+    moves = [(each.entry.action, each.entry.to_version) for each in store.audit_log("digits").moves]
     assert [version for _, version in moves] == [1, 2, 1, 3]
     aliases = store.aliases("digits")
     assert (aliases["champion"], aliases["previous"]) == (3, 1)
@@ -421,13 +428,13 @@ def test_a_line_that_was_written_twice_is_ones_own(
     monkeypatch.setattr(ModelStore, "append", twice)
     assert promote(store, "digits", 1).number == 1
     assert store.aliases("digits")["champion"] == 1
-    assert [line.stands for line in store.ledger("digits").lines] == [True, False]
+    assert [line.stands for line in store.audit_log("digits").lines] == [True, False]
 
 
 def test_a_champion_that_convoy_did_not_publish_can_be_left(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
     publish()
     promote(store, "digits", 1)
     client = mlflow.MlflowClient()
@@ -437,9 +444,9 @@ def test_a_champion_that_convoy_did_not_publish_can_be_left(
 
 
 def test_nothing_is_accepted_beside_a_champion_that_convoy_did_not_publish(
-    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch, capsys
+    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(promotion, "SETTLE_S", 0.0)
+    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
     publish(seed=0)
     promote(store, "digits", 1)
     publish(seed=1)
@@ -447,13 +454,16 @@ def test_nothing_is_accepted_beside_a_champion_that_convoy_did_not_publish(
     why = r"cannot be compared: digits version 1 was not published by Convoy"
     with pytest.raises(PromotionRefused, match=why):
         promote(store, "digits", 2)
-    assert Judge(store, registry_home).known(*store.sides("digits", 2)).accepted is False
-    assert command(["judge", "digits", "2", "--untimed"]) == 2
+    assert (
+        GateRunner(store, registry_paths).known(*store.champion_and_candidate("digits", 2)).accepted
+        is False
+    )
+    assert command(["evaluate", "digits", "2", "--skip-latency"]) == 2
     assert "challenger 2, champion 1: REFUSED" in capsys.readouterr().out
     line = promote(store, "digits", 2, force=True, reason="its tag was lost")
     assert (line.entry.action, line.entry.from_version) == ("forced", 1)
-    assert "was not published by Convoy" in str(line.entry.verdict)
-    assert "is gone" not in str(line.entry.verdict)
+    assert "was not published by Convoy" in str(line.entry.details)
+    assert "is gone" not in str(line.entry.details)
 
 
 def test_who_has_no_name_or_odd_reasons_gets_no_traceback(
@@ -475,20 +485,20 @@ def test_a_trial_needs_a_champion_the_same_labels_and_something_to_try(
 ) -> None:
     publish(seed=0)
     with pytest.raises(PromotionRefused, match="no champion"):
-        release(store, "digits", Trial(version=1, share=0.1))
+        start_canary(store, "digits", Canary(version=1, share=0.1))
     promote(store, "digits", 1)
     publish(seed=1, change=lambda manifest: replace(manifest, labels=tuple("abcdefghij")))
     with pytest.raises(PromotionRefused, match="the labels differ"):
-        release(store, "digits", Trial(version=2, share=0.1))
+        start_canary(store, "digits", Canary(version=2, share=0.1))
     with pytest.raises(PromotionRefused, match="champion already"):
-        release(store, "digits", Trial(version=1, share=0.1))
+        start_canary(store, "digits", Canary(version=1, share=0.1))
     with pytest.raises(UsageError, match="a share of the requests, a shadow"):
-        release(store, "digits", Trial(version=2))
+        start_canary(store, "digits", Canary(version=2))
     with pytest.raises(VersionNotFound):
-        release(store, "digits", Trial(version=9, shadow=1.0))
+        start_canary(store, "digits", Canary(version=9, shadow=1.0))
     with pytest.raises(VersionNotFound, match="is on trial"):
-        withdraw(store, "digits")
-    assert [line.entry.action for line in store.ledger("digits").lines] == ["promoted"]
+        stop_canary(store, "digits")
+    assert [line.entry.action for line in store.audit_log("digits").lines] == ["promoted"]
 
 
 def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
@@ -497,20 +507,20 @@ def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
     for seed in range(3):
         publish(seed=seed)
     promote(store, "digits", 1)
-    trial = Trial(version=2, share=0.1, shadow=0.5)
+    canary = Canary(version=2, share=0.1, shadow=0.5)
     with pytest.raises(PromotionConflict):
-        release(store, "digits", trial, expect_champion=7)
-    line = release(store, "digits", trial, "to see", by="ann")
+        start_canary(store, "digits", canary, expect_champion=7)
+    line = start_canary(store, "digits", canary, "to see", by="ann")
     assert (line.entry.by, line.entry.reason, line.entry.from_version) == ("ann", "to see", 1)
-    assert store.standing("digits") == ({"champion": 1, "challenger": 3}, trial)
+    assert store.aliases_and_canary("digits") == ({"champion": 1, "challenger": 3}, canary)
     with pytest.raises(PromotionConflict, match="version 2 is on trial, not 3"):
-        withdraw(store, "digits", expect_challenger=3)
-    withdraw(store, "digits")
-    assert store.standing("digits")[1] is None
-    release(store, "digits", trial)
+        stop_canary(store, "digits", expect_challenger=3)
+    stop_canary(store, "digits")
+    assert store.aliases_and_canary("digits")[1] is None
+    start_canary(store, "digits", canary)
     promote(store, "digits", 3, force=True, reason="test")
-    assert store.standing("digits") == ({"champion": 3, "previous": 1}, None)
-    assert store.ledger("digits").faults(store.newest_line("digits")) == []
+    assert store.aliases_and_canary("digits") == ({"champion": 3, "previous": 1}, None)
+    assert store.audit_log("digits").faults(store.newest_line("digits")) == []
     with pytest.raises(PromotionConflict):
         roll_back(store, "digits", expect_champion=1)
     roll_back(store, "digits", expect_champion=3, by="ann")
@@ -521,10 +531,10 @@ def test_a_trial_of_a_version_that_was_deleted_can_be_withdrawn(store: ModelStor
     for seed in range(2):
         publish(seed=seed)
     promote(store, "digits", 1)
-    release(store, "digits", Trial(version=2, share=0.5))
+    start_canary(store, "digits", Canary(version=2, share=0.5))
     store._client.delete_model_version("digits", "2")
-    assert withdraw(store, "digits").entry.to_version == 2
-    assert store.standing("digits")[1] is None
+    assert stop_canary(store, "digits").entry.to_version == 2
+    assert store.aliases_and_canary("digits")[1] is None
 
 
 def test_a_version_is_challenger_though_another_made_the_alias_at_once(
@@ -577,13 +587,13 @@ def test_a_version_that_comes_as_the_alias_is_read_stays_the_challenger(
 
 
 def test_nothing_is_uploaded_under_a_name_that_has_a_log_and_no_version(
-    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry_store, "CLAIM_TIMEOUT_S", 0.0)
     store._client.create_registered_model("digits.ledger")
     with pytest.raises(PromotionRefused, match=r"has the registered model digits\.ledger, but no"):
         publish()
-    assert not list(registry_home.artifacts.rglob(WEIGHTS))
+    assert not list(registry_paths.artifacts.rglob(WEIGHTS))
 
 
 def test_a_first_version_whose_calls_were_sent_twice_is_published(
@@ -613,38 +623,38 @@ def test_a_trial_that_was_ended_half_is_ended_by_the_next_who_looks(
     for seed in range(2):
         publish(seed=seed)
     promote(store, "digits", 1)
-    release(store, "digits", Trial(version=2, share=0.5))
+    start_canary(store, "digits", Canary(version=2, share=0.5))
 
     def fail(*arguments, **named) -> None:
         raise RegistryUnavailable("down")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "point", fail)
+        patch.setattr(store, "set_aliases", fail)
         with pytest.raises(RegistryUnavailable):
-            withdraw(store, "digits")
-    assert store.standing("digits")[1] is not None
+            stop_canary(store, "digits")
+    assert store.aliases_and_canary("digits")[1] is not None
     with pytest.raises(VersionNotFound, match="is on trial"):
-        withdraw(store, "digits")
-    assert store.standing("digits")[1] is None
+        stop_canary(store, "digits")
+    assert store.aliases_and_canary("digits")[1] is None
     assert promotion.audit(store, "digits")[1] == []
 
 
 def test_one_promotion_is_judged_once_and_not_before_it_may_be(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    judged: list[int] = []
-    judge = Judge._judge
+    result: list[int] = []
+    gate_runner = GateRunner._compare_versions
 
     def counted(self, champion, challenger, policy, folder):
-        judged.append(challenger.version)
-        return judge(self, champion, challenger, policy, folder)
+        result.append(challenger.version)
+        return gate_runner(self, champion, challenger, policy, folder)
 
-    monkeypatch.setattr(Judge, "_judge", counted)
+    monkeypatch.setattr(GateRunner, "_compare_versions", counted)
     publish(seed=0)
-    assert command(["promote", "digits", "1", "--untimed"]) == 0
-    assert judged == [1]
+    assert command(["promote", "digits", "1", "--skip-latency"]) == 0
+    assert result == [1]
     publish(seed=1)
     assert command(["promote", "digits", "2", "--force"]) == 2
-    assert command(["promote", "digits", "2", "--untimed", "--expect-champion", "7"]) == 2
-    assert judged == [1]
+    assert command(["promote", "digits", "2", "--skip-latency", "--expect-champion", "7"]) == 2
+    assert result == [1]
     assert "accepted" in capsys.readouterr().out

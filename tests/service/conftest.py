@@ -11,12 +11,12 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.serving import make_server
 
-from registry.delivery.deployment import ReleasedVersion, version_folder, write_release
+from registry.delivery.deployment import DeployedVersion, version_folder, write_deployment
 from registry.delivery.signing import TrustedKeys
 from registry.model.bundle import Bundle
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
-from registry.model.refs import ModelRef, Trial
+from registry.model.refs import Canary, ModelRef
 from service import create_app
 from service.inference.loaded_model import ServedModel
 from service.loading import version_loader
@@ -29,12 +29,12 @@ from tests.conftest import MakeBundle
 REF = ModelRef("digits", alias="champion")
 
 
-def load(bundle: Bundle, released: ReleasedVersion, metrics: Metrics | None = None) -> ServedModel:
+def load(bundle: Bundle, deployed: DeployedVersion, metrics: Metrics | None = None) -> ServedModel:
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     settings = Settings(max_batch=8, queue_limit=64)
     return load_served(
         bundle,
-        released,
+        deployed,
         name=bundle.manifest.model,
         planner=planner,
         settings=settings,
@@ -49,36 +49,36 @@ def models(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def release(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
+def deploy(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
     """Lays a version out on disk and releases it, as the puller does."""
 
     def lay_out(version: int, seed: int = 0, alias: str | None = "champion") -> Bundle:
         bundle = make_bundle(seed=seed, folder=version_folder(models, "digits", version))
         ref = ModelRef("digits", version if alias is None else None, alias)
-        write_release(models, ref, (released(bundle, version, alias),))
+        write_deployment(models, ref, (deployed(bundle, version, alias),))
         return bundle
 
     return lay_out
 
 
 @pytest.fixture
-def on_trial(make_bundle: MakeBundle, models: Path) -> Callable[..., tuple[Bundle, Bundle]]:
+def deploy_canary(make_bundle: MakeBundle, models: Path) -> Callable[..., tuple[Bundle, Bundle]]:
     """Releases version 1 with version 2 on trial beside it; gives both bundles."""
 
-    def lay_out(**trial: float) -> tuple[Bundle, Bundle]:
+    def lay_out(**canary: float) -> tuple[Bundle, Bundle]:
         old, new = (
             make_bundle(seed=seed, folder=version_folder(models, "digits", seed + 1))
             for seed in (0, 1)
         )
-        versions = released(old, 1, "champion"), released(new, 2, "challenger")
-        write_release(models, REF, versions, Trial(version=2, **trial))
+        versions = deployed(old, 1, "champion"), deployed(new, 2, "challenger")
+        write_deployment(models, REF, versions, Canary(version=2, **canary))
         return old, new
 
     return lay_out
 
 
-def released(bundle: Bundle, version: int, alias: str | None) -> ReleasedVersion:
-    return ReleasedVersion(version=version, manifest_sha256=bundle.manifest_sha256, alias=alias)
+def deployed(bundle: Bundle, version: int, alias: str | None) -> DeployedVersion:
+    return DeployedVersion(version=version, manifest_sha256=bundle.manifest_sha256, alias=alias)
 
 
 @pytest.fixture
@@ -110,9 +110,9 @@ def client(app: Flask) -> FlaskClient:
 
 
 @pytest.fixture
-def ready(client: FlaskClient, slot: ModelSlot, release: Callable[..., Bundle]) -> FlaskClient:
+def ready(client: FlaskClient, slot: ModelSlot, deploy: Callable[..., Bundle]) -> FlaskClient:
     """A client of an app that serves version 1."""
-    release(1)
+    deploy(1)
     assert slot.refresh()
     return client
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.core.errors import DeadlineExceeded, Overloaded
-from service.inference.batcher import MicroBatcher, Scored
+from service.inference.batcher import MicroBatcher, Prediction
 
 FOREVER_S = 30.0
 ANY_TIME_MS = 1e9  # a gate holds passes up; what that does to the ceiling is another test's
@@ -28,8 +28,8 @@ def echo(pixels: np.ndarray) -> np.ndarray:
     return pixels[:, 0, 0, :].astype(np.float32)
 
 
-def values(outcomes: list[Scored | Exception]) -> list[float]:
-    return [float(each.row[0]) for each in outcomes if isinstance(each, Scored)]
+def values(outcomes: list[Prediction | Exception]) -> list[float]:
+    return [float(each.row[0]) for each in outcomes if isinstance(each, Prediction)]
 
 
 class Gate:
@@ -63,15 +63,15 @@ def pool():
 
 def score(
     batcher: MicroBatcher, *numbers: int, deadline_s: float = FOREVER_S
-) -> list[Scored | Exception]:
+) -> list[Prediction | Exception]:
     """Put images and wait for all of them, as a request does."""
-    tickets = batcher.put([image(number) for number in numbers], deadline_s)
-    return [batcher.wait(ticket) for ticket in tickets]
+    queued_images = batcher.put([image(number) for number in numbers], deadline_s)
+    return [batcher.wait(queued_image) for queued_image in queued_images]
 
 
 def submit(
     pool: ThreadPoolExecutor, batcher: MicroBatcher, *numbers: int, deadline_s: float = FOREVER_S
-) -> "Future[list[Scored | Exception]]":
+) -> "Future[list[Prediction | Exception]]":
     return pool.submit(score, batcher, *numbers, deadline_s=deadline_s)
 
 
@@ -190,7 +190,7 @@ def test_a_running_forward_pass_is_waited_for_though_the_time_is_over(
     assert not giving_up.done()
     steps.release()
     giving_up.result(FOREVER_S)
-    assert isinstance(item.outcome, Scored)
+    assert isinstance(item.outcome, Prediction)
     assert [values(each.result()) for each in (first, leader, late)] == [[1], [2], [3]]
 
 
@@ -218,7 +218,7 @@ def test_nan_is_an_error_of_its_image_alone() -> None:
         return np.where(pixels[:, 0, 0] == 2, np.nan, 1.0).astype(np.float32)
 
     outcomes = score(MicroBatcher(compute, 8, 8), 1, 2, 3)
-    assert [isinstance(each, Scored) for each in outcomes] == [True, False, True]
+    assert [isinstance(each, Prediction) for each in outcomes] == [True, False, True]
     assert isinstance(outcomes[1], ArithmeticError)
 
 
@@ -252,7 +252,7 @@ def test_a_hand_over_wakes_the_owner_who_waits_for_an_earlier_image(
 
 
 @pytest.mark.parametrize(
-    ("image_ms", "max_wait_s", "callers"),
+    ("image_ms", "max_queue_delay_s", "callers"),
     [
         (5, None, 200),  # a second of work is always queued
         (45, None, 64),
@@ -262,7 +262,7 @@ def test_a_hand_over_wakes_the_owner_who_waits_for_an_earlier_image(
     ],
 )
 def test_ordinary_concurrency_is_queued_whatever_the_speed_of_the_network(
-    monkeypatch: pytest.MonkeyPatch, image_ms: int, max_wait_s: float | None, callers: int
+    monkeypatch: pytest.MonkeyPatch, image_ms: int, max_queue_delay_s: float | None, callers: int
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("service.inference.batcher.time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -271,7 +271,7 @@ def test_ordinary_concurrency_is_queued_whatever_the_speed_of_the_network(
         now[0] += image_ms / 1000 * len(pixels)
         return echo(pixels)
 
-    batcher = MicroBatcher(compute, 8, 1000, max_wait_s=max_wait_s, deadline_s=10)
+    batcher = MicroBatcher(compute, 8, 1000, max_queue_delay_s=max_queue_delay_s, deadline_s=10)
     score(batcher, 1)
     batcher.check_room(callers)
     with pytest.raises(Overloaded) as refused:
@@ -302,7 +302,7 @@ def test_every_image_gets_exactly_one_outcome_and_its_own(
             outcomes = future.result(FOREVER_S)
             assert len(outcomes) == requests[number]
             for outcome in outcomes:
-                if isinstance(outcome, Scored):
+                if isinstance(outcome, Prediction):
                     assert outcome.row[0] == number
                 else:
                     assert isinstance(outcome, DeadlineExceeded)

@@ -238,9 +238,9 @@ def test_too_many_pixels_are_413(ready: FlaskClient) -> None:
 @pytest.mark.parametrize(
     ("error", "status", "outcome"),
     [
-        (Overloaded("full"), 503, "load"),
-        (DeadlineExceeded("late"), 504, "load"),
-        (RuntimeError("secret /etc path"), 500, "ours"),
+        (Overloaded("full"), 503, "overload"),
+        (DeadlineExceeded("late"), 504, "overload"),
+        (RuntimeError("secret /etc path"), 500, "server_error"),
     ],
 )
 def test_errors_of_ours_and_of_load_have_their_status(
@@ -293,13 +293,13 @@ def test_traceparent_names_the_request(ready: FlaskClient, png: bytes, caplog) -
 
 
 def test_a_request_answers_with_the_version_it_began_with(
-    ready: FlaskClient, slot: ModelSlot, release, png: bytes, monkeypatch: pytest.MonkeyPatch
+    ready: FlaskClient, slot: ModelSlot, deploy, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = slot.require().champion
     put = old.batcher.put
 
     def swap_meanwhile(images, deadline_s):
-        release(2, seed=1)
+        deploy(2, seed=1)
         assert slot.refresh()
         return put(images, deadline_s)
 

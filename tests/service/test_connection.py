@@ -8,13 +8,13 @@ import psutil
 import pytest
 
 from service.server.connection import (
+    MAX_HEAD_BYTES,
     MIN_BYTES_PER_S,
-    MOST_HEAD_BYTES,
     RECEIVE_BYTES,
     Connection,
+    ConnectionState,
     HeadTooLong,
     Limits,
-    Phase,
     measure,
 )
 
@@ -67,7 +67,7 @@ def test_a_request_is_taken_once_all_of_it_is_there(pair: Pair) -> None:
     for end in range(1, len(whole)):
         pair.sends(whole[end - 1 : end])
         assert pair.ours.take() is None
-        assert pair.ours.phase is Phase.READING
+        assert pair.ours.state is ConnectionState.READING
     asked = pair.sends(whole[-1:]).take()
     assert asked is not None
     assert (asked.body, asked.digits, asked.complete) == (b"hello", "5", True)
@@ -170,7 +170,7 @@ def test_long_heads_are_not_remembered() -> None:
 
 
 def test_an_endless_head_is_refused(pair: Pair) -> None:
-    for _ in range(MOST_HEAD_BYTES // 1024 - 1):
+    for _ in range(MAX_HEAD_BYTES // 1024 - 1):
         assert pair.sends(b"x" * 1024).take() is None
     with pytest.raises(HeadTooLong):
         pair.sends(b"x" * 1024).take()
@@ -241,7 +241,7 @@ def test_what_a_client_does_not_take_is_kept_for_it(pair: Pair, clock: Clock) ->
     data = bytes(range(256)) * 20_000
     pair.ours.unsent = memoryview(data)
     assert not pair.ours.send()
-    assert pair.ours.phase is Phase.WRITING
+    assert pair.ours.state is ConnectionState.WRITING
     assert pair.ours.deadline == clock.now + 10
     received = b""
     pair.client.setblocking(False)

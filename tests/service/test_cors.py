@@ -17,9 +17,9 @@ PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
 
 
 @pytest.fixture
-def open_client(slot: ModelSlot, release: Callable[..., Bundle]) -> FlaskClient:
+def open_client(slot: ModelSlot, deploy: Callable[..., Bundle]) -> FlaskClient:
     """A client of a service that lets pages of two origins ask."""
-    release(1)
+    deploy(1)
     assert slot.refresh()
     settings = Settings(cors_origins=f"{ORIGIN}, http://localhost:3000")
     return create_app(settings, {"digits": slot}, Metrics()).test_client()

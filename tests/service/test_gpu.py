@@ -20,17 +20,18 @@ from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
 from registry.model.refs import ModelRef
 from service import create_app
-from service.loading import gpu_process
-from service.loading.gpu_process import GpuPlanner, GpuServer, Loaded, RemotePredict, _answer
+from service.loading import gpu_client, gpu_process
+from service.loading.gpu_client import GpuPlanner, RemotePredict
+from service.loading.gpu_process import GpuModel, GpuServer, _answer
 from service.loading.model_slot import ModelSlot
 from service.loading.open_slots import load_served
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from tests.conftest import PATIENCE_S, MakeBundle, load_eager, wait_for
+from tests.conftest import WAIT_TIMEOUT_S, MakeBundle, load_eager, wait_for
 from tests.stand_in_gpu import DEVICE, PLAN, StandInPlanner
 from training.data.sources import Dataset
 
-SETTINGS = Settings(max_batch=8, queue_limit=64, batch_ms=1e6)
+SETTINGS = Settings(max_batch=8, queue_limit=64, max_batch_compute_ms=1e6)
 
 
 class Owner:
@@ -116,8 +117,9 @@ def test_a_load_that_hangs_ends_the_owner(
     own, make_bundle: MakeBundle, exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, bundle, go_on = own(), make_bundle(), Event()
-    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(PATIENCE_S))
-    monkeypatch.setattr(gpu_process, "LOAD_S", 0.05)
+    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(WAIT_TIMEOUT_S))
+    for module in (gpu_client, gpu_process):
+        monkeypatch.setattr(module, "LOAD_S", 0.05)
     with pytest.raises(DeviceLost):
         owner.client.load(bundle)
     wait_for(lambda: (owner.server._end_if_hung(), exits)[1] != [])
@@ -135,7 +137,7 @@ def test_images_of_several_workers_share_a_batch(
         def classify(pixels):
             sizes.append(len(pixels))
             busy.set()
-            assert go_on.wait(PATIENCE_S)
+            assert go_on.wait(WAIT_TIMEOUT_S)
             return run(pixels)
 
         return classify
@@ -147,7 +149,7 @@ def test_images_of_several_workers_share_a_batch(
         for worker, count in zip(workers, (1, 2, 3), strict=True)
     ]
     threads[0].start()
-    assert busy.wait(PATIENCE_S)
+    assert busy.wait(WAIT_TIMEOUT_S)
     for thread in threads[1:]:
         thread.start()
     batcher = owner.server._loaded[bundle.manifest_sha256].batcher
@@ -226,10 +228,10 @@ def test_an_owner_that_hangs_is_a_lost_device(
     own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = Event()
-    remote = own(lambda run: lambda pixels: go_on.wait(PATIENCE_S) and run(pixels)).client.load(
+    remote = own(lambda run: lambda pixels: go_on.wait(WAIT_TIMEOUT_S) and run(pixels)).client.load(
         make_bundle()
     )
-    monkeypatch.setattr(gpu_process, "ANSWER_S", 0.05)
+    monkeypatch.setattr(gpu_client, "ANSWER_S", 0.05)
     with pytest.raises(DeviceLost, match=r"did not answer in 0\.05 s"):
         remote.classify(few_digits.test.pixels[:1])
     assert remote.lost
@@ -241,7 +243,7 @@ def test_an_owner_that_hangs_is_a_lost_device(
 def test_an_owner_that_does_not_read_is_a_lost_device(
     make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_process, "ANSWER_S", 0.05)
+    monkeypatch.setattr(gpu_client, "ANSWER_S", 0.05)
     near, far = Pipe()  # of Unix sockets; nobody reads the other
     run = RemotePredict(near, 10)
     with pytest.raises(DeviceLost, match="has ended"):
@@ -261,12 +263,12 @@ def test_a_forward_pass_that_hangs_ends_the_owner(
 
     monkeypatch.setattr(os, "_exit", exit_)
     monkeypatch.setattr(gpu_process, "PASS_S", 0.05)
-    remote = own(lambda run: lambda pixels: go_on.wait(PATIENCE_S) and run(pixels)).client.load(
+    remote = own(lambda run: lambda pixels: go_on.wait(WAIT_TIMEOUT_S) and run(pixels)).client.load(
         make_bundle()
     )
     asking = Thread(target=remote.classify, args=(few_digits.test.pixels[:1],))
     asking.start()
-    assert ended.wait(PATIENCE_S)
+    assert ended.wait(WAIT_TIMEOUT_S)
     go_on.set()
     asking.join()
 
@@ -295,7 +297,7 @@ def test_many_workers_fill_no_queue_at_the_owner(
 def test_a_device_that_is_slow_is_waited_for(make_bundle: MakeBundle, few_digits: Dataset) -> None:
     """Who must not wait for long was refused by its worker; here that would look like a fault."""
     planner = Planner(Path("unused"), "cpu", None, EAGER)
-    loaded = Loaded(planner.load(make_bundle()), 32, 50.0)
+    loaded = GpuModel(planner.load(make_bundle()), 32, 50.0)
     loaded.batcher._image_ms = 60_000.0
     pixels = np.stack(few_digits.test.pixels[:3])
     assert len(_answer(loaded, pixels)) > 3 * 10 * 4
@@ -306,8 +308,8 @@ def test_an_owner_that_loads_for_too_long_is_a_lost_device(
     own, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, go_on = own(), Event()
-    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(PATIENCE_S))
-    monkeypatch.setattr(gpu_process, "LOAD_S", 0.05)
+    monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(WAIT_TIMEOUT_S))
+    monkeypatch.setattr(gpu_client, "LOAD_S", 0.05)
     with pytest.raises(DeviceLost, match="did not load a plan"):
         owner.client.load(make_bundle())
     go_on.set()
@@ -324,7 +326,7 @@ def test_nonsense_ends_its_own_connection_only(own, make_bundle: MakeBundle) -> 
 
 def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_there(
     own,
-    release,
+    deploy,
     models: Path,
     png: bytes,
     exits: list[int],
@@ -343,10 +345,10 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
 
     owner, metrics = own(losable), Metrics()
 
-    def load(bundle, released):
+    def load(bundle, deployed):
         return load_served(
             bundle,
-            released,
+            deployed,
             name=bundle.manifest.model,
             planner=owner.client,
             settings=SETTINGS,
@@ -354,8 +356,10 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
             trust=TrustedKeys({}),
         )
 
-    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_swap=metrics.swapped)
-    release(1)
+    slot = ModelSlot(
+        ModelRef("digits", alias="champion"), models, load, on_switch=metrics.version_switched
+    )
+    deploy(1)
     assert slot.refresh()
     client = create_app(SETTINGS, {"digits": slot}, metrics).test_client()
     assert client.post("/v1/classify", data=png).status_code == 200

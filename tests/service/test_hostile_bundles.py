@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from registry.core.errors import BundleInvalid
-from registry.delivery.deployment import ReleasedVersion, version_folder, write_release
+from registry.delivery.deployment import DeployedVersion, version_folder, write_deployment
 from registry.delivery.signing import SIGNATURE, TrustedKeys, make_key, sign
 from registry.model.bundle import Bundle, open_bundle
 from registry.model.manifest import ListedNetwork
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
-from registry.model.program import load_program
+from registry.model.preprocessed_model import load_preprocessed
 from registry.model.refs import ModelRef, ModelVersion
 from service.loading.model_slot import ModelSlot
 from service.loading.open_slots import load_served
@@ -35,17 +35,17 @@ HARMLESS = {
 
 
 @pytest.fixture
-def serving(slot: ModelSlot, release: Callable[..., Bundle]) -> ModelSlot:
-    release(1)
+def serving(slot: ModelSlot, deploy: Callable[..., Bundle]) -> ModelSlot:
+    deploy(1)
     assert slot.refresh()
     return slot
 
 
 def put_forward(models: Path, version: int, digest: str) -> None:
-    write_release(
+    write_deployment(
         models,
         REF,
-        (ReleasedVersion(version=version, manifest_sha256=digest, alias="champion"),),
+        (DeployedVersion(version=version, manifest_sha256=digest, alias="champion"),),
     )
 
 
@@ -81,7 +81,7 @@ def test_none_takes_memory_for_what_it_claims(name: str, make_bundle: MakeBundle
     HOSTILE_BUNDLES[name](bundle, Path("unused"))
     before = rss_mb()
     with pytest.raises(BundleInvalid, match="do not fit"):
-        load_program(open_bundle(bundle.folder))
+        load_preprocessed(open_bundle(bundle.folder))
     assert rss_mb() - before < 50
 
 
@@ -133,9 +133,9 @@ def test_a_bundle_of_another_model_is_refused_whoever_signed_it(
         created_unix_s=0.0,
     )
     (bundle.folder / SIGNATURE).write_text(sign(digits, key, days=1))
-    released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
+    deployed = DeployedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
     letters = ModelRef("letters", alias="champion")
-    write_release(models, letters, (released,))
+    write_deployment(models, letters, (deployed,))
     load = partial(
         load_served,
         name="letters",

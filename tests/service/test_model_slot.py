@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from registry.core.errors import BundleInvalid, ModelNotReady, PlanUndecided
-from registry.delivery.deployment import release_file, version_folder
+from registry.delivery.deployment import deployment_file, version_folder
 from registry.model.bundle import WEIGHTS
 from registry.model.refs import ModelRef
 from service.inference.loaded_model import ServedModel
@@ -23,8 +23,8 @@ def test_nothing_released_is_not_ready_and_says_what_to_run(slot: ModelSlot) -> 
         slot.require()
 
 
-def test_a_release_is_loaded_once(slot: ModelSlot, release) -> None:
-    release(1)
+def test_a_release_is_loaded_once(slot: ModelSlot, deploy) -> None:
+    deploy(1)
     assert slot.refresh()
     served = slot.require().champion
     assert (served.name, served.version, served.alias) == ("digits", 1, "champion")
@@ -33,12 +33,12 @@ def test_a_release_is_loaded_once(slot: ModelSlot, release) -> None:
 
 
 def test_a_new_release_takes_over_while_the_old_object_goes_on(
-    slot: ModelSlot, release, few_digits
+    slot: ModelSlot, deploy, few_digits
 ) -> None:
-    release(1, seed=0)
+    deploy(1, seed=0)
     slot.refresh()
     old = slot.require().champion
-    release(2, seed=1)
+    deploy(2, seed=1)
     assert slot.refresh()
     assert slot.require().champion.version == 2
     image = few_digits.test.pixels[0]
@@ -50,11 +50,11 @@ def test_a_new_release_takes_over_while_the_old_object_goes_on(
 
 
 def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
-    slot: ModelSlot, release, models: Path, caplog, monkeypatch: pytest.MonkeyPatch
+    slot: ModelSlot, deploy, models: Path, caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release(1)
+    deploy(1)
     slot.refresh()
-    release(2, seed=1)
+    deploy(2, seed=1)
     weights = version_folder(models, "digits", 2) / WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
@@ -71,8 +71,8 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
     assert (slot.require().champion.version, slot.error) == (2, None)
 
 
-def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, release, models: Path) -> None:
-    release(1)
+def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, deploy, models: Path) -> None:
+    deploy(1)
     weights = version_folder(models, "digits", 1) / WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(b"")
@@ -82,41 +82,39 @@ def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, release, mode
 
 
 def test_a_release_file_that_was_lost_is_followed_again(
-    slot: ModelSlot, release, models: Path
+    slot: ModelSlot, deploy, models: Path
 ) -> None:
-    release(1)
+    deploy(1)
     slot.refresh()
-    whole = release_file(models, REF).read_bytes()
-    release_file(models, REF).unlink()
+    whole = deployment_file(models, REF).read_bytes()
+    deployment_file(models, REF).unlink()
     slot.refresh()
     assert "nothing is released" in str(slot.error)
-    release_file(models, REF).write_bytes(whole)
+    deployment_file(models, REF).write_bytes(whole)
     assert not slot.refresh()
     assert slot.error is None
-    release_file(models, REF).unlink()
-    release(2, seed=1)  # begins with generation 1 again
+    deployment_file(models, REF).unlink()
+    deploy(2, seed=1)  # begins with generation 1 again
     assert slot.refresh()
     assert slot.require().champion.version == 2
 
 
-def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(
-    slot: ModelSlot, release
-) -> None:
+def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(slot: ModelSlot, deploy) -> None:
     with pytest.raises(ModelNotReady):
         slot.require()
-    release(1)
+    deploy(1)
     assert slot.require().champion.version == 1
 
 
-def test_many_first_requests_load_only_once(models: Path, release) -> None:
+def test_many_first_requests_load_only_once(models: Path, deploy) -> None:
     loads = []
 
-    def counted(bundle, released):
-        loads.append(released.version)
-        return load(bundle, released)
+    def counted(bundle, deployed):
+        loads.append(deployed.version)
+        return load(bundle, deployed)
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, counted)
-    release(1)
+    deploy(1)
     threads = [threading.Thread(target=slot.require) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -126,68 +124,68 @@ def test_many_first_requests_load_only_once(models: Path, release) -> None:
 
 
 def test_a_slot_follows_the_release_of_its_own_reference(
-    slot: ModelSlot, models: Path, release
+    slot: ModelSlot, models: Path, deploy
 ) -> None:
-    release(2)
+    deploy(2)
     pinned = ModelSlot(ModelRef("digits", version=1), models, load)
     assert not pinned.refresh()
     assert "nothing is released" in str(pinned.error)
-    release(1, alias=None)
+    deploy(1, alias=None)
     assert pinned.refresh()
     assert slot.refresh()
     assert (pinned.current.version, slot.current.version) == (1, 2)
 
 
-def test_a_release_file_that_holds_another_version_is_refused(models: Path, release) -> None:
-    release(1)
+def test_a_release_file_that_holds_another_version_is_refused(models: Path, deploy) -> None:
+    deploy(1)
     pinned = ModelRef("digits", version=7)
-    release_file(models, REF).rename(release_file(models, pinned))
+    deployment_file(models, REF).rename(deployment_file(models, pinned))
     slot = ModelSlot(pinned, models, load)
     assert not slot.refresh()
     assert "holds no models:/digits/7" in str(slot.error)
 
 
 def test_a_damaged_release_file_does_not_stop_the_watcher(
-    slot: ModelSlot, release, models: Path, monkeypatch: pytest.MonkeyPatch
+    slot: ModelSlot, deploy, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployment_watcher, "POLL_S", 0.005)
     monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     (models / "digits").mkdir(parents=True)
-    release_file(models, REF).write_text("{")
+    deployment_file(models, REF).write_text("{")
     others = set(threading.enumerate())
     stop = slot.start()
     wait_for(lambda: slot.error is not None)
-    release(1)
+    deploy(1)
     wait_for(lambda: slot.current is not None)
     stop.set()
     wait_for(lambda: set(threading.enumerate()) <= others)
 
 
-def test_swaps_and_failures_are_counted(models: Path, release) -> None:
+def test_swaps_and_failures_are_counted(models: Path, deploy) -> None:
     events: list[tuple[int | None, int | None]] = []
 
     def note(name: str, before: ServedModel | None, after: ServedModel | None) -> None:
         events.append((before and before.version, after and after.version))
 
-    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_swap=note)
+    slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_switch=note)
     slot.refresh()  # nothing is released: no version failed
-    release(1)
+    deploy(1)
     slot.refresh()
-    (release(2).folder / WEIGHTS).write_bytes(b"damaged")
+    (deploy(2).folder / WEIGHTS).write_bytes(b"damaged")
     slot.refresh()
     assert events == [(None, 1), (1, None)]
 
 
 def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_serves(
-    models: Path, release, slot: ModelSlot
+    models: Path, deploy, slot: ModelSlot
 ) -> None:
-    release(1)
+    deploy(1)
     chosen: list[int] = []
 
-    def undecided(bundle, released):
-        if released.version not in chosen:
+    def undecided(bundle, deployed):
+        if deployed.version not in chosen:
             raise PlanUndecided("no plan was chosen on this machine yet")
-        return load(bundle, released)
+        return load(bundle, deployed)
 
     def decide(bundle) -> None:
         serving = careful.current
@@ -198,23 +196,25 @@ def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_s
     with pytest.raises(ModelNotReady, match="no plan was chosen"):
         careful.require()
     assert careful.refresh()
-    release(2, seed=1)
+    deploy(2, seed=1)
     assert careful.require().champion.version == 1
     assert careful.refresh()
     assert (careful.require().champion.version, chosen) == (2, [1, 2])
 
 
-def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(models: Path, on_trial) -> None:
+def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(
+    models: Path, deploy_canary
+) -> None:
     """Both plans have to be chosen, one after the other: that is no fault of the challenger's."""
-    on_trial(share=0.5)
+    deploy_canary(share=0.5)
     chosen: set[int] = set()
     read: list[int] = []
 
-    def undecided(bundle, released):
-        read.append(released.version)
-        if released.version not in chosen:
+    def undecided(bundle, deployed):
+        read.append(deployed.version)
+        if deployed.version not in chosen:
             raise PlanUndecided("no plan was chosen on this machine yet")
-        return load(bundle, released)
+        return load(bundle, deployed)
 
     def decide(bundle) -> None:
         number = int(bundle.folder.name)
@@ -230,18 +230,18 @@ def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(models: Path,
     assert slot.require().champion.version == 1
     assert slot.require().challenger is None
     slot.refresh()
-    assert slot.require().trial is not None
+    assert slot.require().canary is not None
     assert (chosen, slot.error) == ({1, 2}, None)
     assert {each.refused for each in slot.workers()} == {None}
 
 
 def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
-    models: Path, release, clock: SimpleNamespace
+    models: Path, deploy, clock: SimpleNamespace
 ) -> None:
-    release(1)
+    deploy(1)
     decided = []
 
-    def never(bundle, released):
+    def never(bundle, deployed):
         raise PlanUndecided("what was chosen is damaged")
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, never, decided.append)
@@ -254,12 +254,12 @@ def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
 
 
 def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
-    models: Path, release, caplog, clock: SimpleNamespace
+    models: Path, deploy, caplog, clock: SimpleNamespace
 ) -> None:
-    release(1)
+    deploy(1)
     tried = []
 
-    def never(bundle, released):
+    def never(bundle, deployed):
         raise PlanUndecided("nothing was chosen")
 
     def refuse(bundle) -> None:
@@ -278,5 +278,5 @@ def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
 
     assert pauses(until=10) == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert len([each for each in caplog.records if each.levelname == "WARNING"]) == 1
-    release(2, seed=1)
+    deploy(2, seed=1)
     assert pauses(until=2) == [5]

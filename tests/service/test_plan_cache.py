@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from registry.core.errors import ModelNotReady, PlanUndecided
-from registry.delivery.deployment import ReleasedVersion, version_folder
+from registry.delivery.deployment import DeployedVersion, version_folder
 from registry.delivery.signing import SIGNATURE, TrustedKeys, make_key, sign
 from registry.model.bundle import Bundle
-from registry.model.plans.planner import Choice, Planner
+from registry.model.plans.planner import Planner, PlanSelection
 from registry.model.plans.torch_eager import EAGER
 from registry.model.refs import ModelRef, ModelVersion
 from service.inference.loaded_model import ServedModel
@@ -23,7 +23,7 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import MakeBundle, load_eager
 
-VERSION = ReleasedVersion(version=3, manifest_sha256="", alias="champion")
+VERSION = DeployedVersion(version=3, manifest_sha256="", alias="champion")
 FORGED = (
     "inductor-fp32",  # older programs loaded a compiled package by this name
     "../../plans/evil",
@@ -86,13 +86,13 @@ def test_answers_come_from_the_signed_bundle_whatever_lies_in_the_plan_cache(
             (folder / Path(name).name).write_bytes(unsigned.read(name))
         (folder / "package.pt2").write_bytes(b"\x7fELF")
     for name in FORGED:
-        entry.write_bytes(msgspec.json.encode(Choice(chosen=name, findings=())))
+        entry.write_bytes(msgspec.json.encode(PlanSelection(chosen=name, results=())))
         with pytest.raises(PlanUndecided):
             load()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     expected = load_eager(bundle).classify(pixels)
     assert np.abs(expected - load_eager(unsigned).classify(pixels)).max() > 0.1
-    slower = msgspec.json.encode(Choice(chosen=EAGER, findings=()))
+    slower = msgspec.json.encode(PlanSelection(chosen=EAGER, results=()))
     for content in (honest, slower):
         entry.write_bytes(content)
         scores = load().classifier.classify(pixels)
@@ -100,9 +100,9 @@ def test_answers_come_from_the_signed_bundle_whatever_lies_in_the_plan_cache(
 
 
 def test_what_a_slot_says_of_a_plan_names_the_model_once(
-    release: Callable[..., Bundle], models: Path, tmp_path: Path
+    deploy: Callable[..., Bundle], models: Path, tmp_path: Path
 ) -> None:
-    release(1)
+    deploy(1)
     planner = Planner(tmp_path / "plans", "cpu", 1)
     slot = ModelSlot(
         ModelRef("digits", alias="champion"),

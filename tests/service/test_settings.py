@@ -91,14 +91,14 @@ def test_a_worker_never_opens_a_gpu_itself() -> None:
 def test_an_app_of_its_own_loads_what_is_released(
     make_bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from registry.delivery.deployment import ReleasedVersion, version_folder, write_release
+    from registry.delivery.deployment import DeployedVersion, version_folder, write_deployment
 
     monkeypatch.setenv("CONVOY_MODEL", "models:/digits@champion")
     monkeypatch.setenv("CONVOY_PLAN", "torch-eager")
     models = tmp_path / "home" / "models"
     bundle = make_bundle(folder=version_folder(models, "digits", 1))
-    released = ReleasedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
-    write_release(models, REF, (released,))
+    deployed = DeployedVersion(version=1, manifest_sha256=bundle.manifest_sha256, alias="champion")
+    write_deployment(models, REF, (deployed,))
     client = create_app().test_client()
     wait_for(lambda: client.get("/readyz").status_code == 200)
     assert "convoy_serving_version" in client.get("/metrics").text
@@ -124,7 +124,7 @@ def test_a_log_line_is_one_json_object_whatever_is_in_it(capfd) -> None:
 
 
 def test_the_time_to_be_unready_leaves_some_to_drain() -> None:
-    environment = {"CONVOY_UNREADY_S": "5", "CONVOY_DRAIN_S": "8"}
-    assert Settings.from_environment(environment).unready_s == 5
+    environment = {"CONVOY_SHUTDOWN_DELAY_S": "5", "CONVOY_GRACEFUL_TIMEOUT_S": "8"}
+    assert Settings.from_environment(environment).shutdown_delay_s == 5
     with pytest.raises(UsageError, match="leaves no time to drain"):
-        Settings.from_environment({**environment, "CONVOY_DRAIN_S": "7"})
+        Settings.from_environment({**environment, "CONVOY_GRACEFUL_TIMEOUT_S": "7"})

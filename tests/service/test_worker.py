@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 
-from service.server.connection import Asked
-from service.server.gunicorn_worker import Answering
+from service.server.connection import RawRequest
+from service.server.gunicorn_worker import PendingResponse
 from tests.conftest import free_port
 
 APPLICATION = """
@@ -791,10 +791,10 @@ def test_a_port_that_was_taken_meanwhile_ends_the_server(tmp_path: Path) -> None
 
 def test_an_answer_is_in_no_cycle_of_references() -> None:
     """Else the bodies of requests would live until the next garbage collection."""
-    asked = Asked(b"POST / HTTP/1.1", b"", "4", b"body", True)
+    asked = RawRequest(b"POST / HTTP/1.1", b"", "4", b"body", True)
     request = SimpleNamespace(version=(1, 1))
     connection: Any = None
-    answering = Answering(connection, request, {}, Config(), asked)
+    answering = PendingResponse(connection, request, {}, Config(), asked)
     found, around = set(), [answering.response]
     while around:
         for each in gc.get_referents(around.pop()):

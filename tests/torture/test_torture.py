@@ -24,12 +24,12 @@ import torch
 from mlflow import MlflowClient
 
 from registry.core.errors import ConvoyError, PromotionRefused
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.delivery.deployment import (
-    ReleasedVersion,
-    read_release,
+    DeployedVersion,
+    read_deployment,
     version_folder,
-    write_release,
+    write_deployment,
 )
 from registry.delivery.puller import Puller
 from registry.model.bundle import open_bundle
@@ -163,22 +163,22 @@ def test_pulling(
     error: Callable[[], BaseException],
     store: ModelStore,
     publish: Callable[..., ModelVersion],
-    registry_home: Home,
+    registry_paths: Paths,
 ) -> None:
     old, new = publish(seed=0), publish(seed=1)
     promote(store, "digits", 1)
-    Puller(lambda: store, registry_home, (REF,)).pull(REF)
+    Puller(lambda: store, registry_paths, (REF,)).pull(REF)
     promote(store, "digits", 2, force=True, reason="test")
-    models = registry_home.models
+    models = registry_paths.models
     for fault in every_fault(error, models):
-        before = ReleasedVersion(version=1, manifest_sha256=old.manifest_sha256, alias="champion")
-        write_release(models, REF, (before,))
+        before = DeployedVersion(version=1, manifest_sha256=old.manifest_sha256, alias="champion")
+        write_deployment(models, REF, (before,))
         shutil.rmtree(version_folder(models, "digits", 2), ignore_errors=True)
         with fault.at(targets):
-            well = Puller(lambda: store, registry_home, (REF,)).pull_all()  # never raises
-        release = read_release(models, REF)
-        assert release is not None, fault.struck
-        (served,) = release.versions
+            well = Puller(lambda: store, registry_paths, (REF,)).pull_all()  # never raises
+        deploy = read_deployment(models, REF)
+        assert deploy is not None, fault.struck
+        (served,) = deploy.versions
         assert served.version == 2 or not well, fault.struck
         bundle = open_bundle(version_folder(models, "digits", served.version))
         assert bundle.manifest_sha256 == served.manifest_sha256
@@ -200,7 +200,7 @@ def test_loading(
     models: Path,
 ) -> None:
     versions = {
-        number: ReleasedVersion(
+        number: DeployedVersion(
             version=number,
             manifest_sha256=make_bundle(
                 seed=number, folder=version_folder(models, "digits", number)
@@ -210,10 +210,10 @@ def test_loading(
         for number in (1, 2)
     }
     for fault in every_fault(error, models):
-        write_release(models, REF, (versions[1],))
+        write_deployment(models, REF, (versions[1],))
         slot = ModelSlot(REF, models, load)
         assert slot.refresh()
-        write_release(models, REF, (versions[2],))
+        write_deployment(models, REF, (versions[2],))
         with fault.at(targets), contextlib.suppress(OSError, ConvoyError):
             slot.refresh()  # what it raises, the thread that watches logs
         assert slot.current is not None, fault.struck

@@ -4,8 +4,8 @@ import torch
 
 from registry.model.manifest import ListedNetwork
 from registry.model.plans.torch_eager import eager_classifier
-from registry.model.program import build_program
-from tests.conftest import tiny_program
+from registry.model.preprocessed_model import build_preprocessed
+from tests.conftest import tiny_model
 from training.data.sources import Dataset
 from training.fitting.loop import Epoch
 from training.publishing import report
@@ -46,8 +46,8 @@ def test_a_shift_moves_and_fills_with_black() -> None:
 
 
 def test_accuracy_against_shift_begins_with_the_plain_accuracy(few_digits: Dataset) -> None:
-    program = tiny_program(few_digits)
-    classifier = eager_classifier(program, "cpu")
+    preprocessed = tiny_model(few_digits)
+    classifier = eager_classifier(preprocessed, "cpu")
     curve = accuracy_against_shift(classifier, few_digits.test, range(3))
     assert len(curve) == 3
     assert curve[0] == evaluate(classifier, few_digits.test).accuracy
@@ -67,9 +67,9 @@ def test_accuracy_against_shift_begins_with_the_plain_accuracy(few_digits: Datas
 )
 def test_a_run_is_drawn(few_digits: Dataset, tmp_path, spec: ListedNetwork, expected) -> None:
     torch.manual_seed(0)
-    program = build_program(spec, few_digits.preprocess, 10).eval()
-    evaluation = evaluate(eager_classifier(program, "cpu"), few_digits.test)
-    pictures = report.draw_run(program, [EPOCH], EPOCH, evaluation, few_digits, "cpu").pictures
+    preprocessed = build_preprocessed(spec, few_digits.preprocess, 10).eval()
+    evaluation = evaluate(eager_classifier(preprocessed, "cpu"), few_digits.test)
+    pictures = report.draw_run(preprocessed, [EPOCH], EPOCH, evaluation, few_digits, "cpu").pictures
     always = {"learning curves", "confusion matrix", "worst mistakes", "example picture"}
     assert always | expected <= set(pictures)
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())

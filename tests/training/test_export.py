@@ -11,7 +11,7 @@ from registry.model.manifest import ListedNetwork
 from registry.model.plans.base import Source, find_plan
 from registry.model.plans.openvino import import_openvino
 from registry.model.plans.torch_eager import eager_classifier
-from tests.conftest import CPU, TINY, tiny_program
+from tests.conftest import CPU, TINY, tiny_model
 from training.data.sources import Dataset
 from training.fitting.loop import fit
 from training.fitting.recipes import choose_recipe
@@ -26,8 +26,8 @@ PIXELS = np.zeros((2, 8, 8, 1), np.uint8)
 def test_the_graph_comes_in_fp32_and_int8_without_paths_of_this_machine(
     few_digits: Dataset,
 ) -> None:
-    program = tiny_program(few_digits, 0, TINY)
-    files = export_network(program, few_digits.train.pixels[:8])
+    preprocessed = tiny_model(few_digits, 0, TINY)
+    files = export_network(preprocessed, few_digits.train.pixels[:8])
     assert set(files) == {ONNX_GRAPH, INT8_GRAPH, INT8_WEIGHTS}
     assert b".py" not in files[ONNX_GRAPH]  # of stack traces
     assert b"location" not in files[ONNX_GRAPH]  # what serving refuses
@@ -38,16 +38,16 @@ def test_the_int8_graph_of_a_trained_network_scores_as_fp32_does(
 ) -> None:
     small = ["pool_size=1", "filters=8,16", "hidden=32", "dropout=0"]
     recipe = choose_recipe("cnn", [*small, "epochs=6", "batch_size=32", "learning_rate=0.005"])
-    program = fit(recipe, digits, CPU, seed=0).program
-    heldout = evaluate(eager_classifier(program, "cpu"), digits.validation)
+    preprocessed = fit(recipe, digits, CPU, seed=0).preprocessed
+    heldout = evaluate(eager_classifier(preprocessed, "cpu"), digits.validation)
     bundle = write_version(
         tmp_path / "bundle",
         build_manifest("digits", recipe, digits, 0, "cpu", heldout.metrics("validation")),
-        program,
+        preprocessed,
         digits,
         heldout,
         tmp_path,
-        export_network(program, choose_calibration(digits.train)),
+        export_network(preprocessed, choose_calibration(digits.train)),
     )
     run = find_plan("openvino-int8").load(Source(bundle))
     int8 = evaluate(Classifier(run, "openvino-int8", "cpu"), digits.validation)
@@ -58,7 +58,7 @@ def test_the_int8_graph_of_a_trained_network_scores_as_fp32_does(
 
 def test_no_pair_of_8_bit_products_saturates_on_a_cpu_without_vnni(few_digits: Dataset) -> None:
     network = ListedNetwork("cnn", {"filters": [4, 8], "hidden": 16, "pool_size": 1})
-    files = export_network(tiny_program(few_digits, 0, network), few_digits.train.pixels[:8])
+    files = export_network(tiny_model(few_digits, 0, network), few_digits.train.pixels[:8])
     model = import_openvino().Core().read_model(files[INT8_GRAPH], files[INT8_WEIGHTS])
     weights = [
         node.data
@@ -89,5 +89,5 @@ def test_what_cannot_be_exported_is_left_out(
         raise RuntimeError("no such operator\nand a page more")
 
     monkeypatch.setattr(export, fails, fail)
-    assert set(export_network(tiny_program(few_digits, 0, TINY), PIXELS)) == left
+    assert set(export_network(tiny_model(few_digits, 0, TINY), PIXELS)) == left
     assert caplog.messages[-1] == said

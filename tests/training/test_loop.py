@@ -21,7 +21,9 @@ replace = msgspec.structs.replace
 
 
 def weights_digest(trained: Trained) -> str:
-    state = {name: each.contiguous() for name, each in trained.program.network.state_dict().items()}
+    state = {
+        name: each.contiguous() for name, each in trained.preprocessed.network.state_dict().items()
+    }
     return sha256_hex(safetensors.torch.save(state))
 
 
@@ -52,7 +54,7 @@ def test_the_kept_epoch_is_the_best_on_validation(few_digits: Dataset, recipe: R
     trained = fit(replace(recipe, epochs=6), few_digits, CPU, seed=0)
     best = max(epoch.validation_accuracy for epoch in trained.history)
     assert trained.best.validation_accuracy == best
-    assert loop.validate(trained.program, few_digits.validation, CPU)[1] == best
+    assert loop.validate(trained.preprocessed, few_digits.validation, CPU)[1] == best
 
 
 class PowerCut(Exception):
@@ -127,7 +129,7 @@ def test_ctrl_c_between_batches_keeps_the_best_epoch_too(
     trained = fit(replace(recipe, epochs=3), few_digits, CPU, 0, checkpoint=checkpoint)
     assert trained.interrupted
     monkeypatch.setattr(loop, where, original)
-    accuracy = loop.validate(trained.program, few_digits.validation, CPU)[1]
+    accuracy = loop.validate(trained.preprocessed, few_digits.validation, CPU)[1]
     assert accuracy == trained.best.validation_accuracy
     resumed = fit(replace(recipe, epochs=3), few_digits, CPU, 0, checkpoint=checkpoint, resume=True)
     assert len(resumed.history) == 3
@@ -155,7 +157,7 @@ def test_ctrl_c_keeps_the_best_epoch_so_far(
     trained = fit(recipe, few_digits, CPU, 0)
     assert trained.interrupted
     assert [epoch.number for epoch in trained.history] == [1]
-    accuracy = loop.validate(trained.program, few_digits.validation, CPU)[1]
+    accuracy = loop.validate(trained.preprocessed, few_digits.validation, CPU)[1]
     assert accuracy == trained.best.validation_accuracy
     assert "keeping epoch 1" in caplog.text
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from registry.model.manifest import ListedNetwork
-from registry.model.plans.benchmark_process import Finding
+from registry.model.plans.benchmark_process import PlanResult
 from tests.conftest import MakeBundle
 from training.data.sources import Dataset
 from training.publishing.plan_accuracy import record_plan_accuracy
@@ -60,7 +60,7 @@ def test_every_plan_below_fp32_that_a_kind_of_cpu_has_kernels_for_is_measured(
 
     def answer(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         """The trial's answer without the trial: the real CPU may not be of this kind."""
-        found = Finding(plan=msgspec.json.decode(command[-1])["plan"], accuracy=0.5)
+        found = PlanResult(plan=msgspec.json.decode(command[-1])["plan"], accuracy=0.5)
         return real(["echo", msgspec.json.encode(found).decode()], **options)
 
     monkeypatch.setattr(subprocess, "Popen", answer)

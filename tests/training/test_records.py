@@ -8,13 +8,13 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model import bundle as bundles
 from registry.model.bundle import WEIGHTS
 from registry.promotion.gate import compare
 from registry.promotion.promotion import promote
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import MakeBundle, load_eager, tiny_program
+from tests.conftest import MakeBundle, load_eager, tiny_model
 from training.data.sources import Dataset, take
 from training.publishing import records
 from training.publishing.evaluate import Evaluation
@@ -50,7 +50,7 @@ def test_versions_without_a_common_picture_are_judged_by_these_scores(
     challenger = write_version(
         tmp_path / "next",
         champion.manifest,
-        tiny_program(few_digits),
+        tiny_model(few_digits),
         other_data,
         Evaluation(others.labels, perfect),
         tmp_path / "empty",
@@ -65,11 +65,11 @@ def test_versions_without_a_common_picture_are_judged_by_these_scores(
 
 
 def test_a_champion_that_cannot_be_run_costs_the_comparison_and_not_the_training(
-    store: ModelStore, publish, registry_home: Home, few_digits: Dataset, caplog
+    store: ModelStore, publish, registry_paths: Paths, few_digits: Dataset, caplog
 ) -> None:
     publish(seed=0)
     promote(store, "digits", 1)
-    for path in registry_home.artifacts.rglob(WEIGHTS):
+    for path in registry_paths.artifacts.rglob(WEIGHTS):
         path.write_bytes(b"damaged")
     assert score_champion(store, "digits", few_digits.validation, "cpu") is None
     assert "the champion is not scored on the new held-out pictures" in caplog.text
@@ -93,7 +93,7 @@ def test_no_more_held_out_examples_are_kept_than_the_gate_may_unpack(
     for module in (records, bundles):
         monkeypatch.setattr(module, "MAX_ARRAYS_BYTES", limit_bytes)
     heldout = make_bundle().heldout()
-    assert len(heldout.labels) == len(heldout.digests) == len(heldout.looks) == 10
+    assert len(heldout.labels) == len(heldout.digests) == len(heldout.perceptual_hashes) == 10
 
 
 def test_a_lossy_copy_of_a_picture_looks_like_it_and_another_picture_does_not() -> None:
@@ -107,10 +107,10 @@ def test_a_lossy_copy_of_a_picture_looks_like_it_and_another_picture_does_not() 
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=75)
         copies.append(np.asarray(Image.open(file).resize((64, 64))))
-    looks = difference_hashes(np.stack([np.asarray(each) for each in pictures]))
+    perceptual_hashes = difference_hashes(np.stack([np.asarray(each) for each in pictures]))
     again = difference_hashes(np.stack(copies))
-    assert np.bitwise_count(looks ^ again).max() <= 6
-    apart = np.bitwise_count(looks[:, None] ^ again)
+    assert np.bitwise_count(perceptual_hashes ^ again).max() <= 6
+    apart = np.bitwise_count(perceptual_hashes[:, None] ^ again)
     assert apart[~np.eye(20, dtype=bool)].min() > 6
     grey = np.stack(copies)[..., :1]
     assert difference_hashes(grey).shape == (20,)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from registry.cli.main import main as registry
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.store.mlflow_store import ModelStore
 from training.__main__ import main as training
 from training.data.sources import load_dataset
@@ -35,11 +35,11 @@ def train(folder: Path, *changes: str) -> None:
 
 
 def promote(version: int, *arguments: str) -> int:
-    return registry(["promote", "pets", str(version), "--untimed", *arguments])
+    return registry(["promote", "pets", str(version), "--skip-latency", *arguments])
 
 
 def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_the_gate(
-    registry_home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    registry_paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "pets"
     for label in ("cat", "dog"):
@@ -71,7 +71,7 @@ def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_t
 
     assert promote(3, "--force", "--reason", "a drill") == 0
     assert "accuracy" in capsys.readouterr().out
-    entries = [line.entry for line in ModelStore(registry_home).ledger("pets").lines]
+    entries = [line.entry for line in ModelStore(registry_paths).audit_log("pets").lines]
     actions = [(entry.action, entry.to_version) for entry in entries]
     assert actions == [
         ("promoted", 1),
@@ -80,7 +80,7 @@ def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_t
         ("refused", 3),
         ("forced", 3),
     ]
-    forced = str(entries[-1].verdict)
+    forced = str(entries[-1].details)
     for kept in ("on the same", "NOT passed: accuracy", "calibration error", "log loss", "recall"):
         assert kept in forced
 

@@ -14,17 +14,17 @@ import torch
 
 from registry.core.errors import UsageError
 from registry.core.names import sha256_hex
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from training.data.sources import Dataset
 from training.fitting.recipes import Recipe
 
 log = logging.getLogger(__name__)
 
 
-def checkpoint_file(home: Home, data: Dataset, recipe: Recipe, seed: int) -> Path:
+def checkpoint_file(paths: Paths, data: Dataset, recipe: Recipe, seed: int) -> Path:
     """One file for each ``run_key``."""
     key = sha256_hex(msgspec.json.encode(run_key(recipe, data, seed)))[:16]
-    return home.checkpoints / f"{re.sub(r'[^A-Za-z0-9-]', '_', data.name)}-{recipe.name}-{key}.pt"
+    return paths.checkpoints / f"{re.sub(r'[^A-Za-z0-9-]', '_', data.name)}-{recipe.name}-{key}.pt"
 
 
 @contextmanager

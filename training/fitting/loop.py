@@ -20,7 +20,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from registry.core.errors import UsageError
-from registry.model.program import Program, build_program
+from registry.model.preprocessed_model import PreprocessedModel, build_preprocessed
 from training.data.sources import Dataset, Examples
 from training.fitting.augment import augment
 from training.fitting.checkpoint import load_checkpoint, run_key, save_checkpoint
@@ -45,7 +45,7 @@ class Epoch(Struct, frozen=True, kw_only=True):
 class Trained(Struct, frozen=True, kw_only=True):
     """The program with the weights of its best epoch, and how it got there."""
 
-    program: Program
+    preprocessed: PreprocessedModel
     history: tuple[Epoch, ...]
     best: Epoch
     interrupted: bool
@@ -80,8 +80,8 @@ def fit(
         NetworkImpossible: the recipe's network does not fit the pictures.
     """
     torch.manual_seed(seed)
-    program = build_program(recipe.network, data.preprocess, len(data.labels)).to(device)
-    optimizer = _optimizer(recipe, program)
+    preprocessed = build_preprocessed(recipe.network, data.preprocess, len(data.labels)).to(device)
+    optimizer = _optimizer(recipe, preprocessed)
     steps = plan_steps(recipe, data)
     train = _to_device(data.train, device)
     history: list[Epoch] = []
@@ -92,7 +92,7 @@ def fit(
     key = run_key(recipe, data, seed)
     if resume:
         state = load_checkpoint(checkpoint, key)
-        program.network.load_state_dict(state["weights"])
+        preprocessed.network.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         best_weights = state["best_weights"]
         history = [msgspec.convert(epoch, Epoch) for epoch in state["history"]]
@@ -102,11 +102,12 @@ def fit(
         while len(history) < recipe.epochs and not _is_stuck(recipe, history):
             number = len(history) + 1
             epoch = train_epoch(
-                number, recipe, program, optimizer, steps, train, data.validation, seed
+                number, recipe, preprocessed, optimizer, steps, train, data.validation, seed
             )
             if best is None or _quality(epoch) > _quality(best):
                 best_weights = {
-                    name: tensor.clone() for name, tensor in program.network.state_dict().items()
+                    name: tensor.clone()
+                    for name, tensor in preprocessed.network.state_dict().items()
                 }
                 best = epoch
             history.append(epoch)
@@ -115,7 +116,7 @@ def fit(
                     checkpoint,
                     {
                         "key": key,
-                        "weights": program.network.state_dict(),
+                        "weights": preprocessed.network.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "best_weights": best_weights,
                         "history": [msgspec.to_builtins(each) for each in history],
@@ -136,23 +137,23 @@ def fit(
         interrupted = True
 
     assert best is not None  # at least one epoch ran, or was resumed
-    program.network.load_state_dict(best_weights)
+    preprocessed.network.load_state_dict(best_weights)
     return Trained(
-        program=program.eval(), history=tuple(history), best=best, interrupted=interrupted
+        preprocessed=preprocessed.eval(), history=tuple(history), best=best, interrupted=interrupted
     )
 
 
 def train_epoch(
     number: int,
     recipe: Recipe,
-    program: Program,
+    preprocessed: PreprocessedModel,
     optimizer: torch.optim.Optimizer,
     steps: Steps,
     train: tuple[Tensor, Tensor],
     validation: Examples,
     seed: int,
 ) -> Epoch:
-    """Show ``program`` every training picture once, in an order of (seed, number), and validate it.
+    """Train on every picture once, in an order of (seed, number), and validate.
 
     Args:
         number: of the epoch, from 1.
@@ -178,7 +179,7 @@ def train_epoch(
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     started = time.perf_counter()
-    program.train()
+    preprocessed.train()
     seen = 0
     with tqdm(total=len(labels), unit="img", desc=f"epoch {number}", disable=None) as bar:
         for step, chosen in enumerate(batches):
@@ -187,7 +188,7 @@ def train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                logits, _ = program(batch)
+                logits, _ = preprocessed(batch)
             loss = functional.cross_entropy(
                 logits.float(), labels[chosen], label_smoothing=recipe.label_smoothing
             )
@@ -210,7 +211,7 @@ def train_epoch(
             f"epoch {number}: the loss is not finite; try a lower learning rate, for example "
             f"--set learning_rate={recipe.learning_rate / 10:.2g}"
         )
-    validation_loss, validation_accuracy = validate(program, validation, device)
+    validation_loss, validation_accuracy = validate(preprocessed, validation, device)
     return Epoch(
         number=number,
         train_loss=train_loss,
@@ -223,23 +224,25 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def validate(program: Program, examples: Examples, device: torch.device) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of ``program`` on ``examples``, in fp32."""
-    program.eval()
+def validate(
+    preprocessed: PreprocessedModel, examples: Examples, device: torch.device
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of ``preprocessed`` on ``examples``, in fp32."""
+    preprocessed.eval()
     loss_sum, correct = 0.0, 0
     for start in range(0, len(examples), 500):
         pixels = torch.from_numpy(examples.pixels[start : start + 500]).to(device)
         labels = torch.from_numpy(examples.labels[start : start + 500]).to(device)
-        logits, _ = program(pixels)
+        logits, _ = preprocessed(pixels)
         loss_sum += functional.cross_entropy(logits, labels, reduction="sum").item()
         correct += int((logits.argmax(1) == labels).sum())
     return loss_sum / len(examples), correct / len(examples)
 
 
-def _optimizer(recipe: Recipe, program: Program) -> torch.optim.Optimizer:
+def _optimizer(recipe: Recipe, preprocessed: PreprocessedModel) -> torch.optim.Optimizer:
     """Weight decay on matrices and kernels only: biases and norms have nothing to shrink."""
-    decayed = [p for p in program.parameters() if p.ndim > 1]
-    plain = [p for p in program.parameters() if p.ndim <= 1]
+    decayed = [p for p in preprocessed.parameters() if p.ndim > 1]
+    plain = [p for p in preprocessed.parameters() if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},

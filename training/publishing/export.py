@@ -19,12 +19,12 @@ from torch import nn
 from registry.model.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
 from registry.model.image.decode import Pixels
 from registry.model.plans.openvino import import_openvino
-from registry.model.program import Program, any_batch
+from registry.model.preprocessed_model import PreprocessedModel, any_batch
 
 log = logging.getLogger(__name__)
 
 
-def export_network(program: Program, calibration: Pixels) -> dict[str, bytes]:
+def export_network(preprocessed: PreprocessedModel, calibration: Pixels) -> dict[str, bytes]:
     """Files of a bundle, by name: the graph in fp32 as ONNX, and in int8 as OpenVINO has it.
 
     What cannot be made here is left out, with a warning: other plans serve then.
@@ -33,7 +33,7 @@ def export_network(program: Program, calibration: Pixels) -> dict[str, bytes]:
         program: the trained one, on any device; it is copied.
         calibration: uint8 (N, H, W, C), pictures of the training part: int8 takes its ranges there.
     """
-    ready = copy.deepcopy(program).cpu().eval()
+    ready = copy.deepcopy(preprocessed).cpu().eval()
     try:
         files = {ONNX_GRAPH: _to_onnx(ready, calibration)}
     except Exception as error:  # noqa: BLE001 - exporters raise whatever they meet

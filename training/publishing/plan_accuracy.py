@@ -19,7 +19,7 @@ from registry.model.plans.benchmark_process import (
     HELDOUT_LABELS,
     HELDOUT_PIXELS,
     LIMIT_S,
-    run_trial,
+    run_benchmark,
 )
 from registry.model.plans.planner import missing_exports
 
@@ -67,7 +67,7 @@ def measure_plans(
         np.save(work / HELDOUT_PIXELS, pixels)
         np.save(work / HELDOUT_LABELS, labels)
         for name in names:
-            found = run_trial("score", name, bundle, device, heldout=work, limit_s=limit_s)
+            found = run_benchmark("score", name, bundle, device, heldout=work, limit_s=limit_s)
             if found.accuracy is None:
                 log.warning("plan %s cannot be measured: %s", name, found.reason)
             else:

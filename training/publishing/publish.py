@@ -30,7 +30,7 @@ from registry.model.image.limits import TRUSTED_LIMITS
 from registry.model.manifest import SCHEMA_VERSION, DataRecord, Manifest, SourceRecord
 from registry.model.plans.base import Source, find_plan
 from registry.model.plans.torch_eager import EAGER, eager_classifier
-from registry.model.program import Program
+from registry.model.preprocessed_model import PreprocessedModel
 from registry.model.refs import ModelVersion
 from registry.store.mlflow_store import ModelStore
 from training.data.sources import Dataset, Examples
@@ -85,7 +85,7 @@ def build_manifest(
 def publish(
     store: ModelStore,
     manifest: Manifest,
-    program: Program,
+    preprocessed: PreprocessedModel,
     data: Dataset,
     heldout: Evaluation,
     report: Path,
@@ -107,10 +107,10 @@ def publish(
     """
     with tempfile.TemporaryDirectory(prefix="convoy-publish-") as name:
         log.info("exporting the network for other engines")
-        exports = export_network(program, choose_calibration(data.train))
+        exports = export_network(preprocessed, choose_calibration(data.train))
         champion = score_champion(store, manifest.model, data.validation, device)
         bundle = write_version(
-            Path(name) / "bundle", manifest, program, data, heldout, report, exports, champion
+            Path(name) / "bundle", manifest, preprocessed, data, heldout, report, exports, champion
         )
         pixels = rescore(bundle, data.validation, heldout, device)
         bundle = record_plan_accuracy(bundle, pixels, heldout.labels, device)
@@ -124,7 +124,7 @@ def publish(
 def write_version(
     folder: Path,
     manifest: Manifest,
-    program: Program,
+    preprocessed: PreprocessedModel,
     data: Dataset,
     heldout: Evaluation,
     report: Path,
@@ -137,7 +137,7 @@ def write_version(
     """
     state = {
         name: tensor.detach().cpu().contiguous()
-        for name, tensor in program.network.state_dict().items()
+        for name, tensor in preprocessed.network.state_dict().items()
     }
     files = {
         WEIGHTS: safetensors.torch.save(state),
@@ -207,7 +207,7 @@ def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: st
     Raises:
         BundleInvalid: a probability differs by more than 1e-4.
     """
-    classifier = eager_classifier(Source(bundle).program, device)
+    classifier = eager_classifier(Source(bundle).preprocessed, device)
     replay_golden(bundle, classifier, find_plan(EAGER))
     spec = bundle.manifest.preprocess
     encoded = (examples.encode(position) for position in range(len(examples)))

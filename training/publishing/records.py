@@ -60,11 +60,11 @@ def example_files(
             labels=heldout.labels[kept],
             probabilities=heldout.probabilities[kept],
             digests=digests[kept],
-            looks=difference_hashes(examples.pixels[kept]),
+            perceptual_hashes=difference_hashes(examples.pixels[kept]),
         ),
         TRAINING: to_npz(
             digests=np.array([int(digest[:16], 16) for digest in data.train.digests], np.uint64),
-            looks=difference_hashes(data.train.pixels),
+            perceptual_hashes=difference_hashes(data.train.pixels),
         ),
     }
     if champion is not None:
@@ -100,7 +100,7 @@ def score_champion(
         champion = store.resolve(ModelRef(model, alias=CHAMPION))
         with tempfile.TemporaryDirectory(prefix="convoy-champion-") as folder:
             bundle = store.download(champion, Path(folder), lambda each: each.serving_files())
-            classifier = eager_classifier(Source(bundle).program, device)
+            classifier = eager_classifier(Source(bundle).preprocessed, device)
         log.info(
             "scoring the champion, version %d, on the %d held-out pictures of this one",
             champion.version,

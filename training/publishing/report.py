@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from registry.model.image.decode import Pixels
-from registry.model.program import Program
+from registry.model.preprocessed_model import PreprocessedModel
 from training.data.sources import Dataset, Examples
 from training.fitting.loop import Epoch
 from training.publishing.evaluate import Evaluation
@@ -114,25 +114,27 @@ def worst_mistakes(evaluation: Evaluation, examples: Examples, labels: Sequence[
     return figure
 
 
-def first_kernels(program: Program) -> Figure | None:
+def first_kernels(preprocessed: PreprocessedModel) -> Figure | None:
     """The first convolution's kernels, meant over their input channels; None without one."""
-    for module in program.network.modules():
+    for module in preprocessed.network.modules():
         if isinstance(module, nn.Conv2d):
             return _kernels(module.weight.detach().float().cpu().numpy().mean(axis=1), "kernel")
     return None
 
 
-def first_units(program: Program, shape: tuple[int, int, int]) -> Figure | None:
+def first_units(preprocessed: PreprocessedModel, shape: tuple[int, int, int]) -> Figure | None:
     """The weights of a dense network's first units, laid out like the picture they look at."""
     height, width, channels = shape
-    for module in program.network.modules():
+    for module in preprocessed.network.modules():
         if isinstance(module, nn.Linear) and module.in_features == height * width * channels:
             weights = module.weight.detach().float().cpu().numpy()
             return _kernels(weights.reshape(-1, channels, height, width).mean(axis=1), "unit")
     return None
 
 
-def feature_maps(program: Program, pixels: Pixels, device: str) -> dict[str, NDArray[np.float32]]:
+def feature_maps(
+    preprocessed: PreprocessedModel, pixels: Pixels, device: str
+) -> dict[str, NDArray[np.float32]]:
     """What each convolution and pooling makes of one example picture, (H, W, C).
 
     Returns:
@@ -141,7 +143,7 @@ def feature_maps(program: Program, pixels: Pixels, device: str) -> dict[str, NDA
     outputs: dict[str, Tensor] = {}
     layers = [
         (name, module)
-        for name, module in program.network.named_modules()
+        for name, module in preprocessed.network.named_modules()
         if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d)
     ]
     hooks = [
@@ -152,7 +154,7 @@ def feature_maps(program: Program, pixels: Pixels, device: str) -> dict[str, NDA
     ]
     try:
         with torch.inference_mode():
-            program(torch.from_numpy(pixels[None]).to(device))
+            preprocessed(torch.from_numpy(pixels[None]).to(device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -213,7 +215,7 @@ class Drawings:
 
 
 def draw_run(
-    program: Program,
+    preprocessed: PreprocessedModel,
     history: Sequence[Epoch],
     best: Epoch,
     evaluation: Evaluation,
@@ -228,11 +230,11 @@ def draw_run(
     drawings.add("worst mistakes", lambda: worst_mistakes(evaluation, data.test, data.labels))
     drawings.add(
         "first layer",
-        lambda: first_kernels(program) or first_units(program, data.preprocess.shape),
+        lambda: first_kernels(preprocessed) or first_units(preprocessed, data.preprocess.shape),
     )
     drawings.add("example picture", lambda: _one_picture(example, data.labels[data.test.labels[0]]))
     maps: dict[str, NDArray[np.float32]] = {}
-    drawings.add("feature maps", lambda: maps.update(feature_maps(program, example, device)))
+    drawings.add("feature maps", lambda: maps.update(feature_maps(preprocessed, example, device)))
     for name in maps:
         drawings.add(f"feature maps after {name}", functools.partial(_maps, name, maps[name]))
     return drawings

@@ -21,7 +21,7 @@ from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
 
 if TYPE_CHECKING:
-    from registry.model.program import Program
+    from registry.model.preprocessed_model import PreprocessedModel
 
 
 class Outputs(NamedTuple):
@@ -68,11 +68,11 @@ class Source:
         self.threads = threads
 
     @cached_property
-    def program(self) -> "Program":
+    def preprocessed(self) -> "PreprocessedModel":
         """The fp32 program with the bundle's weights, on the CPU, in evaluation mode."""
-        from registry.model.program import load_program
+        from registry.model.preprocessed_model import load_preprocessed
 
-        return load_program(self.bundle)
+        return load_preprocessed(self.bundle)
 
 
 class Plan(ABC):

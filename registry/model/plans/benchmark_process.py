@@ -1,8 +1,8 @@
-"""One step of choosing a plan, which the planner starts as a process of its own.
+"""Benchmarks one plan in a process of its own, which the planner starts.
 
-An engine that does not fit the machine may take its process down; this one is there to be taken.
-``run_trial`` starts it; it writes its finding as JSON to what was its standard output; everything
-that libraries print goes to standard error.
+An engine that does not fit the machine may end its process; it must not end a worker.
+``run_benchmark`` starts the process. It writes its result as JSON to what was its standard output.
+What libraries print goes to standard error.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Job(Struct, frozen=True, kw_only=True):
     limit_s: int
 
 
-class Finding(Struct, frozen=True, kw_only=True):
+class PlanResult(Struct, frozen=True, kw_only=True):
     """What came out for one plan; ``reason`` says why not, or is None."""
 
     plan: str
@@ -65,7 +65,7 @@ class Finding(Struct, frozen=True, kw_only=True):
     accuracy: float | None = None
 
 
-def run_trial(
+def run_benchmark(
     step: Step,
     plan: str,
     bundle: Bundle,
@@ -73,7 +73,7 @@ def run_trial(
     threads: int | None = None,
     heldout: Path | None = None,
     limit_s: int = LIMIT_S,
-) -> Finding:
+) -> PlanResult:
     """What came out for ``plan`` in a process of its own; it is rejected if that process dies.
 
     Args:
@@ -119,7 +119,7 @@ def run_trial(
         process.wait()
         answer.seek(0)
         if found := answer.read():
-            return msgspec.json.decode(found, type=Finding)
+            return msgspec.json.decode(found, type=PlanResult)
         said.seek(0)
         last = said.read().decode(errors="replace").strip().splitlines()[-1:]
     if process.returncode == -signal.SIGKILL and not hangs:
@@ -128,7 +128,7 @@ def run_trial(
         reason = f"it took more than {limit_s} s to {step}"
     else:
         reason = f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
-    return Finding(plan=plan, reason=reason)
+    return PlanResult(plan=plan, reason=reason)
 
 
 def main() -> int:
@@ -142,11 +142,11 @@ def main() -> int:
     source = Source(bundle, job.device, job.threads)
     signal.alarm(job.limit_s)
     try:
-        finding = _try(source, job) if job.step == "try" else _score(source, job)
+        result = _try(source, job) if job.step == "try" else _score(source, job)
     except Exception as error:  # noqa: BLE001 - an engine may raise anything; then it is rejected
         text = str(error).strip().splitlines() or [""]
-        finding = Finding(plan=job.plan, reason=f"{type(error).__name__}: {text[0][:300]}")
-    answer.write(msgspec.json.encode(finding))
+        result = PlanResult(plan=job.plan, reason=f"{type(error).__name__}: {text[0][:300]}")
+    answer.write(msgspec.json.encode(result))
     return 0
 
 
@@ -161,21 +161,23 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most // 2, most // 2))
 
 
-def _try(source: Source, job: Job) -> Finding:
+def _try(source: Source, job: Job) -> PlanResult:
     """Prove the plan as serving does, time it, and note what memory a worker with it needs."""
     classifier = _load(source, job)
     difference = replay_golden(source.bundle, classifier, find_plan(job.plan))
     batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}
-    return Finding(plan=job.plan, max_difference=difference, batch_ms=batch_ms, peak_mb=peak_mb())
+    return PlanResult(
+        plan=job.plan, max_difference=difference, batch_ms=batch_ms, peak_mb=peak_mb()
+    )
 
 
-def _score(source: Source, job: Job) -> Finding:
+def _score(source: Source, job: Job) -> PlanResult:
     """Measure the plan's accuracy on the held-out pictures."""
     folder = Path(str(job.heldout))
     pixels = np.load(folder / HELDOUT_PIXELS, mmap_mode="c")  # torch wants writable ones
     labels = np.load(folder / HELDOUT_LABELS)
     predicted = _load(source, job).classify(pixels).argmax(axis=1)
-    return Finding(plan=job.plan, accuracy=float((predicted == labels).mean()))
+    return PlanResult(plan=job.plan, accuracy=float((predicted == labels).mean()))
 
 
 def _load(source: Source, job: Job) -> Classifier:

@@ -35,7 +35,7 @@ from registry.model.bundle import Bundle
 from registry.model.classifier import Classifier, load_classifier
 from registry.model.manifest import ListedNetwork, Manifest
 from registry.model.plans.base import Plan, Source, catalogue, find_plan
-from registry.model.plans.benchmark_process import KILLED, Finding, run_trial
+from registry.model.plans.benchmark_process import KILLED, PlanResult, run_benchmark
 from registry.model.plans.torch_eager import EAGER
 
 log = logging.getLogger(__name__)
@@ -45,18 +45,18 @@ AUTO = "auto"
 CHOOSING = "choosing.lock"
 # Raised when another plan would be chosen although nothing that the key names has changed.
 CACHE_SCHEMA = 3
-CHOICE, REFUSED = ".json", ".refused"
+SELECTION, REFUSED = ".json", ".refused"
 CACHE_ENTRIES = 24
 MAX_ENTRY_BYTES = 65_536
 REFUSAL_S = 60.0  # for so long, others that ask hear of a refusal that was found out
 ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
 
 
-class Choice(Struct, frozen=True, kw_only=True):
+class PlanSelection(Struct, frozen=True, kw_only=True):
     """The plan that serves, and what was found out about every one."""
 
     chosen: str
-    findings: tuple[Finding, ...]
+    results: tuple[PlanResult, ...]
 
 
 class Planner:
@@ -91,16 +91,18 @@ class Planner:
         if self._wanted == EAGER:
             return self._open(bundle, find_plan(EAGER))
         entry = self._entry(self._root(), bundle)
-        choice = self._remembered(entry, bundle)
-        if choice is None:
+        selection = self._remembered(entry, bundle)
+        if selection is None:
             raise PlanUndecided("no plan was chosen on this machine yet")
         try:
-            return self._open(bundle, self._candidates[choice.chosen])
+            return self._open(bundle, self._candidates[selection.chosen])
         except (BundleInvalid, DeviceUnavailable) as error:  # others say nothing about the choice
             _remove(entry)
-            raise PlanUndecided(f"plan {choice.chosen} can no longer be loaded: {error}") from error
+            raise PlanUndecided(
+                f"plan {selection.chosen} can no longer be loaded: {error}"
+            ) from error
 
-    def choose(self, bundle: Bundle, *, anew: bool = False) -> Choice:
+    def choose(self, bundle: Bundle, *, refresh: bool = False) -> PlanSelection:
         """What was found out about the plans for ``bundle``, from the cache if it is there.
 
         Else it is found out now, which takes from ten seconds to minutes; other processes that
@@ -111,20 +113,20 @@ class Planner:
         """
         with self._lock() as root:
             entry = self._entry(root, bundle)
-            choice = None if anew else self._remembered(entry, bundle)
-            if choice is None:
+            selection = None if refresh else self._remembered(entry, bundle)
+            if selection is None:
                 refusal = entry.with_suffix(REFUSED)
-                if not anew and (reason := _fresh_text(refusal)):
+                if not refresh and (reason := _fresh_text(refusal)):
                     raise BundleInvalid(reason)
                 try:
-                    choice = self._try_candidates(bundle)
-                    _replace(entry, msgspec.json.encode(choice))
+                    selection = self._try_candidates(bundle)
+                    _replace(entry, msgspec.json.encode(selection))
                 except BundleInvalid as error:
                     _replace(refusal, str(error).encode()[:MAX_ENTRY_BYTES])
                     raise
                 finally:
                     _prune(root)
-            return choice
+            return selection
 
     def _open(self, bundle: Bundle, plan: Plan) -> Classifier:
         fallback = None
@@ -145,17 +147,17 @@ class Planner:
             "wanted": self._wanted,
             "versions": {name: _version(name) for name in packages},
         }
-        return root / (sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24] + CHOICE)
+        return root / (sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24] + SELECTION)
 
-    def _remembered(self, entry: Path, bundle: Bundle) -> Choice | None:
+    def _remembered(self, entry: Path, bundle: Bundle) -> PlanSelection | None:
         """The choice in ``entry``, if it names a plan that may serve ``bundle`` here."""
         try:
-            choice = msgspec.json.decode(_read_entry(entry), type=Choice)
-            for name in (choice.chosen, *(each.plan for each in choice.findings)):
+            selection = msgspec.json.decode(_read_entry(entry), type=PlanSelection)
+            for name in (selection.chosen, *(each.plan for each in selection.results)):
                 if name not in self._candidates:
                     raise ValueError(f"it names {name[:40]!r}, which is not a plan to choose here")
-            if reason := self._refusal(self._candidates[choice.chosen], bundle.manifest):
-                raise ValueError(f"it chooses {choice.chosen}: {reason}")
+            if reason := self._refusal(self._candidates[selection.chosen], bundle.manifest):
+                raise ValueError(f"it chooses {selection.chosen}: {reason}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -163,7 +165,7 @@ class Planner:
             return None
         with contextlib.suppress(OSError):
             os.utime(entry)  # the least recently used are pruned
-        return choice
+        return selection
 
     def _root(self) -> Path:
         """The cache's folder, or where it cannot be written, one of this user's in /tmp."""
@@ -188,31 +190,29 @@ class Planner:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield root
 
-    def _try_candidates(self, bundle: Bundle) -> Choice:
+    def _try_candidates(self, bundle: Bundle) -> PlanSelection:
         """Prove and time every candidate; raises ``BundleInvalid`` if none may serve."""
         log.info("%s: choosing a plan on %s", bundle.manifest.model, self.device)
-        findings = tuple(self._find_out(bundle, plan) for plan in self._candidates.values())
-        accepted = [finding for finding in findings if finding.reason is None]
+        results = tuple(self._find_out(bundle, plan) for plan in self._candidates.values())
+        accepted = [result for result in results if result.reason is None]
         if not accepted:
             raise BundleInvalid(
                 f"no plan can serve it on {self.device}; "
-                + "; ".join(f"{each.plan}: {each.reason}" for each in findings)
+                + "; ".join(f"{each.plan}: {each.reason}" for each in results)
             )
-        best = min(accepted, key=lambda finding: score(finding.batch_ms))
+        best = min(accepted, key=lambda result: score(result.batch_ms))
         log.info("%s: plan %s is the fastest that is right", bundle.manifest.model, best.plan)
-        return Choice(chosen=best.plan, findings=findings)
+        return PlanSelection(chosen=best.plan, results=results)
 
-    def _find_out(self, bundle: Bundle, plan: Plan) -> Finding:
+    def _find_out(self, bundle: Bundle, plan: Plan) -> PlanResult:
         if reason := self._refusal(plan, bundle.manifest):
-            finding = Finding(plan=plan.name, reason=reason)
+            result = PlanResult(plan=plan.name, reason=reason)
         else:
-            finding = run_trial("try", plan.name, bundle, self.device, self._threads)
-            if (
-                finding.reason == KILLED
-            ):  # perhaps for want of memory, which says little of the plan
-                finding = run_trial("try", plan.name, bundle, self.device, self._threads)
-        log.info("%s", describe_finding(finding))
-        return finding
+            result = run_benchmark("try", plan.name, bundle, self.device, self._threads)
+            if result.reason == KILLED:  # perhaps for want of memory, which says little of the plan
+                result = run_benchmark("try", plan.name, bundle, self.device, self._threads)
+        log.info("%s", describe_result(result))
+        return result
 
     def _refusal(self, plan: Plan, manifest: Manifest) -> str | None:
         """Why ``plan`` may not serve the version here, as far as is known without trying it."""
@@ -257,12 +257,12 @@ def refused_by_record(plan: Plan, manifest: Manifest) -> str | None:
     return None
 
 
-def describe_finding(finding: Finding) -> str:
+def describe_result(result: PlanResult) -> str:
     """One line for people."""
-    if finding.reason is not None:
-        return f"{finding.plan}: rejected: {finding.reason}"
-    times = ", ".join(f"{ms:.3g} ms at {size}" for size, ms in finding.batch_ms.items())
-    return f"{finding.plan}: accepted, differs by {finding.max_difference:.2g}; {times}"
+    if result.reason is not None:
+        return f"{result.plan}: rejected: {result.reason}"
+    times = ", ".join(f"{ms:.3g} ms at {size}" for size, ms in result.batch_ms.items())
+    return f"{result.plan}: accepted, differs by {result.max_difference:.2g}; {times}"
 
 
 def _read_entry(file: Path) -> bytes:
@@ -321,7 +321,7 @@ def _prune(root: Path) -> None:
     for refusal in root.glob(f"*{REFUSED}"):
         if not _fresh_text(refusal):
             _remove(refusal)
-    for old in sorted(root.glob(f"*{CHOICE}"), key=_last_used_s)[:-CACHE_ENTRIES]:
+    for old in sorted(root.glob(f"*{SELECTION}"), key=_last_used_s)[:-CACHE_ENTRIES]:
         _remove(old)
 
 

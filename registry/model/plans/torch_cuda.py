@@ -16,7 +16,7 @@ from registry.model.plans.torch_eager import fold
 if TYPE_CHECKING:
     import torch
 
-    from registry.model.program import Program
+    from registry.model.preprocessed_model import PreprocessedModel
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -32,10 +32,12 @@ class CudaFp16(Plan):
 
         device = torch.device(source.device)
         with device_errors():
-            program = fold(source.program, self.precision).to(device)
+            preprocessed = fold(source.preprocessed, self.precision).to(device)
             shape = source.bundle.manifest.preprocess.shape
             pool = torch.cuda.graph_pool_handle()
-            graphs = {size: _capture(program, (size, *shape), device, pool) for size in BUCKETS}
+            graphs = {
+                size: _capture(preprocessed, (size, *shape), device, pool) for size in BUCKETS
+            }
 
         @device_errors()
         @torch.inference_mode()
@@ -62,7 +64,7 @@ def _bucket(images: int) -> int:
 
 
 def _capture(
-    program: "Program",
+    preprocessed: "PreprocessedModel",
     shape: tuple[int, int, int, int],
     device: "torch.device",
     pool: Any,
@@ -76,12 +78,12 @@ def _capture(
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # libraries choose their kernels outside the capture
             for _ in range(3):
-                program(given)
+                preprocessed(given)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are part of it: others answer by an older version meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = program(given)
+            outputs = preprocessed(given)
     return graph, given, outputs
 
 

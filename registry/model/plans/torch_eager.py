@@ -17,16 +17,16 @@ from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 if TYPE_CHECKING:
     import torch
 
-    from registry.model.program import Program
+    from registry.model.preprocessed_model import PreprocessedModel
 
 EAGER = "torch-eager"
 
 
-def torch_predict(program: "Program", device: str) -> PredictFn:
-    """Run ``program``, in whatever precision it is, operation by operation on ``device``."""
+def torch_predict(preprocessed: "PreprocessedModel", device: str) -> PredictFn:
+    """Run ``preprocessed``, in whatever precision it is, operation by operation on ``device``."""
     import torch
 
-    ready = program.to(device).eval()
+    ready = preprocessed.to(device).eval()
 
     @torch.inference_mode()
     def predict(pixels: Pixels) -> Outputs:
@@ -36,12 +36,12 @@ def torch_predict(program: "Program", device: str) -> PredictFn:
     return predict if device == "cpu" else device_errors()(predict)
 
 
-def eager_classifier(program: "Program", device: str) -> Classifier:
+def eager_classifier(preprocessed: "PreprocessedModel", device: str) -> Classifier:
     """The classifier of a program that lies in no bundle: what training measures."""
-    return Classifier(torch_predict(program, device), EAGER, describe_device(device))
+    return Classifier(torch_predict(preprocessed, device), EAGER, describe_device(device))
 
 
-def fold(program: "Program", precision: Precision) -> "Program":
+def fold(preprocessed: "PreprocessedModel", precision: Precision) -> "PreprocessedModel":
     """A copy with batch norm folded into convolutions and the network's weights in ``precision``.
 
     That is fp32, bf16 or fp16; torch's int8 is not among them.
@@ -49,7 +49,7 @@ def fold(program: "Program", precision: Precision) -> "Program":
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    folded = copy.deepcopy(program).eval()
+    folded = copy.deepcopy(preprocessed).eval()
     _fold_norms(folded.network)
     folded.network.to(dtype=dtype, memory_format=torch.channels_last)
     folded.dtype = dtype
@@ -85,10 +85,10 @@ class TorchEager(Plan):
 
         if source.threads is not None:
             torch.set_num_threads(source.threads)
-        return torch_predict(self.prepare(source.program), source.device)
+        return torch_predict(self.prepare(source.preprocessed), source.device)
 
-    def prepare(self, program: "Program") -> "Program":
-        return program
+    def prepare(self, preprocessed: "PreprocessedModel") -> "PreprocessedModel":
+        return preprocessed
 
 
 class TorchFp32(TorchEager):
@@ -97,8 +97,8 @@ class TorchFp32(TorchEager):
     name = "torch-fp32"
     device = "cpu"
 
-    def prepare(self, program: "Program") -> "Program":
-        return fold(program, self.precision)
+    def prepare(self, preprocessed: "PreprocessedModel") -> "PreprocessedModel":
+        return fold(preprocessed, self.precision)
 
 
 class TorchBf16(TorchFp32):

@@ -11,7 +11,7 @@ from registry.model.manifest import ListedNetwork, PreprocessSpec
 from registry.model.networks import build_network
 
 
-class Program(nn.Module):
+class PreprocessedModel(nn.Module):
     """A network with its normalisation in front, so that bytes, not floats, travel to the device.
 
     The permuted view of row-major pixels *is* the channels-last layout, in which convolutions run
@@ -46,21 +46,23 @@ def any_batch(shape: tuple[int, int, int]) -> tuple[tuple[Tensor], tuple[dict[in
     """For exporters: pixels of ``shape`` (H, W, C), and that there may be 1 to 4096 of them.
 
     Returns:
-        Arguments of ``Program``, uint8 (2, H, W, C), as a batch of 1 would be taken for a fixed
-        size; and their dynamic shapes.
+        Arguments of ``PreprocessedModel`` and their dynamic shapes. The pixels are uint8
+        (2, H, W, C): exporters would take a batch of 1 for a fixed size.
     """
     pixels = torch.zeros((2, *shape), dtype=torch.uint8)
     return (pixels,), ({0: torch.export.Dim("images", min=1, max=4096)},)
 
 
-def build_program(spec: ListedNetwork, preprocess: PreprocessSpec, classes: int) -> Program:
+def build_preprocessed(
+    spec: ListedNetwork, preprocess: PreprocessSpec, classes: int
+) -> PreprocessedModel:
     """The program for ``spec``, weights freshly drawn; raises as ``build_network`` does."""
     height_px, width_px, channels = preprocess.shape
     network = build_network(spec.name, (channels, height_px, width_px), classes, **spec.args)
-    return Program(network, preprocess)
+    return PreprocessedModel(network, preprocess)
 
 
-def load_program(bundle: Bundle) -> Program:
+def load_preprocessed(bundle: Bundle) -> PreprocessedModel:
     """The program of ``bundle`` with its weights, in evaluation mode.
 
     Raises:
@@ -84,4 +86,4 @@ def load_program(bundle: Bundle) -> Program:
         raise BundleInvalid(
             f"the weights of {manifest.model} do not fit its network: {error}"
         ) from error
-    return Program(network, manifest.preprocess).eval()
+    return PreprocessedModel(network, manifest.preprocess).eval()

@@ -10,10 +10,10 @@ from flask.testing import FlaskClient
 from msgspec.structs import replace
 
 from registry.auth.tokens import Tokens
-from registry.core.errors import KeyMissing, RateExceeded, UsageError
+from registry.core.errors import RateExceeded, TokenMissing, UsageError
 from registry.model.bundle import Bundle
 from service import create_app
-from service.access.auth import PUBLIC, Door
+from service.access.auth import PUBLIC, AccessControl
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -36,12 +36,12 @@ def client(
     slot: ModelSlot,
     settings: Settings,
     metrics: Metrics,
-    release: Callable[..., Bundle],
+    deploy: Callable[..., Bundle],
     texts: dict[str, str],
     tmp_path: Path,
 ) -> FlaskClient:
     """A client of an app that asks for keys."""
-    release(1)
+    deploy(1)
     assert slot.refresh()
     asking = replace(
         settings,
@@ -62,7 +62,7 @@ def test_probes_and_pages_ask_for_no_key(client: FlaskClient, path: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("role", "classifies", "looks"),
+    ("role", "classifies", "perceptual_hashes"),
     [
         ("classify", 200, 403),
         ("viewer", 403, 200),
@@ -78,13 +78,13 @@ def test_each_key_opens_what_it_is_for(
     png: bytes,
     role: str | None,
     classifies: int,
-    looks: int,
+    perceptual_hashes: int,
 ) -> None:
     headers = bearer(texts[role]) if role else {}
     answer = client.post("/v1/classify", data=png, headers=headers)
     assert answer.status_code == classifies
     for path in LOOK:
-        assert client.get(path, headers=headers).status_code == looks
+        assert client.get(path, headers=headers).status_code == perceptual_hashes
     if classifies == 401:
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert answer.json["type"] == "urn:convoy:problem:key-missing"
@@ -119,9 +119,9 @@ def test_a_file_of_keys_that_cannot_be_read_lets_nobody_in(
 
 
 def test_who_asks_too_often_is_told_when_to_come_back(
-    slot: ModelSlot, settings: Settings, release: Callable[..., Bundle], png: bytes
+    slot: ModelSlot, settings: Settings, deploy: Callable[..., Bundle], png: bytes
 ) -> None:
-    release(1)
+    deploy(1)
     assert slot.refresh()
     limited = replace(settings, rate=0.5, burst=3)
     client = create_app(limited, {"digits": slot}, Metrics()).test_client()
@@ -133,11 +133,11 @@ def test_who_asks_too_often_is_told_when_to_come_back(
 
 
 def test_a_request_that_a_thread_takes_over_is_counted_once(tmp_path: Path) -> None:
-    door = Door(Settings(rate=0.1, burst=1))
-    door.admit({"REMOTE_ADDR": "192.0.2.1"})
-    door.admit({"REMOTE_ADDR": "192.0.2.1"}, again=True)
+    access_control = AccessControl(Settings(rate=0.1, burst=1))
+    access_control.admit({"REMOTE_ADDR": "192.0.2.1"})
+    access_control.admit({"REMOTE_ADDR": "192.0.2.1"}, again=True)
     with pytest.raises(RateExceeded):
-        door.admit({"REMOTE_ADDR": "192.0.2.1"})
+        access_control.admit({"REMOTE_ADDR": "192.0.2.1"})
 
 
 def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -> None:
@@ -161,9 +161,11 @@ def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -
 
 
 def test_an_empty_service_key_opens_nothing() -> None:
-    door = Door(Settings.from_environment({"CONVOY_KEYS": "required", "CONVOY_SERVICE_KEY": ""}))
-    with pytest.raises(KeyMissing):
-        door.admit_to_route("health.metrics", {})
+    access_control = AccessControl(
+        Settings.from_environment({"CONVOY_AUTH": "required", "CONVOY_SERVICE_KEY": ""})
+    )
+    with pytest.raises(TokenMissing):
+        access_control.admit_to_route("health.metrics", {})
 
 
 @pytest.mark.parametrize(
@@ -181,11 +183,11 @@ def test_an_empty_service_key_opens_nothing() -> None:
     ],
 )
 def test_a_proxy_of_ours_says_whose_a_request_is(peer: str, told: str, caller: str) -> None:
-    door = Door(Settings(proxies="10.0.0.0/8, fd00::/8"))
+    access_control = AccessControl(Settings(trusted_proxies="10.0.0.0/8, fd00::/8"))
     environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": told}
-    assert door._address(environ) == caller
+    assert access_control._address(environ) == caller
 
 
 def test_networks_that_are_none_stop_the_start() -> None:
-    with pytest.raises(UsageError, match=r"CONVOY_PROXIES='10.0.0.0/99'"):
-        Settings.from_environment({"CONVOY_PROXIES": "10.0.0.0/99"})
+    with pytest.raises(UsageError, match=r"CONVOY_TRUSTED_PROXIES='10.0.0.0/99'"):
+        Settings.from_environment({"CONVOY_TRUSTED_PROXIES": "10.0.0.0/99"})

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from service.server.graceful_close import turn_away
-from tests.conftest import PATIENCE_S
+from service.server.graceful_close import reject_new_connections
+from tests.conftest import WAIT_TIMEOUT_S
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's filters are Linux's")
@@ -20,11 +20,11 @@ def test_nobody_new_connects_and_who_is_there_stays(host: str) -> None:
     with listener:
         address = listener.getsockname()[:2]
         with (
-            socket.create_connection(address, timeout=PATIENCE_S) as welcomed,
-            socket.create_connection(address, timeout=PATIENCE_S) as waiting,
+            socket.create_connection(address, timeout=WAIT_TIMEOUT_S) as welcomed,
+            socket.create_connection(address, timeout=WAIT_TIMEOUT_S) as waiting,
         ):
             served, _ = listener.accept()
-            turn_away(listener)
+            reject_new_connections(listener)
             with pytest.raises(TimeoutError):
                 socket.create_connection(address, timeout=0.3)
             later, _ = listener.accept()  # it had connected before
@@ -36,4 +36,4 @@ def test_nobody_new_connects_and_who_is_there_stays(host: str) -> None:
                     assert ours.recv(8) == b"answered"
                 listener.close()
                 with pytest.raises(ConnectionRefusedError):
-                    socket.create_connection(address, timeout=PATIENCE_S)
+                    socket.create_connection(address, timeout=WAIT_TIMEOUT_S)

@@ -12,7 +12,7 @@ import pytest
 
 from registry.core.errors import UsageError
 from service import supervisor
-from service.supervisor import Companion
+from service.supervisor import SupervisedProcess
 from tests.conftest import wait_for
 
 
@@ -25,7 +25,7 @@ def test_a_companion_that_ends_is_started_again_after_a_growing_pause(
 ) -> None:
     monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
     starts = tmp_path / "starts"
-    companion = Companion("it", script(f"open({str(starts)!r}, 'a').write('x'); exit(3)"))
+    companion = SupervisedProcess("it", script(f"open({str(starts)!r}, 'a').write('x'); exit(3)"))
 
     def started(times: int) -> bool:
         companion.look()
@@ -41,7 +41,7 @@ def test_a_companion_that_cannot_be_started_is_tried_again_and_ends_nobody(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
-    companion = Companion("it", script("pass"))
+    companion = SupervisedProcess("it", script("pass"))
     failures = iter([OSError(11, "Resource temporarily unavailable")])
     start = supervisor._start
 
@@ -65,7 +65,7 @@ def test_a_companion_that_cannot_be_started_is_tried_again_and_ends_nobody(
 def test_a_companion_learns_that_it_is_over_by_the_end_of_its_input(tmp_path: Path) -> None:
     """Also one that ignores SIGTERM, as the GPU's process does."""
     ready = tmp_path / "ready"
-    companion = Companion(
+    companion = SupervisedProcess(
         "it",
         script(
             "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -83,11 +83,11 @@ def test_a_companion_learns_that_it_is_over_by_the_end_of_its_input(tmp_path: Pa
 def test_a_companion_that_is_waited_for_may_end_or_hang_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = Companion("it", script("exit(2)"))
+    ends = SupervisedProcess("it", script("exit(2)"))
     ends.look()
     assert ends.wait_for(tmp_path / "never") == 2
     ends.end()
-    hangs = Companion("it", script("import sys; sys.stdin.read()"))
+    hangs = SupervisedProcess("it", script("import sys; sys.stdin.read()"))
     hangs.look()
     monkeypatch.setattr(supervisor, "START_S", 0.1)
     with pytest.raises(UsageError, match=r"within 0\.1 s .* CONVOY_DEVICE=cpu"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import PATIENCE_S
+from tests.conftest import WAIT_TIMEOUT_S
 from tests.service.conftest import REF
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -39,7 +39,11 @@ def test_an_example_answers_as_the_page_says(
     (tmp_path / "picture.png").write_bytes(png)
     command = command.replace("http://127.0.0.1:8080", url).replace("/fashion", "/digits")
     done = subprocess.run(
-        ["bash", "-euc", command], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+        ["bash", "-euc", command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr
     assert form(json.loads(done.stdout)) == form(json.loads(answer))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from registry.core.errors import BundleInvalid, PromotionRefused, RegistryUnavailable, UsageError
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.refs import ModelRef
 from registry.store.mlflow_store import ModelStore
 from tests.conftest import CPU, MakeBundle
@@ -30,11 +30,11 @@ QUICK = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--set", "b
 SMALL = ["--set", "filters=4", "--set", "hidden=16"]
 
 
-def test_training_ends_with_a_challenger_and_its_run(registry_home: Home, capsys) -> None:
+def test_training_ends_with_a_challenger_and_its_run(registry_paths: Paths, capsys) -> None:
     assert main([*QUICK, *SMALL, "--recipe", "cnn", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["model"], result["version"]) == ("digits", 1)
-    store = ModelStore(registry_home)
+    store = ModelStore(registry_paths)
     version = store.resolve(ModelRef("digits", alias="challenger"))
     assert version.run_id == result["run_id"]
     run = mlflow.get_run(result["run_id"])
@@ -45,7 +45,7 @@ def test_training_ends_with_a_challenger_and_its_run(registry_home: Home, capsys
     client = mlflow.MlflowClient()
     pictures = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "report")}
     assert {"report.html", "learning_curves.png", "confusion_matrix.png"} <= pictures
-    assert not list(registry_home.checkpoints.glob("*"))
+    assert not list(registry_paths.checkpoints.glob("*"))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
-def test_the_summary_says_what_to_do_next(registry_home: Home, capsys) -> None:
+def test_the_summary_says_what_to_do_next(registry_paths: Paths, capsys) -> None:
     assert main([*QUICK, "--recipe", "dense", "--model", "mine"]) == 0
     out = capsys.readouterr().out
     assert "python -m registry promote mine 1" in out
@@ -67,7 +67,7 @@ def test_the_summary_says_what_to_do_next(registry_home: Home, capsys) -> None:
 @pytest.mark.usefixtures("without_exports")
 @pytest.mark.slow
 def test_a_registry_that_fails_at_the_end_costs_no_training(
-    registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(*_: object) -> None:
         raise RegistryUnavailable("the registry went down meanwhile")
@@ -76,14 +76,14 @@ def test_a_registry_that_fails_at_the_end_costs_no_training(
     monkeypatch.setattr(jobs, "publish", down)
     assert main([*QUICK, "--recipe", "dense"]) == 2
     assert "went down meanwhile" in capsys.readouterr().err
-    (checkpoint,) = registry_home.checkpoints.iterdir()
+    (checkpoint,) = registry_paths.checkpoints.iterdir()
     monkeypatch.setattr(jobs, "publish", original)
     assert main([*QUICK, "--recipe", "dense", "--resume"]) == 0
     assert not checkpoint.exists()
 
 
 def test_what_cannot_be_published_is_said_before_training(
-    registry_home: Home, few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it trained")
@@ -91,21 +91,21 @@ def test_what_cannot_be_published_is_said_before_training(
     monkeypatch.setattr(jobs, "fit", never)
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
     with pytest.raises(UsageError, match="digits cannot be published: labels must differ"):
-        jobs.train_and_publish(twins, recipe, "digits", registry_home, device="cpu")
+        jobs.train_and_publish(twins, recipe, "digits", registry_paths, device="cpu")
 
 
 @pytest.mark.slow
 def test_a_run_that_registers_nothing_needs_nothing_of_the_model(
-    registry_home: Home,
+    registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ModelStore(registry_home)
+    ModelStore(registry_paths)
     mlflow.MlflowClient().create_registered_model("digits")  # its log is missing
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
     monkeypatch.setattr("registry.store.mlflow_store.CLAIM_TIMEOUT_S", 0.0)
-    train = functools.partial(jobs.train_and_publish, twins, recipe, "digits", registry_home)
+    train = functools.partial(jobs.train_and_publish, twins, recipe, "digits", registry_paths)
     with pytest.raises(PromotionRefused, match="log"):
         train(device="cpu")
     assert train(device="cpu", register=False)[1] is None
@@ -116,7 +116,7 @@ def test_a_name_that_has_no_version_is_refused_before_training(
     store: ModelStore,
     few_digits: Dataset,
     recipe: Recipe,
-    registry_home: Home,
+    registry_paths: Paths,
     made: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -130,12 +130,12 @@ def test_a_name_that_has_no_version_is_refused_before_training(
     for name in made:
         mlflow.MlflowClient().create_registered_model(name)
     with pytest.raises(PromotionRefused, match="A publication may have ended before its version"):
-        jobs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
+        jobs.train_and_publish(few_digits, recipe, "digits", registry_paths, device="cpu")
 
 
 @pytest.mark.slow
 def test_a_drawing_that_fails_costs_the_drawing(
-    registry_home: Home,
+    registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,7 +149,7 @@ def test_a_drawing_that_fails_costs_the_drawing(
         few_digits, labels=("low_$0_$5", "Ca$$h", r"\frac{1}", "日本", *few_digits.labels[4:])
     )
     finished, version = jobs.train_and_publish(
-        priced, recipe, "digits", registry_home, device="cpu"
+        priced, recipe, "digits", registry_paths, device="cpu"
     )
     assert version is not None
     assert caplog.text.count("the report lacks a drawing") == 2  # before training, and after
@@ -160,7 +160,7 @@ def test_a_drawing_that_fails_costs_the_drawing(
 
 
 def test_a_registry_that_is_away_for_an_epoch_does_not_end_the_training(
-    registry_home: Home,
+    registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
@@ -178,7 +178,7 @@ def test_a_registry_that_is_away_for_an_epoch_does_not_end_the_training(
 
     monkeypatch.setattr(mlflow, "log_metrics", away_at_first)
     finished, _ = jobs.train_and_publish(
-        few_digits, recipe, "digits", registry_home, device="cpu", register=False
+        few_digits, recipe, "digits", registry_paths, device="cpu", register=False
     )
     assert caplog.text.count("metrics are logged later; training goes on") == 1
     history = mlflow.MlflowClient().get_metric_history(finished.run_id, "validation_loss")
@@ -186,43 +186,43 @@ def test_a_registry_that_is_away_for_an_epoch_does_not_end_the_training(
 
 
 def test_one_run_is_trained_by_one_process_at_a_time(
-    registry_home: Home, few_digits: Dataset, recipe: Recipe
+    registry_paths: Paths, few_digits: Dataset, recipe: Recipe
 ) -> None:
-    file = checkpoint_file(registry_home, few_digits, recipe, 0)
+    file = checkpoint_file(registry_paths, few_digits, recipe, 0)
     with only_training(file):
         with pytest.raises(UsageError, match="another training of the same data, recipe and seed"):
-            jobs.train_and_publish(few_digits, recipe, "digits", registry_home, device="cpu")
-        with only_training(checkpoint_file(registry_home, few_digits, recipe, 1)):
+            jobs.train_and_publish(few_digits, recipe, "digits", registry_paths, device="cpu")
+        with only_training(checkpoint_file(registry_paths, few_digits, recipe, 1)):
             pass
     with only_training(file):
         pass
-    assert list(registry_home.checkpoints.iterdir()) == []
+    assert list(registry_paths.checkpoints.iterdir()) == []
 
 
 def test_each_picture_size_has_a_checkpoint_of_its_own(
-    registry_home: Home, tmp_path: Path, recipe: Recipe
+    registry_paths: Paths, tmp_path: Path, recipe: Recipe
 ) -> None:
     folder = tmp_path / "pictures"
     pictures(folder / "cat", 30, seed=1)
     pictures(folder / "dog", 30, seed=2)
     small, large = (
-        load_dataset(f"folder:{folder}", registry_home.datasets, size_px) for size_px in (16, 32)
+        load_dataset(f"folder:{folder}", registry_paths.datasets, size_px) for size_px in (16, 32)
     )
-    file = checkpoint_file(registry_home, small, recipe, 0)
-    assert checkpoint_file(registry_home, large, recipe, 0) != file
+    file = checkpoint_file(registry_paths, small, recipe, 0)
+    assert checkpoint_file(registry_paths, large, recipe, 0) != file
     fit(recipe, small, CPU, 0, checkpoint=file)
     with pytest.raises(UsageError, match="picture size"):
         fit(recipe, large, CPU, 0, checkpoint=file, resume=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
-    registry_home: Home,
+    registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
     caplog,
 ) -> None:
-    file = checkpoint_file(registry_home, few_digits, recipe, 0)
+    file = checkpoint_file(registry_paths, few_digits, recipe, 0)
     file.mkdir(parents=True)  # cannot be replaced by a file
     assert len(fit(recipe, few_digits, CPU, 0, checkpoint=file).history) == recipe.epochs
     assert "no checkpoint of this epoch" in caplog.text
@@ -230,13 +230,13 @@ def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
     file.write_bytes(b"PK damaged")
     with pytest.raises(UsageError, match="cannot be read; delete it"):
         fit(recipe, few_digits, CPU, 0, checkpoint=file, resume=True)
-    other = checkpoint_file(registry_home, few_digits, recipe, 1)
+    other = checkpoint_file(registry_paths, few_digits, recipe, 1)
     with pytest.raises(UsageError, match=f"since {file.name} the pictures, the settings"):
         fit(recipe, few_digits, CPU, 1, checkpoint=other, resume=True)
 
 
 def test_pictures_that_are_deleted_while_training_lose_nothing(
-    registry_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "pictures"
     pictures(folder / "cat", 30, seed=1)
@@ -250,11 +250,11 @@ def test_pictures_that_are_deleted_while_training_lose_nothing(
     monkeypatch.setattr(jobs, "fit", tidy_up)
     words = ["--data", f"folder:{folder}", "--image-size", "16", *QUICK[2:], "--recipe", "dense"]
     assert main([*words, "--set", "epochs=1"]) == 0
-    assert ModelStore(registry_home).aliases("pictures") == {"challenger": 1}
+    assert ModelStore(registry_paths).aliases("pictures") == {"challenger": 1}
 
 
 @pytest.mark.slow
-def test_the_defaults_train_on_digits(registry_home: Home, capsys) -> None:
+def test_the_defaults_train_on_digits(registry_paths: Paths, capsys) -> None:
     words = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--no-register"]
     assert main(words) == 0
     assert "cnn on digits: validation accuracy" in capsys.readouterr().out
@@ -262,7 +262,7 @@ def test_the_defaults_train_on_digits(registry_home: Home, capsys) -> None:
 
 @pytest.mark.slow
 def test_recipes_are_compared_on_the_same_pictures(
-    registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "SHIFTS_PX", range(5))
     arguments = ["compare", *QUICK, "--recipes", "dense", "--seeds", "2"]
@@ -284,7 +284,7 @@ def test_recipes_are_compared_on_the_same_pictures(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
-    registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = jobs.fit
 
@@ -317,7 +317,7 @@ def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
     ],
 )
 def test_wrong_use_is_answered_on_one_line(
-    registry_home: Home, capsys, arguments: list[str], reason: str
+    registry_paths: Paths, capsys, arguments: list[str], reason: str
 ) -> None:
     assert main(arguments) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -326,7 +326,7 @@ def test_wrong_use_is_answered_on_one_line(
 
 
 def test_ctrl_c_that_stops_everything_says_how_to_go_on(
-    registry_home: Home, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

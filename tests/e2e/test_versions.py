@@ -16,10 +16,10 @@ import pytest
 import safetensors.numpy
 
 from registry.core.errors import PromotionRefused
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.bundle import GOLDEN, WEIGHTS, Bundle, GoldenImage, open_bundle, write_bundle
-from registry.model.refs import ModelRef, Trial
-from registry.promotion.promotion import promote, release, roll_back
+from registry.model.refs import Canary, ModelRef
+from registry.promotion.promotion import promote, roll_back, start_canary
 from registry.store.mlflow_store import ModelStore
 from tests.conftest import wait_for
 from tests.e2e.processes import Service
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def store(home: Path) -> ModelStore:
-    return ModelStore(Home(home))
+def store(paths: Path) -> ModelStore:
+    return ModelStore(Paths(paths))
 
 
 class Answer(NamedTuple):
@@ -83,10 +83,10 @@ def served_by_all(service: Service, version: int) -> bool:
 
 
 def republish(
-    store: ModelStore, home: Path, change: Callable[[Bundle, dict[str, bytes]], None]
+    store: ModelStore, paths: Path, change: Callable[[Bundle, dict[str, bytes]], None]
 ) -> int:
     """Register a copy of version 1 with other files."""
-    with_all = home / "copied" / "whole"
+    with_all = paths / "copied" / "whole"
     shutil.rmtree(with_all.parent, ignore_errors=True)
     whole = store.download(store.resolve(ModelRef("digits", 1)), with_all)
     files = {name: whole.read(name) for name in whole.manifest.files}
@@ -112,7 +112,7 @@ def with_other_report(bundle: Bundle, files: dict[str, bytes]) -> None:
 
 
 def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_nothing(
-    home: Path, service: Service, store: ModelStore, answers
+    paths: Path, service: Service, store: ModelStore, answers
 ) -> None:
     def failed_swaps() -> float:
         text = service.text("/metrics")
@@ -120,9 +120,9 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
         return sum(float(row.rpartition(" ")[2]) for row in rows)
 
     def refusal(version: int) -> str | None:
-        for line in store.ledger("digits").lines:
+        for line in store.audit_log("digits").lines:
             if (line.entry.action, line.entry.to_version) == ("refused", version):
-                return line.entry.verdict
+                return line.entry.details
         return None
 
     for change, why in (
@@ -130,7 +130,7 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
         (with_other_golden, "from its published probabilities"),
     ):
         before = failed_swaps()
-        version = republish(store, home, change)
+        version = republish(store, paths, change)
         promote(store, "digits", version, force=True, reason="a test")
         wait_for(
             lambda v=version: refusal(v) is not None, f"{change.__name__} is not in the ledger"
@@ -146,9 +146,9 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
             "the error stays",
         )
 
-    damaged = republish(store, home, with_other_report)
+    damaged = republish(store, paths, with_other_report)
     promoted = store.resolve(ModelRef("digits", damaged))
-    for path in Home(home).artifacts.rglob(WEIGHTS):
+    for path in Paths(paths).artifacts.rglob(WEIGHTS):
         if open_bundle(path.parent).manifest_sha256 == promoted.manifest_sha256:
             path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PromotionRefused, match="has sha256"):
@@ -177,7 +177,7 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
 
 
 def test_workers_switch_together_and_a_roll_back_takes_no_load(
-    home: Path, service: Service, store: ModelStore, answers
+    paths: Path, service: Service, store: ModelStore, answers
 ) -> None:
     for decide, version in (
         (lambda: promote(store, "digits", 2), 2),
@@ -205,7 +205,7 @@ def give_a_usual_share(service: Service) -> None:
 
 
 def test_a_challenger_scores_in_the_shadow(service: Service, store: ModelStore, answers) -> None:
-    release(store, "digits", Trial(version=2, shadow=1.0), "to see")
+    start_canary(store, "digits", Canary(version=2, shadow=1.0), "to see")
 
     def scored() -> int:
         give_a_usual_share(service)
@@ -217,16 +217,16 @@ def test_a_challenger_scores_in_the_shadow(service: Service, store: ModelStore, 
 
 
 def test_a_trial_that_fails_its_requests_ends_by_itself(
-    home: Path, service: Service, store: ModelStore, answers, digits: Dataset
+    paths: Path, service: Service, store: ModelStore, answers, digits: Dataset
 ) -> None:
-    release(store, "digits", Trial(version=2, share=1.0), "all of it")
+    start_canary(store, "digits", Canary(version=2, share=1.0), "all of it")
     wait_for(lambda: answers[-1].version == 2, "the challenger does not answer")
     assert service.ask("GET", "/v1/models/digits/traffic")[1]["challenger"] == 2
-    broken = republish(store, home, with_nan)
-    release(store, "digits", Trial(version=broken, share=0.5), "it is broken")
-    wait_for(lambda: store.standing("digits")[1] is None, "the broken trial goes on")
-    last = store.ledger("digits").lines[-1].entry
-    assert (last.action, last.to_version) == ("withdrawn", broken)
+    broken = republish(store, paths, with_nan)
+    start_canary(store, "digits", Canary(version=broken, share=0.5), "it is broken")
+    wait_for(lambda: store.aliases_and_canary("digits")[1] is None, "the broken trial goes on")
+    last = store.audit_log("digits").lines[-1].entry
+    assert (last.action, last.to_version) == ("canary stopped", broken)
     assert "cannot serve it" in str(last.reason)
     assert last.by.startswith("puller on ")
     wait_for(lambda: answers[-1].version == 1, "the champion does not answer again")

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from werkzeug.test import create_environ
 
-from registry.canary.traffic_stats import Live
+from registry.canary.traffic_stats import ServingStatus
 from registry.core.errors import DeviceLost, PlanUndecided
 from registry.delivery.deployment import version_folder
 from registry.model.bundle import WEIGHTS
 from registry.model.classifier import Classifier
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
-from registry.model.refs import ModelRef, Trial
+from registry.model.refs import Canary, ModelRef
 from service import create_app
-from service.inference.traffic_split import is_challengers
+from service.inference.traffic_split import routes_to_canary
 from service.loading import version_loader
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
@@ -36,8 +36,8 @@ from service.server.protocol import IN_LOOP, Postpone
 from service.settings import Settings
 from service.shadow import process
 from service.shadow.client import Sample, ShadowFeed
-from service.shadow.process import Budget, Shadow
-from tests.conftest import PATIENCE_S, wait_for
+from service.shadow.process import CpuBudget, Shadow
+from tests.conftest import WAIT_TIMEOUT_S, wait_for
 from tests.service.conftest import load
 
 RAW = {"content_type": "application/octet-stream"}
@@ -56,25 +56,25 @@ def images(few_digits) -> list[bytes]:
 
 @given(st.binary(max_size=64), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_share_keeps_the_keys_of_a_smaller_one(key: bytes, one: float, two: float) -> None:
-    small, large = (Trial(version=8, share=share) for share in sorted((one, two)))
-    assert is_challengers(large, key) or not is_challengers(small, key)
+    small, large = (Canary(version=8, share=share) for share in sorted((one, two)))
+    assert routes_to_canary(large, key) or not routes_to_canary(small, key)
 
 
 def test_a_share_is_that_part_of_the_keys_and_another_for_another_version() -> None:
     keys = [str(number).encode() for number in range(4000)]
     parts = [
-        {key for key in keys if is_challengers(Trial(version=version, share=0.1), key)}
+        {key for key in keys if routes_to_canary(Canary(version=version, share=0.1), key)}
         for version in (8, 9)
     ]
     assert all(320 < len(part) < 480 for part in parts)
     assert len(parts[0] & parts[1]) < 100
-    assert all(is_challengers(Trial(version=8, share=1.0), key) for key in keys)
+    assert all(routes_to_canary(Canary(version=8, share=1.0), key) for key in keys)
 
 
 def test_the_same_image_and_the_same_session_always_get_the_same_version(
-    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes]
+    client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes]
 ) -> None:
-    on_trial(share=0.5)
+    deploy_canary(share=0.5)
     slot.refresh()
     first = versions(client, images)
     assert set(first) == {1, 2}
@@ -86,9 +86,9 @@ def test_the_same_image_and_the_same_session_always_get_the_same_version(
 
 
 def test_a_version_on_trial_can_be_asked_for_by_its_address(
-    client: FlaskClient, slot: ModelSlot, on_trial, png: bytes
+    client: FlaskClient, slot: ModelSlot, deploy_canary, png: bytes
 ) -> None:
-    on_trial(shadow=1.0)
+    deploy_canary(shadow=1.0)
     slot.refresh()
     for path, expected in (
         ("/v1/classify", 1),
@@ -101,17 +101,17 @@ def test_a_version_on_trial_can_be_asked_for_by_its_address(
     assert missing.status_code == 404
     assert "served is version 1, alias 'champion' and version 2" in missing.json["detail"]
     described = client.get("/v1/models/digits/versions/2").json
-    assert (described["version"], described["trial"]["shadow"]) == (2, 1.0)
+    assert (described["version"], described["canary"]["shadow"]) == (2, 1.0)
 
 
 def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
-    models: Path, release, on_trial, monkeypatch: pytest.MonkeyPatch
+    models: Path, deploy, deploy_canary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load)
-    release(1)
+    deploy(1)
     slot.refresh()
-    on_trial(share=0.5)
+    deploy_canary(share=0.5)
     weights = version_folder(models, "digits", 2) / WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(b"")
@@ -121,23 +121,23 @@ def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
         assert (each.require().champion.version, each.require().challenger) == (1, None)
         assert "has sha256" in str(each.error)
         assert each.workers()[0].refused == 2
-        assert each.require().trial is None
+        assert each.require().canary is None
     weights.write_bytes(whole)
     slot.refresh()
-    assert slot.require().trial == Trial(version=2, share=0.5)
+    assert slot.require().canary == Canary(version=2, share=0.5)
     assert slot.error is None
 
 
 def test_what_the_champion_answers_is_sampled_for_the_shadow(
     client: FlaskClient,
     slot: ModelSlot,
-    on_trial,
+    deploy_canary,
     images: list[bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: list[Sample] = []
     monkeypatch.setattr(ShadowFeed, "send", lambda feed, sample: sent.append(sample))
-    on_trial(shadow=1.0)
+    deploy_canary(shadow=1.0)
     slot.refresh()
     answer = client.post("/v1/classify", data=images[0], **RAW).json
     many = client.post(
@@ -176,9 +176,9 @@ def test_a_sample_that_cannot_be_sent_at_once_is_dropped_and_counted(tmp_path: P
 
 
 def test_the_shadow_counts_agreement_and_whatever_fails_against_the_challenger(
-    models: Path, on_trial, few_digits
+    models: Path, deploy_canary, few_digits
 ) -> None:
-    on_trial(shadow=1.0)
+    deploy_canary(shadow=1.0)
     metrics = Metrics()
     settings = Settings(models_folder=models)
     scorer = Shadow(settings, Planner(Path("unused"), "cpu", None, EAGER), metrics)
@@ -204,15 +204,15 @@ def test_the_shadow_counts_agreement_and_whatever_fails_against_the_challenger(
 
 def test_the_shadow_rests_until_its_part_of_the_machine_is_earned() -> None:
     used = iter([1.0, 1.2, 1.2])
-    budget = Budget(0.4, lambda: next(used))
+    budget = CpuBudget(0.4, lambda: next(used))
     assert budget.rest_s() == pytest.approx(0.5)
     assert budget.rest_s() == 0
 
 
 def test_the_traffic_of_each_version_is_told(
-    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes]
+    client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes]
 ) -> None:
-    on_trial(share=0.5)
+    deploy_canary(share=0.5)
     slot.refresh()
     answered = versions(client, images)
     client.post("/v1/models/digits/versions/2/classify", data=b"bad", **RAW)
@@ -228,9 +228,9 @@ def test_the_traffic_of_each_version_is_told(
 
 def test_a_service_without_a_trial_tells_its_traffic_too(ready: FlaskClient, png: bytes) -> None:
     ready.post("/v1/classify", data=png, **RAW)
-    live = msgspec.json.decode(ready.get("/v1/models/digits/traffic").data, type=Live)
-    assert (live.champion, live.challenger, live.of(1).requests) == (1, None, 1)
-    assert live.of(9).requests == 0
+    status = msgspec.json.decode(ready.get("/v1/models/digits/traffic").data, type=ServingStatus)
+    assert (status.champion, status.challenger, status.of(1).requests) == (1, None, 1)
+    assert status.of(9).requests == 0
 
 
 class Switchable:
@@ -250,16 +250,16 @@ class Switchable:
 
 
 def test_while_the_challengers_device_is_lost_the_champion_answers_and_it_is_loaded_again(
-    models: Path, on_trial, metrics: Metrics, settings: Settings, images: list[bytes]
+    models: Path, deploy_canary, metrics: Metrics, settings: Settings, images: list[bytes]
 ) -> None:
     loaded: list[tuple[int, Switchable]] = []
 
-    def switchable(bundle, released):
-        served = load(bundle, released, metrics)
-        loaded.append((released.version, Switchable(served.classifier)))
+    def switchable(bundle, deployed):
+        served = load(bundle, deployed, metrics)
+        loaded.append((deployed.version, Switchable(served.classifier)))
         return replace(served, classifier=loaded[-1][1])
 
-    on_trial(share=1.0)
+    deploy_canary(share=1.0)
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, switchable)
     slot.refresh()
     client = create_app(settings, {"digits": slot}, metrics).test_client()
@@ -272,11 +272,11 @@ def test_while_the_challengers_device_is_lost_the_champion_answers_and_it_is_loa
     assert slot.workers()[0].refused is None
 
 
-def test_a_device_that_was_lost_is_no_refusal_of_a_version(models: Path, on_trial) -> None:
-    def lost(bundle, released):
+def test_a_device_that_was_lost_is_no_refusal_of_a_version(models: Path, deploy_canary) -> None:
+    def lost(bundle, deployed):
         raise DeviceLost("the process that owns the GPU is not running")
 
-    on_trial(share=1.0)
+    deploy_canary(share=1.0)
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, lost)
     slot.refresh()
     (report,) = slot.workers()
@@ -285,10 +285,10 @@ def test_a_device_that_was_lost_is_no_refusal_of_a_version(models: Path, on_tria
 
 
 def test_a_slow_challenger_is_not_for_the_loop(
-    app: Flask, slot: ModelSlot, on_trial, images: list[bytes]
+    app: Flask, slot: ModelSlot, deploy_canary, images: list[bytes]
 ) -> None:
     """The loop answers everybody: probes and the champion's callers would wait for it, too."""
-    on_trial(share=1.0)
+    deploy_canary(share=1.0)
     slot.refresh()
     challenger = slot.require().challenger
     assert challenger is not None
@@ -302,9 +302,9 @@ def test_a_slow_challenger_is_not_for_the_loop(
 
 
 def test_what_was_postponed_is_timed_from_when_it_came(
-    app: Flask, slot: ModelSlot, on_trial, images: list[bytes], metrics: Metrics
+    app: Flask, slot: ModelSlot, deploy_canary, images: list[bytes], metrics: Metrics
 ) -> None:
-    on_trial(share=0.0)
+    deploy_canary(share=0.0)
     slot.refresh()
 
     def ask(came_s: float) -> tuple[str, dict]:
@@ -326,21 +326,21 @@ def test_the_plan_of_a_version_whose_device_was_lost_is_told_no_more(metrics: Me
     def served(device: str) -> Any:
         return SimpleNamespace(version=1, device=device, plan=f"plan-{device}")
 
-    metrics.swapped("digits", None, served("cuda:0"))
-    metrics.swapped("digits", None, served("cpu"))  # nothing was left to be replaced
+    metrics.version_switched("digits", None, served("cuda:0"))
+    metrics.version_switched("digits", None, served("cpu"))  # nothing was left to be replaced
     text = metrics.render().decode()
     told = re.findall(r'convoy_model_info{device="([^"]+)".*} (.*)', text)
     assert sorted(told) == [("cpu", "1.0"), ("cuda:0", "0.0")]
 
 
 def test_a_list_whose_images_fail_by_our_fault_counts_as_failed(
-    client: FlaskClient, slot: ModelSlot, on_trial, images: list[bytes], monkeypatch
+    client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes], monkeypatch
 ) -> None:
-    on_trial(share=1.0)
+    deploy_canary(share=1.0)
     slot.refresh()
     challenger = slot.require().challenger
     assert challenger is not None
-    monkeypatch.setattr(challenger.batcher, "wait", lambda ticket: ArithmeticError("NaN"))
+    monkeypatch.setattr(challenger.batcher, "wait", lambda queued_image: ArithmeticError("NaN"))
     parts = {"image": [(io.BytesIO(each), "x.png") for each in images[:2]]}
     answer = client.post("/v1/classify", data=parts).json
     assert [each["error"]["status"] for each in answer["results"]] == [500, 500]
@@ -350,9 +350,9 @@ def test_a_list_whose_images_fail_by_our_fault_counts_as_failed(
 
 
 def test_the_shadow_forgets_a_challenger_whose_device_was_lost(
-    models: Path, on_trial, few_digits
+    models: Path, deploy_canary, few_digits
 ) -> None:
-    on_trial(shadow=1.0)
+    deploy_canary(shadow=1.0)
     metrics = Metrics()
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     scorer = Shadow(Settings(models_folder=models), planner, metrics)
@@ -368,26 +368,26 @@ def test_the_shadow_forgets_a_challenger_whose_device_was_lost(
     assert metrics.traffic("digits")[0].shadowed == 2
 
 
-def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path, release) -> None:
+def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path, deploy) -> None:
     deciding, go_on = threading.Event(), threading.Event()
 
-    def undecided(bundle, released):
-        if released.version == 2:
+    def undecided(bundle, deployed):
+        if deployed.version == 2:
             raise PlanUndecided("no plan was chosen")
-        return load(bundle, released)
+        return load(bundle, deployed)
 
     def decide(bundle) -> None:
         deciding.set()
-        go_on.wait(PATIENCE_S)
+        go_on.wait(WAIT_TIMEOUT_S)
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, undecided, decide)
-    release(1)
+    deploy(1)
     stop = slot.start()
     try:
-        release(2, seed=1)
-        assert deciding.wait(PATIENCE_S)
-        release(1)
-        wait_for(lambda: slot.require().release.generation == 3)
+        deploy(2, seed=1)
+        assert deciding.wait(WAIT_TIMEOUT_S)
+        deploy(1)
+        wait_for(lambda: slot.require().deployment.generation == 3)
         assert slot.require().champion.version == 1
     finally:
         go_on.set()
@@ -395,23 +395,23 @@ def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path,
 
 
 def test_a_device_that_is_lost_beside_a_warm_version_is_recovered_from(
-    models: Path, release, metrics: Metrics
+    models: Path, deploy, metrics: Metrics
 ) -> None:
     loaded: list[Switchable] = []
 
-    def switchable(bundle, released):
-        served = load(bundle, released, metrics)
+    def switchable(bundle, deployed):
+        served = load(bundle, deployed, metrics)
         loaded.append(Switchable(served.classifier))
         return replace(served, classifier=loaded[-1])
 
     ref = ModelRef("digits", alias="champion")
     slot = ModelSlot(ref, models, switchable, keep_warm_s=600)
     for number in (1, 2):
-        release(number, seed=number)
+        deploy(number, seed=number)
         assert slot.refresh()
     loaded[-1].lost = True
     assert slot.refresh()
     for number in (3, 4, 5):  # more than stay in memory
-        release(number, seed=number)
+        deploy(number, seed=number)
         assert slot.refresh()
     assert slot.workers()[0].version == 5

@@ -5,15 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.canary.guard import TrialGuard
+from registry.canary.guard import CanaryGuard
 from registry.canary.serving_client import service_addresses
-from registry.canary.traffic_stats import UNBOUNDED_S, Live, VersionTraffic, WorkerReport, add_up
-from registry.cli.render import live_page
+from registry.canary.traffic_stats import (
+    UNBOUNDED_S,
+    ServingStatus,
+    VersionTraffic,
+    WorkerReport,
+    add_up,
+)
+from registry.cli.render import traffic_page
 from registry.core.errors import UsageError
-from registry.model.refs import Trial
-from registry.promotion.policy import TrialPolicy, read_policy
+from registry.model.refs import Canary
+from registry.promotion.policy import CanaryPolicy, read_policy
 
-TRIAL = Trial(version=2, share=0.1)
+CANARY = Canary(version=2, share=0.1)
 
 
 def traffic(version: int, requests: int, errors: int = 0, ms: float = 4, **more) -> VersionTraffic:
@@ -29,70 +35,72 @@ def traffic(version: int, requests: int, errors: int = 0, ms: float = 4, **more)
     )
 
 
-def live(*versions: VersionTraffic, **more) -> Live:
-    return Live(model="m", generation=1, champion=1, challenger=2, versions=versions, **more)
+def status(*versions: VersionTraffic, **more) -> ServingStatus:
+    return ServingStatus(
+        model="m", generation=1, champion=1, challenger=2, versions=versions, **more
+    )
 
 
-def look(champion: VersionTraffic, challenger: VersionTraffic, **policy) -> str | None:
-    guard = TrialGuard(TRIAL, TrialPolicy(**policy), live())
-    return guard.look(live(champion, challenger))
+def check(champion: VersionTraffic, challenger: VersionTraffic, **policy) -> str | None:
+    guard = CanaryGuard(CANARY, CanaryPolicy(**policy), status())
+    return guard.check(status(champion, challenger))
 
 
 def test_a_challenger_that_does_as_well_goes_on() -> None:
-    assert look(traffic(1, 1000, 2), traffic(2, 100, 0)) is None
-    assert look(traffic(1, 1000), traffic(2, 1000, 11)) is None  # 1.1 % may be chance
-    assert look(traffic(1, 1000, 500), traffic(2, 100, 55)) is None  # all fail alike
-    assert look(traffic(1, 0), traffic(2, 0)) is None
+    assert check(traffic(1, 1000, 2), traffic(2, 100, 0)) is None
+    assert check(traffic(1, 1000), traffic(2, 1000, 11)) is None  # 1.1 % may be chance
+    assert check(traffic(1, 1000, 500), traffic(2, 100, 55)) is None  # all fail alike
+    assert check(traffic(1, 0), traffic(2, 0)) is None
 
 
 def test_failing_requests_end_it_once_there_are_enough() -> None:
-    assert look(traffic(1, 1000), traffic(2, 5, 30)) is None
-    assert "40 of its 100 requests failed" in str(look(traffic(1, 1000), traffic(2, 60, 40)))
-    assert look(traffic(1, 1000), traffic(2, 60, 40), max_error_gap=0.5) is None
+    assert check(traffic(1, 1000), traffic(2, 5, 30)) is None
+    assert "40 of its 100 requests failed" in str(check(traffic(1, 1000), traffic(2, 60, 40)))
+    assert check(traffic(1, 1000), traffic(2, 60, 40), max_error_gap=0.5) is None
 
 
 def test_a_slow_challenger_ends_it() -> None:
-    reason = str(look(traffic(1, 1000, ms=4), traffic(2, 100, ms=40)))
+    reason = str(check(traffic(1, 1000, ms=4), traffic(2, 100, ms=40)))
     assert "its requests take 40 ms, the champion's 4 ms; allowed: 3 times" in reason
-    assert look(traffic(1, 1000, ms=0.45), traffic(2, 100, ms=1.05)) is None
+    assert check(traffic(1, 1000, ms=0.45), traffic(2, 100, ms=1.05)) is None
     hung = msgspec.structs.replace(traffic(2, 100, ms=4), seconds=50.0)
-    assert look(traffic(1, 1000, ms=4), hung) is None  # a few that hung are not all of them
-    assert look(traffic(1, 10, ms=4), traffic(2, 100, ms=40)) is None
-    assert look(traffic(1, 1000, ms=4), traffic(2, 100, ms=9)) is None
+    assert check(traffic(1, 1000, ms=4), hung) is None  # a few that hung are not all of them
+    assert check(traffic(1, 10, ms=4), traffic(2, 100, ms=40)) is None
+    assert check(traffic(1, 1000, ms=4), traffic(2, 100, ms=9)) is None
 
 
 def test_failures_in_the_shadow_end_it_and_disagreement_only_by_policy() -> None:
     failing = traffic(2, 0, agreed=60, failed=40)
-    assert "40 of 100 images failed" in str(look(traffic(1, 1000), failing))
+    assert "40 of 100 images failed" in str(check(traffic(1, 1000), failing))
     differing = traffic(2, 0, agreed=60, differed=40)
-    assert look(traffic(1, 1000), differing) is None
-    assert "60 of 100" in str(look(traffic(1, 1000), differing, min_agreement=0.9))
+    assert check(traffic(1, 1000), differing) is None
+    assert "60 of 100" in str(check(traffic(1, 1000), differing, min_agreement=0.9))
 
 
 def test_a_worker_that_cannot_load_it_ends_it_at_once() -> None:
     worker = WorkerReport(pid=7, model="m", version=1, error="scores NaN", refused=2)
-    guard = TrialGuard(TRIAL, TrialPolicy(), live())
-    assert guard.look(live(workers=(worker,))) == "worker 7 cannot serve it: scores NaN"
+    guard = CanaryGuard(CANARY, CanaryPolicy(), status())
+    assert guard.check(status(workers=(worker,))) == "worker 7 cannot serve it: scores NaN"
 
 
 def test_what_was_counted_before_the_trial_counts_no_more() -> None:
-    before = live(traffic(1, 500), traffic(2, 60, 40))
-    guard = TrialGuard(TRIAL, TrialPolicy(), before)
-    assert guard.look(before) is None
-    assert guard.look(live(traffic(1, 900), traffic(2, 160, 40))) is None
-    assert guard.look(live(traffic(1, 900), traffic(2, 200, 100))) is not None
+    before = status(traffic(1, 500), traffic(2, 60, 40))
+    guard = CanaryGuard(CANARY, CanaryPolicy(), before)
+    assert guard.check(before) is None
+    assert guard.check(status(traffic(1, 900), traffic(2, 160, 40))) is None
+    assert guard.check(status(traffic(1, 900), traffic(2, 200, 100))) is not None
     # The service was started anew: everything that it has counted is of this trial.
-    assert guard.look(live(traffic(1, 900, 0), traffic(2, 100, 30))) is not None
-    again = TrialGuard(TRIAL, TrialPolicy(), live(traffic(1, 10, 1000), traffic(2, 0)))
-    assert again.look(live(traffic(1, 2000, 0), traffic(2, 100, 100))) is not None
-    more = TrialGuard(TRIAL, TrialPolicy(), live(traffic(1, 100, 5), traffic(2, 0)))
-    assert more.look(live(traffic(1, 104, 0), traffic(2, 60, 60))) is not None
-    assert guard.look(live(traffic(1, 90), traffic(2, 30, 35))) is not None
+    assert guard.check(status(traffic(1, 900, 0), traffic(2, 100, 30))) is not None
+    again = CanaryGuard(CANARY, CanaryPolicy(), status(traffic(1, 10, 1000), traffic(2, 0)))
+    assert again.check(status(traffic(1, 2000, 0), traffic(2, 100, 100))) is not None
+    more = CanaryGuard(CANARY, CanaryPolicy(), status(traffic(1, 100, 5), traffic(2, 0)))
+    assert more.check(status(traffic(1, 104, 0), traffic(2, 60, 60))) is not None
+    assert guard.check(status(traffic(1, 90), traffic(2, 30, 35))) is not None
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=5))
 def test_services_add_up_and_differences_undo_it(counts: list[tuple[int, int]]) -> None:
-    each = [live(traffic(1, requests, errors)) for requests, errors in counts]
+    each = [status(traffic(1, requests, errors)) for requests, errors in counts]
     total = add_up(each).of(1)
     assert total.requests == sum(requests for requests, _ in counts)
     rest = add_up(each[1:]).of(1) if each[1:] else VersionTraffic(version=1)
@@ -111,17 +119,17 @@ def test_quantiles_are_within_their_bucket() -> None:
 
 def test_the_comparison_survives_json_and_is_drawn() -> None:
     worker = WorkerReport(pid=7, model="m", version=1, generation=3, error="waits")
-    shown = live(traffic(1, 900), traffic(2, 100, 1, agreed=9, differed=1), workers=(worker,))
-    again = msgspec.json.decode(msgspec.json.encode(shown), type=Live)
+    shown = status(traffic(1, 900), traffic(2, 100, 1, agreed=9, differed=1), workers=(worker,))
+    again = msgspec.json.decode(msgspec.json.encode(shown), type=ServingStatus)
     assert again == shown
-    text = live_page(again)
+    text = traffic_page(again)
     for part in ("champion 1", "challenger 2", "0.9000", "≤ 5 ms", "worker 7", "waits"):
         assert part in text
 
 
 def test_a_policy_file_has_a_table_for_trials(tmp_path) -> None:
-    (tmp_path / "policy.toml").write_text("[trial]\nmin_requests = 7\nmin_agreement = 0.9\n")
-    assert read_policy(tmp_path / "policy.toml").trial == TrialPolicy(
+    (tmp_path / "policy.toml").write_text("[canary]\nmin_requests = 7\nmin_agreement = 0.9\n")
+    assert read_policy(tmp_path / "policy.toml").canary == CanaryPolicy(
         min_requests=7, min_agreement=0.9
     )
 

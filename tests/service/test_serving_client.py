@@ -4,17 +4,17 @@ import socket
 
 import pytest
 
-from registry.canary.serving_client import _replicas, read_live, service_addresses
+from registry.canary.serving_client import _replicas, read_serving_status, service_addresses
 from registry.core.errors import ModelNotReady, UsageError
 from registry.core.service_address import SERVICE_KEY
 
 
 def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SERVICE_KEY, "between ourselves")
-    live = read_live([url], "digits")
-    assert live.champion == 1
+    status = read_serving_status([url], "digits")
+    assert status.champion == 1
     with pytest.raises(ModelNotReady, match="does not say"):
-        read_live([url], "other")
+        read_serving_status([url], "other")
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_every_machine_of_a_name_is_asked_once(
 
 def test_a_name_that_nobody_has_is_said() -> None:
     with pytest.raises(ModelNotReady, match="cannot be found"):
-        read_live(["http://no-such-name.invalid:1"], "digits")
+        read_serving_status(["http://no-such-name.invalid:1"], "digits")

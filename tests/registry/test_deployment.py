@@ -5,34 +5,34 @@ import pytest
 from registry.core.errors import BundleInvalid
 from registry.core.files import LOCK
 from registry.delivery.deployment import (
-    ReleasedVersion,
-    read_release,
+    DeployedVersion,
+    deployment_file,
+    read_deployment,
     read_status,
-    release_file,
-    write_release,
+    write_deployment,
     write_status,
 )
 from registry.model.refs import ModelRef
 
 REF = ModelRef("fashion", alias="champion")
-ONE = ReleasedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
-TWO = ReleasedVersion(version=2, manifest_sha256="b" * 64, alias="champion")
+ONE = DeployedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
+TWO = DeployedVersion(version=2, manifest_sha256="b" * 64, alias="champion")
 
 
 def test_nothing_released_reads_as_none(tmp_path: Path) -> None:
-    assert read_release(tmp_path, REF) is None
+    assert read_deployment(tmp_path, REF) is None
     assert read_status(tmp_path, REF).agreed_unix_s is None
 
 
 def test_a_generation_grows_only_with_a_change(tmp_path: Path) -> None:
-    assert write_release(tmp_path, REF, (ONE,)).generation == 1
-    assert write_release(tmp_path, REF, (ONE,)).generation == 1
-    assert write_release(tmp_path, REF, (TWO,)).generation == 2
-    release = read_release(tmp_path, REF)
-    assert release is not None
-    assert release.versions == (TWO,)
+    assert write_deployment(tmp_path, REF, (ONE,)).generation == 1
+    assert write_deployment(tmp_path, REF, (ONE,)).generation == 1
+    assert write_deployment(tmp_path, REF, (TWO,)).generation == 2
+    deploy = read_deployment(tmp_path, REF)
+    assert deploy is not None
+    assert deploy.versions == (TWO,)
     left = {path.name for path in (tmp_path / "fashion").iterdir()}
-    assert left == {"release@champion.json", LOCK}  # no temporary file
+    assert left == {"deployment@champion.json", LOCK}  # no temporary file
 
 
 @pytest.mark.parametrize(
@@ -40,20 +40,20 @@ def test_a_generation_grows_only_with_a_change(tmp_path: Path) -> None:
     [b"", b"{", b"[" * 5000, b'{"schema_version":1}', b'{"versions": []}', b'{"model": "\xff"}'],
 )
 def test_a_damaged_release_is_reported_and_can_be_replaced(tmp_path: Path, content: bytes) -> None:
-    write_release(tmp_path, REF, (ONE,))
-    release_file(tmp_path, REF).write_bytes(content)
+    write_deployment(tmp_path, REF, (ONE,))
+    deployment_file(tmp_path, REF).write_bytes(content)
     with pytest.raises(BundleInvalid, match="cannot be read"):
-        read_release(tmp_path, REF)
-    assert write_release(tmp_path, REF, (TWO,)).versions == (TWO,)
+        read_deployment(tmp_path, REF)
+    assert write_deployment(tmp_path, REF, (TWO,)).versions == (TWO,)
 
 
 def test_a_release_of_another_model_is_refused(tmp_path: Path) -> None:
-    write_release(tmp_path, REF, (ONE,))
+    write_deployment(tmp_path, REF, (ONE,))
     (tmp_path / "digits").mkdir()
     digits = ModelRef("digits", alias="champion")
-    release_file(tmp_path, REF).rename(release_file(tmp_path, digits))
+    deployment_file(tmp_path, REF).rename(deployment_file(tmp_path, digits))
     with pytest.raises(BundleInvalid, match="of model fashion"):
-        read_release(tmp_path, digits)
+        read_deployment(tmp_path, digits)
 
 
 def test_an_error_keeps_the_time_of_the_last_agreement(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from tests.service.conftest import REF
 
 
 def test_models_are_listed_before_and_after_loading(
-    client: FlaskClient, slot: ModelSlot, release
+    client: FlaskClient, slot: ModelSlot, deploy
 ) -> None:
     (before,) = client.get("/v1/models").json["models"]
     assert (before["ready"], before["version"], before["device"]) == (False, None, None)
-    release(1)
+    deploy(1)
     slot.refresh()
     (after,) = client.get("/v1/models").json["models"]
     assert (after["ready"], after["version"], after["device"]) == (True, 1, "cpu")
@@ -50,13 +50,13 @@ def test_what_is_not_served_is_not_described(ready: FlaskClient, path: str) -> N
 
 
 def test_readiness_is_loading_and_liveness_is_not(
-    client: FlaskClient, slot: ModelSlot, release
+    client: FlaskClient, slot: ModelSlot, deploy
 ) -> None:
     assert client.get("/livez").status_code == 200
     for path in ("/readyz", "/healthz"):
         response = client.get(path)
         assert (response.status_code, response.json["ready"]) == (503, False)
-    release(1)
+    deploy(1)
     slot.refresh()
     for path in ("/readyz", "/healthz"):
         response = client.get(path)
@@ -70,7 +70,7 @@ def test_readiness_says_how_stale_the_registry_is(ready: FlaskClient, slot: Mode
     (model,) = ready.get("/readyz").json["models"]
     assert 0 <= model["registry_age_s"] < 60
     assert model["registry_error"] == "the registry is down"
-    assert "convoy_registry_age_seconds{" in ready.get("/metrics").text
+    assert "convoy_last_sync_timestamp_seconds{" in ready.get("/metrics").text
 
 
 def test_metrics_count_what_happened(ready: FlaskClient, png: bytes) -> None:
@@ -79,7 +79,7 @@ def test_metrics_count_what_happened(ready: FlaskClient, png: bytes) -> None:
     text = ready.get("/metrics").text
     labels = 'model_name="digits",model_version="1"'
     assert f'convoy_requests_total{{{labels},outcome="ok"}} 2.0' in text
-    assert f'convoy_requests_total{{{labels},outcome="caller"}} 1.0' in text
+    assert f'convoy_requests_total{{{labels},outcome="client_error"}} 1.0' in text
     assert f"convoy_images_total{{{labels}}} 2.0" in text
     assert f"convoy_request_seconds_count{{{labels}}} 2.0" in text
     for stage in ("decode", "queue", "forward"):
@@ -91,9 +91,9 @@ def test_what_alarms_look_at_is_there_before_it_happens(ready: FlaskClient) -> N
     text = ready.get("/metrics").text
     for version in ("", "1"):
         labels = f'model_name="digits",model_version="{version}"'
-        for outcome in ("ours", "load"):
+        for outcome in ("server_error", "overload"):
             assert f'convoy_requests_total{{{labels},outcome="{outcome}"}} 0.0' in text
-    assert 'convoy_swaps_total{model_name="digits",outcome="failed"} 0.0' in text
+    assert 'convoy_version_switches_total{model_name="digits",outcome="failed"} 0.0' in text
 
 
 def test_callers_cannot_add_series(ready: FlaskClient, png: bytes) -> None:

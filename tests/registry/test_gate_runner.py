@@ -9,13 +9,13 @@ from PIL import Image
 
 from registry.cli.main import main as command
 from registry.core.errors import BundleInvalid, PromotionRefused
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.model.bundle import HELDOUT
 from registry.model.refs import ModelRef
 from registry.promotion import latency_comparison
 from registry.promotion.gate import compare
-from registry.promotion.gate_runner import Judge, Judgement
-from registry.promotion.latency_comparison import Timed, time_both
+from registry.promotion.gate_runner import GateResult, GateRunner
+from registry.promotion.latency_comparison import LatencyComparison, compare_latency
 from registry.promotion.policy import Policy
 from registry.promotion.promotion import promote
 from registry.store.mlflow_store import ModelStore
@@ -28,20 +28,20 @@ def both(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]):
     return publish(seed=worse), publish(seed=better)
 
 
-def judge(store: ModelStore, home: Home, *versions) -> Judgement:
-    return Judge(store, home, {}, timed=False).judge(*versions)
+def run_gate(store: ModelStore, paths: Paths, *versions) -> GateResult:
+    return GateRunner(store, paths, {}, timed=False).run(*versions)
 
 
 def test_a_better_version_is_accepted_with_the_pictures_that_flipped(
-    store: ModelStore, both, registry_home: Home
+    store: ModelStore, both, registry_paths: Paths
 ) -> None:
-    judged = judge(store, registry_home, *both)
-    assert judged.accepted
-    assert judged.verdict is not None
-    assert (judged.champion, judged.challenger) == (1, 2)
-    gained = [flip for flip in judged.flips if flip.gained]
-    assert {flip.position for flip in gained} == set(judged.verdict.gained)
-    for flip in judged.flips:
+    result = run_gate(store, registry_paths, *both)
+    assert result.accepted
+    assert result.comparison is not None
+    assert (result.champion, result.challenger) == (1, 2)
+    gained = [flip for flip in result.prediction_changes if flip.gained]
+    assert {flip.position for flip in gained} == set(result.comparison.gained)
+    for flip in result.prediction_changes:
         right, wrong = flip.challenger, flip.champion
         if not flip.gained:
             right, wrong = wrong, right
@@ -49,17 +49,17 @@ def test_a_better_version_is_accepted_with_the_pictures_that_flipped(
         assert flip.picture is not None
     sure = [flip.champion[1] for flip in gained]
     assert sure == sorted(sure, reverse=True)
-    table = judged.table()
+    table = result.table()
     assert "challenger 2, champion 1: accepted" in table
     assert "forward passes were not timed" in table
-    again = msgspec.json.decode(msgspec.json.encode(judged), type=Judgement)
-    assert again == judged
+    again = msgspec.json.decode(msgspec.json.encode(result), type=GateResult)
+    assert again == result
 
 
 def test_the_picture_is_the_one_of_the_held_out_record(
-    store: ModelStore, both, registry_home: Home, few_digits, tmp_path: Path
+    store: ModelStore, both, registry_paths: Paths, few_digits, tmp_path: Path
 ) -> None:
-    flip = judge(store, registry_home, *both).flips[0]
+    flip = run_gate(store, registry_paths, *both).prediction_changes[0]
     assert flip.picture is not None
     (tmp_path / "flip.png").write_bytes(flip.picture)
     with Image.open(tmp_path / "flip.png") as shown:
@@ -69,74 +69,78 @@ def test_the_picture_is_the_one_of_the_held_out_record(
 
 
 def test_a_judgement_is_kept_until_the_policy_or_a_version_is_another(
-    store: ModelStore, both, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, both, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = judge(store, registry_home, *both)
+    first = run_gate(store, registry_paths, *both)
     monkeypatch.setattr(store, "download", lambda *arguments: pytest.fail("judged again"))
-    assert judge(store, registry_home, *both) == first
-    assert Judge(store, registry_home, {}, timed=False).known(both[1], both[0]) is None
-    policy = registry_home.policy("digits")
+    assert run_gate(store, registry_paths, *both) == first
+    assert GateRunner(store, registry_paths, {}, timed=False).known(both[1], both[0]) is None
+    policy = registry_paths.policy("digits")
     policy.parent.mkdir()
     policy.write_text("significance = 0.01")
-    assert Judge(store, registry_home, {}, timed=False).known(*both) is None
+    assert GateRunner(store, registry_paths, {}, timed=False).known(*both) is None
 
 
-def test_what_cannot_be_read_does_not_pass(store: ModelStore, publish, registry_home: Home) -> None:
+def test_what_cannot_be_read_does_not_pass(
+    store: ModelStore, publish, registry_paths: Paths
+) -> None:
     first, whole = publish(seed=0), publish(seed=2)
-    for path in registry_home.artifacts.rglob(HELDOUT):
+    for path in registry_paths.artifacts.rglob(HELDOUT):
         path.write_bytes(b"damaged")
-    judged = judge(store, registry_home, first, whole)
-    assert (judged.accepted, judged.verdict) == (False, None)
-    assert "has sha256" in judged.summary
-    assert "REFUSED" in judged.table()
-    assert judge(store, registry_home, None, first).summary.startswith("there was no champion") is (
-        False
-    )
+    result = run_gate(store, registry_paths, first, whole)
+    assert (result.accepted, result.comparison) == (False, None)
+    assert "has sha256" in result.summary
+    assert "REFUSED" in result.table()
+    assert run_gate(store, registry_paths, None, first).summary.startswith(
+        "there was no champion"
+    ) is (False)
 
 
 def test_other_classes_pass_only_if_they_are_allowed(
-    store: ModelStore, publish, registry_home: Home, better_and_worse_seed: tuple[int, int]
+    store: ModelStore, publish, registry_paths: Paths, better_and_worse_seed: tuple[int, int]
 ) -> None:
     better, worse = better_and_worse_seed
     letters = tuple("abcdefghij")
     champion = publish(seed=worse)
     other = publish(seed=better, change=lambda each: msgspec.structs.replace(each, labels=letters))
-    judged = judge(store, registry_home, champion, other)
-    assert judged.verdict is not None
-    assert judged.verdict.class_changes[0].startswith("labels that are renamed: '0' → 'a'")
-    assert not judged.accepted
-    assert not judged.accepts(allow_new_classes=False)
-    assert judged.accepts(allow_new_classes=True)
-    assert "NO, unless --allow-new-classes" in judged.table()
-    assert "accepted" in judged.table(allow_new_classes=True)
+    result = run_gate(store, registry_paths, champion, other)
+    assert result.comparison is not None
+    assert result.comparison.class_changes[0].startswith("labels that are renamed: '0' → 'a'")
+    assert not result.accepted
+    assert not result.accepts(allow_new_classes=False)
+    assert result.accepts(allow_new_classes=True)
+    assert "NO, unless --allow-new-classes" in result.table()
+    assert "accepted" in result.table(allow_new_classes=True)
     promote(store, "digits", 1)
     with pytest.raises(PromotionRefused, match=r"'0' → 'a'.* --allow-new-classes accepts that"):
         promote(store, "digits", 2)
     line = promote(store, "digits", 2, allow_new_classes=True)
     assert line.entry.action == "promoted"
-    assert "allowed by --allow-new-classes" in str(line.entry.verdict)
+    assert "allowed by --allow-new-classes" in str(line.entry.details)
     with pytest.raises(PromotionRefused, match="NOT passed: accuracy"):
         promote(store, "digits", 1, allow_new_classes=True)
 
 
 def test_a_slow_challenger_is_refused(make_bundle) -> None:
     bundle = make_bundle()
-    timed = Timed(
+    timed = LatencyComparison(
         device="cpu",
         plans=("a", "b"),
         champion_ms={1: 1.0, 8: 4.0},
         challenger_ms={1: 1.5, 8: 9.0},
     )
-    verdict = compare(bundle, bundle, None, timed)
-    failed = [check.what for check in verdict.checks if not check.passed]
+    comparison = compare(bundle, bundle, None, timed)
+    failed = [check.what for check in comparison.checks if not check.passed]
     assert failed == ["forward ms of 8"]
     assert compare(bundle, bundle, Policy(max_latency_ratio=3), timed).accepted
-    assert "not timed" not in str(verdict)
+    assert "not timed" not in str(comparison)
 
 
 @pytest.mark.slow
-def test_both_are_really_timed_in_a_process_of_their_own(make_bundle, home: Home) -> None:
-    timed = time_both(make_bundle(seed=0), make_bundle(seed=1), home.plans, "cpu", "torch-eager", 1)
+def test_both_are_really_timed_in_a_process_of_their_own(make_bundle, paths: Paths) -> None:
+    timed = compare_latency(
+        make_bundle(seed=0), make_bundle(seed=1), paths.plans, "cpu", "torch-eager", 1
+    )
     assert timed is not None
     assert (timed.device, timed.plans) == ("cpu", ("torch-eager", "torch-eager"))
     for times in (timed.champion_ms, timed.challenger_ms):
@@ -145,31 +149,33 @@ def test_both_are_really_timed_in_a_process_of_their_own(make_bundle, home: Home
 
 
 def test_without_an_engine_nothing_is_timed_and_a_failure_says_why(
-    make_bundle, home: Home, monkeypatch: pytest.MonkeyPatch
+    make_bundle, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle()
     (bundle.folder / "weights.safetensors").write_bytes(b"damaged")
     with pytest.raises(BundleInvalid, match=r"cannot be timed: .*has sha256"):
-        time_both(bundle, bundle, home.plans, "cpu", "torch-eager", 1)
+        compare_latency(bundle, bundle, paths.plans, "cpu", "torch-eager", 1)
     monkeypatch.setattr(latency_comparison, "catalogue", dict)
-    assert time_both(bundle, bundle, home.plans, "cpu", "torch-eager", 1) is None
+    assert compare_latency(bundle, bundle, paths.plans, "cpu", "torch-eager", 1) is None
 
 
 def test_the_command_judges_without_moving_anything(
-    store: ModelStore, both, registry_home: Home, tmp_path: Path, capsys
+    store: ModelStore, both, registry_paths: Paths, tmp_path: Path, capsys
 ) -> None:
     promote(store, "digits", 1)
     page = tmp_path / "verdict.html"
-    assert command(["judge", "digits", "--untimed", "--page", str(page), "--json"]) == 0
-    shown = msgspec.json.decode(capsys.readouterr().out, type=Judgement)
+    assert command(["evaluate", "digits", "--skip-latency", "--page", str(page), "--json"]) == 0
+    shown = msgspec.json.decode(capsys.readouterr().out, type=GateResult)
     assert shown.accepted
-    assert len(shown.flips) == len([flip for flip in shown.flips if flip.picture])
+    assert len(shown.prediction_changes) == len(
+        [flip for flip in shown.prediction_changes if flip.picture]
+    )
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == len(shown.flips)
+    assert text.count("data:image/png;base64,") == len(shown.prediction_changes)
     assert "Accepted: version 2 beside the champion, version 1" in text
     assert "<script" not in text
     assert store.aliases("digits")["champion"] == 1
     promote(store, "digits", 2)
-    assert command(["judge", "digits", "1", "--untimed"]) == 2
+    assert command(["evaluate", "digits", "1", "--skip-latency"]) == 2
     assert "REFUSED" in capsys.readouterr().out
     assert store.resolve(ModelRef("digits", alias="champion")).version == 2

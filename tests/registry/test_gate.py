@@ -28,29 +28,29 @@ def bundle_with(make_bundle: MakeBundle, tmp_path):
 def test_the_comparison_is_picture_by_picture(bundle_with) -> None:
     champion = np.arange(100) < 80
     challenger = (np.arange(100) < 75) | (np.arange(100) >= 85)
-    verdict = compare(bundle_with("old", champion), bundle_with("new", challenger))
-    assert verdict.accepted
-    assert (len(verdict.gained), len(verdict.lost)) == (15, 5)
-    assert verdict.champion_accuracy == pytest.approx(0.80)
-    assert verdict.challenger_accuracy == pytest.approx(0.90)
+    comparison = compare(bundle_with("old", champion), bundle_with("new", challenger))
+    assert comparison.accepted
+    assert (len(comparison.gained), len(comparison.lost)) == (15, 5)
+    assert comparison.champion_accuracy == pytest.approx(0.80)
+    assert comparison.challenger_accuracy == pytest.approx(0.90)
     # Exact binomial: 2 · P(X ≤ 5), X ~ B(20, 1/2).
-    assert verdict.p_value == pytest.approx(0.04139, abs=1e-5)
-    assert "15 gained, 5 lost" in str(verdict)
+    assert comparison.p_value == pytest.approx(0.04139, abs=1e-5)
+    assert "15 gained, 5 lost" in str(comparison)
 
 
 def test_a_worse_challenger_is_not_accepted(bundle_with) -> None:
-    verdict = compare(
+    comparison = compare(
         bundle_with("old", np.arange(100) < 80), bundle_with("new", np.arange(100) < 79)
     )
-    assert not verdict.accepted
-    assert verdict.p_value == 1.0
+    assert not comparison.accepted
+    assert comparison.p_value == 1.0
 
 
 def test_equals_are_accepted(bundle_with) -> None:
     right = np.arange(100) < 80
-    verdict = compare(bundle_with("old", right), bundle_with("new", right))
-    assert verdict.accepted
-    assert verdict.p_value == 1.0
+    comparison = compare(bundle_with("old", right), bundle_with("new", right))
+    assert comparison.accepted
+    assert comparison.p_value == 1.0
 
 
 def heldout_of(
@@ -70,7 +70,7 @@ def heldout_of(
 def versus(bundle_with, tmp_path):
     """A verdict on made-up held-out records, with a policy and latencies if need be."""
 
-    def judge(classes: dict[int, tuple[int, int, int]], confidence=(0.9, 0.9), **options):
+    def run_gate(classes: dict[int, tuple[int, int, int]], confidence=(0.9, 0.9), **options):
         labels, old, new = heldout_of(classes)
         bundles = []
         for name, right, sure in (("a", old, confidence[0]), ("b", new, confidence[1])):
@@ -82,11 +82,11 @@ def versus(bundle_with, tmp_path):
             bundles.append(write_bundle(tmp_path / f"{name}-again", bundle.manifest, files))
         return compare(*bundles, **options)
 
-    return judge
+    return run_gate
 
 
-def failed(verdict) -> list[str]:
-    return [check.what for check in verdict.checks if not check.passed]
+def failed(comparison) -> list[str]:
+    return [check.what for check in comparison.checks if not check.passed]
 
 
 def test_a_loss_within_the_noise_is_let_pass_up_to_a_limit(versus) -> None:
@@ -98,13 +98,13 @@ def test_a_loss_within_the_noise_is_let_pass_up_to_a_limit(versus) -> None:
 
 def test_a_class_that_loses_is_found_though_the_whole_gains(versus) -> None:
     every = dict.fromkeys(range(10), (90, 0, 5))
-    verdict = versus({**every, 3: (70, 20, 0)})
-    assert verdict.challenger_accuracy > verdict.champion_accuracy
-    assert failed(verdict) == ["recall of '3'"]
-    (check,) = [each for each in verdict.checks if not each.passed]
+    comparison = versus({**every, 3: (70, 20, 0)})
+    assert comparison.challenger_accuracy > comparison.champion_accuracy
+    assert failed(comparison) == ["recall of '3'"]
+    (check,) = [each for each in comparison.checks if not each.passed]
     assert (check.champion, check.challenger) == (pytest.approx(0.9), pytest.approx(0.7))
     assert check.note.startswith("-20.0 points, 95 % -2")
-    assert "NOT passed: recall of '3' 0.9 → 0.7" in str(verdict)
+    assert "NOT passed: recall of '3' 0.9 → 0.7" in str(comparison)
     assert versus({**every, 3: (86, 4, 0)}).accepted  # four points, by chance perhaps
     assert versus({**every, 3: (70, 20, 0)}, policy=Policy(max_recall_loss=0.25)).accepted
 
@@ -136,9 +136,9 @@ def test_a_small_class_that_is_lost_altogether_is_found(bundle_with, tmp_path) -
 
 def test_a_loss_of_just_what_is_allowed_is_allowed(bundle_with) -> None:
     old, new = np.arange(1000) >= 20, (np.arange(1000) >= 30) | (np.arange(1000) < 5)
-    verdict = compare(bundle_with("old", old), bundle_with("new", new))
-    assert (verdict.champion_accuracy, verdict.challenger_accuracy) == (0.98, 0.975)
-    assert "accuracy" not in failed(verdict)
+    comparison = compare(bundle_with("old", old), bundle_with("new", new))
+    assert (comparison.champion_accuracy, comparison.challenger_accuracy) == (0.98, 0.975)
+    assert "accuracy" not in failed(comparison)
 
 
 def test_records_that_cannot_be_compared_are_refused(bundle_with, tmp_path) -> None:
@@ -162,8 +162,8 @@ def test_another_preprocessing_is_said(bundle_with) -> None:
         return msgspec.structs.replace(manifest, preprocess=spec)
 
     right = np.arange(100) < 80
-    verdict = compare(bundle_with("old", right), bundle_with("new", right, other))
-    assert any("preprocessing" in note for note in verdict.notes)
+    comparison = compare(bundle_with("old", right), bundle_with("new", right, other))
+    assert any("preprocessing" in note for note in comparison.notes)
 
 
 def test_a_policy_is_a_file(tmp_path) -> None:

@@ -5,30 +5,35 @@ from threading import Event, Thread
 
 import pytest
 
-from registry.canary.monitor import Lookout
-from registry.canary.traffic_stats import Live, VersionTraffic, WorkerReport
+from registry.canary.monitor import CanaryMonitor
+from registry.canary.traffic_stats import ServingStatus, VersionTraffic, WorkerReport
 from registry.core.errors import BundleInvalid, RegistryUnavailable
 from registry.core.names import sha256_hex
-from registry.core.paths import Home
+from registry.core.paths import Paths
 from registry.delivery import puller as puller_module
-from registry.delivery.deployment import read_release, read_status, release_file, version_folder
+from registry.delivery.deployment import (
+    deployment_file,
+    read_deployment,
+    read_status,
+    version_folder,
+)
 from registry.delivery.puller import VERSIONS_KEPT, Puller
 from registry.model.bundle import WEIGHTS, open_bundle
-from registry.model.refs import ModelRef, Trial
-from registry.promotion.promotion import promote, release, withdraw
+from registry.model.refs import Canary, ModelRef
+from registry.promotion.promotion import promote, start_canary, stop_canary
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import PATIENCE_S, wait_for
+from tests.conftest import WAIT_TIMEOUT_S, wait_for
 
 REF = ModelRef("digits", alias="champion")
 
 
 @pytest.fixture
-def puller(store: ModelStore, registry_home: Home) -> Puller:
-    return Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+def puller(store: ModelStore, registry_paths: Paths) -> Puller:
+    return Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
 
 
-def lookout(home: Home) -> Lookout:
-    return Lookout(home, ("http://somewhere",), "puller")
+def monitor(paths: Paths) -> CanaryMonitor:
+    return CanaryMonitor(paths, ("http://somewhere",), "puller")
 
 
 def files(folder: Path) -> set[str]:
@@ -36,21 +41,21 @@ def files(folder: Path) -> set[str]:
 
 
 def test_the_champion_is_laid_out_with_only_what_serving_needs(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     version = publish()
     promote(store, "digits", 1)
-    release = puller.pull(REF)
-    assert [each.version for each in release.versions] == [1]
-    folder = version_folder(registry_home.models, "digits", 1)
+    start_canary = puller.pull(REF)
+    assert [each.version for each in start_canary.versions] == [1]
+    folder = version_folder(registry_paths.models, "digits", 1)
     bundle = open_bundle(folder, version.manifest_sha256)
     assert files(folder) == {*bundle.serving_files(), "manifest.json"}
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
-    assert puller.pull(REF) == release
+    assert puller.pull(REF) == start_canary
 
 
 def test_a_new_champion_is_followed_and_a_fixed_number_is_not(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish(seed=0)
     promote(store, "digits", 1)
@@ -64,42 +69,42 @@ def test_a_new_champion_is_followed_and_a_fixed_number_is_not(
 
 
 def test_a_copy_that_was_damaged_on_disk_is_fetched_again(
-    store: ModelStore, publish, registry_home: Home
+    store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    weights = version_folder(registry_home.models, "digits", 1) / WEIGHTS
-    puller = Puller(lambda: store, registry_home, (REF,))
+    weights = version_folder(registry_paths.models, "digits", 1) / WEIGHTS
+    puller = Puller(lambda: store, registry_paths, (REF,))
     puller.pull(REF)
-    for each in (puller, Puller(lambda: store, registry_home, (REF,))):
+    for each in (puller, Puller(lambda: store, registry_paths, (REF,))):
         weights.write_bytes(b"damaged")
         each.pull(REF)
         open_bundle(weights.parent).verify([WEIGHTS])
 
 
 def test_a_download_that_fails_leaves_what_serves_alone(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish(seed=0)
     promote(store, "digits", 1)
     before = puller.pull(REF)
     publish(seed=1)
     promote(store, "digits", 2, force=True, reason="test")
-    for path in registry_home.artifacts.rglob(WEIGHTS):
+    for path in registry_paths.artifacts.rglob(WEIGHTS):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleInvalid):
         puller.pull(REF)
-    assert read_release(registry_home.models, REF) == before
-    versions = version_folder(registry_home.models, "digits", 1).parent
+    assert read_deployment(registry_paths.models, REF) == before
+    versions = version_folder(registry_paths.models, "digits", 1).parent
     assert [path.name for path in versions.iterdir()] == ["1"]
     assert not puller.pull_all()
-    status = read_status(registry_home.models, REF)
+    status = read_status(registry_paths.models, REF)
     assert status.agreed_unix_s is None
     assert "has sha256" in str(status.error)
 
 
 def test_a_registry_that_goes_away_is_noted_and_comes_back(
-    store: ModelStore, publish, registry_home: Home
+    store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish()
     promote(store, "digits", 1)
@@ -111,41 +116,41 @@ def test_a_registry_that_goes_away_is_noted_and_comes_back(
             raise answer
         return answer
 
-    puller = Puller(open_store, registry_home, (REF,))
+    puller = Puller(open_store, registry_paths, (REF,))
     assert puller.pull_all()
     puller._store = None
     assert not puller.pull_all()
-    assert read_status(registry_home.models, REF).error == "down"
-    assert read_release(registry_home.models, REF) is not None
+    assert read_status(registry_paths.models, REF).error == "down"
+    assert read_deployment(registry_paths.models, REF) is not None
     assert puller.pull_all()
-    assert read_status(registry_home.models, REF).error is None
+    assert read_status(registry_paths.models, REF).error is None
 
 
 def test_a_damaged_release_file_is_written_anew(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish()
     promote(store, "digits", 1)
     puller.pull(REF)
-    release_file(registry_home.models, REF).write_text("{")
+    deployment_file(registry_paths.models, REF).write_text("{")
     assert puller.pull(REF).versions[0].version == 1
 
 
 def test_a_disk_that_cannot_be_written_is_reported_not_fatal(
-    puller: Puller, store: ModelStore, publish, registry_home: Home, caplog
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths, caplog
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    registry_home.models.write_text("a file where the folder should be")
+    registry_paths.models.write_text("a file where the folder should be")
     assert not puller.pull_all()
     assert "cannot follow" in caplog.text
     assert "cannot note" in caplog.text
 
 
 def test_old_versions_are_removed_but_enough_are_kept(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
-    versions = registry_home.models / "digits" / "versions"
+    versions = registry_paths.models / "digits" / "versions"
     for number in range(100, 100 + VERSIONS_KEPT + 3):
         (versions / str(number)).mkdir(parents=True)
     publish()
@@ -156,7 +161,7 @@ def test_old_versions_are_removed_but_enough_are_kept(
 
 
 def test_watching_goes_on_until_it_is_stopped(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     stop = Event()
     seen = Event()
@@ -169,13 +174,13 @@ def test_watching_goes_on_until_it_is_stopped(
     puller.pull_all = counted  # type: ignore[method-assign]
     thread = Thread(target=puller.watch, args=(stop, 0.01))
     thread.start()
-    assert seen.wait(PATIENCE_S)
+    assert seen.wait(WAIT_TIMEOUT_S)
     stop.set()
-    thread.join(PATIENCE_S)
+    thread.join(WAIT_TIMEOUT_S)
     assert not thread.is_alive()
 
 
-TRIAL = Trial(version=2, share=0.25)
+CANARY = Canary(version=2, share=0.25)
 
 
 @pytest.fixture
@@ -184,126 +189,126 @@ def tried(store: ModelStore, publish) -> None:
     publish(seed=0)
     publish(seed=1)
     promote(store, "digits", 1)
-    release(store, "digits", TRIAL, "to see")
+    start_canary(store, "digits", CANARY, "to see")
 
 
 def test_a_version_on_trial_is_laid_out_and_released_beside_the_champion(
-    puller: Puller, store: ModelStore, tried: None, registry_home: Home
+    puller: Puller, store: ModelStore, tried: None, registry_paths: Paths
 ) -> None:
-    released = puller.pull(REF)
-    assert [(each.version, each.alias) for each in released.versions] == [
+    deployed = puller.pull(REF)
+    assert [(each.version, each.alias) for each in deployed.versions] == [
         (1, "champion"),
         (2, "challenger"),
     ]
-    assert released.trial == TRIAL
-    assert puller.pull(ModelRef("digits", version=1)).trial is None
+    assert deployed.canary == CANARY
+    assert puller.pull(ModelRef("digits", version=1)).canary is None
     store._client.set_registered_model_alias("digits", "champion", "2")  # by other means
-    assert puller.pull(REF).trial is None
+    assert puller.pull(REF).canary is None
     store._client.set_registered_model_alias("digits", "champion", "1")
-    assert puller.pull(REF).trial == TRIAL
-    withdraw(store, "digits", "seen enough")
+    assert puller.pull(REF).canary == CANARY
+    stop_canary(store, "digits", "seen enough")
     after = puller.pull(REF)
-    assert ([each.version for each in after.versions], after.trial) == ([1], None)
+    assert ([each.version for each in after.versions], after.canary) == ([1], None)
 
 
 def test_a_challenger_that_is_gone_or_damaged_does_not_hold_up_the_champion(
-    puller: Puller, store: ModelStore, tried: None, registry_home: Home
+    puller: Puller, store: ModelStore, tried: None, registry_paths: Paths
 ) -> None:
     digest = store.resolve(ModelRef("digits", 2)).manifest_sha256
-    for path in registry_home.artifacts.rglob(WEIGHTS):
+    for path in registry_paths.artifacts.rglob(WEIGHTS):
         if sha256_hex((path.parent / "manifest.json").read_bytes()) == digest:
             path.write_bytes(b"damaged")
-    released = puller.pull(REF)
-    assert ([each.version for each in released.versions], released.trial) == ([1], None)
-    last = store.ledger("digits").lines[-1].entry
+    deployed = puller.pull(REF)
+    assert ([each.version for each in deployed.versions], deployed.canary) == ([1], None)
+    last = store.audit_log("digits").lines[-1].entry
     assert (last.action, last.to_version) == ("refused", 2)
-    assert "has sha256" in str(last.verdict)
+    assert "has sha256" in str(last.details)
     puller.pull(REF)
-    Puller(lambda: store, registry_home, (REF,), lookout(registry_home)).pull(REF)
-    assert len(store.ledger("digits").lines) == 3  # it is said once
+    Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths)).pull(REF)
+    assert len(store.audit_log("digits").lines) == 3  # it is said once
     store._client.delete_model_version("digits", "2")
-    assert puller.pull(REF).trial is None
+    assert puller.pull(REF).canary is None
 
 
-def looked_after(puller: Puller, monkeypatch: pytest.MonkeyPatch, **live) -> None:
-    found = Live(model="digits", generation=1, champion=1, challenger=2, **live)
-    monkeypatch.setattr("registry.canary.monitor.read_live", lambda services, name: found)
-    puller.look_after(REF)
+def looked_after(puller: Puller, monkeypatch: pytest.MonkeyPatch, **status) -> None:
+    found = ServingStatus(model="digits", generation=1, champion=1, challenger=2, **status)
+    monkeypatch.setattr("registry.canary.monitor.read_serving_status", lambda services, name: found)
+    puller.check_serving(REF)
 
 
 def test_a_trial_that_breaks_the_policy_is_withdrawn_and_the_ledger_says_why(
-    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+    puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     good = VersionTraffic(version=1, requests=1000)
     looked_after(puller, monkeypatch, versions=(good,))
     failing = VersionTraffic(version=2, requests=10, errors=90)
     looked_after(puller, monkeypatch, versions=(good, failing))
-    released = read_release(registry_home.models, REF)
-    assert released is not None
-    assert (len(released.versions), released.trial) == (1, None)
-    last = store.ledger("digits").lines[-1].entry
+    deployed = read_deployment(registry_paths.models, REF)
+    assert deployed is not None
+    assert (len(deployed.versions), deployed.canary) == (1, None)
+    last = store.audit_log("digits").lines[-1].entry
     assert last.action == "withdrawn"
     assert "90 of its 100 requests failed" in str(last.reason)
     assert last.by.startswith("puller on ")
-    assert store.standing("digits")[1] is None
+    assert store.aliases_and_canary("digits")[1] is None
 
 
 @pytest.mark.parametrize("characters", ["x", "\x00", "ü\n"])
 def test_an_error_of_any_length_ends_a_trial(
     store: ModelStore,
     tried: None,
-    registry_home: Home,
+    registry_paths: Paths,
     monkeypatch: pytest.MonkeyPatch,
     characters: str,
 ) -> None:
-    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+    puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     looked_after(puller, monkeypatch)
     failing = {"pid": 7, "model": "digits", "refused": 2, "error": characters * 500_000}
     looked_after(puller, monkeypatch, workers=(WorkerReport(**failing),))
-    actions = [line.entry.action for line in store.ledger("digits").lines]
+    actions = [line.entry.action for line in store.audit_log("digits").lines]
     assert actions[-2:] == ["refused", "withdrawn"]
-    assert store.standing("digits")[1] is None
+    assert store.aliases_and_canary("digits")[1] is None
 
 
 def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
-    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = Puller(lambda: store, registry_home, (REF,))
+    reader = Puller(lambda: store, registry_paths, (REF,))
     reader.pull(REF)
     failing = VersionTraffic(version=2, requests=10, errors=90)
     lives = [VersionTraffic(version=1, requests=1000)], [failing]
     shown = iter(lives)
 
-    def read_live(services, name: str) -> Live:
+    def read_serving_status(services, name: str) -> ServingStatus:
         versions = tuple(next(shown, [failing]))
-        return Live(model=name, generation=1, champion=1, challenger=2, versions=versions)
+        return ServingStatus(model=name, generation=1, champion=1, challenger=2, versions=versions)
 
-    monkeypatch.setattr("registry.canary.monitor.read_live", read_live)
-    monkeypatch.setattr("registry.canary.monitor.LOOK_S", 0.01)
-    before = len(store.ledger("digits").lines)
-    reader.look_after(REF)
-    assert len(store.ledger("digits").lines) == before
-    watch = Lookout(registry_home, ("http://somewhere",), "control plane").watch
+    monkeypatch.setattr("registry.canary.monitor.read_serving_status", read_serving_status)
+    monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
+    before = len(store.audit_log("digits").lines)
+    reader.check_serving(REF)
+    assert len(store.audit_log("digits").lines) == before
+    watch = CanaryMonitor(registry_paths, ("http://somewhere",), "control plane").watch
     stop = Event()
     thread = Thread(target=watch, args=(lambda: store, stop))
     thread.start()
     try:
-        wait_for(lambda: store.standing("digits")[1] is None)
+        wait_for(lambda: store.aliases_and_canary("digits")[1] is None)
     finally:
         stop.set()
         thread.join()
-    last = store.ledger("digits").lines[-1].entry
+    last = store.audit_log("digits").lines[-1].entry
     assert (last.action, last.to_version) == ("withdrawn", 2)
     assert last.by.startswith("control plane on ")
 
 
 def test_the_control_planes_lookout_survives_whatever_fails(
-    registry_home: Home, monkeypatch: pytest.MonkeyPatch, caplog
+    registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    monkeypatch.setattr("registry.canary.monitor.LOOK_S", 0.01)
+    monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
     failures = iter([RegistryUnavailable("down"), RegistryUnavailable("down"), ValueError("odd")])
     opened, stop = [], Event()
 
@@ -314,55 +319,55 @@ def test_the_control_planes_lookout_survives_whatever_fails(
         stop.set()
         raise RegistryUnavailable("down")
 
-    Lookout(registry_home, ("http://somewhere",), "control plane").watch(open_store, stop)
+    CanaryMonitor(registry_paths, ("http://somewhere",), "control plane").watch(open_store, stop)
     assert len(opened) == 4
     said = [record.message for record in caplog.records if "not guarded" in record.message]
     assert said == ["trials are not guarded: down", "trials are not guarded: odd"]
 
 
 def test_a_model_that_cannot_be_looked_at_leaves_no_other_unguarded(
-    registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.canary.monitor.LOOK_S", 0.01)
+    monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
     looked: list[str] = []
 
     class Store:
         def models(self) -> list[str]:
             return ["broken", "good"]
 
-        def standing(self, name: str):
+        def aliases_and_canary(self, name: str):
             if name == "broken":
                 raise RegistryUnavailable("its tag cannot be read")
             return {}, None
 
-    lookout, stop = Lookout(registry_home, ("http://somewhere",), "control plane"), Event()
+    monitor, stop = CanaryMonitor(registry_paths, ("http://somewhere",), "control plane"), Event()
     monkeypatch.setattr(
-        lookout, "look", lambda store, name, trial: (looked.append(name), stop.set())
+        monitor, "poll_once", lambda store, name, canary: (looked.append(name), stop.set())
     )
-    lookout.watch(Store, stop)
+    monitor.watch(Store, stop)
     assert looked == ["good"]
 
 
 def test_a_version_that_a_worker_refuses_stands_in_the_ledger_once(
-    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+    puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
     for _ in range(3):
         looked_after(puller, monkeypatch, workers=(worker,))
-    lines = store.ledger("digits").lines
+    lines = store.audit_log("digits").lines
     assert [line.entry.action for line in lines] == ["promoted", "refused"]
-    assert lines[1].entry.verdict == "golden image 3 differs"
-    assert store.ledger("digits").champion == 1
+    assert lines[1].entry.details == "golden image 3 differs"
+    assert store.audit_log("digits").champion == 1
 
 
 def test_a_refusal_is_logged_once_when_the_log_in_the_registry_is_not_followed(
-    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch, caplog
+    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+    puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     store._client.delete_registered_model("digits.ledger")
     worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
@@ -373,47 +378,47 @@ def test_a_refusal_is_logged_once_when_the_log_in_the_registry_is_not_followed(
 
 
 def test_a_decision_on_this_machine_wakes_the_puller(
-    store: ModelStore, publish, registry_home: Home
+    store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish(seed=0)
     publish(seed=1)
     promote(store, "digits", 1)
-    puller, stop = Puller(lambda: store, registry_home, (REF,)), Event()
+    puller, stop = Puller(lambda: store, registry_paths, (REF,)), Event()
     thread = Thread(target=puller.watch, args=(stop, 3600))
     thread.start()
     try:
-        wait_for(lambda: released_version(registry_home) == 1)
+        wait_for(lambda: deployed_version(registry_paths) == 1)
         promote(store, "digits", 2, force=True, reason="test")
-        wait_for(lambda: released_version(registry_home) == 2)
+        wait_for(lambda: deployed_version(registry_paths) == 2)
     finally:
         stop.set()
         thread.join()
 
 
-def released_version(home: Home) -> int | None:
-    found = read_release(home.models, REF)
+def deployed_version(paths: Paths) -> int | None:
+    found = read_deployment(paths.models, REF)
     return found.versions[0].version if found else None
 
 
 def test_a_bad_policy_leaves_no_trial_unguarded_and_the_registry_well(
-    store: ModelStore, tried: None, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry_home.policy("digits").parent.mkdir()
-    registry_home.policy("digits").write_text("nonsense = 1")
-    puller = Puller(lambda: store, registry_home, (REF,), lookout(registry_home))
+    registry_paths.policy("digits").parent.mkdir()
+    registry_paths.policy("digits").write_text("nonsense = 1")
+    puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     good = VersionTraffic(version=1, requests=1000)
     looked_after(puller, monkeypatch, versions=(good,))
     looked_after(
         puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
     )
-    assert store.ledger("digits").lines[-1].entry.action == "withdrawn"
-    release(store, "digits", TRIAL)  # the same again, before the puller has looked
+    assert store.audit_log("digits").lines[-1].entry.action == "withdrawn"
+    start_canary(store, "digits", CANARY)  # the same again, before the puller has looked
     puller.pull(REF)
     looked_after(
         puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
     )
-    assert store.standing("digits")[1] == TRIAL
+    assert store.aliases_and_canary("digits")[1] == CANARY
 
 
 def test_a_registry_that_hangs_for_the_challenger_keeps_the_champion_and_the_trial(
@@ -432,22 +437,22 @@ def test_a_registry_that_hangs_for_the_challenger_keeps_the_champion_and_the_tri
 
 
 def test_what_nobody_foresaw_of_one_model_does_not_stop_another(
-    store: ModelStore, publish, registry_home: Home, monkeypatch: pytest.MonkeyPatch, caplog
+    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     publish()
     promote(store, "digits", 1)
     other = ModelRef("other", alias="champion")
-    puller = Puller(lambda: store, registry_home, (other, REF))
-    standing = store.standing
+    puller = Puller(lambda: store, registry_paths, (other, REF))
+    standing = store.aliases_and_canary
 
     def odd(name: str):
         if name == "other":
             raise ZeroDivisionError("odd")
         return standing(name)
 
-    monkeypatch.setattr(store, "standing", odd)
+    monkeypatch.setattr(store, "aliases_and_canary", odd)
     assert not puller.pull_all()
-    assert released_version(registry_home) == 1
+    assert deployed_version(registry_paths) == 1
     assert any(record.levelname == "ERROR" for record in caplog.records)
 
 
@@ -475,9 +480,9 @@ class Clock:
         self._is_over = True
 
 
-def guarded(puller: Puller, home: Home, clock: Clock) -> list[float]:
+def guarded(puller: Puller, paths: Paths, clock: Clock) -> list[float]:
     """The times at which the guard ends a puller whose download began just now."""
-    incoming = home.models / "digits" / "versions" / f"{puller_module.INCOMING}x"
+    incoming = paths.models / "digits" / "versions" / f"{puller_module.INCOMING}x"
     incoming.mkdir(parents=True)
     clock.file = incoming / "file"
     puller._incoming, puller._pulling_since = incoming, clock.now_s
@@ -492,37 +497,37 @@ def guarded(puller: Puller, home: Home, clock: Clock) -> list[float]:
 
 
 def test_a_pull_that_hangs_ends_the_puller_and_says_why(
-    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, *[(10, b"a byte or two")] * 20)
     began_s = clock.now_s
-    (ended_s,) = guarded(puller, registry_home, clock)
+    (ended_s,) = guarded(puller, registry_paths, clock)
     assert puller_module.HANGS_S < ended_s - began_s < 2 * puller_module.HANGS_S
-    status = read_status(registry_home.models, REF)
+    status = read_status(registry_paths.models, REF)
     assert "next to nothing" in str(status.error)
 
 
 def test_a_pull_that_goes_on_is_left_alone(
-    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, *[(50, bytes(90_000))] * 20)
-    assert not guarded(puller, registry_home, clock)
+    assert not guarded(puller, registry_paths, clock)
 
 
 def test_a_pull_that_brings_more_than_was_said_ends_the_puller(
-    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(puller_module, "SLACK_BYTES", 1_000_000)
     clock = Clock(monkeypatch, *[(1, bytes(90_000))] * 20)
     began_s = clock.now_s
-    (ended_s,) = guarded(puller, registry_home, clock)
+    (ended_s,) = guarded(puller, registry_paths, clock)
     assert ended_s - began_s == 12  # 12 × 90,000 bytes are too many, 11 are not
 
 
 def test_what_a_killed_puller_left_is_removed(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
-    left = registry_home.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
+    left = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"half")
     publish()
@@ -532,20 +537,20 @@ def test_what_a_killed_puller_left_is_removed(
 
 
 def test_without_room_on_the_disk_nothing_is_fetched(
-    puller: Puller, store: ModelStore, publish, registry_home: Home, monkeypatch, caplog
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths, monkeypatch, caplog
 ) -> None:
     publish()
     promote(store, "digits", 1)
     monkeypatch.setattr(puller_module, "SLACK_BYTES", 10**18)
     assert not puller.pull_all()
     assert "are free" in caplog.text
-    assert not version_folder(registry_home.models, "digits", 1).exists()
+    assert not version_folder(registry_paths.models, "digits", 1).exists()
 
 
 def test_another_pullers_download_is_left_alone(
-    puller: Puller, store: ModelStore, publish, registry_home: Home
+    puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
-    theirs = registry_home.models / "digits" / "versions" / f"{puller_module.INCOMING}theirs"
+    theirs = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}theirs"
     theirs.mkdir(parents=True)
     publish()
     promote(store, "digits", 1)
@@ -555,31 +560,31 @@ def test_another_pullers_download_is_left_alone(
 
 
 def test_what_was_left_does_not_end_the_next_puller(
-    puller: Puller, registry_home: Home, monkeypatch: pytest.MonkeyPatch
+    puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(puller_module, "SLACK_BYTES", 1000)
-    left = registry_home.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
+    left = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(bytes(10_000))
     clock = Clock(monkeypatch, (1, b""), (1, b""))
-    assert not guarded(puller, registry_home, clock)
+    assert not guarded(puller, registry_paths, clock)
 
 
 @pytest.mark.slow
 def test_a_champion_and_a_pinned_number_are_followed_in_one_home(
-    store: ModelStore, publish, registry_home: Home
+    store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     pinned = ModelRef("digits", version=1)
     publish(seed=0)
     promote(store, "digits", 1)
-    followers = [Puller(lambda: store, registry_home, (ref,)) for ref in (REF, pinned)]
+    followers = [Puller(lambda: store, registry_paths, (ref,)) for ref in (REF, pinned)]
     for seed in range(1, VERSIONS_KEPT + 3):
         version = publish(seed=seed).version
         promote(store, "digits", version, force=True, reason="test")
         assert all(puller.pull_all() for puller in followers)
-        champion, other = (read_release(registry_home.models, ref) for ref in (REF, pinned))
+        champion, other = (read_deployment(registry_paths.models, ref) for ref in (REF, pinned))
         assert champion is not None
         assert other is not None
         assert (champion.versions[0].version, other.versions[0].version) == (version, 1)
     assert other.generation == 1  # nothing has undone it
-    assert version_folder(registry_home.models, "digits", 1).is_dir()
+    assert version_folder(registry_paths.models, "digits", 1).is_dir()
