@@ -1,7 +1,7 @@
-"""What a model version is, how it runs, and where versions live.
+"""Model versions: what they are, how they run, and where they are stored.
 
-Both ``training`` and ``service`` build on this package; it imports neither. Its folders depend on
+``training`` and ``service`` both build on this package; it imports neither. Its folders depend on
 each other in one direction: ``core`` ← ``auth``, ``model`` ← ``store`` ← ``delivery``,
-``promotion`` ← ``canary`` ← ``control`` ← ``cli``. Nothing is re-exported: import from the module
-that has what you need, and pay only for that module's one heavy dependency.
+``promotion`` ← ``canary`` ← ``control`` ← ``cli``. This package re-exports nothing: import from the
+module that you need, and only the one heavy dependency of that module is loaded.
 """

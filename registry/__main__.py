@@ -1,4 +1,4 @@
-"""``python -m registry``."""
+"""Runs the command line of ``python -m registry``."""
 
 import sys
 

@@ -1,4 +1,4 @@
 """Bearer tokens and sessions, for the service and for the control plane.
 
-Imports ``registry.core`` only, and knows no route.
+Imports ``registry.core`` only. Contains nothing about routes.
 """

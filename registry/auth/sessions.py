@@ -1,7 +1,7 @@
-"""Sessions of the control plane's pages, which the server knows and can end.
+"""Sessions of the control plane's pages. The server stores them, so it can end them.
 
-A cookie holds 256 random bits and nothing else. What they stand for lies in a file, by the bits'
-SHA-256, so a signed-out cookie opens nothing, and the file contains no cookie.
+A cookie holds 256 random bits and nothing else. A file maps the SHA-256 of the bits to the session.
+So a cookie is worthless after the sign-out, and the file contains no cookie.
 """
 
 import hmac
@@ -26,7 +26,7 @@ MAX_SESSIONS_OF_A_TOKEN = 20
 
 
 class Session(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One sign-in: the digests of its cookie and of the token that was shown, and its end."""
+    """One sign-in: the digest of its cookie, the digest of its token, and when it ends."""
 
     cookie_sha256: Sha256
     token_sha256: Sha256
@@ -40,13 +40,13 @@ class Sessions:
         self._file = file
 
     def begin(self, token_sha256: str) -> str:
-        """Sign the holder of a token in; the cookie.
+        """Sign the holder of a token in, and return the cookie.
 
-        A token has ``MAX_SESSIONS_OF_A_TOKEN`` sessions at most: its newest. So one token cannot
-        sign the holders of others out.
+        A token keeps only its newest ``MAX_SESSIONS_OF_A_TOKEN`` sessions, so that its holder cannot
+        push out the sessions of other tokens.
 
         Raises:
-            KeysUnavailable: it cannot be written down.
+            TokensUnavailable: the session cannot be written to the file.
         """
         cookie = secrets.token_urlsafe(32)
         fresh = Session(
@@ -58,7 +58,7 @@ class Sessions:
         return cookie
 
     def find(self, cookie: str) -> Session | None:
-        """The session of a cookie; None when it was signed out, has ended or never began."""
+        """The session of a cookie; None if it was signed out, has expired or never existed."""
         try:
             data = self._file.read_bytes()
         except OSError:
@@ -70,10 +70,10 @@ class Sessions:
         return None
 
     def end(self, cookie: str) -> None:
-        """Sign out; from then on the cookie opens nothing.
+        """Sign out: from now on the cookie is refused.
 
         Raises:
-            KeysUnavailable: it cannot be written down, and the cookie is as good as before.
+            TokensUnavailable: the file cannot be written; the cookie is still valid.
         """
         digest = _digest(cookie)
         self._change(lambda before: tuple(each for each in before if each.cookie_sha256 != digest))
@@ -85,19 +85,20 @@ class Sessions:
                 known = (each for each in _decode(file.read()) if now < each.ends_unix_s)
                 file.replace(msgspec.json.encode(change(tuple(known))) + b"\n")
         except OSError as error:
-            log.error("%s cannot be written: %s", self._file, error)
+            log.error("the sessions in %s cannot be changed: %s", self._file, error)
             raise TokensUnavailable(
-                "sessions cannot be changed now; the control plane's log says why"
+                "sessions cannot be changed now; read the control plane's log for the reason"
             ) from error
 
 
 def form_secret(cookie: str) -> str:
-    """What a form of the session must bring: a page of another site cannot know it."""
+    """The secret that each form of the session must send. Pages of other sites cannot know it."""
     return hmac.digest(cookie.encode(errors="replace"), b"form", "sha256").hex()
 
 
 def _with(before: tuple[Session, ...], fresh: Session) -> tuple[Session, ...]:
-    """``before`` and ``fresh``, less the oldest that are too many: of its token, then of all."""
+    """``before`` and ``fresh``, without the oldest sessions over the limits: first over its token's
+    limit, then over the total."""
     own = [each for each in before if each.token_sha256 == fresh.token_sha256]
     ended = own[: 1 - MAX_SESSIONS_OF_A_TOKEN]
     return (*(each for each in before if each not in ended), fresh)[-MAX_SESSIONS:]
@@ -108,9 +109,9 @@ def _digest(cookie: str) -> str:
 
 
 def _decode(data: bytes | None) -> tuple[Session, ...]:
-    """The sessions in a file's content; a damaged file has none, and the next sign-in mends it."""
+    """The sessions in a file's content. A damaged file has none; the next sign-in replaces it."""
     try:
         return msgspec.json.decode(data, type=tuple[Session, ...]) if data is not None else ()
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        log.warning("the sessions cannot be read, so all are signed out: %s", error)
+        log.warning("the file of sessions cannot be read, so all are signed out: %s", error)
         return ()

@@ -1,8 +1,8 @@
-"""Who may use the service and the control plane: bearer tokens, of which only digests are kept.
+"""Bearer tokens of the service and of the control plane. Only their digests are stored.
 
-A token is 256 random bits, so a plain SHA-256 of it is as good as any slow hash, and a file of
-digests tells nobody a token. Whether the file has changed is looked at at every request: what is
-added or removed counts at once.
+A token is 256 random bits, so a plain SHA-256 protects it as well as a slow hash would: a stolen
+file of digests reveals no token. Every request checks whether the file has changed, so an added or
+removed token takes effect at once.
 """
 
 import hmac
@@ -33,7 +33,7 @@ PREFIX = "convoy_"
 
 
 class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A named token: ``classify`` may do that, ``viewer`` may look, ``admin`` all, and decide."""
+    """A named token. ``role`` says what it permits, by ``RIGHTS``; ``made`` is an ISO 8601 time."""
 
     name: str
     role: Role
@@ -52,7 +52,7 @@ class Tokens:
         self._known: tuple[tuple[int, int, int] | None, tuple[Token, ...]] = None, ()
 
     def all(self) -> tuple[Token, ...]:
-        """Every token, by name.
+        """All tokens, sorted by name.
 
         Raises:
             UsageError: the file cannot be read.
@@ -72,31 +72,34 @@ class Tokens:
         return tokens
 
     def add(self, name: str, role: Role) -> str:
-        """Make a token and return it; it cannot be shown again.
+        """Create a token and return its text, which cannot be shown again.
 
         Raises:
-            UsageError: there is one of that name, the name has other characters than those of
-                a model's, or the file cannot be read or written.
+            UsageError: the name is taken, or is not like a model's name, or the file cannot be
+                read or written.
         """
         if not MODEL_NAME.fullmatch(name):
-            raise UsageError(f"{name!r} is no name: use 1 to 63 letters, digits, '_' or '-'")
+            raise UsageError(
+                f"{name!r} is not a name for a token; use 1 to 63 letters, digits, '_' or '-', "
+                "a letter or digit first"
+            )
         text = PREFIX + secrets.token_urlsafe(32)
         made = datetime.now(UTC).isoformat(timespec="seconds")
         fresh = Token(name=name, role=role, sha256=sha256_hex(text.encode()), made=made)
 
         def with_fresh(before: tuple[Token, ...]) -> tuple[Token, ...]:
             if any(token.name == name for token in before):
-                raise UsageError(f"there is a token {name!r} already; remove it first")
+                raise UsageError(f"there is already a token {name!r}; remove it first")
             return *before, fresh
 
         self._change(with_fresh)
         return text
 
     def remove(self, name: str) -> None:
-        """Have the token of that name open nothing from now on.
+        """Delete the token of that name: from now on it is refused.
 
         Raises:
-            UsageError: there is none of that name, or the file cannot be read or written.
+            UsageError: there is no token of that name, or the file cannot be read or written.
         """
 
         def without(before: tuple[Token, ...]) -> tuple[Token, ...]:
@@ -108,20 +111,20 @@ class Tokens:
         self._change(without)
 
     def find(self, text: str) -> Token | None:
-        """The token that ``text`` is; raises as ``find_digest``."""
+        """The token whose text is ``text``, or None; raises as ``find_digest``."""
         return self.find_digest(sha256_hex(text.encode(errors="replace")))
 
     def find_digest(self, digest: str) -> Token | None:
-        """The token of that SHA-256; every one is compared, in constant time.
+        """The token with that SHA-256, or None. Compares with every token, in constant time.
 
         Raises:
-            KeysUnavailable: the file cannot be read, which is not the caller's fault.
+            TokensUnavailable: the file cannot be read, which is not the client's fault.
         """
         try:
             tokens = self.all()
         except UsageError as error:
-            log.error("%s; nobody is let in", error)
-            raise TokensUnavailable("keys cannot be checked now") from error
+            log.error("%s; every token is refused until it can be read", error)
+            raise TokensUnavailable("tokens cannot be checked now; try again later") from error
         found = None
         for token in tokens:
             if hmac.compare_digest(token.sha256, digest):
@@ -129,7 +132,7 @@ class Tokens:
         return found
 
     def _change(self, change: Callable[[tuple[Token, ...]], tuple[Token, ...]]) -> None:
-        """Replace the tokens by what ``change`` makes of those in the file, under its lock."""
+        """Apply ``change`` to the tokens in the file, and write the result, under its lock."""
         try:
             with locked(self._file, mode=0o600) as file:
                 data = file.read()

@@ -1,4 +1,4 @@
-"""What every package needs: errors, paths, files, names, devices.
+"""The basics that every package uses: errors, paths, files, names, devices.
 
-Imports nothing else of Convoy, and knows no model, registry or HTTP route.
+Imports nothing else from Convoy. Contains nothing about models, the registry or HTTP routes.
 """

@@ -1,6 +1,7 @@
-"""Where a network runs: the same rule for training, publishing and serving.
+"""Chooses and describes the device of a network, for training, publishing and serving alike.
 
-Torch is imported only where a GPU may be: a worker whose plan needs no torch loads none.
+Torch is imported only if there may be a GPU, so a worker whose plan does without torch never
+loads it.
 """
 
 import functools
@@ -17,60 +18,60 @@ log = logging.getLogger(__name__)
 
 
 def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Those that this process may use, by its affinity and its container's quota (cgroup v2)."""
-    mine = len(os.sched_getaffinity(0))
+    """Cores that this process may use, by its affinity and its container's quota (cgroup v2)."""
+    by_affinity = len(os.sched_getaffinity(0))
     try:
         allowed, period = quota.read_text().split()
-        return min(mine, math.ceil(int(allowed) / int(period)))
+        return min(by_affinity, math.ceil(int(allowed) / int(period)))
     except (OSError, ValueError):  # no container, or one whose quota is "max"
-        return mine
+        return by_affinity
 
 
 CORES = cores()
 
-# What a GPU's driver makes: NVIDIA's, AMD's, and Windows' in WSL.
+# Files in /dev that a GPU's driver creates: NVIDIA's, AMD's, and Windows' in WSL.
 _DRIVER_NODES = ("nvidiactl", "kfd", "dxg")
 _GPU_LIBRARIES = ("CUDA", "cuDNN", "cuBLAS")
-# Flags, by Linux's names, of which a CPU needs one for an engine to have kernels in that precision.
-# Whether those are faster than fp32 is timed, never assumed. The last of each is ARM's.
-# On AVX2 alone there are none for bf16: OpenVINO computes fp32 instead, and torch falls back to
-# loops with which ResNet-18 was 6 times slower than fp32 and took 161 s to time (0006).
+# CPU flags, by Linux's names. An engine has kernels in a precision only if the CPU has at least one
+# of these flags. The benchmark times whether they are faster than fp32. The last of each is ARM's.
+# A CPU with AVX2 alone has no bf16 kernels: OpenVINO computes fp32 instead, and torch falls back to
+# loops that made ResNet-18 6 times slower than fp32 and took 161 s to benchmark (decision 0006).
 BF16_FLAGS = frozenset({"avx512bw", "avx_ne_convert", "bf16"})
 INT8_FLAGS = frozenset({"avx2", "asimddp"})
 
 
 def serving_threads(environment: Mapping[str, str] = os.environ) -> int:
-    """Threads of a forward pass in a service with these settings.
+    """Threads of one forward pass in a service with these settings.
 
     Raises:
-        UsageError: ``CONVOY_WORKERS`` is no number above 0.
+        UsageError: ``CONVOY_WORKERS`` is not a whole number above 0.
     """
     text = environment.get("CONVOY_WORKERS") or str(CORES)
     if not text.isdecimal() or not int(text):
-        raise UsageError(f"CONVOY_WORKERS={text!r}; it must be a whole number above 0")
+        raise UsageError(f"CONVOY_WORKERS is {text!r}; set it to a whole number above 0")
     return forward_threads(int(text))
 
 
 def forward_threads(workers: int) -> int:
-    """Threads of one forward pass when ``workers`` share the cores; more collapse under load."""
+    """Threads of one forward pass when ``workers`` share the cores; more would collapse under load."""
     return max(1, CORES // workers)
 
 
 def may_use_gpu(wanted: str) -> bool:
-    """Whether ``choose_device`` may answer with a GPU; finding out for certain takes torch."""
+    """Whether ``choose_device`` may return a GPU. Only torch can tell for certain."""
     return wanted != "cpu" and (wanted != "auto" or _has_driver())
 
 
 def choose_device(wanted: str = "auto") -> str:
-    """The device to run on, ``cpu`` or ``cuda:N``, after a kernel has really run there.
+    """The device to run on, ``cpu`` or ``cuda:N``. A GPU is returned only after it ran a kernel.
 
     Args:
-        wanted: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (CUDA where it works, else the CPU with
-            one warning if a GPU is present but cannot be used).
+        wanted: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``. ``auto`` is CUDA if it works, else the
+            CPU, with one warning if a GPU is present but cannot be used.
 
     Raises:
-        DeviceUnavailable: a device asked for by name cannot run a kernel.
-        UsageError: ``wanted`` is none of the above.
+        DeviceUnavailable: ``wanted`` names a GPU, and it cannot run a kernel.
+        UsageError: ``wanted`` has another form.
     """
     if not may_use_gpu(wanted):
         return "cpu"
@@ -84,12 +85,12 @@ def choose_device(wanted: str = "auto") -> str:
     except ImportError:
         usable = False
     if wanted == "auto" and not usable:
-        log.warning("a GPU's driver is here, but no torch that can use it; using the CPU")
+        log.warning("a GPU driver is present, but there is no torch that can use it; using the CPU")
         return "cpu"
     device = f"cuda:{int(index or 0)}"
     try:
         _run_kernel(device)
-    except (ImportError, RuntimeError, AssertionError) as error:  # it asserts when it has no CUDA
+    except (ImportError, RuntimeError, AssertionError) as error:  # torch asserts if it has no CUDA
         reason = str(error).splitlines()[0]
         if wanted != "auto":
             raise DeviceUnavailable(f"device {wanted} cannot run a kernel: {reason}") from error
@@ -99,7 +100,7 @@ def choose_device(wanted: str = "auto") -> str:
 
 
 def describe_device(device: str) -> str:
-    """``cpu``, or the GPU with its name: ``cuda:0 (NVIDIA H200)``."""
+    """The device for people to read: ``cpu``, or a GPU with its name, ``cuda:0 (NVIDIA H200)``."""
     if not device.startswith("cuda"):
         return device
     import torch
@@ -108,7 +109,7 @@ def describe_device(device: str) -> str:
 
 
 def describe_machine(device: str) -> dict[str, str]:
-    """What decides which plan is fastest on ``device``: the processor's name and abilities."""
+    """Facts that decide which plan is fastest on ``device``: its processor's name and features."""
     facts = {"cpu": _cpu_fact("model name"), "flags": " ".join(sorted(cpu_flags()))}
     if device.startswith("cuda"):
         import torch
@@ -120,7 +121,7 @@ def describe_machine(device: str) -> dict[str, str]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """The CPU's instruction sets as Linux names them; empty where it does not say."""
+    """The CPU's instruction sets as Linux names them; empty if Linux does not list them."""
     return frozenset((_cpu_fact("flags") or _cpu_fact("Features")).split())
 
 
@@ -136,11 +137,11 @@ def _cpu_fact(name: str) -> str:
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Whatever torch raises about a GPU, as the one of our errors that says what can be done.
+    """Translate torch's errors about a GPU into the two kinds that callers handle differently.
 
     Raises:
         DeviceOutOfMemory: a smaller batch, or the CPU, may still answer.
-        DeviceLost: anything else; after such an error every call of this process fails.
+        DeviceLost: any other GPU error; after it, every GPU call of this process fails.
     """
     import torch
 
@@ -149,7 +150,7 @@ def device_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceOutOfMemory(str(error).partition(". ")[0]) from error
-    except RuntimeError as error:  # torch.AcceleratorError, or a library's with its name in front
+    except RuntimeError as error:  # AcceleratorError, or an error that begins with a library's name
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         if not isinstance(error, torch.AcceleratorError) and not text.startswith(_GPU_LIBRARIES):
             raise
@@ -161,7 +162,7 @@ def _has_driver() -> bool:
 
 
 def _run_kernel(device: str) -> None:
-    """A convolution and a copy back: drivers exist that import well and fail here."""
+    """Run a convolution and copy its result back. With some drivers torch loads but this fails."""
     import torch
     from torch.nn import functional
 

@@ -1,23 +1,23 @@
-"""The errors that Convoy's own rules raise. They carry facts and know no HTTP.
+"""The errors that Convoy raises itself. They carry facts and contain nothing about HTTP.
 
-``service/http/problems.py`` has the table that turns them into answers;
-``registry/control/state.py`` has that of the control plane.
+Two tables map them to HTTP answers: ``service/http/problems.py`` for the service,
+``registry/control/state.py`` for the control plane.
 """
 
 import re
 
 
 class ConvoyError(Exception):
-    """Base of every error that is somebody's to understand: its text is fit to be shown."""
+    """Base of all errors of Convoy. Their text may be shown to clients and operators."""
 
     @classmethod
     def title(cls) -> str:
-        """The kind of error in words: ``model not found``."""
+        """The class's name in words: ``model not found``."""
         return re.sub(r"(?<!^)(?=[A-Z])", " ", cls.__name__).lower()
 
 
 class InvalidImage(ConvoyError):
-    """The bytes claim to be an image of an accepted type but cannot be decoded."""
+    """The bytes begin like an image of an accepted type, but cannot be decoded."""
 
 
 class UnsupportedImageType(ConvoyError):
@@ -25,15 +25,15 @@ class UnsupportedImageType(ConvoyError):
 
 
 class UnsupportedEncoding(ConvoyError):
-    """The body is compressed, and bodies are read as they are."""
+    """The request's body is compressed; the service decompresses no bodies."""
 
 
 class ImageTooLarge(ConvoyError):
-    """The image has more bytes, more pixels or a longer aspect than is allowed."""
+    """The image has more bytes or pixels, or a longer aspect, than the limits allow."""
 
 
 class Overloaded(ConvoyError):
-    """Too many wait already; trying again after ``retry_after_s`` seconds may succeed."""
+    """Too many requests wait already. A retry after ``retry_after_s`` seconds may succeed."""
 
     def __init__(self, text: str, retry_after_s: int = 1) -> None:
         super().__init__(text)
@@ -41,31 +41,31 @@ class Overloaded(ConvoyError):
 
 
 class RateExceeded(Overloaded):
-    """This caller asks more often than it may; ``retry_after_s`` as in ``Overloaded``."""
+    """This client is over its rate limit; ``retry_after_s`` as in ``Overloaded``."""
 
 
 class TokenMissing(ConvoyError):
-    """The caller has not said who it is, or is not known."""
+    """The client sent no token, or an unknown one."""
 
 
 class TokenInsufficient(ConvoyError):
-    """The caller is known, and may not do this."""
+    """The client's token is known, but its role does not permit this."""
 
 
 class TokensUnavailable(ConvoyError):
-    """Nobody's key can be checked now, which is not the caller's fault."""
+    """Tokens cannot be checked now. The fault is the server's, not the client's."""
 
 
 class DeadlineExceeded(ConvoyError):
-    """The work was not started within its time."""
+    """The work did not start before its deadline."""
 
 
 class ModelNotFound(ConvoyError):
-    """No model of that name is known here."""
+    """There is no model of that name here."""
 
 
 class VersionNotFound(ConvoyError):
-    """The model is known, but not that version or alias of it."""
+    """The model exists, but it has no such version or alias."""
 
 
 class ModelNotReady(ConvoyError):
@@ -73,15 +73,15 @@ class ModelNotReady(ConvoyError):
 
 
 class BundleInvalid(ConvoyError):
-    """A bundle is damaged, incomplete, of another schema, or does not score as it was published."""
+    """A bundle is damaged, incomplete, of another schema, or does not give its published scores."""
 
 
 class DeviceUnavailable(ConvoyError):
-    """The device that was asked for by name cannot run a kernel."""
+    """The device that the user named cannot run a kernel."""
 
 
 class DeviceOutOfMemory(ConvoyError):
-    """A forward pass did not fit the device's memory; a smaller one may."""
+    """A forward pass did not fit the device's memory; a smaller one may fit."""
 
 
 class DeviceLost(ConvoyError):
@@ -89,13 +89,13 @@ class DeviceLost(ConvoyError):
 
 
 class PlanUndecided(ConvoyError):
-    """No plan was chosen for this version on this machine yet; that takes a while."""
+    """No plan has been chosen for this version on this machine yet; choosing takes a while."""
 
 
 class NetworkImpossible(ConvoyError):
     """No network can be built from these arguments for this input shape.
 
-    ``suggestion`` is an argument that could be, ``pool_size=2,1``, or empty.
+    ``suggestion`` is an argument that would work, such as ``pool_size=2,1``, or empty.
     """
 
     def __init__(self, text: str, suggestion: str = "") -> None:
@@ -104,7 +104,7 @@ class NetworkImpossible(ConvoyError):
 
 
 class RegistryUnavailable(ConvoyError):
-    """The registry cannot be reached, or speaks another version of its schema."""
+    """The registry cannot be reached, or its database has another schema version."""
 
 
 class PromotionRefused(ConvoyError):
@@ -112,8 +112,8 @@ class PromotionRefused(ConvoyError):
 
 
 class PromotionConflict(ConvoyError):
-    """The champion is not the one that was expected: somebody else has moved it."""
+    """The champion is not the expected version: somebody else has changed it."""
 
 
 class UsageError(ConvoyError):
-    """What the user asked for cannot be done with what is there; the text says what could be."""
+    """The user's request cannot be carried out; the text says what would work instead."""

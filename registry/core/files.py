@@ -1,7 +1,8 @@
-"""Small files that several processes read, change and replace, also from different containers.
+"""Small files that several processes, also in different containers, read and change.
 
-``locked`` holds one lock for a whole read-change-replace, so that a change is never computed from
-content that another process has replaced since. Readers need no lock: a file is replaced whole.
+``locked`` holds one lock from the read to the replacement, so that no process computes a change
+from content that another process has replaced since. Readers need no lock: a rename replaces the
+file.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = ".lock"
-"""In each folder that holds such files; it stays there, empty."""
+"""The lock's file name, in each folder that holds such files. The empty file stays there."""
 
 _NEW = ".new"
 
@@ -25,20 +26,22 @@ class LockedFile:
         self._mode = mode
 
     def read(self) -> bytes | None:
-        """The content; None when there is no such file. Raises ``OSError``."""
+        """The content; None if the file does not exist. Raises ``OSError``."""
         try:
             return self._path.read_bytes()
         except FileNotFoundError:
             return None
 
     def replace(self, data: bytes) -> None:
-        """Replace the content by ``data``; a reader, or a crash, finds the old or the new whole.
+        """Replace the content with ``data``. Readers see all of the old or all of the new content,
+        also after a crash.
 
         Raises:
-            OSError: the disk is full or read-only, for example; the old content is still there.
+            OSError: for example, the disk is full or read-only; the old content is still there.
         """
-        for left in self._path.parent.glob(f".{self._path.name}.*{_NEW}"):  # by a killed process
-            left.unlink(missing_ok=True)
+        # Files that a killed process left.
+        for leftover in self._path.parent.glob(f".{self._path.name}.*{_NEW}"):
+            leftover.unlink(missing_ok=True)
         # Process ids repeat across containers that share a volume; random names do not.
         temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}{_NEW}")
         try:
@@ -59,14 +62,14 @@ class LockedFile:
 def locked(path: Path, mode: int = 0o666) -> Iterator[LockedFile]:
     """Keep other processes and threads from changing ``path`` until the block ends.
 
-    The folder is made if there is none. ``mode`` is that of the file, less the umask.
+    Creates the folder if it does not exist. ``mode`` is the file's mode, less the umask.
 
     Raises:
-        OSError: the folder cannot be made or written, or its lock is a link.
+        OSError: the folder cannot be created or written, or its lock is a symbolic link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Private: an account that can open the lock could keep everybody waiting. Through a link, an
-    # account that can write the folder would choose which file is made or locked.
+    # Mode 0600: an account that can open the lock could hold it forever. O_NOFOLLOW: with a link,
+    # an account that can write to the folder could choose which file is created or locked.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path.parent / LOCK, flags, 0o600)
     try:
@@ -77,7 +80,7 @@ def locked(path: Path, mode: int = 0o666) -> Iterator[LockedFile]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``, whatever was there; raises as ``LockedFile.replace``."""
+    """Replace the content of ``path`` with ``data``; raises as ``LockedFile.replace``."""
     with locked(path) as file:
         file.replace(data)
 

@@ -1,4 +1,4 @@
-"""Names of models, digests, and texts of others made fit for a terminal, a log or a tag."""
+"""Model names, digests, and functions that make outside text safe for terminals, logs and tags."""
 
 import hashlib
 import re
@@ -23,14 +23,14 @@ def sha256_hex(data: bytes) -> str:
 
 
 def check_model_name(name: str) -> str:
-    """``name`` itself.
+    """``name`` unchanged, if it is a valid model name.
 
     Raises:
-        UsageError: when it has other characters than letters, digits, ``_`` and ``-``.
+        UsageError: it is not 1 to 63 letters, digits, ``_`` or ``-``, a letter or digit first.
     """
     if not MODEL_NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} is no model name: use 1 to 63 letters, digits, '_' or '-', "
+            f"{name!r} is not a model name; use 1 to 63 letters, digits, '_' or '-', "
             "a letter or digit first"
         )
     return name
@@ -39,14 +39,14 @@ def check_model_name(name: str) -> str:
 def one_line(text: str) -> str:
     """``text`` with its control characters escaped: line breaks, ANSI codes, changes of direction.
 
-    So that a text cannot make a second line, move a terminal's cursor or hide what follows it.
+    The result cannot start a second line, move a terminal's cursor or hide the text after it.
     """
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def shortened(text: str, most: int) -> str:
-    """``text`` in UTF-8, cut to ``most`` characters; the end says how many there were."""
-    text = text.encode(errors="replace").decode()  # without surrogates, which no tag can hold
+    """``text``, cut to ``most`` characters. A cut text ends with its original length."""
+    text = text.encode(errors="replace").decode()  # a tag cannot hold surrogates
     if len(text) <= most:
         return text
     note = f"… ({len(text):,} characters)"
@@ -56,12 +56,12 @@ def shortened(text: str, most: int) -> str:
 def unusable(
     error: ValidationError, variables: Mapping[str, str], values: Mapping[str, object]
 ) -> str:
-    """What ``error`` says, with the environment variable and its value in place of the field.
+    """The message of ``error``, with the environment variable and its value instead of the field.
 
     Args:
-        error: of a record that was made of ``values``.
-        variables: the name of each variable → its field.
-        values: by field.
+        error: raised when ``values`` were converted to a record.
+        variables: environment variable → name of its field.
+        values: name of a field → its value.
     """
     text = str(error)
     for name, field in variables.items():

@@ -1,4 +1,4 @@
-"""Where Convoy keeps its files, read from the environment in one place for all three packages."""
+"""Where Convoy keeps its files. All three packages read these paths from the environment here."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from registry.core.errors import UsageError
 
 
 class Paths(Struct, frozen=True):
-    """The folder tree under ``CONVOY_HOME``. Nothing is created until it is written to."""
+    """The folder tree under ``CONVOY_HOME``. Folders are created when something is written there."""
 
     root: Path
 
@@ -21,36 +21,36 @@ class Paths(Struct, frozen=True):
 
     @property
     def plans(self) -> Path:
-        """The name of the plan that is fastest here, for each version: a cache."""
+        """A cache: for each version, the plan that is fastest on this machine."""
         return self.root / "plans"
 
     def policy(self, name: str) -> Path:
-        """What a challenger of the model ``name`` may lose; the default policy without it."""
+        """The policy of the model ``name``. Without this file, the default policy applies."""
         return self.root / "policies" / f"{name}.toml"
 
     @property
     def gate_results(self) -> Path:
-        """What the gate said lately: a cache."""
+        """A cache of recent gate results."""
         return self.root / "gate-results"
 
     @property
     def tokens(self) -> Path:
-        """Who may use the service and the control plane, in a folder that both may see."""
+        """The tokens of the service and of the control plane, in a folder that both can read."""
         return self.root / "tokens" / "tokens.json"
 
     @property
     def sessions(self) -> Path:
-        """The sessions of the control plane's pages, which survive its restart."""
+        """The sessions of the control plane's pages. They survive its restart."""
         return self.root / "sessions" / "sessions.json"
 
     @property
     def reports(self) -> Path:
-        """Pictures of training reports that somebody has looked at: a cache."""
+        """A cache of the images of training reports that somebody has opened."""
         return self.root / "reports"
 
     @property
     def decided(self) -> Path:
-        """Touched when something was decided, so that pullers on this machine look at once."""
+        """Touched after each decision, so that pullers on this machine poll at once."""
         return self.root / "decided"
 
     @property
@@ -67,17 +67,17 @@ class Paths(Struct, frozen=True):
 
     @property
     def tracking_uri(self) -> str:
-        """``MLFLOW_TRACKING_URI`` where it is set, else SQLite under the home folder."""
+        """``MLFLOW_TRACKING_URI`` if it is set, else SQLite under the home folder."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
 
 
 def convoy_paths(environment: Mapping[str, str] = os.environ) -> Paths:
-    """The home folder: ``CONVOY_HOME``, by default ``var/`` in the working directory.
+    """The paths under ``CONVOY_HOME``, by default ``var/`` in the working directory.
 
     Raises:
-        UsageError: its path has a character that means something else in a database's address.
+        UsageError: the path has a character with a special meaning in a database's address.
     """
     paths = Paths(Path(environment.get("CONVOY_HOME") or "var").resolve())
     if bad := set("?#%") & set(str(paths.root)):
-        raise UsageError(f"CONVOY_HOME is {paths.root}; its path must be without {' '.join(bad)}")
+        raise UsageError(f"CONVOY_HOME is {paths.root}; set it to a path without {' '.join(bad)}")
     return paths

@@ -1,4 +1,4 @@
-"""Problem JSON (RFC 9457): the form of every error that an HTTP answer of Convoy's carries."""
+"""Problem JSON (RFC 9457): the body of every HTTP error of Convoy."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from werkzeug.exceptions import HTTPException
 
 
 class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was wrong with a request. ``error`` repeats ``detail``, for clients of the OIP."""
+    """What was wrong with a request. ``error`` repeats ``detail`` for clients of the Open Inference
+    Protocol."""
 
     type: str
     title: str
@@ -20,7 +21,7 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def of(cls, status: int, title: str, detail: str, request_id: str | None = None) -> "Problem":
-        """The problem whose kind, a URN, is its ``title`` in lower case."""
+        """A problem whose ``type`` is a URN with the ``title`` in lower case."""
         return cls(
             type=f"urn:convoy:problem:{title.replace(' ', '-').lower()}",
             title=title,
@@ -31,7 +32,7 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
     def answer(self, error: Exception | None = None) -> Response:
-        """The response; with the methods that are allowed, where ``error`` knows them."""
+        """The HTTP response. For 405 it lists the allowed methods, if ``error`` has them."""
         response = Response(
             msgspec.json.encode(self), self.status, mimetype="application/problem+json"
         )
@@ -43,6 +44,6 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def responses(codes: dict[str, str]) -> dict[str, Any]:
-    """The OpenAPI responses of these statuses and descriptions, each a problem."""
+    """OpenAPI response objects for status → description, each with a problem as its body."""
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {code: {"description": text, "content": problem} for code, text in codes.items()}

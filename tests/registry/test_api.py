@@ -268,7 +268,10 @@ def test_tokens_that_cannot_be_read_are_no_fault_of_the_caller(
 ) -> None:
     registry_paths.tokens.write_text("[{")
     answer = client.get("/v1/models", headers=headers["viewer"])
-    assert (answer.status_code, answer.json["detail"]) == (503, "keys cannot be checked now")
+    assert (answer.status_code, answer.json["detail"]) == (
+        503,
+        "tokens cannot be checked now; try again later",
+    )
 
 
 def test_a_verdict_without_figures_is_told_too_and_found_once(

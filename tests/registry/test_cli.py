@@ -97,7 +97,7 @@ def test_what_is_pulled_by_default_is_the_setting(
         (("roll-back", "nobody"), "no model 'nobody'"),
         (("pull", "nobody"), "models:/NAME@ALIAS"),
         (("pull", "models:/a@b", "--interval", "0"), "above 0 seconds"),
-        (("promote", "bad name", "1"), "no model name"),
+        (("promote", "bad name", "1"), "not a model name"),
     ],
 )
 def test_wrong_use_is_answered_on_one_line(

@@ -51,7 +51,7 @@ def test_a_network_may_be_one_of_our_list_or_a_graph(manifest_json: bytes) -> No
         ({"network": {"name": "dense"}}, "kind"),
         ({"labels": ["only one"]}, "length >= 2"),
         ({"labels": ["same", "same"]}, "differ"),
-        ({"model": "no/slash"}, "no model name"),
+        ({"model": "no/slash"}, "not a model name"),
         ({"tolerances": {"fp32": 0}}, "> 0"),
         ({"files": {"weights.safetensors": {"sha256": "zz", "size_bytes": 1}}}, "sha256"),
     ],

@@ -46,7 +46,7 @@ def test_names_are_plain_and_taken_once(tokens: Tokens) -> None:
     tokens.add("ann", "viewer")
     with pytest.raises(UsageError, match="already"):
         tokens.add("ann", "admin")
-    with pytest.raises(UsageError, match="is no name"):
+    with pytest.raises(UsageError, match="is not a name"):
         tokens.add("<b>", "viewer")
 
 

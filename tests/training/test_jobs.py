@@ -302,7 +302,7 @@ def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
         (["--recipe", "vgg"], "there is no recipe 'vgg'"),
         (["--data", "imagenet"], "there is no data set 'imagenet'"),
         (["--data", "folder:/nowhere"], "/nowhere is not a folder"),
-        (["--data", "digits", "--model", "a/b"], "no model name"),
+        (["--data", "digits", "--model", "a/b"], "not a model name"),
         (["--data", "digits", "--device", "gpu"], "device 'gpu' is not known"),
         (["--data", "digits", "--recipe", "dense", "--resume"], "no checkpoint to resume"),
         (
