@@ -42,8 +42,8 @@ class Sessions:
     def begin(self, token_sha256: str) -> str:
         """Sign the holder of a token in, and return the cookie.
 
-        A token keeps only its newest ``MAX_SESSIONS_OF_A_TOKEN`` sessions, so that its holder cannot
-        push out the sessions of other tokens.
+        A token keeps only its newest ``MAX_SESSIONS_OF_A_TOKEN`` sessions, so that its holder
+        cannot push out the sessions of other tokens.
 
         Raises:
             TokensUnavailable: the session cannot be written to the file.
@@ -97,8 +97,10 @@ def form_secret(cookie: str) -> str:
 
 
 def _with(before: tuple[Session, ...], fresh: Session) -> tuple[Session, ...]:
-    """``before`` and ``fresh``, without the oldest sessions over the limits: first over its token's
-    limit, then over the total."""
+    """``before`` and ``fresh``, without the oldest sessions over either limit.
+
+    The limit of the token is applied first, then the total.
+    """
     own = [each for each in before if each.token_sha256 == fresh.token_sha256]
     ended = own[: 1 - MAX_SESSIONS_OF_A_TOKEN]
     return (*(each for each in before if each not in ended), fresh)[-MAX_SESSIONS:]

@@ -53,7 +53,7 @@ def serving_threads(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def forward_threads(workers: int) -> int:
-    """Threads of one forward pass when ``workers`` share the cores; more would collapse under load."""
+    """Threads of one forward pass when ``workers`` share the cores. More collapse under load."""
     return max(1, CORES // workers)
 
 

@@ -33,8 +33,9 @@ class LockedFile:
             return None
 
     def replace(self, data: bytes) -> None:
-        """Replace the content with ``data``. Readers see all of the old or all of the new content,
-        also after a crash.
+        """Replace the content with ``data``. Readers see only the old or only the new content.
+
+        That also holds after a crash.
 
         Raises:
             OSError: for example, the disk is full or read-only; the old content is still there.

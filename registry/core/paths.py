@@ -10,7 +10,7 @@ from registry.core.errors import UsageError
 
 
 class Paths(Struct, frozen=True):
-    """The folder tree under ``CONVOY_HOME``. Folders are created when something is written there."""
+    """The folder tree under ``CONVOY_HOME``. A folder is created at the first write to it."""
 
     root: Path
 

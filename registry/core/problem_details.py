@@ -9,8 +9,7 @@ from werkzeug.exceptions import HTTPException
 
 
 class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was wrong with a request. ``error`` repeats ``detail`` for clients of the Open Inference
-    Protocol."""
+    """What was wrong with a request. ``error`` repeats ``detail`` for OIP clients."""
 
     type: str
     title: str

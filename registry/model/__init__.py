@@ -1,4 +1,4 @@
-"""One version of a model: its manifest, its bundle, its network, and how it classifies.
+"""One version of a model: its manifest, its bundle, its network, and how it classifies images.
 
-Imports ``registry.core`` only. It knows neither MLflow nor which version is the champion.
+Imports ``registry.core`` only. Contains nothing about MLflow or about which version is champion.
 """

@@ -1,9 +1,9 @@
-"""A bundle: all files of one model version in one folder, each named with its digest.
+"""A bundle: all files of one model version in one folder. The manifest lists each with its digest.
 
-Nothing in it can run code: JSON, safetensors, encoded pictures, ``.npz`` read without pickle, and
-the network as graphs of operations that the engines have themselves. Whoever reads a file gets the
-very bytes whose digest was checked, so nothing can change between the check and the use. Knows
-neither torch nor MLflow.
+No file in it can run code: JSON, safetensors, encoded pictures, ``.npz`` read without pickle, and
+the network as a graph of operations that the engines themselves implement. ``Bundle.read`` returns
+the same bytes whose digest it checked, so a file cannot change between the check and the use.
+Imports neither torch nor MLflow.
 """
 
 import io
@@ -34,25 +34,25 @@ HELDOUT = "heldout.npz"
 TRAINING = "training.npz"
 CHAMPION_SCORES = "champion.npz"
 THUMBNAILS = "thumbnails.npz"
-# The network with its weights, for engines other than torch; a version may lack some or all.
+# The network with its weights, for engines other than torch. A version may lack some or all.
 ONNX_GRAPH = "exports/network.onnx"
 INT8_GRAPH, INT8_WEIGHTS = "exports/int8.xml", "exports/int8.bin"
-ONNX_START = b"\x08"  # protobuf's tag of ModelProto.ir_version, which comes first
-# Rounding may lift a probability above 1; in half precision the next number is 1 + 2⁻¹⁰.
+ONNX_START = b"\x08"  # protobuf's tag of ModelProto.ir_version, the first field
+# Rounding may lift a probability above 1. In half precision the next number is 1 + 2⁻¹⁰.
 ROUNDING = 1e-3
-# What arrays of a bundle may take in memory: 65,000 examples of 1,000 classes, for instance.
+# The arrays of one file may take so much memory: enough for 65,000 examples of 1,000 classes.
 MAX_ARRAYS_BYTES = 256 * 1024 * 1024
 
 
 class GoldenImage(Struct, frozen=True):
-    """One encoded held-out picture of the bundle and the fp32 probabilities it must get."""
+    """One encoded held-out picture of the bundle, and its published fp32 probabilities."""
 
     file: str
     probabilities: tuple[float, ...]
 
 
 class Bundle:
-    """An opened bundle: its manifest, and its files checked as they are read."""
+    """An opened bundle: its manifest, and its files, each checked when it is read."""
 
     def __init__(self, folder: Path, manifest_bytes: bytes) -> None:
         self.folder = folder
@@ -62,27 +62,28 @@ class Bundle:
             _check_name(name)
 
     def read(self, name: str) -> bytes:
-        """The bytes of the file ``name``, their size and digest checked.
+        """The bytes of the file ``name``, after their digest was checked.
 
         Raises:
-            BundleInvalid: not in the manifest, missing on disk, or not what was published.
+            BundleInvalid: the file is not in the manifest, is missing on disk, or differs from what
+                was published.
         """
         return read_digested(self.folder / name, self.entry(name).sha256)
 
     def entry(self, name: str) -> FileEntry:
-        """What the manifest says of the file ``name``; ``BundleInvalid`` if it does not name it."""
+        """The manifest's entry for the file ``name``; ``BundleInvalid`` if there is none."""
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleInvalid(f"{self.folder}: the manifest names no file {name}")
         return entry
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Read ``names``, by default every file; ``BundleInvalid`` if one is not right."""
+        """Check ``names``, by default every file; ``BundleInvalid`` if a file is wrong."""
         for name in self.manifest.files if names is None else names:
             self.read(name)
 
     def serving_files(self) -> list[str]:
-        """What serving needs beside the manifest: weights, exported graphs, golden pictures."""
+        """Names of the files that serving needs: weights, exported graphs, golden images."""
         return [
             name
             for name in self.manifest.files
@@ -90,36 +91,40 @@ class Bundle:
         ]
 
     def weights(self) -> dict[str, NDArray[Any]]:
-        """The state dict as arrays, by parameter name."""
+        """The network's weights: name of a parameter → array."""
         try:
             return safetensors.numpy.load(self.read(WEIGHTS))
         except safetensors.SafetensorError as error:
             raise BundleInvalid(f"{self.folder / WEIGHTS}: {error}") from error
 
     def graph(self, name: str) -> bytes:
-        """An exported graph, whole: engines would read what it names outside, unchecked.
+        """The bytes of an exported graph that refers to no other file.
+
+        An engine would read the files that a graph refers to, without a check of their digests.
 
         Raises:
-            BundleInvalid: as for ``read``; or it is in another format than its name says, which
-                an engine might read all the same; or it may name another file.
+            BundleInvalid: as for ``read``; or the graph is not in the format of its name (an engine
+                might read it nevertheless); or it may refer to another file.
         """
         graph = self.read(name)
         if name == INT8_GRAPH and not graph.startswith(b"<?xml"):
             raise BundleInvalid(f"{self.folder / name} is not in OpenVINO's format")
         if name == ONNX_GRAPH and not graph.startswith(ONNX_START):
             raise BundleInvalid(f"{self.folder / name} is not in ONNX's format")
-        # How ONNX says where a tensor lies outside, in whatever way the field is encoded.
+        # ONNX names a tensor's external file under this key, in every encoding of the field.
         if name == ONNX_GRAPH and b"location" in graph:
             raise BundleInvalid(f"{self.folder / name} refers to other files")
         return graph
 
     def golden(self) -> list[GoldenImage]:
+        """The golden images and their published probabilities."""
         try:
             return msgspec.json.decode(self.read(GOLDEN), type=list[GoldenImage])
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BundleInvalid(f"{self.folder / GOLDEN}: {error}") from error
 
     def heldout(self) -> Heldout:
+        """The held-out examples and their scores; ``BundleInvalid`` if they do not fit together."""
         arrays = self._arrays(HELDOUT, "labels", "probabilities", "digests", "perceptual_hashes")
         labels, probabilities = arrays["labels"], arrays["probabilities"]
         classes = len(self.manifest.labels)
@@ -134,7 +139,7 @@ class Bundle:
         if not fits:
             raise BundleInvalid(
                 f"{self.folder / HELDOUT}: labels {labels.dtype}{labels.shape} and probabilities "
-                f"{probabilities.dtype}{probabilities.shape} are none of {classes} classes"
+                f"{probabilities.dtype}{probabilities.shape} do not fit {classes} classes"
             )
         digests, perceptual_hashes = arrays["digests"], arrays["perceptual_hashes"]
         if digests.dtype != np.uint8 or digests.shape != (labels.size, 32):
@@ -147,6 +152,7 @@ class Bundle:
         return Heldout(labels, probabilities, digests, perceptual_hashes)
 
     def training(self) -> TrainingRecord:
+        """The record of the training examples; ``BundleInvalid`` if an array has another form."""
         arrays = self._arrays(TRAINING, "digests", "perceptual_hashes")
         digests, perceptual_hashes = arrays["digests"], arrays["perceptual_hashes"]
         self._check_words(TRAINING, digests, (digests.size,))
@@ -156,16 +162,19 @@ class Bundle:
     def champion_scores(
         self, manifest_sha256: str, shape: tuple[int, int]
     ) -> NDArray[np.float32] | None:
-        """Scores that another version gave to the held-out examples here.
+        """The champion's scores on the held-out examples of this bundle.
 
-        Training adds them when it publishes: of the champion of that moment.
+        Training stores them when it publishes a version: those of the champion at that moment.
 
         Args:
-            manifest_sha256: of the version whose scores are wanted.
-            shape: how many held-out examples there are here, and how many classes it knows.
+            manifest_sha256: digest of the manifest of the version whose scores are wanted.
+            shape: (held-out examples of this bundle, classes of that version).
 
         Returns:
-            float32 of ``shape``; None where the bundle has the scores of another version, or none.
+            float32 of ``shape``; None if the bundle has no scores, or those of another version.
+
+        Raises:
+            BundleInvalid: the scores have another shape, or one is outside 0 … 1.
         """
         if self.manifest.scored_champion != manifest_sha256:
             return None
@@ -179,16 +188,17 @@ class Bundle:
         return scores
 
     def thumbnails(self) -> NDArray[np.uint8]:
-        """Small pictures of the first held-out examples, uint8 (N, H, W, C), to be looked at.
+        """Small pictures of the first held-out examples for people, uint8 (N, H, W, C).
 
-        None at all of a version that was published without.
+        N is 0 if the version was published without thumbnails.
         """
         if THUMBNAILS not in self.manifest.files:
             return np.zeros((0, 1, 1, 1), np.uint8)
         pixels = self._arrays(THUMBNAILS, "pixels")["pixels"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
             raise BundleInvalid(
-                f"{self.folder / THUMBNAILS}: {pixels.dtype}{pixels.shape} are no pictures"
+                f"{self.folder / THUMBNAILS}: {pixels.dtype}{pixels.shape} are not pictures; "
+                "expected uint8 (N, H, W, 1 or 3)"
             )
         return pixels
 
@@ -199,7 +209,10 @@ class Bundle:
             )
 
     def _check_range(self, file: str, probabilities: NDArray[Any]) -> None:
-        """NaN passes: the gate refuses it, and says which version to publish again."""
+        """Refuse probabilities outside 0 … 1. NaN passes here.
+
+        The gate refuses NaN, and its message names the version to publish again.
+        """
         outside = probabilities[(probabilities < 0) | (probabilities > 1 + ROUNDING)]
         if outside.size:
             raise BundleInvalid(
@@ -208,55 +221,55 @@ class Bundle:
             )
 
     def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:
-        """The arrays ``names`` of an ``.npz`` file, unpacked only if they fit into memory."""
+        """The arrays ``names`` of an ``.npz`` file, unpacked only if they are small enough."""
         try:
             with zipfile.ZipFile(io.BytesIO(self.read(file))) as archive:
                 _check_unpacked(archive, names)
                 return {name: _read_array(archive, name) for name in names}
-        except Exception as error:  # of bytes that are no such file, zip and zlib raise their own
+        except Exception as error:  # zipfile and zlib raise many kinds of errors for damaged files
             raise BundleInvalid(f"{self.folder / file}: {error}") from error
 
 
 def _check_unpacked(archive: zipfile.ZipFile, names: Iterable[str]) -> None:
-    """Raise ``ValueError`` if the arrays ``names`` say that they take more than is read."""
+    """Raise ``ValueError`` if the arrays ``names`` would unpack to more than the limit."""
     size_bytes = sum(archive.getinfo(f"{name}.npy").file_size for name in names)
     if size_bytes > MAX_ARRAYS_BYTES:
         raise ValueError(
-            f"it would unpack to {size_bytes:,} bytes; at most {MAX_ARRAYS_BYTES:,} are read"
+            f"it would unpack to {size_bytes:,} bytes; at most {MAX_ARRAYS_BYTES:,} are accepted"
         )
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """One array, after its header agreed with the size of its member.
+    """One array of the archive, after a check that its header fits the size of its member.
 
-    numpy allocates what a header says before it reads. ``zipfile`` never reads more than a member's
-    declared size.
+    numpy allocates the size in the header before it reads. ``zipfile`` never reads more than a
+    member's declared size.
     """
     member = archive.getinfo(f"{name}.npy")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{member.filename} is compressed by another method than deflate")
+        raise ValueError(f"{member.filename} is neither stored nor compressed with deflate")
     with archive.open(member) as file:
         if npy.read_magic(file) != (1, 0):
             raise ValueError(f"{member.filename} is not in version 1.0 of numpy's format")
         shape, _, dtype = npy.read_array_header_1_0(file)
         if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
-            raise ValueError(f"{member.filename} has another size than {dtype}{shape} takes")
+            raise ValueError(f"{member.filename} does not have the size of {dtype}{shape}")
     with archive.open(member) as file:
         array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
     return array
 
 
 def to_npz(**arrays: NDArray[Any]) -> bytes:
-    """The content of an ``.npz`` file of ``arrays``."""
+    """The content of an ``.npz`` file with ``arrays``."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
 def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
-    """Write ``files`` and the manifest that names them into ``folder``, and open the result.
+    """Write ``files`` and a manifest that lists them into ``folder``; return the opened bundle.
 
-    The manifest comes last: a folder without one is no bundle.
+    The manifest is written last, so that an unfinished folder is not taken for a bundle.
     """
     entries = {name: FileEntry(sha256_hex(data), len(data)) for name, data in files.items()}
     for name, data in files.items():
@@ -270,21 +283,21 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
 
 
 def with_manifest(bundle: Bundle, manifest: Manifest) -> Bundle:
-    """``bundle`` with another manifest over the same files; written in place."""
+    """``bundle`` with ``manifest`` in place of its own, over the same files. Written in place."""
     manifest_bytes = msgspec.structs.replace(manifest, files=bundle.manifest.files).to_json()
     (bundle.folder / MANIFEST).write_bytes(manifest_bytes)
     return Bundle(bundle.folder, manifest_bytes)
 
 
 def open_bundle(folder: Path, expected_sha256: str | None = None) -> Bundle:
-    """The bundle in ``folder``; its other files are checked when they are read.
+    """The bundle in ``folder``. Its other files are checked when they are read.
 
     Args:
-        folder: where ``manifest.json`` lies.
-        expected_sha256: the manifest's digest as the registry has it.
+        folder: the folder with ``manifest.json``.
+        expected_sha256: the manifest's digest in the registry.
 
     Raises:
-        BundleInvalid: no manifest, one that cannot be read, or one with another digest.
+        BundleInvalid: the manifest is missing, cannot be read, or has another digest.
     """
     try:
         manifest_bytes = (folder / MANIFEST).read_bytes()
@@ -293,17 +306,17 @@ def open_bundle(folder: Path, expected_sha256: str | None = None) -> Bundle:
     found = sha256_hex(manifest_bytes)
     if expected_sha256 is not None and found != expected_sha256:
         raise BundleInvalid(
-            f"{folder / MANIFEST} has sha256 {found[:12]}…; "
-            f"the registry says {expected_sha256[:12]}…"
+            f"{folder / MANIFEST} has sha256 {found[:12]}…, but the registry has "
+            f"{expected_sha256[:12]}…"
         )
     return Bundle(folder, manifest_bytes)
 
 
 def read_digested(path: Path, sha256: str | None) -> bytes:
-    """The content of ``path``.
+    """The content of ``path``, whose digest is ``sha256``.
 
     Raises:
-        BundleInvalid: it cannot be read, or its digest is not ``sha256``.
+        BundleInvalid: the file cannot be read, or has another digest.
     """
     try:
         data = path.read_bytes()
@@ -317,7 +330,7 @@ def read_digested(path: Path, sha256: str | None) -> bytes:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder under ``folder``, so that a rename after it survives a crash."""
+    """Flush every file and folder under ``folder``, so that a later rename survives a crash."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -327,7 +340,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Refuse names that would leave the bundle's folder."""
+    """Refuse names that lead out of the bundle's folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or name == MANIFEST:
         raise BundleInvalid(f"the manifest names a file {name!r} outside the bundle")

@@ -1,4 +1,4 @@
-"""Pixels in, probabilities out: the one object that training measures and serving runs."""
+"""``Classifier``: from pixels to probabilities. Training measures it, and serving runs it."""
 
 import logging
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 
 log = logging.getLogger(__name__)
 
-# Memory for activations, not speed, decides: above this nothing here gets faster.
+# Limits the memory for activations. No larger batch was faster.
 LARGEST_BATCH = 256
-# Of each batch size beside that of all golden images.
+# At least so many images prove each of a plan's batch sizes.
 PROVED_IMAGES = 16
-# With one image cold, the first request took 22 ms instead of 3 (resnet, 28×28).
+# Without a warm-up, the first request of one image took 22 ms instead of 3 (resnet, 28×28).
 WARM_UP_BATCHES = (1, 2, 4, 8)
 
 
 class Classifier:
-    """A plan that is loaded and ready. Safe to call from several threads; they take turns."""
+    """A loaded plan. Safe to call from several threads: a lock lets one thread run at a time."""
 
     def __init__(
         self,
@@ -35,30 +35,30 @@ class Classifier:
         fallback: "Classifier | None" = None,
         is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
-        """A forward pass, and what is known of it.
+        """Wrap the forward pass of a loaded plan.
 
         Args:
             predict: the forward pass.
-            plan: the name of the plan that it is.
-            device: as people should read it.
-            fallback: answers what does not fit the device's memory.
-            is_lost: whether the device has failed since; never asked during a forward pass.
+            plan: the plan's name.
+            device: a description of the device, for people.
+            fallback: classifies images that do not fit the device's memory.
+            is_lost: returns whether the device has failed; never called during a forward pass.
         """
         self.plan = plan
         self.device = device
         self.lost = False
-        """Whether the device has failed for good, so that nothing will be answered any more."""
+        """Whether the device has failed for good. Every later call fails, too."""
         self._predict = predict
         self._turn = Lock()
         self._fallback = fallback
         self._is_lost = is_lost
 
     def classify(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Probabilities float32 (N, classes) whose rows sum to 1; else as ``predict``."""
+        """Probabilities float32 (N, classes); each row sums to 1. Otherwise like ``predict``."""
         return softmax(self.predict(pixels).logits)
 
     def predict(self, pixels: Pixels) -> Outputs:
-        """Logits and features.
+        """Logits and features of images.
 
         Args:
             pixels: uint8 (N, height, width, channels), N ≥ 1.
@@ -79,12 +79,15 @@ class Classifier:
             raise
 
     def check(self) -> None:
-        """Find out whether the device was lost while nothing was asked of it."""
+        """Update ``lost``: the device may have failed while the classifier was idle."""
         with self._turn:
             self.lost = self.lost or self._is_lost()
 
     def _predict_batch(self, pixels: Pixels) -> Outputs:
-        """On the device; what does not fit it, in two halves; what still does not, by fallback."""
+        """Run one batch on the device. If it does not fit, run two halves.
+
+        A half that does not fit the device either goes to the fallback.
+        """
         try:
             return self._predict(pixels)
         except DeviceOutOfMemory as error:
@@ -104,7 +107,7 @@ class Classifier:
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities (N, classes) of logits (N, classes); NaN and infinity give NaN."""
+    """Probabilities (N, classes) of logits (N, classes). NaN and infinity give NaN."""
     with np.errstate(invalid="ignore"):
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
@@ -112,7 +115,7 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def load_classifier(source: Source, plan: Plan, fallback: Classifier | None = None) -> Classifier:
-    """The classifier that runs ``source``'s bundle by ``plan``, proved on its golden images.
+    """A warm classifier that runs the bundle with ``plan``, after it replayed the golden images.
 
     Args:
         source: the bundle, and where to run it.
@@ -120,8 +123,8 @@ def load_classifier(source: Source, plan: Plan, fallback: Classifier | None = No
         fallback: see ``Classifier``.
 
     Raises:
-        BundleInvalid: the weights do not fit the network, or a golden image does not score as it
-            was published.
+        BundleInvalid: the weights do not fit the network, or a golden image does not get its
+            published scores.
     """
     classifier = Classifier(plan.load(source), plan.name, describe_device(source.device), fallback)
     replay_golden(source.bundle, classifier, plan)
@@ -130,27 +133,31 @@ def load_classifier(source: Source, plan: Plan, fallback: Classifier | None = No
 
 
 def warm_up(classifier: Classifier, shape: tuple[int, int, int]) -> None:
-    """Run the batch sizes that serving meets: kernels are chosen at each shape's first use."""
+    """Run the usual batch sizes once: engines choose kernels at the first use of each shape."""
     for size in WARM_UP_BATCHES:
         classifier.classify(np.zeros((size, *shape), dtype=np.uint8))
 
 
 def replay_golden(bundle: Bundle, classifier: Classifier, plan: Plan) -> float:
-    """Send the golden images through decoding and ``classifier``, in batches of several sizes.
+    """Decode and classify the golden images in batches of several sizes; compare the scores.
 
-    All of them at once, and at least sixteen in batches of each of ``plan.batch_sizes``.
+    The batches are all images at once, and at least sixteen images in batches of each of
+    ``plan.batch_sizes``.
 
     Returns:
-        The largest difference in probability to what was published.
+        The largest difference to a published probability.
 
     Raises:
-        BundleInvalid: a picture cannot be decoded, a score is not finite, one differs from what
-            was published by more than the manifest's tolerance for the plan's precision, or a
-            picture has another best class, and its two best were not nearly equal.
+        BundleInvalid: a picture cannot be decoded; a score is not finite; a score differs from the
+            published one by more than the manifest's tolerance for the plan's precision; or a
+            picture gets another best class although its two best classes were not nearly equal.
     """
     manifest, golden = bundle.manifest, bundle.golden()
     if not golden:
-        raise BundleInvalid(f"{bundle.folder}: there are no golden images to prove the version on")
+        raise BundleInvalid(
+            f"{bundle.folder}: there are no golden images to prove the version with; "
+            "publish it again"
+        )
     try:
         pixels = np.stack(
             [
@@ -171,7 +178,7 @@ def replay_golden(bundle: Bundle, classifier: Classifier, plan: Plan) -> float:
                 difference = _compare(scores, expected[positions], tolerance)
             except BundleInvalid as error:
                 raise BundleInvalid(
-                    f"on {classifier.device} by {classifier.plan}, in a batch of {size}: {error}; "
+                    f"{classifier.plan} on {classifier.device}, in a batch of {size}: {error}; "
                     f"its tolerance in {plan.precision} is {tolerance:g}"
                 ) from None
             worst = max(worst, difference)
@@ -179,21 +186,21 @@ def replay_golden(bundle: Bundle, classifier: Classifier, plan: Plan) -> float:
 
 
 def _compare(scores: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float) -> float:
-    """The largest difference; ``BundleInvalid`` if ``scores`` are not ``expected``."""
+    """The largest difference; ``BundleInvalid`` if ``scores`` differ too much from ``expected``."""
     if scores.shape != expected.shape:
         raise BundleInvalid(
             f"golden images have {expected.shape[1]} probabilities, the network {scores.shape[1]}"
         )
     if not np.isfinite(scores).all():
-        raise BundleInvalid("it scores NaN or infinity on its golden images")
+        raise BundleInvalid("golden images get NaN or infinite scores")
     difference = float(np.abs(scores - expected).max())
     if difference > tolerance:
-        raise BundleInvalid(f"it differs by {difference:.2g} from its published probabilities")
+        raise BundleInvalid(f"a score differs by {difference:.2g} from the published probability")
     ordered = np.sort(expected, axis=1)
     near_ties = ordered[:, -1] - ordered[:, -2] < tolerance
     changed = (scores.argmax(axis=1) != expected.argmax(axis=1)) & ~near_ties
     if changed.any():
         raise BundleInvalid(
-            f"another best class for {int(changed.sum())} of {len(expected)} golden images"
+            f"{int(changed.sum())} of {len(expected)} golden images get another best class"
         )
     return difference

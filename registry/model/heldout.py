@@ -1,6 +1,6 @@
-"""What a bundle says of its examples: scores of those held out, digests of those trained on.
+"""A bundle's records of its examples: scores of the held-out ones, digests of the training ones.
 
-The gate compares two versions by these records alone. It never sees a whole picture.
+The gate compares two versions by these records alone, and needs no pictures.
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ CALIBRATION_BINS = 15
 
 
 class Scores(Struct, frozen=True):
-    """Probabilities that a version gave to examples in a fixed order.
+    """The true classes of N examples, and the probabilities that a version gave them.
 
     Attributes:
-        labels: int64 (N,), the true class of each.
+        labels: int64 (N,), the true class of each example.
         probabilities: float32 (N, classes).
     """
 
@@ -38,7 +38,7 @@ class Scores(Struct, frozen=True):
 
     @property
     def log_loss(self) -> float:
-        """Mean negative log of the true class's probability, in nats."""
+        """Mean negative logarithm of the true class's probability, in nats."""
         truth = self.probabilities[np.arange(len(self.labels)), self.labels]
         return float(-np.log(np.maximum(truth, 1e-12)).mean())
 
@@ -56,7 +56,8 @@ class Heldout(Scores, frozen=True):
 
     Attributes:
         digests: uint8 (N, 32), the SHA-256 of each picture's content.
-        looks: uint64 (N,), a difference hash of each: alike for a picture and a lossy copy of it.
+        perceptual_hashes: uint64 (N,), a difference hash of each picture. It stays nearly equal in
+            a lossy copy.
     """
 
     digests: NDArray[np.uint8]
@@ -64,18 +65,18 @@ class Heldout(Scores, frozen=True):
 
     @property
     def short_digests(self) -> NDArray[np.uint64]:
-        """uint64 (N,): the first 64 bits of each digest, as a ``TrainingRecord`` keeps them."""
+        """uint64 (N,): the first 64 bits of each digest, to compare with a ``TrainingRecord``."""
         first = np.ascontiguousarray(self.digests[:, :8])
         return first.view(">u8").ravel().astype(np.uint64)
 
 
 class TrainingRecord(Struct, frozen=True):
-    """The examples that a version was trained on.
+    """The M training examples of a version.
 
     Attributes:
-        digests: uint64 (M,), the first 64 bits of the SHA-256 of each. Among a million examples
-            two differing ones share them with a probability of 3 in 10⁸.
-        looks: uint64 (M,), as in ``Heldout``.
+        digests: uint64 (M,), the first 64 bits of each picture's SHA-256. The probability that two
+            different pictures among a million share them is 3 in 10⁸.
+        perceptual_hashes: uint64 (M,), as in ``Heldout``.
     """
 
     digests: NDArray[np.uint64]

@@ -1,8 +1,8 @@
-"""The records that training writes, the registry keeps and serving reads.
+"""The manifest's records: training writes them, the registry stores them, serving reads them.
 
-Light on purpose (msgspec only): the HTTP workers, the CLI's ``--help`` and the tests of the
-contract load neither torch nor MLflow. All records are immutable, refuse unknown fields when they
-are read, and check their own values, so that whatever holds one can trust it.
+Imports msgspec only, so that the HTTP workers, the CLI's ``--help`` and the tests of the records
+load neither torch nor MLflow. All records are immutable, refuse unknown fields, and check their own
+values, so that code that has a record can trust it.
 """
 
 import math
@@ -21,8 +21,8 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Side = Annotated[int, Meta(ge=1, le=4096)]
 
 
-# Largest difference in probability to fp32 that a plan of a precision may show. docs/decisions/0006
-# has what trained networks measured: about 0.01 in bf16, 0.05 in int8.
+# A plan's probabilities may differ from fp32's by so much, by precision. Trained networks differed
+# by about 0.01 in bf16 and 0.05 in int8 (docs/decisions/0006).
 DEFAULT_TOLERANCES: dict[Precision, float] = {
     "fp32": 1e-3,
     "fp16": 0.02,
@@ -32,12 +32,11 @@ DEFAULT_TOLERANCES: dict[Precision, float] = {
 
 
 class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How encoded bytes become the network's input, for training, publishing and serving alike.
+    """How encoded bytes become the network's input, in training, publishing and serving alike.
 
-    Geometry: with ``resize_shorter_px`` the shorter side is resized to it and the centre
-    ``height_px`` × ``width_px`` is cut out; without it the whole picture is stretched to that
-    size. ``mean`` and ``std`` are per channel, in units of pixel value / 255, and are applied on
-    the device.
+    With ``resize_shorter_px``, the shorter side is resized to it, and the centre ``height_px`` ×
+    ``width_px`` is cut out. Without it, the whole picture is stretched to that size. ``mean`` and
+    ``std`` are per channel, in units of pixel value / 255. The device applies them.
     """
 
     mode: Literal["L", "RGB"]
@@ -73,7 +72,7 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class ListedNetwork(
     Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="listed"
 ):
-    """A network from our own list, ``registry.model.networks.NETWORKS``, and its arguments."""
+    """The name of a network in ``registry.model.networks.NETWORKS``, and its arguments."""
 
     name: str
     args: dict[str, Any] = {}
@@ -83,20 +82,20 @@ class ListedNetwork(
 
 
 class OnnxNetwork(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="onnx"):
-    """The ONNX graph of the bundle, from pixels to logits. There are no weights for torch."""
+    """The bundle's ONNX graph, from pixels to logits. The bundle has no weights for torch."""
 
     def __str__(self) -> str:
         return "an ONNX graph"
 
 
 NetworkSpec = ListedNetwork | OnnxNetwork
-"""What a bundle says of its network: data that one of our loaders understands, never code."""
+"""The description of a network in a manifest. It is data that Convoy can load, never code."""
 
 
 class DataRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which pictures a version was trained and judged on. ``sha256`` names the whole data set.
+    """The pictures that trained a version and those held out. ``sha256`` is the data set's digest.
 
-    The bundle's ``training.npz`` and ``heldout.npz`` have the digest of each picture.
+    The digests of the single pictures are in ``training.npz`` and ``heldout.npz``.
     """
 
     name: str
@@ -105,7 +104,7 @@ class DataRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class SourceRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What made this version: enough to make it again."""
+    """What produced this version, in enough detail to train it again."""
 
     recipe: str
     seed: int
@@ -115,25 +114,25 @@ class SourceRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """Digest and size of one file of a bundle."""
+    """The digest and the size of one file of a bundle."""
 
     sha256: Sha256
     size_bytes: Annotated[int, Meta(ge=0)]
 
 
 class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The record inside a bundle. Everything else in the bundle is reached through ``files``.
+    """The record inside a bundle. ``files`` lists every other file of the bundle.
 
-    A field that has a default is an optional section: the manifest of a version without it does
-    not mention it, and the version serves without that ability. A Convoy that does not know a
-    section refuses the version, so that a new section needs no new ``schema_version``.
+    A field with a default is an optional section: a version without it leaves it out of the
+    manifest, and serves without that ability. An older Convoy that does not know a section refuses
+    the version, so a new section needs no new ``schema_version``.
 
-    ``tolerances`` are, for each precision, the largest difference in probability that a replay of
-    the golden images may show before a plan, or the version, is refused. ``plan_accuracy`` is the
-    accuracy on the held-out pictures, by plan, of those below fp32 that the publishing machine
-    could run; fp32's own is ``metrics["validation_accuracy"]``. ``scored_champion`` is the
-    digest of the manifest of another version: of the champion when this version was published. Its
-    scores on the held-out pictures of this version lie in ``champion.npz``.
+    ``tolerances``: for each precision, the largest difference to a published probability that a
+    replay of the golden images accepts. ``plan_accuracy``: plan → accuracy on the held-out
+    pictures, for the plans below fp32 that the publishing machine could run; the accuracy of fp32
+    is ``metrics["validation_accuracy"]``. ``scored_champion``: the digest of the manifest of the
+    version that was champion when this one was published. That champion's scores on the held-out
+    pictures of this version are in ``champion.npz``.
     """
 
     schema_version: int
@@ -156,7 +155,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
         if missing := set(DEFAULT_TOLERANCES) - set(self.tolerances):
-            raise ValueError(f"tolerances has no {', '.join(sorted(missing))}")
+            raise ValueError(f"tolerances must have a value for {', '.join(sorted(missing))}")
 
     def to_json(self) -> bytes:
         """Stable UTF-8 JSON: equal manifests give equal bytes."""
@@ -171,7 +170,8 @@ def manifest_from_json(data: bytes) -> Manifest:
     """The manifest in ``data``.
 
     Raises:
-        BundleInvalid: not JSON, of another schema version, or with a value that cannot be.
+        BundleInvalid: ``data`` is not JSON, is of another schema version, or has an impossible
+            value.
     """
     try:
         found = msgspec.json.decode(data, type=_SchemaOnly).schema_version
@@ -186,7 +186,7 @@ def manifest_from_json(data: bytes) -> Manifest:
 
 
 class ClassScore(Struct, frozen=True):
-    """One line of a prediction; ``probability`` is in 0..1."""
+    """The probability of one class, 0 … 1, with the class's label and index."""
 
     label: str
     index: int

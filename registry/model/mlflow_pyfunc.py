@@ -1,7 +1,7 @@
-"""MLflow's python_function door to the same ``Classifier`` that serves.
+"""Lets MLflow load a bundle as a ``python_function``, on the same ``Classifier`` that serves.
 
 ``mlflow.pyfunc.load_model("models:/fashion@champion").predict(frame)`` gives the service's
-probabilities. The bundle's ``MLmodel`` names this module; Convoy's own serving never comes here.
+probabilities. The bundle's ``MLmodel`` names this module. Convoy's own serving does not use it.
 """
 
 import base64
@@ -23,7 +23,7 @@ from registry.model.plans.torch_eager import EAGER
 
 
 class ImageModel:
-    """Encoded images in, one row of scores for each out."""
+    """Classifies encoded images: one row of scores for each image."""
 
     def __init__(self, manifest: Manifest, classifier: Classifier) -> None:
         self._manifest = manifest
@@ -33,16 +33,16 @@ class ImageModel:
         """Classify encoded images.
 
         Args:
-            model_input: a frame whose column ``image`` (or only column) holds the bytes of image
-                files, or their base64 text; or any sequence of such.
+            model_input: a frame whose column ``image`` (or, without one, its first column) holds
+                the bytes of image files, or their base64 text; or any sequence of such.
             params: unused; MLflow passes it.
 
         Returns:
-            A frame with ``label``, ``index``, ``probability`` of the best class and
+            A frame with ``label``, ``index`` and ``probability`` of the best class, and with the
             ``probabilities`` of all classes in the manifest's order.
 
         Raises:
-            InvalidImage: one of them cannot be decoded; the text says which.
+            InvalidImage: an image cannot be decoded; the message has its position, from 0.
         """
         if isinstance(model_input, pd.DataFrame):
             model_input = model_input["image" if "image" in model_input else model_input.columns[0]]
@@ -65,7 +65,7 @@ class ImageModel:
 
 
 def _load_pyfunc(path: str) -> ImageModel:
-    """MLflow's hook: ``path`` is the bundle's folder."""
+    """The model in the bundle folder ``path``. MLflow calls this function by its name."""
     bundle = open_bundle(Path(path))
     planner = Planner(convoy_paths().plans, choose_device("auto"), threads=None, wanted=EAGER)
     return ImageModel(bundle.manifest, planner.load(bundle))
@@ -76,5 +76,5 @@ def _as_bytes(item: Any) -> bytes:
         try:
             return base64.b64decode(item, validate=True)
         except ValueError as error:
-            raise InvalidImage(f"neither bytes nor base64: {error}") from error
+            raise InvalidImage(f"the text is not base64 ({error}); send bytes or base64") from error
     return bytes(item)

@@ -1,8 +1,8 @@
-"""The networks that a bundle may name, built from plain arguments.
+"""Builds the networks that a bundle may name, from plain arguments.
 
-A bundle carries a name and arguments, never code: what can run is this list and nothing else.
-Every builder checks its shapes with arithmetic first, so that an impossible network is refused by
-the layer that does not fit and with what would fit, instead of by an error from inside a kernel.
+A bundle holds a name and arguments, never code, so only the networks of this list can run. Every
+builder first computes the shapes of its layers. The error for an impossible network therefore names
+the layer that does not fit and an argument that would, instead of coming from inside a kernel.
 """
 
 import inspect
@@ -38,7 +38,7 @@ POOLINGS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {
 def dense(
     shape: Shape, classes: int, *, hidden: Sequence[int] = (128,), activation: str = "relu"
 ) -> nn.Sequential:
-    """Flatten → ``hidden`` units → classes: the baseline that knows nothing of neighbourhood."""
+    """Flatten → ``hidden`` units → classes: a baseline that ignores which pixels are neighbours."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     width = shape[0] * shape[1] * shape[2]
     for number, units in enumerate(_sizes("hidden", hidden), start=1):
@@ -63,10 +63,10 @@ def cnn(
     hidden: int = 128,
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """For each of ``filters``: convolution → activation → pooling; then ``hidden`` → classes.
+    """For each of ``filters``: convolution → activation → pooling. Then ``hidden`` → classes.
 
-    A number given for ``kernel_size``, ``stride``, ``padding`` or ``pool_size`` counts for every
-    convolution, a list gives one for each. ``pool_size`` 1 leaves the pooling out.
+    A number for ``kernel_size``, ``stride``, ``padding`` or ``pool_size`` applies to every
+    convolution; a list has one number for each. ``pool_size`` 1 leaves the pooling out.
     """
     filters = _sizes("filters", filters)
     depth = len(filters)
@@ -103,7 +103,7 @@ def cnn(
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
+    """Two 3×3 convolutions and a shortcut (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -151,16 +151,19 @@ def resnet(
     blocks: int | Sequence[int] = 1,
     stem: str = "small",
 ) -> nn.Sequential:
-    """A residual network: a stem, then ``blocks`` blocks at each of ``widths``.
+    """A residual network: a stem, then one stage of ``blocks`` blocks for each of ``widths``.
 
-    Every width after the first halves the height and the width of the maps. The ``small`` stem is
-    one 3×3 convolution; the ``large`` one, for pictures of 100 px and more, is 7×7 with stride 2
-    and a pooling: with widths 64, 128, 256, 512 and 2 blocks that is the paper's ResNet-18.
+    Every stage after the first halves the height and the width of the maps. The ``small`` stem is
+    one 3×3 convolution. The ``large`` stem, for pictures of 100 px and more, is a 7×7 convolution
+    with stride 2 and a pooling. With it, widths 64, 128, 256, 512 and 2 blocks give the paper's
+    ResNet-18.
     """
     widths = _sizes("widths", widths)
     depths = _per_layer("blocks", blocks, len(widths), least=1)
     if sum(depths) > MAX_LAYERS:
-        raise NetworkImpossible(f"blocks is {blocks!r}; at most {MAX_LAYERS} are built", "blocks=2")
+        raise NetworkImpossible(
+            f"blocks is {blocks!r}; a network has at most {MAX_LAYERS} blocks", "blocks=2"
+        )
     opening = _choose("stem", stem, STEMS)(shape[0], widths[0])
     smallest = min(shape[1:]) if stem == "small" else (min(shape[1:]) + 3) // 4
     if smallest < 2 ** (len(widths) - 1):
@@ -189,21 +192,21 @@ NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"dense": dense, "cnn": cnn,
 
 
 def build_network(name: str, shape: Shape, classes: int, /, **args: Any) -> nn.Sequential:
-    """The network ``name`` with freshly drawn weights.
+    """The network ``name`` with random weights.
 
     Args:
         name: one of ``NETWORKS``.
         shape: (channels, height, width) of one example.
-        classes: number of labels, so of logits.
+        classes: number of labels, and so of logits.
         **args: the builder's own arguments.
 
     Returns:
         A sequence of modules from float32 (N, C, H, W) to logits float32 (N, classes). The last
-        one, a linear layer, takes the features (N, D).
+        module is a linear layer; its input is the features (N, D).
 
     Raises:
-        UsageError: no network of that name.
-        NetworkImpossible: an argument is unknown, or a layer does not fit its input.
+        UsageError: there is no network of that name.
+        NetworkImpossible: an argument is unknown or impossible, or a layer does not fit its input.
     """
     if name not in NETWORKS:
         raise UsageError(f"there is no network {name!r}; there are: {', '.join(NETWORKS)}")
@@ -222,7 +225,7 @@ def build_network(name: str, shape: Shape, classes: int, /, **args: Any) -> nn.S
 def _check_kernel(
     layer: str, name: str, sizes: list[int], index: int, map_size: tuple[int, int], pad: int
 ) -> None:
-    """Refuse ``sizes[index]``, the argument ``name`` of ``layer``, when it does not fit its map."""
+    """Refuse ``sizes[index]``, the argument ``name`` of ``layer``, if it does not fit the map."""
     size, smallest = sizes[index], min(map_size) + 2 * pad
     if size <= smallest:
         return
@@ -242,7 +245,7 @@ def _check_kernel(
 def _sizes(name: str, values: int | Sequence[int]) -> list[int]:
     sizes: list[int] = [values] if isinstance(values, int) else list(values)
     if len(sizes) > MAX_LAYERS:
-        raise NetworkImpossible(f"{name} has {len(sizes)} values; at most {MAX_LAYERS} are built")
+        raise NetworkImpossible(f"{name} has {len(sizes)} values; give at most {MAX_LAYERS}")
     if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
         raise NetworkImpossible(
             f"{name} is {values!r}; it must be whole numbers of at least 1", f"{name}=32"

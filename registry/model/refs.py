@@ -1,6 +1,6 @@
-"""Versions of a model: how one is named, and what the registry knows of it.
+"""References to versions of a model, and the registry's record of a version.
 
-Light, as ``registry.model.manifest``: msgspec only.
+Imports msgspec only, like ``registry.model.manifest``.
 """
 
 import re
@@ -19,7 +19,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class ModelVersion(Struct, frozen=True, kw_only=True):
-    """One version of a model as the registry knows it; ``signature`` is an envelope, unchecked."""
+    """The registry's record of one version. ``signature`` is an envelope, not yet verified."""
 
     name: str
     version: int
@@ -31,9 +31,9 @@ class ModelVersion(Struct, frozen=True, kw_only=True):
 
 
 class ForeignVersion(Struct, frozen=True, kw_only=True):
-    """A version in the registry that Convoy did not publish, so no bundle of it can be read.
+    """A version in the registry that Convoy did not publish. It has no readable bundle.
 
-    ``why`` says by what it shows.
+    ``why`` says how Convoy knows that.
     """
 
     name: str
@@ -42,10 +42,10 @@ class ForeignVersion(Struct, frozen=True, kw_only=True):
 
 
 class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A challenger that is tried on real traffic beside the champion.
+    """A challenger that answers real traffic next to the champion.
 
-    ``share`` of the requests are answered by it, the same ones each time. Of the images that the
-    champion answers, it scores the part ``shadow`` too, and nobody waits for that.
+    It answers the part ``share`` of the requests; a repeated request gets the same version. It also
+    scores the part ``shadow`` of the images that the champion answers; no client waits for that.
     """
 
     version: Annotated[int, Meta(ge=1)]
@@ -55,12 +55,12 @@ class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         parts = [f"{100 * self.share:.3g} % of the requests"] if self.share else []
         if self.shadow:
-            parts.append(f"{100 * self.shadow:.3g} % of the champion's images in its shadow")
+            parts.append(f"{100 * self.shadow:.3g} % of the champion's images in shadow")
         return f"version {self.version} on {' and '.join(parts) or 'nothing'}"
 
 
 class ModelRef(Struct, frozen=True):
-    """Which version of a model is wanted: a fixed number, or wherever an alias points."""
+    """A reference to a version of a model: a fixed number, or the version of an alias."""
 
     name: str
     version: int | None = None
@@ -72,7 +72,7 @@ class ModelRef(Struct, frozen=True):
 
 
 def ref_of(name: str, version: str) -> ModelRef:
-    """The version of ``name`` that somebody typed: ``7`` is a number, anything else an alias."""
+    """A reference from a typed version: ``7`` is a version number, any other text an alias."""
     return parse_model_ref(f"models:/{name}{'/' if version.isdigit() else '@'}{version}")
 
 
@@ -80,12 +80,12 @@ def parse_model_ref(text: str) -> ModelRef:
     """The reference in ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``.
 
     Raises:
-        UsageError: any other form.
+        UsageError: ``text`` has another form.
     """
     match = _MODEL_URI.fullmatch(text.strip())
     if match is None:
         raise UsageError(
-            f"{text!r} is no model reference; write models:/NAME@ALIAS or models:/NAME/NUMBER"
+            f"{text!r} is not a model reference; write models:/NAME@ALIAS or models:/NAME/NUMBER"
         )
     check_model_name(match["name"])
     version = int(match["version"]) if match["version"] else None
@@ -96,15 +96,19 @@ DEFAULT_MODEL = "models:/fashion@champion"
 
 
 def parse_model_refs(text: str | None, said_by: str = "CONVOY_MODEL") -> tuple[ModelRef, ...]:
-    """The references in ``text``, one or several with commas between them; by default the champion.
+    """The references in ``text``, separated by commas; ``DEFAULT_MODEL`` if there is none.
+
+    Args:
+        text: the references.
+        said_by: where ``text`` comes from, for error messages.
 
     Raises:
-        UsageError: one has another form, or a model is named twice.
+        UsageError: a reference has another form, or a model is named twice.
     """
     try:
         refs = tuple(parse_model_ref(part) for part in (text or DEFAULT_MODEL).split(","))
     except UsageError as error:
         raise UsageError(f"{said_by}={text!r}: {error}") from error
     if len({ref.name for ref in refs}) != len(refs):
-        raise UsageError(f"{said_by}={text!r} names a model twice")
+        raise UsageError(f"{said_by}={text!r} names a model twice; name each model once")
     return refs

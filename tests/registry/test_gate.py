@@ -151,7 +151,7 @@ def test_records_that_cannot_be_compared_are_refused(bundle_with, tmp_path) -> N
         bundle = write_bundle(
             tmp_path / f"odd-{name}", good.manifest, {**record, **training_file()}
         )
-        why = r"contains NaN|are none of"
+        why = r"contains NaN|do not fit"
         with pytest.raises((PromotionRefused, BundleInvalid), match=why):
             compare(good, bundle)
 

@@ -470,7 +470,7 @@ def scored_as(bundle: Bundle, rows: list[list[float]]) -> Classifier:
 @pytest.mark.parametrize(
     ("published", "scored", "reason"),
     [
-        ([0.6, 0.35], [0.46, 0.49], "another best class for 1 of 1"),
+        ([0.6, 0.35], [0.46, 0.49], "1 of 1 golden images get another best class"),
         ([0.5, 0.45], [0.46, 0.49], None),  # nearly a tie
         ([0.6, 0.35], [0.3, 0.65], "differs by 0.3"),
     ],
@@ -525,7 +525,7 @@ def test_a_plan_that_is_wrong_at_one_batch_size_only_is_refused(bundle: Bundle) 
     def wrong_when_alone(pixels):
         return Outputs(np.zeros((1, 10), "f4")) if len(pixels) == 1 else right.predict(pixels)
 
-    with pytest.raises(BundleInvalid, match=r"in a batch of 1: it differs by"):
+    with pytest.raises(BundleInvalid, match=r"in a batch of 1: a score differs by"):
         replay_golden(bundle, Classifier(wrong_when_alone, "fake", "cpu"), find_plan(EAGER))
 
 

@@ -101,7 +101,7 @@ def test_a_swapped_manifest_is_found_out(
     version = publish()
     path = artifact(registry_paths, "manifest.json")
     path.write_bytes(path.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
-    with pytest.raises(BundleInvalid, match="the registry says"):
+    with pytest.raises(BundleInvalid, match="but the registry has"):
         store.download(version, tmp_path / "down")
 
 
