@@ -393,7 +393,7 @@ def test_an_engine_that_takes_its_process_down_is_rejected(
 @pytest.mark.parametrize(
     ("plan", "record", "reason"),
     [
-        ("openvino-int8", {}, "was not recorded"),
+        ("openvino-int8", {}, "recorded no held-out accuracy"),
         ("openvino-int8", {"openvino-int8": 0.8985}, "is 0.8985, that of fp32 0.9000"),
         ("openvino-int8", {"openvino-int8": 0.8995}, None),
         ("openvino-bf16", {"openvino-bf16": 0.8985}, "is 0.8985"),
@@ -412,7 +412,7 @@ def test_what_was_recorded_at_publishing_lets_a_plan_in_or_not(
 
 
 def test_a_plan_that_is_not_in_the_catalogue_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no plan 'fastest'; there are: auto, .*torch-eager"):
+    with pytest.raises(UsageError, match=r"no plan 'fastest'; use one of: auto, .*torch-eager"):
         Planner(tmp_path, "cpu", 1, "fastest")
 
 

@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels, within limits.
+"""Decodes encoded images to pixels, within limits.
 
-Imports ``registry.core`` and ``registry.model.manifest``, and knows no network.
+Imports ``registry.core`` and ``registry.model.manifest``. Contains nothing about networks.
 """

@@ -1,6 +1,6 @@
-"""The one place that opens an image: training, publishing and serving all decode here.
+"""Decodes images. Training, publishing and serving all use this module, and no other opens images.
 
-It knows Pillow and the preprocessing contract; it knows neither networks nor HTTP.
+It uses Pillow and ``PreprocessSpec``. It contains nothing about networks or HTTP.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ from registry.model.manifest import PreprocessSpec
 Pixels = NDArray[np.uint8]
 """One decoded image: uint8, row-major (height, width, channels), C-contiguous."""
 
-# Of training and of serving. Pillow opens more, and runs other programs for some of it.
+# Training and serving accept these formats. Pillow opens more, and runs other programs for some.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 _INTERPOLATIONS = {
@@ -41,7 +41,7 @@ _INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# EXIF 2.32, 4.6.4 A: what undoes each orientation.
+# EXIF 2.32, 4.6.4 A: the transposition that undoes each orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,22 +52,22 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 QUARTER_TURNS = {5, 6, 7, 8}
-# Pillow's own advice for thumbnails; docs/decisions/0008 has what it costs in accuracy.
+# Pillow recommends it for thumbnails. docs/decisions/0008 has the loss in accuracy.
 REDUCING_GAP = 2
-# Pillow warns of each odd tag: a picture of a stranger's would write a thousand lines into the log,
-# and have Python remember each of them. It also logs some faults, and libtiff writes its own to
-# stderr; what matters of them is in the error that is raised.
+# Pillow warns about each odd tag. One client's picture could write a thousand lines to the log, and
+# Python would remember each of them. Pillow also logs some faults, and libtiff prints its own to
+# stderr. The error that is raised says what matters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with suppress(OSError, AttributeError):  # a build of Pillow without libtiff
     ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
-# What is made of a large picture is made in bands: so much less is held at once.
+# Large pictures are converted in bands of so many pixels, which takes less memory at once.
 BAND_PIXELS = 1_000_000
-# A PNG's grey of fewer bits, as Pillow scales it, but for the value that is transparent.
+# Pillow multiplies PNG grey of 2 or 4 bits by these, but not the value that is transparent.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
-# Held while training has a picture in memory that serving would not hold whole.
+# Held while training has a picture in memory at its full size that is over serving's limits.
 WHOLE_LARGE = threading.Lock()
 
 
@@ -76,22 +76,22 @@ def decode_image(
 ) -> Pixels:
     """The pixels of an encoded image, in the size and mode that ``spec`` asks for.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled by 1/257, CMYK
-    and palettes are converted, and of an animation the first frame is taken. Safe to call from
-    several threads.
+    EXIF rotation is applied, transparency becomes white, 16-bit grey is scaled by 1/257, CMYK and
+    palettes are converted, and an animation gives its first frame. Safe to call from several
+    threads.
 
     Args:
         data: the whole file.
-        spec: the contract of the version that will see the pixels.
-        limits: refused before decoding when the file claims or contains more.
+        spec: the preprocessing of the version that will classify the pixels.
+        limits: a file that claims or contains more is refused before it is decoded.
 
     Returns:
         uint8 array of shape ``spec.shape``, read-only.
 
     Raises:
-        UnsupportedImageType: the bytes start like none of the accepted formats.
-        ImageTooLarge: more of anything than ``limits`` allow.
-        InvalidImage: anything else that keeps the bytes from being decoded.
+        UnsupportedImageType: the bytes do not start like any accepted format.
+        ImageTooLarge: the image is over one of ``limits``.
+        InvalidImage: the bytes cannot be decoded for another reason.
     """
     return _decode(check_parts(data, limits), spec, limits)
 
@@ -99,17 +99,17 @@ def decode_image(
 def decode_training_image(
     data: bytes, spec: PreprocessSpec, limits: DecodeLimits | None = None
 ) -> tuple[Pixels, str]:
-    """Pixels as ``decode_image`` gives them, and the digest of the picture in its full size.
+    """Pixels as from ``decode_image``, and the digest of the picture at its full size.
 
-    The SHA-256 is of the pixels and not of the file, so that a copy in another format, or with
-    other metadata, is known as the same picture. Safe to call from several threads: a JPEG that is
-    over ``limits`` before it shrinks is in memory whole for one of them at a time.
+    The SHA-256 is that of the pixels, not of the file, so a copy in another format or with other
+    metadata has the same digest. Safe to call from several threads: a JPEG that is over ``limits``
+    at its full size is in memory for one thread at a time.
 
     Args:
         data: the whole file.
-        spec: the contract of the version that will see the pixels.
-        limits: by default those that the environment sets, for the service too: what trains must
-            serve.
+        spec: the preprocessing of the version that will be trained on the pixels.
+        limits: by default those that the environment sets for training and the service alike, so
+            that the service accepts every picture that trained a version.
 
     Raises:
         UnsupportedImageType, ImageTooLarge, InvalidImage: as ``decode_image``.
@@ -120,12 +120,12 @@ def decode_training_image(
         return _decode(needed, spec, limits), _digest(needed, spec, limits)
     except ImageTooLarge as error:
         raise ImageTooLarge(
-            f"{error}; {', '.join(VARIABLES)} set the limits, here and for the service"
+            f"{error}; {', '.join(VARIABLES)} set the limits of training and of the service"
         ) from error
 
 
 def _digest(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> str:
-    """The SHA-256 of the upright picture's size and of its pixels as RGB."""
+    """The SHA-256 of the upright picture: of its size and its pixels as RGB."""
     with _opened(data) as image, _alone_if_large(image, limits):
         upright = _upright(_opaque(image, data), spec, _orientation(image))
         digest = hashlib.sha256(f"{upright.size}".encode())
@@ -158,7 +158,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _check_decoded(image: Image.Image, limits: DecodeLimits) -> None:
-    """Refuse a JPEG that stays too large though it is shrunk; of others the header has told."""
+    """Refuse a JPEG that is too large although it was shrunk. The header settles other formats."""
     if isinstance(image, JpegImageFile):
         check_decoded(_decoded_bytes(image), image.size, limits)
 
@@ -169,33 +169,38 @@ def _decoded_bytes(image: Image.Image) -> int:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Whatever Pillow raises, and it raises a dozen kinds on bad bytes, as one of our errors."""
+    """Turn Pillow's errors into ``InvalidImage`` or ``ImageTooLarge``.
+
+    Pillow raises a dozen kinds of exceptions for bad bytes.
+    """
     try:
         yield
     except ConvoyError:
         raise
     except _BOMBS as error:
-        raise ImageTooLarge("the image claims more pixels than can be decoded safely") from error
+        raise ImageTooLarge(
+            "the image claims more pixels than can be decoded safely; send a smaller one"
+        ) from error
     except Exception as error:
         reason = str(error) if isinstance(error, OSError) else type(error).__name__
         raise InvalidImage(f"the image cannot be decoded: {_without_address(reason)}") from error
 
 
 def encode_png(pixels: Pixels) -> bytes:
-    """``pixels`` as a PNG that ``decode_image`` gives back unchanged at the same size."""
+    """``pixels`` as a PNG, from which ``decode_image`` returns the same pixels at the same size."""
     buffer = BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _shrink_on_load(image: Image.Image, spec: PreprocessSpec) -> tuple[float, float]:
-    """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
+    """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time.
 
-    At least ``REDUCING_GAP`` times what is needed stays, for the resize after it to average.
+    At least ``REDUCING_GAP`` times the needed size stays, so that the later resize can average.
 
     Returns:
-        Width and height that the picture itself has of those that are decoded: a last row and
-        column may be of it in part only.
+        Width and height of the picture in decoded pixels. They may be fractions, because the
+        picture may cover only a part of the last decoded row and column.
     """
     if not isinstance(image, JpegImageFile):
         return image.size
@@ -210,27 +215,31 @@ def _shrink_on_load(image: Image.Image, spec: PreprocessSpec) -> tuple[float, fl
 
 
 def _upright(image: Image.Image, spec: PreprocessSpec, orientation: int) -> Image.Image:
-    """The picture turned as its EXIF says that it is meant to be seen."""
+    """The picture turned upright by its EXIF orientation, if ``spec`` asks for that."""
     turn = _TURNS.get(orientation) if spec.exif == "transpose" else None
     return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation. ImageOps.exif_transpose would refuse a picture for any other odd tag."""
+    """The EXIF orientation, 1 if there is none.
+
+    ``ImageOps.exif_transpose`` would refuse a picture for any other odd tag.
+    """
     if image.format == "TIFF" or not image.info:
         return 1  # Pillow turns a TIFF itself when it is loaded
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # noqa: BLE001 - a broken EXIF block says nothing about the picture
+    except Exception:  # noqa: BLE001 - the picture may be good although its EXIF block is broken
         return 1
 
 
 def _opaque(image: Image.Image, data: bytes) -> Image.Image:
-    """The picture of the file ``data``, loaded, in 8 bits: wide grey scaled, laid on white."""
+    """The decoded picture in 8 bits without transparency: 16-bit grey is scaled, clear is white."""
     _load(image, data)
     if image.mode == "F":
         raise InvalidImage(
-            "images of floating-point pixels are not accepted: their range is unknown"
+            "images of floating-point pixels are not accepted, because their range is unknown; "
+            "convert the image to 8 bits"
         )
     if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate instead of scale
         return _in_bands(image, "L", _narrow)
@@ -238,7 +247,7 @@ def _opaque(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _load(image: Image.Image, data: bytes) -> None:
-    """Decode, and have the transparent colour of a PNG in the depth that its pixels then have."""
+    """Decode, and scale a PNG's transparent colour to the depth of the decoded pixels."""
     depth = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
     image.load()
     colour = image.info.get("transparency")
@@ -250,10 +259,14 @@ def _load(image: Image.Image, data: bytes) -> None:
 
 
 def _where_not(image: Image.Image, data: bytes, colour: tuple[int, int, int]) -> Image.Image:
-    """255 where the 16-bit PNG ``data`` has another colour, else 0; Pillow keeps the high bytes."""
+    """An alpha channel for the 16-bit PNG ``data``: 0 where a pixel has ``colour``, else 255.
+
+    Pillow keeps only the high byte of each value, so the low bytes are decoded separately.
+    """
     equal = np.ones((image.height, image.width), dtype=bool)
     with Image.open(BytesIO(data), formats=("PNG",)) as low:
-        low.tile = [low.tile[0]._replace(args="RGB;16L")]  # as if the low bytes stood first
+        # Read as little-endian: Pillow then keeps the low bytes.
+        low.tile = [low.tile[0]._replace(args="RGB;16L")]
         low.load()
         for band, value in enumerate(colour):
             equal &= np.asarray(image.getchannel(band)) == value >> 8
@@ -262,7 +275,7 @@ def _where_not(image: Image.Image, data: bytes, colour: tuple[int, int, int]) ->
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The picture from top to bottom in pieces, each with its first row."""
+    """Horizontal pieces of the picture from top to bottom, each with the number of its top row."""
     rows = max(1, BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -271,7 +284,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 def _in_bands(
     image: Image.Image, mode: str, change: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:
-    """A new picture of ``mode``, of what ``change`` makes of each band."""
+    """A new picture in ``mode``, from ``change`` applied to each band."""
     made = Image.new(mode, image.size)
     for top, band in _bands(image):
         made.paste(change(band), (0, top))
@@ -279,11 +292,11 @@ def _in_bands(
 
 
 def _narrow(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; what is transparent becomes white."""
+    """16-bit grey as 8-bit grey. The transparent value becomes white."""
     wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
     if isinstance(transparent := image.info.get("transparency"), int):
         wide[wide == transparent] = 65535
-    wide *= 255  # and with the next two lines (wide + 128) // 257, in a fifth of the time
+    wide *= 255  # these three lines compute (wide + 128) // 257 in a fifth of its time
     wide += 32895
     wide >>= 16
     return Image.fromarray(wide.astype(np.uint8))
@@ -297,13 +310,13 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _fit(
     image: Image.Image, spec: PreprocessSpec, size: tuple[float, float], is_turned: bool
 ) -> Image.Image:
-    """Resize and cut out what ``spec`` asks for.
+    """The picture in the size that ``spec`` asks for, resized and cut out.
 
     Args:
-        image: what was decoded.
-        spec: the contract.
-        size: width and height that the picture has of it, as ``_shrink_on_load`` says.
-        is_turned: the result will be turned by a quarter.
+        image: the decoded picture.
+        spec: the preprocessing.
+        size: width and height of the picture, from ``_shrink_on_load``.
+        is_turned: whether the result will be turned by 90°.
     """
     target = (spec.width_px, spec.height_px)
     if is_turned:
@@ -318,13 +331,13 @@ def _fit(
     right, bottom = left + target[0], top + target[1]
     if width_px == size[0] and height_px == size[1]:
         return image.crop((left, top, right, bottom))
-    # Only what stays is resized: on a landscape photograph a quarter of the work less.
+    # Resize only the centre that stays: a quarter less work on a landscape photograph.
     across, down = size[0] / width_px, size[1] / height_px
-    # Beyond the edge by a rounding error is refused.
+    # Pillow refuses a box that passes the edge by a rounding error.
     end = min(right * across, size[0]), min(bottom * down, size[1])
     return image.resize(target, resample, box=(left * across, top * down, *end))
 
 
 def _without_address(reason: str) -> str:
-    """Pillow names the in-memory file by its address; callers need not see it."""
+    """``reason`` for clients. Pillow's text may contain the address of the in-memory file."""
     return "unknown or damaged format" if "BytesIO" in reason else reason

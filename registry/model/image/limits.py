@@ -1,4 +1,4 @@
-"""``DecodeLimits``: what a picture may claim and consist of, in training and in serving."""
+"""``DecodeLimits``: the limits of an accepted picture, in training and in serving."""
 
 import os
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from msgspec import Meta, Struct
 from registry.core.errors import ImageTooLarge, InvalidImage, UsageError
 from registry.core.names import unusable
 
-# Of a smaller sample or pixel, what is made of it takes the memory and the time.
+# A pixel counts as at least so many bytes: decoding may turn a smaller one into RGB.
 MIN_BYTES_PER_PIXEL = 3
-# Passes over all samples of a JPEG that is decoded from its coefficients.
+# A JPEG that is decoded from its coefficients may need so many passes over all its samples.
 MAX_PASSES = 12
 VARIABLES = {
     "CONVOY_MAX_IMAGE_BYTES": "max_bytes",
@@ -20,8 +20,8 @@ VARIABLES = {
     "CONVOY_MAX_DECODED_BYTES": "max_decoded_bytes",
 }
 
-# Operators may not set more. Publishing and proving decode with these, so that they accept every
-# picture that training has accepted.
+# Operators cannot set higher limits than these. Publishing and proving a version decode with them,
+# so that they accept every picture that training accepted.
 MAX_FILE_BYTES = 500_000_000
 MAX_PIXELS = 150_000_000
 MAX_DECODED_BYTES = 450_000_000
@@ -31,18 +31,18 @@ DecodedBytes = Annotated[int, Meta(ge=1, le=MAX_DECODED_BYTES)]
 
 
 class DecodeLimits(Struct, frozen=True):
-    """What a picture may claim, and consist of, before a single pixel of it is decoded.
+    """Limits that a picture's bytes must keep before a single pixel is decoded.
 
     Attributes:
-        max_bytes: of the file.
-        max_pixels: width times height, as the header says.
-        max_decoded_bytes: samples that decoding has to hold at once, and at least three bytes a
-            pixel: of a progressive JPEG those of all components, of another JPEG what is left
-            once it was shrunk while it was decoded, of everything else the whole picture.
-        max_aspect: the longer side by the shorter one.
-        max_scans: of a JPEG; progressive ones have about ten.
-        max_parts: markers of a JPEG, chunks of a PNG or WebP but for a PNG's pixel data, blocks of
-            a GIF before its first frame, entries of a TIFF's directory.
+        max_bytes: size of the file.
+        max_pixels: width times height, by the header.
+        max_decoded_bytes: bytes of the samples that decoding holds at once, counted as at least
+            three a pixel. For a progressive JPEG: the samples of all components. For other JPEGs:
+            the picture after it was shrunk while decoding. For other formats: the whole picture.
+        max_aspect: the longer side divided by the shorter one.
+        max_scans: scans of a JPEG. Progressive ones have about ten.
+        max_parts: markers of a JPEG, chunks of a PNG (without its pixel data) or WebP, blocks of a
+            GIF before its first frame, entries of a TIFF's directory.
     """
 
     max_bytes: FileBytes = 25 * 1024 * 1024
@@ -54,10 +54,10 @@ class DecodeLimits(Struct, frozen=True):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "DecodeLimits":
-        """The limits that an operator set, in the variables that the service reads too.
+        """The limits in the environment. Training and the service read the same variables.
 
         Raises:
-            UsageError: a value cannot be used; the text names the variable.
+            UsageError: a value cannot be used; the message names the variable.
         """
         values = {
             field: environment[name] for name, field in VARIABLES.items() if environment.get(name)
@@ -69,7 +69,7 @@ class DecodeLimits(Struct, frozen=True):
 
 
 DEFAULT_LIMITS = DecodeLimits()
-# For pictures whose digests were checked, and that were accepted once, by whatever limits.
+# For pictures that were accepted before, by whatever limits, and whose digests were checked.
 TRUSTED_LIMITS = DecodeLimits(
     max_bytes=MAX_FILE_BYTES, max_pixels=MAX_PIXELS, max_decoded_bytes=MAX_DECODED_BYTES
 )
@@ -78,22 +78,23 @@ TRUSTED_LIMITS = DecodeLimits(
 def check_size(
     size: tuple[int, int], limits: DecodeLimits, bytes_per_pixel: float | None = None
 ) -> None:
-    """Refuse a picture of ``size``, its width and height in pixels, that is over ``limits``.
+    """Refuse a picture whose size is over ``limits``.
 
     Args:
-        size: as the header says.
+        size: width and height in pixels, from the header.
         limits: what is allowed.
-        bytes_per_pixel: what one pixel takes where the picture is decoded whole; None where that
-            is not known yet.
+        bytes_per_pixel: decoded bytes of one pixel; None if that is not known yet.
 
     Raises:
-        ImageTooLarge: it has too many pixels, or they would take too many bytes, or it is a strip.
-        InvalidImage: it has no pixels.
+        ImageTooLarge: too many pixels, too many decoded bytes, or too long an aspect.
+        InvalidImage: the picture has no pixels.
     """
     width_px, height_px = size
     pixels = width_px * height_px
     if min(size) < 1:
-        raise InvalidImage(f"the image is {width_px}×{height_px} pixels: it has none")
+        raise InvalidImage(
+            f"the image is {width_px}×{height_px} pixels; each side needs at least 1"
+        )
     if pixels > limits.max_pixels:
         raise ImageTooLarge(
             f"the image is {width_px}×{height_px} = {pixels:,} pixels; "
@@ -110,17 +111,17 @@ def check_size(
 
 
 def check_decoded(size_bytes: int, size: tuple[int, int], limits: DecodeLimits) -> None:
-    """Refuse a picture of ``size`` of which decoding has to hold ``size_bytes`` at once."""
+    """Refuse a picture of ``size`` if decoding has to hold too many ``size_bytes`` at once."""
     if size_bytes > limits.max_decoded_bytes:
         raise ImageTooLarge(
-            f"the image is {size[0]}×{size[1]} pixels, of which decoding has to hold "
+            f"the image is {size[0]}×{size[1]} pixels, and decoding it has to hold "
             f"{size_bytes:,} bytes at once; at most {limits.max_decoded_bytes:,} are accepted "
-            "(a baseline JPEG takes the least)"
+            "(a baseline JPEG needs the fewest)"
         )
 
 
 def count(number: int, limit: int, what: str) -> int:
-    """``number`` and one more; ``ImageTooLarge`` when that is over ``limit``."""
+    """``number + 1``; ``ImageTooLarge`` if that is over ``limit``. ``what`` names the parts."""
     if number >= limit:
-        raise ImageTooLarge(f"the image has more than {limit:,} {what}")
+        raise ImageTooLarge(f"the image has more than {limit:,} {what}; save it again with fewer")
     return number + 1

@@ -1,8 +1,8 @@
-"""The parts of GIF, BMP and PPM files, as ``structure`` beside it checks those of others.
+"""Checks the parts of GIF, BMP and PPM files before a decoder sees them, for ``structure``.
 
-Pillow reads these by loops of Python's in many places: the blocks of comments of a GIF one by one,
-the runs of a compressed BMP, a PPM's header byte by byte. A file of which such a loop would have to
-do much is refused.
+Pillow reads many parts of these files in Python loops: a GIF's comments block by block, a
+compressed BMP run by run, a PPM's header byte by byte. A file that would keep such a loop busy for
+long is refused.
 
 Sources: GIF89a specification; Microsoft BITMAPINFOHEADER; netpbm's ppm(5).
 """
@@ -13,7 +13,7 @@ import struct
 from registry.core.errors import InvalidImage
 from registry.model.image.limits import DecodeLimits, check_size, count
 
-# Of a GIF: a pixel becomes one of three bytes.
+# Bytes that introduce a GIF's blocks; a graphic control extension has the frame's transparency.
 _EXTENSION, _FRAME, _CONTROL = 0x21, 0x2C, 0xF9
 _CORE_HEADER = 12
 _INFO_HEADERS = {40, 52, 56, 64, 108, 124}
@@ -26,7 +26,7 @@ _MAX_VALUE = re.compile(_BLANK + rb"(\d{1,5})\s")
 
 
 def check_gif(data: bytes, limits: DecodeLimits) -> bytes:
-    """Walk to the first frame, and drop what stands before it but for its transparency."""
+    """``data`` without the blocks before its first frame, except that frame's transparency."""
     width_px, height_px, flags = struct.unpack_from("<HHB", data, 6)
     palette_end = position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     control, blocks = b"", 0
@@ -47,7 +47,7 @@ def check_gif(data: bytes, limits: DecodeLimits) -> bytes:
 
 
 def check_bmp(data: bytes, limits: DecodeLimits) -> bytes:
-    """Read the header; only pixels that are not compressed are accepted."""
+    """``data`` unchanged, after its header was checked. Compressed pixels are refused."""
     (header,) = struct.unpack_from("<I", data, 14)
     compression = colours = 0
     if header == _CORE_HEADER:
@@ -56,25 +56,33 @@ def check_bmp(data: bytes, limits: DecodeLimits) -> bytes:
         width_px, height_px, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
         (colours,) = struct.unpack_from("<I", data, 46)
     else:
-        raise InvalidImage(f"the image cannot be decoded: a BMP has no header of {header} bytes")
+        raise InvalidImage(
+            f"the image cannot be decoded: its BMP header has an unknown size of {header} bytes"
+        )
     if compression not in (_UNCOMPRESSED, _BIT_FIELDS):
         raise InvalidImage(
             f"the image cannot be decoded: BMP compression {compression} is not accepted; "
             "save it uncompressed, or as PNG"
         )
     if bits <= 8 and colours > MAX_COLOURS:
-        raise InvalidImage(f"the image cannot be decoded: the BMP has {colours:,} colours")
+        raise InvalidImage(
+            f"the image cannot be decoded: the BMP has {colours:,} colours in its palette; "
+            f"at most {MAX_COLOURS} are accepted"
+        )
     check_size((width_px, abs(height_px)), limits, bits / 8)
     return data
 
 
 def is_ppm(data: bytes) -> bool:
-    """Whether ``data`` begins like one of netpbm's formats."""
+    """Whether ``data`` begins like one of the netpbm formats."""
     return _PPM.match(data, 0, MAX_HEADER_BYTES) is not None
 
 
 def check_ppm(data: bytes, limits: DecodeLimits) -> bytes:
-    """Read the header; only binary pixels with whole bytes of depth are accepted."""
+    """``data`` unchanged, after its header was checked.
+
+    Only binary pixels are accepted, and only depths of 1, 8 or (grey) 16 bits.
+    """
     found = _PPM.match(data, 0, MAX_HEADER_BYTES)
     assert found is not None
     kind, width_px, height_px = (int(each) for each in found.groups())

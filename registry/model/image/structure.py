@@ -1,11 +1,11 @@
-"""What an encoded picture is made of, read from its bytes before any decoder sees them.
+"""Checks the structure of an encoded picture before any decoder sees its bytes.
 
-Decoders trust a file's structure: of a JPEG of 94 KB each of 5,000 repeated scans goes over all
-pixels, for 18 s; 4 MB of padding are skipped in a loop of Python's, byte by byte; a header claims
-any size. So the parts are walked here, from length to length and by scans of C's speed, and a file
-that has more of anything than pictures have is refused. Parts that do not decide over pixels, such
-as texts and colour profiles, are dropped where a decoder would unpack them. Knows no Pillow;
-decodes nothing.
+Decoders trust a file's structure. In a JPEG of 94 KB, each of 5,000 repeated scans goes over all
+pixels, which takes 18 s. Pillow skips 4 MB of padding byte by byte in a Python loop. A header may
+claim any size. So this module walks the parts of a file from length to length, with searches that
+run in C, and refuses a file with more parts than pictures have. It drops parts that do not affect
+pixels, such as texts and colour profiles, if a decoder would unpack them. It does not use Pillow
+and decodes nothing.
 
 Sources: ITU-T T.81 annex B (JPEG), W3C PNG (third edition), RFC 9649 (WebP).
 """
@@ -23,45 +23,45 @@ from registry.model.image.tiff_structure import check_tiff
 
 ACCEPTED = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
 
-# Programs write a PNG's pixels in pieces of 8 KB.
+# Encoders write a PNG's pixels in chunks of 8 KB.
 MAX_DATA_CHUNKS = 10_000
-# Bytes between a JPEG's markers that mean nothing; some writers align by a few.
+# Padding between a JPEG's markers. Some encoders align markers by a few bytes.
 MAX_PADDING_BYTES = 4_096
-# A search holds the interpreter; through so many bytes, for 17 ms at most.
+# A search blocks all Python threads. Through so many bytes it takes 17 ms at most.
 WINDOW_BYTES = 1_000_000
-# Pillow lays the canvas of a WebP out more than once.
+# Pillow holds the canvas of a WebP more than once.
 WEBP_BYTES_PER_PIXEL = 6
 MAX_COMPONENTS = 4
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
 _FILL = re.compile(rb"\xff+")
-# In a scan 0xFF stands before 0 and restart markers only; what else follows it ends the scan.
+# In a scan, only 0 or a restart marker may follow 0xFF. Any other byte after it ends the scan.
 _SCAN_ENDS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SCAN = b"\xff\xda"
 _SOS, _EOI, _TEM, _PROGRESSIVE = 0xDA, 0xD9, 0x01, 0xC2
 _ALONE = {_TEM, *range(0xD0, 0xD9)}  # markers without a length
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame: has the size
 _DECODED_FRAMES = {0xC0, 0xC1, _PROGRESSIVE}
-# Beside those without which no PNG can be read, which begin with a capital.
+# Kept in addition to the chunks that a PNG decoder needs, whose names begin with a capital.
 _KEPT_CHUNKS = {b"tRNS", b"eXIf"}
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
 def check_parts(data: bytes, limits: DecodeLimits) -> bytes:
-    """Refuse what no decoder should be given.
+    """The bytes to decode, after a check that they are safe to give to a decoder.
 
     Args:
         data: the whole file.
-        limits: what it may claim and consist of.
+        limits: what the file may claim and contain.
 
     Returns:
-        What to decode: ``data``, without parts that decide nothing about its pixels.
+        ``data`` without some parts that do not affect its pixels.
 
     Raises:
-        UnsupportedImageType: it is of no format that is accepted.
-        ImageTooLarge: it has, or claims, more than ``limits`` allow.
-        InvalidImage: its parts do not follow each other as they must, or it is of a kind of its
-            format that is not accepted.
+        UnsupportedImageType: the file is not of an accepted format.
+        ImageTooLarge: the file has, or claims, more than ``limits`` allow.
+        InvalidImage: the file's structure is broken, or it is a variant of its format that is not
+            accepted, such as BigTIFF.
     """
     check = _checker(data)
     if check is None:
@@ -95,18 +95,18 @@ def _checker(data: bytes) -> Callable[[bytes, DecodeLimits], bytes] | None:
 
 
 def _what_it_is(data: bytes) -> str:
-    """Why ``data``, of no accepted format, is refused."""
+    """An error message for ``data``, whose format is not accepted."""
     name = None
     if data[4:8] == b"ftyp":
         brands = {data[at : at + 4] for at in range(8, 64, 4)}
         name = "an AVIF" if b"avif" in brands else "a HEIC" if brands & _HEIC else None
     if name is None:
         return f"the body is not a {ACCEPTED} image"
-    return f"the body is {name} image, which is not accepted; convert it to {ACCEPTED}"
+    return f"the body is {name} image; convert it to {ACCEPTED}"
 
 
 class _Frame(Struct, frozen=True):
-    """A JPEG's size, and how many samples each of its components has, by the component's number."""
+    """A JPEG's size in pixels, and its samples: number of a component → how many it has."""
 
     size: tuple[int, int]
     samples: dict[int, int]
@@ -114,24 +114,29 @@ class _Frame(Struct, frozen=True):
 
     @classmethod
     def read(cls, data: bytes, position: int, marker: int) -> "_Frame":
-        """From the segment of ``marker`` whose length stands at ``position``."""
+        """The frame in the segment of ``marker`` whose length field is at ``position``."""
         if marker not in _DECODED_FRAMES:
             raise InvalidImage(
                 f"the image cannot be decoded: its JPEG process (SOF{marker - 0xC0}) is neither "
-                "baseline nor progressive with Huffman codes"
+                "baseline nor progressive with Huffman codes; save it as baseline JPEG"
             )
         height_px, width_px, number = struct.unpack_from(">HHB", data, position + 3)
         if not 1 <= number <= MAX_COMPONENTS:
-            raise InvalidImage(f"the image cannot be decoded: a JPEG of {number} components")
+            raise InvalidImage(
+                f"the image cannot be decoded: its JPEG has {number} components; "
+                f"1 to {MAX_COMPONENTS} are accepted"
+            )
         components = [
             (data[at], data[at + 1] >> 4, data[at + 1] & 15)
             for at in range(position + 8, position + 8 + 3 * number, 3)
         ]
         if not all(1 <= h <= 4 and 1 <= v <= 4 for _, h, v in components):
-            raise InvalidImage("the image cannot be decoded: its JPEG has odd sampling factors")
+            raise InvalidImage(
+                "the image cannot be decoded: its JPEG has sampling factors outside 1 … 4"
+            )
         across = max(h for _, h, _ in components) * 8
         down = max(v for _, _, v in components) * 8
-        units = -(-width_px // across) * -(-height_px // down)  # whole blocks are decoded
+        units = -(-width_px // across) * -(-height_px // down)  # decoders decode whole blocks
         samples = {name: units * 64 * h * v for name, h, v in components}
         return cls((width_px, height_px), samples, marker == _PROGRESSIVE)
 
@@ -140,13 +145,16 @@ class _Frame(Struct, frozen=True):
         return sum(self.samples.values())
 
     def of_scan(self, data: bytes, position: int) -> int:
-        """Samples of the components of the scan whose length stands at ``position``."""
+        """Number of samples in the scan whose length field is at ``position``."""
         end = position + 3 + 2 * data[position + 2]
         return sum(self.samples.get(data[at], 0) for at in range(position + 3, end, 2))
 
 
 def _check_jpeg(data: bytes, limits: DecodeLimits) -> bytes:
-    """Walk the markers up to the first scan, and beyond it if there may be many scans."""
+    """``data`` unchanged, after its markers were checked up to the first scan.
+
+    The rest is checked only if there may be many scans.
+    """
     position, parts, padding, frame = 2, 0, 0, None
     while True:
         found = _FILL.search(data, position, position + MAX_PADDING_BYTES + 2)
@@ -169,13 +177,14 @@ def _check_jpeg(data: bytes, limits: DecodeLimits) -> bytes:
         position += struct.unpack_from(">H", data, position)[0]
     if frame is None:
         raise InvalidImage(
-            "the image cannot be decoded: its size does not stand before its first scan"
+            "the image cannot be decoded: the JPEG has no size before its first scan"
         )
     max_samples = MAX_PASSES * limits.max_decoded_bytes
     if frame.progressive or data[position + 2] < len(frame.samples):
-        # Its coefficients are held until the last scan.
+        # The decoder holds all coefficients until the last scan.
         check_decoded(frame.all_samples, frame.size, limits)
-    # What follows the picture, and thumbnails, may have some too: only then it is worth a walk.
+    # The count includes scans of thumbnails and of bytes after the picture. If it is too high, walk
+    # the picture's own scans.
     scans = _count_scans(data)
     if scans > limits.max_scans or scans * frame.all_samples > max_samples:
         _check_scans(data, position, parts, frame, limits)
@@ -183,7 +192,7 @@ def _check_jpeg(data: bytes, limits: DecodeLimits) -> bytes:
 
 
 def _count_scans(data: bytes) -> int:
-    """Of all that looks like the start of a scan."""
+    """How many byte pairs in ``data`` look like the start of a scan."""
     return sum(
         data.count(_SCAN, start, start + WINDOW_BYTES + 1)
         for start in range(0, len(data), WINDOW_BYTES)
@@ -193,7 +202,7 @@ def _count_scans(data: bytes) -> int:
 def _check_scans(
     data: bytes, position: int, parts: int, frame: _Frame, limits: DecodeLimits
 ) -> None:
-    """Walk the scans from the first one on, whose length stands at ``position``."""
+    """Check the scans from the first one on, whose length field is at ``position``."""
     scans, samples, marker = 0, 0, _SOS
     max_samples = MAX_PASSES * limits.max_decoded_bytes
     while True:
@@ -202,8 +211,8 @@ def _check_scans(
             samples += frame.of_scan(data, position)
             if scans > 1 and samples > max_samples:
                 raise ImageTooLarge(
-                    f"the JPEG's first {scans} scans go over {samples:,} samples; "
-                    f"at most {max_samples:,} are accepted"
+                    f"the JPEG's first {scans} scans have {samples:,} samples; "
+                    f"at most {max_samples:,} are accepted; save it as baseline JPEG"
                 )
         if marker not in _ALONE:
             position += struct.unpack_from(">H", data, position)[0]
@@ -215,7 +224,7 @@ def _check_scans(
 
 
 def _end_of_scan(data: bytes, position: int) -> int | None:
-    """Where the next marker that is not of a scan ends."""
+    """Position after the next marker that ends a scan; None if there is none."""
     for start in range(position, len(data), WINDOW_BYTES):
         if found := _SCAN_ENDS.search(data, start, start + WINDOW_BYTES + 1):
             return found.end()
@@ -223,12 +232,14 @@ def _end_of_scan(data: bytes, position: int) -> int | None:
 
 
 def _check_png(data: bytes, limits: DecodeLimits) -> bytes:
-    """Walk the chunks, and keep those that decide over pixels."""
+    """``data`` without the chunks that do not affect its pixels."""
     if data[12:16] != b"IHDR":
         raise InvalidImage("the image cannot be decoded: the PNG does not begin with its header")
     width_px, height_px, bits, kind = struct.unpack_from(">IIBB", data, 16)
     if kind not in PNG_CHANNELS:
-        raise InvalidImage(f"the image cannot be decoded: a PNG has no colour type {kind}")
+        raise InvalidImage(
+            f"the image cannot be decoded: the PNG has an unknown colour type {kind}"
+        )
     check_size((width_px, height_px), limits, PNG_CHANNELS[kind] * bits / 8)
     start, parts, pixels, kept = 0, 0, 0, list[bytes]()
     position = 8
@@ -249,6 +260,7 @@ def _check_png(data: bytes, limits: DecodeLimits) -> bytes:
 
 
 def _check_webp(data: bytes, limits: DecodeLimits) -> bytes:
+    """``data`` unchanged, after its size and its chunks were checked."""
     kind = data[12:16]
     if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width_px, height_px = struct.unpack_from("<HH", data, 26)

@@ -1,9 +1,9 @@
-"""The parts of a TIFF file, as ``registry.model.image.structure`` checks those of others.
+"""Checks the parts of a TIFF file before a decoder sees them, for ``structure``.
 
-A directory may point to any others and to itself, each of its entries to megabytes, the same ones
-again and again. So decoders get a directory of ours with the few entries that say where the pixels
-are; it points to no other. JPEG, fax and other compressions within TIFF are not accepted: what
-their decoders would do with what they find cannot be bounded from here.
+A directory may point to other directories and to itself, and each of its entries to megabytes, even
+all to the same ones. So decoders get a new directory with only the few entries that describe the
+pixels; it points to no other directory. JPEG, fax and other compressions inside TIFF are refused,
+because this check cannot bound the work of their decoders.
 
 Source: TIFF 6.0; Adobe Photoshop TIFF technical notes (deflate).
 """
@@ -17,12 +17,12 @@ MAX_STRIPS = 10_000
 MAX_VALUES = 8
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES = 256, 257, 258, 259, 277
 _COLOURS, _TILE_WIDTH, _TILE_HEIGHT = 320, 322, 323
-# How many values each entry that is kept may have.
+# Tag → the most values that its entry may have. Only entries with these tags are kept.
 _KEPT = {
     **dict.fromkeys((_WIDTH, _HEIGHT, _COMPRESSION, _SAMPLES, _TILE_WIDTH, _TILE_HEIGHT), 1),
     **dict.fromkeys((262, 266, 274, 278, 284, 317), 1),  # photometric … predictor
     **dict.fromkeys((_BITS, 338, 339), MAX_VALUES),  # extra samples, sample format
-    **dict.fromkeys((273, 279, 324, 325), MAX_STRIPS),  # where strips or tiles are, their sizes
+    **dict.fromkeys((273, 279, 324, 325), MAX_STRIPS),  # offsets and sizes of strips or tiles
     _COLOURS: 3 * 256,
 }
 _TYPES = {1: "B", 3: "H", 4: "I"}
@@ -30,7 +30,7 @@ _COMPRESSIONS = {1, 5, 8, 32773, 32946}  # none, LZW, deflate, PackBits, deflate
 
 
 class _Entry:
-    """One entry of a directory."""
+    """One entry of a TIFF directory."""
 
     def __init__(self, data: bytes, order: str, position: int) -> None:
         self.raw = data[position : position + 12]
@@ -43,7 +43,7 @@ class _Entry:
         return self.tag in _KEPT and self._format is not None
 
     def values(self) -> tuple[int, ...]:
-        """Its numbers; ``struct.error`` where the file does not have them."""
+        """The entry's numbers; ``struct.error`` if they lie outside the file."""
         form = f"{self._order}{self.count}{self._format}"
         if struct.calcsize(form) <= 4:
             return struct.unpack_from(form, self.raw, 8)
@@ -52,9 +52,11 @@ class _Entry:
 
 
 def check_tiff(data: bytes, limits: DecodeLimits) -> bytes:
-    """The file with a directory of the entries that the first picture needs, and no other."""
+    """``data`` with one new directory: only the entries that the first picture needs."""
     if data[2:4] in (b"+\0", b"\0+"):
-        raise InvalidImage("the image cannot be decoded: BigTIFF is not accepted")
+        raise InvalidImage(
+            "the image cannot be decoded: BigTIFF is not accepted; save it as classic TIFF"
+        )
     order = "<" if data[:1] == b"I" else ">"
     entries = _read_directory(data, order, limits)
     _check_pixels(entries, limits)
@@ -94,8 +96,11 @@ def _check_pixels(entries: dict[int, _Entry], limits: DecodeLimits) -> None:
             "save it uncompressed, with LZW, deflate or PackBits, or as PNG"
         )
     if value(_SAMPLES, 1) > MAX_VALUES:
-        raise InvalidImage(f"the image cannot be decoded: a TIFF of {value(_SAMPLES, 1)} samples")
+        raise InvalidImage(
+            f"the image cannot be decoded: its TIFF has {value(_SAMPLES, 1)} samples a pixel; "
+            f"at most {MAX_VALUES} are accepted"
+        )
     bytes_per_pixel = value(_SAMPLES, 1) * value(_BITS, 1) / 8
     check_size((value(_WIDTH, 0), value(_HEIGHT, 0)), limits, bytes_per_pixel)
-    if _TILE_WIDTH in entries:  # a decoder holds one, whatever the picture's size
+    if _TILE_WIDTH in entries:  # a decoder holds a whole tile, whatever the picture's size
         check_size((value(_TILE_WIDTH, 0), value(_TILE_HEIGHT, 0)), limits, bytes_per_pixel)

@@ -1,6 +1,6 @@
-"""What a plan is, what it loads, and the list of all of them.
+"""The base class of plans, what a plan loads, and the catalogue of all plans.
 
-Light: engines and torch are imported by the plans when they load, never by listing them.
+To list the plans imports neither torch nor an engine: a plan imports its engine when it loads.
 """
 
 import importlib
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class Outputs(NamedTuple):
-    """What a forward pass gives for N images: logits (N, classes), and features (N, D) if any."""
+    """The outputs of a forward pass for N images: logits (N, classes), features (N, D) or None."""
 
     logits: NDArray[np.float32]
     features: NDArray[np.float32] | None = None
 
     @classmethod
     def joined(cls, parts: Sequence["Outputs"]) -> "Outputs":
-        """The outputs of consecutive batches as those of one."""
+        """The outputs of consecutive batches, joined as those of one batch."""
         if len(parts) == 1:
             return parts[0]
         features = [part.features for part in parts if part.features is not None]
@@ -49,51 +49,53 @@ class Outputs(NamedTuple):
 
     @classmethod
     def from_rows(cls, rows: NDArray[np.float32], classes: int) -> "Outputs":
-        """What ``rows`` made one array of."""
+        """The outputs from an array that ``rows`` returned."""
         has_features = rows.shape[1] > classes
         return cls(rows[:, :classes], rows[:, classes:] if has_features else None)
 
 
 PredictFn = Callable[[Pixels], Outputs]
-"""A forward pass over uint8 (N, H, W, C), N ≥ 1. One call at a time."""
+"""A forward pass over uint8 (N, H, W, C), N ≥ 1. Not safe for calls from two threads at once."""
 
 
 class Source:
-    """What a plan loads. The program is made once, when it is first asked for."""
+    """The bundle, device and threads for which a plan loads a network."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
-        """``threads`` for one forward pass; None leaves the engine's own choice."""
+        """``threads`` are those of one forward pass; None lets the engine choose."""
         self.bundle = bundle
         self.device = device
         self.threads = threads
 
     @cached_property
     def preprocessed(self) -> "PreprocessedModel":
-        """The fp32 program with the bundle's weights, on the CPU, in evaluation mode."""
+        """The fp32 model with the bundle's weights, on the CPU, in evaluation mode. Built once."""
         from registry.model.preprocessed_model import load_preprocessed
 
         return load_preprocessed(self.bundle)
 
 
 class Plan(ABC):
-    """One way to run a network. It has no state and writes no files: ``load`` returns a
-    ``PredictFn``."""
+    """One way to run a network: ``load`` returns a ``PredictFn``.
+
+    A plan has no state and writes no files.
+    """
 
     name: ClassVar[str]
     precision: ClassVar[Precision]
     device: ClassVar[str] = "cpu"
     """The kind of device: ``cpu``, ``cuda`` or ``any``."""
     packages: ClassVar[tuple[str, ...]] = ("torch",)
-    """Distributions that it needs, and whose versions a verdict about it hangs on."""
+    """Distributions that the plan needs. A new version of one makes a new benchmark necessary."""
     exports: ClassVar[tuple[str, ...]] = ()
-    """Files of the bundle that it reads instead of the weights."""
+    """Files of the bundle that the plan reads instead of the weights."""
     cpu_flags: ClassVar[frozenset[str]] = frozenset()
-    """Flags of which the CPU needs one, or engines have no kernels in this precision."""
+    """The CPU needs one of these flags, or the engine has no kernels in this precision."""
     batch_sizes: ClassVar[tuple[int, ...]] = (1, 3)
-    """Of a batch, at which it may compute otherwise than at others: each is proved."""
+    """Batch sizes at which the plan may compute differently. The golden images prove each."""
 
     def unsupported(self, device: str) -> str | None:
-        """Why this machine cannot run it, or None. Imports nothing heavy."""
+        """Why this machine cannot run the plan, or None. Imports nothing heavy."""
         if self.cpu_flags and not self.cpu_flags & devices.cpu_flags():
             return f"this CPU has no {self.precision} instructions"
         kind = device.partition(":")[0]
@@ -104,11 +106,11 @@ class Plan(ABC):
 
     @abstractmethod
     def load(self, source: Source) -> PredictFn:
-        """Open the engine; the result needs no torch unless the engine is torch."""
+        """The forward pass of ``source``'s network. It needs torch only if the engine is torch."""
 
 
 def catalogue() -> dict[str, Plan]:
-    """Every plan by name, whether or not this machine can run it."""
+    """All plans by name, whether or not this machine can run them."""
     package = importlib.import_module("registry.model.plans")
     plans: dict[str, Plan] = {}
     for found in pkgutil.iter_modules(package.__path__):
@@ -126,5 +128,5 @@ def find_plan(name: str) -> Plan:
     """
     plans = catalogue()
     if name not in plans:
-        raise UsageError(f"there is no plan {name!r}; there are: auto, {', '.join(plans)}")
+        raise UsageError(f"there is no plan {name!r}; use one of: auto, {', '.join(plans)}")
     return plans[name]

@@ -1,8 +1,8 @@
-"""Benchmarks one plan in a process of its own, which the planner starts.
+"""Benchmarks one plan in a process of its own, which ``run_benchmark`` starts.
 
-An engine that does not fit the machine may end its process; it must not end a worker.
-``run_benchmark`` starts the process. It writes its result as JSON to what was its standard output.
-What libraries print goes to standard error.
+An engine that does not suit the machine may crash its process; it must not crash a worker. The
+process writes its result as JSON to its original standard output. The prints of libraries go to
+standard error.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 BATCHES = (1, 8, 32)
 HELDOUT_PIXELS, HELDOUT_LABELS = "heldout-pixels.npy", "heldout-labels.npy"
-LIMIT_S = 300  # for a plan to be tried
-KILLED = "its process was killed from outside, perhaps for want of memory"
+LIMIT_S = 300  # for one benchmark
+KILLED = "its process was killed from outside, perhaps because memory ran out"
 WINDOW_S = 0.3
 LEAST_RUNS = 3
 
@@ -41,7 +41,7 @@ Step = Literal["try", "score"]
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """What a trial process is told: which plan of which bundle to try or to score."""
+    """The task of a benchmark process: which plan to run on which bundle. See ``run_benchmark``."""
 
     step: Step
     plan: str
@@ -50,12 +50,17 @@ class Job(Struct, frozen=True, kw_only=True):
     device: str
     threads: int | None
     heldout: str | None
-    """The folder of the held-out pictures; only scoring reads them."""
+    """The folder of the held-out pictures; only the step ``score`` reads them."""
     limit_s: int
 
 
 class PlanResult(Struct, frozen=True, kw_only=True):
-    """What came out for one plan; ``reason`` says why not, or is None."""
+    """The result of one plan's benchmark. ``reason`` says why it was rejected; None if it was not.
+
+    ``max_difference`` is the largest difference to a published probability, ``batch_ms`` maps a
+    batch size to its median milliseconds, ``peak_mb`` is the memory of the process in MB, and
+    ``accuracy`` is that on the held-out pictures.
+    """
 
     plan: str
     reason: str | None = None
@@ -74,16 +79,16 @@ def run_benchmark(
     heldout: Path | None = None,
     limit_s: int = LIMIT_S,
 ) -> PlanResult:
-    """What came out for ``plan`` in a process of its own; it is rejected if that process dies.
+    """The result of ``plan`` from a process of its own. If that process dies, the plan is rejected.
 
     Args:
         step: ``try`` proves and times the plan, ``score`` measures its held-out accuracy.
-        plan: its name.
-        bundle: whose network.
+        plan: the plan's name.
+        bundle: the version whose network runs.
         device: ``cpu`` or ``cuda:N``.
-        threads: of one forward pass; None leaves the engine's own choice.
+        threads: those of one forward pass; None lets the engine choose.
         heldout: for ``score``, the folder of the held-out pictures.
-        limit_s: after so many seconds the process is killed.
+        limit_s: the process is killed after so many seconds.
     """
     job = Job(
         step=step,
@@ -104,37 +109,39 @@ def run_benchmark(
         "registry.model.plans.benchmark_process",
         msgspec.json.encode(job).decode(),
     ]
-    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, stdout=answer, stderr=said, env=environment, start_new_session=True
+            command, stdout=answer, stderr=errors, env=environment, start_new_session=True
         )
         hangs = False
         try:
             process.wait(limit_s + 30)
         except subprocess.TimeoutExpired:
             hangs = True
-            log.warning("the trial of %s hangs", plan)
+            log.warning("the benchmark of %s hangs; its process is killed", plan)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
         process.wait()
         answer.seek(0)
         if found := answer.read():
             return msgspec.json.decode(found, type=PlanResult)
-        said.seek(0)
-        last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+        errors.seek(0)
+        last_line = errors.read().decode(errors="replace").strip().splitlines()[-1:]
     if process.returncode == -signal.SIGKILL and not hangs:
         reason = KILLED
     elif hangs or process.returncode == -signal.SIGALRM:
         reason = f"it took more than {limit_s} s to {step}"
     else:
-        reason = f"its process ended with {process.returncode} {' '.join(last)[:300]}".strip()
+        reason = f"its process ended with {process.returncode} {' '.join(last_line)[:300]}".strip()
     return PlanResult(plan=plan, reason=reason)
 
 
 def main() -> int:
-    end_with_parent(signal.SIGKILL)  # nobody would read the answer, and others time plans here
+    """Run the ``Job`` in the first argument, and write its ``PlanResult`` as JSON."""
+    # Without its parent, the result is lost, and the process would disturb other benchmarks.
+    end_with_parent(signal.SIGKILL)
     job = msgspec.json.decode(sys.argv[1], type=Job)
-    if job.device == "cpu":  # on a GPU only torch's own plans run, and CUDA maps far more
+    if job.device == "cpu":  # on a GPU only torch's own plans run, and CUDA maps far more memory
         _limit_memory()
     answer = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -143,7 +150,7 @@ def main() -> int:
     signal.alarm(job.limit_s)
     try:
         result = _try(source, job) if job.step == "try" else _score(source, job)
-    except Exception as error:  # noqa: BLE001 - an engine may raise anything; then it is rejected
+    except Exception as error:  # noqa: BLE001 - an engine may raise anything; its plan is rejected
         text = str(error).strip().splitlines() or [""]
         result = PlanResult(plan=job.plan, reason=f"{type(error).__name__}: {text[0][:300]}")
     answer.write(msgspec.json.encode(result))
@@ -151,9 +158,9 @@ def main() -> int:
 
 
 def _limit_memory() -> None:
-    """To half of the machine's, or of its container's by cgroup v2.
+    """Limit this process to half of the memory of the machine, or of its container (cgroup v2).
 
-    A graph may ask for any amount, and others live here, too.
+    A graph may ask for any amount, and the machine runs other processes, too.
     """
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):  # "max": this container has no limit of its own
@@ -162,7 +169,7 @@ def _limit_memory() -> None:
 
 
 def _try(source: Source, job: Job) -> PlanResult:
-    """Prove the plan as serving does, time it, and note what memory a worker with it needs."""
+    """Prove the plan like serving does, time it, and measure the memory that a worker needs."""
     classifier = _load(source, job)
     difference = replay_golden(source.bundle, classifier, find_plan(job.plan))
     batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}
@@ -174,7 +181,7 @@ def _try(source: Source, job: Job) -> PlanResult:
 def _score(source: Source, job: Job) -> PlanResult:
     """Measure the plan's accuracy on the held-out pictures."""
     folder = Path(str(job.heldout))
-    pixels = np.load(folder / HELDOUT_PIXELS, mmap_mode="c")  # torch wants writable ones
+    pixels = np.load(folder / HELDOUT_PIXELS, mmap_mode="c")  # torch needs writable arrays
     labels = np.load(folder / HELDOUT_LABELS)
     predicted = _load(source, job).classify(pixels).argmax(axis=1)
     return PlanResult(plan=job.plan, accuracy=float((predicted == labels).mean()))
@@ -199,9 +206,9 @@ def time_batch(classifier: Classifier, bundle: Bundle, size: int) -> float:
 
 
 def peak_mb() -> float | None:
-    """The most memory that this process ever held; None where the system does not say.
+    """The peak memory of this process in MB; None if the system does not report it.
 
-    Not getrusage's figure, which a process inherits from the one that started it.
+    It is not read from ``getrusage``, whose figure a process inherits from its parent.
     """
     try:
         status = Path("/proc/self/status").read_text()

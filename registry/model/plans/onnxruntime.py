@@ -9,6 +9,8 @@ from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 
 
 class OnnxRuntime(Plan):
+    """fp32 from the bundle's ONNX graph."""
+
     name = "onnxruntime-fp32"
     precision: ClassVar[Precision] = "fp32"
     packages = ("onnxruntime",)
@@ -20,7 +22,7 @@ class OnnxRuntime(Plan):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = source.threads or 0
         options.inter_op_num_threads = 1
-        # Else a file that says "ORTM" in the right place is read in another format.
+        # Otherwise a file with "ORTM" in the right place is read as ONNX Runtime's own format.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         session = onnxruntime.InferenceSession(
             source.bundle.graph(ONNX_GRAPH), options, providers=["CPUExecutionProvider"]

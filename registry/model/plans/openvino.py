@@ -1,7 +1,7 @@
-"""OpenVINO on the CPU: fp32, bf16, and int8 quantised after training by NNCF.
+"""OpenVINO on the CPU: fp32, bf16, and int8 that NNCF quantised after training.
 
-One model takes any batch size: fixed sizes of 1, 8 and 32 were at most a fifth faster
-(docs/decisions/0006), and each costs its own memory.
+One compiled model serves every batch size. Models with fixed sizes of 1, 8 and 32 were at most a
+fifth faster (docs/decisions/0006), and each takes memory of its own.
 """
 
 import io
@@ -17,7 +17,7 @@ from registry.model.plans.base import Outputs, Plan, PredictFn, Source
 
 
 class OpenVino(Plan):
-    """fp32; the subclasses change the precision."""
+    """fp32; subclasses change the precision."""
 
     name = "openvino-fp32"
     precision: ClassVar[Precision] = "fp32"
@@ -30,7 +30,7 @@ class OpenVino(Plan):
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
             "NUM_STREAMS": 1,
-            # Else each worker of a machine pins its forward passes to the same first core.
+            # Otherwise every worker of a machine pins its forward passes to the same first core.
             "ENABLE_CPU_PINNING": False,
         }
         if source.threads is not None:
@@ -38,7 +38,7 @@ class OpenVino(Plan):
         compiled = core.compile_model(self.read_model(openvino, source.bundle), "CPU", options)
         computed = compiled.get_property("INFERENCE_PRECISION_HINT")
         if self.precision == "bf16" and computed != openvino.Type.bf16:
-            raise DeviceUnavailable("OpenVINO has no bf16 kernels for this CPU")
+            raise DeviceUnavailable("OpenVINO has no bf16 kernels for this CPU; use openvino-fp32")
         request = compiled.create_infer_request()
 
         outputs = range(len(compiled.outputs))
@@ -50,34 +50,39 @@ class OpenVino(Plan):
         return predict
 
     def read_model(self, openvino: Any, bundle: Bundle) -> Any:
-        """The graph as a model, read as ONNX.
+        """The ONNX graph of the bundle as an OpenVINO model.
 
-        ``Core.read_model`` would guess: it reads a valid ONNX file as OpenVINO's own format if XML
-        stands near its beginning, in ``producer_name`` for example.
+        ``Core.read_model`` would guess the format: it reads a valid ONNX file as OpenVINO's own
+        format if there is XML near its beginning, for example in ``producer_name``.
         """
         reader = openvino.frontend.FrontEndManager().load_by_framework("onnx")
         return reader.convert(reader.load(io.BytesIO(bundle.graph(ONNX_GRAPH))))
 
 
 class OpenVinoBf16(OpenVino):
+    """bf16, computed from the fp32 graph."""
+
     name = "openvino-bf16"
     precision: ClassVar[Precision] = "bf16"
     cpu_flags = BF16_FLAGS
 
 
 class OpenVinoInt8(OpenVino):
+    """int8, from the bundle's quantised graph."""
+
     name = "openvino-int8"
     precision: ClassVar[Precision] = "int8"
     exports = (INT8_GRAPH, INT8_WEIGHTS)
     cpu_flags = INT8_FLAGS
 
     def read_model(self, openvino: Any, bundle: Bundle) -> Any:
-        """As ``OpenVino.read_model``, in OpenVINO's own format: only that begins with XML."""
+        """The int8 graph as an OpenVINO model. It is in OpenVINO's own format, XML and weights."""
         return openvino.Core().read_model(bundle.graph(INT8_GRAPH), bundle.read(INT8_WEIGHTS))
 
 
 def import_openvino() -> Any:
-    # It and NNCF report to their makers, without having asked, wherever they can import this.
+    """The ``openvino`` module, without its telemetry."""
+    # OpenVINO and NNCF send usage reports to their makers, without asking, if they can import this.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
     import openvino.frontend

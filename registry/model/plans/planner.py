@@ -1,12 +1,13 @@
-"""Which plan is fastest here: candidates are proved on the golden images, timed, remembered.
+"""Finds the fastest plan for a version on this machine, and remembers it in a cache.
 
-Each candidate is tried in a process of its own (``registry.model.plans.benchmark_process``), so
-that an engine that crashes on this machine is a rejected plan and not a dead worker, and so that
-the memory that is measured is what a worker with that plan will have. Knows neither torch nor any
-engine.
+Each candidate is proved on the golden images and timed in a process of its own
+(``registry.model.plans.benchmark_process``). So an engine that crashes on this machine is a
+rejected plan, not a dead worker, and the measured memory is what a worker with that plan needs.
+Imports neither torch nor any engine.
 
-The cache holds names of plans and nothing that an engine loads. It is not trusted: a remembered
-plan must still be a candidate for the version, and is proved on the golden images when it loads.
+The cache holds names of plans, and nothing that an engine loads. It is not trusted: a remembered
+plan must still be a candidate for the version, and is proved again on the golden images when it
+loads.
 """
 
 import contextlib
@@ -41,19 +42,19 @@ from registry.model.plans.torch_eager import EAGER
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-# Held while plans are tried. Not the lock of ``shared_files``, which each write takes for itself.
+# Held while plans are benchmarked. Each write takes the lock of ``registry.core.files`` besides.
 CHOOSING = "choosing.lock"
-# Raised when another plan would be chosen although nothing that the key names has changed.
+# Increase it when a change of the code may choose another plan for the same cache key.
 CACHE_SCHEMA = 3
 SELECTION, REFUSED = ".json", ".refused"
 CACHE_ENTRIES = 24
 MAX_ENTRY_BYTES = 65_536
-REFUSAL_S = 60.0  # for so long, others that ask hear of a refusal that was found out
-ACCURACY_LOST = 0.001  # of all held-out pictures: 0.1 points
+REFUSAL_S = 60.0  # for so long, other processes get a remembered refusal instead of benchmarking
+ACCURACY_LOST = 0.001  # a plan may lose 0.1 percentage points of held-out accuracy
 
 
 class PlanSelection(Struct, frozen=True, kw_only=True):
-    """The plan that serves, and what was found out about every one."""
+    """The chosen plan, and the result of every candidate."""
 
     chosen: str
     results: tuple[PlanResult, ...]
@@ -63,16 +64,16 @@ class Planner:
     """Chooses, remembers and loads plans for one device. Safe in several processes at once."""
 
     def __init__(self, folder: Path, device: str, threads: int | None, wanted: str = AUTO) -> None:
-        """Plans are chosen for one ``device`` and so many ``threads`` of a forward pass.
+        """Choose plans for one ``device`` and a number of ``threads``.
 
         Args:
-            folder: the cache; one in /tmp where it cannot be written.
+            folder: the cache. If it cannot be written, a folder in /tmp takes its place.
             device: ``cpu`` or ``cuda:N``.
-            threads: of one forward pass; None leaves the engine's own choice.
-            wanted: ``auto``, or a plan's name to have that one or nothing.
+            threads: those of one forward pass; None lets the engine choose.
+            wanted: ``auto``, or the name of the only plan that may be chosen.
 
         Raises:
-            UsageError: there is no such plan.
+            UsageError: there is no plan ``wanted``.
         """
         self.device = device
         self._threads = threads
@@ -81,12 +82,13 @@ class Planner:
         self._folder = folder
 
     def load(self, bundle: Bundle) -> Classifier:
-        """The classifier of ``bundle`` by the plan that was chosen, proved on the golden images.
+        """The classifier of ``bundle`` with the chosen plan, proved on the golden images.
 
         Raises:
-            PlanUndecided: nothing was chosen yet, or the chosen plan no longer scores as was
-                published; then it is forgotten.
-            BundleInvalid: the pinned plan ``torch-eager`` does not score as was published.
+            PlanUndecided: no plan was chosen yet, or the chosen plan no longer gives the published
+                scores and was removed from the cache.
+            BundleInvalid: the wanted plan is ``torch-eager``, and it does not give the published
+                scores.
         """
         if self._wanted == EAGER:
             return self._open(bundle, find_plan(EAGER))
@@ -96,20 +98,25 @@ class Planner:
             raise PlanUndecided("no plan was chosen on this machine yet")
         try:
             return self._open(bundle, self._candidates[selection.chosen])
-        except (BundleInvalid, DeviceUnavailable) as error:  # others say nothing about the choice
+        except (BundleInvalid, DeviceUnavailable) as error:  # only these are the plan's fault
             _remove(entry)
             raise PlanUndecided(
                 f"plan {selection.chosen} can no longer be loaded: {error}"
             ) from error
 
     def choose(self, bundle: Bundle, *, refresh: bool = False) -> PlanSelection:
-        """What was found out about the plans for ``bundle``, from the cache if it is there.
+        """The fastest plan for ``bundle`` and all results, from the cache if they are there.
 
-        Else it is found out now, which takes from ten seconds to minutes; other processes that
-        ask for the same wait, and hear of a refusal that is a minute old at most.
+        If they are not, all candidates are benchmarked now, which takes from ten seconds to
+        minutes. Other processes that choose at the same time wait. They use the new result; a
+        refusal is used for a minute.
+
+        Args:
+            bundle: the version.
+            refresh: whether to benchmark again although the cache has a result.
 
         Raises:
-            BundleInvalid: no plan, or not the one that is wanted, scores as was published.
+            BundleInvalid: no plan, or not the wanted one, gives the published scores.
         """
         with self._lock() as root:
             entry = self._entry(root, bundle)
@@ -119,7 +126,7 @@ class Planner:
                 if not refresh and (reason := _fresh_text(refusal)):
                     raise BundleInvalid(reason)
                 try:
-                    selection = self._try_candidates(bundle)
+                    selection = self._benchmark_candidates(bundle)
                     _replace(entry, msgspec.json.encode(selection))
                 except BundleInvalid as error:
                     _replace(refusal, str(error).encode()[:MAX_ENTRY_BYTES])
@@ -136,11 +143,11 @@ class Planner:
         return load_classifier(Source(bundle, self.device, self._threads), plan, fallback)
 
     def _entry(self, root: Path, bundle: Bundle) -> Path:
-        """The file of the choice for ``bundle``; its name covers everything that decides it."""
+        """The cache's file for ``bundle``. Its name is a digest of all that decides the choice."""
         packages = sorted({name for plan in catalogue().values() for name in plan.packages})
         facts = {
             "schema": CACHE_SCHEMA,
-            "manifest": bundle.manifest_sha256,  # names the weights, the golden images, the network
+            "manifest": bundle.manifest_sha256,  # has digests of the weights and the golden images
             "machine": describe_machine(self.device),
             "device": self.device,
             "threads": self._threads,
@@ -150,50 +157,53 @@ class Planner:
         return root / (sha256_hex(json.dumps(facts, sort_keys=True).encode())[:24] + SELECTION)
 
     def _remembered(self, entry: Path, bundle: Bundle) -> PlanSelection | None:
-        """The choice in ``entry``, if it names a plan that may serve ``bundle`` here."""
+        """The choice in the file ``entry``; None unless its plan may serve ``bundle`` here."""
         try:
             selection = msgspec.json.decode(_read_entry(entry), type=PlanSelection)
             for name in (selection.chosen, *(each.plan for each in selection.results)):
                 if name not in self._candidates:
-                    raise ValueError(f"it names {name[:40]!r}, which is not a plan to choose here")
+                    raise ValueError(f"it names {name[:40]!r}, which is not a candidate here")
             if reason := self._refusal(self._candidates[selection.chosen], bundle.manifest):
                 raise ValueError(f"it chooses {selection.chosen}: {reason}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            log.warning("%s is ignored: %s", entry, error)
+            log.warning("the remembered plan in %s is ignored: %s", entry, error)
             return None
         with contextlib.suppress(OSError):
-            os.utime(entry)  # the least recently used are pruned
+            os.utime(entry)  # ``_prune`` removes the least recently used entries
         return selection
 
     def _root(self) -> Path:
-        """The cache's folder, or where it cannot be written, one of this user's in /tmp."""
+        """The cache's folder, or this user's own folder in /tmp if that cannot be written."""
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._folder.is_dir() and os.access(self._folder, os.W_OK):
             return self._folder
-        log.warning("%s cannot be written: plans are remembered in /tmp only", self._folder)
+        log.warning(
+            "the cache of plans %s cannot be written; plans are remembered in /tmp only",
+            self._folder,
+        )
         self._folder = _private_folder(Path(tempfile.gettempdir(), f"convoy-plans-{os.getuid()}"))
         return self._folder
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[Path]:
-        """One process chooses, the others wait: two would spoil each other's timings.
+        """Wait until no other process benchmarks, and keep others waiting until the block ends.
 
-        Yields the cache's folder.
+        Two benchmarks at once would spoil each other's timings. Yields the cache's folder.
         """
         root = self._root()
-        # A link there must not have another file opened for writing.
+        # O_NOFOLLOW: a symbolic link in this place must not open another file for writing.
         descriptor = os.open(root / CHOOSING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "rb"):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield root
 
-    def _try_candidates(self, bundle: Bundle) -> PlanSelection:
-        """Prove and time every candidate; raises ``BundleInvalid`` if none may serve."""
-        log.info("%s: choosing a plan on %s", bundle.manifest.model, self.device)
-        results = tuple(self._find_out(bundle, plan) for plan in self._candidates.values())
+    def _benchmark_candidates(self, bundle: Bundle) -> PlanSelection:
+        """Prove and time every candidate; ``BundleInvalid`` if none may serve."""
+        log.info("%s: benchmarking the plans on %s", bundle.manifest.model, self.device)
+        results = tuple(self._benchmark(bundle, plan) for plan in self._candidates.values())
         accepted = [result for result in results if result.reason is None]
         if not accepted:
             raise BundleInvalid(
@@ -201,21 +211,21 @@ class Planner:
                 + "; ".join(f"{each.plan}: {each.reason}" for each in results)
             )
         best = min(accepted, key=lambda result: score(result.batch_ms))
-        log.info("%s: plan %s is the fastest that is right", bundle.manifest.model, best.plan)
+        log.info("%s: plan %s is the fastest correct one", bundle.manifest.model, best.plan)
         return PlanSelection(chosen=best.plan, results=results)
 
-    def _find_out(self, bundle: Bundle, plan: Plan) -> PlanResult:
+    def _benchmark(self, bundle: Bundle, plan: Plan) -> PlanResult:
         if reason := self._refusal(plan, bundle.manifest):
             result = PlanResult(plan=plan.name, reason=reason)
         else:
             result = run_benchmark("try", plan.name, bundle, self.device, self._threads)
-            if result.reason == KILLED:  # perhaps for want of memory, which says little of the plan
+            if result.reason == KILLED:  # memory may have run out for another reason than the plan
                 result = run_benchmark("try", plan.name, bundle, self.device, self._threads)
         log.info("%s", describe_result(result))
         return result
 
     def _refusal(self, plan: Plan, manifest: Manifest) -> str | None:
-        """Why ``plan`` may not serve the version here, as far as is known without trying it."""
+        """Why ``plan`` may not serve the version here, as far as is known without a benchmark."""
         return (
             plan.unsupported(self.device)
             or missing_exports(plan, manifest)
@@ -224,11 +234,11 @@ class Planner:
 
 
 def score(batch_ms: dict[int, float]) -> float:
-    """One figure to compare plans by: the geometric mean of ms per image over the batch sizes.
+    """One figure to compare plans: the geometric mean of ms per image over the batch sizes.
 
-    Serving meets single images when idle and full batches under load; a geometric mean lets a
-    plan that is twice as fast at one size make up for one that is twice as fast at another. A plan
-    without times is infinitely slow.
+    Serving runs single images when idle and full batches under load. In a geometric mean, twice the
+    speed at one size makes up for half the speed at another. A plan without times is infinitely
+    slow.
     """
     if not batch_ms:
         return math.inf
@@ -236,7 +246,7 @@ def score(batch_ms: dict[int, float]) -> float:
 
 
 def missing_exports(plan: Plan, manifest: Manifest) -> str | None:
-    """Why ``plan`` has nothing to read in the version's bundle, or None."""
+    """Why ``plan`` cannot run from the version's bundle, or None if it can."""
     if not plan.exports and not isinstance(manifest.network, ListedNetwork):
         return f"the version is {manifest.network}, which torch does not run"
     missing = [name for name in plan.exports if name not in manifest.files]
@@ -244,21 +254,27 @@ def missing_exports(plan: Plan, manifest: Manifest) -> str | None:
 
 
 def refused_by_record(plan: Plan, manifest: Manifest) -> str | None:
-    """Why the accuracy that was recorded when the version was published rules ``plan`` out."""
+    """Why the accuracies that publishing recorded rule ``plan`` out, or None if they do not."""
     if plan.precision == "fp32":
         return None
     accuracy = manifest.plan_accuracy.get(plan.name)
     fp32 = manifest.metrics.get("validation_accuracy")
     if accuracy is None or fp32 is None:
-        unproved = "its held-out accuracy was not recorded when the version was published"
+        unproved = (
+            "publishing recorded no held-out accuracy of it; "
+            "publish the version on a machine that can run it"
+        )
         return unproved if plan.precision == "int8" else None
     if fp32 - accuracy > ACCURACY_LOST:
-        return f"its held-out accuracy is {accuracy:.4f}, that of fp32 {fp32:.4f}"
+        return (
+            f"its held-out accuracy is {accuracy:.4f}, that of fp32 {fp32:.4f}; "
+            f"it may be {ACCURACY_LOST:g} lower"
+        )
     return None
 
 
 def describe_result(result: PlanResult) -> str:
-    """One line for people."""
+    """The result in one line, for logs and the command line."""
     if result.reason is not None:
         return f"{result.plan}: rejected: {result.reason}"
     times = ", ".join(f"{ms:.3g} ms at {size}" for size, ms in result.batch_ms.items())
@@ -266,9 +282,9 @@ def describe_result(result: PlanResult) -> str:
 
 
 def _read_entry(file: Path) -> bytes:
-    """The content of a file of the cache; raises ``OSError`` of anything but a small regular file.
+    """The content of a cache file; ``OSError`` unless it is a small regular file.
 
-    Opening a link or a pipe that somebody put there would read elsewhere or wait forever.
+    A link in its place could lead to any file, and opening a pipe would wait forever.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as opened:
@@ -279,6 +295,7 @@ def _read_entry(file: Path) -> bytes:
 
 
 def _fresh_text(file: Path) -> str:
+    """The text of a refusal that is less than ``REFUSAL_S`` old, else an empty string."""
     try:
         if 0 <= time.time() - file.lstat().st_mtime < REFUSAL_S:
             return _read_entry(file).decode(errors="replace")
@@ -288,14 +305,14 @@ def _fresh_text(file: Path) -> str:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    """Write ``file``, whatever lies in its place."""
+    """Write ``file``. A folder in its place is removed."""
     if file.is_dir() and not file.is_symlink():
         shutil.rmtree(file)
     write_atomically(file, data)
 
 
 def _private_folder(folder: Path) -> Path:
-    """``folder`` if only this user can have written to it, else a new one."""
+    """``folder`` if only this user can have written to it, else a new temporary folder."""
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700)
     facts = folder.lstat()
@@ -317,7 +334,7 @@ def _remove(file: Path) -> None:
 
 
 def _prune(root: Path) -> None:
-    """Keep the choices that were used last, and refusals that are still fresh."""
+    """Remove all but the ``CACHE_ENTRIES`` most recently used choices, and remove old refusals."""
     for refusal in root.glob(f"*{REFUSED}"):
         if not _fresh_text(refusal):
             _remove(refusal)
@@ -328,5 +345,5 @@ def _prune(root: Path) -> None:
 def _last_used_s(file: Path) -> float:
     try:
         return file.lstat().st_mtime
-    except OSError:  # a worker that could not load it has just removed it
+    except OSError:  # another worker could not load the choice and has just removed it
         return 0.0

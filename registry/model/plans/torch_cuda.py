@@ -1,8 +1,8 @@
-"""torch on a GPU in half precision: channels last, batch norm folded, one CUDA graph a batch size.
+"""torch on a GPU in half precision: channels last, batch norm folded, a CUDA graph per batch size.
 
-A graph replays all kernels of a forward pass in one launch; at small batches the launches of a
-small network cost more than its arithmetic. A graph has a fixed shape, so a batch is filled up to
-the next size that has one.
+A graph replays all kernels of a forward pass in one launch. In small batches, a small network's
+launches cost more than its arithmetic. A graph has a fixed shape, so a batch is padded to the next
+size that has a graph.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +22,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class CudaFp16(Plan):
+    """fp16 on a GPU."""
+
     name = "cuda-fp16"
     precision: ClassVar[Precision] = "fp16"
     device = "cuda"
@@ -46,7 +48,8 @@ class CudaFp16(Plan):
             for start in range(0, len(pixels), BUCKETS[-1]):
                 part = torch.from_numpy(pixels[start : start + BUCKETS[-1]])
                 graph, given, outputs = graphs[_bucket(len(part))]
-                given[: len(part)].copy_(part)  # what an earlier batch left behind it stays
+                # The padding after it keeps pixels of an earlier batch; their outputs are dropped.
+                given[: len(part)].copy_(part)
                 graph.replay()
                 parts.append(Outputs(*(each[: len(part)].cpu().numpy() for each in outputs)))
             return Outputs.joined(parts)
@@ -55,6 +58,8 @@ class CudaFp16(Plan):
 
 
 class CudaBf16(CudaFp16):
+    """bf16 on a GPU."""
+
     name = "cuda-bf16"
     precision: ClassVar[Precision] = "bf16"
 
@@ -69,7 +74,7 @@ def _capture(
     device: "torch.device",
     pool: Any,
 ) -> tuple["torch.cuda.CUDAGraph", "torch.Tensor", tuple["torch.Tensor", ...]]:
-    """A graph of one forward pass, the tensor that it reads and those that it writes."""
+    """A graph of one forward pass, its input tensor and its output tensors."""
     import torch
 
     given = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -81,7 +86,7 @@ def _capture(
                 preprocessed(given)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls are part of it: others answer by an older version meanwhile.
+        # Capture this thread's calls only: other threads may be serving an older version meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = preprocessed(given)
     return graph, given, outputs

@@ -1,7 +1,7 @@
-"""torch, operation by operation: the plan that is always there, and two that prepare the weights.
+"""torch, operation by operation: the plan that always exists, and two that prepare the weights.
 
-Folding multiplies each batch norm into the convolution before it: in evaluation it is only a scale
-and an offset per channel, so the layer disappears.
+Folding multiplies each batch norm into the convolution before it. In evaluation a batch norm is
+only a scale and an offset per channel, so its layer disappears.
 """
 
 import copy
@@ -23,7 +23,7 @@ EAGER = "torch-eager"
 
 
 def torch_predict(preprocessed: "PreprocessedModel", device: str) -> PredictFn:
-    """Run ``preprocessed``, in whatever precision it is, operation by operation on ``device``."""
+    """A forward pass of ``preprocessed`` on ``device``, in the model's own precision."""
     import torch
 
     ready = preprocessed.to(device).eval()
@@ -37,14 +37,14 @@ def torch_predict(preprocessed: "PreprocessedModel", device: str) -> PredictFn:
 
 
 def eager_classifier(preprocessed: "PreprocessedModel", device: str) -> Classifier:
-    """The classifier of a program that lies in no bundle: what training measures."""
+    """The classifier of a model without a bundle; training measures it."""
     return Classifier(torch_predict(preprocessed, device), EAGER, describe_device(device))
 
 
 def fold(preprocessed: "PreprocessedModel", precision: Precision) -> "PreprocessedModel":
-    """A copy with batch norm folded into convolutions and the network's weights in ``precision``.
+    """A copy with batch norm folded into convolutions, and with the weights in ``precision``.
 
-    That is fp32, bf16 or fp16; torch's int8 is not among them.
+    ``precision`` is fp32, bf16 or fp16; int8 is not supported here.
     """
     import torch
 
@@ -57,24 +57,24 @@ def fold(preprocessed: "PreprocessedModel", precision: Precision) -> "Preprocess
 
 
 def _fold_norms(module: "torch.nn.Module") -> None:
-    """Fold each batch norm into the convolution that is its elder sibling.
+    """Fold each batch norm into the convolution that comes just before it in the same module.
 
-    In every network of ours siblings run in their order; replaying the golden images would find
-    out about one where they do not.
+    In every network of ``NETWORKS``, the modules run in their order. If one did not, the replay of
+    the golden images would fail.
     """
     from torch import nn
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     children = list(module.named_children())
-    for (elder_name, elder), (name, child) in pairwise([("", module), *children]):
-        if isinstance(child, nn.BatchNorm2d) and isinstance(elder, nn.Conv2d):
-            setattr(module, elder_name, fuse_conv_bn_eval(elder, child))
+    for (before_name, before), (name, child) in pairwise([("", module), *children]):
+        if isinstance(child, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+            setattr(module, before_name, fuse_conv_bn_eval(before, child))
             setattr(module, name, nn.Identity())
         _fold_norms(child)
 
 
 class TorchEager(Plan):
-    """As training evaluates it: fp32, channels last, nothing prepared."""
+    """fp32, channels last, unprepared weights, as training evaluates the network."""
 
     name = EAGER
     precision: ClassVar[Precision] = "fp32"
@@ -88,6 +88,7 @@ class TorchEager(Plan):
         return torch_predict(self.prepare(source.preprocessed), source.device)
 
     def prepare(self, preprocessed: "PreprocessedModel") -> "PreprocessedModel":
+        """The model that runs; subclasses change its weights here."""
         return preprocessed
 
 
@@ -102,7 +103,7 @@ class TorchFp32(TorchEager):
 
 
 class TorchBf16(TorchFp32):
-    """bf16 with batch norm folded, where the CPU multiplies bf16 natively."""
+    """bf16 with batch norm folded, if the CPU multiplies bf16 natively."""
 
     name = "torch-bf16"
     precision: ClassVar[Precision] = "bf16"
