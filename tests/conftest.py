@@ -1,4 +1,4 @@
-"""What the tests share: tiny seeded networks on real pictures, and homes of their own."""
+"""Fixtures that the tests share: tiny seeded networks, real pictures, and an own home folder."""
 
 import fcntl
 import hashlib
@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before torch and OpenVINO are imported: two test processes share the cores, and every process that
-# a test starts inherits it.
+# Set before torch and OpenVINO are imported, because two test processes share the cores. Every
+# process that a test starts inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import msgspec
@@ -34,11 +34,11 @@ from training.publishing.publish import build_manifest, choose_calibration, writ
 MakeBundle = Callable[..., Bundle]
 CPU = torch.device("cpu")
 WAIT_TIMEOUT_S = 300.0
-"""How long a test waits for an event. Generous: a machine may have ten times as much to do."""
+"""How long a test waits for an event. Generous, because a busy machine may be ten times slower."""
 
 
 def wait_for(condition: Callable[[], object], what: str = "it did not happen in time") -> None:
-    """Return once ``condition()`` holds; fail with ``what`` when it never does."""
+    """Return once ``condition()`` is true; fail with the message ``what`` after the timeout."""
     deadline = time.monotonic() + WAIT_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, what
@@ -46,9 +46,9 @@ def wait_for(condition: Callable[[], object], what: str = "it did not happen in 
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that ``make`` fills once for all processes of this run of the tests.
+    """A folder that ``make`` fills once for all processes of this test run.
 
-    The first process that comes makes it; the others wait for that.
+    The first process fills it; the others wait for it.
     """
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     shared = factory.getbasetemp().parent if is_worker else factory.getbasetemp()
@@ -66,7 +66,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every test starts without CONVOY_ and MLflow variables, in a home of its own."""
+    """Start every test without CONVOY_ and MLflow variables, with a home folder of its own."""
     for name in list(os.environ):
         if name.startswith("CONVOY_") or name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
             monkeypatch.delenv(name)
@@ -120,7 +120,7 @@ CPU_KINDS = {
 
 @pytest.fixture(params=CPU_KINDS)
 def cpu_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a kind of CPU; this machine seems to be of that kind."""
+    """The name of a kind of CPU. During the test, this machine reports the flags of that kind."""
     kind: str = request.param
     monkeypatch.setattr("registry.core.devices.cpu_flags", lambda: CPU_KINDS[kind])
     return kind
@@ -128,7 +128,7 @@ def cpu_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def cpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine seems to have kernels in every precision, so every plan is tried."""
+    """Report the flags of a CPU with kernels in every precision, so that every plan is tried."""
     monkeypatch.setattr("registry.core.devices.cpu_flags", lambda: CPU_KINDS["AMX"])
 
 
@@ -142,14 +142,14 @@ def tiny_model(data: Dataset, seed: int = 0, network: ListedNetwork = TINY) -> P
 
 
 def load_eager(bundle: Bundle) -> Classifier:
-    """The plan that is always there: no choosing, no cache."""
+    """The classifier of ``bundle`` with ``torch-eager``, which needs no benchmark and no cache."""
     return Planner(Path("unused"), "cpu", None, EAGER).load(bundle)
 
 
 def exported(
     factory: pytest.TempPathFactory, preprocessed: PreprocessedModel, data: Dataset
 ) -> dict[str, bytes]:
-    """What ``export_network`` makes of a program, made once for all processes: it takes seconds."""
+    """The files of ``export_network``, made once for all processes because that takes seconds."""
     weights = [tensor.numpy().tobytes() for tensor in preprocessed.network.state_dict().values()]
     key = hashlib.sha256(b"".join([data.sha256.encode(), str(preprocessed).encode(), *weights]))
 
@@ -167,9 +167,9 @@ def exported(
 def make_bundle(
     few_digits: Dataset, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeBundle:
-    """Writes a real bundle: ``make_bundle(seed=1, change=lambda manifest: …)``.
+    """A function that writes a real bundle: ``make_bundle(seed=1, change=lambda manifest: …)``.
 
-    Without what ``export`` adds, torch's plans are the only ones; exporting takes seconds.
+    ``export=True`` adds graphs for other engines than torch, which takes seconds.
     """
 
     def make(
@@ -187,7 +187,7 @@ def make_bundle(
         report = tmp_path / "report"
         report.mkdir(exist_ok=True)
         (report / "report.html").write_text("<title>report</title>")
-        # The store insists on the folder's name.
+        # The store requires this folder name.
         target = folder or tmp_path / f"version-{seed}" / "bundle"
         exports = exported(tmp_path_factory, preprocessed, data) if export else {}
         return write_version(target, change(manifest), preprocessed, data, heldout, report, exports)
@@ -197,19 +197,19 @@ def make_bundle(
 
 @pytest.fixture
 def png(few_digits: Dataset) -> bytes:
-    """An encoded picture that the tiny networks accept."""
+    """An encoded picture that the tiny networks can classify."""
     return few_digits.test.encode(0)
 
 
 @pytest.fixture(scope="session")
 def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables, made once: making one takes seconds."""
+    """An empty MLflow database, made once because that takes seconds."""
 
     def make(root: Path) -> None:
         from registry.store.mlflow_store import ModelStore
 
         with pytest.MonkeyPatch.context() as patch:
-            # MLflow itself sets it, for an earlier one.
+            # MLflow itself may have set it, to an earlier database.
             patch.delenv("MLFLOW_TRACKING_URI", raising=False)
             ModelStore(Paths(root)).models()
 
@@ -218,7 +218,7 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def registry_paths(paths: Paths, empty_registry: Path) -> Iterator[Paths]:
-    """A home with an empty registry in it."""
+    """The paths of a home folder with an empty registry."""
     paths.root.mkdir(parents=True)
     shutil.copy(empty_registry, paths.root / "mlflow.db")
     yield paths
@@ -238,7 +238,7 @@ def store(registry_paths: Paths):
 
 @pytest.fixture
 def downloads(store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The versions whose files are fetched from now on, one entry for each time."""
+    """A list that gets the number of each version that is downloaded, once for each download."""
     found: list[int] = []
     download = store.download
 
@@ -252,7 +252,7 @@ def downloads(store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def publish(store, make_bundle: MakeBundle):
-    """Registers a version: ``publish(seed=1)`` gives its ``ModelVersion``."""
+    """A function that registers a version: ``publish(seed=1)`` returns its ``ModelVersion``."""
     from training.publishing.tracking import start_run
 
     def register(seed: int = 0, **options):
@@ -265,7 +265,7 @@ def publish(store, make_bundle: MakeBundle):
 
 @pytest.fixture
 def better_and_worse_seed(make_bundle: MakeBundle) -> tuple[int, int]:
-    """Seeds of two tiny networks, the first of which gets more held-out pictures right."""
+    """Seeds of two tiny networks. The first one classifies more held-out pictures correctly."""
     scores = {}
     for seed in range(6):
         heldout = make_bundle(seed=seed).heldout()

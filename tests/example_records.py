@@ -1,4 +1,4 @@
-"""Made-up records of examples, as a bundle keeps them; an example is named by any number."""
+"""Made-up records of examples, in a bundle's formats. Any number can name an example."""
 
 import hashlib
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ def heldout_file(
     numbers: Iterable[int] = (),
     perceptual_hashes: np.ndarray | None = None,
 ) -> dict[str, bytes]:
-    """``heldout.npz`` of the examples ``numbers``, by default 0, 1, 2, …"""
+    """``heldout.npz`` with the examples ``numbers``, by default 0, 1, 2, …"""
     numbers = list(numbers) or range(len(labels))
     names = b"".join(digest(each) for each in numbers)
     data = to_npz(
@@ -37,7 +37,7 @@ def heldout_file(
 
 
 def training_file(numbers: Iterable[int] = ()) -> dict[str, bytes]:
-    """``training.npz`` of the examples ``numbers``."""
+    """``training.npz`` with the examples ``numbers``."""
     return {
         TRAINING: to_npz(digests=short_digests(numbers), perceptual_hashes=short_digests(numbers))
     }

@@ -1,8 +1,8 @@
-"""Bundles that are broken, or whose author is no friend, by name.
+"""Broken or malicious bundles, by name.
 
-Each changes a good bundle on disk; some would leave a marker if any code of theirs ran. With
-``digests`` the manifest is written anew over what was changed, as somebody could who can write to
-the registry.
+Each function changes a good bundle on disk. Some would create a marker file if code from the
+bundle ran. ``replace_file`` also writes the new digest to the manifest, as an attacker with write
+access to the registry could.
 """
 
 import io
@@ -23,7 +23,7 @@ Change = Callable[[Bundle, Path], None]
 
 
 class Marker:
-    """Unpickled, it makes a file."""
+    """Creates the file ``path`` when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,7 +37,7 @@ def pickled(marker: Path) -> bytes:
 
 
 def torch_archive(marker: Path) -> bytes:
-    """What ``torch.save`` writes, with a pickle of ours in it."""
+    """A file like ``torch.save`` writes, with a pickled ``Marker`` in it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", pickled(marker))
@@ -46,7 +46,7 @@ def torch_archive(marker: Path) -> bytes:
 
 
 def object_array(marker: Path) -> bytes:
-    """An ``.npz`` whose array is of objects, so pickled."""
+    """An ``.npz`` whose arrays contain objects, so that they are pickled."""
     buffer = io.BytesIO()
     objects = np.array([Marker(marker)], dtype=object)
     names = ("pixels", "labels", "probabilities", "digests", "perceptual_hashes")
@@ -60,7 +60,7 @@ def header(text: str, payload: bytes = b"") -> bytes:
 
 
 def replace_file(bundle: Bundle, name: str, data: bytes) -> None:
-    """Put ``data`` there, and into the manifest as if it had been published."""
+    """Write ``data`` to the file ``name``, and its digest to the manifest."""
     (bundle.folder / name).write_bytes(data)
     entry = {"sha256": sha256_hex(data), "size_bytes": len(data)}
     change_manifest(bundle, lambda manifest: manifest["files"].update({name: entry}))
@@ -82,13 +82,13 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Change:
 
 
 def outside(bundle: Bundle, marker: Path) -> None:
-    """The weights are a link to a file elsewhere, which is not theirs."""
+    """Replace the weights by a link to a file outside the bundle."""
     (bundle.folder / WEIGHTS).unlink()
     (bundle.folder / WEIGHTS).symlink_to("/etc/hostname")
 
 
 def mlmodel(bundle: Bundle, marker: Path) -> None:
-    """MLflow's loader would import this module; and the weights are cut, so that it must fail."""
+    """Add a module that MLflow's loader would import, and cut the weights, so that a load fails."""
     (bundle.folder / "code").mkdir()
     (bundle.folder / "code" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
     (bundle.folder / "MLmodel").write_text(
@@ -129,7 +129,7 @@ HOSTILE_BUNDLES: dict[str, Change] = {
     "weights are a torch archive": weights(torch_archive),
     "weights are nothing": weights(lambda marker: b""),
     "weights' header is 2⁶³ long": weights(lambda marker: struct.pack("<Q", 2**63) + b"{}"),
-    "weights' header is no JSON": weights(lambda marker: header("{" * 5000)),
+    "weights' header is not JSON": weights(lambda marker: header("{" * 5000)),
     "weights' offsets lie": weights(
         lambda marker: header(
             '{"x":{"dtype":"F32","shape":[99999999],"data_offsets":[0,399999996]}}', bytes(8)
@@ -145,7 +145,7 @@ HOSTILE_BUNDLES: dict[str, Change] = {
     "held-out scores are an array of objects": lambda bundle, marker: replace_file(
         bundle, HELDOUT, object_array(marker)
     ),
-    "manifest is no JSON": lambda bundle, marker: (
+    "manifest is not JSON": lambda bundle, marker: (
         (bundle.folder / MANIFEST).write_bytes(b"[" * 100_000) and None
     ),
     "manifest is missing": lambda bundle, marker: (bundle.folder / MANIFEST).unlink(),
@@ -168,15 +168,15 @@ HOSTILE_BUNDLES: dict[str, Change] = {
     "labels are swapped": manifest(lambda m: m["labels"].reverse()),
     "labels are too few": manifest(lambda m: m["labels"].pop()),
     "golden picture is hostile": hostile_golden,
-    "golden probabilities are no numbers": lambda bundle, marker: replace_file(
+    "golden probabilities are not numbers": lambda bundle, marker: replace_file(
         bundle, GOLDEN, b'[{"file":"golden/0.png","probabilities":["x"]}]'
     ),
-    "golden pictures are none": lambda bundle, marker: replace_file(bundle, GOLDEN, b"[]"),
+    "there are no golden pictures": lambda bundle, marker: replace_file(bundle, GOLDEN, b"[]"),
 }
 
 
 def as_published(bundle: Bundle) -> str:
-    """The digest of the manifest as it lies there: what a changed registry would say."""
+    """The digest of the manifest on disk, as a registry that an attacker changed would have it."""
     try:
         return sha256_hex((bundle.folder / MANIFEST).read_bytes())
     except OSError:

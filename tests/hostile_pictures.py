@@ -1,6 +1,6 @@
-"""Pictures made to hurt whoever decodes them, by name. Each is a few lines, so that one sees how.
+"""Pictures that attack a decoder, by name. Each is a few lines, so that a reader sees the attack.
 
-What is expected of every one of them: a refusal, or an answer, within a second and little memory.
+The decoder must refuse each picture, or answer it, within a second and with little memory.
 """
 
 import struct
@@ -13,7 +13,7 @@ from PIL import Image
 
 from registry.model.manifest import PreprocessSpec
 
-# As a network for photographs has it.
+# The usual preprocessing of photographs.
 SPEC = PreprocessSpec(
     mode="RGB", width_px=224, height_px=224, resize_shorter_px=256, mean=(0.5,) * 3, std=(0.5,) * 3
 )
@@ -35,7 +35,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(
     width: int, height: int, pixels: bytes = b"", *more: bytes, bits: int = 8, kind: int = 2
 ) -> bytes:
-    """A PNG of that header; ``more`` are chunks before the pixels, which are compressed here."""
+    """A PNG with that header. ``pixels`` are compressed here; the chunks ``more`` precede them."""
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     data = chunk(b"IDAT", zlib.compress(pixels, 1))
     return PNG + chunk(b"IHDR", header) + b"".join(more) + data + chunk(b"IEND", b"")
@@ -57,7 +57,7 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 
 
 def jpeg_of_scans(scans: int, side: int) -> bytes:
-    """A progressive JPEG whose last scan stands there again and again."""
+    """A progressive JPEG whose last scan is repeated ``scans`` times."""
     data = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * scans + data[-2:]
@@ -70,7 +70,7 @@ def webp_claiming(width: int, height: int) -> bytes:
 
 
 def exif_of(entries: int) -> bytes:
-    """A JPEG whose EXIF has ever so many entries, over as many segments as that takes."""
+    """A JPEG with so many EXIF entries, over as many segments as they need."""
     rows = b"".join(struct.pack("<HHII", 0x9000 + n % 999, 3, 0xFFFF, 8) for n in range(entries))
     tiff = b"II*\0" + struct.pack("<IH", 8, entries) + rows + bytes(4)
     pieces = [tiff[at : at + 65_000] for at in range(0, len(tiff), 65_000)]
@@ -92,7 +92,7 @@ def packed_text(number: int) -> list[bytes]:
 
 
 def noisy_png(side: int, kind: int, bits: int) -> bytes:
-    """Valid, and slow to unpack: random bytes under random filters."""
+    """A valid PNG that is slow to unpack: random bytes with random filters."""
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[kind]
     row = side * channels * bits // 8
     random = Random(side)
@@ -113,7 +113,7 @@ def gif(*blocks: bytes, screen: int = 16, side: int = 16) -> bytes:
 
 
 def comment(size: int) -> bytes:
-    """A comment of a GIF, in blocks of one byte."""
+    """A GIF comment in ``size`` blocks of one byte."""
     return b"!\xfe" + b"\x01x" * size + b"\0"
 
 
@@ -156,7 +156,7 @@ def tiff(
 
 
 def tiff_of_entries(number: int) -> bytes:
-    """Each of them has the whole file for its value."""
+    """A TIFF with so many entries of 1 MB, which all point to the same bytes."""
     return tiff(
         *[(tag, 1, 1_000_000, 0) for tag in range(1000, 1000 + number)], pixels=bytes(1_000_000)
     )
@@ -261,7 +261,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 
 def mutants(seeds: list[bytes], count: int, seed: int = 0) -> Iterator[bytes]:
-    """``seeds`` with bytes changed, cut, doubled or swapped between them."""
+    """``count`` random variants of ``seeds``, with bytes changed, inserted, cut or doubled."""
     random = Random(seed)
     for _ in range(count):
         data = bytearray(random.choice(seeds))
@@ -283,7 +283,7 @@ def mutants(seeds: list[bytes], count: int, seed: int = 0) -> Iterator[bytes]:
 
 
 def with_checksums(data: bytes) -> bytes:
-    """A PNG whose checksums are right again, so that what was changed is looked at."""
+    """``data``, if a PNG with correct checksums, so that a decoder reads the changed chunks."""
     if not data.startswith(PNG):
         return data
     pieces, position = [PNG], len(PNG)

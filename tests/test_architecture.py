@@ -1,4 +1,4 @@
-"""The rules that keep the walk short: who may import whom, and what stays light."""
+"""Rules about imports: which package may import which, and which modules stay light."""
 
 import ast
 import subprocess
@@ -16,7 +16,7 @@ MLFLOW_MODULES = {
     "registry.store.mlflow_store",
     "training.publishing.tracking",
 }
-# What a folder may import beside itself: folders, and single modules where only these are meant.
+# Folder → the other folders that it may import, or single modules if only these are permitted.
 CORE, MODEL, STORE = "registry.core", "registry.model", "registry.store"
 OFFERED_TO_SERVICE = {
     CORE,
@@ -53,7 +53,7 @@ MAY_IMPORT = {
         *OFFERED_TO_SERVICE,
     },
     "service.shadow": {SETTINGS, "service.loading", OBSERVABILITY, *OFFERED_TO_SERVICE},
-    # Probes and the list of models say what is being loaded.
+    # Probes and the list of models report which versions are loading.
     "service.http": {
         *(SETTINGS, "service.state", "service.server.protocol", INFERENCE, OBSERVABILITY),
         *("service.loading.model_slot", *OFFERED_TO_SERVICE),
@@ -71,14 +71,14 @@ MAY_IMPORT = {
 
 
 def sources() -> dict[str, Path]:
-    """Every module of the three packages, by name."""
+    """Every module of the three packages: name → file."""
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
 def imported(path: Path) -> Iterator[str]:
-    """What a file imports, wherever in it; of ``from a import b`` both ``a`` and ``a.b``."""
+    """Names that a file imports anywhere. ``from a import b`` gives both ``a`` and ``a.b``."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -93,7 +93,7 @@ def is_in(module: str, folder: str) -> bool:
 
 
 def imports_of_ours(modules: dict[str, Path]) -> dict[str, set[str]]:
-    """Which of ``modules`` each of them imports."""
+    """Each of ``modules`` → those of ``modules`` that it imports."""
     return {
         name: {found for found in imported(path) if found in modules and found != name}
         for name, path in modules.items()
@@ -105,7 +105,7 @@ def test_imports_point_in_one_direction() -> None:
     offenders = []
     for name, targets in imports_of_ours(modules).items():
         folder = max((each for each in MAY_IMPORT if is_in(name, each)), key=len, default=None)
-        if folder is None:  # a package's own docstring, or its command
+        if folder is None:  # a package's __init__.py or __main__.py
             folder = "registry.cli"
         allowed = {folder, *MAY_IMPORT[folder]}
         offenders += [
@@ -113,7 +113,7 @@ def test_imports_point_in_one_direction() -> None:
             for target in targets
             if "." in target
             and not any(is_in(target, each) for each in allowed)
-            # `from registry.core import errors` also names the folder
+            # `from registry.core import errors` also gives the folder's name
             and target not in {each.rpartition(".")[0] for each in allowed}
         ]
     assert not offenders
@@ -121,23 +121,23 @@ def test_imports_point_in_one_direction() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = imports_of_ours(sources())
-    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError with the modules' names
 
 
-def test_nothing_imports_tests_benchmarks_or_tools() -> None:
+def test_no_package_imports_tests_benchmarks_or_tools() -> None:
     for path in sources().values():
-        tops = {name.partition(".")[0] for name in imported(path)}
-        assert not tops & {"tests", "benchmarks", "deploy"}, path
+        packages = {name.partition(".")[0] for name in imported(path)}
+        assert not packages & {"tests", "benchmarks", "deploy"}, path
 
 
-def test_a_folder_holds_few_modules() -> None:
+def test_a_folder_holds_at_most_nine_modules() -> None:
     for package in PACKAGES:
         for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
             modules = [each for each in folder.glob("*.py") if each.name != "__init__.py"]
             assert len(modules) <= 9, folder
 
 
-def test_mlflow_is_imported_at_its_doors_only() -> None:
+def test_only_the_three_listed_modules_import_mlflow() -> None:
     importers = {
         name
         for name, path in sources().items()
@@ -146,7 +146,7 @@ def test_mlflow_is_imported_at_its_doors_only() -> None:
     assert importers == MLFLOW_MODULES
 
 
-def test_serving_never_loads_what_can_run_code() -> None:
+def test_serving_never_loads_files_that_can_run_code() -> None:
     banned = ("torch.load(", "torch.export.load(", "load_model(", "pickle", "allow_pickle=True")
     offenders = [
         (name, word)
@@ -180,7 +180,7 @@ def test_serving_never_loads_what_can_run_code() -> None:
     ],
 )
 def test_light_modules_stay_light(module: str, absent: set[str]) -> None:
-    """In a fresh interpreter, because this one has loaded everything."""
+    """Each module is imported in a fresh interpreter, because this one has loaded everything."""
     code = f"import sys, {module}; print(' '.join(sorted({absent!r} & set(sys.modules))))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
@@ -188,7 +188,7 @@ def test_light_modules_stay_light(module: str, absent: set[str]) -> None:
     assert loaded == []
 
 
-def test_a_serving_app_loads_no_mlflow() -> None:
+def test_a_serving_app_loads_neither_torch_nor_mlflow() -> None:
     code = (
         "import sys; from service import create_app; create_app(); "
         "print('torch' in sys.modules, 'mlflow' in sys.modules)"

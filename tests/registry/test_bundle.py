@@ -41,7 +41,7 @@ def test_a_bundle_is_written_and_opened_again(make_bundle: MakeBundle) -> None:
     np.testing.assert_allclose(heldout.probabilities.sum(axis=1), 1, atol=1e-5)
 
 
-def test_golden_images_show_every_class_in_turn(make_bundle: MakeBundle) -> None:
+def test_golden_images_take_the_classes_in_turn(make_bundle: MakeBundle) -> None:
     bundle = make_bundle()
     assert len(bundle.golden()) == 32
     heldout = bundle.heldout()
@@ -69,18 +69,20 @@ def test_damaged_weights_are_refused(make_bundle: MakeBundle, damage, reason: st
         bundle.weights()
 
 
-def test_a_missing_file_is_named(make_bundle: MakeBundle) -> None:
+def test_the_error_for_a_missing_file_names_it(make_bundle: MakeBundle) -> None:
     bundle = make_bundle()
     (bundle.folder / WEIGHTS).unlink()
     with pytest.raises(BundleInvalid, match=r"weights\.safetensors: No such file"):
         bundle.verify()
     with pytest.raises(BundleInvalid, match="names no file"):
-        bundle.read("unheard.of")
+        bundle.read("unknown.file")
     with pytest.raises(BundleInvalid, match="No such file"):
         open_bundle(bundle.folder / "elsewhere")
 
 
-def test_a_manifest_that_the_registry_does_not_know_is_refused(make_bundle: MakeBundle) -> None:
+def test_a_manifest_with_another_digest_than_in_the_registry_is_refused(
+    make_bundle: MakeBundle,
+) -> None:
     bundle = make_bundle()
     with pytest.raises(BundleInvalid, match="but the registry has"):
         open_bundle(bundle.folder, "0" * 64)
@@ -104,7 +106,7 @@ def test_files_outside_the_bundle_are_refused(
     ("file", "method"),
     [(WEIGHTS, "weights"), ("golden/golden.json", "golden"), ("heldout.npz", "heldout")],
 )
-def test_files_that_are_not_what_they_are_called_are_refused(
+def test_files_in_another_format_than_their_names_say_are_refused(
     make_bundle: MakeBundle, tmp_path: Path, file: str, method: str
 ) -> None:
     bundle = make_bundle()
@@ -114,7 +116,7 @@ def test_files_that_are_not_what_they_are_called_are_refused(
         getattr(wrong, method)()
 
 
-def bare(array: np.ndarray) -> bytes:
+def single_array(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
@@ -133,27 +135,27 @@ def record(labels: np.ndarray = TWO, probabilities: np.ndarray = ONES, **others)
 
 HOSTILE_ARRAYS = {
     "nothing": b"",
-    "no zip behind its mark": b"PK\x03\x04" + bytes(40),
-    "one array": bare(np.zeros(2)),
-    "other names": to_npz(x=np.zeros(2)),
+    "a zip header without an archive": b"PK\x03\x04" + bytes(40),
+    "an array without an archive": single_array(np.zeros(2)),
+    "arrays with other names": to_npz(x=np.zeros(2)),
     "probabilities of one dimension": record(probabilities=np.zeros(2)),
-    "of other classes": record(probabilities=ONES[:, :9]),
-    "of other pictures": record(np.zeros(3, int)),
+    "too few classes": record(probabilities=ONES[:, :9]),
+    "more labels than probabilities": record(np.zeros(3, int)),
     "a label beyond the last": record(np.array([0, 10])),
     "a label before the first": record(np.array([0, -1])),
-    "labels that are no numbers": record(np.array(["a", "b"])),
-    "no picture at all": record(np.zeros(0, int), ONES[:0]),
+    "labels that are not numbers": record(np.array(["a", "b"])),
+    "no examples": record(np.zeros(0, int), ONES[:0]),
     "a probability below 0": record(probabilities=ONES - np.float32(0.2)),
     "a probability above 1": record(probabilities=ONES * np.float32(1e30)),
-    "digests of other pictures": record(digests=NAMES[:1]),
+    "too few digests": record(digests=NAMES[:1]),
     "digests that are cut": record(digests=NAMES[:, :8]),
-    "looks that are no words": record(perceptual_hashes=PERCEPTUAL_HASHES.astype(float)),
+    "perceptual hashes that are floats": record(perceptual_hashes=PERCEPTUAL_HASHES.astype(float)),
 }
 
 
 @pytest.fixture
 def changed(make_bundle: MakeBundle, tmp_path: Path):
-    """A bundle one of whose files has other bytes, which its manifest names."""
+    """A function that writes a bundle with ``data`` in one file, and its digest in the manifest."""
 
     def change(file: str, data: bytes) -> Bundle:
         bundle = make_bundle()
@@ -163,12 +165,12 @@ def changed(make_bundle: MakeBundle, tmp_path: Path):
     return change
 
 
-def test_the_record_that_the_hostile_ones_are_made_from_is_right(changed) -> None:
+def test_the_record_from_which_the_hostile_ones_are_made_is_accepted(changed) -> None:
     assert changed(HELDOUT, record()).heldout().accuracy == 1.0
 
 
 @pytest.mark.parametrize("data", HOSTILE_ARRAYS.values(), ids=HOSTILE_ARRAYS)
-def test_held_out_records_that_fit_no_model_are_refused(changed, data: bytes) -> None:
+def test_hostile_held_out_records_are_refused(changed, data: bytes) -> None:
     with pytest.raises(BundleInvalid, match=HELDOUT):
         changed(HELDOUT, data).heldout()
 
@@ -182,7 +184,7 @@ def test_thumbnails_and_training_records_of_another_form_are_refused(changed) ->
         ).training()
 
 
-def test_scores_of_a_champion_are_those_of_one_version_and_of_all_examples(
+def test_champion_scores_must_be_those_of_the_wanted_version_and_of_all_examples(
     make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
     bundle = make_bundle()
@@ -203,9 +205,9 @@ def test_scores_of_a_champion_are_those_of_one_version_and_of_all_examples(
 
 
 def bomb(bomb_name: str, shape: tuple[int, ...], size_bytes: int) -> bytes:
-    """An ``.npz`` with every array of ours, each of which says that it has ``shape``.
+    """An ``.npz`` with all arrays that a bundle may have; each header claims ``shape``.
 
-    ``size_bytes`` zeros follow the header of one of them. They are stored in a thousandth of that.
+    ``size_bytes`` zeros follow the header of ``bomb_name``, compressed to a thousandth of that.
     """
     buffer = io.BytesIO()
     header = io.BytesIO()
@@ -237,7 +239,7 @@ def test_a_megabyte_that_would_unpack_to_more_than_a_gigabyte_is_never_unpacked(
     tracemalloc.stop()
 
 
-def test_a_header_that_says_more_than_follows_it_allocates_nothing(changed) -> None:
+def test_no_memory_is_allocated_for_a_header_that_claims_more_than_its_file_has(changed) -> None:
     bundle = changed(HELDOUT, bomb("labels", (1 << 40,), 1 << 20))
     tracemalloc.start()
     with pytest.raises(BundleInvalid, match="does not have the size of uint8"):
@@ -246,8 +248,8 @@ def test_a_header_that_says_more_than_follows_it_allocates_nothing(changed) -> N
     tracemalloc.stop()
 
 
-def test_a_member_that_hides_its_size_is_not_unpacked_beyond_it(changed) -> None:
-    """The directory of the archive says 2,000 bytes, where the compressed stream has millions."""
+def test_a_member_is_not_unpacked_beyond_its_declared_size(changed) -> None:
+    """The archive's directory declares 2,000 bytes; the compressed stream has millions."""
     data = bomb("labels", (8 << 20,), 8 << 20)
     size = struct.pack("<L", (8 << 20) + 128)
     assert data.count(size) >= 2

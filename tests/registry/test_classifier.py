@@ -17,7 +17,7 @@ from training.data.sources import Dataset
 
 
 def rewritten(bundle: Bundle, folder: Path, **files: bytes) -> Bundle:
-    """``bundle`` with other content under valid digests: what only a replay can catch."""
+    """``bundle`` with other content under valid digests, which only a replay can detect."""
     kept = {name: bundle.read(name) for name in bundle.manifest.files}
     named = {"weights": WEIGHTS, "golden": GOLDEN}
     return write_bundle(
@@ -25,7 +25,7 @@ def rewritten(bundle: Bundle, folder: Path, **files: bytes) -> Bundle:
     )
 
 
-def test_rows_are_probabilities_whatever_the_batch(
+def test_rows_are_probabilities_and_do_not_depend_on_the_batch(
     make_bundle: MakeBundle, digits: Dataset
 ) -> None:
     classifier = load_eager(make_bundle())
@@ -54,7 +54,9 @@ def test_a_network_that_is_not_on_our_list_is_refused(make_bundle: MakeBundle) -
         load_eager(make_bundle(change=other))
 
 
-def test_weights_that_score_otherwise_are_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:
+def test_weights_that_give_other_scores_are_refused(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
     first, second = make_bundle(seed=0), make_bundle(seed=1)
     version_switched = rewritten(first, tmp_path / "swapped", weights=second.read(WEIGHTS))
     with pytest.raises(BundleInvalid, match=r"differs by .* its tolerance in fp32 is 0\.001"):

@@ -14,7 +14,7 @@ from registry.core.errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailabl
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
-def test_the_cpu_is_there_for_the_asking() -> None:
+def test_the_cpu_is_always_available() -> None:
     assert describe_device(choose_device("cpu")) == "cpu"
 
 
@@ -25,19 +25,19 @@ def test_an_unknown_device_is_refused(wanted: str) -> None:
 
 
 @without_cuda
-def test_cuda_by_name_fails_loudly_where_there_is_none() -> None:
+def test_asking_for_cuda_by_name_is_an_error_on_a_machine_without_it() -> None:
     with pytest.raises(DeviceUnavailable, match="cuda cannot run a kernel"):
         choose_device("cuda")
 
 
 @without_cuda
-def test_auto_is_the_cpu_where_there_is_no_gpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_is_the_cpu_on_a_machine_without_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     assert choose_device("auto") == "cpu"
     assert not caplog.records
 
 
 @without_cuda
-def test_auto_says_that_a_driver_is_of_no_use_to_this_torch(
+def test_auto_warns_of_a_gpu_driver_that_this_torch_cannot_use(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(devices, "_has_driver", lambda: True)
@@ -46,7 +46,7 @@ def test_auto_says_that_a_driver_is_of_no_use_to_this_torch(
     assert "no torch that can use it" in caplog.text
 
 
-def test_without_torch_the_cpu_serves(
+def test_auto_is_the_cpu_without_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(devices, "_has_driver", lambda: True)
@@ -60,13 +60,13 @@ def test_without_torch_the_cpu_serves(
 @pytest.mark.parametrize(
     ("quota", "expected"), [("50000 100000", 1), ("99900000 100000", None), ("max 100000", None)]
 )
-def test_a_containers_quota_is_a_limit_to_the_cores(
+def test_a_containers_quota_limits_the_cores(
     tmp_path: Path, quota: str, expected: int | None
 ) -> None:
-    mine = len(os.sched_getaffinity(0))
+    by_affinity = len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert devices.cores(tmp_path / "cpu.max") == (expected or mine)
-    assert devices.cores(tmp_path / "none") == mine
+    assert devices.cores(tmp_path / "cpu.max") == (expected or by_affinity)
+    assert devices.cores(tmp_path / "none") == by_affinity
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_containers_quota_is_a_limit_to_the_cores(
         (RuntimeError("shapes cannot be multiplied"), RuntimeError, "^shapes"),
     ],
 )
-def test_what_torch_raises_of_a_gpu_says_what_can_be_done(
+def test_torchs_gpu_errors_become_out_of_memory_or_device_lost(
     raised: Exception, becomes: type[Exception], text: str
 ) -> None:
     @device_errors()
@@ -114,7 +114,7 @@ def test_auto_falls_back_with_one_warning_when_the_kernel_fails(
     assert "second line" not in caplog.text
 
 
-def test_a_device_that_computes_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_computes_a_wrong_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     real_conv2d = functional.conv2d
     monkeypatch.setattr(functional, "conv2d", lambda *args: torch.zeros_like(real_conv2d(*args)))
     with pytest.raises(RuntimeError, match="instead of 36"):
@@ -123,7 +123,7 @@ def test_a_device_that_computes_nonsense_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
-def test_auto_is_the_gpu_where_it_works() -> None:
+def test_auto_is_the_gpu_if_it_works() -> None:
     device = choose_device("auto")
     assert device.startswith("cuda:")
     assert describe_device(device).startswith("cuda:0 (")

@@ -1,4 +1,4 @@
-"""Pictures made to hurt: each is answered at a bounded cost, or refused before it is decoded."""
+"""Hostile pictures: each is answered at a bounded cost, or refused before it is decoded."""
 
 import subprocess
 import sys
@@ -13,30 +13,31 @@ from registry.model.image.decode import FORMATS, decode_image, decode_training_i
 from tests.hostile_pictures import HOSTILE, SPEC, encoded, mutants
 
 REFUSALS = (ImageTooLarge, InvalidImage, UnsupportedImageType)
-# What a careful decoder can answer; the rest must be refused, and before it is decoded.
+# A careful decoder can answer these, for the reason given. The rest must be refused.
 ANSWERED = {
-    "webp of 4,000 frames": "the first frame is one picture",
+    "webp of 4,000 frames": "only the first frame is decoded",
     "png of 30 packed texts": "no text is unpacked",
     "png of 900 packed texts": "no text is unpacked",
-    "png of a packed profile": "nor a profile",
+    "png of a packed profile": "the profile is not unpacked",
     "png of 9,900 chunks of pixels": "so many are allowed",
-    "png with 200 MB of pixels too many": "what is beyond the last row is not unpacked",
+    "png with 200 MB of pixels too many": "bytes after the last row are not unpacked",
     "jpeg claiming 3400×3400 in 689 bytes": "libjpeg fills what is missing",
     "jpeg of 12 scans, 50 megapixels": "so many are allowed",
     "jpeg of 900 markers of 8 KB": "so many are allowed",
     "jpeg of 65,000 EXIF entries": "none of them is the orientation",
     "jpeg of 60 scans, 12 megapixels": "so many are allowed",
-    "png of 9 megapixels, RGBA, 16 bits": "a picture",
+    "png of 9 megapixels, RGBA, 16 bits": "a picture within the limits",
     "gif of 900 blocks of comment": "so many are allowed",
-    "gif of 4,000 frames": "the first frame is one picture",
-    "tiff of 900 entries of 1 MB": "none of them is needed",
-    "tiff whose directories form a ring": "the first picture counts",
-    "tiff whose EXIF is its own directory": "it is not read",
-    "tiff of 2³² rows a strip": "as many as the picture has",
-    "tiff of 4 GB of deflate": "what is beyond the last row is not unpacked",
-    "png of 12 megapixels, grey, 16 bits": "a picture",
-    "png of 12 megapixels, grey and alpha": "a picture",
+    "gif of 4,000 frames": "only the first frame is decoded",
+    "tiff of 900 entries of 1 MB": "all of them are dropped",
+    "tiff whose directories form a ring": "only the first directory is read",
+    "tiff whose EXIF is its own directory": "its EXIF is not read",
+    "tiff of 2³² rows a strip": "only as many rows are read as the picture has",
+    "tiff of 4 GB of deflate": "bytes after the last row are not unpacked",
+    "png of 12 megapixels, grey, 16 bits": "a picture within the limits",
+    "png of 12 megapixels, grey and alpha": "a picture within the limits",
 }
+# Their headers are within the limits, so the decoder finds that the pixels are missing.
 REFUSED_BY_THE_DECODER = {
     "webp claiming 3400×3400 in 34 bytes",
     "gif claiming 5000×5000 in 800 bytes",
@@ -64,7 +65,7 @@ sys.exit(len(known.keys() - {"version"}))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_costs_too_much_is_refused_before_a_decoder_sees_it(
+def test_a_hostile_picture_is_answered_or_refused_before_a_decoder_sees_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = HOSTILE[name]()
@@ -92,14 +93,14 @@ def test_mutants_are_answered_or_refused() -> None:
             assert decode_image(data, SPEC).shape == SPEC.shape
         except REFUSALS:
             refused += 1
-    assert 300 < refused < 3000  # else these are no mutants
+    assert 300 < refused < 3000  # otherwise the mutants test nothing
 
 
 @pytest.mark.parametrize(
     "name", ["jpeg of 65,000 EXIF entries", "tiff claiming 5000×5000", "tiff of 65,535 samples"]
 )
 def test_a_picture_writes_no_warnings(name: str, tmp_path: Path) -> None:
-    """Nor has Python remember each: a stranger could fill the log, and the memory."""
+    """Nor does Python remember them: a client could fill the log and the memory."""
     picture = tmp_path / "picture"
     picture.write_bytes(HOSTILE[name]())
     done = subprocess.run([sys.executable, "-c", DECODE, picture], capture_output=True, text=True)
@@ -114,7 +115,7 @@ def test_training_opens_no_format_that_runs_programs(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_training_refuses_by_the_same_rules() -> None:
+def test_training_refuses_hostile_pictures_by_the_same_rules() -> None:
     for name in ("jpeg of 5,000 scans", "png of 200,000 texts", "jpeg of 4 MB of padding"):
         with pytest.raises(ImageTooLarge):
             decode_training_image(HOSTILE[name](), SPEC)

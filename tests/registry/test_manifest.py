@@ -26,18 +26,20 @@ def changed(data: bytes, **changes: object) -> bytes:
     return msgspec.json.encode({**msgspec.json.decode(data), **changes})
 
 
-def test_a_manifest_of_another_schema_names_both_versions(manifest_json: bytes) -> None:
+def test_the_error_for_a_manifest_of_another_schema_names_both_versions(
+    manifest_json: bytes,
+) -> None:
     with pytest.raises(BundleInvalid, match="schema_version 3; this Convoy reads 4"):
         manifest_from_json(changed(manifest_json, schema_version=3, novelty=True))
 
 
 def test_a_manifest_mentions_only_the_sections_that_its_version_has(manifest_json: bytes) -> None:
-    said = msgspec.json.decode(manifest_json)
-    assert not {"scored_champion", "plan_accuracy"} & set(said)
+    fields = msgspec.json.decode(manifest_json)
+    assert not {"scored_champion", "plan_accuracy"} & set(fields)
     assert manifest_from_json(manifest_json).scored_champion is None
 
 
-def test_a_network_may_be_one_of_our_list_or_a_graph(manifest_json: bytes) -> None:
+def test_a_network_is_one_of_the_list_or_an_onnx_graph(manifest_json: bytes) -> None:
     assert msgspec.json.decode(manifest_json)["network"]["kind"] == "listed"
     graph = manifest_from_json(changed(manifest_json, network={"kind": "onnx"}))
     assert graph.network == OnnxNetwork()
@@ -64,7 +66,7 @@ def test_a_manifest_with_an_impossible_value_is_refused(
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_make_the_manifest_reader_raise_anything_else(data: bytes) -> None:
+def test_arbitrary_bytes_raise_only_bundle_invalid(data: bytes) -> None:
     with pytest.raises(BundleInvalid):
         manifest_from_json(data)
 
@@ -90,7 +92,7 @@ def test_model_references_are_parsed_and_printed(text: str, ref: ModelRef) -> No
     "text",
     ["", "fashion", "models:/fashion", "models:/fashion/0", "models:/a b@c", "models:/a@b/1"],
 )
-def test_other_references_are_refused_with_the_right_form(text: str) -> None:
+def test_other_references_are_refused_and_the_error_shows_the_right_form(text: str) -> None:
     with pytest.raises(UsageError, match=r"models:/NAME@ALIAS|model name"):
         parse_model_ref(text)
 

@@ -27,7 +27,7 @@ def test_every_network_maps_pictures_to_logits(name: str, args: dict[str, object
     assert network(torch.zeros(3, *SHAPE)).shape == (3, 10)
 
 
-def test_the_default_cnn_is_the_lessons() -> None:
+def test_the_default_cnn_has_two_convolutions_and_two_linear_layers() -> None:
     layers = [type(layer).__name__ for layer in build_network("cnn", SHAPE, 10)]
     assert layers == [
         *("Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU", "MaxPool2d"),
@@ -59,19 +59,19 @@ def test_the_default_cnn_is_the_lessons() -> None:
         ("resnet", {"widths": [8] * 7}, "at most 5 stages"),
     ],
 )
-def test_an_impossible_network_is_refused_with_what_would_fit(
+def test_an_impossible_network_is_refused_and_the_error_says_what_would_fit(
     name: str, args: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(NetworkImpossible, match=reason):
         build_network(name, SHAPE, 10, **args)
 
 
-def test_an_unknown_network_is_refused_with_those_there_are() -> None:
+def test_an_unknown_network_is_refused_and_the_error_lists_all_networks() -> None:
     with pytest.raises(UsageError, match=", ".join(NETWORKS)):
         build_network("transformer", SHAPE, 10)
 
 
-def test_the_program_normalises_bytes_as_the_contract_says() -> None:
+def test_the_model_normalises_bytes_with_the_specs_mean_and_deviation() -> None:
     spec = PreprocessSpec(
         mode="RGB", width_px=4, height_px=4, mean=(0.1, 0.2, 0.3), std=(0.5, 1, 2)
     )
@@ -86,7 +86,7 @@ def test_the_program_normalises_bytes_as_the_contract_says() -> None:
 
 
 @pytest.mark.parametrize(("name", "width"), [("dense", 128), ("cnn", 128), ("resnet", 128)])
-def test_a_program_gives_what_its_last_layer_makes_logits_of(name: str, width: int) -> None:
+def test_features_are_the_input_of_the_last_layer(name: str, width: int) -> None:
     spec = PreprocessSpec(mode="L", width_px=28, height_px=28, mean=(0.5,), std=(0.5,))
     preprocessed = build_preprocessed(ListedNetwork(name), spec, 3).eval()
     logits, features = preprocessed(torch.zeros((2, 28, 28, 1), dtype=torch.uint8))
@@ -94,7 +94,7 @@ def test_a_program_gives_what_its_last_layer_makes_logits_of(name: str, width: i
     torch.testing.assert_close(preprocessed.network.logits(features), logits)
 
 
-def test_convolutions_get_the_channels_last_layout_for_nothing() -> None:
+def test_convolutions_get_the_channels_last_layout_without_a_copy() -> None:
     spec = PreprocessSpec(mode="RGB", width_px=8, height_px=8, mean=(0.5,) * 3, std=(0.5,) * 3)
     preprocessed = build_preprocessed(ListedNetwork("cnn", {"filters": [4]}), spec, 2)
     seen = []

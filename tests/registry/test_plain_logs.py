@@ -1,4 +1,4 @@
-"""Texts of others cannot forge a line."""
+"""Text from outside cannot forge a log line."""
 
 import logging
 

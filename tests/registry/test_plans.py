@@ -1,4 +1,4 @@
-"""Plans: each gives fp32's answers within its precision, and only those that do are served."""
+"""Each plan gives fp32's answers within its precision; a plan that does not is rejected."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ SMALL_RESNET = ListedNetwork("resnet", {"widths": [4, 8]})
 
 @pytest.fixture
 def bundle(make_bundle: MakeBundle) -> Bundle:
-    """One with batch norm in it, its exports, and a record that lets int8 in."""
+    """A bundle with batch norm, exports, and recorded accuracies that permit int8 and bf16."""
     made = make_bundle(network=SMALL_RESNET, export=True)
     accuracy = made.manifest.metrics["validation_accuracy"]
     plans = {"openvino-int8": accuracy, "openvino-bf16": accuracy}
@@ -90,7 +90,7 @@ def test_a_plan_gives_the_answers_of_fp32(name: str, bundle: Bundle, few_digits:
 
 
 @pytest.mark.slow
-def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
+def test_no_engine_sends_telemetry_to_its_makers(bundle: Bundle) -> None:
     load = (
         "import sys; from pathlib import Path; from registry.model.bundle import open_bundle;"
         "from registry.model.plans.base import Source, find_plan;"
@@ -100,10 +100,10 @@ def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
     export = (
         "import sys; import numpy as np; from pathlib import Path;"
         "from registry.model.bundle import open_bundle;"
-        "from registry.model.preprocessed_model import load_program;"
+        "from registry.model.preprocessed_model import load_preprocessed;"
         "from training.publishing.export import export_network;"
-        f"program = load_program(open_bundle(Path({str(bundle.folder)!r})));"
-        "export_network(program, np.zeros((2, 8, 8, 1), np.uint8));"
+        f"preprocessed = load_preprocessed(open_bundle(Path({str(bundle.folder)!r})));"
+        "export_network(preprocessed, np.zeros((2, 8, 8, 1), np.uint8));"
     )
     for code, with_nncf in ((export, "True"), (load, "False")):
         code += "print('nncf' in sys.modules, sys.modules['openvino_telemetry'])"
@@ -112,7 +112,7 @@ def test_no_engine_reports_to_its_makers(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-def test_the_fastest_right_plan_is_chosen_and_remembered(
+def test_the_fastest_correct_plan_is_chosen_and_remembered(
     bundle: Bundle,
     planner: Planner,
     few_digits: Dataset,
@@ -129,7 +129,7 @@ def test_the_fastest_right_plan_is_chosen_and_remembered(
     rejected = {each.plan: each.reason for each in found.results if each.reason}
     assert rejected["cuda-fp16"] == "runs on cuda only"
 
-    monkeypatch.setattr(subprocess, "Popen", None)  # a second look starts no process
+    monkeypatch.setattr(subprocess, "Popen", None)  # the second choice starts no process
     again = Planner(tmp_path / "plans", "cpu", 1)
     assert again.choose(bundle) == found
     classifier = again.load(bundle)
@@ -138,10 +138,10 @@ def test_the_fastest_right_plan_is_chosen_and_remembered(
     expected = load_eager(bundle).classify(pixels)
     np.testing.assert_allclose(classifier.classify(pixels), expected, atol=0.2)
     with pytest.raises(PlanUndecided):
-        Planner(tmp_path / "plans", "cpu", 2).load(bundle)  # other threads, other verdict
+        Planner(tmp_path / "plans", "cpu", 2).load(bundle)  # other threads need a new benchmark
 
 
-def test_what_a_worker_loads_needs_no_torch(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_worker_loads_an_onnxruntime_plan_without_torch(bundle: Bundle, tmp_path: Path) -> None:
     pinned = Planner(tmp_path / "plans", "cpu", 1, "onnxruntime-fp32")
     assert pinned.choose(bundle).chosen == "onnxruntime-fp32"
     code = (
@@ -165,7 +165,7 @@ def onnx_model(nodes: list[onnx.NodeProto], *tensors: onnx.TensorProto) -> bytes
 
 
 def dense_model(weights: onnx.TensorProto) -> bytes:
-    """Flatten and multiply by ``weights`` (64, 10)."""
+    """A graph that flattens pixels and multiplies them by ``weights`` (64, 10)."""
     return onnx_model(
         [
             helper.make_node("Cast", ["pixels"], ["float"], to=onnx.TensorProto.FLOAT),
@@ -204,31 +204,31 @@ def other_network() -> bytes:
     return dense_model(numpy_helper.from_array(weights, "weights"))
 
 
-WHOLE = "whole-weights"  # there, and of the right size
+EXTERNAL = "external-weights"  # this file exists and has the right size
 HOSTILE_GRAPHS = {
-    "no graph": (b"no graph at all", ""),
-    "that reads a file here": (reads_a_file(WHOLE), "refers to other files"),
-    "that reads a file anywhere": (reads_a_file("/etc/passwd"), "refers to other files"),
-    "that takes 4 TB": (fills_the_memory(), ""),
+    "not a graph": (b"no graph at all", ""),
+    "reads a file in its folder": (reads_a_file(EXTERNAL), "refers to other files"),
+    "reads a file elsewhere": (reads_a_file("/etc/passwd"), "refers to other files"),
+    "takes 4 TB": (fills_the_memory(), ""),
     "of another network": (other_network(), "differs by"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE_GRAPHS)
-def test_a_hostile_graph_is_a_rejected_plan(
+def test_a_plan_with_a_hostile_graph_is_rejected(
     name: str, make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, reason = HOSTILE_GRAPHS[name]
     monkeypatch.chdir(tmp_path)
-    Path(WHOLE).write_bytes(bytes(2560))
+    Path(EXTERNAL).write_bytes(bytes(2560))
     bundle = make_bundle()
     files = {each: bundle.read(each) for each in bundle.manifest.files}
     files |= {ONNX_GRAPH: graph, INT8_GRAPH: graph, INT8_WEIGHTS: bytes(640)}
     hostile = write_bundle(tmp_path / "hostile", bundle.manifest, files)
     for plan in ("onnxruntime-fp32", "openvino-fp32"):
-        said = run_benchmark("try", plan, hostile, "cpu", 1).reason
-        assert said
-        assert reason in said
+        found = run_benchmark("try", plan, hostile, "cpu", 1).reason
+        assert found
+        assert reason in found
     int8 = run_benchmark("try", "openvino-int8", hostile, "cpu", 1)
     assert "is not in OpenVINO's format" in str(int8.reason)
 
@@ -241,7 +241,7 @@ def in_openvinos_format(graph: bytes) -> bytes:
 
 
 def with_xml_in_it(graph: bytes) -> bytes:
-    """Valid ONNX that OpenVINO takes for its own format when it guesses."""
+    """Valid ONNX that OpenVINO reads as its own format if it guesses."""
     model = onnx.load_from_string(graph)
     model.producer_name = IR.decode().partition("?>")[2]
     data: bytes = model.SerializeToString()
@@ -249,7 +249,7 @@ def with_xml_in_it(graph: bytes) -> bytes:
 
 
 def with_onnx_runtimes_mark(graph: bytes) -> bytes:
-    """Valid ONNX that ONNX Runtime takes for its own format, ORT, when it guesses."""
+    """Valid ONNX that ONNX Runtime reads as its own format, ORT, if it guesses."""
     model = onnx.load_from_string(graph)
     model.producer_name = "ORTM" + "x" * 60
     data: bytes = model.SerializeToString()
@@ -266,7 +266,7 @@ def with_onnx_runtimes_mark(graph: bytes) -> bytes:
         (with_onnx_runtimes_mark, None),
     ],
 )
-def test_what_is_called_onnx_is_read_as_onnx_or_refused(
+def test_a_file_named_onnx_is_read_as_onnx_or_refused(
     bundle: Bundle,
     few_digits: Dataset,
     tmp_path: Path,
@@ -287,7 +287,7 @@ def test_what_is_called_onnx_is_read_as_onnx_or_refused(
     )
 
 
-def test_an_int8_graph_that_is_broken_is_a_rejected_plan(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_plan_with_a_broken_int8_graph_is_rejected(bundle: Bundle, tmp_path: Path) -> None:
     files = {each: bundle.read(each) for each in bundle.manifest.files}
     files[INT8_GRAPH] = files[INT8_GRAPH][:-100]
     broken = write_bundle(tmp_path / "broken", bundle.manifest, files)
@@ -302,7 +302,7 @@ def test_a_version_without_exports_is_served_by_torch(
     assert found[EAGER] is None
 
 
-def test_a_version_that_is_a_graph_is_served_by_engines_and_not_by_torch(
+def test_a_version_with_an_onnx_network_is_served_by_engines_and_not_by_torch(
     bundle: Bundle, planner: Planner, few_digits: Dataset, tmp_path: Path
 ) -> None:
     files = {each: bundle.read(each) for each in bundle.manifest.files if each != WEIGHTS}
@@ -320,7 +320,7 @@ def test_a_version_that_is_a_graph_is_served_by_engines_and_not_by_torch(
         load_eager(graph)
 
 
-def test_a_damaged_verdict_is_ignored(
+def test_a_damaged_cache_entry_is_ignored(
     bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     planner = Planner(tmp_path / "plans", "cpu", 1, "torch-fp32")
@@ -333,7 +333,7 @@ def test_a_damaged_verdict_is_ignored(
     assert planner.choose(bundle).chosen == first.chosen
 
 
-def test_a_new_version_of_an_engine_is_proved_again(
+def test_a_new_version_of_an_engine_needs_a_new_benchmark(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planner = Planner(tmp_path / "plans", "cpu", 1, "torch-fp32")
@@ -343,29 +343,29 @@ def test_a_new_version_of_an_engine_is_proved_again(
         planner.load(bundle)
 
 
-def test_a_version_that_no_plan_scores_right_is_refused(
+def test_a_version_for_which_no_plan_gives_the_published_scores_is_refused(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lies = [
+    wrong = [
         GoldenImage(each.file, (0.91,) + (0.01,) * 9 if index else (0.01,) * 9 + (0.91,))
         for index, each in enumerate(bundle.golden())
     ]
     files = {name: bundle.read(name) for name in bundle.manifest.files}
-    files[GOLDEN] = msgspec.json.encode(lies)
+    files[GOLDEN] = msgspec.json.encode(wrong)
     broken = write_bundle(tmp_path / "broken", bundle.manifest, files)
     with pytest.raises(BundleInvalid, match=r"no plan can serve it.*torch-fp32: .*differs by"):
         Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(broken)
     (refusal,) = (tmp_path / "plans").glob("*.refused")
     assert not list((tmp_path / "plans").glob("*.json"))
-    monkeypatch.setattr(subprocess, "Popen", None)  # another worker finds nothing out again
+    monkeypatch.setattr(subprocess, "Popen", None)  # another worker does not benchmark again
     with pytest.raises(BundleInvalid, match=r"no plan can serve it.*torch-fp32: .*differs by"):
         Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(broken)
     os.utime(refusal, (0, 0))
-    with pytest.raises(TypeError):  # tried again, with no way to start a process
+    with pytest.raises(TypeError):  # it benchmarks again, but Popen is None
         Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(broken)
 
 
-def test_an_engine_that_takes_its_process_down_is_rejected(
+def test_a_plan_whose_engine_crashes_its_process_is_rejected(
     bundle: Bundle, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed: list[list[str]] = []
@@ -401,22 +401,22 @@ def test_an_engine_that_takes_its_process_down_is_rejected(
         ("torch-fp32", {}, None),
     ],
 )
-def test_what_was_recorded_at_publishing_lets_a_plan_in_or_not(
+def test_the_accuracy_that_publishing_recorded_decides_whether_a_plan_may_serve(
     bundle: Bundle, plan: str, record: dict[str, float], reason: str | None
 ) -> None:
     manifest = msgspec.structs.replace(
         bundle.manifest, plan_accuracy=record, metrics={"validation_accuracy": 0.9}
     )
-    said = refused_by_record(find_plan(plan), manifest)
-    assert said is None if reason is None else reason in str(said)
+    found = refused_by_record(find_plan(plan), manifest)
+    assert found is None if reason is None else reason in str(found)
 
 
-def test_a_plan_that_is_not_in_the_catalogue_is_named(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_plan_lists_the_catalogue(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no plan 'fastest'; use one of: auto, .*torch-eager"):
         Planner(tmp_path, "cpu", 1, "fastest")
 
 
-def test_a_plan_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_whose_packages_are_missing_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino.OpenVino, "packages", ("no_such_engine",))
     assert find_plan("openvino-fp32").unsupported("cpu") == "not installed: no_such_engine"
 
@@ -432,13 +432,13 @@ TRIED = {
 }
 
 
-def test_every_plan_that_a_kind_of_cpu_has_kernels_for_is_timed_there(
+def test_on_each_kind_of_cpu_every_plan_with_kernels_for_it_is_benchmarked(
     cpu_kind: str, bundle: Bundle, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = subprocess.Popen
 
     def answer(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        """The trial's answer without the trial: the real CPU may not be of this kind."""
+        """Answer without a benchmark, because the real CPU may not be of this kind."""
         name = msgspec.json.decode(command[-1])["plan"]
         found = PlanResult(plan=name, max_difference=0.0, batch_ms={1: 1.0})
         return real(["echo", msgspec.json.encode(found).decode()], **options)
@@ -450,7 +450,7 @@ def test_every_plan_that_a_kind_of_cpu_has_kernels_for_is_timed_there(
     assert all("this CPU has no" in str(reason) for reason in left_out.values())
 
 
-def test_openvino_refuses_to_compute_fp32_under_the_name_of_bf16(
+def test_the_bf16_plan_is_refused_if_openvino_would_compute_fp32(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = find_plan("openvino-bf16")
@@ -492,7 +492,7 @@ def test_the_best_class_must_stay_unless_it_was_nearly_a_tie(
 
 
 class SmallDevice:
-    """Answers with the images' first byte; more than ``room`` at once do not fit."""
+    """A device that returns each image's first byte. At most ``room`` images fit at once."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -509,7 +509,7 @@ class SmallDevice:
     ("room", "on_device", "on_cpu"),
     [(8, [8], []), (4, [8, 4, 4], []), (3, [8, 4, 4], [4, 4]), (0, [8, 4, 4], [4, 4])],
 )
-def test_what_does_not_fit_the_device_is_halved_once_then_answered_by_the_cpu(
+def test_a_batch_that_does_not_fit_the_device_is_halved_once_and_then_goes_to_the_cpu(
     room: int, on_device: list[int], on_cpu: list[int]
 ) -> None:
     device, cpu = SmallDevice(room), SmallDevice(99)
@@ -529,18 +529,18 @@ def test_a_plan_that_is_wrong_at_one_batch_size_only_is_refused(bundle: Bundle) 
         replay_golden(bundle, Classifier(wrong_when_alone, "fake", "cpu"), find_plan(EAGER))
 
 
-def test_one_image_that_does_not_fit_the_device_is_answered_by_the_cpu() -> None:
+def test_one_image_that_does_not_fit_the_device_goes_to_the_cpu() -> None:
     classifier = Classifier(SmallDevice(0), "fake", "cpu", Classifier(SmallDevice(9), "f", "cpu"))
     outputs = classifier.predict(np.full((1, 1, 1, 1), 7, dtype=np.uint8))
     assert outputs.logits.tolist() == [[7.0]]
 
 
-def test_without_a_fallback_what_does_not_fit_is_an_error() -> None:
+def test_without_a_fallback_a_batch_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(DeviceOutOfMemory):
         Classifier(SmallDevice(0), "fake", "cpu").classify(np.zeros((1, 1, 1, 1), dtype=np.uint8))
 
 
-def test_a_trial_that_hangs_ends_with_all_that_it_started(
+def test_a_benchmark_that_hangs_is_killed_with_all_processes_that_it_started(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = subprocess.Popen
@@ -557,7 +557,7 @@ def test_a_trial_that_hangs_ends_with_all_that_it_started(
     started = time.monotonic()
     with pytest.raises(BundleInvalid, match=r"torch-fp32: it took more than 300 s to try"):
         Planner(tmp_path / "plans", "cpu", 1, "torch-fp32").choose(bundle)
-    assert time.monotonic() - started < WAIT_TIMEOUT_S  # it did not wait for what the trial started
+    assert time.monotonic() - started < WAIT_TIMEOUT_S  # it did not wait for the child process
 
 
 def make_folder(entry: Path) -> None:
@@ -574,7 +574,7 @@ def fill(entry: Path) -> None:
 
 @pytest.mark.parametrize("make", [make_folder, link_to_a_choice, os.mkfifo, fill])
 @pytest.mark.slow
-def test_something_odd_in_an_entrys_place_is_replaced(
+def test_a_folder_link_pipe_or_huge_file_in_place_of_a_cache_entry_is_replaced(
     bundle: Bundle, tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     planner = Planner(tmp_path / "plans", "cpu", 1, "torch-fp32")
@@ -589,7 +589,7 @@ def test_something_odd_in_an_entrys_place_is_replaced(
 
 
 @pytest.mark.slow
-def test_entries_that_were_not_used_for_long_are_pruned(
+def test_cache_entries_that_were_not_used_for_long_are_removed(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner_module, "CACHE_ENTRIES", 1)
@@ -616,10 +616,10 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(
     other_worker = Planner(tmp_path / "file", "cpu", 1, "torch-fp32")
     assert other_worker.load(bundle).plan == "torch-fp32"
     (folder,) = tmp_path.glob("convoy-plans-*")
-    folder.chmod(0o777)  # whoever made it so may have put anything there
+    folder.chmod(0o777)  # now any user may have written to it
     with pytest.raises(PlanUndecided):
         Planner(tmp_path / "file", "cpu", 1, "torch-fp32").load(bundle)
 
 
-def test_weights_are_part_of_what_serving_pulls(bundle: Bundle) -> None:
+def test_serving_files_include_the_weights_and_the_graphs(bundle: Bundle) -> None:
     assert {WEIGHTS, ONNX_GRAPH, INT8_GRAPH, INT8_WEIGHTS} <= set(bundle.serving_files())

@@ -1,4 +1,4 @@
-"""The decode edge: what pictures mean, and what is refused before it costs anything."""
+"""Decoding: the pixels of each kind of picture, and the pictures that are refused early."""
 
 import struct
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ PHOTO = PreprocessSpec(
 
 
 def halves(width: int = 8, height: int = 6) -> Image.Image:
-    """Left half red, right half blue."""
+    """A picture whose left half is red and right half is blue."""
     image = Image.new("RGB", (width, height), "red")
     image.paste("blue", (width // 2, 0, width, height))
     return image
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]))
-def test_png_gives_back_the_very_pixels(seed: int, channels: int) -> None:
+def test_a_png_decodes_to_the_same_pixels(seed: int, channels: int) -> None:
     spec = GREY if channels == 1 else COLOUR
     pixels = np.random.default_rng(seed).integers(0, 256, spec.shape, dtype=np.uint8)
     decoded = decode_image(encode_png(pixels), spec)
@@ -51,7 +51,7 @@ def test_accepted_formats_are_decoded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_trains_serves_with_the_same_pixels(kind: str) -> None:
+def test_training_and_serving_decode_the_same_pixels(kind: str) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), kind)
     np.testing.assert_array_equal(
@@ -76,7 +76,7 @@ def test_a_tiff_has_the_pixels_that_were_written(mode: str, compression: str) ->
     np.testing.assert_array_equal(decode_image(data, COLOUR), expected)
 
 
-def test_a_tiff_of_tiles_and_one_that_is_turned_are_decoded() -> None:
+def test_a_tiff_is_turned_upright_and_bigtiff_is_refused() -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     turned = decode_image(encoded(halves(), "TIFF", exif=exif), COLOUR)
@@ -98,7 +98,7 @@ def test_a_tiff_of_tiles_and_one_that_is_turned_are_decoded() -> None:
         (b"P6\n1 1\n100\n\0\0\0", "largest value is 100.*255"),
     ],
 )
-def test_a_kind_of_a_format_that_is_not_accepted_is_named(data: bytes, advice: str) -> None:
+def test_the_error_for_a_variant_that_is_not_accepted_names_it(data: bytes, advice: str) -> None:
     with pytest.raises(InvalidImage, match=advice):
         decode_image(data, COLOUR)
 
@@ -111,7 +111,7 @@ def test_a_kind_of_a_format_that_is_not_accepted_is_named(data: bytes, advice: s
         (b"%PDF-1.7", "not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image"),
     ],
 )
-def test_a_format_that_is_not_accepted_is_named(data: bytes, name: str) -> None:
+def test_the_error_for_a_format_that_is_not_accepted_names_it(data: bytes, name: str) -> None:
     with pytest.raises(UnsupportedImageType, match=name):
         decode_image(data, COLOUR)
 
@@ -124,7 +124,7 @@ def test_sixteen_bit_grey_is_scaled_not_saturated() -> None:
     assert pixels[0, 0, 0] == 255
 
 
-def test_of_sixteen_bit_grey_the_transparent_value_is_white() -> None:
+def test_the_transparent_value_of_sixteen_bit_grey_becomes_white() -> None:
     wide = Image.fromarray(np.array([[0, 257], [514, 65535]], dtype=np.uint16))
     spec = PreprocessSpec(mode="L", width_px=2, height_px=2, mean=(0.5,), std=(0.5,))
     data = encoded(wide)
@@ -135,7 +135,7 @@ def test_of_sixteen_bit_grey_the_transparent_value_is_white() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_of_grey_of_few_bits_the_transparent_value_is_white(bits: int) -> None:
+def test_the_transparent_value_of_grey_with_few_bits_becomes_white(bits: int) -> None:
     values = [0, 1] if bits == 1 else [0, 1, 2, 3]
     step = 255 // (2**bits - 1)
     packed = int("".join(f"{value:0{bits}b}" for value in values).ljust(32, "0")[:32], 2)
@@ -148,7 +148,7 @@ def test_of_grey_of_few_bits_the_transparent_value_is_white(bits: int) -> None:
     assert decode_image(clear, spec).ravel().tolist() == expected
 
 
-def test_of_sixteen_bit_colour_only_the_very_transparent_value_is_white() -> None:
+def test_only_the_exact_transparent_value_of_sixteen_bit_colour_becomes_white() -> None:
     colours = [(0x1234, 0x5678, 0x9ABC), (0x1234, 0x5678, 0x9ABD), (0x1235, 0x5678, 0x9ABC)]
     row = b"\0" + struct.pack(">9H", *(value for colour in colours for value in colour))
     data = png(3, 1, row, chunk(b"tRNS", struct.pack(">3H", *colours[0])), bits=16)
@@ -163,13 +163,13 @@ def test_a_picture_of_many_bands_has_no_seams(mode: str, monkeypatch: pytest.Mon
     noise = np.random.default_rng(3).integers(0, 2**16, (48, 64, 4), dtype=np.uint16)
     wide = Image.fromarray(noise[..., 0])
     image = wide if mode == "I;16" else Image.fromarray((noise >> 8).astype(np.uint8))
-    whole = decode_image(encoded(image), COLOUR)
+    in_one_band = decode_image(encoded(image), COLOUR)
     monkeypatch.setattr(decode, "BAND_PIXELS", 64 * 5)
-    np.testing.assert_array_equal(decode_image(encoded(image), COLOUR), whole)
+    np.testing.assert_array_equal(decode_image(encoded(image), COLOUR), in_one_band)
 
 
 @pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
-def test_what_a_png_says_beside_its_pixels_decides_nothing(kind: str) -> None:
+def test_texts_and_profiles_in_a_png_do_not_change_its_pixels(kind: str) -> None:
     text = PngInfo()
     if kind == "zTXt":
         text.add_text("workflow", "x" * 1_500_000, zip=True)
@@ -180,10 +180,10 @@ def test_what_a_png_says_beside_its_pixels_decides_nothing(kind: str) -> None:
     exif[0x0112] = 3
     data = encoded(halves(), exif=exif, **options)
     assert kind.encode() in data
-    assert decode_image(data, COLOUR)[0, 0].tolist() == [0, 0, 255]  # turned all the same
+    assert decode_image(data, COLOUR)[0, 0].tolist() == [0, 0, 255]  # turned by its EXIF
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     clear = Image.new("RGBA", (8, 6), (255, 0, 0, 0))
     assert (decode_image(encoded(clear), COLOUR) == 255).all()
     palette = Image.new("P", (8, 6), 0)
@@ -200,7 +200,7 @@ def test_cmyk_is_converted() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_all_eight_exif_orientations_come_out_upright(orientation: int) -> None:
     upright = Image.new("RGB", (24, 16), "white")
-    upright.paste("black", (0, 0, 8, 4))  # a mark that no turn or mirror maps onto itself
+    upright.paste("black", (0, 0, 8, 4))  # no rotation or reflection maps this mark onto itself
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -219,15 +219,15 @@ def test_all_eight_exif_orientations_come_out_upright(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_turns_nothing(orientation: int) -> None:
+def test_an_unknown_orientation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert decode_image(encoded(halves(), exif=exif), COLOUR)[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("tag", [0x011A, 0x0100, 0x0103])
-def test_another_odd_exif_tag_does_not_refuse_the_picture(tag: int) -> None:
-    """A number's tag with a text in it, as cameras and editors leave them behind."""
+def test_a_picture_with_another_odd_exif_tag_is_accepted(tag: int) -> None:
+    """Cameras and editors write text into a tag for a number."""
     entries = sorted([(0x0112, 3, 1, b"\3\0\0\0"), (tag, 2, 4, b"odd\0")])
     body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4)
@@ -235,12 +235,12 @@ def test_another_odd_exif_tag_does_not_refuse_the_picture(tag: int) -> None:
     assert decode_image(data, COLOUR)[3, 1, 2] > 200  # turned: blue is on the left
 
 
-def test_broken_exif_does_not_refuse_the_picture() -> None:
+def test_a_picture_with_broken_exif_is_accepted() -> None:
     data = encoded(halves(), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     assert decode_image(data, COLOUR)[0, 0, 0] == 255
 
 
-def test_copies_in_other_formats_have_one_digest() -> None:
+def test_copies_in_other_formats_have_the_same_digest() -> None:
     digests = {
         decode_training_image(encoded(halves(), kind), COLOUR)[1] for kind in ("PNG", "BMP", "TIFF")
     }
@@ -259,7 +259,7 @@ def test_exif_can_be_ignored() -> None:
     assert decode_image(data, COLOUR)[0, 0, 0] == 0
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_an_animation_gives_its_first_frame() -> None:
     first, second = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
     data = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)
     assert decode_image(data, COLOUR)[0, 0].tolist() == [255, 0, 0]
@@ -278,7 +278,7 @@ def test_the_shorter_side_is_resized_and_the_centre_cut_out() -> None:
 
 
 @pytest.mark.parametrize("size", [(10_000, 5_001), (13_400, 13_400), (20_000, 20_000)])
-def test_too_many_pixels_are_refused_from_the_header(size: tuple[int, int]) -> None:
+def test_a_header_that_claims_too_many_pixels_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ImageTooLarge, match=r"pixels"):
         decode_image(png(*size), COLOUR)
 
@@ -288,7 +288,7 @@ def test_a_thin_strip_is_refused_by_its_aspect() -> None:
         decode_image(encoded(Image.new("L", (600, 2))), COLOUR, DecodeLimits(max_aspect=50))
 
 
-def test_a_picture_that_decoding_would_have_to_hold_whole_may_have_fewer_pixels() -> None:
+def test_a_picture_within_the_pixel_limit_is_refused_if_decoding_it_takes_too_much_memory() -> None:
     assert decode_image(encoded(Image.new("1", (5_000, 5_000))), COLOUR).shape == COLOUR.shape
     for data in (
         png(6_000, 5_000),
@@ -302,14 +302,14 @@ def test_a_picture_that_decoding_would_have_to_hold_whole_may_have_fewer_pixels(
 @pytest.mark.parametrize(
     ("size", "options", "is_accepted"),
     [
-        ((8160, 6120), {}, True),  # what phones of 50 megapixels write
+        ((8160, 6120), {}, True),  # phones with 50 megapixels write this
         ((8161, 6121), {}, True),
         ((8160, 6120), {"progressive": True}, True),
         ((8160, 6120), {"progressive": True, "subsampling": 0}, False),
         ((8160, 6128), {}, False),
     ],
 )
-def test_a_phones_photograph_is_accepted(
+def test_a_phones_photograph_is_accepted_and_larger_ones_are_refused(
     size: tuple[int, int], options: dict[str, object], is_accepted: bool
 ) -> None:
     data = encoded(Image.new("RGB", size, "teal"), "JPEG", **options)
@@ -326,7 +326,9 @@ def test_a_jpeg_that_cannot_be_shrunk_enough_is_refused() -> None:
         decode_image(data, PHOTO)
 
 
-def test_the_limits_of_training_are_those_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reads_its_limits_from_the_services_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     data = encoded(halves())
     monkeypatch.setenv("CONVOY_MAX_PIXELS", "47")
     with pytest.raises(ImageTooLarge, match=r"at most 47 are accepted; .*CONVOY_MAX_PIXELS"):
@@ -335,8 +337,8 @@ def test_the_limits_of_training_are_those_of_the_service(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", VARIABLES)
 @pytest.mark.parametrize("value", ["many", "0", "-1", "500000001"])
-def test_a_limit_that_cannot_be_used_is_refused_by_its_name(name: str, value: str) -> None:
-    """The highest that can be are those by which a published version is proved again."""
+def test_the_error_for_an_unusable_limit_names_its_variable(name: str, value: str) -> None:
+    """No limit may be above those with which a published version is proved again."""
     with pytest.raises(UsageError, match=f" - at {name}='{value}'$"):
         DecodeLimits.from_environment({name: value})
 
@@ -350,7 +352,7 @@ def test_a_truncated_file_is_invalid(kind: str) -> None:
 
 
 def test_a_file_damaged_in_the_middle_is_invalid() -> None:
-    """Not half a picture: Pillow answers a second load of such a file with what it had."""
+    """A second load by Pillow would return the half that it had decoded."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = bytearray(encoded(Image.fromarray(noise)))
     middle = len(data) // 2
@@ -379,20 +381,20 @@ def test_no_mutant_raises_anything_but_the_three_errors(data: st.DataObject) -> 
         assert decode_image(bytes(original), COLOUR).shape == COLOUR.shape
     except (InvalidImage, UnsupportedImageType, ImageTooLarge) as error:
         refusal = str(error)
-    assert "0x" not in refusal  # Pillow likes to name its buffers by address
+    assert "0x" not in refusal  # Pillow puts addresses of its buffers into messages
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize(
     "size",
     [
-        (4032, 3024),  # a phone's: 1/4 keeps three times the 256 that are needed
+        (4032, 3024),  # a phone's photograph: 1/4 keeps three times the 256 px that are needed
         (1200, 1200),
-        (4041, 3025),  # the last row and column are of the picture in part only
+        (4041, 3025),  # the picture covers only a part of the last row and column
         (4241, 2829),
     ],
 )
-def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(
+def test_a_large_jpeg_is_decoded_at_a_smaller_size_and_its_pixels_stay_close(
     size: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rings = Image.radial_gradient("L").resize(size).convert("RGB")
@@ -408,7 +410,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(
     assert difference.mean() < 0.3
 
 
-def test_training_and_serving_see_the_same_pixels_of_a_large_jpeg() -> None:
+def test_training_and_serving_decode_the_same_pixels_of_a_large_jpeg() -> None:
     spec = PreprocessSpec(mode="L", width_px=16, height_px=16, mean=(0.5,), std=(0.5,))
     buffer = BytesIO()
     Image.radial_gradient("L").resize((640, 512)).save(buffer, "JPEG")
@@ -416,17 +418,17 @@ def test_training_and_serving_see_the_same_pixels_of_a_large_jpeg() -> None:
     np.testing.assert_array_equal(trained, decode_image(buffer.getvalue(), spec))
 
 
-def test_training_holds_one_jpeg_at_a_time_that_is_too_large_to_serve_whole(
+def test_training_decodes_jpegs_over_servings_memory_limit_one_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = encoded(Image.new("RGB", (640, 512)), "JPEG")
     original, alone = decode._bands, []
 
-    def watched(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    def recorded(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         alone.append(decode.WHOLE_LARGE.locked())
         return original(image)
 
-    monkeypatch.setattr(decode, "_bands", watched)
+    monkeypatch.setattr(decode, "_bands", recorded)
     for max_bytes in (640 * 512 * 3, 640 * 512 * 3 - 1):
         decode_training_image(data, COLOUR, DecodeLimits(max_decoded_bytes=max_bytes))
     assert alone == [False, True]
@@ -434,7 +436,7 @@ def test_training_holds_one_jpeg_at_a_time_that_is_too_large_to_serve_whole(
 
 
 @pytest.mark.parametrize(
-    ("data", "limits", "more"),
+    ("data", "limits", "parts"),
     [
         (encoded(halves(), "JPEG", progressive=True), DecodeLimits(max_scans=1), "scans"),
         (encoded(halves(), "JPEG"), DecodeLimits(max_parts=3), "markers"),
@@ -444,13 +446,13 @@ def test_training_holds_one_jpeg_at_a_time_that_is_too_large_to_serve_whole(
         (encoded(halves()), DecodeLimits(max_parts=1), "chunks"),
     ],
 )
-def test_more_parts_than_allowed_are_refused(data: bytes, limits: DecodeLimits, more: str) -> None:
+def test_more_parts_than_allowed_are_refused(data: bytes, limits: DecodeLimits, parts: str) -> None:
     assert decode_image(data, COLOUR).shape == COLOUR.shape
-    with pytest.raises(ImageTooLarge, match=f"more than . {more}"):
+    with pytest.raises(ImageTooLarge, match=f"more than . {parts}"):
         decode_image(data, COLOUR, limits)
 
 
-def test_the_scans_of_a_thumbnail_or_of_what_follows_are_not_the_pictures() -> None:
+def test_scans_of_a_thumbnail_or_after_the_picture_do_not_count() -> None:
     thumbnail = encoded(halves(), "JPEG")
     data = encoded(halves(), "JPEG", comment=thumbnail) + b"\xff\xda" * 100
     assert decode_image(data, COLOUR, DecodeLimits(max_scans=1)).shape == COLOUR.shape

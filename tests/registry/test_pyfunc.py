@@ -27,9 +27,7 @@ def test_mlflow_gives_the_classifiers_probabilities(
     np.testing.assert_allclose(frame["probability"], expected.max(axis=1), atol=1e-5)
 
 
-def test_bytes_base64_and_plain_sequences_are_all_taken(
-    make_bundle: MakeBundle, png: bytes
-) -> None:
+def test_bytes_base64_and_plain_sequences_are_accepted(make_bundle: MakeBundle, png: bytes) -> None:
     model = _load_pyfunc(str(make_bundle().folder))
     text = base64.b64encode(png).decode()
     answers = [
@@ -41,7 +39,9 @@ def test_bytes_base64_and_plain_sequences_are_all_taken(
 
 
 @pytest.mark.parametrize("bad", ["no base64!", b"no image"])
-def test_the_image_that_is_wrong_is_named(make_bundle: MakeBundle, png: bytes, bad: object) -> None:
+def test_the_error_for_a_bad_image_has_its_position(
+    make_bundle: MakeBundle, png: bytes, bad: object
+) -> None:
     model = _load_pyfunc(str(make_bundle().folder))
     with pytest.raises(InvalidImage, match="image 1: "):
         model.predict([png, bad])

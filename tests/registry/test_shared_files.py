@@ -1,4 +1,4 @@
-"""Many processes change one file at once, and no change is lost."""
+"""Several processes change one file at once, and no change is lost."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from registry.core.files import locked, write_atomically
 from registry.core.paths import Paths
 
 CHANGES = 30
-# Adds and removes tokens of its own, beside others that do the same.
+# Adds and removes its own tokens while other processes do the same.
 CHANGER = """
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ for number in range(int(sys.argv[3])):
     tokens.add(f"{me}-kept-{number}", "viewer")
 tokens.remove(f"revoked-{me}")
 """
-# Is killed while it holds the lock, with a temporary file half written.
+# Kills itself while it holds the lock, before its temporary file is flushed.
 DIES = """
 import os, signal, sys
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_old_content_and_no_
     assert {path.name for path in tmp_path.iterdir()} == {"file", ".lock"}
 
 
-def test_a_full_disk_leaves_the_old_content_and_nothing_beside_it(
+def test_a_full_disk_leaves_the_old_content_and_no_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
@@ -94,7 +94,7 @@ def test_a_file_has_the_mode_that_was_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_lock_that_is_a_link_is_refused_and_its_target_is_not_made(tmp_path: Path) -> None:
+def test_a_lock_that_is_a_link_is_refused_and_its_target_is_not_created(tmp_path: Path) -> None:
     target = tmp_path / "elsewhere"
     folder = tmp_path / "folder"
     folder.mkdir()

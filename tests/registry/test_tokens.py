@@ -1,4 +1,4 @@
-"""Tokens: shown once, kept as digests, gone at once."""
+"""Tokens are shown once and stored as digests; a removed token is refused at once."""
 
 import stat
 
@@ -14,7 +14,7 @@ def tokens(paths: Paths) -> Tokens:
     return Tokens(paths.tokens)
 
 
-def test_a_token_opens_and_its_text_is_nowhere(tokens: Tokens, paths: Paths) -> None:
+def test_a_token_is_found_and_its_text_is_not_stored(tokens: Tokens, paths: Paths) -> None:
     text = tokens.add("ann", "admin")
     found = tokens.find(text)
     assert found is not None
@@ -27,13 +27,13 @@ def test_a_token_opens_and_its_text_is_nowhere(tokens: Tokens, paths: Paths) -> 
 
 
 @pytest.mark.parametrize("text", ["", "convoy_", "convoy_x", "ä\ud800", "a" * 10_000])
-def test_what_is_no_token_opens_nothing(tokens: Tokens, text: str) -> None:
+def test_a_text_that_is_not_a_token_is_refused(tokens: Tokens, text: str) -> None:
     assert tokens.find(text) is None
     tokens.add("ann", "viewer")
     assert tokens.find(text) is None
 
 
-def test_a_removed_token_opens_nothing_any_more(tokens: Tokens, paths: Paths) -> None:
+def test_a_removed_token_is_refused(tokens: Tokens, paths: Paths) -> None:
     texts = [tokens.add(name, "viewer") for name in ("ann", "bob")]
     Tokens(paths.tokens).remove("ann")
     assert tokens.find(texts[0]) is None
@@ -42,7 +42,7 @@ def test_a_removed_token_opens_nothing_any_more(tokens: Tokens, paths: Paths) ->
         tokens.remove("ann")
 
 
-def test_names_are_plain_and_taken_once(tokens: Tokens) -> None:
+def test_a_name_that_is_taken_or_has_other_characters_is_refused(tokens: Tokens) -> None:
     tokens.add("ann", "viewer")
     with pytest.raises(UsageError, match="already"):
         tokens.add("ann", "admin")
@@ -50,11 +50,13 @@ def test_names_are_plain_and_taken_once(tokens: Tokens) -> None:
         tokens.add("<b>", "viewer")
 
 
-def test_a_damaged_file_opens_nothing_and_is_named(tokens: Tokens, paths: Paths) -> None:
+def test_with_a_damaged_file_all_tokens_are_refused_and_the_error_names_the_file(
+    tokens: Tokens, paths: Paths
+) -> None:
     paths.root.mkdir(parents=True)
     paths.tokens.parent.mkdir(parents=True, exist_ok=True)
     paths.tokens.write_text('[{"name": "ann", "role": "king"}]')
     with pytest.raises(UsageError, match=r"tokens\.json cannot be read"):
         tokens.all()
-    with pytest.raises(TokensUnavailable):  # whoever asks is not told where it lies
+    with pytest.raises(TokensUnavailable):  # the client does not learn the file's path
         tokens.find("convoy_x")
