@@ -34,8 +34,9 @@ _DRIVER_NODES = ("nvidiactl", "kfd", "dxg")
 _GPU_LIBRARIES = ("CUDA", "cuDNN", "cuBLAS")
 # CPU flags, by Linux's names. An engine has kernels in a precision only if the CPU has at least one
 # of these flags. The benchmark times whether they are faster than fp32. The last of each is ARM's.
-# A CPU with AVX2 alone has no bf16 kernels: OpenVINO computes fp32 instead, and torch falls back to
-# loops that made ResNet-18 6 times slower than fp32 and took 161 s to benchmark (decision 0006).
+# On a CPU with AVX2 alone there are no bf16 kernels. OpenVINO computes fp32 instead. torch falls
+# back to loops: ResNet-18 was 6 times slower than in fp32 and took 161 s to benchmark
+# (docs/decisions/0006).
 BF16_FLAGS = frozenset({"avx512bw", "avx_ne_convert", "bf16"})
 INT8_FLAGS = frozenset({"avx2", "asimddp"})
 

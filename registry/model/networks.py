@@ -209,7 +209,7 @@ def build_network(name: str, shape: Shape, classes: int, /, **args: Any) -> nn.S
         NetworkImpossible: an argument is unknown or impossible, or a layer does not fit its input.
     """
     if name not in NETWORKS:
-        raise UsageError(f"there is no network {name!r}; there are: {', '.join(NETWORKS)}")
+        raise UsageError(f"there is no network {name!r}; use one of: {', '.join(NETWORKS)}")
     builder = NETWORKS[name]
     known = list(inspect.signature(builder).parameters)[2:]
     if unknown := sorted(set(args) - set(known)):

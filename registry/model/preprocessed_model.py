@@ -14,8 +14,8 @@ from registry.model.networks import build_network
 class PreprocessedModel(nn.Module):
     """A network with its normalisation in front, so that the device receives bytes, not floats.
 
-    The permuted view of row-major pixels *is* the channels-last layout, in which convolutions were
-    fastest.
+    The permuted view of row-major pixels already has the channels-last layout, in which
+    convolutions run fastest here.
     """
 
     scale: Tensor

@@ -69,7 +69,7 @@ class DecodeLimits(Struct, frozen=True):
 
 
 DEFAULT_LIMITS = DecodeLimits()
-# For pictures that were accepted before, by whatever limits, and whose digests were checked.
+# For pictures whose digests were checked, and that were accepted before under an operator's limits.
 TRUSTED_LIMITS = DecodeLimits(
     max_bytes=MAX_FILE_BYTES, max_pixels=MAX_PIXELS, max_decoded_bytes=MAX_DECODED_BYTES
 )

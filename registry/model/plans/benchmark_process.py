@@ -169,7 +169,7 @@ def _limit_memory() -> None:
 
 
 def _try(source: Source, job: Job) -> PlanResult:
-    """Prove the plan like serving does, time it, and measure the memory that a worker needs."""
+    """Prove the plan as serving does, time it, and measure the memory that a worker needs."""
     classifier = _load(source, job)
     difference = replay_golden(source.bundle, classifier, find_plan(job.plan))
     batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}

@@ -147,7 +147,7 @@ class Planner:
         packages = sorted({name for plan in catalogue().values() for name in plan.packages})
         facts = {
             "schema": CACHE_SCHEMA,
-            "manifest": bundle.manifest_sha256,  # has digests of the weights and the golden images
+            "manifest": bundle.manifest_sha256,  # covers the weights, golden images and network
             "machine": describe_machine(self.device),
             "device": self.device,
             "threads": self._threads,
@@ -268,7 +268,7 @@ def refused_by_record(plan: Plan, manifest: Manifest) -> str | None:
     if fp32 - accuracy > ACCURACY_LOST:
         return (
             f"its held-out accuracy is {accuracy:.4f}, that of fp32 {fp32:.4f}; "
-            f"it may be {ACCURACY_LOST:g} lower"
+            f"it may be at most {ACCURACY_LOST:g} lower"
         )
     return None
 
