@@ -1,7 +1,7 @@
-"""The HTTP service: bytes of a picture in, JSON with the version that answered out.
+"""The HTTP service: encoded images in, JSON with predictions and the version that answered out.
 
-Builds on ``registry`` and knows nothing of ``training`` or MLflow. ``create_app`` only wires: what
-a request needs hangs on the app, in ``service.state``.
+Imports ``registry``, and neither ``training`` nor MLflow. ``create_app`` only connects the parts.
+A request finds them in the app's ``State`` (``service.state``).
 """
 
 from typing import TYPE_CHECKING
@@ -26,9 +26,9 @@ def create_app(
 
     Args:
         settings: by default read from the environment.
-        slots: the models; by default one slot for each of ``settings.models``, loaded if something
-            is released already, each with a thread that follows what is.
-        metrics: where to count; by default counters of its own.
+        slots: the models by name. By default one slot for each of ``settings.models``; each loads
+            the current deployment, if there is one, and follows it from a thread.
+        metrics: where requests are counted; by default new counters.
 
     Raises:
         UsageError: a setting cannot be used.

@@ -1,4 +1,4 @@
-"""``python -m service``: serve; ``python -m service classify FILE…``: ask a running service."""
+"""``python -m service`` serves; ``python -m service classify FILE…`` asks a running service."""
 
 import argparse
 import os
@@ -37,14 +37,14 @@ def _classify(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.top_k,
         arguments.json,
-        os.environ.get("CONVOY_KEY"),  # no option: other users can read command lines
+        os.environ.get("CONVOY_KEY"),  # not an option: other users can read command lines
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m service",
-        description="Serve image classifiers over HTTP; settings are CONVOY_… variables.",
+        description="Serve image classifiers over HTTP. CONVOY_… variables hold the settings.",
     )
     parser.set_defaults(run=_serve, no_pull=False)
     commands = parser.add_subparsers(metavar="{serve,classify}")
@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--no-pull",
             action="store_true",
-            default=argparse.SUPPRESS,  # else the sub-command would reset what came before it
-            help="serve what is on disk; do not follow the registry",
+            default=argparse.SUPPRESS,  # a default would undo the option before the sub-command
+            help="serve the versions on disk; do not follow the registry",
         )
     classify = commands.add_parser("classify", help="classify files with a running service")
     classify.add_argument("files", nargs="+", metavar="FILE")
@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--url",
         default=local_address(host, os.environ.get("CONVOY_PORT") or DEFAULT_PORT),
-        help="of the service (default %(default)s)",
+        help="address of the service (default %(default)s)",
     )
-    classify.add_argument("--model", help="another than the service's default model")
+    classify.add_argument("--model", help="name of the model (default: the service's first)")
     classify.add_argument("--top-k", type=int, default=5)
     classify.add_argument("--json", action="store_true", help="one JSON object a line")
     classify.set_defaults(run=_classify)

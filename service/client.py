@@ -20,11 +20,17 @@ def classify_files(
     model: str | None,
     top_k: int,
     as_json: bool,
-    key: str | None = None,
+    token: str | None = None,
 ) -> int:
     """Classify each file over one connection and print the answers.
 
-    ``key`` is for a service that asks for one.
+    Args:
+        files: paths of the images.
+        url: address of the service.
+        model: its name; None for the service's default model.
+        top_k: how many classes to show for each image.
+        as_json: print one JSON object a line, not a table.
+        token: needed where the service requires one.
 
     Returns:
         0, or 1 when a file got no prediction.
@@ -36,20 +42,20 @@ def classify_files(
         address = urlsplit(url)
         port = address.port
     except ValueError as error:
-        raise UsageError(f"{url!r} is no address ({error}); write http://HOST:PORT") from error
+        raise UsageError(f"{url!r} is not an address ({error}); write http://HOST:PORT") from error
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise UsageError(f"{url!r} is no address; write http://HOST:PORT")
+        raise UsageError(f"{url!r} is not an address; write http://HOST:PORT")
     connect = (
         http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
     )
     connection = connect(address.hostname, port, timeout=TIMEOUT_S)
     path = f"/v1/models/{quote(model, safe='')}/classify" if model else "/v1/classify"
-    path = quote(address.path.rstrip("/"), safe="/%") + path  # below a proxy's path
+    path = quote(address.path.rstrip("/"), safe="/%") + path  # a proxy may serve it below a path
     failures = 0
     with contextlib.closing(connection):
         for name in files:
             try:
-                answer = _ask(connection, f"{path}?top_k={top_k}", Path(name).read_bytes(), key)
+                answer = _ask(connection, f"{path}?top_k={top_k}", Path(name).read_bytes(), token)
             except http.client.HTTPException as error:
                 raise UsageError(f"{url} does not speak HTTP: {error!r}") from error
             except OSError as error:
@@ -65,11 +71,11 @@ def classify_files(
 
 
 def _ask(
-    connection: http.client.HTTPConnection, path: str, image: bytes, key: str | None
+    connection: http.client.HTTPConnection, path: str, image: bytes, token: str | None
 ) -> dict[str, Any]:
     headers = {"Content-Type": "application/octet-stream"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     connection.request("POST", path, body=image, headers=headers)
     response = connection.getresponse()
     body = response.read()
@@ -77,7 +83,7 @@ def _ask(
         answer = json.loads(body)
     except ValueError:
         answer = None
-    return answer if isinstance(answer, dict) else {"error": f"status {response.status}: no JSON"}
+    return answer if isinstance(answer, dict) else {"error": f"status {response.status}: not JSON"}
 
 
 def _print(name: str, answer: dict[str, Any]) -> None:

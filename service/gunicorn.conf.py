@@ -1,4 +1,4 @@
-"""gunicorn's configuration, from the same settings as the app. ``gunicorn -c`` reads this file."""
+"""gunicorn's configuration, made from the app's settings. ``gunicorn -c`` reads this file."""
 
 import os
 import shutil
@@ -18,49 +18,50 @@ from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
 settings = Settings.from_environment()
 
 wsgi_app = "service:create_app()"
-# Each worker binds a socket of its own, once it has loaded (service.server.gunicorn_worker): the
-# kernel spreads connections over them; from one shared socket whoever wakes first took all.
+# Each worker binds a socket of its own once it has loaded (service.server.gunicorn_worker), and the
+# kernel spreads connections over them. With one shared socket, the worker that woke first took all.
 bind: list[str] = []
 worker_class = "service.server.gunicorn_worker.LoopWorker"
 workers = settings.workers
 threads = settings.threads
-# Each worker loads its own model: neither CUDA nor OpenMP's threads survive a fork.
+# Each worker loads its own models: neither CUDA nor OpenMP's threads survive a fork.
 preload_app = False
 keepalive = 75
 graceful_timeout = settings.graceful_timeout_s
 timeout = 60
-# Its default place is one socket per user: two services would fight over it; nothing uses it.
+# Nothing uses the control socket, and two services of one user would share its default path.
 control_socket_disable = True
-# gunicorn lets loopback rewrite a path by headers of these names; a proxy may pass a client's on.
+# With these headers a peer on loopback could rewrite the path: a proxy may pass a client's on.
 forwarder_headers = ""
 logconfig_dict = logging_config(settings.log_level)
 
-# Of its own, because what an earlier run left behind would be counted again.
+# A new folder for each run: metrics that an earlier run left behind would be counted again.
 run_folder = settings.run_folder or Path(tempfile.mkdtemp(prefix="convoy-run-", dir=run_parent()))
 os.environ[RUN_FOLDER] = str(run_folder)
-# Read by prometheus_client when it is first imported, so set before anything does that.
+# prometheus_client reads it when it is first imported, so it is set before any import of that.
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run_folder / METRICS)
 (run_folder / METRICS).mkdir(exist_ok=True)
-# OpenMP reads it once, when torch is loaded; its default, all cores, collapses under load.
+# OpenMP reads it once, when torch is loaded. Its default, all cores, collapses under load.
 os.environ["OMP_NUM_THREADS"] = str(settings.forward_threads)
 
 
 def on_starting(server: Any) -> None:
-    """Have the arbiter wait for a whole time-out after a stop, before it kills silent workers.
+    """After a stop, have gunicorn's arbiter wait one full time-out before it kills workers.
 
-    It was stopped with them, as by `docker pause`: their heartbeats are old, and they are well.
+    `docker pause` stops the arbiter and its workers together. Afterwards the workers' heartbeats
+    are old, although the workers are well.
     """
     murder_workers, running_time = server.murder_workers, RunningTime(interval_s=1.0)
 
     def spare_after_a_stop() -> None:
-        if running_time.look() > server.cfg.timeout:
+        if running_time.elapsed_s() > server.cfg.timeout:
             murder_workers()
 
     server.murder_workers = spare_after_a_stop
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Tell a worker what it serves, before it has threads."""
+    """Give a worker its options, before it has threads."""
     share_heap()
     worker.options = ServerOptions(
         address=(settings.host, settings.port),
@@ -74,15 +75,15 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Keep the counts of a worker that is gone, and forget the rest of it."""
+    """Keep the counts of a worker that has ended, and remove its other files."""
     from service.observability.metric_files import forget_process
     from service.server.handover import forget_worker
 
     try:
         forget_process(run_folder / METRICS, worker.pid)
         forget_worker(run_folder / HANDOVER, worker.pid)
-    except Exception:  # in the arbiter: it would end the service
-        server.log.exception("the files of worker %d could not be removed", worker.pid)
+    except Exception:  # in the arbiter, an error would end the service
+        server.log.exception("cannot remove the files of worker %d", worker.pid)
 
 
 def on_exit(server: Any) -> None:

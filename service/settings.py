@@ -32,17 +32,17 @@ Network = IPv4Network | IPv6Network
 Count = Annotated[int, Meta(ge=1)]
 LOOP_PIXELS = 500_000
 MIN_DRAIN_S = 3.0
-# Pictures of which decoding holds more are decoded one at a time: each may take 260 MB.
+# A picture that needs more than this to decode is decoded alone: each may take 260 MB.
 LARGE_BYTES = 6_000_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
-# Not for operators: ``python -m service`` tells the processes that it starts.
+# Not for operators: ``python -m service`` sets these for the processes that it starts.
 GPU_SOCKET = "CONVOY_GPU_SOCKET"
 RUN_FOLDER = "CONVOY_RUN_FOLDER"
-METRICS, HANDOVER = "metrics", "handover"  # in that folder
-# The path of a socket has 107 bytes at most: the folder's name and the socket's come after it.
+METRICS, HANDOVER = "metrics", "handover"  # sub-folders of the run folder
+# Linux allows 107 bytes for a socket's path. The run folder's and the socket's names need the rest.
 MAX_PARENT_BYTES = 60
 # Environment variable → field; docs/operations.md has the same table with the reasons.
 VARIABLES = {
@@ -82,23 +82,23 @@ VARIABLES = {
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What an operator can choose. Sizes are in bytes, times in seconds.
+    """The settings of a service. Sizes are in bytes, times in seconds.
 
     Attributes:
-        models: what to serve; the first is the default model.
-        max_batch: the most images of one forward pass, and of one request.
-        max_batch_compute_ms: the time that a forward pass should take at most.
-        keep_warm_s: how long a version that was replaced stays in memory.
+        models: the models to serve; the first is the default model.
+        max_batch: the most images in one forward pass, and in one request.
+        max_batch_compute_ms: the longest that a forward pass should take.
+        keep_warm_s: how long a replaced version stays in memory.
         sticky_header: requests with the same value get the same version during a canary.
-        shadow_cpu: the part of the machine's cores that scoring in the shadow may take.
-        auth: ``required``: clients need a token of the file ``tokens``.
+        shadow_cpu: the share of the machine's cores that the shadow may use.
+        auth: with ``required``, clients need a token from the file ``tokens``.
         service_key: a client that sends it may read metrics and traffic.
-        rate_limit: requests a second of each client, after the first ``burst``.
-        trusted_proxies: networks, with commas between them; behind them the last address in
-            X-Forwarded-For is the client's.
-        cors_origins: origins, with commas between them, whose pages may send requests.
-        gpu_socket: where the process that owns the GPU listens.
-        run_folder: what the processes of this service share while they run.
+        rate_limit: requests a second that one client may send, after the first ``burst``.
+        trusted_proxies: networks, separated by commas. On a connection from one of them, the last
+            address in X-Forwarded-For is the client's.
+        cors_origins: origins, separated by commas, whose pages may send requests.
+        gpu_socket: the socket of the process that owns the GPU.
+        run_folder: files that the processes of this service share while they run.
     """
 
     models: tuple[ModelRef, ...] = parse_model_refs(None)
@@ -143,22 +143,22 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def family(self) -> socket.AddressFamily:
-        """Of the address to listen on."""
+        """The address family of ``host``."""
         return socket.AF_INET6 if ":" in self.host else socket.AF_INET
 
     @property
     def shadow_socket(self) -> Path | None:
-        """Where samples for the shadow go; None where nothing else runs beside this process."""
+        """Where workers send samples for the shadow; None without a run folder."""
         return self.run_folder / "shadow" if self.run_folder else None
 
     @property
     def address(self) -> str:
-        """Where a process on this machine reaches the service."""
+        """The URL at which a process on this machine reaches the service."""
         return local_address(self.host, self.port)
 
     @property
     def proxy_networks(self) -> tuple[Network, ...]:
-        """Of ``trusted_proxies``; raises ``UsageError`` when one is no network."""
+        """The networks in ``trusted_proxies``; raises ``UsageError`` if one cannot be parsed."""
         try:
             parts = (part.strip() for part in self.trusted_proxies.split(","))
             return tuple(ip_network(part) for part in parts if part)
@@ -167,7 +167,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def cors_origin_list(self) -> tuple[str, ...]:
-        """Of ``cors_origins``; raises ``UsageError`` when one is no origin."""
+        """The origins in ``cors_origins``; raises ``UsageError`` if one is malformed."""
         found = tuple(part.strip() for part in self.cors_origins.split(",") if part.strip())
         for origin in found:
             if not _ORIGIN.fullmatch(origin):
@@ -183,7 +183,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def limits(self) -> Limits:
-        """Of one client's connection."""
+        """The limits of one client's connection."""
         return Limits(
             max_body_bytes=self.max_body_bytes,
             max_json_bytes=self.max_json_bytes,
@@ -201,16 +201,16 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def common_decode_limits(self) -> DecodeLimits:
-        """Of what any number of threads may decode at once."""
+        """Limits of images that any number of threads may decode at once."""
         return replace(
             self.decode_limits, max_decoded_bytes=min(self.max_decoded_bytes, LARGE_BYTES)
         )
 
     @property
     def loop_decode_limits(self) -> DecodeLimits:
-        """Of what a worker's loop decodes itself: a few milliseconds.
+        """Limits of images that a worker's loop decodes itself, in a few milliseconds.
 
-        The time for anything else does not hang on the pixels alone.
+        Scans and parts are limited too: with many of them, few pixels can take long to decode.
         """
         return replace(
             self.decode_limits,
@@ -221,10 +221,10 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """The settings that ``environment`` describes; what it leaves out has its default.
+        """The settings in ``environment``; a variable that is not set has its default.
 
         Raises:
-            UsageError: a value cannot be used; the text names the variable.
+            UsageError: a value is not allowed; the text names the variable.
         """
         values: dict[str, Any] = {
             field: environment[name] for name, field in VARIABLES.items() if environment.get(name)
@@ -243,7 +243,7 @@ class Settings(Struct, frozen=True, kw_only=True):
             )
         try:
             settings = msgspec.convert(values, cls, strict=False)
-            # Here, not when the first worker starts:
+            # Check these now, rather than when the first worker starts.
             _ = settings.proxy_networks, settings.cors_origin_list
             if settings.shutdown_delay_s > max(0.0, settings.graceful_timeout_s - MIN_DRAIN_S):
                 raise UsageError(
@@ -257,6 +257,6 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 def run_parent() -> str:
-    """The parent of a running service's folder: /tmp where a socket's path would be too long."""
+    """Where run folders are made: the temporary folder, or /tmp if its path is too long."""
     parent = tempfile.gettempdir()
     return parent if len(os.fsencode(parent)) <= MAX_PARENT_BYTES else "/tmp"  # noqa: S108

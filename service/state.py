@@ -1,4 +1,4 @@
-"""What hangs on the app, and the one way to reach it from a request."""
+"""``State``: the parts that every request uses, and ``state()``, which returns them."""
 
 from flask import current_app
 from msgspec import Struct
@@ -22,7 +22,7 @@ class State(Struct, frozen=True, kw_only=True):
     pipeline: Pipeline
 
     def slot(self, name: str) -> ModelSlot:
-        """The model ``name``; raises ``ModelNotFound``."""
+        """The slot of the model ``name``; raises ``ModelNotFound``."""
         return find_slot(self.slots, name)
 
 

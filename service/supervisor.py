@@ -1,9 +1,9 @@
-"""``python -m service``: gunicorn, and beside it what it needs, as one thing to start and to stop.
+"""``python -m service``: starts and stops gunicorn together with the processes that it needs.
 
-That is the puller; where there may be a GPU, the process that owns it
-(``service.loading.gpu_process``); and while a challenger is tried in the shadow, the process that
-scores there (``service.shadow.process``). Each is started again when it ends. In containers the
-puller is a container of its own.
+These are the puller; if there may be a GPU, the process that owns it
+(``service.loading.gpu_process``); and while a challenger is a shadow, the process that scores for
+it (``service.shadow.process``). The supervisor starts each of them again when it ends. In
+containers the puller has a container of its own.
 """
 
 import contextlib
@@ -57,15 +57,15 @@ SHADOW = [sys.executable, "-m", "service.shadow.process"]
 
 
 class SupervisedProcess:
-    """A process that is started again when it ends, after a pause that grows with each time.
+    """A process that is started again when it ends, after a pause that grows each time.
 
-    Its standard input ends when this process lets go of it, or dies.
+    It sees the end of its standard input when ``end`` is called, or when this process dies.
     """
 
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> None:
-        """``environment``: by default this process's own."""
+        """``environment``: by default that of this process."""
         self._name = name
         self._command = list(command)
         self._environment = environment
@@ -74,7 +74,7 @@ class SupervisedProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def poll_once(self) -> None:
-        """Start the process if it does not run and its pause is over."""
+        """Start the process if it is not running and its pause is over."""
         now = time.monotonic()
         if self._process is None:
             if now >= self._start_at:
@@ -83,26 +83,31 @@ class SupervisedProcess:
                     self._process = _start(
                         self._command, stdin=subprocess.PIPE, env=self._environment
                     )
-                except OSError as error:  # no room for a process: what runs must not end by that
-                    log.warning("%s cannot be started: %s", self._name, error)
+                except OSError as error:  # no memory for it, say: the other processes go on
+                    log.warning("cannot start %s: %s", self._name, error)
                     self._wait()
         elif (status := self._process.poll()) is not None:
             if now - self._started >= CALM_S:
                 self._pause_s = FIRST_PAUSE_S
-            log.warning("%s ended with %s; again in %.0f s", self._name, status, self._pause_s)
+            log.warning(
+                "%s ended with status %s; starting it again in %.0f s",
+                self._name,
+                status,
+                self._pause_s,
+            )
             self.end()
             self._wait()
 
     def _wait(self) -> None:
-        """Have the next start come after a pause, and the one after that later yet."""
+        """Delay the next start, and double the pause for the one after that."""
         self._start_at = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     def wait_for(self, path: Path) -> int | None:
-        """Wait until the process makes ``path``; its exit status if it ends instead.
+        """None once the process has made ``path``; its exit status if it ends first.
 
         Raises:
-            UsageError: it does neither.
+            UsageError: the process did neither within ``START_S``.
         """
         assert self._process is not None
         deadline = time.monotonic() + START_S
@@ -111,8 +116,8 @@ class SupervisedProcess:
                 return self._process.wait(timeout=0.05)
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"{self._name} has not found out within {START_S:g} s what device works here; "
-                    "CONVOY_DEVICE=cpu serves without it"
+                    f"{self._name} has not chosen a device within {START_S:g} s; "
+                    "set CONVOY_DEVICE=cpu to serve without a GPU"
                 )
         return None
 
@@ -129,14 +134,14 @@ def serve(settings: Settings, pull: bool = True) -> int:
 
     Args:
         settings: where to listen and what to serve.
-        pull: follow the registry; without it, what lies on disk serves.
+        pull: whether to follow the registry; if not, workers serve the versions on disk.
 
     Raises:
-        UsageError: the port is taken, or the GPU's process hangs.
+        UsageError: the port cannot be used, or the process that owns the GPU hangs.
     """
     _check_port(settings)
     if pull and importlib.util.find_spec("mlflow") is None:
-        log.warning("MLflow is not installed: serving what lies in %s", settings.models_folder)
+        log.warning("MLflow is not installed: serving the versions in %s", settings.models_folder)
         pull = False
     companions: list[SupervisedProcess] = []
     ending = Event()
@@ -162,7 +167,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
             address = folder / "gpu"
             owner = accompany("the GPU's process", [*GPU, str(address)])
             if (status := owner.wait_for(address)) is not None:
-                return status  # it has said why
+                return status  # the process has printed the reason
             environment[GPU_SOCKET] = str(address)
         gunicorn = _start(GUNICORN, env=environment)
         stack.callback(_end, gunicorn, settings.graceful_timeout_s + 5)
@@ -190,18 +195,18 @@ def serve(settings: Settings, pull: bool = True) -> int:
 
 
 def _run_folder() -> "tempfile.TemporaryDirectory[str]":
-    """What the processes of this service share; only this user may enter it."""
+    """A new run folder, which is removed at the end; only this user may enter it."""
     try:
         return tempfile.TemporaryDirectory(prefix="convoy-run-", dir=run_parent())
     except OSError as error:
         raise UsageError(
-            f"no temporary folder can be made ({error}); set TMPDIR to a folder that can be "
-            f"written, whose path has at most {MAX_PARENT_BYTES} bytes"
+            f"cannot make a temporary folder ({error}); set TMPDIR to a writable folder "
+            f"whose path has at most {MAX_PARENT_BYTES} bytes"
         ) from error
 
 
 def _has_shadow(settings: Settings) -> bool:
-    """Whether a challenger of one of the models scores in the shadow."""
+    """Whether a challenger of one of the models is a shadow."""
     deployments = (read_deployment_or_none(settings.models_folder, ref) for ref in settings.models)
     return any(
         deployment and deployment.canary and deployment.canary.shadow for deployment in deployments
@@ -209,7 +214,7 @@ def _has_shadow(settings: Settings) -> bool:
 
 
 def _start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
-    """Start a process that is asked to end should this one die."""
+    """Start a process to which the kernel sends SIGTERM if this one dies."""
     return subprocess.Popen(command, preexec_fn=end_with_parent, **options)
 
 
@@ -219,7 +224,7 @@ def _on_end_signals(handler: Callable[[int, FrameType | None], object]) -> None:
 
 
 def _check_port(settings: Settings) -> None:
-    """Say who is to blame for a taken port before gunicorn retries five times."""
+    """Raise ``UsageError`` if the port cannot be used; gunicorn would retry five times first."""
     with socket.socket(settings.family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -234,7 +239,7 @@ def _check_port(settings: Settings) -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
-    """Ask ``process`` to end, and make it if it does not."""
+    """Send SIGTERM to ``process``, and SIGKILL if it has not ended after ``timeout_s``."""
     process.terminate()
     try:
         process.wait(timeout=timeout_s)

@@ -1,5 +1,5 @@
-"""From encoded images to predictions: which version answers, decoding, batches.
+"""From encoded images to predictions: choosing the version, decoding, batching.
 
-Imports ``registry`` and small modules of the service (settings, malloc, the server's protocol, the
-shadow's client). Knows no HTTP.
+Imports ``registry`` and small modules of the service: settings, malloc, the server's protocol, the
+shadow's client. Must not know HTTP.
 """

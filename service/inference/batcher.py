@@ -1,9 +1,10 @@
 """``MicroBatcher``: concurrent callers share one forward pass. Knows no HTTP and no torch.
 
-Images are put into a queue, and waited for later. There is no timer and no thread of its own:
-whoever waits and finds the device idle runs what is queued; who finds it busy is in the next batch,
-which the first of those waiting runs. So a lone request waits for nothing, and load fills the
-batches. One thread may put many images before it waits for the first.
+A caller puts images into the queue and waits for them later. The batcher has no timer and no thread
+of its own. A waiting caller that finds the device idle runs a batch of the queued images. If the
+device is busy, its images join a later batch, which the first waiting caller runs. So a lone
+request does not wait, and load fills the batches. A thread may put many images before it waits for
+the first.
 """
 
 import math
@@ -20,22 +21,22 @@ from registry.core.errors import DeadlineExceeded, DeviceLost, Overloaded
 from registry.model.image.decode import Pixels
 
 Compute = Callable[[Pixels], NDArray[np.float32]]
-"""uint8 (N, H, W, C) to float32 (N, values), a row for each image."""
+"""Turns uint8 (N, H, W, C) into float32 (N, values), a row for each image."""
 
 OnBatch = Callable[[int, float, int], None]
-"""Told the size of each batch, the seconds of its forward pass, and how many images still wait."""
+"""Called with a batch's size, the seconds of its forward pass, and how many images still wait."""
 
-# Of a new figure in the running mean of a forward pass's time for one image.
+# The weight of the newest batch in the running mean of the time that one image takes.
 MEAN_SHARE = 0.2
-# So many callers at once are ordinary. They are queued whatever the network's speed, if it can
-# answer them within this part of the deadline; the rest is for decoding and for a busy machine.
+# This many callers at once are ordinary. They are queued however slow the network is, if it can
+# answer them within this share of the deadline. The rest is for decoding and for a busy machine.
 ORDINARY_CALLERS = 64
 DEADLINE_SHARE = 0.8
 MIN_WAIT_LIMIT_S = 1.0
 
 
 class Prediction(Struct, frozen=True):
-    """The answer for one image: its row of what ``compute`` returned, and how it got that."""
+    """The answer for one image: its row of ``compute``'s result, and the times that it took."""
 
     row: NDArray[np.float32]
     queue_ms: float
@@ -44,7 +45,7 @@ class Prediction(Struct, frozen=True):
 
 
 class QueuedImage:
-    """One queued image, to be handed to ``MicroBatcher.wait``."""
+    """One queued image, for ``MicroBatcher.wait``."""
 
     __slots__ = ("deadline", "leads", "outcome", "pixels", "queued", "wake")
 
@@ -53,14 +54,14 @@ class QueuedImage:
         self.queued = queued
         self.deadline = deadline
         self.outcome: Prediction | Exception | None = None
-        # The thread that waits, if one does, sleeps on ``wake``; when it is woken without an
-        # outcome, ``leads`` says that the device is its to use.
+        # The thread that waits for this image sleeps on ``wake``; None while no thread does. If it
+        # wakes without an outcome and ``leads`` is set, this thread runs the next batch.
         self.wake: Event | None = None
         self.leads = False
 
 
 class MicroBatcher:
-    """Batches calls of ``compute``; every public method may be called from any thread."""
+    """Runs ``compute`` on batches of queued images. Any thread may call any public method."""
 
     def __init__(
         self,
@@ -76,19 +77,19 @@ class MicroBatcher:
 
         Args:
             compute: the forward pass.
-            max_batch: images in a batch at most.
-            queue_limit: images that wait at most.
-            batch_ms: no batch has more images than this has time for.
-            max_wait_s: no image is queued when it would wait longer; None chooses by the measured
-                speed of ``compute``, so that ``ORDINARY_CALLERS`` are queued.
-            deadline_s: how long callers wait at most.
-            on_batch: told of every batch.
+            max_batch: the most images in a batch.
+            queue_limit: the most images that may wait.
+            max_batch_compute_ms: a batch has only as many images as fit into this time.
+            max_queue_delay_s: an image that would wait longer is refused. None derives the limit
+                from the measured speed of ``compute``, so that ``ORDINARY_CALLERS`` are queued.
+            deadline_s: the longest that callers wait.
+            on_batch: called after every batch.
         """
         self._compute = compute
         self._max_batch = max_batch
         self._queue_limit = queue_limit
-        self._batch_ms = max_batch_compute_ms
-        self._max_wait_s = max_queue_delay_s
+        self._max_batch_compute_ms = max_batch_compute_ms
+        self._max_queue_delay_s = max_queue_delay_s
         self._deadline_s = deadline_s
         self._on_batch = on_batch
         self._image_ms = 0.0
@@ -99,73 +100,78 @@ class MicroBatcher:
 
     @property
     def depth(self) -> int:
-        """Images that wait now."""
+        """How many images are waiting."""
         return len(self._waiting)
 
     @property
     def image_ms(self) -> float:
-        """What an image takes of a forward pass, lately; 0 before the first."""
+        """Mean time that a forward pass takes for one image, lately; 0 before the first pass."""
         return self._image_ms
 
     def wait_s(self, known: int = 0) -> float:
-        """How long an image will wait behind those queued, or the ``known`` if they are more.
+        """Seconds that a new image would wait behind the queued images.
 
-        The caller may know of requests that are on their way here; most of the queued are theirs.
+        ``known`` is how many requests the caller has yet to finish; it counts instead if it is
+        more than the queued images, most of which belong to those requests.
         """
         return max(len(self._waiting), known) * self._image_ms / 1000
 
     @property
     def wait_limit_s(self) -> float:
-        """An image that would wait longer is refused."""
-        if self._max_wait_s is not None:
-            return self._max_wait_s
+        """The longest expected wait in seconds; an image that would wait longer is refused."""
+        if self._max_queue_delay_s is not None:
+            return self._max_queue_delay_s
         ordinary_s = ORDINARY_CALLERS * self._image_ms / 1000
         return min(max(MIN_WAIT_LIMIT_S, ordinary_s), DEADLINE_SHARE * self._deadline_s)
 
     @property
     def running_s(self) -> float:
-        """For how long the forward pass has been running; 0 when none is."""
+        """Seconds for which the forward pass has been running; 0 when none is."""
         since = self._running_since
         return 0.0 if since is None else time.monotonic() - since
 
     @property
     def ceiling(self) -> int:
-        """The most images that the next batch takes: what ``max_batch_compute_ms`` has time for."""
-        if self._image_ms * self._max_batch <= self._batch_ms:
+        """The most images in the next batch: as many as fit into ``max_batch_compute_ms``."""
+        if self._image_ms * self._max_batch <= self._max_batch_compute_ms:
             return self._max_batch
-        return max(1, int(self._batch_ms / self._image_ms))
+        return max(1, int(self._max_batch_compute_ms / self._image_ms))
 
     def check_room(self, known: int = 0) -> None:
-        """Raise ``Overloaded`` if an image would have to wait too long (see ``wait_s``)."""
+        """Raise ``Overloaded`` if a new image would wait too long (see ``wait_s``)."""
         if (wait_s := self.wait_s(known)) > self.wait_limit_s:
             waiting = max(len(self._waiting), known)
-            raise Overloaded(f"{waiting} images wait already", max(1, math.ceil(wait_s)))
+            raise Overloaded(
+                f"{waiting} images are already waiting; try again later", max(1, math.ceil(wait_s))
+            )
 
     def put(self, images: Sequence[Pixels], deadline_s: float) -> list[QueuedImage]:
-        """Queue ``images``; each ticket must be waited for.
+        """Queue ``images``; the caller must call ``wait`` for each queued image.
 
         Args:
             images: uint8 (H, W, C) each, at least one.
-            deadline_s: from now. An image whose time is over before its batch starts is not
-                computed; a forward pass that runs already is not cut short.
+            deadline_s: seconds from now. An image whose batch has not started by then is not
+                computed; a running forward pass is not cut short.
 
         Raises:
-            Overloaded: the queue has no room for all of them; none was queued.
+            Overloaded: the queue has no room for all of the images; none was queued.
         """
         self.check_room()
         now = time.monotonic()
         queued_images = [QueuedImage(pixels, now, now + deadline_s) for pixels in images]
         with self._lock:
-            # A request larger than the whole queue may still run alone.
+            # A request larger than the queue limit may still run alone.
             if self._waiting and len(self._waiting) + len(queued_images) > self._queue_limit:
-                raise Overloaded(f"{len(self._waiting)} images wait already")
+                raise Overloaded(
+                    f"{len(self._waiting)} images are already waiting; try again later"
+                )
             self._waiting.extend(queued_images)
         return queued_images
 
     def wait(self, queued_image: QueuedImage) -> Prediction | Exception:
-        """The scores of an image, or why it has none (``DeadlineExceeded`` among others).
+        """The scores of an image, or the error that it got instead, such as ``DeadlineExceeded``.
 
-        Blocks until the image has one or the other; the caller's thread may run batches meanwhile.
+        Blocks until there is one or the other. Meanwhile the caller's thread may run batches.
         """
         while queued_image.outcome is None:
             with self._lock:
@@ -173,7 +179,7 @@ class MicroBatcher:
                     self._busy = queued_image.leads = True
                 elif queued_image.wake is None:
                     queued_image.wake = Event()
-                    continue  # to look again: until now nobody could have woken this thread
+                    continue  # check again: before ``wake`` was set, no thread could wake this one
             if queued_image.leads:
                 queued_image.leads = False
                 self._run_batch()
@@ -186,7 +192,7 @@ class MicroBatcher:
         return queued_image.outcome
 
     def _give_up(self, queued_image: QueuedImage) -> None:
-        """Take an expired image out of the queue, unless it is computed now or was told to lead."""
+        """Take an expired image out of the queue, unless its batch runs or its thread leads."""
         with self._lock:
             if queued_image.leads or queued_image.outcome is not None:
                 return
@@ -195,10 +201,10 @@ class MicroBatcher:
                 queued_image.outcome = _expired(queued_image)
                 return
         assert queued_image.wake is not None
-        queued_image.wake.wait()  # its batch runs now: the answer is on the way
+        queued_image.wake.wait()  # its batch is running, so an outcome will come
 
     def _run_batch(self) -> None:
-        """Compute one batch, then hand the device to the first of those who wait."""
+        """Compute one batch, then hand the device to the first waiting thread."""
         batch: list[QueuedImage] = []
         try:
             with self._lock:
@@ -214,7 +220,7 @@ class MicroBatcher:
                 self._score(batch)
         finally:
             for queued_image in batch:
-                if queued_image.outcome is None:  # what is no Exception has ended this thread
+                if queued_image.outcome is None:  # SystemExit, say, is ending this thread
                     _settle(queued_image, RuntimeError("the forward pass was interrupted"))
             with self._lock:
                 successor = next((each for each in self._waiting if each.wake is not None), None)
@@ -225,17 +231,19 @@ class MicroBatcher:
                     _wake(successor)
 
     def _score(self, batch: list[QueuedImage]) -> None:
-        """Give every image of ``batch`` its outcome; when the batch fails, each is tried alone."""
+        """Give every image of ``batch`` its outcome; if the batch fails, score each image alone."""
         started = self._running_since = time.monotonic()
         try:
             scores = self._compute(np.stack([queued_image.pixels for queued_image in batch]))
             if len(scores) != len(batch):
-                raise RuntimeError(f"{len(batch)} images gave {len(scores)} rows of scores")
-        except DeviceLost as error:  # to every image of the batch
+                raise RuntimeError(
+                    f"the network returned {len(scores)} rows of scores for {len(batch)} images"
+                )
+        except DeviceLost as error:  # every image of the batch gets it: no retry can succeed
             for queued_image in batch:
                 _settle(queued_image, error)
             return
-        except Exception as error:  # noqa: BLE001 - the edge of a batch: no error may reach others
+        except Exception as error:  # noqa: BLE001 - the edge of a batch: errors stay in it
             if len(batch) > 1:
                 for queued_image in batch:
                     self._score([queued_image])
@@ -253,7 +261,7 @@ class MicroBatcher:
                 queue_ms = (started - queued_image.queued) * 1000
                 _settle(queued_image, Prediction(row, queue_ms, forward_s * 1000, len(batch)))
             else:
-                _settle(queued_image, ArithmeticError("the network scored NaN or infinity"))
+                _settle(queued_image, ArithmeticError("the network's scores are NaN or infinite"))
 
     def _note_time(self, image_ms: float) -> None:
         mean = self._image_ms or image_ms
@@ -272,5 +280,5 @@ def _wake(queued_image: QueuedImage) -> None:
 
 def _expired(queued_image: QueuedImage) -> DeadlineExceeded:
     return DeadlineExceeded(
-        f"not started within {queued_image.deadline - queued_image.queued:.3g} s"
+        f"the forward pass did not start within {queued_image.deadline - queued_image.queued:.3g} s"
     )

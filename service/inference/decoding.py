@@ -1,4 +1,4 @@
-"""Pixels of a request's images, within what a worker may spend on decoding."""
+"""``Decoder``: pixels of a request's images, within a worker's memory and threads."""
 
 from threading import Semaphore
 
@@ -12,12 +12,12 @@ from service.settings import Settings
 
 LARGE_AT_ONCE = 1
 LARGE_WAIT_S = 1.0
-# Each that waits has one of the worker's threads; so many are left to other requests.
+# A large image that waits occupies a thread of the worker; this many stay free for other requests.
 FREE_THREADS = 2
 
 
 class Decoder:
-    """Decodes images; large ones one at a time. Every method may be called from any thread."""
+    """Decodes images, large ones one at a time. Any thread may call any method."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -27,10 +27,10 @@ class Decoder:
     def decode(
         self, image: bytes | ConvoyError, spec: PreprocessSpec, in_loop: bool
     ) -> Pixels | Exception:
-        """Pixels, uint8 (H, W, C), or the reason why the image has none.
+        """The image's pixels, uint8 (H, W, C), or the error that it has instead.
 
         Raises:
-            Postpone: the image takes too long for the loop.
+            Postpone: the caller is the loop, and the image is too large to decode there.
         """
         if isinstance(image, ConvoyError):
             return image
@@ -47,14 +47,14 @@ class Decoder:
             return _without_frames(error)
 
     def _decode_large(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
-        """One at a time, so that large images take neither all memory nor all threads."""
+        """As ``decode``, one image at a time: large ones must not take all memory and threads."""
         try:
-            # Before it waits: an image that is refused takes no other's place.
+            # Before waiting: an invalid image must not take the place of another.
             check_parts(image, self._settings.decode_limits)
         except ConvoyError as error:
             return _without_frames(error)
         if not self._large_or_waiting.acquire(blocking=False):
-            return Overloaded("too many large images are being decoded")
+            return Overloaded("too many large images are being decoded; try again later")
         try:
             return self._decode_alone(image, spec)
         finally:
@@ -62,21 +62,21 @@ class Decoder:
 
     def _decode_alone(self, image: bytes, spec: PreprocessSpec) -> Pixels | Exception:
         if not self._large.acquire(timeout=LARGE_WAIT_S):
-            return Overloaded("too many large images are being decoded")
+            return Overloaded("too many large images are being decoded; try again later")
         try:
             return decode_image(image, spec, self._settings.decode_limits)
         except ConvoyError as error:
             return _without_frames(error)
         finally:
-            trim_heap()  # else the heap keeps what the largest picture took
+            trim_heap()  # otherwise the heap keeps the memory of the largest picture
             self._large.release()
 
 
 def _without_frames(error: ConvoyError) -> ConvoyError:
-    """``error`` to be kept as an image's outcome.
+    """``error`` without its traceback, to be kept as an image's outcome.
 
-    Its traceback has the frames that hold the request's body and the list of outcomes: in that
-    cycle of references, bodies would live until the next garbage collection.
+    The traceback's frames refer to the request's body and to the list of outcomes. That cycle of
+    references would keep bodies in memory until the next garbage collection.
     """
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)

@@ -1,4 +1,4 @@
-"""What serves: a version that is loaded, and a release of one or two of them."""
+"""Loaded versions: ``ServedModel`` is one, ``ActiveVersions`` those of a deployment."""
 
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
@@ -14,7 +14,10 @@ from service.inference.batcher import MicroBatcher
 
 
 class ServedModel(Struct, frozen=True, kw_only=True):
-    """One version, loaded, warmed up and proved. Immutable, shared by all threads."""
+    """One version: loaded, warmed up and checked on its golden images.
+
+    Immutable, and shared by all threads.
+    """
 
     manifest: Manifest
     manifest_sha256: str
@@ -37,7 +40,10 @@ class ServedModel(Struct, frozen=True, kw_only=True):
 
 
 class ActiveVersions(Struct, frozen=True):
-    """A release, loaded. ``challenger`` is on trial; without it the champion answers its share."""
+    """A loaded deployment. ``challenger`` is the canary or shadow.
+
+    While it is None, the champion also answers the challenger's share.
+    """
 
     key: int
     deployment: Deployment
@@ -46,16 +52,17 @@ class ActiveVersions(Struct, frozen=True):
 
     @property
     def canary(self) -> Canary | None:
-        """What is tried here; nothing while the challenger is not loaded, or its device is lost."""
+        """The deployment's canary; None if the challenger is not loaded or its device is lost."""
         has_challenger = self.challenger is not None and not self.challenger.classifier.lost
         return self.deployment.canary if has_challenger else None
 
     @property
     def whole(self) -> bool:
+        """Whether every version of the deployment is loaded."""
         return (self.challenger is None) == (self.deployment.canary is None)
 
     def find(self, version: int | None, alias: str | None) -> ServedModel | None:
-        """The version of that number or alias, if it serves; the champion without either."""
+        """The served version with that number or alias, or None; the champion if both are None."""
         for served in (self.champion, self.challenger):
             if served and version in (None, served.version) and alias in (None, served.alias):
                 return served
@@ -63,24 +70,24 @@ class ActiveVersions(Struct, frozen=True):
 
 
 class Slot(Protocol):
-    """One model of this service, whatever version of it is loaded."""
+    """One model of this service, whichever version of it is loaded."""
 
     @property
     def current(self) -> ServedModel | None:
         """The champion; None while nothing is loaded."""
 
     def require(self) -> ActiveVersions:
-        """What serves; raises ``ModelNotReady`` while nothing does."""
+        """The versions that serve; raises ``ModelNotReady`` while there are none."""
 
 
 AnySlot = TypeVar("AnySlot", bound=Slot)
 
 
 def find_slot(slots: Mapping[str, AnySlot], name: str | None = None) -> AnySlot:
-    """The model ``name``, or the first, which is the default.
+    """The slot of the model ``name``; without a name the first one, which is the default model.
 
     Raises:
-        ModelNotFound: there is none of that name.
+        ModelNotFound: no model has that name.
     """
     if name is None:
         return next(iter(slots.values()))

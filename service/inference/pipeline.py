@@ -1,9 +1,9 @@
-"""The only way from encoded images to predictions.
+"""``Pipeline``: the only way from encoded images to predictions.
 
-It chooses the version, decodes, queues, waits, counts, and feeds the shadow. It knows no HTTP: a
-protocol module translates into a ``Request`` and out of a ``Result``. The work has two phases. A
-server that calls ``submit`` for many requests before it calls ``finish`` for any gets them into
-one batch.
+It chooses the version, decodes the images, queues them, waits for the scores, counts, and sends
+copies to the shadow. It knows no HTTP: a protocol module makes a ``Request`` and writes the
+``Result``. The work has two phases, ``submit`` and ``finish``. A server that submits many requests
+before it finishes the first gets them into one batch.
 """
 
 import random
@@ -27,10 +27,10 @@ from service.settings import Settings
 from service.shadow.client import Sample, ShadowFeed
 
 DEFAULT_TOP_K = 5
-# Reading and decoding the images of one request may take so long of a worker's loop.
+# The longest that a worker's loop may spend on reading and decoding the images of one request.
 LOOP_DECODE_S = 0.01
 LOOP_BYTES = 64 * 1024
-# A slower network would keep the loop from reading probes, and from refusing others.
+# While a slower network computes, the loop could neither answer probes nor refuse requests.
 LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
 
@@ -38,28 +38,29 @@ LOOP_WAIT_S = 0.02
 class Images(Protocol):
     """The encoded images of a request, one after the other as they arrive.
 
-    ``many``: whether the client sent a list; known when all have arrived.
+    ``many``: whether the client sent a list; known once all images have arrived.
     """
 
     many: bool
 
     def __iter__(self) -> Iterator[bytes | ConvoyError]:
-        """Each image's bytes, or the error that kept it from being read."""
+        """The bytes of each image, or the error that occurred when it was read."""
         ...
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """What a client asks for.
+    """A client's request, in no protocol's terms.
 
     Attributes:
         images: the encoded images.
-        name: of the model; None for the first that is served.
-        version: its number; ``alias`` and it are both None for the champion, or a canary.
-        session: requests with the same one get the same version during a canary.
-        top_k: how many classes each image is answered with.
-        loop_bytes: the size of the body, when the server's loop calls and nothing may take long;
-            else None.
-        waiting: how many requests the server has postponed, which will come here.
+        name: the model's name; None for the default model.
+        version: its number. If ``version`` and ``alias`` are None, the champion or the canary
+            answers.
+        session: requests with the same session get the same version during a canary.
+        top_k: how many classes to return for each image.
+        loop_bytes: the size of the body if the server's loop submits the request, which must not
+            take long; None if a thread does.
+        waiting: how many requests the server has postponed and will submit later.
         started: when the request arrived, by ``time.perf_counter``.
     """
 
@@ -75,7 +76,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
 
 class Timings(Struct, frozen=True):
-    """Milliseconds of the stages; of many images the longest."""
+    """Milliseconds of the stages. For several images, the longest queue and forward time."""
 
     decode: float
     queue: float
@@ -84,14 +85,14 @@ class Timings(Struct, frozen=True):
 
 
 class Result(Struct, frozen=True, kw_only=True):
-    """What a request is answered with.
+    """The answer to a request, for a protocol module to write.
 
     Attributes:
         served: the version that answered.
         images: for each image its most probable classes, best first, or its error.
         many: whether the client sent a list.
-        timings_ms: of the whole request.
-        batch_size: of the largest batch that one of the images was in.
+        timings_ms: how long each stage of the request took.
+        batch_size: the size of the largest batch that held one of the images.
     """
 
     served: ServedModel
@@ -102,7 +103,7 @@ class Result(Struct, frozen=True, kw_only=True):
 
 
 class AnsweredRequest(Struct, frozen=True):
-    """Seconds of the stages of one request; ``queue_s`` is the longest of its images."""
+    """Seconds of each stage of one request. ``queue_s`` is the longest of its images."""
 
     images: int
     read_s: float
@@ -122,7 +123,7 @@ class Counters(Protocol):
 
 
 class Job:
-    """One request on its way: what is known of it between ``submit`` and ``finish``."""
+    """The state of one request between ``submit`` and ``finish``."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -130,13 +131,13 @@ class Job:
         self.read_s = 0.0
         self.decode_s = 0.0
         self.queued_images: list[QueuedImage | Exception] = []
-        # For the shadow: the version that scores there, and for each image what it needs for that.
+        # For the shadow: the challenger, and for each image its pixels, encoded bytes or error.
         self.challenger: ServedModel | None = None
         self.samples: list[Pixels | bytes | Exception] = []
 
 
 class Pipeline:
-    """Answers requests by the loaded versions. Any thread may call any method."""
+    """Answers requests with the loaded versions. Any thread may call any method."""
 
     def __init__(
         self,
@@ -147,7 +148,16 @@ class Pipeline:
         outcome: Callable[[Exception], str],
         why_unready: Callable[[], str | None],
     ) -> None:
-        """``outcome`` is the metrics' word for an error; ``why_unready`` ends all answers."""
+        """Create a pipeline over ``slots``, the models by name.
+
+        Args:
+            slots: the first is the default model.
+            settings: the deadline, and the limits of decoding.
+            counters: where requests are counted.
+            shadow: where copies of images go.
+            outcome: gives an error's outcome in the metrics.
+            why_unready: gives the reason why this worker must answer no more requests, or None.
+        """
         self._slots = slots
         self._deadline_s = settings.deadline_s
         self._counters = counters
@@ -159,11 +169,11 @@ class Pipeline:
     def find(
         self, name: str | None = None, version: int | None = None, alias: str | None = None
     ) -> tuple[ServedModel, ActiveVersions]:
-        """The loaded version that a request means, and what else serves at this moment.
+        """The loaded version that a request asks for, and all that serve at this moment.
 
         Raises:
-            ModelNotFound, VersionNotFound: it is not served here.
-            ModelNotReady: it will be, but is not loaded yet.
+            ModelNotFound, VersionNotFound: this service does not serve it.
+            ModelNotReady: no version is loaded yet, or this worker is about to end.
         """
         if reason := self._why_unready():
             raise ModelNotReady(reason)
@@ -177,26 +187,26 @@ class Pipeline:
                 if each
             )
             raise VersionNotFound(
-                f"{serving.champion.name} {wanted} is not served here; served is {here}"
+                f"{serving.champion.name} {wanted} is not served here; this service has {here}"
             )
         return served, serving
 
     def submit(self, job: Job) -> None:
         """The first phase: choose the version, decode the images, queue their pixels.
 
-        ``job.served`` says which version was chosen, also when this raises.
+        ``job.served`` is the chosen version, even if this raises after choosing it.
 
         Raises:
-            Postpone: the server's loop calls, and this would take too long for it.
+            Postpone: the server's loop called, and this would take too long for it.
             ConvoyError: the request cannot be answered.
         """
         request = job.request
         in_loop = request.loop_bytes is not None
         if in_loop and find_slot(self._slots, request.name).current is None:
-            raise Postpone  # it may have to be loaded first
-        # Read once: one request, one version.
+            raise Postpone  # ``find`` may have to load the model first
+        # Find the version once, so that all images of a request get the same one.
         job.served, serving = self.find(request.name, request.version, request.alias)
-        # Before the images are decoded: that would be for nothing.
+        # Check before decoding, which costs more than the check.
         job.served.batcher.check_room(request.waiting)
         if in_loop and _is_slow(job.served.batcher):
             raise Postpone(queues=True)
@@ -213,10 +223,10 @@ class Pipeline:
         ]
 
     def finish(self, job: Job, write: Callable[[Result], bytes]) -> bytes:
-        """The second phase: wait for the scores, have ``write`` translate them, and count.
+        """The second phase: wait for the scores, encode them with ``write``, and count.
 
         Raises:
-            Exception: why the one image of a request has no scores.
+            Exception: the request has one image, not in a list, and that image failed.
         """
         served, request = job.served, job.request
         assert served is not None
@@ -232,7 +242,7 @@ class Pipeline:
         done = time.perf_counter()
         best = [None if isinstance(each, Exception) else each[0] for each in result.images]
         failures = filter(None, (self._failure(each) for each in scored))
-        if failure := next(failures, None):  # a list is one request: what failed of it must show
+        if failure := next(failures, None):  # one failed image makes the whole list count as failed
             self._counters.refused(served.name, served.version, failure)
         else:
             answered = AnsweredRequest(
@@ -250,13 +260,13 @@ class Pipeline:
         return body
 
     def refuse(self, name: str | None, version: int | None, error: Exception) -> None:
-        """Count a request that ``error`` ended, about the model ``name`` or the default one."""
+        """Count a request for ``name``, or the default model, that failed with ``error``."""
         name = name or next(iter(self._slots))
         known = name if name in self._slots else ""
         self._counters.refused(known, version, self._outcome(error))
 
     def _decode_all(self, job: Job, serving: ActiveVersions) -> list[Pixels | Exception]:
-        """Pixels or the error of each image; the first image may choose the version."""
+        """The pixels or the error of each image; the first image's bytes may choose the version."""
         request = job.request
         canary = None if request.version or request.alias else serving.canary
         in_loop = request.loop_bytes is not None
@@ -266,7 +276,9 @@ class Pipeline:
             if canary is not None and not decoded:
                 _choose_side(job, canary, serving.challenger, image)
                 if in_loop and _is_slow(job.served.batcher):  # type: ignore[union-attr]
-                    raise Postpone(queues=True)  # of the challenger's
+                    raise Postpone(
+                        queues=True
+                    )  # the challenger may be slow where the champion is not
             assert job.served is not None
             decoding = time.perf_counter()
             job.read_s += decoding - reading
@@ -282,7 +294,7 @@ class Pipeline:
         return decoded
 
     def _failure(self, scored: Prediction | Exception) -> str | None:
-        """The metrics' word for an image's error, if it has one that is not the caller's."""
+        """The outcome of a failed image in the metrics; None if it is ok or ``client_error``."""
         outcome = self._outcome(scored) if isinstance(scored, Exception) else "client_error"
         return None if outcome == "client_error" else outcome
 
@@ -292,7 +304,7 @@ class Pipeline:
         samples: Iterable[Pixels | bytes | Exception],
         best: list[ClassScore | None],
     ) -> None:
-        """Have the challenger score what the champion did; nothing waits for it."""
+        """Send the images that the champion answered to the shadow, without waiting for it."""
         for image, answered in zip(samples, best, strict=True):
             if answered is not None and not isinstance(image, Exception):
                 data = image if isinstance(image, bytes) else image.tobytes()
@@ -302,19 +314,22 @@ class Pipeline:
 
 
 def _is_slow(batcher: MicroBatcher) -> bool:
-    """Whether this version's images are not for the loop, which has others to answer."""
+    """Whether this version is too slow for the loop, which has other connections to answer."""
     return batcher.image_ms > LOOP_IMAGE_MS or batcher.wait_s() > LOOP_WAIT_S
 
 
 def _choose_side(
     job: Job, canary: Canary, challenger: ServedModel | None, image: bytes | ConvoyError
 ) -> None:
-    """Which version answers, by the client's session or the first image, and which one scores."""
+    """Choose by the client's session, or else the first image, which version answers.
+
+    If the champion does, choose at random whether the challenger scores the images as a shadow.
+    """
     session = job.request.session
     key = session.encode() if session else b"" if isinstance(image, ConvoyError) else image
     if routes_to_canary(canary, key):
         job.served = challenger
-    elif random.random() < canary.shadow:  # noqa: S311 - a sample, no secret
+    elif random.random() < canary.shadow:  # noqa: S311 - a sample, not a secret
         job.challenger = challenger
 
 
@@ -342,7 +357,7 @@ def _result(job: Job, served: ServedModel, scored: list[Prediction | Exception])
 
 
 def _predictions(scored: Prediction, served: ServedModel, top_k: int) -> list[ClassScore]:
-    """The ``top_k`` most probable classes, best first; equal ones in label order."""
+    """The ``top_k`` most probable classes, best first; ties are in label order."""
     probabilities, labels = scored.row, served.manifest.labels
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [

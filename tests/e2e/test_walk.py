@@ -167,7 +167,7 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
     finally:
         assert service.stop() == 0
     said = service.log.read_text()
-    assert "the GPU's process ended with -9; again in 1 s" in said
+    assert "the GPU's process ended with status -9; starting it again in 1 s" in said
     assert "the GPU was lost: CUDA error: device-side assert" in said
 
 

@@ -224,7 +224,7 @@ def test_nan_is_an_error_of_its_image_alone() -> None:
 
 def test_too_few_rows_are_noticed() -> None:
     outcomes = score(MicroBatcher(lambda pixels: echo(pixels)[:0], 8, 8), 1)
-    assert "1 images gave 0 rows" in str(outcomes[0])
+    assert "returned 0 rows of scores for 1 images" in str(outcomes[0])
 
 
 def test_after_an_error_the_device_is_free_again() -> None:

@@ -33,7 +33,7 @@ def test_a_companion_that_ends_is_started_again_after_a_growing_pause(
 
     wait_for(lambda: started(3))
     companion.end()
-    assert "it ended with 3; again in 0 s" in caplog.text
+    assert "it ended with status 3; starting it again in 0 s" in caplog.text
     assert companion._pause_s >= 0.04
 
 
@@ -59,7 +59,7 @@ def test_a_companion_that_cannot_be_started_is_tried_again_and_ends_nobody(
     assert not started()
     wait_for(started)
     companion.end()
-    assert "it cannot be started: [Errno 11]" in caplog.text
+    assert "cannot start it: [Errno 11]" in caplog.text
 
 
 def test_a_companion_learns_that_it_is_over_by_the_end_of_its_input(tmp_path: Path) -> None:
