@@ -1,4 +1,4 @@
-"""Follows what is deployed, loads it beside what serves, proves it, and switches.
+"""Follows the deployment, loads its versions while the old ones serve, checks them, and switches.
 
-Imports ``service.inference``, and knows no HTTP.
+Imports ``service.inference``. Must not know HTTP.
 """

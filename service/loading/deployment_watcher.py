@@ -1,4 +1,4 @@
-"""``DeploymentWatcher``: brings one model of a worker to the version that is deployed."""
+"""``DeploymentWatcher``: keeps one model of a worker at the version that is deployed."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ LOADING_NICE = 10
 
 
 class DeploymentWatcher:
-    """Moves one model of one worker to what is deployed. Any thread may call it."""
+    """Makes one worker serve the current deployment of one model. Any thread may call it."""
 
     def __init__(
         self,
@@ -38,20 +38,20 @@ class DeploymentWatcher:
         self._loader = loader
         self._switch = switch
         self._group = group
-        self._on_swap = on_switch
+        self._on_switch = on_switch
         self._polling = Lock()
         self._announced: str | None = None
 
     @property
     def error(self) -> str | None:
-        """Why what is deployed does not serve here."""
+        """Why the current deployment does not serve here; None if it does."""
         return self._loader.state.error or self._switch.waiting
 
     def poll_once(self, timeout_s: float = -1) -> bool:
-        """Load what is deployed if it does not serve; whether this worker serves another version.
+        """Load the current deployment if it is new; whether this worker now serves another one.
 
-        Chooses no plan. Does nothing where another thread polls for ``timeout_s`` and longer;
-        -1 waits for it.
+        Chooses no plan. If another thread is polling, waits ``timeout_s`` for it and then returns
+        False; -1 waits without a limit.
         """
         if not self._polling.acquire(timeout=timeout_s):
             return False
@@ -69,9 +69,9 @@ class DeploymentWatcher:
             self._polling.release()
 
     def refresh(self) -> bool:
-        """As ``poll_once``; and where a plan was never chosen on this machine, choose that first.
+        """As ``poll_once``, but first choose a plan if none was chosen on this machine yet.
 
-        The old version serves on meanwhile, also when this fails.
+        The old version keeps serving meanwhile, and also if this fails.
         """
         switched = self.poll_once()
         pending = self._loader.state
@@ -84,16 +84,16 @@ class DeploymentWatcher:
         return self.poll_once()
 
     def watch(self, stop: Event, gently: bool = False) -> None:
-        """Poll until ``stop`` is set; plans are chosen beside that, as it may take minutes.
+        """Poll until ``stop`` is set. Plans are chosen in a second thread: that may take minutes.
 
         Args:
-            stop: ends it.
-            gently: leave the cores to the requests. Not for engines with threads of their own:
-                those would inherit it.
+            stop: ends the polling.
+            gently: give this thread a lower priority, which leaves the cores to requests. Not for
+                engines with threads of their own, which would inherit it.
         """
         if gently:
-            # Of this thread alone, on Linux. With a lower priority, a request that waits for this
-            # thread to let go of the interpreter could wait for long when all cores are busy.
+            # Linux changes the priority of this thread alone. A still lower one could make requests
+            # wait long for this thread to release the interpreter when all cores are busy.
             os.setpriority(os.PRIO_PROCESS, get_native_id(), LOADING_NICE)
         choosing: Thread | None = None
         while True:
@@ -113,13 +113,13 @@ class DeploymentWatcher:
             self._loader.state = Loaded()
 
     def _prepare(self) -> None:
-        """Have what is wanted loaded, as far as that can be done now."""
+        """Load the wanted deployment, as far as that is possible now."""
         self._forget_lost()
         deployment: Deployment | None = None
         try:
             deployment = self._wanted()
             champion = self._champion(deployment)
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version stays
             self._loader.fail(error, deployment)
             return
         may_try = self._loader.may_try(deployment)
@@ -134,40 +134,40 @@ class DeploymentWatcher:
             self._switch.prepare(fresh, self._report)
 
     def _wanted(self) -> Deployment:
-        """What is deployed; a worker that comes late begins with what the others serve."""
+        """The deployment to serve; a worker that starts late begins with that of the others."""
         others, state = self._switch.others_serve(), self._loader.state
         failed = state.deployment if isinstance(state, Failed) else None
         if others is not None and others != failed:
             return others
         deployment = read_deployment(self._models_folder, self._ref)
         if deployment is None:
-            raise BundleInvalid(f"nothing is released; run: python -m registry pull {self._ref}")
+            raise BundleInvalid(f"nothing is deployed; run: python -m registry pull {self._ref}")
         return deployment
 
     def _champion(self, deployment: Deployment) -> DeployedVersion:
         """The version of ``deployment`` that this worker was asked to serve."""
         found = deployment.find(self._ref)
         if found is None:
-            raise BundleInvalid(f"the release holds no {self._ref}; waiting for the puller")
+            raise BundleInvalid(f"the deployment has no {self._ref}; waiting for the puller")
         return found
 
     def _forget_lost(self) -> None:
-        """Have the version that serves loaded again if its device was lost."""
-        serving = self._switch.state.serving
+        """Forget a version whose device was lost, so that it is loaded again."""
+        name, serving = self._ref.name, self._switch.state.serving
         if serving is None:
             return
         for served in filter(None, (serving.champion, serving.challenger)):
             served.classifier.check()
         if serving.champion.classifier.lost:
-            log.error("%s: %s was lost; loading again", self._ref.name, serving.champion.device)
+            log.error("%s: the device %s was lost; loading again", name, serving.champion.device)
             self._loader.forget_all()
             self._switch.replace_serving(None)
         elif serving.challenger and serving.challenger.classifier.lost:
-            log.error("%s: the challenger's device was lost; loading again", self._ref.name)
+            log.error("%s: the challenger's device was lost; loading again", name)
             self._switch.replace_serving(replace(serving, challenger=None))
 
     def _report(self) -> None:
-        """Tell the other workers what this one serves, has prepared, or cannot load."""
+        """Report to the other workers what this one serves, has prepared, or cannot load."""
         held, state = self._switch.state, self._loader.state
         serving, prepared = held.serving, held.prepared
         self._group.report(
@@ -188,8 +188,8 @@ class DeploymentWatcher:
         state, serving = self._loader.state, self._switch.serving
         if isinstance(state, Failed) and state.error != self._announced:
             current = serving.champion if serving else None
-            text = f"version {current.version}" if current else "nothing"
-            log.warning("%s: %s; %s serves on", self._ref.name, state.error, text)
+            text = f"version {current.version} keeps serving" if current else "nothing serves"
+            log.warning("%s: %s; %s", self._ref.name, state.error, text)
             if state.deployment is not None:
-                self._on_swap(self._ref.name, current, None)
+                self._on_switch(self._ref.name, current, None)
         self._announced = state.error

@@ -1,7 +1,7 @@
-"""A worker's way to the process that owns the GPU: pixels over a Unix socket, outputs back.
+"""Lets a worker run plans in the process that owns the GPU: pixels go over a Unix socket.
 
-A connection is one version for one worker. The worker asks for the version when the connection
-opens; the version goes when the last of its connections closes.
+A connection serves one version to one worker. The worker names the version when it opens the
+connection. The GPU's process frees the version when the last of its connections closes.
 """
 
 import socket
@@ -21,24 +21,24 @@ from registry.model.classifier import Classifier
 from registry.model.image.decode import Pixels
 from registry.model.plans.base import Outputs
 
-LOAD_S = 120.0  # graphs of a large network, for every batch size, take tens of seconds
-ANSWER_S = 30.0  # a forward pass that takes longer has ended the other process
+LOAD_S = 120.0  # capturing a large network's graphs, for every batch size, takes tens of seconds
+ANSWER_S = 30.0  # the GPU's process ends itself when a forward pass takes 20 s
 SCORES, FAILURE = b"\0", b"\1"
 _encode = msgspec.json.encode
 
 
 class PlanLoader(Protocol):
-    """Chooses and loads plans: ``Planner`` does, and ``GpuPlanner``."""
+    """Chooses and loads plans. ``Planner`` and ``GpuPlanner`` are the two that do."""
 
     def load(self, bundle: Bundle) -> Classifier:
-        """The classifier of ``bundle``; raises ``PlanUndecided`` when none was chosen yet."""
+        """The classifier of ``bundle``; raises ``PlanUndecided`` if its plan is not chosen yet."""
 
     def choose(self, bundle: Bundle) -> object:
-        """Choose the plan of ``bundle``, however long it takes."""
+        """Choose the plan of ``bundle``, however long that takes."""
 
 
 class LoadRequest(Struct, frozen=True):
-    """The first message of a connection: what a worker wants done with a bundle."""
+    """The first message of a connection: what the GPU's process should do with a bundle."""
 
     step: Literal["load", "choose"]
     folder: str
@@ -46,14 +46,14 @@ class LoadRequest(Struct, frozen=True):
 
 
 class RemoteError(Struct, frozen=True):
-    """An error on its way to a worker: its class, by name, and its text."""
+    """An error that is sent to a worker: the name of its class, and its text."""
 
     error: str
     text: str
 
 
 class LoadResponse(Struct, frozen=True):
-    """The answer to ``LoadRequest``; on the device ``cpu`` the worker loads the version itself."""
+    """The answer to ``LoadRequest``; for the device ``cpu`` the worker loads the version itself."""
 
     device: str
     shown_device: str = ""
@@ -62,18 +62,18 @@ class LoadResponse(Struct, frozen=True):
 
 
 class GpuPlanner:
-    """What a ``Planner`` is to a worker, by the process that owns the GPU."""
+    """A ``PlanLoader`` whose plans run in the process that owns the GPU."""
 
     def __init__(self, address: Path, on_cpu: PlanLoader) -> None:
-        """``on_cpu`` plans where that process found no GPU to use."""
+        """``address``: that process's socket. ``on_cpu``: used if that process found no GPU."""
         self._address = address
         self._on_cpu = on_cpu
 
     def load(self, bundle: Bundle) -> Classifier:
-        """The classifier of ``bundle``, which runs over there.
+        """The classifier of ``bundle``, which runs in the GPU's process.
 
         Raises:
-            DeviceLost: the process does not answer; one that does is on its way.
+            DeviceLost: that process does not answer; the supervisor starts another.
             PlanUndecided, BundleInvalid: as ``Planner.load``.
         """
         connection, reply = self._ask("load", bundle, LOAD_S)
@@ -84,7 +84,7 @@ class GpuPlanner:
         return Classifier(remote, reply.plan, reply.shown_device, is_lost=remote.is_lost)
 
     def choose(self, bundle: Bundle) -> None:
-        """Have the plan of ``bundle`` chosen, which may take minutes.
+        """Choose the plan of ``bundle``, which may take minutes.
 
         Raises:
             DeviceLost, BundleInvalid: as ``load``.
@@ -103,7 +103,9 @@ class GpuPlanner:
             connection.send_bytes(_encode(wanted))
             if not connection.poll(timeout_s):
                 connection.close()
-                raise DeviceLost(f"the GPU's process did not {step} a plan in {timeout_s:g} s")
+                raise DeviceLost(
+                    f"the process that owns the GPU did not {step} a plan in {timeout_s:g} s"
+                )
             reply = msgspec.json.decode(connection.recv_bytes(), type=LoadResponse)
         except (OSError, EOFError) as error:
             raise DeviceLost("the process that owns the GPU is not running") from error
@@ -114,12 +116,12 @@ class GpuPlanner:
 
 
 class RemotePredict:
-    """A forward pass at the other end of a connection: a ``PredictFn``."""
+    """A ``PredictFn`` that runs the forward pass in the GPU's process."""
 
     def __init__(self, connection: Connection, classes: int) -> None:
         self._connection = connection
         self._classes = classes
-        # Else a batch larger than the socket's buffer would wait for ever to be read.
+        # Without a time-out, sending a batch larger than the socket's buffer could block for ever.
         limit = struct.pack("ll", int(ANSWER_S), int(ANSWER_S % 1 * 1e6))
         with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as same:
             same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -138,11 +140,14 @@ class RemotePredict:
         return Outputs.from_rows(rows, self._classes)
 
     def is_lost(self) -> bool:
-        """Between two calls: nothing is sent unasked, so what can be read then is the end."""
+        """Whether the connection has ended. Call it between two forward passes only.
+
+        The other end sends nothing unasked, so data to read then can only be the end.
+        """
         return self._connection.closed or self._connection.poll()
 
     def _lose(self, what: str, error: Exception | None = None) -> NoReturn:
-        """Close the connection: an answer that came too late would pass for the next one's."""
+        """Close the connection: a late answer would be taken for that of the next batch."""
         self._connection.close()
         raise DeviceLost(f"the process that owns the GPU {what}") from error
 

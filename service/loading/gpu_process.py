@@ -1,14 +1,14 @@
-"""The process that owns the GPU, and the answers to its workers.
+"""The process that owns the GPU, and runs the plans of all workers on it.
 
-A GPU wants one process: a context in every worker would cost each a second and hundreds of
-megabytes, and the device does best with what all workers have to ask, in one batch. So workers
-decode, and send pixels over a Unix socket to the one process that loads, proves and runs plans.
-A CPU wants the opposite (docs/decisions/0009): when the device turns out to be one, this process
-says so, and the workers run their plans themselves.
+A GPU works best with one process. A context in every worker would cost each a second and hundreds
+of megabytes, and the device is fastest when the images of all workers share a batch. So workers
+decode, and send pixels over a Unix socket to this process, which loads, checks and runs plans.
+A CPU works best with the opposite (docs/decisions/0009): if the device turns out to be a CPU, this
+process answers so, and the workers run their plans themselves.
 
-A connection is one version for one worker: asked for when it opens, let go when it closes. When the
-device fails, the process ends, so every connection breaks and every worker is unready until the
-process that takes its place has chosen a device afresh.
+A connection serves one version to one worker, which names it at the start and frees it by closing
+the connection. When the device fails, this process ends. That breaks every connection, and no
+worker is ready until the process that is started next has chosen a device.
 """
 
 import logging
@@ -49,18 +49,18 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-PASS_S = 20.0  # a forward pass that takes longer hangs
+PASS_S = 20.0  # a forward pass that takes longer is taken to hang
 DEVICE_LOST = 70  # exit status
 _encode = msgspec.json.encode
 
 
 class GpuModel:
-    """A version on the GPU. Whoever serves it holds it; with the last of them it goes."""
+    """A version on the GPU. Each connection that serves it holds a reference; the last frees it."""
 
     def __init__(self, classifier: Classifier, max_batch: int, max_batch_compute_ms: float) -> None:
         self.device = classifier.device
         self.plan = classifier.plan
-        # Each connection brings one batch at a time, from a queue that its worker keeps short.
+        # No limits: each connection has one batch at a time, and its worker limits its own queue.
         self.batcher = MicroBatcher(
             lambda pixels: classifier.predict(pixels).rows(),
             max_batch,
@@ -71,7 +71,7 @@ class GpuModel:
 
 
 class GpuServer:
-    """Answers the connections of all workers, a thread each; their images share batches."""
+    """Answers all workers, with a thread for each connection. Their images share batches."""
 
     def __init__(self, planner: PlanLoader, device: str, settings: Settings) -> None:
         self._planner = planner
@@ -83,24 +83,28 @@ class GpuServer:
         self._running_time = RunningTime(PASS_S / 10)
 
     def serve(self, listener: Listener) -> None:
-        """Take connections, until ``listener`` fails."""
+        """Accept connections until ``listener`` fails."""
         Thread(target=self._watch, daemon=True).start()
         while True:
             Thread(target=self._handle, args=(listener.accept(),), daemon=True).start()
 
     def _watch(self) -> NoReturn:
-        """End the process when a forward pass or a load hangs: nothing else could end that."""
+        """End the process when a forward pass or a load hangs, as nothing else can stop those."""
         while True:
             time.sleep(PASS_S / 10)
             self._end_if_hung()
 
     def _end_if_hung(self) -> None:
-        """Of its own, as a name left bound while ``_watch`` sleeps would hold a version."""
+        """End the process if a forward pass or a load hangs.
+
+        This is not a part of ``_watch``, whose variables would keep a version alive while it
+        sleeps.
+        """
         ran_s = self._running_time.elapsed_s()
         since = self._loading_since
         if since is not None and min(time.monotonic() - since, ran_s) > LOAD_S:
             _end_lost(f"a version has not been loaded within {LOAD_S:g} s")
-        # Not over the dictionary itself: other threads put versions into it.
+        # ``valuerefs`` is a copy: other threads add versions to the dictionary.
         for held in self._loaded.valuerefs():
             loaded = held()
             if loaded is not None and min(loaded.batcher.running_s, ran_s) > PASS_S:
@@ -112,11 +116,11 @@ class GpuServer:
                 wanted = msgspec.json.decode(connection.recv_bytes(), type=LoadRequest)
                 self._serve(connection, wanted)
         except (EOFError, OSError):
-            return  # the worker ended, or let go of the version
+            return  # the worker ended, or freed the version
         except DeviceLost as error:
             _end_lost(str(error))
         except Exception:  # the edge of a thread
-            log.exception("a worker's connection ended")
+            log.exception("a worker's connection failed")
 
     def _serve(self, connection: Connection, wanted: LoadRequest) -> None:
         reply, loaded, bundle = LoadResponse(self._device), None, None
@@ -130,7 +134,7 @@ class GpuServer:
                     reply = LoadResponse(self._device, loaded.device, loaded.plan)
         except DeviceLost:
             raise
-        except Exception as error:  # noqa: BLE001 - the edge of a connection: the worker is told
+        except Exception as error:  # noqa: BLE001 - the edge of a connection: the worker gets it
             log.warning("cannot %s %s: %s", wanted.step, wanted.folder, error)
             reply = LoadResponse(self._device, failure=as_remote_error(error))
         connection.send_bytes(_encode(reply))
@@ -140,7 +144,7 @@ class GpuServer:
             connection.send_bytes(_answer(loaded, pixels))
 
     def _hold(self, bundle: Bundle) -> GpuModel:
-        """The version of ``bundle``, loaded by whichever worker asks first."""
+        """The version of ``bundle``, loaded on the first worker's request."""
         with self._loading:
             loaded = self._loaded.get(bundle.manifest_sha256)
             if loaded is None:
@@ -162,7 +166,7 @@ def _answer(loaded: GpuModel, pixels: Pixels) -> bytes:
     scored = [each.row for each in outcomes if isinstance(each, Prediction)]
     if len(scored) == len(pixels):
         return SCORES + np.stack(scored).tobytes()
-    # The worker asks again, image by image: one bad one spoils no other's answer.
+    # The worker sends each image again, alone, so that a bad image does not fail the others.
     error = next(each for each in outcomes if isinstance(each, Exception))
     if isinstance(error, DeviceLost):
         raise error
@@ -171,14 +175,14 @@ def _answer(loaded: GpuModel, pixels: Pixels) -> bytes:
 
 def _end_lost(reason: str) -> NoReturn:
     log.error("the GPU was lost: %s; another process takes over", reason)
-    os._exit(DEVICE_LOST)  # at once: what is left of the device may hang an orderly end
+    os._exit(DEVICE_LOST)  # an orderly exit may hang on the broken device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Own the device; 2 when a device that was asked for by name does not work.
+    """Own the device; returns 2 if a device that an operator named does not work.
 
-    Ends when its standard input does. Signals that go to all processes of a service are for
-    gunicorn: whoever answers requests that were accepted still needs the device.
+    The process ends when its standard input does. It ignores SIGINT and SIGTERM, which reach all
+    processes of a service: workers that drain still need the device.
     """
     (address,) = sys.argv[1:] if argv is None else argv
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -196,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConvoyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Path(address).unlink(missing_ok=True)  # left by a process that this one takes over from
+    Path(address).unlink(missing_ok=True)  # left by the process before this one
     with Listener(address, "AF_UNIX", backlog=128) as listener:
         GpuServer(planner, device, settings).serve(listener)
     return 0

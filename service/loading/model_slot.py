@@ -1,4 +1,4 @@
-"""``ModelSlot``: one model of a worker, as requests, probes and pages see it."""
+"""``ModelSlot``: one model of a worker, for requests, probes and pages."""
 
 from pathlib import Path
 from threading import Event, Thread
@@ -17,10 +17,11 @@ REQUEST_WAITS_S = 1.0
 
 
 class ModelSlot:
-    """Follows what is deployed for one reference.
+    """Follows the deployment of one reference, such as ``models:/fashion@champion``.
 
-    Versions are loaded beside the old ones, warmed up and proved on their golden images; once every
-    worker of this machine has (``service.loading.worker_sync``), all switch at once.
+    A new version is loaded while the old one serves, warmed up, and checked on its golden images.
+    Once every worker of this machine has done that (``service.loading.worker_sync``), all switch
+    at one moment.
     """
 
     def __init__(
@@ -33,7 +34,17 @@ class ModelSlot:
         group: WorkerGroup | None = None,
         keep_warm_s: float = 0.0,
     ) -> None:
-        """``keep_warm_s``: for so long a version that was replaced stays in memory."""
+        """Create a slot with nothing loaded.
+
+        Args:
+            ref: the reference to follow.
+            models_folder: where the puller writes deployments and versions.
+            load: loads a version.
+            choose_plan: chooses a version's plan.
+            on_switch: called after each switch, and when a deployment cannot be loaded.
+            group: the workers to switch with; by default this worker alone.
+            keep_warm_s: how long a replaced version stays in memory.
+        """
         self.ref = ref
         self._models_folder = models_folder
         self._group = group or WorkerGroup()
@@ -45,42 +56,42 @@ class ModelSlot:
 
     @property
     def error(self) -> str | None:
-        """Why what is deployed does not serve here; None if it does."""
+        """Why the current deployment does not serve here; None if it does."""
         return self._watcher.error
 
     @property
     def serving(self) -> ActiveVersions | None:
-        """What serves; None when nothing was loaded yet, or its device was lost since."""
+        """The versions that serve; None if none was loaded yet, or their device was lost."""
         return self._switch.serving
 
     @property
     def current(self) -> ServedModel | None:
-        """The champion that serves."""
+        """The champion that serves; None if none does."""
         serving = self.serving
         return serving.champion if serving else None
 
     @property
     def running_s(self) -> float:
-        """Seconds for which the longest forward pass of what is in memory has been running."""
+        """Seconds for which the longest forward pass of any loaded version has been running."""
         return self._loader.running_s
 
     def require(self) -> ActiveVersions:
-        """What serves, read once per request.
+        """The versions that serve, read once per request.
 
-        A worker that has nothing yet loads what is deployed now, so that no request fails in the
-        moment in which another worker is ready already and this one is not. That takes a second, or
-        many on a GPU: it is not for a thread that others wait for.
+        If none is loaded, this loads the current deployment, so that no request fails while another
+        worker is ready and this one is not yet. That takes a second, or many on a GPU, so a thread
+        that others wait for must not call it.
 
         Raises:
-            ModelNotReady: there is none to load, its plan is still being chosen, or its device was
+            ModelNotReady: nothing is deployed, its plan is still being chosen, or its device was
                 lost.
         """
         if self._switch.state.serving is None:
             self._watcher.poll_once(REQUEST_WAITS_S)
         serving = self.serving
         if serving is None:
-            was = "its device was lost" if self._switch.state.serving else "not loaded yet"
-            raise ModelNotReady(f"{self.ref.name}: {self.error or was}")
+            reason = "its device was lost" if self._switch.state.serving else "not loaded yet"
+            raise ModelNotReady(f"{self.ref.name}: {self.error or reason}")
         return serving
 
     def pull_status(self) -> PullStatus:
@@ -88,25 +99,25 @@ class ModelSlot:
         return read_status(self._models_folder, self.ref)
 
     def workers(self) -> list[WorkerReport]:
-        """What every worker of the service serves."""
+        """What every worker of the service serves, has prepared, or cannot load."""
         return self._group.reports(self.ref.name)
 
     def poll_once(self) -> bool:
-        """Load what is deployed, if its plan is known; whether another version serves now."""
+        """Load the current deployment if its plan is known; whether another one serves now."""
         return self._watcher.poll_once()
 
     def refresh(self) -> bool:
-        """Load what is deployed, choosing its plan first; whether another version serves now."""
+        """Load the current deployment, choosing its plan first; whether another one serves now."""
         return self._watcher.refresh()
 
     def start(self, gently: bool = False) -> Event:
-        """Load what is deployed, then follow it from a daemon thread until the event is set.
+        """Load the current deployment, then follow it from a daemon thread until the event is set.
 
-        The first load is waited for, if its plan is known: a worker that takes no connections yet
-        refuses none. Choosing a plan would take longer than a worker may to start.
+        This waits for the first load if its plan is known, because a worker that does not listen
+        yet refuses no client. It does not wait for a plan: gunicorn would kill the worker first.
 
         Args:
-            gently: later loads leave the cores to the requests; see ``DeploymentWatcher.watch``.
+            gently: later loads leave the cores to requests; see ``DeploymentWatcher.watch``.
         """
         self.poll_once()
         stop = Event()

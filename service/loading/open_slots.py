@@ -1,4 +1,4 @@
-"""Opens the models of a worker, and loads their versions, each proved before it serves."""
+"""Opens the slots of a worker, and loads their versions, each checked before it serves."""
 
 from functools import partial
 
@@ -16,21 +16,22 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 
 Slots = dict[str, ModelSlot]
-"""By model name; the first is the default model."""
+"""Slots by model name; the first is the default model."""
 
 
 def open_slots(settings: Settings, metrics: Metrics) -> Slots:
-    """A slot for each model, loaded from disk if it can be, and following what is released.
+    """A slot for each model: loaded from disk if possible, and following the deployment.
 
-    An engine is opened here, in the process that serves: OpenMP does not survive a fork.
+    Call it in the process that serves: the engines that it opens use OpenMP, whose threads do not
+    survive a fork.
 
     Raises:
-        UsageError: there is no plan of the name that was asked for, or a GPU was asked for of a
-            worker that was started without the process that owns it.
+        UsageError: no plan has the name in ``settings.plan``, or ``settings.device`` is a GPU and
+            the process that owns it was not started.
     """
     planner = open_planner(settings)
     trust = TrustedKeys.from_environment()
-    group = WorkerGroup(settings.run_folder and settings.run_folder / "crew")
+    group = WorkerGroup(settings.run_folder and settings.run_folder / "workers")
     slots = {
         ref.name: ModelSlot(
             ref,
@@ -56,14 +57,18 @@ def open_slots(settings: Settings, metrics: Metrics) -> Slots:
 
 
 def open_planner(settings: Settings) -> PlanLoader:
-    """What loads the versions of this worker: in itself, or in the process that owns the GPU."""
+    """Loads versions in this worker, or in the process that owns the GPU.
+
+    Raises:
+        UsageError: as ``open_slots``.
+    """
     on_cpu = Planner(settings.plans_folder, "cpu", settings.forward_threads, settings.plan)
     if settings.gpu_socket is not None:
         return GpuPlanner(settings.gpu_socket, on_cpu)
     if settings.device not in ("auto", "cpu"):
         raise UsageError(
-            f"CONVOY_DEVICE={settings.device}: start with python -m service, which starts the "
-            "process that owns the GPU"
+            f"CONVOY_DEVICE={settings.device} needs the process that owns the GPU; start the "
+            "service with python -m service"
         )
     return on_cpu
 
@@ -78,18 +83,23 @@ def load_served(
     metrics: Metrics,
     trust: TrustedKeys,
 ) -> ServedModel:
-    """The version in ``bundle``, warmed up and proved; raises as ``planner.load`` does.
+    """The version in ``bundle``, loaded, warmed up and checked on its golden images.
 
-    And ``BundleInvalid`` when it is another model's than ``name``, or when there are keys to
-    ``trust`` and none has signed it. Whether it may still serve is the puller's to judge: what
-    serves must not end by the calendar.
+    This does not check whether a signature has ended, so that a version does not stop serving on a
+    date: the puller checks that before it deploys a version.
+
+    Raises:
+        BundleInvalid: the bundle is damaged or of another model than ``name``, or ``trust`` has
+            keys and none of them has signed the version.
+        ConvoyError: as ``planner.load``.
     """
     if bundle.manifest.model != name:
         raise BundleInvalid(
-            f"the bundle of {name} version {deployed.version} is of the model "
+            f"the bundle of {name} version {deployed.version} belongs to the model "
             f"{bundle.manifest.model!r}; publish it again under its own name"
         )
-    # The weights are, as they are read; what this plan does not read must be whole all the same.
+    # The weights are verified when they are read. Verify all other files, also those that this plan
+    # does not read.
     bundle.verify(name for name in bundle.serving_files() if name != WEIGHTS)
     if trust:
         check_signature(bundle, name, deployed.version, trust)

@@ -1,7 +1,7 @@
-"""``VersionLoader``: loads the versions of a deployment and keeps them while they are of use.
+"""``VersionLoader``: loads the versions of a deployment, and keeps replaced ones for a while.
 
-Where no plan was chosen for a version on this machine yet, it says so: choosing takes minutes, and
-the caller does that beside.
+If no plan was chosen for a version on this machine yet, the state becomes ``PlanPending``. Choosing
+a plan takes minutes, so the caller does that in another thread.
 """
 
 import time
@@ -24,21 +24,21 @@ from service.inference.loaded_model import ActiveVersions, ServedModel
 from service.malloc import trim_heap
 
 RETRY_S = 5.0
-# Finding out again that no plan can serve a version takes the cores from the one that serves.
+# Choosing a plan again, in vain, takes the cores from the version that serves.
 MAX_RETRY_S = 300.0
-MAX_WARM = 2  # versions that do not serve any more
+MAX_WARM = 2  # replaced versions that stay in memory
 
 Load = Callable[[Bundle, DeployedVersion], ServedModel]
-"""Loads a version; raises ``PlanUndecided`` rather than spend the time that choosing one takes."""
+"""Loads a version. Raises ``PlanUndecided``, rather than choose a plan, if none was chosen yet."""
 
 ChoosePlan = Callable[[Bundle], object]
-"""Chooses the plan of a version, however long it takes, so that it can be loaded."""
+"""Chooses the plan of a version, however long that takes, so that ``Load`` finds it."""
 
 
 class Failed(Struct, frozen=True):
-    """Something could not be loaded. The loader tries again after ``retry_at``.
+    """A deployment could not be loaded. The loader tries again after ``retry_at``.
 
-    ``version`` is the one whose fault it is; None: a device's, a disk's, the deployment's.
+    ``version`` is the version at fault; None if a device, a disk or the deployment itself is.
     """
 
     deployment: Deployment | None
@@ -53,14 +53,14 @@ class Failed(Struct, frozen=True):
 
 
 class Loaded(Struct, frozen=True):
-    """Nothing has failed since the last deployment was loaded whole, or since the start."""
+    """Nothing has failed since all of the last deployment was loaded, or since the start."""
 
     error: None = None
     refused: None = None
 
 
 class PlanPending(Struct, frozen=True):
-    """A version cannot be loaded before its plan is chosen. ``before``: it has failed already."""
+    """A version cannot be loaded until its plan is chosen. ``before``: its earlier failure."""
 
     deployment: Deployment
     version: int
@@ -78,7 +78,7 @@ class PlanPending(Struct, frozen=True):
 
 
 class PlanChosen(Struct, frozen=True):
-    """The plan of a version, by its manifest's digest, was just chosen; the next poll loads it."""
+    """The plan of the version with this digest was just chosen; the next poll loads it."""
 
     manifest_sha256: str
     error: None = None
@@ -89,7 +89,10 @@ LoadState = Loaded | PlanPending | PlanChosen | Failed
 
 
 class VersionLoader:
-    """The versions of one model in this worker's memory. One thread at a time may call it."""
+    """The versions of one model in this worker's memory.
+
+    Only one thread at a time may call it, except for ``choose_plan``.
+    """
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class VersionLoader:
         choose_plan: ChoosePlan,
         keep_warm_s: float,
     ) -> None:
-        """``keep_warm_s``: for so long a version that was replaced stays in memory."""
+        """``keep_warm_s``: how long a replaced version stays in memory."""
         self.state: LoadState = Loaded()
         self._model = model
         self._models_folder = models_folder
@@ -115,7 +118,7 @@ class VersionLoader:
         return max((each.batcher.running_s for each in list(self._versions.values())), default=0.0)
 
     def may_try(self, deployment: Deployment) -> bool:
-        """Whether it is time to load ``deployment``: it has not failed a moment ago."""
+        """Whether to load ``deployment`` now: it has not failed, or the pause is over."""
         state = self.state
         if isinstance(state, Failed) and state.deployment == deployment:
             return time.monotonic() >= state.retry_at
@@ -126,12 +129,12 @@ class VersionLoader:
     def load(
         self, deployment: Deployment, champion: DeployedVersion, alone: bool
     ) -> ActiveVersions | None:
-        """All of ``deployment``; None if something of it cannot be loaded, as ``state`` then says.
+        """The loaded ``deployment``; None if a version cannot be loaded (see ``state``).
 
         Args:
-            deployment: whose champion ``champion`` is.
-            champion: the version that this worker was asked to serve.
-            alone: where its canary cannot be loaded, load the champion without it.
+            deployment: the deployment to load.
+            champion: its version that answers requests without a version or alias.
+            alone: return the champion alone if the challenger cannot be loaded.
         """
         served = self._load_version(deployment, champion)
         if served is None:
@@ -146,18 +149,18 @@ class VersionLoader:
         return serving
 
     def choose_plan(self, pending: PlanPending) -> Exception | None:
-        """Choose the plan that a load has missed; the error if that fails. Takes minutes.
+        """Choose the pending plan, which takes minutes; returns the error if that fails.
 
-        The one method that may run beside the others.
+        This is the one method that may run while another thread calls the others.
         """
         try:
             self._choose_plan(pending.bundle)
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version stays
             return error
         return None
 
     def note_choice(self, pending: PlanPending, error: Exception | None) -> None:
-        """Note how ``choose_plan`` ended, unless another deployment has come meanwhile."""
+        """Note how ``choose_plan`` ended, unless the state has changed meanwhile."""
         if self.state is not pending:
             return
         if error is None:
@@ -175,20 +178,20 @@ class VersionLoader:
         version: int | None = None,
         pause_s: float | None = None,
     ) -> None:
-        """Note that ``deployment``, or its ``version``, cannot be served for now."""
-        is_fault = isinstance(error, BundleInvalid)  # else a device, a disk: the version is good
+        """Note that ``deployment``, or its ``version``, cannot be loaded for now."""
+        is_fault = isinstance(error, BundleInvalid)  # otherwise a device or a disk is at fault
         text = str(error) if is_fault else f"{type(error).__name__}: {error}"
         pause_s = RETRY_S if pause_s is None else pause_s
         self.state = Failed(
             deployment,
             version if is_fault else None,
-            shortened(text, MAX_ERROR_CHARS),  # it goes to every probe and to the registry
+            shortened(text, MAX_ERROR_CHARS),  # probes and the registry show it
             pause_s,
             time.monotonic() + pause_s,
         )
 
     def keep(self, used: Iterable[ServedModel]) -> None:
-        """Free the versions that are not ``used`` and were not for long, and their memory."""
+        """Free versions not ``used`` for ``keep_warm_s``, and all beyond the last ``MAX_WARM``."""
         in_use = {(each.version, each.manifest_sha256) for each in used}
         now = time.monotonic()
         for key in in_use:
@@ -201,22 +204,22 @@ class VersionLoader:
                 trim_heap()
 
     def forget_all(self) -> None:
-        """Have every version loaded again: their device was lost."""
+        """Forget every version, because their device was lost; each is loaded again when needed."""
         self._versions.clear()
         self._left_at.clear()
 
     def _load_version(self, deployment: Deployment, wanted: DeployedVersion) -> ServedModel | None:
-        """The version, from memory if it is there; None if it failed or has no plan yet."""
+        """The version, from memory if it is loaded; None if it failed or has no plan yet."""
         key = wanted.version, wanted.manifest_sha256
         if (known := self._versions.get(key)) and not known.classifier.lost:
             return replace(known, alias=wanted.alias)
         if self._is_pending(wanted):
-            return None  # it would be read again at every poll
+            return None  # do not read the bundle again at every poll
         try:
             folder = version_folder(self._models_folder, self._model, wanted.version)
             bundle = open_bundle(folder, wanted.manifest_sha256)
             fresh = self._load_with_plan(deployment, wanted, bundle)
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version serves on
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: the old version stays
             self.fail(error, deployment, wanted.version)
             return None
         if fresh is not None:
@@ -226,7 +229,7 @@ class VersionLoader:
     def _load_with_plan(
         self, deployment: Deployment, wanted: DeployedVersion, bundle: Bundle
     ) -> ServedModel | None:
-        """The version, loaded; None, and noted, if its plan has to be chosen first."""
+        """The loaded version; None, with the state ``PlanPending``, if it has no plan yet."""
         state = self.state
         try:
             return self._load(bundle, wanted)

@@ -1,4 +1,4 @@
-"""``VersionSwitch``: what a worker serves of a model, and how the next version takes over."""
+"""``VersionSwitch``: which versions of a model a worker serves, and how the next take over."""
 
 import logging
 import time
@@ -12,11 +12,13 @@ from service.loading.worker_sync import WorkerGroup
 
 log = logging.getLogger(__name__)
 
-# A worker that prepares takes a second; one that does not is worth a word.
+# A worker prepares a version in about a second. After this time, log the workers that have not.
 WAITING_S = 5.0
 
 OnSwitch = Callable[[str, ServedModel | None, ServedModel | None], None]
-"""Told the model's name, what served before, and what serves now (None: it was refused)."""
+"""Called with the model's name, the version that served before, and the one that serves now.
+
+The last is None if the new version could not be loaded."""
 
 
 class Empty(Struct, frozen=True):
@@ -27,14 +29,14 @@ class Empty(Struct, frozen=True):
 
 
 class Active(Struct, frozen=True):
-    """One deployment serves, and no other is ready."""
+    """One deployment serves, and no other is loaded."""
 
     serving: ActiveVersions
     prepared: None = None
 
 
 class Prepared(Struct, frozen=True):
-    """The next deployment is loaded since ``since``, and waits for the other workers."""
+    """The next deployment has been loaded since ``since``, and waits for the other workers."""
 
     serving: ActiveVersions | None
     prepared: ActiveVersions
@@ -45,21 +47,21 @@ SwitchState = Empty | Active | Prepared
 
 
 class VersionSwitch:
-    """One reference changes; requests that hold the old object finish on it."""
+    """Switches by changing one reference; requests that hold the old object finish with it."""
 
     def __init__(self, model: str, group: WorkerGroup, on_switch: OnSwitch) -> None:
         self.state: SwitchState = Empty()
         self.waiting: str | None = None
-        """Which workers are not ready, if that has lasted."""
+        """Which workers the switch waits for; None unless it has waited for ``WAITING_S``."""
         self._model = model
         self._group = group
         self._active = group.active_deployment(model)
-        self._on_swap = on_switch
+        self._on_switch = on_switch
 
     @property
     def serving(self) -> ActiveVersions | None:
-        """What serves; None when nothing was loaded yet, or its device was lost since."""
-        for _ in range(2):  # between the two reads another may have been prepared and switched to
+        """The versions that serve; None if none was loaded yet, or their device was lost."""
+        for _ in range(2):  # a switch may fall between reading the state and reading the key
             state, key = self.state, self._active.key
             for each in (state.serving, state.prepared):
                 if each is not None and each.key == key:
@@ -67,38 +69,39 @@ class VersionSwitch:
         return None
 
     def others_serve(self) -> Deployment | None:
-        """What the other workers serve, for a worker that has nothing yet."""
+        """The deployment that the other workers serve; None if this worker serves already."""
         return self._active.deployment if self.state.serving is None else None
 
     def find(self, deployment: Deployment) -> ActiveVersions | None:
-        """``deployment``, if this worker has loaded all of it."""
+        """The loaded ``deployment``; None if this worker has not loaded all of it."""
         for held in (self.state.serving, self.state.prepared):
             if held is not None and held.deployment == deployment and held.whole:
                 return held
         return None
 
     def prepare(self, prepared: ActiveVersions | None, report: Callable[[], None]) -> None:
-        """Have ``prepared`` ready instead of what was; not while the workers switch to that.
+        """Replace what was prepared with ``prepared``, unless the workers have switched to that.
 
-        ``report`` tells the other workers, which must not switch before they are told.
+        This calls ``report`` while no worker can switch: the other workers must learn of the
+        change before the next switch.
         """
         if prepared is self.state.prepared:
             return
         with self._group.locked():
             state = self.state
             if state.prepared is not None and state.prepared.key == self._active.key:
-                return  # it serves already: the next poll adopts it
+                return  # it already serves: the next poll adopts it
             if prepared is None:
                 self.state = Empty() if state.serving is None else Active(state.serving)
             elif state.serving is not None and prepared.key == state.serving.key:
-                self.state = Active(prepared)  # what serves, made whole
+                self.state = Active(prepared)  # the serving deployment, now with its challenger
             else:
                 self.state = Prepared(state.serving, prepared, time.monotonic())
             self.waiting = None
             report()
 
     def commit(self) -> None:
-        """Have all workers serve what this one has prepared, if every one of them has."""
+        """Switch all workers to what this one has prepared, if every worker has prepared it."""
         state = self.state
         if not isinstance(state, Prepared):
             return
@@ -113,14 +116,17 @@ class VersionSwitch:
             self.waiting = text
 
     def adopt(self) -> bool:
-        """Note that the workers have switched to what this one had prepared; whether they have."""
+        """Make the prepared deployment the serving one, if the workers have switched to it.
+
+        Returns whether they have.
+        """
         before, fresh = self.state.serving, self.state.prepared
         if fresh is None or fresh.key != self._active.key:
             return False
         self.state = Active(fresh)
         self.waiting = None
         left = before.champion if before else None
-        self._on_swap(self._model, left, fresh.champion)
+        self._on_switch(self._model, left, fresh.champion)
         log.info(
             "serving %s version %d on %s by %s (before: %s)%s",
             self._model,
@@ -128,12 +134,12 @@ class VersionSwitch:
             fresh.champion.device,
             fresh.champion.plan,
             left.version if left else "none",
-            f"; on trial: {fresh.canary}" if fresh.canary else "",
+            f"; canary: {fresh.canary}" if fresh.canary else "",
         )
         return True
 
     def replace_serving(self, serving: ActiveVersions | None) -> None:
-        """Serve ``serving`` of the same deployment from now on: a device was lost."""
+        """Replace the serving versions of this deployment, because a device was lost."""
         if serving is None:
             self.state = Empty()
         elif isinstance(self.state, Prepared):

@@ -1,8 +1,9 @@
-"""Ends a worker that cannot serve any more, so that gunicorn starts another.
+"""``Watchdog``: ends a worker that can no longer serve, so that gunicorn starts another.
 
-gunicorn notices a worker whose loop stands still; not one whose threads wait for a forward pass
-that never ends, nor one that grows. What the allocator has kept is given back; the restart for the
-sake of memory is the last resort, before the kernel's, which would lose what is being answered.
+gunicorn notices a worker whose loop hangs. It does not notice one whose threads wait for a forward
+pass that never ends, nor one whose memory grows. Against growth, the watchdog first returns freed
+memory to the kernel, and as a last resort restarts the worker. If the kernel killed the worker
+instead, the requests in progress would be lost.
 """
 
 import logging
@@ -22,17 +23,18 @@ from service.running_time import RunningTime
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
-# Between saying so in /readyz and the end: proxies look every second or two.
+# How long /readyz reports the reason before the worker ends: proxies poll it every second or two.
 UNREADY_S = 2.0
-# So that the workers of a service, which grow alike, do not end together.
+# The workers of a service grow alike; a random delay up to this keeps them from ending together.
 JITTER_S = 60.0
-# What is given back and taken again costs time: every 5 s, odd pictures showed in others' p99.
+# Returning memory and taking it again costs time: with an interval of 5 s, unusual pictures raised
+# the p99 of other requests.
 TRIM_S = 30.0
 _STATM = Path("/proc/self/statm")
 
 
 class Watchdog:
-    """Looks after the models of one worker."""
+    """Checks the forward passes and the memory of one worker."""
 
     def __init__(
         self,
@@ -41,7 +43,14 @@ class Watchdog:
         max_rss_mb: int | None = None,
         end: Callable[[signal.Signals], object] = lambda number: os.kill(os.getpid(), number),
     ) -> None:
-        """No forward pass takes ``forward_timeout_s``. Without ``max_rss_mb`` there is no limit."""
+        """Create a watchdog; ``start`` makes it run.
+
+        Args:
+            slots: the models of this worker.
+            forward_timeout_s: a forward pass that takes longer is taken to hang.
+            max_rss_mb: the most resident memory in MiB; None for no limit.
+            end: sends a signal to this process.
+        """
         self.reason: str | None = None
         """Why this worker is about to end."""
         self._slots = slots
@@ -53,23 +62,23 @@ class Watchdog:
         self._running_time = RunningTime(POLL_INTERVAL_S)
 
     def start(self) -> None:
-        """Look from a daemon thread from now on."""
+        """Check every ``POLL_INTERVAL_S`` from a daemon thread."""
 
         def watch() -> None:
             while True:
                 time.sleep(POLL_INTERVAL_S)
                 try:
                     self.poll_once()
-                except Exception:  # the edge of a thread: no descriptor free must not end it
-                    log.exception("the watchdog could not look")
+                except Exception:  # the edge of a thread: a lack of descriptors must not end it
+                    log.exception("the watchdog's check failed")
 
         Thread(target=watch, name="watchdog", daemon=True).start()
 
     def poll_once(self) -> None:
-        """End this process if it has to; with SIGKILL when it hangs, else as gunicorn would."""
+        """End this process if it hangs (SIGKILL) or has too much memory (SIGTERM)."""
         ran_s = self._running_time.elapsed_s()
         for slot in self._slots:
-            if min(slot.running_s, ran_s) > self._hung_s:  # a stop's time is not the pass's
+            if min(slot.running_s, ran_s) > self._hung_s:  # a stopped process computes nothing
                 self._end_hung(slot)
         now, rss = time.monotonic(), rss_mb()
         if now >= self._trim_at or rss > self._max_rss_mb:
@@ -79,14 +88,18 @@ class Watchdog:
             self._restart_at = None
         else:
             if self._restart_at is None:
-                self._restart_at = now + random.uniform(0, JITTER_S)  # noqa: S311 - no secret
-                log.warning("%d MB of memory, over %g: ending soon", rss, self._max_rss_mb)
+                self._restart_at = now + random.uniform(0, JITTER_S)  # noqa: S311 - not a secret
+                log.warning(
+                    "this worker has %d MB of memory, more than CONVOY_MAX_RSS_MB=%g; it ends soon",
+                    rss,
+                    self._max_rss_mb,
+                )
             if now >= self._restart_at:
                 self._restart_at = float("inf")
                 self._end(signal.SIGTERM)
 
     def _end_hung(self, slot: ModelSlot) -> None:
-        """Say so, then end this worker; unless the pass ends while that is being said."""
+        """Report the reason for ``UNREADY_S``, then end this worker if the pass still runs."""
         running_s = slot.running_s
         self.reason = f"{slot.ref.name}: a forward pass has not ended for {running_s:.0f} s"
         log.critical("%s; this worker ends", self.reason)
@@ -94,7 +107,7 @@ class Watchdog:
         if slot.running_s > running_s and self._running_time.elapsed_s() > self._hung_s:
             self._end(signal.SIGKILL)
         else:
-            log.warning("%s: the forward pass has ended; this worker goes on", slot.ref.name)
+            log.warning("%s: the forward pass has ended; this worker continues", slot.ref.name)
             self.reason = None
 
 

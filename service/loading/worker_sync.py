@@ -1,9 +1,9 @@
-"""The workers of one service on one machine, who prepare apart and switch together.
+"""``WorkerGroup``: the workers of one service on one machine, which switch at one moment.
 
-Each worker loads a release by itself and says so in a file; when all that live have, one number in
-memory that they share is changed, and with it what every one of them serves: from one instant to
-the next, so nobody who saw an answer of the new version sees one of the old after it. A worker that
-cannot prepare stops the switch, and its reason is there for all to show. Knows no network, no HTTP.
+Each worker loads a deployment by itself and reports that in a file. When all live workers have, one
+of them changes a number in memory that all share, and with it what every worker serves. So a client
+that saw an answer of the new version never sees one of the old version after it. A worker that
+cannot load the deployment delays the switch; every worker can read its reason. Knows no HTTP.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ _LOCK, _STATE = ".lock", ".json"
 
 
 class WorkerGroup:
-    """The workers as one of them, who owns this object, sees them."""
+    """All workers of a service, as seen by the one that owns this object."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Join those who work in ``folder``; without one, a crew of one."""
+        """Join the workers that share ``folder``; without one, the group is this worker alone."""
         if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="convoy-crew-"))
+            folder = Path(tempfile.mkdtemp(prefix="convoy-workers-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -44,38 +44,41 @@ class WorkerGroup:
         self._state = folder / f"{name}{_STATE}"
         with self.locked():
             self._forget_dead()
-            # Held for as long as this object, or the process, lives, however that ends.
+            # The lock is held until this object or the process ends, however it ends.
             alive = os.open(folder / f"{name}{_LOCK}", os.O_CREAT | os.O_WRONLY, 0o600)
             weakref.finalize(self, os.close, alive)
             fcntl.flock(alive, fcntl.LOCK_EX)
             self._write({})
 
     def active_deployment(self, model: str) -> "ActiveDeployment":
-        """Where the crew agrees on what it serves of ``model``."""
+        """The shared record of which deployment of ``model`` all workers serve."""
         if model not in self._active:
             self._active[model] = ActiveDeployment(self, self._folder, model)
         return self._active[model]
 
     def report(self, report: WorkerReport) -> None:
-        """Say to all what this worker serves, has prepared, or refuses."""
-        with self._reporting:  # each model is looked after by a thread of its own
+        """Publish to all workers what this one serves, has prepared, or refuses."""
+        with self._reporting:  # each model has a thread of its own
             if self._reports.get(report.model) != report:
                 self._write({**self._reports, report.model: report})
 
     def reports(self, model: str) -> list[WorkerReport]:
-        """What every worker that lives says of ``model``, by process id; empty ones included."""
+        """A report on ``model`` from every live worker, sorted by process id.
+
+        A worker that has not reported yet gets an empty report.
+        """
         found = []
         for lock in self._folder.glob(f"*{_LOCK}"):
             if _is_held(lock):
                 pid = int(lock.name.partition("-")[0])
-                said = _read(lock.with_suffix(_STATE)).get(model)
-                found.append(said or WorkerReport(pid=pid, model=model))
+                report = _read(lock.with_suffix(_STATE)).get(model)
+                found.append(report or WorkerReport(pid=pid, model=model))
         return sorted(found, key=lambda report: report.pid)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody joins, switches or takes back that it is prepared meanwhile."""
-        with (self._folder / "crew").open("w") as file:
+        """Meanwhile, no worker joins, switches, or withdraws a report that it is prepared."""
+        with (self._folder / "group").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -91,39 +94,42 @@ class WorkerGroup:
 
 
 class ActiveDeployment:
-    """What a crew serves of one model: the key of a release, in memory that all workers share."""
+    """Which deployment of a model all workers serve: its key, in memory that they share."""
 
     def __init__(self, group: WorkerGroup, folder: Path, model: str) -> None:
         self._group = group
         self._model = model
-        self._deployment_file = folder / f"{model}.deployment"
+        self._file = folder / f"{model}.deployment"
         descriptor = os.open(folder / f"{model}.serving", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(descriptor, 8)
-            # Aligned, and so read and written whole.
+            # Eight aligned bytes: the CPU reads and writes them at once.
             self._shared = memoryview(mmap.mmap(descriptor, 8)).cast("q")
         finally:
             os.close(descriptor)
 
     @property
     def key(self) -> int:
-        """The key of the release that serves; ``NOTHING`` before the first."""
+        """The key of the deployment that serves; ``NOTHING`` before the first."""
         return self._shared[0]
 
     @property
     def deployment(self) -> Deployment | None:
-        """The release that serves, for a worker that comes later."""
+        """The deployment that serves, for a worker that starts later; None before the first."""
         with self._group.locked():
             if self.key == NOTHING:
                 return None
-            deployment = msgspec.json.decode(self._deployment_file.read_bytes(), type=Deployment)
-        # Another key: who was switching was killed before it had.
+            deployment = msgspec.json.decode(self._file.read_bytes(), type=Deployment)
+        # The keys differ if a worker was killed after it wrote the file and before it switched.
         return deployment if deployment.key == self.key else None
 
     def switch(self, deployment: Deployment) -> list[WorkerReport]:
-        """Have all serve ``release`` from now on if all have prepared it; else who has not.
+        """Switch all workers to ``deployment`` if all have prepared it.
 
-        At the very first nobody waits for others: there is no older version that one could see.
+        The first switch waits for no other worker, as no client can see an older version.
+
+        Returns:
+            The reports of the workers that have not prepared it; empty if all workers serve it now.
         """
         with self._group.locked():
             missing = [
@@ -134,13 +140,13 @@ class ActiveDeployment:
             if self.key == NOTHING:
                 missing = []
             if not missing and self.key != deployment.key:
-                _replace(self._deployment_file, msgspec.json.encode(deployment))
+                _replace(self._file, msgspec.json.encode(deployment))
                 self._shared[0] = deployment.key
             return missing
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """As ``write_atomically``, without its flush: none of this outlives the machine."""
+    """As ``write_atomically``, but unflushed: no worker needs the file once the machine crashed."""
     temporary = path.with_suffix(".new")
     temporary.write_bytes(data)
     temporary.replace(path)

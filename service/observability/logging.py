@@ -1,4 +1,4 @@
-"""Logging: standard library loggers, one JSON object a line, rendered by structlog."""
+"""Logging by the standard library's loggers, written by structlog as one JSON object a line."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import structlog
 
 
 def logging_config(level: str) -> dict[str, Any]:
-    """A ``dictConfig`` under which every logger, gunicorn's too, writes JSON lines to stderr.
+    """A ``dictConfig`` by which all loggers, gunicorn's too, write JSON lines to stderr.
 
-    JSON escapes control characters, so no caller's text can forge a line.
+    JSON escapes control characters, so text from a client cannot forge a line.
     """
     shared: list[Any] = [
         structlog.stdlib.add_log_level,

@@ -1,8 +1,8 @@
 """The files in which the workers of a service share their metrics.
 
-prometheus_client gives every process files of its own and never removes those with counters, as
-the sums would fall. After 2,000 deaths of workers they took 129 MB, and a scrape 170 ms. So the
-counters of a worker that is gone are added to one file for all the dead, and its own are removed.
+prometheus_client gives every process files of its own. It never removes those with counters, as
+the sums would fall. After 2,000 workers had died, the files took 129 MB, and a scrape took 170 ms.
+So ``forget_process`` adds the counters of an ended worker to one common file, and removes its own.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 
 class AllProcesses:
-    """A collector of the metrics of all processes that write to ``folder``, dead ones included."""
+    """Collects the metrics of all processes that wrote to ``folder``, also of ended ones."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,7 +31,7 @@ class AllProcesses:
 
 
 def forget_process(folder: Path, pid: int) -> None:
-    """Keep the counts of a process that has ended, and remove its files."""
+    """Keep the counts of an ended process, and remove its files."""
     with _locked(folder, fcntl.LOCK_EX):
         multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
         for kind in ("counter", "histogram"):
@@ -42,7 +42,7 @@ def forget_process(folder: Path, pid: int) -> None:
 
 
 def _add(source: Path, target: Path) -> None:
-    """Add every value of one file to those of another."""
+    """Add every value of the file ``source`` to the same one in ``target``."""
     sums = MmapedDict(str(target))  # type: ignore[no-untyped-call]
     try:
         for key, value, timestamp, _ in MmapedDict.read_all_values_from_file(str(source)):  # type: ignore[no-untyped-call]
@@ -54,7 +54,7 @@ def _add(source: Path, target: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, how: int) -> Iterator[None]:
-    """A scrape between the addition and the removal would count a process twice."""
+    """Hold the folder's lock: a scrape in the middle of a removal would count a process twice."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, how)

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Label sets are closed: no caller can add a series."""
+"""Prometheus metrics. The label values are a closed set, so no client can add a time series."""
 
 import logging
 import os
@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 FLUSH_S = 0.5
-MAX_NOTES = 100_000  # where metrics cannot be written, memory has an end
+MAX_NOTES = 100_000  # bounds the memory while metrics cannot be written
 OUTCOMES = ("ok", "client_error", "overload", "unavailable", "server_error")
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BUCKETS_PROBABILITY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 class MetricBuffer:
-    """What the hot path noted of one version and ``flush`` has not written yet.
+    """Figures of one version that ``flush`` has not written yet.
 
-    Writing a metric that all workers share takes a system call and more; noting it is an append.
+    Requests only append to the buffer, which is cheaper than writing a metric that workers share.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class MetricBuffer:
 
 
 class Snapshot:
-    """The metrics of all processes at one moment; a collector of what it has collected."""
+    """The metrics of all processes at one moment, as a Prometheus collector."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)
@@ -59,7 +59,7 @@ class Snapshot:
         return self._families
 
     def text(self) -> bytes:
-        """Prometheus' text format."""
+        """The metrics in Prometheus' text format."""
         if self._text is None:
             self._text = generate_latest(self)
         return self._text
@@ -71,7 +71,7 @@ class Metrics:
     def __init__(self, max_age_s: float = 0.0) -> None:
         """``max_age_s``: how old the figures may be that ``render`` and ``traffic`` return.
 
-        Collecting takes milliseconds to hundreds of them, and anybody may ask.
+        Collecting takes from a few to hundreds of milliseconds, and every client may ask.
         """
         self._max_age_s = max_age_s
         self._snapshot: Snapshot | None = None
@@ -79,7 +79,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._of_version: dict[tuple[str, int], MetricBuffer] = {}
         self._flushing = Lock()
-        self._said: dict[str, tuple[str, str, str, str]] = {}
+        self._info_labels: dict[str, tuple[str, str, str, str]] = {}
         version = ("model_name", "model_version")
         self.requests = Counter(
             "convoy_requests",
@@ -90,14 +90,14 @@ class Metrics:
         self.images = Counter("convoy_images", "Images classified.", version, registry=registry)
         self.request_seconds = Histogram(
             "convoy_request_seconds",
-            "From the first byte read to the answer, answered requests.",
+            "Seconds from the first byte read to the answer, of answered requests.",
             version,
             buckets=_BUCKETS_S,
             registry=registry,
         )
         self.stage_seconds = Histogram(
             "convoy_stage_seconds",
-            "Time in a stage: read, decode, queue, encode of a request, forward of a batch.",
+            "Seconds in a stage: read, decode, queue, encode of a request, forward of a batch.",
             (*version, "stage"),
             buckets=_BUCKETS_S,
             registry=registry,
@@ -117,34 +117,34 @@ class Metrics:
         )
         self.serving_version = Gauge(
             "convoy_serving_version",
-            "Number of the version that a worker serves; the lowest of the workers.",
+            "Number of the version that serves; the lowest of all workers.",
             ("model_name",),
             multiprocess_mode="livemin",
             registry=registry,
         )
         self.model_info = Gauge(
             "convoy_model_info",
-            "1 for the champion that serves, with the device and the plan that it serves by.",
+            "1 for the champion that serves, with its device and its plan.",
             (*version, "device", "plan"),
             multiprocess_mode="livemax",
             registry=registry,
         )
         self.confidence = Histogram(
             "convoy_confidence",
-            "Probability of the best class, of each image that was answered.",
+            "Probability of the best class of each answered image.",
             version,
             buckets=_BUCKETS_PROBABILITY,
             registry=registry,
         )
         self.shadow_images = Counter(
             "convoy_shadow_images",
-            "Images scored in the champion's shadow: agreed, differed, failed; or dropped.",
+            "Images for the shadow: agreed, differed or failed when scored, or dropped.",
             (*version, "outcome"),
             registry=registry,
         )
         self.queue_depth = Gauge(
             "convoy_queue_depth",
-            "Images that wait in a worker, summed over the workers.",
+            "Images that wait, summed over the workers.",
             ("model_name",),
             multiprocess_mode="livesum",
             registry=registry,
@@ -158,9 +158,9 @@ class Metrics:
         )
 
     def expect(self, name: str, version: str = "") -> None:
-        """Begin a version's, or a model's, counters that alarms look at.
+        """Create the counters of a version, or of a model, that alarms use, with the value 0.
 
-        Prometheus sees no increase where the first value is 1 already.
+        Prometheus sees no increase if the first value that it reads is already 1.
         """
         for outcome in OUTCOMES:
             self.requests.labels(name, version, outcome)
@@ -172,19 +172,19 @@ class Metrics:
         self._buffer(name, version).requests.append(request)
 
     def refused(self, name: str, version: int | None, outcome: str) -> None:
-        """Note a request that was answered with an error; ``name`` is "" for a model not served."""
+        """Count a request that failed; ``name`` is "" if the service does not have the model."""
         self.requests.labels(name, "" if version is None else str(version), outcome).inc()
 
     def on_batch(self, name: str, version: int) -> "OnBatch":
-        """What a batcher of that version tells after each batch."""
+        """The function that the version's batcher calls after each batch."""
         return self._buffer(name, version).note_batch
 
     def shadowed(self, name: str, version: int, outcome: str, images: int) -> None:
-        """Note what became of images that were meant to be scored in the shadow."""
+        """Note the outcome of images that were meant for the shadow."""
         self._buffer(name, version).shadowed.append((outcome, images))
 
     def flush(self) -> None:
-        """Write what the hot path noted; within ``FLUSH_S`` this happens by itself."""
+        """Write the buffered figures. After ``start``, this happens every ``FLUSH_S``."""
         with self._flushing:
             for (name, version), buffer in list(self._of_version.items()):
                 self._write(name, str(version), buffer)
@@ -198,7 +198,7 @@ class Metrics:
                 try:
                     self.flush()
                 except Exception:  # the edge of a thread: a full disk must not end it
-                    log.exception("metrics cannot be written")
+                    log.exception("cannot write metrics")
 
         Thread(target=run, name="metrics", daemon=True).start()
 
@@ -231,25 +231,26 @@ class Metrics:
     def version_switched(
         self, name: str, before: "ServedModel | None", after: "ServedModel | None"
     ) -> None:
-        """Note that ``after`` took over from ``before``, or that (None) a version was refused."""
+        """Count a switch from ``before`` to ``after``, or if that is None, a failure to load."""
         self.version_switches.labels(name, "ok" if after else "failed").inc()
         if after is None:
             return
-        # As it was said, not by ``before``: a version whose device was lost is none any more.
-        if said := self._said.get(name):
-            self.model_info.labels(*said).set(0)
-        self._said[name] = said = name, str(after.version), after.device, after.plan
-        self.model_info.labels(*said).set(1)
+        # Clear the labels that were set last, not those of ``before``: if its device was lost,
+        # ``before`` is None.
+        if labels := self._info_labels.get(name):
+            self.model_info.labels(*labels).set(0)
+        self._info_labels[name] = labels = name, str(after.version), after.device, after.plan
+        self.model_info.labels(*labels).set(1)
         self.serving_version.labels(name).set(after.version)
 
     def render(self) -> bytes:
         """All workers' metrics in Prometheus' text format."""
-        return self._everyone().text()
+        return self._all_workers().text()
 
     def traffic(self, name: str) -> tuple[VersionTraffic, ...]:
-        """What each version of ``name`` did in all workers since the service started."""
+        """The traffic of each version of ``name``, in all workers, since the service started."""
         found: dict[int, TrafficAccumulator] = {}
-        for family in self._everyone().collect():
+        for family in self._all_workers().collect():
             for sample in family.samples:
                 labels = sample.labels
                 if labels.get("model_name") == name and labels.get("model_version"):
@@ -259,7 +260,8 @@ class Metrics:
                     accumulator.add(sample.name, labels, sample.value)
         return tuple(found[version].traffic(version) for version in sorted(found))
 
-    def _everyone(self) -> Snapshot:
+    def _all_workers(self) -> Snapshot:
+        """The metrics of all workers, at most ``max_age_s`` old."""
         with self._collecting:
             snapshot = self._snapshot
             if snapshot is None or time.monotonic() >= snapshot.taken + self._max_age_s:
@@ -313,9 +315,9 @@ def _drain(notes: deque[Row]) -> list[Row]:
 
 
 def _observe(histogram: Histogram, values: Sequence[float]) -> None:
-    """``histogram.observe`` of every value, each bucket written once.
+    """As ``histogram.observe`` for every value, but this writes each bucket only once.
 
-    prometheus_client 0.26 has no such method, so this knows how it keeps a histogram.
+    prometheus_client 0.26 has no such method, so this uses a histogram's private attributes.
     """
     places = np.searchsorted(histogram._upper_bounds, values)
     for place, count in zip(*np.unique(places, return_counts=True), strict=True):

@@ -1,1 +1,4 @@
-"""Copies of requests, scored by the challenger in a process that runs when nothing else does."""
+"""The shadow: the challenger scores copies of requests in a process of low priority.
+
+Workers import ``service.shadow.client`` only. No request waits for the shadow.
+"""

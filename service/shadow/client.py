@@ -1,7 +1,7 @@
-"""From a worker to the process that scores in the shadow: sent at once, or not at all.
+"""``ShadowFeed``: sends a worker's samples to the shadow's process, and never waits.
 
-A datagram socket whose sender never waits: when the other end is slow, or is not there, the sample
-is dropped and counted. So nothing that happens over there can hold up or fail a request.
+It uses a non-blocking datagram socket. If the shadow's process is slow or does not run, the sample
+is dropped and counted. So that process can neither delay a request nor make it fail.
 """
 
 import socket
@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-# What Linux lets an unprivileged socket buffer: a larger sample could never be sent.
+# Linux lets an unprivileged socket buffer this much; a larger sample is dropped.
 BUFFER_BYTES = 400_000
 _encode = msgspec.msgpack.encode
 
@@ -20,8 +20,8 @@ _encode = msgspec.msgpack.encode
 class Sample(Struct, frozen=True, array_like=True):
     """An image that the champion has answered, for the challenger to score.
 
-    ``image`` are its pixels, uint8 (H, W, C) in row-major order, if the two see pictures alike,
-    else its encoded bytes. ``index`` is the class that the champion found most probable.
+    ``image`` holds pixels, uint8 (H, W, C) in row-major order, if both versions preprocess images
+    alike; otherwise the encoded bytes. ``index`` is the champion's most probable class.
     """
 
     model: str
@@ -32,12 +32,15 @@ class Sample(Struct, frozen=True, array_like=True):
 
 
 class ShadowFeed:
-    """Sends samples; every method may be called from any thread."""
+    """Sends samples to the shadow. Any thread may call any method."""
 
     def __init__(
         self, address: Path | None, on_dropped: Callable[[str, int, str, int], None]
     ) -> None:
-        """``on_dropped`` is told the model, the version, ``dropped`` and how many were."""
+        """``on_dropped`` is called with the model, the version, "dropped" and the number dropped.
+
+        Without an ``address``, every sample is dropped.
+        """
         self._address = str(address) if address else None
         self._on_dropped = on_dropped
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -50,7 +53,7 @@ class ShadowFeed:
         if self._address is not None:
             try:
                 self._socket.sendto(_encode(sample), self._address)
-            except OSError:  # its queue is full, it is too large, or nobody listens
+            except OSError:  # the queue is full, the sample too large, or no process listens
                 pass
             else:
                 return

@@ -1,8 +1,8 @@
-"""Scores in the champion's shadow, in a process beside the workers of a service.
+"""The shadow's process: has a challenger score copies of the images that the champion answered.
 
-A process of its own, which the kernel runs only when nothing else wants the core, and which rests
-when it has used its part of the machine. What the challenger costs, or breaks, no request can
-notice; samples that come meanwhile are dropped by those who send them.
+The kernel runs it only when no other process wants the core, and it rests when it has used its
+share of the machine. So requests notice neither its cost nor its failures. While it is busy or
+rests, workers drop their samples.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 BATCH = 8
 WAIT_S = 0.5
-# A challenger that cannot be loaded is tried again after so long.
+# How long to wait before loading a challenger again that could not be loaded.
 RETRY_S = 10.0
 _decode = msgspec.msgpack.Decoder(Sample).decode
 
 
 class ShadowModel(Struct, frozen=True):
-    """The challenger of a model."""
+    """A loaded challenger."""
 
     version: int
     manifest: Manifest
@@ -53,7 +53,7 @@ class ShadowModel(Struct, frozen=True):
 
 
 class Shadow:
-    """Scores samples, as many as its part of the machine allows."""
+    """Scores as many samples as its share of the machine allows."""
 
     def __init__(self, settings: Settings, planner: PlanLoader, metrics: Metrics) -> None:
         self._settings = settings
@@ -64,7 +64,7 @@ class Shadow:
         self._retry_at: dict[tuple[str, int], float] = {}
 
     def serve(self, receiver: socket.socket) -> None:
-        """Score what comes, until the process ends."""
+        """Score samples from ``receiver`` until the process ends."""
         budget = CpuBudget(self._settings.shadow_cpu * CORES)
         while True:
             for model, samples in _by_model(_receive(receiver)).items():
@@ -84,7 +84,7 @@ class Shadow:
             log.warning("%s version %d: %s", model, loaded.version, error)
             del self._loaded[model]
             return
-        except Exception as error:  # noqa: BLE001 - whatever it does, it is counted against it
+        except Exception as error:  # noqa: BLE001 - any failure is counted against it
             log.warning("%s version %d failed in the shadow: %s", model, loaded.version, error)
             self._metrics.shadowed(model, loaded.version, "failed", len(mine))
             return
@@ -99,7 +99,7 @@ class Shadow:
                 self._metrics.shadowed(model, loaded.version, outcome, count)
 
     def _challenger(self, model: str, version: int) -> ShadowModel | None:
-        """The challenger of that version; None while the release does not name it, or it fails."""
+        """The challenger, loaded; None if the deployment has another one or it cannot be loaded."""
         known = self._loaded.get(model)
         if known and known.version == version:
             return known
@@ -117,7 +117,7 @@ class Shadow:
                 check_signature(bundle, model, version, self._trust)
             fresh = ShadowModel(version, bundle.manifest, self._planner.load(bundle))
         except Exception as error:  # noqa: BLE001 - an engine may raise anything
-            log.warning("%s version %d cannot be scored: %s", model, version, error)
+            log.warning("cannot load %s version %d as a shadow: %s", model, version, error)
             self._retry_at[model, version] = time.monotonic() + RETRY_S
             return None
         self._loaded[model] = fresh
@@ -131,21 +131,22 @@ class Shadow:
 
 
 class CpuBudget:
-    """How long to rest so that this process takes no more than so many cores."""
+    """Tells how long to rest so that this process uses at most ``cores`` cores."""
 
     def __init__(self, cores: float, clock: Callable[[], float] = time.process_time) -> None:
+        """``clock`` gives the CPU time that this process has used, in seconds."""
         self._cores = cores
         self._clock = clock
         self._used_s = clock()
 
     def rest_s(self) -> float:
-        """Seconds that what was used since the last call takes to be earned."""
+        """Seconds to rest for the CPU time that was used since the last call."""
         before, self._used_s = self._used_s, self._clock()
         return (self._used_s - before) / self._cores
 
 
 def _receive(receiver: socket.socket) -> list[Sample]:
-    """The samples that are there, at least one unless none comes for a while."""
+    """The samples that have arrived, ``BATCH`` at most; empty if none came within ``WAIT_S``."""
     samples: list[Sample] = []
     receiver.settimeout(WAIT_S)
     with contextlib.suppress(BlockingIOError, TimeoutError):
@@ -155,7 +156,7 @@ def _receive(receiver: socket.socket) -> list[Sample]:
             try:
                 samples.append(_decode(data))
             except msgspec.MsgspecError as error:
-                log.warning("a sample cannot be read: %s", error)
+                log.warning("cannot read a sample: %s", error)
     return samples
 
 
@@ -166,8 +167,8 @@ def _by_model(samples: list[Sample]) -> dict[str, list[Sample]]:
     return found
 
 
-def _yield_to_all() -> None:
-    """Run only when nothing else wants the core."""
+def _run_when_idle() -> None:
+    """Have the kernel run this process only when no other wants the core."""
     try:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     except (AttributeError, OSError):  # not Linux, or not allowed
@@ -175,7 +176,7 @@ def _yield_to_all() -> None:
 
 
 def main() -> int:
-    """Score until standard input ends; 2 when that is impossible."""
+    """Score until standard input ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     Thread(target=end_with_standard_input, daemon=True).start()
@@ -186,11 +187,11 @@ def main() -> int:
     logging.config.dictConfig(logging_config(settings.log_level))
     address = settings.shadow_socket
     assert address is not None, "python -m service starts this"
-    _yield_to_all()
+    _run_when_idle()
     metrics = Metrics()
     metrics.start()
     with contextlib.suppress(FileNotFoundError):
-        address.unlink()  # left by a process that this one takes over from
+        address.unlink()  # left by the process before this one
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(address))
         Shadow(settings, open_planner(settings), metrics).serve(receiver)

@@ -180,7 +180,7 @@ def test_before_a_version_is_loaded_503_says_when_to_come_back(
     client: FlaskClient, png: bytes
 ) -> None:
     response = client.post("/v1/classify", data=png, **RAW)
-    assert_problem(response, 503, "digits: nothing is released")
+    assert_problem(response, 503, "digits: nothing is deployed")
     assert int(response.headers["Retry-After"]) >= 1
 
 

@@ -65,7 +65,7 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
     assert "has sha256" in str(slot.error)
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert "version 1 serves on" in warnings[0].getMessage()
+    assert "version 1 keeps serving" in warnings[0].getMessage()
     weights.write_bytes(whole)
     assert slot.refresh()
     assert (slot.require().champion.version, slot.error) == (2, None)
@@ -89,7 +89,7 @@ def test_a_release_file_that_was_lost_is_followed_again(
     whole = deployment_file(models, REF).read_bytes()
     deployment_file(models, REF).unlink()
     slot.refresh()
-    assert "nothing is released" in str(slot.error)
+    assert "nothing is deployed" in str(slot.error)
     deployment_file(models, REF).write_bytes(whole)
     assert not slot.refresh()
     assert slot.error is None
@@ -129,7 +129,7 @@ def test_a_slot_follows_the_release_of_its_own_reference(
     deploy(2)
     pinned = ModelSlot(ModelRef("digits", version=1), models, load)
     assert not pinned.refresh()
-    assert "nothing is released" in str(pinned.error)
+    assert "nothing is deployed" in str(pinned.error)
     deploy(1, alias=None)
     assert pinned.refresh()
     assert slot.refresh()
@@ -168,7 +168,7 @@ def test_swaps_and_failures_are_counted(models: Path, deploy) -> None:
         events.append((before and before.version, after and after.version))
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_switch=note)
-    slot.refresh()  # nothing is released: no version failed
+    slot.refresh()  # nothing is deployed: no version failed
     deploy(1)
     slot.refresh()
     (deploy(2).folder / WEIGHTS).write_bytes(b"damaged")
