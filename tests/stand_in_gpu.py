@@ -1,8 +1,8 @@
-"""A GPU for machines without one: the CPU, under another name, that can be lost on demand.
+"""A stand-in for a GPU: the CPU under another name, which a test can make fail.
 
-``python -m tests.stand_in_gpu serve …`` is ``python -m service …`` with it. While the file that
-``STAND_IN_LOST`` names is there, the device fails, and a process that looks for one finds none;
-while that of ``STAND_IN_HELD`` is there, a process that begins to own the device waits.
+``python -m tests.stand_in_gpu serve …`` runs ``python -m service …`` with it. While the file that
+``STAND_IN_LOST`` names exists, the device fails, and a process that starts finds no GPU. While the
+file that ``STAND_IN_HELD`` names exists, a process that starts to own the device waits.
 """
 
 import os
@@ -25,7 +25,7 @@ def lost() -> bool:
 
 
 class StandInPlanner:
-    """What plans on the GPU: ``wrap`` may change how it runs."""
+    """A ``PlanLoader`` for the stand-in. ``wrap`` may change the forward pass."""
 
     def __init__(self, wrap=lambda predict: predict) -> None:
         self.loads = 0

@@ -29,7 +29,7 @@ def trained_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def paths(trained_paths: Path, tmp_path: Path) -> Path:
-    """A copy of it with its artefacts, for one test."""
+    """A copy of the trained home with its artefacts, for one test."""
     copied: Path = shutil.copytree(trained_paths, tmp_path / "home")
     return copied
 

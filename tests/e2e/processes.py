@@ -14,7 +14,7 @@ from tests.conftest import WAIT_TIMEOUT_S, free_port
 
 
 def run(paths: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One of the command lines, as a user would type it."""
+    """The result of a command line, run as a user would type it."""
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         env={**os.environ, "CONVOY_HOME": str(paths), "CONVOY_PLAN": "torch-eager"},
@@ -30,7 +30,14 @@ class Service:
     def __init__(
         self, paths: Path, *arguments: str, module: tuple[str, ...] = ("service",), **more: str
     ) -> None:
-        """``module`` and its first arguments stand for ``service``; ``more`` are variables."""
+        """Start the service.
+
+        Args:
+            paths: its home.
+            arguments: of the command line.
+            module: the module to run in place of ``service``, with its first arguments.
+            more: environment variables.
+        """
         self.port = free_port()
         self.log = paths / "service.log"
         environment = {
@@ -52,7 +59,7 @@ class Service:
             )
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
-        """Over a connection of its own, so that any worker may answer."""
+        """Status and JSON of an answer. Each call opens a connection, so any worker may answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_TIMEOUT_S)
         try:
             connection.request(method, path, body)
@@ -70,7 +77,7 @@ class Service:
             connection.close()
 
     def is_ready(self) -> bool:
-        """Whether every worker serves: one that is ready may answer while another still loads."""
+        """Whether every worker serves. Asks each, as one may be ready while another still loads."""
         assert self.process.poll() is None, self.log.read_text()
         try:
             if self.ask("GET", "/readyz")[0] != 200:
@@ -81,7 +88,7 @@ class Service:
         return [each["version"] is None for each in workers] == [False] * self.workers
 
     def stop(self) -> int:
-        """SIGTERM; the exit status, when every process of the service is gone."""
+        """Send SIGTERM, and return the exit status once every process of the service has ended."""
         family = [self.process, *self.process.children(recursive=True)]
         self.process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=WAIT_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The control plane as a process of its own, beside no service at all."""
+"""The control plane as a process of its own, without a service."""
 
 import http.client
 import os
@@ -46,7 +46,7 @@ def ask(port: int, path: str, token: str = "") -> tuple[int, str]:
         connection.close()
 
 
-def test_it_answers_those_who_have_a_token_and_silent_clients_do_not_hold_it(
+def test_it_answers_clients_with_a_token_and_silent_clients_do_not_block_it(
     paths: Path, port: int
 ) -> None:
     made = run(paths, "registry", "token", "add", "ann", "--role", "viewer")
@@ -55,14 +55,14 @@ def test_it_answers_those_who_have_a_token_and_silent_clients_do_not_hold_it(
     assert ask(port, "/v1/models")[0] == 401
     status, body = ask(port, "/v1/models", token)
     assert (status, '"name":"digits"' in body) == (200, True)
-    assert ask(port, "/v1/models/digits/traffic", token)[0] == 503  # no service is there
+    assert ask(port, "/v1/models/digits/traffic", token)[0] == 503  # no service is running
     assert ask(port, "/login")[0] == 200
 
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
     try:
         for each in silent:
             each.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n")
-        wait_for(lambda: ask(port, "/livez")[0] == 200, "silent clients hold the control plane")
+        wait_for(lambda: ask(port, "/livez")[0] == 200, "silent clients block the control plane")
     finally:
         for each in silent:
             each.close()

@@ -1,4 +1,4 @@
-"""A request's path is the one of its first line, whatever its headers say."""
+"""The path of a request is the one in its first line, whatever its headers are."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 
 
 def raw_status(port: int, *headers: str) -> str:
-    """The status line of ``GET /livez`` with these headers; empty when nothing answers."""
+    """The status line of ``GET /livez`` with these headers; empty if the port does not answer."""
     lines = ("GET /livez HTTP/1.1", "Host: x", *headers, "Connection: close", "", "")
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=WAIT_TIMEOUT_S) as connection:

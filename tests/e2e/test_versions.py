@@ -1,4 +1,4 @@
-"""Releases with real processes: what is broken is refused, and nobody misses an answer."""
+"""Deployments with real processes: broken versions are refused, and no request fails."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def store(paths: Path) -> ModelStore:
 
 
 class Answer(NamedTuple):
-    """When a request was sent and answered, and what the answer says."""
+    """When a request was sent and answered, its status, and the version that answered."""
 
     sent: float
     done: float
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def answers(service: Service, digits: Dataset) -> Iterator[list[Answer]]:
-    """What three clients that never stop are answered."""
+    """The answers to three clients that send requests until the test ends."""
     found: list[Answer] = []
     stop, png = threading.Event(), digits.test.encode(0)
 
@@ -67,7 +67,7 @@ def answers(service: Service, digits: Dataset) -> Iterator[list[Answer]]:
 
 
 def first_answer(answers: list[Answer], version: int, since: float) -> float:
-    """When ``version`` first answered a request that was sent after ``since``; waits for that."""
+    """Wait until ``version`` has answered a request sent after ``since``; returns when it did."""
 
     def times() -> list[float]:
         fresh = [each for each in list(answers) if each.sent > since]
@@ -85,13 +85,13 @@ def served_by_all(service: Service, version: int) -> bool:
 def republish(
     store: ModelStore, paths: Path, change: Callable[[Bundle, dict[str, bytes]], None]
 ) -> int:
-    """Register a copy of version 1 with other files."""
-    with_all = paths / "copied" / "whole"
-    shutil.rmtree(with_all.parent, ignore_errors=True)
-    whole = store.download(store.resolve(ModelRef("digits", 1)), with_all)
-    files = {name: whole.read(name) for name in whole.manifest.files}
-    change(whole, files)
-    bundle = write_bundle(with_all.parent / "bundle", whole.manifest, files)
+    """Register a copy of version 1 with changed files; returns its number."""
+    folder = paths / "copied" / "original"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    original = store.download(store.resolve(ModelRef("digits", 1)), folder)
+    files = {name: original.read(name) for name in original.manifest.files}
+    change(original, files)
+    bundle = write_bundle(folder.parent / "bundle", original.manifest, files)
     with start_run(store, "convoy", "broken"):
         return store.publish(bundle, {}).version
 
@@ -111,12 +111,12 @@ def with_other_report(bundle: Bundle, files: dict[str, bytes]) -> None:
     files["report/report.html"] = b"another"
 
 
-def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_nothing(
+def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_all_requests(
     paths: Path, service: Service, store: ModelStore, answers
 ) -> None:
-    def failed_swaps() -> float:
+    def failed_switches() -> float:
         text = service.text("/metrics")
-        rows = [row for row in text.splitlines() if 'outcome="failed"' in row and "swaps" in row]
+        rows = [row for row in text.splitlines() if 'outcome="failed"' in row and "switches" in row]
         return sum(float(row.rpartition(" ")[2]) for row in rows)
 
     def refusal(version: int) -> str | None:
@@ -129,17 +129,17 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
         (with_nan, "NaN or infinity"),
         (with_other_golden, "from its published probabilities"),
     ):
-        before = failed_swaps()
+        before = failed_switches()
         version = republish(store, paths, change)
         promote(store, "digits", version, force=True, reason="a test")
         wait_for(
-            lambda v=version: refusal(v) is not None, f"{change.__name__} is not in the ledger"
+            lambda v=version: refusal(v) is not None, f"{change.__name__} is not in the audit log"
         )
         (ready,) = service.ask("GET", "/readyz")[1]["models"]
         assert ready["version"] == 1
         assert why in ready["error"], ready
         assert why in str(refusal(version))
-        wait_for(lambda b=before: failed_swaps() > b, "the failed switch was not counted")
+        wait_for(lambda b=before: failed_switches() > b, "the failed switch was not counted")
         roll_back(store, "digits", "it is broken")
         wait_for(
             lambda: service.ask("GET", "/readyz")[1]["models"][0]["error"] is None,
@@ -170,13 +170,13 @@ def test_what_is_broken_is_refused_with_its_reason_and_the_old_version_misses_no
     store._client.delete_model_version("digits", "1")
     wait_for(
         lambda: service.ask("GET", "/readyz")[1]["models"][0]["registry_error"] is not None,
-        "nobody has noticed that the champion is gone",
+        "the puller has not reported that the champion is gone",
     )
     assert service.ask("GET", "/readyz")[0] == 200
     assert {(each.status, each.version) for each in answers} == {(200, 1)}
 
 
-def test_workers_switch_together_and_a_roll_back_takes_no_load(
+def test_workers_switch_together_on_a_promotion_and_on_a_roll_back(
     paths: Path, service: Service, store: ModelStore, answers
 ) -> None:
     for decide, version in (
@@ -188,15 +188,15 @@ def test_workers_switch_together_and_a_roll_back_takes_no_load(
         decide()
         wait_for(lambda v=version: served_by_all(service, v), f"not all serve version {version}")
         first = first_answer(answers, version, began)
-        # A request that is sent after the first answer of the new version gets no other. Before
-        # that, one may have been on its way.
+        # Requests that are sent after the new version's first answer must all get that version.
+        # Earlier ones may still get the old one.
         first_answer(answers, version, first)
         assert {each.version for each in list(answers) if each.sent > first} == {version}
     assert {each.status for each in answers} == {200}
 
 
-def give_a_usual_share(service: Service) -> None:
-    """Let the shadow run beside others: the kernel runs it on an idle core only, by design."""
+def give_the_shadow_normal_priority(service: Service) -> None:
+    """Let the shadow run while the cores are busy: by design it runs on an idle core only."""
     for child in service.process.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             if "service.shadow.process" in child.cmdline():
@@ -208,7 +208,7 @@ def test_a_challenger_scores_in_the_shadow(service: Service, store: ModelStore, 
     start_canary(store, "digits", Canary(version=2, shadow=1.0), "to see")
 
     def scored() -> int:
-        give_a_usual_share(service)
+        give_the_shadow_normal_priority(service)
         versions = service.ask("GET", "/v1/models/digits/traffic")[1]["versions"]
         return sum(each["agreed"] + each["differed"] for each in versions if each["version"] == 2)
 
@@ -216,7 +216,7 @@ def test_a_challenger_scores_in_the_shadow(service: Service, store: ModelStore, 
     assert {each.version for each in answers} == {1}
 
 
-def test_a_trial_that_fails_its_requests_ends_by_itself(
+def test_a_canary_that_cannot_be_loaded_is_stopped_by_the_puller(
     paths: Path, service: Service, store: ModelStore, answers, digits: Dataset
 ) -> None:
     start_canary(store, "digits", Canary(version=2, share=1.0), "all of it")
@@ -224,7 +224,7 @@ def test_a_trial_that_fails_its_requests_ends_by_itself(
     assert service.ask("GET", "/v1/models/digits/traffic")[1]["challenger"] == 2
     broken = republish(store, paths, with_nan)
     start_canary(store, "digits", Canary(version=broken, share=0.5), "it is broken")
-    wait_for(lambda: store.aliases_and_canary("digits")[1] is None, "the broken trial goes on")
+    wait_for(lambda: store.aliases_and_canary("digits")[1] is None, "the broken canary goes on")
     last = store.audit_log("digits").lines[-1].entry
     assert (last.action, last.to_version) == ("canary stopped", broken)
     assert "cannot serve it" in str(last.reason)

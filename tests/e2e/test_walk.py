@@ -1,4 +1,4 @@
-"""The main job with real processes: train, promote, serve, classify, promote another, stop."""
+"""The main walk with real processes: train, promote, serve, classify, promote another, stop."""
 
 import contextlib
 import http.client
@@ -48,7 +48,7 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(
     assert {version for _, version in answers} == {1, 2}
 
     def counted() -> float:
-        """Every worker's requests, in one answer."""
+        """The answered requests of all workers."""
         connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=WAIT_TIMEOUT_S)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
@@ -82,7 +82,7 @@ def test_a_puller_that_dies_is_started_again(service: Service) -> None:
 
 def test_a_restart_serves_from_disk_without_the_registry(paths: Path, service: Service) -> None:
     wait_for(
-        lambda: (paths / "models/digits/deployment@champion.json").exists(), "nothing was released"
+        lambda: (paths / "models/digits/deployment@champion.json").exists(), "nothing was deployed"
     )
     assert service.stop() == 0
     (paths / "mlflow.db").rename(paths / "gone.db")
@@ -93,7 +93,7 @@ def test_a_restart_serves_from_disk_without_the_registry(paths: Path, service: S
         assert again.stop() == 0
 
 
-def test_a_device_that_is_not_there_ends_the_service_with_the_reason(paths: Path) -> None:
+def test_a_missing_device_ends_the_service_with_the_reason(paths: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -114,7 +114,7 @@ def test_a_device_that_is_not_there_ends_the_service_with_the_reason(paths: Path
 def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
     paths: Path, tmp_path: Path, digits: Dataset
 ) -> None:
-    """With a stand-in for the device, all else real: killed, then lost for good."""
+    """Real processes on a stand-in device: the owner is killed, then the device is lost."""
     assert run(paths, "registry", "pull", "models:/digits@champion").returncode == 0
     lost, held = tmp_path / "lost", tmp_path / "held"
     service = Service(
@@ -136,12 +136,12 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
     def device() -> str | None:
         return service.ask("GET", "/v1/models")[1]["models"][0]["device"]
 
-    def everyone_is_on(wanted: str) -> bool:
+    def all_workers_use(wanted: str) -> bool:
         return {device() for _ in range(20)} == {wanted}  # connections of both workers
 
     try:
         wait_for(service.is_ready, "the service did not become ready")
-        wait_for(lambda: everyone_is_on("cuda:0 (stand-in)"), "workers are not on the GPU")
+        wait_for(lambda: all_workers_use("cuda:0 (stand-in)"), "workers are not on the GPU")
         before = service.ask("POST", "/v1/classify", png)
         gunicorn, owner = child("gunicorn"), child("own")
         assert gunicorn is not None
@@ -153,22 +153,22 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
         wait_for(lambda: service.ask("GET", "/readyz")[0] == 503, "ready without a device")
         assert service.ask("POST", "/v1/classify", png)[0] == 503
         held.unlink()
-        wait_for(lambda: everyone_is_on("cuda:0 (stand-in)"), "no new owner")
+        wait_for(lambda: all_workers_use("cuda:0 (stand-in)"), "no new owner")
         after = service.ask("POST", "/v1/classify", png)
         assert (before[0], after[0]) == (200, 200)
         assert before[1]["predictions"] == after[1]["predictions"]
 
         lost.touch()
         assert service.ask("POST", "/v1/classify", png)[0] == 503
-        wait_for(lambda: everyone_is_on("cpu"), "the CPU did not take over")
+        wait_for(lambda: all_workers_use("cpu"), "the CPU did not take over")
         after = service.ask("POST", "/v1/classify", png)
         assert (after[0], after[1]["predictions"]) == (200, before[1]["predictions"])
         assert {each.pid for each in gunicorn.children()} == workers
     finally:
         assert service.stop() == 0
-    said = service.log.read_text()
-    assert "the GPU's process ended with status -9; starting it again in 1 s" in said
-    assert "the GPU was lost: CUDA error: device-side assert" in said
+    log = service.log.read_text()
+    assert "the GPU's process ended with status -9; starting it again in 1 s" in log
+    assert "the GPU was lost: CUDA error: device-side assert" in log
 
 
 HANG_ONCE = """
@@ -203,14 +203,16 @@ def test_a_worker_whose_forward_pass_hangs_is_replaced(
         PYTHONPATH=os.pathsep.join([str(tmp_path / "hooks"), os.environ.get("PYTHONPATH", "")]),
         HANG=str(hang),
         CONVOY_WORKERS="1",
-        CONVOY_HUNG_S="5",  # a pass of milliseconds may take a second on a busy machine
+        CONVOY_FORWARD_TIMEOUT_S="5",  # a pass of milliseconds may take a second on a busy machine
     )
     try:
         wait_for(service.is_ready, "the service did not become ready")
         png = digits.test.encode(0)
         assert service.ask("POST", "/v1/classify", png)[0] == 200
         hang.touch()
-        with pytest.raises(OSError, match=r"without response|reset"):  # its worker was ended
+        with pytest.raises(
+            OSError, match=r"without response|reset"
+        ):  # the watchdog ended its worker
             service.ask("POST", "/v1/classify", png)
         wait_for(service.is_ready, "no other worker came")
         assert service.ask("POST", "/v1/classify", png)[0] == 200

@@ -50,7 +50,7 @@ def models(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def deploy(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
-    """Lays a version out on disk and releases it, as the puller does."""
+    """Writes a version to disk and deploys it, as the puller does."""
 
     def lay_out(version: int, seed: int = 0, alias: str | None = "champion") -> Bundle:
         bundle = make_bundle(seed=seed, folder=version_folder(models, "digits", version))
@@ -63,7 +63,7 @@ def deploy(make_bundle: MakeBundle, models: Path) -> Callable[..., Bundle]:
 
 @pytest.fixture
 def deploy_canary(make_bundle: MakeBundle, models: Path) -> Callable[..., tuple[Bundle, Bundle]]:
-    """Releases version 1 with version 2 on trial beside it; gives both bundles."""
+    """Deploys version 1 with version 2 as its canary or shadow; returns both bundles."""
 
     def lay_out(**canary: float) -> tuple[Bundle, Bundle]:
         old, new = (

@@ -16,7 +16,7 @@ from registry.core.errors import DeadlineExceeded, Overloaded
 from service.inference.batcher import MicroBatcher, Prediction
 
 FOREVER_S = 30.0
-ANY_TIME_MS = 1e9  # a gate holds passes up; what that does to the ceiling is another test's
+ANY_TIME_MS = 1e9  # a closed gate makes passes slow, which must not lower the batch's ceiling
 
 
 def image(value: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def image(value: int) -> np.ndarray:
 
 
 def echo(pixels: np.ndarray) -> np.ndarray:
-    """One class whose probability is the picture's first value."""
+    """Scores of one class: the picture's first value."""
     return pixels[:, 0, 0, :].astype(np.float32)
 
 
@@ -64,7 +64,7 @@ def pool():
 def score(
     batcher: MicroBatcher, *numbers: int, deadline_s: float = FOREVER_S
 ) -> list[Prediction | Exception]:
-    """Put images and wait for all of them, as a request does."""
+    """Queue images and wait for all of them, as a request does."""
     queued_images = batcher.put([image(number) for number in numbers], deadline_s)
     return [batcher.wait(queued_image) for queued_image in queued_images]
 
@@ -87,7 +87,7 @@ def test_a_lone_request_runs_at_once_in_its_own_thread() -> None:
     assert threads == [threading.current_thread()]
 
 
-def test_who_finds_the_device_busy_is_in_the_next_batch(pool: ThreadPoolExecutor) -> None:
+def test_requests_that_find_the_device_busy_share_the_next_batch(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
     batcher = MicroBatcher(gate, 8, 64, ANY_TIME_MS)
     first = submit(pool, batcher, 1)
@@ -121,7 +121,7 @@ def test_a_full_queue_refuses_and_queues_none_of_the_request(pool: ThreadPoolExe
     gate.entered.acquire()
     waiting = submit(pool, batcher, 2)
     wait_until(lambda: batcher.depth == 1)
-    with pytest.raises(Overloaded, match="1 images wait"):
+    with pytest.raises(Overloaded, match="1 images are already waiting"):
         batcher.put([image(3), image(4)], FOREVER_S)
     assert batcher.depth == 1
     gate.open.set()
@@ -145,14 +145,14 @@ def test_an_expired_image_is_not_computed(pool: ThreadPoolExecutor) -> None:
 def test_an_image_that_expires_before_its_turn_is_left_out_of_the_batch(
     pool: ThreadPoolExecutor,
 ) -> None:
-    """The first of two waits without end, the second is over when their batch is made."""
+    """The first of two images waits without a limit; the second expires before their batch."""
     gate = Gate()
     batcher = MicroBatcher(gate, 4, 64, ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     patient = submit(pool, batcher, 2)
     wait_until(lambda: batcher.depth == 1)
-    # This thread waits for its first image, so nobody takes the expired second one out.
+    # The thread of 3 and 4 waits for 3 first, so no thread takes the expired 4 out of the queue.
     hasty = submit(pool, batcher, 3, 4)
     wait_until(lambda: batcher.depth == 3)
     with batcher._lock:
@@ -166,7 +166,7 @@ def test_an_image_that_expires_before_its_turn_is_left_out_of_the_batch(
     assert gate.batches == [1, 2]
 
 
-def test_a_running_forward_pass_is_waited_for_though_the_time_is_over(
+def test_an_image_whose_deadline_passes_during_its_forward_pass_gets_its_scores(
     pool: ThreadPoolExecutor,
 ) -> None:
     steps, entered = threading.Semaphore(0), threading.Semaphore(0)
@@ -222,7 +222,7 @@ def test_nan_is_an_error_of_its_image_alone() -> None:
     assert isinstance(outcomes[1], ArithmeticError)
 
 
-def test_too_few_rows_are_noticed() -> None:
+def test_too_few_rows_are_an_error() -> None:
     outcomes = score(MicroBatcher(lambda pixels: echo(pixels)[:0], 8, 8), 1)
     assert "returned 0 rows of scores for 1 images" in str(outcomes[0])
 
@@ -240,7 +240,7 @@ def test_after_an_error_the_device_is_free_again() -> None:
     assert values(score(batcher, 2)) == [2]
 
 
-def test_a_hand_over_wakes_the_owner_who_waits_for_an_earlier_image(
+def test_a_hand_over_wakes_a_thread_that_waits_for_an_earlier_image(
     pool: ThreadPoolExecutor,
 ) -> None:
     """With batches of one, every image of a request is led by its own thread, in order."""
@@ -258,7 +258,7 @@ def test_a_hand_over_wakes_the_owner_who_waits_for_an_earlier_image(
         (45, None, 64),
         (125, None, 64),
         (200, None, 40),  # 64 would not be answered within eight of the ten seconds
-        (45, 0.9, 20),  # an operator may tighten it
+        (45, 0.9, 20),  # an operator may lower the limit
     ],
 )
 def test_ordinary_concurrency_is_queued_whatever_the_speed_of_the_network(
@@ -285,7 +285,7 @@ def test_ordinary_concurrency_is_queued_whatever_the_speed_of_the_network(
     max_batch=st.integers(1, 8),
     deadline_ms=st.sampled_from([0.0, 0.3, 1.0, 30_000.0]),
 )
-def test_every_image_gets_exactly_one_outcome_and_its_own(
+def test_every_image_gets_exactly_one_outcome_of_its_own(
     requests: list[int], max_batch: int, deadline_ms: float
 ) -> None:
     def compute(pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A challenger on real traffic: who gets its answers, and what is scored in the shadow."""
+"""Canary and shadow: which requests the challenger answers, and which images it scores."""
 
 import io
 import re
@@ -60,7 +60,7 @@ def test_a_larger_share_keeps_the_keys_of_a_smaller_one(key: bytes, one: float, 
     assert routes_to_canary(large, key) or not routes_to_canary(small, key)
 
 
-def test_a_share_is_that_part_of_the_keys_and_another_for_another_version() -> None:
+def test_a_canary_gets_its_share_of_the_keys_and_other_keys_for_another_version() -> None:
     keys = [str(number).encode() for number in range(4000)]
     parts = [
         {key for key in keys if routes_to_canary(Canary(version=version, share=0.1), key)}
@@ -85,7 +85,7 @@ def test_the_same_image_and_the_same_session_always_get_the_same_version(
     assert headers["X-Model-Version"] == str(first[0])
 
 
-def test_a_version_on_trial_can_be_asked_for_by_its_address(
+def test_a_client_can_ask_for_a_challenger_by_its_address(
     client: FlaskClient, slot: ModelSlot, deploy_canary, png: bytes
 ) -> None:
     deploy_canary(shadow=1.0)
@@ -99,7 +99,7 @@ def test_a_version_on_trial_can_be_asked_for_by_its_address(
         assert client.post(path, data=png, **RAW).json["model"]["version"] == expected
     missing = client.post("/v1/models/digits/versions/3/classify", data=png, **RAW)
     assert missing.status_code == 404
-    assert "served is version 1, alias 'champion' and version 2" in missing.json["detail"]
+    assert "this service has version 1, alias 'champion' and version 2" in missing.json["detail"]
     described = client.get("/v1/models/digits/versions/2").json
     assert (described["version"], described["canary"]["shadow"]) == (2, 1.0)
 
@@ -113,22 +113,22 @@ def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
     slot.refresh()
     deploy_canary(share=0.5)
     weights = version_folder(models, "digits", 2) / WEIGHTS
-    whole = weights.read_bytes()
+    good = weights.read_bytes()
     weights.write_bytes(b"")
     slot.refresh()
     for each in (slot, ModelSlot(ModelRef("digits", alias="champion"), models, load)):
-        each.refresh()  # the second starts with it
+        each.refresh()  # the second slot starts with the broken challenger
         assert (each.require().champion.version, each.require().challenger) == (1, None)
         assert "has sha256" in str(each.error)
         assert each.workers()[0].refused == 2
         assert each.require().canary is None
-    weights.write_bytes(whole)
+    weights.write_bytes(good)
     slot.refresh()
     assert slot.require().canary == Canary(version=2, share=0.5)
     assert slot.error is None
 
 
-def test_what_the_champion_answers_is_sampled_for_the_shadow(
+def test_images_that_the_champion_answers_are_sent_to_the_shadow(
     client: FlaskClient,
     slot: ModelSlot,
     deploy_canary,
@@ -153,7 +153,7 @@ def test_what_the_champion_answers_is_sampled_for_the_shadow(
         ("digits", 2, False)
     }
     client.post("/v1/models/digits/versions/1/classify", data=images[0], **RAW)
-    assert len(sent) == 2  # who asks for a version takes part in no trial
+    assert len(sent) == 2  # a request for a fixed version is not sampled
 
 
 def test_a_sample_that_cannot_be_sent_at_once_is_dropped_and_counted(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_sample_that_cannot_be_sent_at_once_is_dropped_and_counted(tmp_path: P
     address = tmp_path / "shadow"
     feed = ShadowFeed(address, lambda model, version, outcome, images: dropped.append(images))
     sample = Sample("digits", 2, 0, False, bytes(64))
-    feed.send(sample)  # nobody listens
+    feed.send(sample)  # no process listens
     assert dropped == [1]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(address))
@@ -175,7 +175,7 @@ def test_a_sample_that_cannot_be_sent_at_once_is_dropped_and_counted(tmp_path: P
         assert len(dropped) == count + 1
 
 
-def test_the_shadow_counts_agreement_and_whatever_fails_against_the_challenger(
+def test_the_shadow_counts_agreement_and_counts_failures_against_the_challenger(
     models: Path, deploy_canary, few_digits
 ) -> None:
     deploy_canary(shadow=1.0)
@@ -195,21 +195,21 @@ def test_the_shadow_counts_agreement_and_whatever_fails_against_the_challenger(
         (best, True, b"no image"),
     ):
         scorer.score("digits", [Sample("digits", 2, index, is_encoded, image)])
-    scorer.score("digits", [Sample("digits", 7, 0, False, pixels.tobytes())])  # of another trial
+    scorer.score("digits", [Sample("digits", 7, 0, False, pixels.tobytes())])  # another challenger
     (traffic,) = metrics.traffic("digits")
     first = int(best == 0)
     assert (traffic.agreed, traffic.differed, traffic.failed) == (2 + first, 2 - first, 1)
     assert traffic.agreement == pytest.approx((2 + first) / 5)
 
 
-def test_the_shadow_rests_until_its_part_of_the_machine_is_earned() -> None:
+def test_the_shadow_rests_until_its_use_is_down_to_its_share_of_the_machine() -> None:
     used = iter([1.0, 1.2, 1.2])
     budget = CpuBudget(0.4, lambda: next(used))
     assert budget.rest_s() == pytest.approx(0.5)
     assert budget.rest_s() == 0
 
 
-def test_the_traffic_of_each_version_is_told(
+def test_the_service_reports_the_traffic_of_each_version(
     client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes]
 ) -> None:
     deploy_canary(share=0.5)
@@ -226,7 +226,7 @@ def test_the_traffic_of_each_version_is_told(
         assert 0.1 * count < each["confidence"] <= count
 
 
-def test_a_service_without_a_trial_tells_its_traffic_too(ready: FlaskClient, png: bytes) -> None:
+def test_a_service_without_a_canary_reports_its_traffic(ready: FlaskClient, png: bytes) -> None:
     ready.post("/v1/classify", data=png, **RAW)
     status = msgspec.json.decode(ready.get("/v1/models/digits/traffic").data, type=ServingStatus)
     assert (status.champion, status.challenger, status.of(1).requests) == (1, None, 1)
@@ -249,7 +249,7 @@ class Switchable:
         return self._classifier.classify(pixels)
 
 
-def test_while_the_challengers_device_is_lost_the_champion_answers_and_it_is_loaded_again(
+def test_the_champion_answers_until_a_challenger_whose_device_was_lost_is_loaded_again(
     models: Path, deploy_canary, metrics: Metrics, settings: Settings, images: list[bytes]
 ) -> None:
     loaded: list[tuple[int, Switchable]] = []
@@ -272,7 +272,7 @@ def test_while_the_challengers_device_is_lost_the_champion_answers_and_it_is_loa
     assert slot.workers()[0].refused is None
 
 
-def test_a_device_that_was_lost_is_no_refusal_of_a_version(models: Path, deploy_canary) -> None:
+def test_a_lost_device_does_not_count_as_a_refused_version(models: Path, deploy_canary) -> None:
     def lost(bundle, deployed):
         raise DeviceLost("the process that owns the GPU is not running")
 
@@ -284,10 +284,10 @@ def test_a_device_that_was_lost_is_no_refusal_of_a_version(models: Path, deploy_
     assert report.refused is None
 
 
-def test_a_slow_challenger_is_not_for_the_loop(
+def test_the_loop_postpones_requests_for_a_slow_challenger(
     app: Flask, slot: ModelSlot, deploy_canary, images: list[bytes]
 ) -> None:
-    """The loop answers everybody: probes and the champion's callers would wait for it, too."""
+    """The loop answers all clients: probes and requests to the champion would wait as well."""
     deploy_canary(share=1.0)
     slot.refresh()
     challenger = slot.require().challenger
@@ -301,19 +301,19 @@ def test_a_slow_challenger_is_not_for_the_loop(
     assert app.wsgi_app(environ | {IN_LOOP: len(images[0])}, lambda status, headers: None)
 
 
-def test_what_was_postponed_is_timed_from_when_it_came(
+def test_a_postponed_request_is_timed_from_its_arrival(
     app: Flask, slot: ModelSlot, deploy_canary, images: list[bytes], metrics: Metrics
 ) -> None:
     deploy_canary(share=0.0)
     slot.refresh()
 
-    def ask(came_s: float) -> tuple[str, dict]:
-        said: list[str] = []
+    def ask(waited_s: float) -> tuple[str, dict]:
+        statuses: list[str] = []
         environ = create_environ("/v1/classify", method="POST", data=images[0])
-        environ[CALLED] = time.perf_counter() - came_s
-        parts = app.wsgi_app(environ, lambda status, headers: said.append(status))
+        environ[CALLED] = time.perf_counter() - waited_s
+        parts = app.wsgi_app(environ, lambda status, headers: statuses.append(status))
         body = b"".join(parts)
-        return said[0], msgspec.json.decode(body)
+        return statuses[0], msgspec.json.decode(body)
 
     status, answer = ask(3.0)
     assert status == "200 OK"
@@ -322,18 +322,20 @@ def test_what_was_postponed_is_timed_from_when_it_came(
     assert ask(11.0)[0].startswith("504")  # CONVOY_DEADLINE_S is 10
 
 
-def test_the_plan_of_a_version_whose_device_was_lost_is_told_no_more(metrics: Metrics) -> None:
+def test_metrics_clear_the_plan_of_a_version_whose_device_was_lost(metrics: Metrics) -> None:
     def served(device: str) -> Any:
         return SimpleNamespace(version=1, device=device, plan=f"plan-{device}")
 
     metrics.version_switched("digits", None, served("cuda:0"))
-    metrics.version_switched("digits", None, served("cpu"))  # nothing was left to be replaced
+    metrics.version_switched(
+        "digits", None, served("cpu")
+    )  # ``before`` is None after a lost device
     text = metrics.render().decode()
-    told = re.findall(r'convoy_model_info{device="([^"]+)".*} (.*)', text)
-    assert sorted(told) == [("cpu", "1.0"), ("cuda:0", "0.0")]
+    found = re.findall(r'convoy_model_info{device="([^"]+)".*} (.*)', text)
+    assert sorted(found) == [("cpu", "1.0"), ("cuda:0", "0.0")]
 
 
-def test_a_list_whose_images_fail_by_our_fault_counts_as_failed(
+def test_a_list_whose_images_fail_with_a_server_error_counts_as_an_error(
     client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes], monkeypatch
 ) -> None:
     deploy_canary(share=1.0)
@@ -368,7 +370,7 @@ def test_the_shadow_forgets_a_challenger_whose_device_was_lost(
     assert metrics.traffic("digits")[0].shadowed == 2
 
 
-def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path, deploy) -> None:
+def test_a_roll_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path, deploy) -> None:
     deciding, go_on = threading.Event(), threading.Event()
 
     def undecided(bundle, deployed):
@@ -394,7 +396,7 @@ def test_taking_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path,
         stop.set()
 
 
-def test_a_device_that_is_lost_beside_a_warm_version_is_recovered_from(
+def test_a_slot_recovers_from_a_lost_device_while_another_version_is_warm(
     models: Path, deploy, metrics: Metrics
 ) -> None:
     loaded: list[Switchable] = []

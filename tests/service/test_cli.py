@@ -25,7 +25,7 @@ def test_files_are_shown_as_a_table(url: str, picture: str, capsys) -> None:
     assert lines[1].split()[0].endswith("%")
 
 
-def test_programs_get_json_lines(url: str, picture: str, capsys) -> None:
+def test_with_json_each_file_is_one_json_line(url: str, picture: str, capsys) -> None:
     assert main(["classify", picture, "--url", url, "--model", "digits", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["file"] == picture
@@ -33,7 +33,7 @@ def test_programs_get_json_lines(url: str, picture: str, capsys) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/", "/convoy", "/convoy/"])
-def test_a_service_may_lie_below_a_path(path: str, picture: str, capsys) -> None:
+def test_a_proxy_may_serve_the_service_below_a_path(path: str, picture: str, capsys) -> None:
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -58,7 +58,7 @@ def test_a_service_may_lie_below_a_path(path: str, picture: str, capsys) -> None
     ("host", "address"),
     [("::", "http://[::1]:8080"), ("0.0.0.0", "http://127.0.0.1:8080"), ("", "http://127.0.0.1:")],
 )
-def test_by_default_this_machines_service_is_asked(
+def test_the_default_address_is_that_of_this_machines_service(
     host: str, address: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONVOY_HOST", host)
@@ -67,7 +67,7 @@ def test_by_default_this_machines_service_is_asked(
     assert address in "".join(capsys.readouterr().out.split())
 
 
-def test_what_could_not_be_classified_is_said_and_shows_in_the_status(
+def test_a_file_that_could_not_be_classified_is_named_and_the_status_is_1(
     url: str, picture: str, tmp_path: Path, capsys
 ) -> None:
     (tmp_path / "text.png").write_text("no image")
@@ -77,11 +77,11 @@ def test_what_could_not_be_classified_is_said_and_shows_in_the_status(
     assert "not a JPEG, PNG" in captured.err
     assert "missing.png: No such file" in captured.err
     assert "digits version 1" in captured.out
-    assert main(["classify", picture, "--url", url, "--model", "nobody"]) == 1
-    assert "no model 'nobody'" in capsys.readouterr().err
+    assert main(["classify", picture, "--url", url, "--model", "unknown"]) == 1
+    assert "no model 'unknown'" in capsys.readouterr().err
 
 
-def test_a_service_that_is_not_there_is_one_line(picture: str, capsys) -> None:
+def test_a_service_that_does_not_answer_is_an_error_of_one_line(picture: str, capsys) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -92,7 +92,7 @@ def test_a_service_that_is_not_there_is_one_line(picture: str, capsys) -> None:
         assert "http://HOST:PORT" in capsys.readouterr().err
 
 
-def test_a_port_that_speaks_no_http_is_one_line(picture: str, capsys) -> None:
+def test_a_port_that_does_not_speak_http_is_an_error_of_one_line(picture: str, capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -106,7 +106,7 @@ def test_a_port_that_speaks_no_http_is_one_line(picture: str, capsys) -> None:
     assert capsys.readouterr().err.startswith(("error: " + address, "error: no answer"))
 
 
-def test_a_port_that_is_taken_is_said_before_anything_starts(
+def test_a_port_that_cannot_be_used_is_an_error_before_any_process_starts(
     capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:
@@ -117,12 +117,12 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(
     error = capsys.readouterr().err
     assert "Address already in use" in error
     assert "CONVOY_PORT" in error
-    monkeypatch.setenv("CONVOY_HOST", "203.0.113.1")  # documentation's own: never this machine's
+    monkeypatch.setenv("CONVOY_HOST", "203.0.113.1")  # reserved for documentation
     assert main(["serve", "--no-pull"]) == 2
     assert "is CONVOY_HOST right?" in capsys.readouterr().err
 
 
-def test_a_setting_that_cannot_be_used_stops_the_start(
+def test_a_setting_that_is_not_allowed_stops_the_start(
     capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONVOY_WORKERS", "many")

@@ -16,7 +16,7 @@ EXAMPLES = re.findall(r"```sh\n(.*?)```\n```json\n(.*?)```", PAGE, re.DOTALL)
 
 
 def form(value: Any) -> Any:
-    """``value`` with what differs from run to run taken out."""
+    """``value`` with the type in place of each value, as values differ from run to run."""
     if isinstance(value, dict):
         return {key: form(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -24,7 +24,7 @@ def form(value: Any) -> Any:
     return "number" if isinstance(value, int | float) else type(value).__name__
 
 
-def test_there_are_examples() -> None:
+def test_every_command_on_the_page_has_an_answer() -> None:
     assert len(EXAMPLES) >= 8
     assert PAGE.count("```sh") == PAGE.count("```json") == len(EXAMPLES)
 

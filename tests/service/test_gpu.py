@@ -1,4 +1,4 @@
-"""The process that owns the GPU, in this process, with a stand-in for the device."""
+"""The server of the process that owns the GPU, run in this process on a stand-in for the device."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ SETTINGS = Settings(max_batch=8, queue_limit=64, max_batch_compute_ms=1e6)
 
 
 class Owner:
-    """A server, what it plans with, and what its clients plan with where there is no GPU."""
+    """A server on a socket with a stand-in planner, and a client with one for the CPU."""
 
     def __init__(self, address: Path, planner: StandInPlanner, device: str = "cuda:0") -> None:
         self.planner = planner
@@ -76,7 +76,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return statuses
 
 
-def test_the_answers_are_those_of_the_same_plan_at_home(
+def test_the_scores_are_those_of_the_same_plan_in_the_worker(
     own, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     bundle = make_bundle()
@@ -90,7 +90,7 @@ def test_the_answers_are_those_of_the_same_plan_at_home(
         np.testing.assert_allclose(scores, expected.classify(pixels), atol=1e-6)
 
 
-def test_a_version_is_loaded_once_for_all_workers_and_let_go_by_the_last(
+def test_a_version_is_loaded_once_for_all_workers_and_freed_by_the_last(
     own, make_bundle: MakeBundle
 ) -> None:
     owner, bundle = own(), make_bundle()
@@ -104,7 +104,7 @@ def test_a_version_is_loaded_once_for_all_workers_and_let_go_by_the_last(
     assert owner.planner.loads == 2
 
 
-def test_who_watches_holds_no_version(own, make_bundle: MakeBundle) -> None:
+def test_the_watch_for_hangs_does_not_keep_a_version_alive(own, make_bundle: MakeBundle) -> None:
     owner = own()
     remote = owner.client.load(make_bundle())
     owner.server._end_if_hung()
@@ -160,7 +160,7 @@ def test_images_of_several_workers_share_a_batch(
     assert sizes == [1, 5]
 
 
-def test_errors_come_back_as_what_they_are(
+def test_errors_reach_the_worker_with_their_class_and_text(
     own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, bundle = own(), make_bundle()
@@ -181,7 +181,7 @@ def test_errors_come_back_as_what_they_are(
     assert not owner.server._loaded
 
 
-def test_a_forward_pass_that_fails_costs_its_own_images_only(
+def test_a_bad_image_fails_alone_and_the_connection_lives_on(
     own, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     def picky(run: PredictFn) -> PredictFn:
@@ -203,14 +203,16 @@ def test_a_forward_pass_that_fails_costs_its_own_images_only(
     assert not remote.lost
 
 
-def test_choosing_is_done_by_the_owner(own, make_bundle: MakeBundle) -> None:
+def test_the_owner_chooses_plans(own, make_bundle: MakeBundle) -> None:
     owner, bundle = own(), make_bundle()
     owner.client.choose(bundle)
     assert owner.planner.chosen == [bundle.manifest_sha256]
     assert owner.on_cpu.chosen == []
 
 
-def test_without_a_gpu_workers_plan_for_themselves(own, make_bundle: MakeBundle) -> None:
+def test_without_a_gpu_workers_choose_and_load_plans_themselves(
+    own, make_bundle: MakeBundle
+) -> None:
     owner, bundle = own(device="cpu"), make_bundle()
     owner.client.choose(bundle)
     owner.client.load(bundle)
@@ -218,8 +220,8 @@ def test_without_a_gpu_workers_plan_for_themselves(own, make_bundle: MakeBundle)
     assert (owner.on_cpu.chosen, owner.on_cpu.loads) == ([bundle.manifest_sha256], 1)
 
 
-def test_an_owner_that_is_not_there_is_a_lost_device(tmp_path: Path, make_bundle) -> None:
-    client = GpuPlanner(tmp_path / "nobody", StandInPlanner())
+def test_an_owner_that_is_not_running_is_a_lost_device(tmp_path: Path, make_bundle) -> None:
+    client = GpuPlanner(tmp_path / "unknown", StandInPlanner())
     with pytest.raises(DeviceLost, match="is not running"):
         client.load(make_bundle())
 
@@ -236,7 +238,7 @@ def test_an_owner_that_hangs_is_a_lost_device(
         remote.classify(few_digits.test.pixels[:1])
     assert remote.lost
     go_on.set()
-    with pytest.raises(DeviceLost):  # the answer that came too late is nobody else's
+    with pytest.raises(DeviceLost):  # the late answer must not pass for that of another image
         remote.classify(few_digits.test.pixels[1:2])
 
 
@@ -244,7 +246,7 @@ def test_an_owner_that_does_not_read_is_a_lost_device(
     make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_client, "ANSWER_S", 0.05)
-    near, far = Pipe()  # of Unix sockets; nobody reads the other
+    near, far = Pipe()  # two Unix sockets; no thread reads from ``far``
     run = RemotePredict(near, 10)
     with pytest.raises(DeviceLost, match="has ended"):
         run(np.zeros((64, 224, 224, 3), dtype=np.uint8))
@@ -273,7 +275,7 @@ def test_a_forward_pass_that_hangs_ends_the_owner(
     asking.join()
 
 
-def test_many_workers_fill_no_queue_at_the_owner(
+def test_the_owner_refuses_no_image_of_many_workers(
     own, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     owner, bundle = own(), make_bundle()
@@ -294,8 +296,10 @@ def test_many_workers_fill_no_queue_at_the_owner(
     assert not failures
 
 
-def test_a_device_that_is_slow_is_waited_for(make_bundle: MakeBundle, few_digits: Dataset) -> None:
-    """Who must not wait for long was refused by its worker; here that would look like a fault."""
+def test_the_owner_refuses_no_image_because_the_device_is_slow(
+    make_bundle: MakeBundle, few_digits: Dataset
+) -> None:
+    """Workers refuse images that would wait too long; here a refusal would look like a fault."""
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     loaded = GpuModel(planner.load(make_bundle()), 32, 50.0)
     loaded.batcher._image_ms = 60_000.0
@@ -315,7 +319,7 @@ def test_an_owner_that_loads_for_too_long_is_a_lost_device(
     go_on.set()
 
 
-def test_nonsense_ends_its_own_connection_only(own, make_bundle: MakeBundle) -> None:
+def test_a_malformed_message_ends_only_its_own_connection(own, make_bundle: MakeBundle) -> None:
     owner = own()
     with Client(str(owner.client._address), "AF_UNIX") as stranger:
         stranger.send_bytes(b"{")
@@ -324,7 +328,7 @@ def test_nonsense_ends_its_own_connection_only(own, make_bundle: MakeBundle) -> 
     assert owner.client.load(make_bundle()).plan == PLAN
 
 
-def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_there(
+def test_a_lost_device_ends_the_owner_and_the_model_is_not_ready_until_another_runs(
     own,
     deploy,
     models: Path,
@@ -377,7 +381,7 @@ def test_a_lost_device_ends_the_owner_and_unreadies_the_model_until_another_is_t
     monkeypatch.setattr("service.loading.version_loader.RETRY_S", 0.0)
     assert not slot.refresh()
     assert "is not running" in str(slot.error)
-    owner.client._address = own(device="cpu").client._address  # what takes over finds no GPU
+    owner.client._address = own(device="cpu").client._address  # the next owner finds no GPU
     assert slot.refresh()
     assert client.post("/v1/classify", data=png).status_code == 200
     (ready,) = client.get("/readyz").json["models"]

@@ -1,4 +1,4 @@
-"""Bundles of strangers and broken ones: the old version serves on, and none of their code runs."""
+"""Hostile and damaged bundles: the old version keeps serving, and none of their code runs."""
 
 import base64
 import random
@@ -27,10 +27,10 @@ from tests.conftest import MakeBundle
 from tests.hostile_bundles import HOSTILE_BUNDLES, as_published
 from tests.service.conftest import REF
 
-# What nobody reads here, or nobody can know: with digests that fit, these serve.
+# With digests that fit, these serve: a worker cannot detect them, or does not read the file.
 HARMLESS = {
-    "labels are swapped": "who can rewrite the manifest and the registry can: sign versions",
-    "held-out scores are an array of objects": "read by the gate only, and refused there",
+    "labels are swapped": "an attacker who can rewrite manifest and registry can do this: sign",
+    "held-out scores are an array of objects": "only the gate reads them, and refuses them",
 }
 
 
@@ -51,7 +51,7 @@ def put_forward(models: Path, version: int, digest: str) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE_BUNDLES)
 @pytest.mark.parametrize("digests_fit", [True, False])
-def test_none_takes_over_and_none_runs(
+def test_a_hostile_bundle_does_not_take_over_and_its_code_does_not_run(
     name: str,
     digests_fit: bool,
     serving: ModelSlot,
@@ -76,7 +76,7 @@ def test_none_takes_over_and_none_runs(
 
 
 @pytest.mark.parametrize("name", ["network would need 10¹⁶ bytes", "pictures of 4096×4096"])
-def test_none_takes_memory_for_what_it_claims(name: str, make_bundle: MakeBundle) -> None:
+def test_a_bundle_with_false_sizes_takes_no_memory(name: str, make_bundle: MakeBundle) -> None:
     bundle = make_bundle(network=ListedNetwork("dense", {"hidden": [512]}))
     HOSTILE_BUNDLES[name](bundle, Path("unused"))
     before = rss_mb()
@@ -85,9 +85,7 @@ def test_none_takes_memory_for_what_it_claims(name: str, make_bundle: MakeBundle
     assert rss_mb() - before < 50
 
 
-def test_an_array_of_objects_is_refused_where_it_is_read(
-    make_bundle: MakeBundle, tmp_path: Path
-) -> None:
+def test_reading_an_array_of_objects_is_refused(make_bundle: MakeBundle, tmp_path: Path) -> None:
     bundle = make_bundle()
     HOSTILE_BUNDLES["held-out scores are an array of objects"](bundle, tmp_path / "marker")
     changed = open_bundle(bundle.folder)
@@ -96,7 +94,7 @@ def test_an_array_of_objects_is_refused_where_it_is_read(
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_bundle_in_which_one_byte_is_another_never_takes_over(
+def test_a_bundle_with_one_changed_bit_never_takes_over(
     serving: ModelSlot, make_bundle: MakeBundle, models: Path, clock: SimpleNamespace
 ) -> None:
     bundle = make_bundle(seed=1, folder=version_folder(models, "digits", 2))
@@ -107,18 +105,18 @@ def test_a_bundle_in_which_one_byte_is_another_never_takes_over(
         good = file.read_bytes()
         at = dice.randrange(len(good))
         file.write_bytes(good[:at] + bytes([good[at] ^ (1 << dice.randrange(8))]) + good[at + 1 :])
-        clock.now += 600  # after any pause
+        clock.now += 600  # longer than any pause before a retry
         put_forward(models, 2, bundle.manifest_sha256)
         assert not serving.refresh()
         assert serving.current is not None
         assert serving.current.version == 1
         file.write_bytes(good)
     clock.now += 600
-    assert serving.refresh()  # it was good but for the byte
+    assert serving.refresh()  # without a change, the bundle is good
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_bundle_of_another_model_is_refused_whoever_signed_it(
+def test_a_bundle_of_another_model_is_refused_even_if_it_is_signed(
     make_bundle: MakeBundle, models: Path, tmp_path: Path, signed: bool
 ) -> None:
     bundle = make_bundle(folder=version_folder(models, "letters", 1))  # a bundle of "digits"
@@ -147,4 +145,4 @@ def test_a_bundle_of_another_model_is_refused_whoever_signed_it(
     slot = ModelSlot(letters, models, load)
     assert not slot.refresh()
     assert slot.error is not None
-    assert "is of the model 'digits'" in slot.error
+    assert "belongs to the model 'digits'" in slot.error

@@ -1,4 +1,4 @@
-"""The metrics of workers that are gone: counted for good, in a bounded number of files."""
+"""The counts of ended workers are kept, in a bounded number of files."""
 
 import os
 import runpy
@@ -15,7 +15,7 @@ from service.observability.metrics import Metrics
 
 
 def write(folder: Path, kind: str, pid: int, name: str, value: float) -> None:
-    """What a worker of that process id has written of one metric."""
+    """Write one metric as the worker with that process id would."""
     file = MmapedDict(str(folder / f"{kind}_{pid}.db"))
     label = {"histogram": ["le"]}.get(kind, [])
     sample = {"counter": f"{name}_total", "histogram": f"{name}_bucket"}.get(
@@ -78,7 +78,7 @@ def test_metrics_are_rendered_again_only_when_they_are_too_old() -> None:
     assert line % b"1.0" in fresh.render()
 
 
-def test_the_arbiter_survives_files_that_cannot_be_read(
+def test_gunicorns_arbiter_survives_metric_files_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CONVOY_RUN_FOLDER", "PROMETHEUS_MULTIPROC_DIR", "OMP_NUM_THREADS"):

@@ -17,13 +17,15 @@ from tests.conftest import wait_for
 from tests.service.conftest import REF, load
 
 
-def test_nothing_released_is_not_ready_and_says_what_to_run(slot: ModelSlot) -> None:
+def test_without_a_deployment_a_model_is_not_ready_and_the_error_says_what_to_run(
+    slot: ModelSlot,
+) -> None:
     assert not slot.refresh()
     with pytest.raises(ModelNotReady, match="python -m registry pull models:/digits@champion"):
         slot.require()
 
 
-def test_a_release_is_loaded_once(slot: ModelSlot, deploy) -> None:
+def test_a_deployment_is_loaded_once(slot: ModelSlot, deploy) -> None:
     deploy(1)
     assert slot.refresh()
     served = slot.require().champion
@@ -32,7 +34,7 @@ def test_a_release_is_loaded_once(slot: ModelSlot, deploy) -> None:
     assert slot.require().champion is served
 
 
-def test_a_new_release_takes_over_while_the_old_object_goes_on(
+def test_a_new_deployment_takes_over_and_the_old_object_still_answers(
     slot: ModelSlot, deploy, few_digits
 ) -> None:
     deploy(1, seed=0)
@@ -49,15 +51,15 @@ def test_a_new_release_takes_over_while_the_old_object_goes_on(
     assert not np.allclose(answers[0].row, answers[1].row)
 
 
-def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
+def test_a_broken_version_is_logged_once_and_the_old_one_keeps_serving(
     slot: ModelSlot, deploy, models: Path, caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deploy(1)
     slot.refresh()
     deploy(2, seed=1)
     weights = version_folder(models, "digits", 2) / WEIGHTS
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1])
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1])
     monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     assert not slot.refresh()
     assert not slot.refresh()
@@ -66,7 +68,7 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "version 1 keeps serving" in warnings[0].getMessage()
-    weights.write_bytes(whole)
+    weights.write_bytes(good)
     assert slot.refresh()
     assert (slot.require().champion.version, slot.error) == (2, None)
 
@@ -74,32 +76,32 @@ def test_a_broken_version_is_refused_once_and_the_old_one_serves_on(
 def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, deploy, models: Path) -> None:
     deploy(1)
     weights = version_folder(models, "digits", 1) / WEIGHTS
-    whole = weights.read_bytes()
+    good = weights.read_bytes()
     weights.write_bytes(b"")
     assert not slot.refresh()
-    weights.write_bytes(whole)
+    weights.write_bytes(good)
     assert not slot.refresh()
 
 
-def test_a_release_file_that_was_lost_is_followed_again(
+def test_a_slot_follows_a_deployment_file_that_was_lost_and_came_back(
     slot: ModelSlot, deploy, models: Path
 ) -> None:
     deploy(1)
     slot.refresh()
-    whole = deployment_file(models, REF).read_bytes()
+    content = deployment_file(models, REF).read_bytes()
     deployment_file(models, REF).unlink()
     slot.refresh()
     assert "nothing is deployed" in str(slot.error)
-    deployment_file(models, REF).write_bytes(whole)
+    deployment_file(models, REF).write_bytes(content)
     assert not slot.refresh()
     assert slot.error is None
     deployment_file(models, REF).unlink()
-    deploy(2, seed=1)  # begins with generation 1 again
+    deploy(2, seed=1)  # its generation is 1 again
     assert slot.refresh()
     assert slot.require().champion.version == 2
 
 
-def test_a_request_loads_what_is_released_if_nothing_is_loaded_yet(slot: ModelSlot, deploy) -> None:
+def test_a_request_loads_the_deployment_if_nothing_is_loaded_yet(slot: ModelSlot, deploy) -> None:
     with pytest.raises(ModelNotReady):
         slot.require()
     deploy(1)
@@ -123,7 +125,7 @@ def test_many_first_requests_load_only_once(models: Path, deploy) -> None:
     assert loads == [1]
 
 
-def test_a_slot_follows_the_release_of_its_own_reference(
+def test_a_slot_follows_the_deployment_of_its_own_reference(
     slot: ModelSlot, models: Path, deploy
 ) -> None:
     deploy(2)
@@ -136,16 +138,16 @@ def test_a_slot_follows_the_release_of_its_own_reference(
     assert (pinned.current.version, slot.current.version) == (1, 2)
 
 
-def test_a_release_file_that_holds_another_version_is_refused(models: Path, deploy) -> None:
+def test_a_deployment_file_with_another_version_is_refused(models: Path, deploy) -> None:
     deploy(1)
     pinned = ModelRef("digits", version=7)
     deployment_file(models, REF).rename(deployment_file(models, pinned))
     slot = ModelSlot(pinned, models, load)
     assert not slot.refresh()
-    assert "holds no models:/digits/7" in str(slot.error)
+    assert "has no models:/digits/7" in str(slot.error)
 
 
-def test_a_damaged_release_file_does_not_stop_the_watcher(
+def test_a_damaged_deployment_file_does_not_stop_the_watcher(
     slot: ModelSlot, deploy, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployment_watcher, "POLL_S", 0.005)
@@ -161,7 +163,7 @@ def test_a_damaged_release_file_does_not_stop_the_watcher(
     wait_for(lambda: set(threading.enumerate()) <= others)
 
 
-def test_swaps_and_failures_are_counted(models: Path, deploy) -> None:
+def test_on_switch_is_called_for_switches_and_failures(models: Path, deploy) -> None:
     events: list[tuple[int | None, int | None]] = []
 
     def note(name: str, before: ServedModel | None, after: ServedModel | None) -> None:
@@ -202,10 +204,10 @@ def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_s
     assert (careful.require().champion.version, chosen) == (2, [1, 2])
 
 
-def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(
+def test_no_version_is_refused_if_both_versions_of_a_canary_are_new(
     models: Path, deploy_canary
 ) -> None:
-    """Both plans have to be chosen, one after the other: that is no fault of the challenger's."""
+    """Both plans have to be chosen, one after the other: the challenger is not at fault."""
     deploy_canary(share=0.5)
     chosen: set[int] = set()
     read: list[int] = []
@@ -219,7 +221,7 @@ def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(
     def decide(bundle) -> None:
         number = int(bundle.folder.name)
         before = list(read)
-        for _ in range(5):  # the looks meanwhile, which must not read it all again
+        for _ in range(5):  # polls meanwhile must not read the bundles again
             slot.poll_once()
             assert {each.refused for each in slot.workers()} == {None}
         assert read == before
@@ -235,7 +237,7 @@ def test_where_both_versions_of_a_trial_are_new_nothing_is_refused(
     assert {each.refused for each in slot.workers()} == {None}
 
 
-def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
+def test_a_plan_that_cannot_be_loaded_is_chosen_again_only_after_a_pause(
     models: Path, deploy, clock: SimpleNamespace
 ) -> None:
     deploy(1)
@@ -253,7 +255,7 @@ def test_a_plan_that_cannot_be_loaded_is_not_chosen_again_and_again(
     assert len(decided) == 2
 
 
-def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
+def test_a_version_that_no_plan_can_serve_is_tried_again_after_growing_pauses(
     models: Path, deploy, caplog, clock: SimpleNamespace
 ) -> None:
     deploy(1)
@@ -269,7 +271,7 @@ def test_a_version_that_no_plan_can_serve_is_tried_again_more_and_more_seldom(
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, never, refuse)
 
     def pauses(until: int) -> list[float]:
-        """Seconds between the next tries."""
+        """Seconds between the next ``until`` attempts."""
         tried.clear()
         while len(tried) < until:
             slot.refresh()

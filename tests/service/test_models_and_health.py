@@ -1,4 +1,4 @@
-"""What the service says of itself: models, probes, metrics, the API's description, the page."""
+"""The service's own state: models, probes, metrics, the API's description, the page."""
 
 import re
 import time
@@ -27,7 +27,7 @@ def test_models_are_listed_before_and_after_loading(
 
 
 @pytest.mark.parametrize("path", ["", "/versions/1", "/aliases/champion"])
-def test_one_model_is_described_whole(ready: FlaskClient, path: str) -> None:
+def test_the_description_of_a_model_is_complete(ready: FlaskClient, path: str) -> None:
     response = ready.get(f"/v1/models/digits{path}")
     body = response.json
     assert body["labels"] == list("0123456789")
@@ -39,17 +39,17 @@ def test_one_model_is_described_whole(ready: FlaskClient, path: str) -> None:
     assert response.headers["X-Model-Version"] == "1"
 
 
-def test_what_is_not_there_is_not_described(client: FlaskClient) -> None:
-    assert client.get("/v1/models/nobody").status_code == 404
+def test_an_unknown_model_is_404_and_a_model_that_is_not_loaded_503(client: FlaskClient) -> None:
+    assert client.get("/v1/models/unknown").status_code == 404
     assert client.get("/v1/models/digits").status_code == 503
 
 
-@pytest.mark.parametrize("path", ["/nobody", "/digits/versions/9", "/digits/aliases/previous"])
-def test_what_is_not_served_is_not_described(ready: FlaskClient, path: str) -> None:
+@pytest.mark.parametrize("path", ["/unknown", "/digits/versions/9", "/digits/aliases/previous"])
+def test_models_and_versions_that_are_not_served_are_404(ready: FlaskClient, path: str) -> None:
     assert ready.get(f"/v1/models{path}").status_code == 404
 
 
-def test_readiness_is_loading_and_liveness_is_not(
+def test_readiness_depends_on_loading_and_liveness_does_not(
     client: FlaskClient, slot: ModelSlot, deploy
 ) -> None:
     assert client.get("/livez").status_code == 200
@@ -86,8 +86,8 @@ def test_metrics_count_what_happened(ready: FlaskClient, png: bytes) -> None:
         assert f'convoy_stage_seconds_count{{{labels},stage="{stage}"}} 2.0' in text
 
 
-def test_what_alarms_look_at_is_there_before_it_happens(ready: FlaskClient) -> None:
-    """Prometheus sees no increase where the first value is 1: the first failure would be silent."""
+def test_counters_that_alarms_use_exist_before_the_first_event(ready: FlaskClient) -> None:
+    """Prometheus sees no increase if the first value is 1: no alarm for the first failure."""
     text = ready.get("/metrics").text
     for version in ("", "1"):
         labels = f'model_name="digits",model_version="{version}"'
@@ -96,7 +96,7 @@ def test_what_alarms_look_at_is_there_before_it_happens(ready: FlaskClient) -> N
     assert 'convoy_version_switches_total{model_name="digits",outcome="failed"} 0.0' in text
 
 
-def test_callers_cannot_add_series(ready: FlaskClient, png: bytes) -> None:
+def test_clients_cannot_add_time_series(ready: FlaskClient, png: bytes) -> None:
     def series() -> int:
         return len(ready.get("/metrics").text.splitlines())
 
@@ -164,8 +164,10 @@ def test_the_page_loads_only_its_own_files(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_pages_stay_below_the_path_of_a_proxy(client: FlaskClient, path: str) -> None:
-    """A proxy serves them at https://host/convoy/…, and asks without /convoy."""
+def test_the_addresses_in_pages_stay_below_the_path_of_a_proxy(
+    client: FlaskClient, path: str
+) -> None:
+    """The proxy serves the pages at https://host/convoy/…, and sends requests without /convoy."""
     with client.get(path) as page:
         addresses = re.findall(r"""(?:src|href)=["']?([^"'> ]+)""", page.text)
     ours = [each for each in addresses if not each.startswith("data:")]

@@ -1,4 +1,4 @@
-"""A writer of ``CONVOY_HOME/plans`` changes neither the code that is loaded nor the answers."""
+"""An attacker who can write ``CONVOY_HOME/plans`` changes neither code that runs nor answers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,16 +25,16 @@ from tests.conftest import MakeBundle, load_eager
 
 VERSION = DeployedVersion(version=3, manifest_sha256="", alias="champion")
 FORGED = (
-    "inductor-fp32",  # older programs loaded a compiled package by this name
+    "inductor-fp32",  # older versions of Convoy loaded a compiled package by this name
     "../../plans/evil",
     "registry.model.plans.benchmark_process",
-    "cuda-fp16",  # not for this device
+    "cuda-fp16",  # a plan for another device
     "openvino-int8",  # the signed manifest has no accuracy for it
 )
 
 
 def options(planner: Planner, trust: TrustedKeys) -> dict[str, Any]:
-    """What ``load_served`` gets in every worker of a service."""
+    """The options of ``load_served`` in every worker of a service."""
     return {
         "name": "digits",
         "planner": planner,
@@ -99,7 +99,7 @@ def test_answers_come_from_the_signed_bundle_whatever_lies_in_the_plan_cache(
         np.testing.assert_allclose(scores, expected, rtol=0, atol=0.05)
 
 
-def test_what_a_slot_says_of_a_plan_names_the_model_once(
+def test_a_slots_error_about_a_plan_names_the_model_once(
     deploy: Callable[..., Bundle], models: Path, tmp_path: Path
 ) -> None:
     deploy(1)

@@ -1,4 +1,4 @@
-"""The registry asks a service how it does; where that asks for keys, with the one of its own."""
+"""The registry reads a service's traffic over HTTP, with the service key if that needs one."""
 
 import socket
 
@@ -9,8 +9,10 @@ from registry.core.errors import ModelNotReady, UsageError
 from registry.core.service_address import SERVICE_KEY
 
 
-def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SERVICE_KEY, "between ourselves")
+def test_the_status_of_a_service_is_read_over_http(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SERVICE_KEY, "a service key")
     status = read_serving_status([url], "digits")
     assert status.champion == 1
     with pytest.raises(ModelNotReady, match="does not say"):
@@ -20,7 +22,7 @@ def test_a_service_is_asked_over_http(url: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "text", [",", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://x:0", "x:8080"]
 )
-def test_what_is_no_address_is_said_at_once(text: str) -> None:
+def test_a_malformed_address_is_an_error(text: str) -> None:
     with pytest.raises(UsageError, match="is no http"):
         service_addresses({"CONVOY_SERVICE_URL": text})
 
@@ -47,6 +49,6 @@ def test_every_machine_of_a_name_is_asked_once(
     assert _replicas("http://service:8080") == asked
 
 
-def test_a_name_that_nobody_has_is_said() -> None:
+def test_a_host_name_that_cannot_be_resolved_is_an_error() -> None:
     with pytest.raises(ModelNotReady, match="cannot be found"):
         read_serving_status(["http://no-such-name.invalid:1"], "digits")

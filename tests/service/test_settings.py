@@ -16,7 +16,7 @@ from tests.conftest import wait_for
 from tests.service.conftest import REF
 
 ROOT = Path(__file__).parents[2]
-# From one process of a service to another, or from `make demo` to itself.
+# Not for operators: one process of a service, or `make demo`, sets these for others.
 MADE_BY_US = {"CONVOY_GPU_SOCKET", "CONVOY_RUN_FOLDER", "CONVOY_DEMO_ONCE"}
 
 
@@ -62,7 +62,7 @@ def test_settings_come_from_the_environment() -> None:
         ("CONVOY_MAX_PIXELS", "200000000"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(name: str, value: str) -> None:
+def test_the_error_about_a_setting_names_it_with_its_value(name: str, value: str) -> None:
     with pytest.raises(UsageError) as caught:
         Settings.from_environment({name: value})
     assert f"{name}={value!r}" in str(caught.value).replace("'LOUD'", "'loud'")
@@ -84,11 +84,11 @@ def test_the_operations_page_lists_every_setting() -> None:
 
 
 def test_a_worker_never_opens_a_gpu_itself() -> None:
-    with pytest.raises(UsageError, match="CONVOY_DEVICE=cuda: start with python -m service"):
+    with pytest.raises(UsageError, match=r"CONVOY_DEVICE=cuda needs .* python -m service"):
         create_app(Settings(device="cuda"))
 
 
-def test_an_app_of_its_own_loads_what_is_released(
+def test_an_app_without_arguments_loads_the_deployment(
     make_bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from registry.delivery.deployment import DeployedVersion, version_folder, write_deployment
@@ -123,7 +123,7 @@ def test_a_log_line_is_one_json_object_whatever_is_in_it(capfd) -> None:
     assert "ValueError: reason" in lines[1]["exception"]
 
 
-def test_the_time_to_be_unready_leaves_some_to_drain() -> None:
+def test_the_shutdown_delay_must_leave_time_to_drain() -> None:
     environment = {"CONVOY_SHUTDOWN_DELAY_S": "5", "CONVOY_GRACEFUL_TIMEOUT_S": "8"}
     assert Settings.from_environment(environment).shutdown_delay_s == 5
     with pytest.raises(UsageError, match="leaves no time to drain"):

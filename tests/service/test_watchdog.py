@@ -1,4 +1,4 @@
-"""When a worker ends itself."""
+"""When the watchdog ends its worker."""
 
 import signal
 import time
@@ -28,15 +28,15 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = 1000.0
 
-    def look_for(self, dog: Watchdog, seconds: float) -> None:
-        """Have ``dog`` look as its thread does."""
+    def poll_for(self, dog: Watchdog, seconds: float) -> None:
+        """Have ``dog`` poll for ``seconds``, as its thread would."""
         for _ in range(round(seconds / watchdog.POLL_INTERVAL_S)):
             self.now_s += watchdog.POLL_INTERVAL_S
             dog.poll_once()
 
-    def advance(self, seconds: float, looked_after: SimpleNamespace) -> None:
+    def advance(self, seconds: float, hanging: SimpleNamespace) -> None:
         self.now_s += seconds
-        looked_after.running_s += seconds
+        hanging.running_s += seconds
 
 
 @pytest.fixture
@@ -50,64 +50,64 @@ def slot(running_s: float) -> SimpleNamespace:
     return SimpleNamespace(ref=ModelRef("digits", 1), running_s=running_s)
 
 
-def test_a_forward_pass_that_hangs_is_said_and_then_ends_the_worker(
+def test_a_forward_pass_that_hangs_is_reported_and_then_ends_the_worker(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = Ends()
-    looked_after = slot(0.0), slot(29.0)
-    dog = Watchdog(looked_after, 30.0, end=end)
-    clock.look_for(dog, 60.0)
+    slots = slot(0.0), slot(29.0)
+    dog = Watchdog(slots, 30.0, end=end)
+    clock.poll_for(dog, 60.0)
     assert (dog.reason, end.signals) == (None, [])
-    looked_after[1].running_s = 31.0
-    said: list[str | None] = []
+    slots[1].running_s = 31.0
+    reasons: list[str | None] = []
 
     def sleep(seconds: float) -> None:
-        said.append(dog.reason)
+        reasons.append(dog.reason)
         clock.now_s += seconds
-        looked_after[1].running_s += seconds
+        slots[1].running_s += seconds
 
     monkeypatch.setattr(time, "sleep", sleep)
     dog.poll_once()
     assert end.signals == [signal.SIGKILL]
-    assert said == ["digits: a forward pass has not ended for 31 s"]  # before it ended
+    assert reasons == ["digits: a forward pass has not ended for 31 s"]  # before the signal
 
 
 @pytest.mark.parametrize("afterwards_s", [0.0, 1.0])
-def test_a_worker_whose_pass_ends_in_the_last_moment_goes_on(
+def test_a_worker_whose_pass_ends_at_the_last_moment_continues(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, afterwards_s: float
 ) -> None:
-    end, looked_after = Ends(), slot(0.0)
-    dog = Watchdog((looked_after,), 30.0, end=end)
-    clock.look_for(dog, 60.0)
-    looked_after.running_s = 31.0
+    end, hanging = Ends(), slot(0.0)
+    dog = Watchdog((hanging,), 30.0, end=end)
+    clock.poll_for(dog, 60.0)
+    hanging.running_s = 31.0
 
     def sleep(seconds: float) -> None:
         clock.now_s += seconds
-        looked_after.running_s = afterwards_s  # nothing runs, or another pass
+        hanging.running_s = afterwards_s  # no pass runs, or another one
 
     monkeypatch.setattr(time, "sleep", sleep)
     dog.poll_once()
     assert (dog.reason, end.signals) == (None, [])
 
 
-def test_the_time_in_which_the_process_was_stopped_is_not_the_pass_s(clock: Clock) -> None:
-    """As by `docker pause`, SIGSTOP or a machine that slept, in the middle of a forward pass."""
-    end, looked_after = Ends(), slot(0.0)
-    dog = Watchdog((looked_after,), 30.0, end=end)
-    clock.look_for(dog, 60.0)
+def test_time_in_which_the_process_was_stopped_does_not_count_as_a_hang(clock: Clock) -> None:
+    """`docker pause`, SIGSTOP or a sleeping machine may stop it in the middle of a forward pass."""
+    end, hanging = Ends(), slot(0.0)
+    dog = Watchdog((hanging,), 30.0, end=end)
+    clock.poll_for(dog, 60.0)
     clock.now_s += 3600.0
-    looked_after.running_s = 3600.0
-    clock.look_for(dog, 29.0)
+    hanging.running_s = 3600.0
+    clock.poll_for(dog, 29.0)
     assert (dog.reason, end.signals) == (None, [])
-    looked_after.running_s = 3632.0
-    clock.now_s += 2.0  # it hangs all the same
+    hanging.running_s = 3632.0
+    clock.now_s += 2.0  # now the pass has run for more than 30 s since the stop
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "sleep", lambda seconds: clock.advance(seconds, looked_after))
+        patch.setattr(time, "sleep", lambda seconds: clock.advance(seconds, hanging))
         dog.poll_once()
     assert end.signals == [signal.SIGKILL]
 
 
-def test_a_worker_that_grows_ends_gently_and_not_with_the_others(
+def test_a_worker_with_too_much_memory_gets_sigterm_after_a_random_delay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     end = Ends()
@@ -119,7 +119,7 @@ def test_a_worker_that_grows_ends_gently_and_not_with_the_others(
         assert time.monotonic() - began < WAIT_TIMEOUT_S
     dog.poll_once()
     assert end.signals == [signal.SIGTERM]
-    assert dog.reason is None  # it answers on until it has drained
+    assert dog.reason is None  # the worker stays ready until it drains
 
 
 def test_without_a_limit_no_memory_is_too_much() -> None:
@@ -129,25 +129,25 @@ def test_without_a_limit_no_memory_is_too_much() -> None:
     assert rss_mb() > 20
 
 
-def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, perceptual_hashes = Ends(), iter([OSError("no descriptor is free"), 0.0])
-    looked = Event()
+def test_the_watchdog_continues_after_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, outcomes = Ends(), iter([OSError("no descriptor is free"), 0.0])
+    checked = Event()
 
     class Slot:
         @property
         def running_s(self) -> float:
-            found = next(perceptual_hashes, None)
+            found = next(outcomes, None)
             if isinstance(found, OSError):
                 raise found
-            looked.set()
+            checked.set()
             return 0.0
 
     monkeypatch.setattr(watchdog, "POLL_INTERVAL_S", 0.01)
     Watchdog((Slot(),), 30.0, end=end).start()
-    assert looked.wait(WAIT_TIMEOUT_S)
+    assert checked.wait(WAIT_TIMEOUT_S)
 
 
-def test_who_has_shrunk_again_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_has_shrunk_again_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     end, sizes = Ends(), iter([200, 200, 50, 50])
     monkeypatch.setattr(watchdog, "rss_mb", lambda: next(sizes))
     monkeypatch.setattr(watchdog, "JITTER_S", 1e-9)
@@ -158,13 +158,15 @@ def test_who_has_shrunk_again_does_not_end(monkeypatch: pytest.MonkeyPatch) -> N
     assert dog._restart_at is None
 
 
-def test_what_is_kept_is_given_back_though_nothing_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was in use at one time may not be at the next."""
-    given: list[float] = []
-    monkeypatch.setattr(watchdog, "trim_heap", lambda: given.append(time.monotonic()))
+def test_the_heap_is_trimmed_at_intervals_without_any_growth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory that was in use at one time may be free at the next."""
+    trimmed: list[float] = []
+    monkeypatch.setattr(watchdog, "trim_heap", lambda: trimmed.append(time.monotonic()))
     monkeypatch.setattr(watchdog, "rss_mb", lambda: 100)
     monkeypatch.setattr(watchdog, "TRIM_S", 0.05)
     dog = Watchdog((), 30.0, end=Ends())
-    while len(given) < 3:
+    while len(trimmed) < 3:
         dog.poll_once()
-    assert all(later - sooner > 0.04 for sooner, later in pairwise(given))
+    assert all(later - sooner > 0.04 for sooner, later in pairwise(trimmed))

@@ -1,4 +1,4 @@
-"""Workers prepare apart and switch together; here each is a slot of its own in one process."""
+"""Workers load versions separately and switch together; here each is a slot in one process."""
 
 import os
 import subprocess
@@ -24,32 +24,32 @@ REF = ModelRef("digits", alias="champion")
 
 @pytest.fixture
 def worker(tmp_path: Path, models: Path) -> Callable[[], ModelSlot]:
-    """Makes a worker of one crew."""
-    return lambda: ModelSlot(REF, models, load, group=WorkerGroup(tmp_path / "crew"))
+    """Makes workers of one group."""
+    return lambda: ModelSlot(REF, models, load, group=WorkerGroup(tmp_path / "workers"))
 
 
 def version(slot: ModelSlot) -> int | None:
     return slot.current.version if slot.current else None
 
 
-def test_all_switch_in_the_moment_in_which_the_last_has_prepared(worker, deploy) -> None:
+def test_all_workers_switch_as_soon_as_the_last_one_has_prepared(worker, deploy) -> None:
     one, two = worker(), worker()
     deploy(1)
     one.refresh()
-    assert version(one) == 1  # at the very first nobody waits
+    assert version(one) == 1  # the first switch waits for no other worker
     two.refresh()
     assert (version(one), version(two)) == (1, 1)
     deploy(2, seed=1)
     two.refresh()
     assert (version(one), version(two)) == (1, 1)
     one.refresh()
-    assert (version(one), version(two)) == (2, 2)  # though the other has not looked since
+    assert (version(one), version(two)) == (2, 2)  # ``two`` has not polled since
     assert sorted(each.version for each in one.workers()) == [1, 2]
     two.refresh()
     assert [each.version for each in one.workers()] == [2, 2]
 
 
-def test_a_worker_that_cannot_prepare_stops_the_switch_and_says_so(
+def test_a_worker_that_cannot_prepare_delays_the_switch_and_reports_why(
     worker, deploy, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
@@ -61,7 +61,7 @@ def test_a_worker_that_cannot_prepare_stops_the_switch_and_says_so(
     deploy(2, seed=1)
     one.refresh()
     weights = version_folder(models, "digits", 2) / WEIGHTS
-    whole = weights.read_bytes()
+    good = weights.read_bytes()
     weights.write_bytes(b"damaged")
     two.refresh()
     one.refresh()
@@ -70,12 +70,14 @@ def test_a_worker_that_cannot_prepare_stops_the_switch_and_says_so(
     assert f"generation 2 waits for worker {os.getpid()}: " in str(one.error)
     assert "has sha256" in str(one.error)
     assert {each.refused for each in two.workers()} == {None, 2}
-    weights.write_bytes(whole)
+    weights.write_bytes(good)
     two.refresh()
     assert (version(one), version(two), two.error) == (2, 2, None)
 
 
-def test_who_comes_late_begins_with_what_the_others_serve(worker, deploy, models: Path) -> None:
+def test_a_worker_that_starts_late_begins_with_the_version_of_the_others(
+    worker, deploy, models: Path
+) -> None:
     one = worker()
     deploy(1)
     one.refresh()
@@ -88,7 +90,7 @@ def test_who_comes_late_begins_with_what_the_others_serve(worker, deploy, models
     assert "has sha256" in str(late.error)
 
 
-def test_a_release_that_is_taken_back_before_all_have_it_never_serves(worker, deploy) -> None:
+def test_a_deployment_that_is_replaced_before_all_have_it_never_serves(worker, deploy) -> None:
     one, two = worker(), worker()
     deploy(1)
     for each in (one, two):
@@ -102,17 +104,22 @@ def test_a_release_that_is_taken_back_before_all_have_it_never_serves(worker, de
     assert [each.generation for each in one.workers()] == [3, 3]
 
 
-def test_a_worker_that_was_killed_is_not_waited_for(tmp_path: Path, worker, deploy) -> None:
+def test_the_switch_does_not_wait_for_a_worker_that_was_killed(
+    tmp_path: Path, worker, deploy
+) -> None:
     script = (
-        "import sys; from pathlib import Path; from service.loading.worker_sync import Crew\n"
-        "crew = Crew(Path(sys.argv[1])); print(len(crew.reports('digits')), flush=True)\n"
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from service.loading.worker_sync import WorkerGroup\n"
+        "group = WorkerGroup(Path(sys.argv[1]))\n"
+        "print(len(group.reports('digits')), flush=True)\n"
         "sys.stdin.read()"
     )
     one = worker()
     deploy(1)
     one.refresh()
     other = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "crew")],
+        [sys.executable, "-c", script, str(tmp_path / "workers")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -127,11 +134,11 @@ def test_a_worker_that_was_killed_is_not_waited_for(tmp_path: Path, worker, depl
         one.refresh()
     assert version(one) == 2
     assert [each.pid for each in one.workers()] == [os.getpid()]
-    WorkerGroup(tmp_path / "crew")  # whoever joins sweeps up
-    assert len(list((tmp_path / "crew").glob("*.lock"))) == 2
+    WorkerGroup(tmp_path / "workers")  # a worker that joins removes the files of dead ones
+    assert len(list((tmp_path / "workers").glob("*.lock"))) == 2
 
 
-def test_a_switch_whose_worker_was_killed_half_way_is_none(tmp_path: Path) -> None:
+def test_a_switch_whose_worker_was_killed_half_way_did_not_happen(tmp_path: Path) -> None:
     group = WorkerGroup(tmp_path)
     active_deployment = group.active_deployment("digits")
     one, two = (
@@ -144,7 +151,8 @@ def test_a_switch_whose_worker_was_killed_half_way_is_none(tmp_path: Path) -> No
         for number in (1, 2)
     )
     active_deployment.switch(one)
-    (tmp_path / "digits.deployment").write_bytes(msgspec.json.encode(two))  # and then it died
+    # A worker wrote the file and was killed before it changed the key.
+    (tmp_path / "digits.deployment").write_bytes(msgspec.json.encode(two))
     assert active_deployment.deployment is None
     assert active_deployment.key == one.key
 
@@ -164,25 +172,25 @@ def test_models_that_report_at_once_do_not_lose_a_report(tmp_path: Path) -> None
     assert [group.reports(model)[0].version for model in ("a", "b", "c")] == [299] * 3
 
 
-def test_a_report_is_seen_by_all_and_a_switch_waits_for_all(tmp_path: Path) -> None:
+def test_all_workers_see_a_report_and_a_switch_waits_for_all(tmp_path: Path) -> None:
     one, two = WorkerGroup(tmp_path), WorkerGroup(tmp_path)
-    posts = one.active_deployment("digits"), two.active_deployment("digits")
+    active = one.active_deployment("digits"), two.active_deployment("digits")
     deployed = DeployedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
     deployment = Deployment(schema_version=2, model="digits", generation=1, versions=(deployed,))
     first = msgspec.structs.replace(deployment, generation=7)
-    assert (posts[0].key, posts[1].deployment) == (NOTHING, None)
-    assert posts[0].switch(first) == []
-    assert len(posts[0].switch(deployment)) == 2
+    assert (active[0].key, active[1].deployment) == (NOTHING, None)
+    assert active[0].switch(first) == []
+    assert len(active[0].switch(deployment)) == 2
     one.report(WorkerReport(pid=1, model="digits", prepared_key=deployment.key))
-    (missing,) = posts[0].switch(deployment)
+    (missing,) = active[0].switch(deployment)
     assert missing.prepared_key == NOTHING
     two.report(WorkerReport(pid=2, model="digits", prepared_key=deployment.key))
-    assert posts[1].switch(deployment) == []
-    assert (posts[0].key, posts[0].deployment) == (deployment.key, deployment)
+    assert active[1].switch(deployment) == []
+    assert (active[0].key, active[0].deployment) == (deployment.key, deployment)
     assert two.active_deployment("another").key == NOTHING
 
 
-def test_a_version_that_was_left_stays_in_memory_for_a_while(
+def test_a_replaced_version_stays_in_memory_for_a_while(
     models: Path, deploy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[int] = []
@@ -201,7 +209,7 @@ def test_a_version_that_was_left_stays_in_memory_for_a_while(
         assert loads == expected
 
 
-def test_only_so_many_versions_stay_in_memory(models: Path, deploy) -> None:
+def test_a_limited_number_of_replaced_versions_stays_in_memory(models: Path, deploy) -> None:
     loads: list[int] = []
 
     def counted(bundle, deployed):
