@@ -31,7 +31,7 @@ graceful_timeout = settings.graceful_timeout_s
 timeout = 60
 # Nothing uses the control socket, and two services of one user would share its default path.
 control_socket_disable = True
-# With these headers a peer on loopback could rewrite the path: a proxy may pass a client's on.
+# gunicorn lets loopback peers rewrite the path with such headers; a proxy may forward a client's.
 forwarder_headers = ""
 logconfig_dict = logging_config(settings.log_level)
 

@@ -242,7 +242,8 @@ class Pipeline:
         done = time.perf_counter()
         best = [None if isinstance(each, Exception) else each[0] for each in result.images]
         failures = filter(None, (self._failure(each) for each in scored))
-        if failure := next(failures, None):  # one failed image makes the whole list count as failed
+        # A list counts as one request: it failed if one of its images did.
+        if failure := next(failures, None):
             self._counters.refused(served.name, served.version, failure)
         else:
             answered = AnsweredRequest(
@@ -276,9 +277,7 @@ class Pipeline:
             if canary is not None and not decoded:
                 _choose_side(job, canary, serving.challenger, image)
                 if in_loop and _is_slow(job.served.batcher):  # type: ignore[union-attr]
-                    raise Postpone(
-                        queues=True
-                    )  # the challenger may be slow where the champion is not
+                    raise Postpone(queues=True)  # the challenger is too slow for the loop
             assert job.served is not None
             decoding = time.perf_counter()
             job.read_s += decoding - reading

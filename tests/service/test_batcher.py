@@ -186,7 +186,7 @@ def test_an_image_whose_deadline_passes_during_its_forward_pass_gets_its_scores(
     item = batcher._waiting[1]
     steps.release()
     entered.acquire()  # the batch of 2 and 3 runs now, led by the thread of 2
-    giving_up = pool.submit(batcher._give_up, item)  # what its thread does when its time is over
+    giving_up = pool.submit(batcher._give_up, item)  # as the image's thread does at its deadline
     assert not giving_up.done()
     steps.release()
     giving_up.result(FOREVER_S)

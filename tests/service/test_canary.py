@@ -327,9 +327,8 @@ def test_metrics_clear_the_plan_of_a_version_whose_device_was_lost(metrics: Metr
         return SimpleNamespace(version=1, device=device, plan=f"plan-{device}")
 
     metrics.version_switched("digits", None, served("cuda:0"))
-    metrics.version_switched(
-        "digits", None, served("cpu")
-    )  # ``before`` is None after a lost device
+    # After a lost device, ``before`` is None.
+    metrics.version_switched("digits", None, served("cpu"))
     text = metrics.render().decode()
     found = re.findall(r'convoy_model_info{device="([^"]+)".*} (.*)', text)
     assert sorted(found) == [("cpu", "1.0"), ("cuda:0", "0.0")]

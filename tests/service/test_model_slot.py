@@ -244,7 +244,7 @@ def test_a_plan_that_cannot_be_loaded_is_chosen_again_only_after_a_pause(
     decided = []
 
     def never(bundle, deployed):
-        raise PlanUndecided("what was chosen is damaged")
+        raise PlanUndecided("the chosen plan is damaged")
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, never, decided.append)
     for _ in range(5):

@@ -170,9 +170,9 @@ def test_the_addresses_in_pages_stay_below_the_path_of_a_proxy(
     """The proxy serves the pages at https://host/convoy/…, and sends requests without /convoy."""
     with client.get(path) as page:
         addresses = re.findall(r"""(?:src|href)=["']?([^"'> ]+)""", page.text)
-    ours = [each for each in addresses if not each.startswith("data:")]
-    assert len(ours) >= 2
-    for address in ours:
+    fetched = [each for each in addresses if not each.startswith("data:")]
+    assert len(fetched) >= 2
+    for address in fetched:
         below = urljoin(f"https://host/convoy{path}", address)
         assert below.startswith("https://host/convoy/")
         with client.get(below.removeprefix("https://host/convoy")) as answer:

@@ -92,7 +92,7 @@ def test_waiting_for_a_process_ends_if_the_process_ends_or_hangs(
     hangs = SupervisedProcess("it", script("import sys; sys.stdin.read()"))
     hangs.poll_once()
     monkeypatch.setattr(supervisor, "START_S", 0.1)
-    with pytest.raises(UsageError, match=r"within 0\.1 s .* CONVOY_DEVICE=cpu"):
+    with pytest.raises(UsageError, match=r"within 0\.1 s; set CONVOY_DEVICE=cpu"):
         hangs.wait_for(tmp_path / "never")
     hangs.end()
 
