@@ -273,3 +273,43 @@ def better_and_worse_seed(make_bundle: MakeBundle) -> tuple[int, int]:
     better, worse = max(scores, key=scores.__getitem__), min(scores, key=scores.__getitem__)
     assert scores[better] > scores[worse]
     return better, worse
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("this machine has no Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def new_page(browser):
+    """Opens a page: ``new_page(viewport=…)`` gives it and the list of the faults that it reports.
+
+    A fault is an error of a script, or one in the console: a violation of the page's policy, too.
+    """
+
+    def open_page(**options):
+        page = browser.new_context(**options).new_page()
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+        return page, faults
+
+    return open_page
+
+
+@pytest.fixture
+def watched_page(new_page):
+    """A page, and the list of the faults that it reports."""
+    return new_page()

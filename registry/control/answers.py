@@ -10,7 +10,7 @@ from registry.store.audit_log import Line
 
 
 class ModelStatus(Struct, frozen=True):
-    """One model: which version each alias names, and what is on trial."""
+    """One model: which version each alias names, and the canary."""
 
     name: str
     aliases: dict[str, int]

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import jinja2
+import msgspec
 from flask import (
     Blueprint,
     Flask,
@@ -29,8 +30,9 @@ from werkzeug.wrappers import Response as BaseResponse
 
 from registry.auth.bearer import require
 from registry.auth.sessions import SESSION_TTL_S, form_secret
+from registry.canary.traffic_history import figures
 from registry.control.addresses import relative, url_for
-from registry.control.charts import HEIGHT, WIDTH, curves
+from registry.control.confirmation import describe
 from registry.control.state import COOKIE, control_state, describe_error, report_files
 from registry.core.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
 from registry.core.names import check_model_name
@@ -45,7 +47,7 @@ blueprint = Blueprint("pages", __name__)
 def init_app(app: Flask) -> None:
     app.register_blueprint(blueprint)
     app.jinja_env.filters.update(FILTERS)
-    app.jinja_env.globals.update(width=WIDTH, height=HEIGHT, url_for=url_for)
+    app.jinja_env.globals.update(url_for=url_for)
 
 
 def gate_result_page(result: GateResult) -> str:
@@ -146,12 +148,14 @@ def show_report(name: str, version: int, file: str) -> Response:
 
 @blueprint.post("/models/<name>/decide")
 def decide(name: str) -> Any:
-    """Whatever a form on the model's or a version's page decides."""
+    """Carry out what a form asks for; before that, say what it will change, and ask."""
     _check_form()
     version = _number("version")
     require(g.visitor, "decide")
     try:
         decision = _read_form(request.form.get("action", ""), version)
+        if "confirmed" not in request.form:
+            return _confirm_page(name, decision)
         control_state().carry_out(decision, name, g.visitor.name)
     except ConvoyError as error:
         status, _, detail = describe_error(error)
@@ -162,7 +166,7 @@ def decide(name: str) -> Any:
 
 
 def _read_form(action: str, version: int | None) -> Decision:
-    """What the form that was sent asks for."""
+    """The decision that the form asks for."""
     reason = request.form.get("reason", "").strip() or None
     expected = _number("expect_champion")
     if action in ("promote", "force") and version is not None:
@@ -186,6 +190,28 @@ def _read_form(action: str, version: int | None) -> Decision:
     if action == "roll-back":
         return RollBack(expect_champion=expected, reason=reason)
     raise UsageError(f"the form asks for {action!r}, which is nothing that can be decided")
+
+
+def _confirm_page(name: str, decision: Decision) -> str:
+    aliases, canary = control_state().store.aliases_and_canary(check_model_name(name))
+    # A form that names its champion is refused if another one is champion by then.
+    champion = getattr(decision, "expect_champion", None) or aliases.get("champion")
+    asked = describe(decision, champion, aliases.get("previous"), canary)
+    of_version = isinstance(decision, Promotion | CanaryStart)
+    return render_template(
+        "confirm.html",
+        name=name,
+        question=asked.question,
+        changes=asked.changes,
+        button=asked.button,
+        kind="warn" if asked.is_risky else "",
+        needs_reason=isinstance(decision, Promotion) and decision.force,
+        reason=decision.reason or "",
+        fields=[(key, value) for key, value in request.form.items() if key != "reason"],
+        back=url_for("pages.show_version", name=name, version=_number("version"))
+        if of_version
+        else url_for("pages.show_model", name=name),
+    )
 
 
 def _model_page(name: str, error: str | None = None) -> str:
@@ -227,11 +253,18 @@ def _version_page(name: str, version: int, error: str | None = None) -> str:
 
 
 def _traffic(name: str) -> dict[str, Any]:
+    """What ``traffic.html`` shows: the newest sample, the charts, the change since the oldest."""
     try:
         samples = control_state().history.samples(name)
     except ModelNotReady as error:
-        return {"status": None, "status_error": str(error), "curves": []}
-    return {"status": samples[-1][1], "status_error": None, "curves": curves(samples)}
+        return {"status": None, "status_error": str(error)}
+    (first_s, first), (latest_s, latest) = samples[0], samples[-1]
+    return {
+        "status": latest,
+        "figures": msgspec.to_builtins(figures(samples)),
+        "window_s": latest_s - first_s,
+        "recent": lambda version: latest.of(version).since(first.of(version)),
+    }
 
 
 def _check_form() -> None:
@@ -278,6 +311,15 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+def _drawing(file: str) -> str:
+    """What the picture in ``file`` of a report shows: the file is named after it."""
+    return file.removesuffix(".png").replace("_", " ")
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.3g} ms"
+
+
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
@@ -285,6 +327,8 @@ def _share(value: float | None) -> str:
 FILTERS: dict[str, Callable[..., str]] = {
     "data_uri": _data_uri,
     "moment": _moment,
+    "drawing": _drawing,
     "figure": _figure,
+    "milliseconds": _milliseconds,
     "share": _share,
 }

@@ -1,6 +1,7 @@
 """Runs the control plane: one gunicorn process with threads, on a port of its own.
 
-Where pullers may only read the registry, trials are guarded from here.
+Where pullers may only read the registry, trials are guarded from here. A thread samples the live
+figures, so that a page has its charts when it opens.
 """
 
 import logging
@@ -74,4 +75,9 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
             watch = CanaryMonitor(paths, services, "control plane").watch
             arguments = (lambda: ModelStore(paths), Event())
             Thread(target=watch, args=arguments, name="guard", daemon=True).start()
-        return create_app(ModelStore(paths), paths, services)
+        store = ModelStore(paths)
+        app = create_app(store, paths, services)
+        history = app.extensions["convoy"].history
+        watched = (store.models, Event())
+        Thread(target=history.watch, args=watched, name="history", daemon=True).start()
+        return app

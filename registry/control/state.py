@@ -13,8 +13,8 @@ from werkzeug.exceptions import HTTPException
 from registry.auth.sessions import Sessions
 from registry.auth.tokens import Tokens
 from registry.canary.serving_client import read_serving_status
+from registry.canary.traffic_history import TrafficHistory
 from registry.canary.traffic_stats import ServingStatus
-from registry.control.charts import TrafficHistory
 from registry.core import errors as domain
 from registry.core.names import check_model_name
 from registry.core.paths import Paths

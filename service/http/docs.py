@@ -1,16 +1,19 @@
-"""``/openapi.json`` and ``/docs``: the API for programs, and the same for people."""
+"""``/openapi.json`` and ``/docs``: the API for programs, and the same for people.
 
-import html
+The page is made from the description alone; ``static/docs.js`` sends what its forms ask for.
+"""
+
 from functools import cached_property
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Flask, Response, current_app, redirect, request
+from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request
 from werkzeug.wrappers import Response as BaseResponse
 
 from service.http.openapi import Operation, document
 from service.http.page import POLICY
 
+BASE = "http://127.0.0.1:8080"  # in the page, a script puts its own address there
 EXTENSION = "convoy.description"
 blueprint = Blueprint("docs", __name__)
 
@@ -52,34 +55,32 @@ def docs() -> BaseResponse:
     return response
 
 
+def curl_line(path: str, method: str, operation: dict[str, Any]) -> str:
+    """The command that sends the request with the examples of its parameters."""
+    parameters = operation.get("parameters", [])
+    for each in parameters:
+        path = path.replace(f"{{{each['name']}}}", str(each["example"]))
+    query = "&".join(
+        f"{each['name']}={each['example']}" for each in parameters if each["in"] == "query"
+    )
+    url = f"{BASE}{path}?{query}" if query else f"{BASE}{path}"
+    if "requestBody" not in operation:
+        return f"curl -s '{url}'"
+    send = "-T picture.png" if method == "put" else "--data-binary @picture.png"
+    return f"curl -s {send} '{url}'"
+
+
 def _page(described: dict[str, Any]) -> str:
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width'><title>Convoy API</title>"
-        "<link rel=stylesheet href=static/style.css><main class=docs><h1>Convoy API</h1>",
-        f"<p>{html.escape(described['info']['description'])} "
-        "<a href=openapi.json>openapi.json</a></p>",
+    operations = [
+        (method, path, operation, curl_line(path, method, operation))
+        for path, methods in described["paths"].items()
+        for method, operation in methods.items()
     ]
-    for path, methods in described["paths"].items():
-        for method, operation in methods.items():
-            parts.append(_operation(path, method, operation))
-    return "".join(parts) + "</main></html>"
+    return render_template(
+        "docs.html", api=described, operations=operations, base=BASE, as_json=_as_json
+    )
 
 
-def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(code)}<td>{html.escape(answer['description'])}"
-        for code, answer in operation["responses"].items()
-    )
-    inputs = "".join(
-        f"<li><code>{html.escape(each['name'])}</code> ({each['in']}): "
-        f"{html.escape(each.get('description', ''))}"
-        for each in operation.get("parameters", [])
-    )
-    bodies = ", ".join(operation.get("requestBody", {}).get("content", {}))
-    accepts = f"<p>Body: {html.escape(bodies)}</p>" if bodies else ""
-    return (
-        f"<h2><b>{method.upper()}</b> <code>{html.escape(path)}</code></h2>"
-        f"<p>{html.escape(operation['summary'])}</p><ul>{inputs}</ul>{accepts}"
-        f"<table><tr><th>status<th>meaning{rows}</table>"
-    )
+def _as_json(value: Any) -> str:
+    """``value`` for a reader, its fields in the order of the answer."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

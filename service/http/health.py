@@ -35,6 +35,24 @@ class Readiness(Struct, frozen=True, kw_only=True):
     models: list[ModelState]
 
 
+READINESS_EXAMPLE = Readiness(
+    ready=True,
+    ending=None,
+    models=[
+        ModelState(
+            name="fashion",
+            version=1,
+            device="cpu",
+            plan="openvino-fp32",
+            error=None,
+            registry_age_s=0.3,
+            stale=False,
+            registry_error=None,
+        )
+    ],
+)
+
+
 @blueprint.get("/livez")
 def livez() -> Response:
     """200 while this process answers at all."""

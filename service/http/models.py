@@ -6,9 +6,15 @@ import msgspec
 from flask import Blueprint, Response, g
 from msgspec import Struct
 
-from registry.canary.traffic_stats import ServingStatus, WorkerReport
+from registry.canary.traffic_stats import ServingStatus, VersionTraffic, WorkerReport
 from registry.core.names import Sha256
-from registry.model.manifest import DataRecord, NetworkSpec, PreprocessSpec, SourceRecord
+from registry.model.manifest import (
+    DataRecord,
+    ListedNetwork,
+    NetworkSpec,
+    PreprocessSpec,
+    SourceRecord,
+)
 from registry.model.refs import Canary
 from service.inference.loaded_model import ServedModel
 from service.loading.model_slot import ModelSlot
@@ -48,6 +54,50 @@ class ModelDetails(ModelSummary, frozen=True, kw_only=True):
     data: DataRecord
     source: SourceRecord
     manifest_sha256: Sha256
+
+
+_SUMMARY_EXAMPLE: dict[str, Any] = {
+    "name": "fashion",
+    "wanted": "models:/fashion@champion",
+    "ready": True,
+    "version": 1,
+    "alias": "champion",
+    "device": "cpu",
+    "plan": "openvino-fp32",
+    "error": None,
+}
+_WORKERS_EXAMPLE = [
+    WorkerReport(pid=4711, model="fashion", version=1, generation=1, serving_key=1, prepared_key=1)
+]
+LIST_EXAMPLE = ModelList([ModelSummary(**_SUMMARY_EXAMPLE)])
+DETAILS_EXAMPLE = ModelDetails(
+    **_SUMMARY_EXAMPLE,
+    canary=None,
+    workers=_WORKERS_EXAMPLE,
+    labels=("Sneaker", "Ankle boot"),
+    preprocess=PreprocessSpec(mode="L", width_px=28, height_px=28, mean=(0.286,), std=(0.353,)),
+    network=ListedNetwork("cnn", {"filters": [32, 64], "hidden": 128}),
+    metrics={"validation_accuracy": 0.93, "test_accuracy": 0.925},
+    data=DataRecord(name="fashion", sha256="5" * 64, counts={"train": 54_000, "test": 10_000}),
+    source=SourceRecord(recipe="cnn", seed=0, device="cpu"),
+    manifest_sha256="6" * 64,
+)
+TRAFFIC_EXAMPLE = ServingStatus(
+    model="fashion",
+    generation=1,
+    champion=1,
+    workers=tuple(_WORKERS_EXAMPLE),
+    versions=(
+        VersionTraffic(
+            version=1,
+            requests=120,
+            buckets=((0.0025, 90), (0.005, 30)),
+            seconds=0.31,
+            images=120,
+            confidence=112.4,
+        ),
+    ),
+)
 
 
 @blueprint.get("/v1/models")

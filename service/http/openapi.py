@@ -12,7 +12,8 @@ from msgspec import Struct
 
 from registry.canary.traffic_stats import ServingStatus
 from registry.core.problem_details import Problem, responses
-from service.http.health import Readiness
+from service.http import models
+from service.http.health import READINESS_EXAMPLE, Readiness
 from service.http.models import ModelDetails, ModelList
 
 FAILURES = {
@@ -38,9 +39,21 @@ ABOUT_MODELS = ("401", "403", "404", "503")
 _BINARY = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
 _PARAMETERS: dict[str, dict[str, Any]] = {
-    "name": {"description": "Name of a served model.", "schema": {"type": "string"}},
-    "version": {"description": "Number of the version.", "schema": {"type": "integer"}},
-    "alias": {"description": "Alias that chose the version.", "schema": {"type": "string"}},
+    "name": {
+        "description": "Name of a served model.",
+        "schema": {"type": "string"},
+        "example": "fashion",
+    },
+    "version": {
+        "description": "Number of the version.",
+        "schema": {"type": "integer"},
+        "example": 1,
+    },
+    "alias": {
+        "description": "Alias that chose the version.",
+        "schema": {"type": "string"},
+        "example": "champion",
+    },
 }
 
 
@@ -50,6 +63,7 @@ class Operation(Struct, frozen=True, kw_only=True):
     Attributes:
         path: with its parameters in braces.
         answer: the type that a 200 has as JSON; None for text.
+        example: an answer, of the type ``answer``; text where that is None.
         method: in lower case.
         takes_images: whether the body has images, in any form that Convoy reads.
         query: the parameters in the query, as OpenAPI describes them.
@@ -59,6 +73,7 @@ class Operation(Struct, frozen=True, kw_only=True):
 
     path: str
     summary: str
+    example: Any
     answer: Any = None
     method: str = "get"
     takes_images: bool = False
@@ -77,6 +92,7 @@ OPERATIONS = (
         path="/v1/models",
         summary="The models that are served.",
         answer=ModelList,
+        example=models.LIST_EXAMPLE,
         failures=ABOUT_MODELS,
     ),
     *(
@@ -84,6 +100,7 @@ OPERATIONS = (
             path=path,
             summary="One model: labels, preprocessing, metrics, device.",
             answer=ModelDetails,
+            example=models.DETAILS_EXAMPLE,
             failures=ABOUT_MODELS,
         )
         for path in _ONE_MODEL
@@ -92,23 +109,29 @@ OPERATIONS = (
         path="/v1/models/{name}/traffic",
         summary="What each version did since the service started, and what each worker serves.",
         answer=ServingStatus,
+        example=models.TRAFFIC_EXAMPLE,
         failures=ABOUT_MODELS,
     ),
-    Operation(path="/livez", summary="Whether the process answers."),
+    Operation(path="/livez", summary="Whether the process answers.", example="ok\n"),
     Operation(
         path="/readyz",
         summary="Whether every model is loaded and warmed up.",
         answer=Readiness,
+        example=READINESS_EXAMPLE,
         failure_answers=("503",),
     ),
     Operation(
         path="/healthz",
         summary="The same as /readyz.",
         answer=Readiness,
+        example=READINESS_EXAMPLE,
         failure_answers=("503",),
     ),
     Operation(
-        path="/metrics", summary="Metrics in Prometheus' text format.", failures=ABOUT_MODELS
+        path="/metrics",
+        summary="Metrics in Prometheus' text format.",
+        example='convoy_requests_total{model_name="fashion",model_version="1",outcome="ok"} 1.0\n',
+        failures=ABOUT_MODELS,
     ),
 )
 
@@ -143,7 +166,10 @@ def document(of_protocols: Iterable[Operation]) -> dict[str, Any]:
 
 
 def _operation(operation: Operation, schema: dict[str, Any] | None) -> dict[str, Any]:
-    content = {"application/json": {"schema": schema}} if schema else {"text/plain": {}}
+    example = {"example": msgspec.to_builtins(operation.example)}
+    content = (
+        {"application/json": {"schema": schema, **example}} if schema else {"text/plain": example}
+    )
     named = re.findall(r"{(\w+)}", operation.path)
     described = {
         "summary": operation.summary,

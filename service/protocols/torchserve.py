@@ -37,6 +37,7 @@ class TorchServe:
             path=path,
             summary="Classify one image as TorchServe does: an object of labels.",
             answer=dict[str, float] | list[dict[str, Any]],
+            example={"Ankle boot": 0.9999, "Sneaker": 0.0001},
             takes_images=True,
             failures=FAILURES,
         )

@@ -28,6 +28,7 @@ TOP_K = {
     "in": "query",
     "description": "How many classes to answer with, best first (default 5).",
     "schema": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": DEFAULT_TOP_K},
+    "example": 2,
 }
 _encode = msgspec.json.Encoder().encode
 
@@ -57,6 +58,14 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     timings_ms: Timings
 
 
+_EXAMPLE = Answer(
+    model=ModelName("fashion", 1, "champion"),
+    predictions=[ClassScore("Ankle boot", 9, 0.9999), ClassScore("Sneaker", 7, 0.0001)],
+    request_id="54f7700bb1144debb775f84b48fc6692",
+    timings_ms=Timings(0.266, 0.024, 1.484, 2.131),
+)
+
+
 class V1:
     """Translates ``/v1/classify``; see docs/api.md."""
 
@@ -67,6 +76,7 @@ class V1:
             path=f"{prefix}/classify",
             summary="Classify one image, or many: the most probable classes, best first.",
             answer=Answer,
+            example=_EXAMPLE,
             takes_images=True,
             query=(TOP_K,),
             failures=FAILURES,

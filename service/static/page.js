@@ -1,18 +1,20 @@
+// Classifies the pictures that a visitor drops, pastes or chooses, a few at a time.
 "use strict";
 
+const AT_ONCE = 4; // requests; more would only wait in the service's queue
+const MAX_ATTEMPTS = 4; // of one picture, when the service says that it has too much to do
+const SMALL_PX = 128; // a smaller picture is drawn with its single pixels
 const byId = (id) => document.getElementById(id);
-const key = byId("key"); // kept in this page only, so that it goes nowhere by itself
-const [drop, file, preview, hint, status, bars] =
-  ["drop", "file", "preview", "hint", "status", "bars"].map(byId);
-const SMALL_PX = 128; // below this, single pixels are worth seeing
-let newest = 0;
+const token = byId("token"); // this page only: it is never stored
+const [drop, file, status, results] = ["drop", "file", "status", "results"].map(byId);
+let current = new AbortController(); // of the pictures that are shown
 
-// Services may ask for a key: the field for it shows when one does.
+// The service may ask for a token: the field for it shows when it does.
 async function ask(path, options = {}) {
   const headers = { ...options.headers };
-  if (key.value) headers.Authorization = `Bearer ${key.value}`;
+  if (token.value) headers.Authorization = `Bearer ${token.value}`;
   const answer = await fetch(path, { ...options, headers });
-  if (answer.status === 401) byId("door").hidden = false;
+  if (answer.status === 401) byId("access").hidden = false;
   return answer;
 }
 
@@ -29,76 +31,126 @@ async function showModel() {
     : `${model.name} is not ready: ${model.error ?? "loading"}`;
 }
 
-function say(text, failed = false) {
-  status.textContent = text;
-  status.classList.toggle("failed", failed);
+function element(name, className, text = "") {
+  const made = document.createElement(name);
+  made.className = className;
+  made.textContent = text;
+  return made;
 }
 
-function draw(predictions) {
-  bars.replaceChildren(...predictions.map(({ label, probability }) => {
-    const line = document.createElement("li");
-    const percent = `${(100 * probability).toFixed(1)} %`;
-    const cells = ["label", "track", "share"].map((name) => {
-      const cell = document.createElement("span");
-      cell.className = name;
-      return cell;
-    });
-    cells[0].textContent = cells[0].title = label;
-    const fill = document.createElement("span");
-    fill.className = "fill";
+const percent = (probability) => `${(100 * probability).toFixed(1)} %`;
+
+// One line for each class: its label, a bar and its probability.
+function bars(predictions) {
+  const list = element("ol", "bars");
+  list.append(...predictions.map(({ label, probability }) => {
+    const line = element("li", "");
+    const [name, track, fill] = [element("span", "label", label), element("span", "track"), element("span", "fill")];
+    name.title = label;
     fill.style.width = `${100 * probability}%`;
-    cells[1].append(fill);
-    cells[2].textContent = percent;
-    line.append(...cells);
+    track.append(fill);
+    line.append(name, track, element("span", "share", percent(probability)));
     return line;
   }));
+  return list;
 }
 
-async function classify(picture) {
-  const mine = ++newest;
-  URL.revokeObjectURL(preview.src);
-  preview.onload = () => preview.classList.toggle("small", preview.naturalWidth < SMALL_PX);
-  preview.onerror = () => { preview.hidden = true; };
-  preview.src = URL.createObjectURL(picture);
-  preview.alt = picture.name ?? "pasted picture";
-  preview.hidden = false;
-  hint.textContent = picture.name ?? "pasted picture";
-  bars.replaceChildren();
-  say("classifying …");
-  try {
-    const started = performance.now();
+function addPicture(picture) {
+  const name = picture.name || "pasted picture";
+  const item = element("li", "picture");
+  const image = element("img", "");
+  image.alt = "";
+  image.onload = () => image.classList.toggle("small", image.naturalWidth < SMALL_PX);
+  image.onerror = () => { image.hidden = true; };
+  image.src = URL.createObjectURL(picture);
+  const answer = element("div", "answer");
+  answer.append(element("p", "waiting", "waiting …"));
+  item.append(image, element("p", "name", name), answer);
+  results.append(item);
+  return { picture, answer, name };
+}
+
+function showAnswer(place, { model, predictions }, isOnly) {
+  const [best, ...others] = predictions;
+  const line = element("p", "best");
+  line.append(element("b", "", best.label), ` ${percent(best.probability)} `,
+              element("small", "", `${model.name} version ${model.version}`));
+  place.replaceChildren(line);
+  if (isOnly || others.length === 0) {
+    place.append(bars(predictions));
+    return;
+  }
+  const more = element("details", "");
+  more.append(element("summary", "", "all classes"), bars(predictions));
+  place.append(more);
+}
+
+const pause = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
+
+async function classify(picture, signal) {
+  for (let attempt = 1; ; attempt += 1) {
     const answer = await ask("v1/classify", {
       method: "POST",
       headers: { "Content-Type": "application/octet-stream" },
       body: picture,
+      signal,
     });
     const body = await answer.json();
-    if (mine !== newest) return; // another picture was dropped meanwhile
-    if (!answer.ok) throw new Error(body.detail);
-    const total = performance.now() - started;
-    draw(body.predictions);
-    say(`${body.model.name} version ${body.model.version} · ${body.timings_ms.total.toFixed(1)} ms` +
-        ` in the service, ${total.toFixed(1)} ms in all`);
-  } catch (error) {
-    if (mine === newest) say(error.message, true);
+    if (answer.ok) return body;
+    const isBusy = answer.status === 429 || answer.status === 503;
+    if (!isBusy || attempt === MAX_ATTEMPTS) throw new Error(body.detail);
+    await pause(1000 * (Number(answer.headers.get("Retry-After")) || 1));
   }
 }
 
-file.addEventListener("change", () => file.files[0] && classify(file.files[0]));
-drop.addEventListener("keydown", (event) => event.key === "Enter" && file.click());
+async function classifyAll(files) {
+  const pictures = [...files];
+  if (pictures.length === 0) return;
+  current.abort(); // those that were dropped before make room
+  current = new AbortController();
+  const { signal } = current;
+  for (const image of results.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  results.replaceChildren();
+  const entries = pictures.map(addPicture);
+  const isOnly = entries.length === 1;
+  const started = performance.now();
+  let [answered, failed] = [0, 0];
+  const say = () => {
+    const elapsed_ms = performance.now() - started;
+    status.textContent = `${answered + failed} of ${entries.length} answered` +
+      `${failed ? `, ${failed} with an error` : ""}, ${elapsed_ms.toFixed(0)} ms`;
+  };
+  const waiting = entries.values(); // the loops below share it
+  const work = async () => {
+    for (const { picture, answer, name } of waiting) {
+      try {
+        const body = await classify(picture, signal);
+        if (signal.aborted) return;
+        showAnswer(answer, body, isOnly);
+        answered += 1;
+      } catch (error) {
+        if (signal.aborted) return;
+        answer.replaceChildren(element("p", "failed", `${name}: ${error.message}`));
+        failed += 1;
+      }
+      say();
+    }
+  };
+  say();
+  await Promise.all(Array.from({ length: AT_ONCE }, work));
+}
+
+file.addEventListener("change", () => {
+  classifyAll(file.files);
+  file.value = ""; // so that the same pictures can be chosen again
+});
 for (const name of ["dragenter", "dragover"]) {
   drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
 }
 for (const name of ["dragleave", "drop"]) {
   drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.remove("over"); });
 }
-drop.addEventListener("drop", (event) => {
-  const [picture] = event.dataTransfer.files;
-  if (picture) classify(picture);
-});
-document.addEventListener("paste", (event) => {
-  const [picture] = event.clipboardData.files;
-  if (picture) classify(picture);
-});
-key.addEventListener("change", showModel);
+drop.addEventListener("drop", (event) => classifyAll(event.dataTransfer.files));
+document.addEventListener("paste", (event) => classifyAll(event.clipboardData.files));
+token.addEventListener("change", showModel);
 showModel().catch((error) => { byId("model").textContent = error.message; });

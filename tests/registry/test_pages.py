@@ -1,10 +1,11 @@
 """The operators' pages: what forms may decide, and the pages driven in a real Chromium."""
 
+import itertools
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urljoin
 
 import pytest
@@ -14,34 +15,43 @@ from msgspec.structs import replace
 from werkzeug.serving import make_server
 
 from registry.auth.sessions import MAX_SESSIONS_OF_A_TOKEN, SESSION_TTL_S, Sessions
+from registry.canary import traffic_history
+from registry.canary.traffic_history import TrafficHistory, figures
 from registry.canary.traffic_stats import ServingStatus, VersionTraffic, WorkerReport
 from registry.control import state
 from registry.control.app import create_app
-from registry.control.charts import SAMPLES, TrafficHistory, curves
+from registry.core.errors import ModelNotReady, RegistryUnavailable
 from registry.core.paths import Paths
+from registry.model.refs import Canary
 from registry.promotion.gate_runner import GateRunner
-from registry.promotion.promotion import promote, roll_back
+from registry.promotion.promotion import promote, roll_back, start_canary
 from registry.store.mlflow_store import ModelStore
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+from tests.browsing import assert_readable
+from tests.conftest import wait_for
 
 
 @pytest.fixture
 def app(store: ModelStore, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Flask:
     worker = WorkerReport(pid=7, model="digits", version=1, generation=1)
-    versions = tuple(
-        VersionTraffic(version=number, requests=10 * number, buckets=((0.005, 10 * number),))
-        for number in (1, 2)
-    )
-    status = ServingStatus(
-        model="digits",
-        generation=1,
-        champion=1,
-        challenger=2,
-        workers=(worker,),
-        versions=versions,
-    )
-    monkeypatch.setattr(state, "read_serving_status", lambda services, name: status)
+    samples = itertools.count(1)
+
+    def read(services: tuple[str, ...], name: str) -> ServingStatus:
+        count = 10 * next(samples)
+        return ServingStatus(
+            model="digits",
+            generation=1,
+            champion=1,
+            challenger=2,
+            workers=(worker,),
+            versions=tuple(
+                VersionTraffic(
+                    version=number, requests=number * count, buckets=((0.005, number * count),)
+                )
+                for number in (1, 2)
+            ),
+        )
+
+    monkeypatch.setattr(state, "read_serving_status", read)
     app = create_app(store, registry_paths, ("http://somewhere",))
     app.extensions["convoy"].gate_runner = GateRunner(store, registry_paths, {}, timed=False)
     return app
@@ -150,7 +160,7 @@ def test_a_cookie_that_was_copied_opens_nothing_after_sign_out(
     thief.set_cookie("convoy", copied.value)
     assert thief.get("/").headers["Location"].startswith("login")
     before = len(store.audit_log("digits").lines)
-    form = {"action": "roll-back", "csrf": csrf}
+    form = {"action": "roll-back", "csrf": csrf, "confirmed": "yes"}
     answer = thief.post("/models/digits/decide", data=form)
     assert answer.headers["Location"].startswith("../../login")
     assert len(store.audit_log("digits").lines) == before
@@ -207,7 +217,7 @@ def test_a_session_decides_only_by_its_own_forms(
     client: FlaskClient, promoted: None, tokens, store: ModelStore
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
-    good = {"action": "roll-back", "csrf": csrf}
+    good = {"action": "roll-back", "csrf": csrf, "confirmed": "yes"}
     path = "/models/digits/decide"
     before = len(store.audit_log("digits").lines)
     for data, headers in (
@@ -232,7 +242,7 @@ def test_a_viewer_sees_no_forms_and_decides_nothing(
     assert "/decide" not in client.get("/models/digits").text
     before = len(store.audit_log("digits").lines)
     answer = client.post("/models/digits/decide", data={"action": "roll-back", "csrf": csrf})
-    assert answer.status_code == 403
+    assert answer.status_code == 403  # the page does not even ask
     assert "may view, not decide" in answer.text
     assert len(store.audit_log("digits").lines) == before
 
@@ -252,7 +262,7 @@ def test_what_a_form_cannot_have_is_said_on_the_page(
     client: FlaskClient, promoted: None, tokens, form: dict[str, str], status: int, text: str
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
-    answer = client.post("/models/digits/decide", data={**form, "csrf": csrf})
+    answer = client.post("/models/digits/decide", data={**form, "csrf": csrf, "confirmed": "yes"})
     assert answer.status_code == status
     assert text in answer.text
     assert 'role="alert"' in answer.text
@@ -275,7 +285,7 @@ def test_a_version_of_other_classes_says_what_clients_will_see_and_asks(
     assert "Clients will see" in page
     assert "labels that are renamed: &#39;0&#39; → &#39;a&#39;" in page
     assert 'name="allow_new_classes" required' in page
-    form = {"action": "promote", "version": "4", "csrf": csrf}
+    form = {"action": "promote", "version": "4", "csrf": csrf, "confirmed": "yes"}
     assert client.post("/models/digits/decide", data=form).status_code == 422
     allowed = {**form, "allow_new_classes": "on"}
     assert client.post("/models/digits/decide", data=allowed).status_code == 303
@@ -295,19 +305,106 @@ def test_texts_of_others_are_escaped(
     assert client.get("/models/%3Cb%3E").status_code == 400
 
 
-def test_curves_are_of_what_happened_between_two_looks() -> None:
+def test_charts_show_what_happened_between_two_samples() -> None:
     def status(requests: int) -> ServingStatus:
         version = VersionTraffic(version=1, requests=requests, buckets=((0.004, requests),))
         return ServingStatus(model="m", generation=1, champion=1, versions=(version,))
 
-    requests, median, errors = curves([(0.0, status(100)), (2.0, status(140)), (4.0, status(140))])
-    ((role, points, last), (_, none, _)) = requests.lines
-    assert (role, last, requests.top, none) == ("champion", 0.0, 20.0, "")
-    assert len(points.split()) == 2
-    assert median.lines[0][2] is None  # nothing was answered in the last two seconds
-    assert median.top == pytest.approx(2.0)
-    assert errors.lines[0][2] == 0
-    assert SAMPLES > 100
+    found = figures([(0.0, status(100)), (2.0, status(140)), (4.0, status(140))])
+    assert found.seconds == [-2.0, 0.0]
+    requests, median, errors = (chart.series for chart in found.charts)
+    assert [(each.role, each.version, each.values) for each in requests] == [
+        ("champion", 1, [20.0, 0.0])
+    ]
+    assert median[0].values == [pytest.approx(2.0), None]  # nothing was answered in the last two
+    assert errors[0].values == [0.0, 0.0]
+
+
+def test_a_model_is_sampled_while_nobody_looks() -> None:
+    reads: list[str] = []
+    stop = threading.Event()
+
+    def read(name: str) -> ServingStatus:
+        reads.append(name)
+        if name == "not served":
+            raise ModelNotReady("the services do not say")
+        if len(reads) > 3:
+            stop.set()
+        return ServingStatus(model=name, generation=1, champion=1)
+
+    history = TrafficHistory(read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traffic_history, "SAMPLE_INTERVAL_S", 0.0)
+        history.watch(lambda: ["not served", "digits"], stop)
+        assert len(history.samples("digits")) >= 2
+    assert {"not served", "digits"} == set(reads)
+
+
+def test_sampling_goes_on_after_the_registry_was_away(caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+    calls: list[int] = []
+
+    def names() -> list[str]:
+        calls.append(1)
+        if len(calls) < 3:
+            raise RegistryUnavailable("the registry is away")
+        stop.set()
+        return ["digits"]
+
+    history = TrafficHistory(lambda name: ServingStatus(model=name, generation=1, champion=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traffic_history, "SAMPLE_INTERVAL_S", 0.0)
+        history.watch(names, stop)
+    assert [record.getMessage() for record in caplog.records] == [
+        "live figures are not sampled: the registry is away"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "texts"),
+    [
+        (
+            {"action": "promote", "version": "3", "expect_champion": "2"},
+            ["promote version 3?", "from version 2 to version 3", "may refuse"],
+        ),
+        (
+            {"action": "force", "version": "3"},
+            ["against the gate", "from version 2 to version 3", "overridden", "required"],
+        ),
+        ({"action": "roll-back"}, ["from version 2 to version 1", "The gate is not asked"]),
+        (
+            {"action": "start-canary", "version": "3", "share": "25"},
+            ["version 3 on 25 % of the requests", "Version 2 stays the champion"],
+        ),
+        ({"action": "stop-canary"}, ["There is no canary now", "Version 2, the champion"]),
+    ],
+)
+def test_a_decision_is_asked_for_once_more_and_says_what_changes(
+    client: FlaskClient,
+    promoted: None,
+    tokens,
+    store: ModelStore,
+    form: dict[str, str],
+    texts: list[str],
+) -> None:
+    csrf = sign_in(client, tokens["admin"])
+    before = len(store.audit_log("digits").lines)
+    answer = client.post("/models/digits/decide", data={**form, "csrf": csrf})
+    assert answer.status_code == 200
+    assert all(text in answer.text for text in texts)
+    assert len(store.audit_log("digits").lines) == before
+    sent = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', answer.text))
+    assert form.items() <= sent.items()
+    assert sent["confirmed"] == "yes"
+
+
+def test_a_promotion_names_the_canary_that_it_stops(
+    client: FlaskClient, promoted: None, tokens, store: ModelStore
+) -> None:
+    start_canary(store, "digits", Canary(version=3, share=0.1))
+    form = {"action": "promote", "version": "3", "csrf": sign_in(client, tokens["admin"])}
+    page = client.post("/models/digits/decide", data=form).text
+    assert "The canary version 3 on 10 % of the requests stops." in page
 
 
 @pytest.fixture
@@ -321,60 +418,55 @@ def url(app: Flask) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.fixture
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("this machine has no Chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu"]
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield chromium
-        chromium.close()
+def signed_in(page, url: str, token: str, path: str = "/"):
+    page.goto(url + path)
+    page.fill("input[name=token]", token)
+    page.click("main button")
+    return page
 
 
 @pytest.mark.slow
 @pytest.mark.browser
 def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
-    browser, url: str, promoted: None, tokens, store: ModelStore
+    watched_page, url: str, promoted: None, tokens, store: ModelStore
 ) -> None:
-    page = browser.new_page()
-    faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on(
-        "console", lambda said: faults.append(said.text) if "Content Security" in said.text else 0
-    )
-    page.goto(f"{url}/models/digits")
-    page.fill("input[name=token]", tokens["admin"])
-    page.click("main button")
+    page, faults = watched_page
+    signed_in(page, url, tokens["admin"], "/models/digits")
     assert page.text_content("h1") == "digits"
     assert "worker" in page.text_content("#live").lower()
     page.click("table a >> text=3")
     page.wait_for_selector("text=Refused: version 3")
     assert page.locator(".sheet img").count() > 0
     assert page.evaluate("document.querySelector('.sheet img').naturalWidth") == 8
-    page.click("text=Ask the gate all the same")
+    page.click("text=Ask the gate again")
+    faults.clear()
+    page.click("text=Yes, promote version 3")
     assert "is refused" in page.text_content("[role=alert]")
-    page.click("text=Override and promote")
+    assert all("422" in fault for fault in faults)
+    faults.clear()
+    page.click("text=Override the gate")
+    page.click("text=Yes, override and promote version 3")
     assert page.url.endswith("/decide")  # the browser itself asks for the reason
-    page.locator("form", has_text="Override").locator("input[name=reason]").fill("as a test")
-    page.click("text=Override and promote")
+    page.fill("input[name=reason]", "as a test")
+    page.click("text=Yes, override and promote version 3")
     page.wait_for_url(f"{url}/models/digits")
     assert store.aliases("digits") == {"champion": 3, "previous": 2}
-    page.locator("form", has_text="Roll back").locator("input[name=reason]").fill("enough")
     page.click("button >> text=Roll back")
+    page.fill("input[name=reason]", "enough")
+    page.click("text=Yes, roll back to version 2")
     page.wait_for_selector("tr.champion >> text=2")
     assert store.aliases("digits")["champion"] == 2
     page.click("table a >> text=1")
-    page.wait_for_selector("text=Begin the trial")
+    page.wait_for_selector("text=Start the canary")
     page.fill("input[name=share]", "25")
-    page.click("text=Begin the trial")
-    page.wait_for_selector("text=On trial: version 1 on 25 % of the requests")
-    page.click("text=End the trial")
-    page.wait_for_selector("text=withdrawn")
+    page.click("text=Start the canary")
+    page.click("text=Yes, start the canary")
+    page.wait_for_selector("text=Canary: version 1 on 25 % of the requests")
+    page.click("text=Stop the canary")
+    page.click("text=Yes, stop the canary")
+    page.wait_for_selector("text=canary stopped")
     actions = [line.entry.action for line in store.audit_log("digits").lines]
-    assert actions[2:] == ["refused", "forced", "rolled back", "tried", "withdrawn"]
+    assert actions[2:] == ["refused", "forced", "rolled back", "canary started", "canary stopped"]
     assert {line.entry.by for line in store.audit_log("digits").lines[2:]} == {"admin"}
     page.click("text=sign out")
     assert "/login" in page.url
@@ -382,20 +474,97 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
 
 
 @pytest.mark.browser
+def test_charts_have_their_points_when_the_page_opens(
+    watched_page, url: str, app: Flask, promoted: None, tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, faults = watched_page
+    now = time.monotonic()
+    for at_s in (now - 4, now - 2):  # what four seconds leave, at once
+        with monkeypatch.context() as patch:
+            patch.setattr(traffic_history, "monotonic", lambda at_s=at_s: at_s)
+            app.extensions["convoy"].history.samples("digits")
+    signed_in(page, url, tokens["viewer"], "/models/digits")
+    assert page.locator("#charts canvas").count() == 3
+    lengths = "plots.map((plot) => plot.data.map((values) => values.length))"
+    before = page.evaluate(lengths)
+    assert all(len(lines) == 3 and min(lines) >= 2 for lines in before)  # time and two versions
+    assert page.evaluate("plots[0].data[1].every((rate) => rate > 0)")
+    drawn = """() => {
+        const canvas = document.querySelector("#charts canvas");
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return new Set(new Uint32Array(data.buffer)).size;
+    }"""
+    assert page.evaluate(drawn) > 10  # colours: axes, and a line for each version
+    wait_for(lambda: page.evaluate(lengths)[0][0] > before[0][0], "no newer points came")
+    assert faults == []
+
+
+@pytest.mark.browser
+def test_a_button_says_that_its_request_runs_and_takes_no_second_press(
+    watched_page, url: str, promoted: None, tokens, store: ModelStore
+) -> None:
+    page, faults = watched_page
+    signed_in(page, url, tokens["admin"], "/models/digits")
+    page.click("button >> text=Roll back")
+    # The form is not sent, so that the page stays as it is while a request runs.
+    page.evaluate("addEventListener('submit', (event) => event.preventDefault())")
+    page.click("text=Yes, roll back to version 1")
+    page.wait_for_selector("button:disabled >> text=Working: 1 s")
+    assert page.text_content("#progress") == "Working …"
+    assert store.aliases("digits")["champion"] == 2
+    assert faults == []
+
+
+@pytest.mark.browser
+def test_no_page_scrolls_sideways_on_a_phone_or_is_hard_to_read(
+    new_page, url: str, publish, promoted: None, tokens, store: ModelStore
+) -> None:
+    roll_back(store, "digits", "a_reason_without_any_space_" * 10)
+    start_canary(store, "digits", Canary(version=3, share=0.1, shadow=0.5))
+    for scheme in ("light", "dark"):
+        page, faults = new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+        page.goto(f"{url}/login")
+        assert_readable(page)
+        signed_in(page, url, tokens["admin"])
+        for path in ("/", "/models/digits", "/models/digits/versions/3"):
+            page.goto(url + path)
+            if path.endswith("/3"):
+                page.wait_for_selector(".gate-result")
+            assert_readable(page)
+        page.locator(".decide button").first.click()
+        assert_readable(page)
+        assert faults == []
+
+
+@pytest.mark.browser
 def test_reading_and_deciding_need_no_javascript(
     browser, url: str, promoted: None, tokens, store: ModelStore
 ) -> None:
     page = browser.new_context(java_script_enabled=False).new_page()
-    page.goto(url)
-    page.fill("input[name=token]", tokens["admin"])
-    page.click("main button")
+    signed_in(page, url, tokens["admin"])
     page.click("text=digits")
     assert "champion" in page.text_content("#live")
+    assert "requests a second" in page.text_content("#live")
     page.goto(f"{url}/models/digits/versions/3")
     page.wait_for_selector("text=Refused: version 3")
     page.goto(f"{url}/models/digits")
     page.click("button >> text=Roll back")
+    assert store.aliases("digits")["champion"] == 2  # it asks first
+    page.click("text=Cancel")
+    page.click("button >> text=Roll back")
+    page.click("text=Yes, roll back to version 1")
     assert store.aliases("digits")["champion"] == 1
+
+
+def test_pictures_of_a_report_are_named_by_what_they_show(
+    client: FlaskClient, publish, tokens, tmp_path: Path
+) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "confusion_matrix.png").write_bytes(b"png")
+    publish(seed=5)
+    sign_in(client, tokens["viewer"])
+    page = client.get("/models/digits/versions/1").text
+    assert 'alt="confusion matrix of version 1"' in page
 
 
 def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(

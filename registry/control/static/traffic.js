@@ -1,6 +1,87 @@
-// Draws the live figures anew every two seconds; without it they are those of when the page came.
+// Draws the live charts, and asks for newer figures every two seconds. Without it the page has
+// the table of figures as they were when the page was made.
+"use strict";
+
+const POLL_MS = 2000;
+const MAX_POLL_MS = 60000;
+const CHART_HEIGHT_PX = 150;
+const charts = document.getElementById("charts");
 const live = document.getElementById("live");
+let plots = []; // one for each chart, as long as the same versions are served
+let drawn = ""; // the versions, colours and width that `plots` were made for
 let failures = 0;
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const rounded = (value) => (value == null ? "–" : String(Number(value.toPrecision(3))));
+const ago = (second) => (second === 0 ? "now" : `${second} s`);
+
+function makeFigure(chart) {
+  const figure = document.createElement("figure");
+  const caption = document.createElement("figcaption");
+  caption.textContent = `${chart.title}, ${chart.unit}`;
+  figure.append(caption);
+  return figure;
+}
+
+function makePlot(chart, data, figure) {
+  const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { show: false } };
+  const colours = { champion: css("--accent"), challenger: css("--second") };
+  const styles = getComputedStyle(figure);
+  const width = figure.clientWidth - parseFloat(styles.paddingLeft) - parseFloat(styles.paddingRight);
+  return new uPlot({
+    width,
+    height: CHART_HEIGHT_PX,
+    scales: {
+      x: { time: false },
+      y: { range: (_, __, top) => [0, top > 0 ? 1.1 * top : 1] },
+    },
+    axes: [
+      { ...axis, size: 24, values: (_, seconds) => seconds.map(ago) },
+      { ...axis, size: 46, values: (_, values) => values.map(rounded) },
+    ],
+    series: [
+      { label: "time", value: (_, second) => (second == null ? "–" : ago(second)) },
+      ...chart.series.map(({ role, version }) => ({
+        label: `${role} ${version}`,
+        stroke: colours[role],
+        width: 2,
+        spanGaps: true,
+        value: (_, value) => `${rounded(value)} ${chart.unit}`,
+      })),
+    ],
+    cursor: { sync: { key: "live" }, drag: { setScale: false, x: false, y: false } },
+  }, data, figure);
+}
+
+// Shows the newest values in the legend while the pointer is elsewhere.
+function showNewest(plot) {
+  if (plot.cursor.idx == null) plot.setLegend({ idx: plot.data[0].length - 1 });
+}
+
+function draw() {
+  const series = document.getElementById("series");
+  if (series === null) { // the services do not say
+    charts.replaceChildren();
+    plots = [];
+    drawn = "";
+    return;
+  }
+  const figures = JSON.parse(series.textContent);
+  const data = figures.charts.map((chart) => [figures.seconds, ...chart.series.map((each) => each.values)]);
+  const versions = figures.charts[0].series.map(({ role, version }) => `${role} ${version}`);
+  const wanted = [charts.clientWidth, css("--paper"), ...versions].join();
+  if (wanted === drawn) {
+    plots.forEach((plot, index) => plot.setData(data[index]));
+    plots.forEach(showNewest);
+    return;
+  }
+  plots.forEach((plot) => plot.destroy());
+  const places = figures.charts.map(makeFigure);
+  charts.replaceChildren(...places); // all of them, before one is measured: they share the width
+  plots = figures.charts.map((chart, index) => makePlot(chart, data[index], places[index]));
+  plots.forEach(showNewest);
+  drawn = wanted;
+}
 
 async function renew() {
   if (!document.hidden) {
@@ -8,13 +89,17 @@ async function renew() {
       const answer = await fetch(live.dataset.from, { credentials: "same-origin", redirect: "error" });
       if (answer.ok) {
         live.innerHTML = await answer.text();
+        draw();
         failures = 0;
       }
     } catch {
       failures += 1;
     }
   }
-  setTimeout(renew, Math.min(2000 * 2 ** failures, 60000));
+  setTimeout(renew, Math.min(POLL_MS * 2 ** failures, MAX_POLL_MS));
 }
 
-setTimeout(renew, 2000);
+draw();
+addEventListener("resize", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+setTimeout(renew, POLL_MS);

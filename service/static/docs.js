@@ -1,0 +1,99 @@
+// Sends the requests that the forms of /docs ask for, and shows the answers.
+"use strict";
+
+const MAX_SHOWN_CHARS = 20000;
+const SHOWN_HEADERS = ["content-type", "x-model-version", "x-request-id", "retry-after"];
+const token = document.getElementById("token"); // this page only: it is never stored
+const authorization = () => (token.value ? { Authorization: `Bearer ${token.value}` } : {});
+
+function address(form) {
+  let path = form.dataset.path.slice(1); // relative: a proxy may serve this below a path
+  const query = new URLSearchParams();
+  for (const input of form.querySelectorAll("input[data-in]")) {
+    if (input.dataset.in === "path") path = path.replace(`{${input.name}}`, encodeURIComponent(input.value));
+    else if (input.value) query.set(input.name, input.value);
+  }
+  return query.size ? `${path}?${query}` : path;
+}
+
+// One picture is the body itself; several are parts of a form.
+function body(files) {
+  if (files.length === 1) return { body: files[0], type: "application/octet-stream" };
+  const parts = new FormData();
+  for (const file of files) parts.append("image", file);
+  return { body: parts };
+}
+
+function element(name, text, className = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  made.className = className;
+  return made;
+}
+
+function pretty(text, type) {
+  const shown = type?.includes("json") ? JSON.stringify(JSON.parse(text), null, 2) : text;
+  const rest = shown.length - MAX_SHOWN_CHARS;
+  return rest > 0 ? `${shown.slice(0, MAX_SHOWN_CHARS)}\n… and ${rest} characters more` : shown;
+}
+
+async function send(form) {
+  const options = { method: form.dataset.method, headers: authorization() };
+  const files = form.querySelector("input[type=file]")?.files;
+  if (files) {
+    const { body: sent, type } = body(files);
+    options.body = sent;
+    if (type) options.headers["Content-Type"] = type;
+  }
+  const started = performance.now();
+  const answer = await fetch(address(form), options);
+  const text = await answer.text();
+  const elapsed_ms = performance.now() - started;
+  const status = `${answer.status} ${answer.statusText}, ${elapsed_ms.toFixed(1)} ms`;
+  const headers = SHOWN_HEADERS.filter((name) => answer.headers.has(name));
+  const content = element("pre", pretty(text, answer.headers.get("content-type")));
+  content.tabIndex = 0; // so that a keyboard can scroll it
+  return [
+    element("p", status, answer.ok ? "status" : "status failed"),
+    element("pre", headers.map((name) => `${name}: ${answer.headers.get(name)}`).join("\n")),
+    content,
+  ];
+}
+
+async function submit(event) {
+  event.preventDefault();
+  const form = event.target;
+  const button = form.querySelector("button");
+  const place = form.querySelector(".answer");
+  button.disabled = true;
+  place.replaceChildren(element("p", "sending …"));
+  try {
+    place.replaceChildren(...(await send(form)));
+  } catch (error) {
+    place.replaceChildren(element("p", error.message, "status failed"));
+  }
+  button.disabled = false;
+}
+
+// The examples name a model; the forms begin with the one that is served.
+async function nameServedModel() {
+  const answer = await fetch("v1/models", { headers: authorization() });
+  if (!answer.ok) return;
+  const [model] = (await answer.json()).models;
+  for (const input of document.querySelectorAll("input[data-in=path]")) {
+    const value = model[input.name];
+    if (value != null && input.value === input.defaultValue) input.value = input.defaultValue = value;
+  }
+}
+
+const page = document.querySelector("main");
+for (const line of document.querySelectorAll(".curl")) {
+  line.textContent = line.textContent.replace(page.dataset.base, new URL(".", document.baseURI).href.replace(/\/$/, ""));
+}
+for (const form of document.querySelectorAll("form.try")) {
+  form.hidden = false;
+  form.addEventListener("submit", submit);
+}
+document.getElementById("access").hidden = false;
+token.addEventListener("change", () => nameServedModel().catch(() => {}));
+nameServedModel().catch(() => {}); // the forms say what is wrong when they are sent
