@@ -1,4 +1,4 @@
-"""An HTTP/1.1 server as a gunicorn worker: one loop, and threads for what takes long.
+"""An HTTP/1.1 server as a gunicorn worker: one loop, and threads for slow requests.
 
-Knows nothing of pictures or models: the application tells it what may run in the loop.
+It knows nothing about images or models. The application decides which requests run in the loop.
 """

@@ -1,8 +1,8 @@
-"""``Connection``: what one client has sent and is not answered yet, and what it was not sent yet.
+"""``Connection``: one client's unanswered request bytes, and the answer bytes not yet sent.
 
-Splits bytes into whole requests, and says until when the next step must be done. Never waits: a
-client that sends, or reads, a byte a second holds a connection and nothing else. Knows no HTTP
-beyond where a request ends, and no application.
+It splits the received bytes into complete requests, and gives the deadline of the client's next
+step. It never blocks: a client that sends or reads one byte a second occupies a connection, but
+not a thread. It knows where a request ends, and nothing else about HTTP or the application.
 """
 
 import math
@@ -24,17 +24,18 @@ from service.server.protocol import Limits
 
 HEADERS_END = b"\r\n\r\n"
 RECEIVE_BYTES = 64 * 1024
-# A longer body gets pages of its own, which go back to the machine with it: a heap that grows by
-# pieces of megabytes, and frees them, kept 100 to 200 MB for eight bodies of 4 MB.
+# A longer body gets memory pages of its own, which the kernel takes back when the body is freed.
+# On the heap, eight bodies of 4 MB left 100 to 200 MB allocated after they were freed.
 MAPPED_BODY_BYTES = 256 * 1024
 RECEIVE_LARGE_BYTES = 256 * 1024
 MAX_HEAD_BYTES = 32 * 1024
 LINGER_S = 2.0
-# After ``Limits.head_s`` of grace, a client that sends or reads more slowly is given up.
+# After ``Limits.head_s`` of grace, the worker drops a client that sends or reads more slowly.
 MIN_BYTES_PER_S = 32 * 1024
-# A client that is below that rate for so long is among the first to be closed for others.
+# A client that stays below that rate for this long is among the first that the worker disconnects
+# when it needs room for others.
 SLOW_AFTER_S = 1.0
-# Longer heads are rare, and not remembered: a cache of them would hold megabytes.
+# Longer heads are rare and are not cached, because a cache of them would hold megabytes.
 MAX_CACHED_HEAD_BYTES = 1024
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
@@ -45,7 +46,7 @@ _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNOREC
 
 
 class ConnectionState(Enum):
-    """What a connection waits for."""
+    """What a connection is waiting for."""
 
     IDLE = "the first byte of a request"
     READING = "the rest of a request"
@@ -55,15 +56,16 @@ class ConnectionState(Enum):
 
 
 class HeadTooLong(Exception):
-    """The head of a request does not end."""
+    """The head of a request does not end within ``MAX_HEAD_BYTES``."""
 
 
 class RawRequest(Struct, frozen=True):
-    """One whole request.
+    """One request: its head and its body.
 
-    ``likeness`` is its head without the digits of its length, which are ``digits``: a client sends
-    the same one again and again. ``complete`` is False where the body was not read, because it is
-    too long or of unknown length: then no later request may be looked for on its connection.
+    ``digits`` are the digits of its Content-Length. ``likeness`` is its head without them: a client
+    usually sends the same ``likeness`` again and again. ``complete`` is False if the body was not
+    read because it is too long or of unknown length. Then the start of the next request is unknown,
+    so no further request may be read from its connection.
     """
 
     head: bytes
@@ -85,7 +87,7 @@ class RawRequest(Struct, frozen=True):
 
 
 class Connection:
-    """One client's socket, which never blocks."""
+    """One client's socket, in non-blocking mode, with what it has received and must still send."""
 
     __slots__ = (
         "_digits",
@@ -121,19 +123,19 @@ class Connection:
         self.server = server
         self.limits = limits
         self.origin = _origin(client, limits.trusted_proxies)
-        """The address whose connections are limited together; "" where there is no limit."""
+        """The address whose connections share one limit; "" if this connection has no limit."""
         self.received = bytearray()
         self.unsent: memoryview = memoryview(b"")
         self.sent_bytes = 0
-        """Of the answer that is being sent."""
+        """Bytes sent of the current answer."""
         self.keep = True
-        """Whether the client is listened to after the answer that is being sent."""
-        # Not all at the same moment that were opened at the same moment.
+        """Whether the connection stays open for another request after the current answer."""
+        # Random, so that connections opened together do not all close together.
         self._old = time.monotonic() + limits.age_s * random.uniform(0.75, 1.25)  # noqa: S311
         self.watched = 0
-        """The events of its socket that the loop is told of."""
+        """The events of its socket that the loop watches, as a mask of ``selectors``."""
         self.ended = False
-        """Whether the client has said that it will send no more."""
+        """Whether the client has closed its sending side."""
         self._large: mmap | None = None
         self._filled = 0
         self._head: bytes | None = None
@@ -148,34 +150,39 @@ class Connection:
         self._enter(ConnectionState.IDLE)
 
     def work(self) -> None:
-        """The application has the request; how long that takes is not the client's fault."""
+        """The application handles the request now, so the client has no deadline."""
         self._enter(ConnectionState.WORKING)
 
     def linger(self) -> None:
-        """Say no more; read on for a while, as closing at once would take the answer back."""
+        """Close the sending side, and discard what the client sends for a while.
+
+        Closing at once would reset the connection, and the client could lose the answer.
+        """
         self._enter(ConnectionState.LINGERING)
         self.forget()
         self.sock.shutdown(socket.SHUT_WR)
 
     def forget(self) -> None:
-        """Drop what has been received."""
+        """Discard the received bytes."""
         self.received, self._large, self._filled = bytearray(), None, 0
 
     @property
     def received_bytes(self) -> int:
-        """Of the request that arrives, and of what was sent behind it."""
+        """Bytes held of the arriving request and of the requests that the client sent after it."""
         return len(self.received) + self._filled
 
     def receive(self) -> int:
-        """Take what has arrived; how many bytes that were.
+        """Receive available bytes from the socket, and return how many.
 
-        Raises as ``recv`` does, also when there is nothing.
+        Raises:
+            BlockingIOError: nothing has arrived.
+            OSError: as ``recv`` raises it.
         """
         if self._head is None and len(self.received) >= MAX_HEAD_BYTES:
-            return 0  # requests behind each other wait in the kernel, not here
+            return 0  # pipelined requests wait in the kernel's buffer, not in this process
         if self._large is not None:
             end = self._filled + RECEIVE_LARGE_BYTES
-            with memoryview(self._large) as whole, whole[self._filled : end] as free:
+            with memoryview(self._large) as pages, pages[self._filled : end] as free:
                 count = self.sock.recv_into(free)
             self._filled += count
         else:
@@ -191,10 +198,10 @@ class Connection:
 
     @property
     def deadline(self) -> float:
-        """When the client's time for the next step is over, on the monotonic clock.
+        """When the client must have completed its next step, in seconds of the monotonic clock.
 
-        A client that sends or reads must keep to ``MIN_BYTES_PER_S``, by the bytes that it has
-        moved and not by those that it has announced; and it must not pause for ``head_s``.
+        A client that sends or reads must keep up ``MIN_BYTES_PER_S``. Only bytes that were really
+        transferred count, not the announced length. It must not pause for ``head_s`` either.
         """
         match self.state:
             case ConnectionState.IDLE:
@@ -208,10 +215,10 @@ class Connection:
                 return math.inf
 
     def closing_order(self, now: float) -> tuple[bool, float]:
-        """Sorts connections by how little is lost when they are closed to make room.
+        """Sort key: the connection that costs least to close comes first.
 
-        Clients that are too slow come first, or have had their last answer; then the idle ones,
-        for as long as they are that.
+        First come connections that are too slow or have had their last answer, then all others;
+        within each group, the one that has been in its state for longest.
         """
         slow = self.state is ConnectionState.LINGERING
         if self.state in (ConnectionState.READING, ConnectionState.WRITING):
@@ -227,19 +234,20 @@ class Connection:
         self._since = self._moved_at = time.monotonic()
 
     def take(self) -> RawRequest | None:
-        """The next request, once all of it has arrived.
+        """The next request; None until all of it has arrived.
 
         Raises:
-            HeadTooLong: it is none, or not one for us.
-            OSError: the machine has no memory for its body.
+            HeadTooLong: ``MAX_HEAD_BYTES`` have arrived without the end of a head.
+            OSError: there is no memory for the body.
         """
-        asked = self._take_whole() if self._head is not None or self._take_head() else None
+        raw = self._take_body() if self._head is not None or self._take_head() else None
         has_begun = self._head is not None or self.received
-        if asked is None and has_begun and self.state is ConnectionState.IDLE:
+        if raw is None and has_begun and self.state is ConnectionState.IDLE:
             self._enter(ConnectionState.READING)
-        return asked
+        return raw
 
-    def _take_whole(self) -> RawRequest | None:
+    def _take_body(self) -> RawRequest | None:
+        """The request whose head has been taken; None until its body has arrived."""
         body: bytes | mmap
         if self._large is not None:
             if self._filled < len(self._large):
@@ -256,13 +264,13 @@ class Connection:
                 del self.received[:length]
         assert self._head is not None
         complete = self._length is not None
-        asked = RawRequest(self._head, self._likeness, self._digits, body, complete)
+        raw = RawRequest(self._head, self._likeness, self._digits, body, complete)
         self._head = None
         self._expects = False
-        return asked
+        return raw
 
     def _take_head(self) -> bool:
-        """Whether the head of the next request has arrived; it is taken out of ``received``."""
+        """Move the head of the next request out of ``received``; False if it is incomplete."""
         received = self.received
         end = received.find(HEADERS_END, 0, MAX_HEAD_BYTES)
         if end < 0:
@@ -272,8 +280,8 @@ class Connection:
         self._head = bytes(received[:end])
         del received[: end + len(HEADERS_END)]
         if b"100-continue" in self._head.lower():
-            self._head, said = _EXPECT.subn(b"", self._head + b"\r\n")
-            self._head, self._expects = self._head[:-2], said > 0
+            self._head, found = _EXPECT.subn(b"", self._head + b"\r\n")
+            self._head, self._expects = self._head[:-2], found > 0
         self._likeness, self._digits, length = measure(self._head)
         too_long = length is not None and self._is_too_long(length, self._head)
         self._length = None if too_long else length
@@ -285,16 +293,20 @@ class Connection:
 
     @property
     def is_untouched(self) -> bool:
-        """Whether nothing of its next request was read yet, so that another worker may read it."""
+        """Whether no byte of its next request was read, so that another worker can take it over."""
         return self.state is ConnectionState.IDLE and not self.received and not self.ended
 
     def expects(self) -> bool:
-        """Whether the client waits to be told to send the body; said once."""
+        """Whether the client waits for "100 Continue"; True only once per request."""
         expects, self._expects = self._expects, False
         return expects
 
     def send(self) -> bool:
-        """Send what the client takes now; whether that was all. Raises as ``send`` does."""
+        """Send as much as the socket accepts now; True if nothing is left to send.
+
+        Raises:
+            OSError: as ``send`` raises it, for example because the client has reset the connection.
+        """
         try:
             sent = self.sock.send(self.unsent)
         except BlockingIOError:
@@ -311,16 +323,19 @@ class Connection:
         return False
 
     def is_old(self) -> bool:
-        """Whether the client should connect anew."""
+        """Whether the connection has lasted so long that the client should open a new one."""
         return time.monotonic() > self._old
 
     def has_hung_up(self) -> bool:
-        """Whether the client sends no more: then, after a wait, it has most likely gone."""
+        """Whether the client has closed its sending side or reset the connection.
+
+        A client that waited for long and then closed its sending side has most likely left.
+        """
         try:
             return self.ended or not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
-        except OSError:  # it was reset
+        except OSError:  # the client reset the connection
             return True
 
     def _is_too_long(self, length: int, head: bytes) -> bool:
@@ -331,17 +346,20 @@ class Connection:
 
 
 def _pages(size: int) -> mmap:
-    """Private memory of ``size`` bytes, which takes room only where something was written."""
+    """Private memory of ``size`` bytes; only pages that are written to take up memory."""
     pages = mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
-        pages.madvise(MADV_NOHUGEPAGE)  # else one byte of a body could take 2 MB
+        pages.madvise(MADV_NOHUGEPAGE)  # otherwise one byte of a body could take 2 MB
     return pages
 
 
 def _origin(client: Any, trusted_proxies: tuple[IPv4Network | IPv6Network, ...]) -> str:
-    """The IPv4 address of a socket's peer, or the /64 of its IPv6 address."""
+    """The IPv4 address of a socket's peer, or the /64 of its IPv6 address.
+
+    "" if the peer is a trusted proxy or uses a Unix socket: those connections have no limit.
+    """
     if not isinstance(client, tuple):
-        return ""  # a Unix socket's
+        return ""  # a Unix socket
     address = ip_address(client[0].partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     if any(address in network for network in trusted_proxies):
@@ -350,10 +368,10 @@ def _origin(client: Any, trusted_proxies: tuple[IPv4Network | IPv6Network, ...])
 
 
 def measure(head: bytes) -> tuple[bytes, str | None, int | None]:
-    """``head`` without the digits of its length, those, and how many bytes follow it.
+    """``head`` without the digits of its Content-Length, those digits, and the body's length.
 
-    None where that is not said in the one plain form: in any other, two readers could differ about
-    where the next request begins.
+    The length is None unless ``head`` states it as exactly one plain Content-Length. With any other
+    form, a proxy and this worker could disagree about where the next request begins.
     """
     found = _LENGTH.search(head + b"\r\n")
     if found is None:
@@ -364,7 +382,7 @@ def measure(head: bytes) -> tuple[bytes, str | None, int | None]:
 
 
 def _lengths(head: bytes) -> int:
-    """How often ``head`` says how long the body is; 2 where it says so in another way."""
+    """How many Content-Length headers ``head`` has; 2 if it has a Transfer-Encoding."""
     short = len(head) <= MAX_CACHED_HEAD_BYTES
     return _count_lengths(head) if short else _count_lengths.__wrapped__(head)
 

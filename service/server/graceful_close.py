@@ -1,11 +1,11 @@
-"""The end of a listening socket, without a connection that is made and never answered.
+"""Closes a listening socket without resetting a client that has just connected.
 
-A client is connected when the kernel has shaken hands, before anybody accepts. Between the last
-``accept`` and ``close`` there is always a moment, and whoever connects in it is reset after it has
-asked: seen twice in 25 ends under load. So first the kernel is told to let nobody new begin, by a
-filter that drops the packets that would (SYN); who has begun finishes, and is accepted. Whoever is
-dropped tries again within a second or so, and finds another who listens, or nobody: no request
-of theirs was sent.
+The kernel completes a client's handshake before the worker calls ``accept``. A client that connects
+between the worker's last ``accept`` and its ``close`` can send a request and is then reset: seen in
+2 of 25 shutdowns under load. So the worker first attaches a packet filter to the socket, which
+drops packets that open a connection (SYN). Handshakes under way complete, and the worker accepts
+those clients. A client whose SYN was dropped tries again within about a second, and reaches another
+worker, or none. It has not sent a request yet, so no request is lost.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import socket
 import sys
 
 RECONCILE_TIMEOUT_S = 0.02
-"""After ``reject_new_connections``, handshakes that had begun are over."""
+"""So long after ``reject_new_connections``, the handshakes that were under way are complete."""
 
 # From Linux's asm-generic/socket.h and linux/bpf_common.h.
 SO_ATTACH_FILTER = 26
@@ -24,8 +24,8 @@ _PROGRAM = (
     (_LOAD_BYTE, 0, 0, _FLAGS_AT),
     (_AND, 0, 0, _SYN | _ACK),
     (_JUMP_IF_EQUAL, 0, 1, _SYN),
-    (_RETURN, 0, 0, 0),  # dropped
-    (_RETURN, 0, 0, 0xFFFFFFFF),  # whole
+    (_RETURN, 0, 0, 0),  # drop the packet
+    (_RETURN, 0, 0, 0xFFFFFFFF),  # pass the entire packet
 )
 
 
@@ -43,11 +43,14 @@ class _Filter(ctypes.Structure):
 
 
 def reject_new_connections(listener: socket.socket) -> None:
-    """Have nobody new begin to connect; where the kernel cannot, nothing changes."""
+    """Make the kernel drop new connections to ``listener``.
+
+    Does nothing if the kernel does not support the filter.
+    """
     if sys.platform != "linux" or listener.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    preprocessed = (_Instruction * len(_PROGRAM))(*(_Instruction(*each) for each in _PROGRAM))
+    program = (_Instruction * len(_PROGRAM))(*(_Instruction(*each) for each in _PROGRAM))
     with contextlib.suppress(OSError):
         listener.setsockopt(
-            socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(_Filter(len(_PROGRAM), preprocessed))
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(_Filter(len(_PROGRAM), program))
         )

@@ -1,17 +1,20 @@
-"""The gunicorn worker: one loop has every socket, and answers small requests itself.
+"""The gunicorn worker: one loop owns every socket and answers small requests itself.
 
-The loop reads requests until they are whole and sends answers as fast as they are taken, so that a
-slow client holds no thread (``service.server.connection``). With small pictures, handing each to a
-thread and back, and the threads' contest for the interpreter, would cost more than the work
-(docs/decisions/0007). So POSTs are answered by the loop: each round calls the application for every
-one that is there, and iterates the answers after that, so that an application that queues its work
-in the call and waits for it in the iteration gets it into one batch. What takes longer the
-application postpones, or refuses at once if too much of that waits already; it is called again by
-one of a few threads. Pages, metrics and the like go to two other threads, which use a part of a
-core at most; probes are answered by the loop.
+The loop reads each request completely before it calls the application, and sends answers as fast as
+clients take them, so a slow client occupies no thread (``service.server.connection``).
 
-Knows nothing of images. Builds on gunicorn 26's arbiter, parser and response. There is no access
-log; ``max_requests``, ``pre_request`` and ``post_request`` are not honoured.
+For a small image, handing the request to a thread and back costs more than the work itself, because
+the threads compete for the interpreter (docs/decisions/0007). So the loop answers POSTs itself. In
+each round it first calls the application for every request that has arrived, and then iterates over
+the answers. An application that queues its work in the call, and waits for it in the iteration,
+thereby gets all requests of a round into one batch.
+
+The application postpones a request that takes longer, and one of a few threads calls it again. If
+too many of those wait already, the application refuses the request. Two other threads answer pages
+and metrics, and use at most a part of one core. The loop answers probes.
+
+It knows nothing about images. It builds on gunicorn 26's arbiter, parser and response. It writes no
+access log, and ignores ``max_requests``, ``pre_request`` and ``post_request``.
 """
 
 import contextlib
@@ -40,6 +43,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from service.server.connection import (
+    MAX_HEAD_BYTES,
     RECEIVE_BYTES,
     Connection,
     ConnectionState,
@@ -51,53 +55,54 @@ from service.server.handover import NEVER, Handover
 from service.server.protocol import ENDING, IN_LOOP, WAITING, Postpone, ServerOptions
 from service.server.request_parser import HeaderCache
 
-# A round ends when it has this many requests or has taken so long, and answers them.
+# A round stops collecting requests, and answers them, at this count or after this time.
 ROUND_REQUESTS = 64
 ROUND_S = 0.005
 POLL_S = 0.02
 POLL_INTERVAL_S = 0.25
-# Of a client that waited longer it is looked whether it still does: in an overload, answers for
-# those who have left would be most of the work.
+# If a client has waited for longer, the worker checks that it is still connected. In an overload,
+# most of the work would otherwise go to clients that have left.
 WAIT_TIMEOUT_S = 1.0
-# Connections on which nothing is asked are closed so long after the order to end: who asks all the
-# time is answered, and told that it was the last time.
+# A draining worker closes idle connections after this time. A client that sends a request before
+# gets an answer with "Connection: close".
 IDLE_S = 1.0
-# For metrics and pages; together these threads use a core at most for this part of the time.
+# The threads for metrics and pages; together they use at most this share of one core.
 BACKGROUND_THREADS = 2
 BACKGROUND_SHARE = 0.25
 MAX_PAUSE_S = 1.0
-# When a worker has no room for another connection, it closes this part of those that it has.
+# If a worker has no room for another connection, it closes this share of its connections.
 ROOM_SHARE = 1 / 128
-# The loop answers so many probes in a turn, so that a crowd of them holds up no POST.
+# The loop answers at most this many probes in a turn, so that many probes do not delay a POST.
 PROBES_PER_TURN = 8
 MAX_WAITING = 512
-# Longer bodies have threads of their own: decoding them takes long, and others would wait.
+# Longer bodies have their own threads, because decoding them would delay other requests.
 LARGE_POOL_BYTES = 1024 * 1024
-# An error costs about 0.25 ms. Clients that ask again at once would take the cores from those who
-# are served; so a worker sends so many errors a second, and the others wait for theirs.
+# An error costs about 0.25 ms. Clients that retry at once would take processor time from clients
+# that are served. So a worker sends at most this many errors a second, and delays the others.
 REFUSALS_PER_S = 400
 REFUSALS_AT_ONCE = 100
-# A refusal counts once more for each so many bytes that its client has sent or goes on to send:
-# eight clients with 4 MB each would otherwise take half of the machine (reliability.md, row 14).
+# A refusal costs one more for every so many bytes that the client has sent or goes on to send.
+# Without that, eight clients with 4 MB each took half of the machine (reliability.md, row 14).
 BYTES_PER_REFUSAL = 256 * 1024
-# Bytes that clients send on after a refusal use at most this part of the refusals that time earns,
-# so that one fast sender cannot silence the errors of others.
+# Bytes that clients send after a refusal use up at most this share of the refusals that become
+# available, so that one fast sender cannot delay all errors of other clients.
 DISCARDED_SHARE = 0.75
-# One address may have this part of a worker's connections, a trusted proxy all of them.
+# One address may have this share of a worker's connections. A trusted proxy may have all of them.
 ADDRESS_SHARE = 0.75
-# Of requests that are not answered yet.
+# The bytes of all unanswered requests that a worker holds.
 MAX_RECEIVED_BYTES = 256 * 1024 * 1024
-# They are counted so often while they arrive: it takes 0.2 ms with 1,000 connections.
+# While requests arrive, their bytes are counted at most this often: with 1,000 connections, one
+# count takes 0.2 ms.
 COUNT_INTERVAL_S = 0.01
 RETRY = "Retry-After: 1\r\n"
 
 
 class Written(list[bytes]):
-    """What gunicorn's response takes for a socket.
+    """Collects an answer; gunicorn's response takes it for a socket.
 
-    It writes an answer's head and body with a call each; here one ``send`` has both. It is not
-    a part of ``PendingResponse``: in a cycle of references, bodies would live until the next
-    garbage collection.
+    gunicorn sends an answer's head and body with two calls. Here, one ``send`` sends both. This is
+    not part of ``PendingResponse``, because that would make a cycle of references, and request
+    bodies would stay in memory until the next garbage collection.
     """
 
     def sendall(self, data: bytes) -> None:
@@ -105,7 +110,7 @@ class Written(list[bytes]):
 
 
 class PendingResponse:
-    """A request, and its answer while it is made."""
+    """A request whose answer is being made."""
 
     __slots__ = (
         "body",
@@ -124,11 +129,11 @@ class PendingResponse:
         request: Any,
         environ: dict[str, Any],
         cfg: Any,
-        asked: RawRequest,
+        raw: RawRequest,
     ) -> None:
         self.connection = connection
-        self.size = len(asked.body)
-        self.is_upload = asked.is_upload
+        self.size = len(raw.body)
+        self.is_upload = raw.is_upload
         self.queues = False
         self.environ = environ
         self.written = Written()
@@ -136,11 +141,11 @@ class PendingResponse:
         self.body: Iterable[bytes] = ()
 
     def call(self, application: Any) -> None:
-        """The first half: the application is called."""
+        """The first half: call the application."""
         self.body = application(self.environ, self.response.start_response)
 
     def iterate(self) -> None:
-        """The second half: what it answers is gathered."""
+        """The second half: collect what the application answers."""
         try:
             for part in self.body:
                 self.response.write(part)
@@ -151,7 +156,7 @@ class PendingResponse:
 
 
 def _failure(work: Callable[[], None]) -> BaseException | None:
-    """Do ``work``; the exception that ended it, if one did."""
+    """Run ``work``, and return the exception that it raised, or None."""
     try:
         work()
     except BaseException as error:  # noqa: BLE001 - the loop answers it, or raises it again
@@ -160,9 +165,10 @@ def _failure(work: Callable[[], None]) -> BaseException | None:
 
 
 class RequestPool(Struct):
-    """Threads for one kind of request, how many are with them, and the bytes of their bodies.
+    """The threads for one kind of request.
 
-    A thread works for ``share`` of the time while more requests wait.
+    ``count`` requests wait or are worked on, and their bodies have ``size`` bytes in total. While
+    more than one waits, each thread works for only ``share`` of the time.
     """
 
     threads: ThreadPoolExecutor
@@ -172,7 +178,7 @@ class RequestPool(Struct):
 
 
 class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
-    """See the module."""
+    """The module's docstring describes it."""
 
     options: ServerOptions
 
@@ -181,7 +187,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self.alive: bool
         self.sockets: list[Any]
         self._connections: dict[Connection, None] = {}
-        # Since when, and in that order: whoever is left out is first in the next round.
+        # Since when each can be read. The order is kept: a connection that this round does not
+        # reach comes first in the next one.
         self._readable: dict[Connection, float] = {}
         self._round: dict[Connection, PendingResponse] = {}
         self._of_origin: Counter[str] = Counter()
@@ -190,8 +197,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._refusals: deque[tuple[Connection, bytes, float]] = deque()
         self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
         self._discarded_bytes = 0
-        self._ending = self._deaf = self._listens_alone = False
-        self._next_poll = self._next_look = self._next_count = 0.0
+        self._ending = self._has_stopped_listening = self._listens_alone = False
+        self._next_poll = self._next_check = self._next_count = 0.0
 
     def init_process(self) -> None:
         self._heads = HeaderCache(self.cfg)
@@ -213,7 +220,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def run(self) -> None:
         self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
-        if not self.sockets:  # only now: whom a worker welcomes before it has loaded would wait
+        if not self.sockets:
+            # Listen only after loading: a client accepted earlier would wait for the load.
             self.sockets, self._listens_alone = [self._listen()], True
         for listener in self.sockets:
             listener.setblocking(False)
@@ -239,12 +247,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             )
         except OSError as error:
             self.log.error("cannot listen on %s port %d: %s", host, port, error)
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)  # and the arbiter: another fares no better
+            # Ends the arbiter too, because another worker would fail in the same way.
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
         self.log.info("listening on %s port %d", host, port)
         return listener
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM: answer what is asked, then end."""
+        """Handle SIGTERM: answer the accepted requests, then end."""
         if self.alive:
             self.alive = False
             self._done.defer(lambda: None)  # wakes the poller
@@ -252,8 +261,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _drain(self) -> None:
         """End without losing a request.
 
-        First /readyz says no, while everything goes on, so that proxies look elsewhere. Then nobody
-        is accepted any more, and each answer says that it is the last on its connection.
+        First only /readyz fails, while the worker still serves, so that proxies choose another
+        worker. Then it accepts no new connections, and every answer has "Connection: close".
         """
         self._ending = True
         now = time.monotonic()
@@ -266,9 +275,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if self._handover:
             self._handover.load = NEVER
         for listener in self.sockets if self._listens_alone else ():
-            reject_new_connections(listener)  # not the arbiter's: other workers accept from that
+            reject_new_connections(listener)  # only its own: other workers share the arbiter's
         settled = time.monotonic() + RECONCILE_TIMEOUT_S
-        while time.monotonic() < settled:  # whom the kernel has welcomed already is welcome
+        while time.monotonic() < settled:  # accept clients whose handshake was under way
             self._turn(RECONCILE_TIMEOUT_S)
         for listener in self.sockets:
             self._poller.unregister(listener)
@@ -280,20 +289,20 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._take_over(self._handover.sock)
             self._handover.close()
             self._handover = None
-        self._deaf = True
+        self._has_stopped_listening = True
         idle_until = time.monotonic() + IDLE_S
         while self._connections and (now := time.monotonic()) < ends:
             self._turn()
             if now > idle_until:
-                self._dispatch(0)  # who has asked already is not idle
+                self._dispatch(0)  # a client whose request has just arrived is not idle
                 idle = [c for c in self._connections if c.state is ConnectionState.IDLE]
                 for each in [c for c in idle if c not in self._readable]:
                     self._close(each)
 
     def _turn(self, wait_s: float = POLL_INTERVAL_S) -> None:
-        """One round: what is readable now, and what becomes so while that is being taken.
+        """Run one round: read and answer the requests that are there or arrive in the meantime.
 
-        For the first of it ``wait_s`` at most.
+        Waits at most ``wait_s`` for the first event.
         """
         self.notify()
         now = time.monotonic()
@@ -302,7 +311,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if self._refusals:
             wait_s = min(wait_s, 1 / REFUSALS_PER_S)
         if len(self._readable) < ROUND_REQUESTS or now >= self._next_poll:
-            # With a crowd waiting already, being told of it again would cost a tenth of a round.
+            # With many readable connections known already, polling for them again would cost a
+            # tenth of a round.
             self._next_poll = now + POLL_S
             self._dispatch(0 if self._readable or self._waiting_probes else wait_s)
         self._round, self._probes = {}, 0
@@ -313,28 +323,28 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             waited_s = time.monotonic() - self._readable.pop(connection)
             try:
                 self._read(connection, waited_s)
-            except Exception:  # whatever one client brings about, it is the end of no other
-                self.log.exception("a connection is given up")
+            except Exception:  # an error of one connection must not end the others
+                self.log.exception("closed a connection after an unexpected error")
                 self._close(connection)
             if not self._readable:
                 self._dispatch(0)
         answered, self._round = self._round, {}
-        for answering in answered.values():
-            self._finish(answering, _failure(answering.iterate))
-            if (now := time.monotonic()) > ends + ROUND_S:  # a slow model, and many who ask it
+        for pending in answered.values():
+            self._finish(pending, _failure(pending.iterate))
+            if (now := time.monotonic()) > ends + ROUND_S:  # a slow model with many requests
                 self.notify()
                 ends = now
         self._send_refusals(now)
-        if now >= self._next_look:
-            self._next_look = now + POLL_INTERVAL_S
-            self._dispatch(0)  # what has arrived in time is not late
+        if now >= self._next_check:
+            self._next_check = now + POLL_INTERVAL_S
+            self._dispatch(0)  # so that requests that arrived in time do not count as late
             self._close_late(now)
             if self._handover:
-                with contextlib.suppress(OSError):  # no descriptor is free: the next time, then
+                with contextlib.suppress(OSError):  # no free descriptor: try again next time
                     self._handover.find_peers()
 
     def _call_waiting_probes(self, ends: float) -> None:
-        """Call the application for a turn's share of probes, while the round lasts."""
+        """Call the application for up to ``PROBES_PER_TURN`` waiting probes, until ``ends``."""
         while self._waiting_probes and self._probes < PROBES_PER_TURN and time.monotonic() < ends:
             self._call(self._waiting_probes.popleft())
 
@@ -343,9 +353,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             key.data(key.fileobj)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Accept many who knock, as one a round would let a crowd of hundreds wait for seconds.
+        """Accept up to ``ROUND_REQUESTS`` waiting clients; True if more may wait.
 
-        Whether there may be more.
+        With one a round, the last of several hundred clients would wait for seconds.
         """
         for _ in range(ROUND_REQUESTS):
             try:
@@ -354,7 +364,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._make_room()
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
-                    self.log.warning("nobody could be accepted: %s", error)
+                    self.log.warning("cannot accept a connection: %s", error)
                 return False
             self._open(client)
         return True
@@ -370,8 +380,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _open(self, client: socket.socket) -> Connection | None:
         """Add a client's connection.
 
-        None when it is closed again: the client has gone, its address has more than its share, or
-        the kernel has no memory to watch another socket.
+        Returns:
+            None if the connection was closed again: the client has left, its address has too many
+            connections, or the kernel has no memory to watch another socket.
         """
         if len(self._connections) >= self._max_connections:
             self._make_room()
@@ -381,7 +392,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._watch(connection, selectors.EVENT_READ)
         except OSError as error:
             if error.errno not in (errno.ENOTCONN, errno.ECONNRESET):
-                self.log.warning("nobody could be accepted: %s", error)
+                self.log.warning("cannot accept a connection: %s", error)
             client.close()
             return None
         self._connections[connection] = None
@@ -392,12 +403,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         return connection if connection in self._connections else None
 
     def _make_room(self, origin: str | None = None) -> None:
-        """Close a few connections, of ``origin`` if that is given, to free descriptors for others.
+        """Close a few connections, only of ``origin`` if given, to free file descriptors.
 
-        Slow clients' go first, then the idlest; a connection with a request that was not read yet
-        goes after all others of its kind, and one whose request is answered now stays. To sort
-        1,000 takes 1.6 ms: one at a time, a client that connects 700 times a second would have all
-        of the loop.
+        It closes connections of slow clients first, then those that have been in their state for
+        longest; connections with an unread request come after all others. A connection whose
+        request is being answered stays open. Sorting 1,000 connections takes 1.6 ms. If this closed
+        one at a time, a client that connects 700 times a second would use up the loop's time.
         """
         now = time.monotonic()
         closable = [
@@ -413,35 +424,37 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._close(self._refusals.popleft()[0])
 
     def _close_late(self, now: float) -> None:
-        """Close the connections whose time for the next step is over.
+        """Close connections whose deadline has passed, at most ``ROUND_REQUESTS`` at a time.
 
-        Not all at once: a crowd that came together would hold the loop when its time is over.
+        Many clients that connected together would otherwise block the loop together.
         """
         late = [c for c in self._connections if c.deadline <= now and c not in self._readable]
         for connection in late[:ROUND_REQUESTS]:
             if connection.state is ConnectionState.READING:
-                self._refuse(connection, 408, "the request did not arrive in its time")
+                self._refuse(connection, 408, "the request arrived too slowly")
             else:
                 self._close(connection)
 
     def _read(self, connection: Connection, waited_s: float = 0.0) -> None:
-        """Receive from ``connection``; what is whole is answered, or called in this round."""
+        """Receive from ``connection``, and handle its next request if that is complete."""
         if self._is_passed_on(connection) or not self._receive(connection):
             return
         try:
-            asked = connection.take()
+            raw = connection.take()
         except HeadTooLong:
-            self._refuse(connection, 431, "the head of the request is too long")
+            self._refuse(
+                connection, 431, f"the head of the request has more than {MAX_HEAD_BYTES:,} bytes"
+            )
             return
         except OSError as error:
-            self.log.warning("no memory for the body of a request: %s", error)
-            self._refuse(connection, 503, "too many large requests arrive at once")
+            self.log.warning("cannot allocate memory for a request's body: %s", error)
+            self._refuse(connection, 503, "too many large requests at once; try again later")
             return
-        if asked is not None:
+        if raw is not None:
             if waited_s > WAIT_TIMEOUT_S and connection.has_hung_up():
                 self._close(connection)
             else:
-                self._ask(connection, asked)
+                self._handle(connection, raw)
         elif connection.ended:
             self._close(connection)
         elif connection.expects():
@@ -452,12 +465,12 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._make_space(0)
 
     def _receive(self, connection: Connection) -> bool:
-        """Receive what has arrived; whether it may be a request."""
+        """Receive what has arrived; True if the connection may hold a request to handle."""
         count = 0
         try:
             count = connection.receive()
         except BlockingIOError:
-            pass  # its next request has arrived with the last one
+            pass  # the client may have sent its next request together with the last one
         except OSError:
             self._close(connection)
             return False
@@ -469,7 +482,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         return False
 
     def _is_passed_on(self, connection: Connection) -> bool:
-        """Pass a connection on whose request would wait here, to a worker with less to do."""
+        """Pass ``connection`` to a less loaded worker if its request would have to wait here."""
         busy = self._handover and self._queued and connection.is_untouched
         if not (busy and self._handover and self._handover.give(connection.sock)):
             return False
@@ -477,22 +490,25 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         return True
 
     def _make_space(self, size: int) -> bool:
-        """Refuse those who have sent most and are not done, until ``size`` bytes more may come.
+        """Refuse arriving requests, the largest first, until ``size`` more bytes fit the limit.
 
-        Whether they may. Who is slow with a large body would keep out everybody else's.
+        Otherwise clients that send large bodies slowly could keep out all others.
+
+        Returns:
+            Whether ``size`` more bytes fit.
         """
         if sum(pool.size for pool in self._pools()) + size > MAX_RECEIVED_BYTES:
-            return False  # that would help nobody
+            return False  # refusing arriving requests would not free enough
         while self._received() + size > MAX_RECEIVED_BYTES:
             sending = [each for each in self._connections if each.state is ConnectionState.READING]
             if not sending:
                 return False
-            most = max(sending, key=lambda each: each.received_bytes)
-            self._refuse(most, 503, "too many large requests arrive at once")
+            largest = max(sending, key=lambda each: each.received_bytes)
+            self._refuse(largest, 503, "too many large requests at once; try again later")
         return True
 
     def _received(self) -> int:
-        """Bytes of requests that are not answered yet."""
+        """Bytes of all unanswered requests."""
         arriving = sum(each.received_bytes for each in self._connections)
         waiting = sum(each.size for each in self._waiting_probes)
         return arriving + waiting + sum(pool.size for pool in self._pools())
@@ -500,75 +516,77 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def _pools(self) -> tuple[RequestPool, ...]:
         return self._postponed, self._large, self._background
 
-    def _pool(self, answering: PendingResponse, postponed: Postpone) -> RequestPool:
-        """The threads for a request that is too long for the loop."""
+    def _pool(self, pending: PendingResponse, postponed: Postpone) -> RequestPool:
+        """The threads for a postponed request."""
         if postponed.background:
             return self._background
-        return self._large if answering.size > LARGE_POOL_BYTES else self._postponed
+        return self._large if pending.size > LARGE_POOL_BYTES else self._postponed
 
-    def _ask(self, connection: Connection, asked: RawRequest) -> None:
-        """Have the application called: here, or in a thread."""
+    def _handle(self, connection: Connection, raw: RawRequest) -> None:
+        """Have the application called for a request, in the loop or in a thread."""
         connection.work()
         try:
-            request, environ = self._heads.read(asked, connection)
+            request, environ = self._heads.read(raw, connection)
         except Exception as error:  # noqa: BLE001 - gunicorn's parser raises many kinds
             too_long = isinstance(error, http_errors.LimitRequestHeaders)
-            self._refuse(connection, 431 if too_long else 400, str(error) or "no request")
+            self._refuse(
+                connection, 431 if too_long else 400, str(error) or "the request is malformed"
+            )
             return
-        environ["wsgi.input"] = asked.open_body()
+        environ["wsgi.input"] = raw.open_body()
         if self._ending:
             environ[ENDING] = True
-        answering = PendingResponse(connection, request, environ, self.cfg, asked)
-        is_old = connection.is_old() and not connection.received  # nothing asked behind it
-        if self._deaf or not asked.complete or is_old:
-            answering.response.force_close()
-        if self._probes >= PROBES_PER_TURN and not asked.is_upload:
+        pending = PendingResponse(connection, request, environ, self.cfg, raw)
+        is_old = connection.is_old() and not connection.received  # no pipelined request follows
+        if self._has_stopped_listening or not raw.complete or is_old:
+            pending.response.force_close()
+        if self._probes >= PROBES_PER_TURN and not raw.is_upload:
             self._watch(connection, 0)
-            self._waiting_probes.append(answering)
+            self._waiting_probes.append(pending)
         else:
-            self._call(answering)
+            self._call(pending)
 
-    def _call(self, answering: PendingResponse) -> None:
-        """Call the application in the loop; its answer is iterated at the end of the round."""
-        environ = answering.environ
-        environ[IN_LOOP] = answering.size
+    def _call(self, pending: PendingResponse) -> None:
+        """Call the application in the loop; the end of the round iterates over its answer."""
+        environ = pending.environ
+        environ[IN_LOOP] = pending.size
         environ[WAITING] = self._postponed.count + self._large.count
         try:
-            answering.call(self.wsgi)
+            pending.call(self.wsgi)
         except Postpone as postponed:
             del environ[IN_LOOP], environ[WAITING]
             environ["wsgi.input"].seek(0)
-            answering.queues = postponed.queues
-            self._to_thread(answering, self._pool(answering, postponed))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
-            self._fail(answering.connection, error)
+            pending.queues = postponed.queues
+            self._to_thread(pending, self._pool(pending, postponed))
+        except Exception as error:  # noqa: BLE001 - the client gets an answer to every error
+            self._fail(pending.connection, error)
         else:
-            self._probes += not answering.is_upload
-            self._round[answering.connection] = answering
+            self._probes += not pending.is_upload
+            self._round[pending.connection] = pending
 
-    def _to_thread(self, answering: PendingResponse, pool: RequestPool) -> None:
-        size = answering.size
+    def _to_thread(self, pending: PendingResponse, pool: RequestPool) -> None:
+        size = pending.size
         if pool.count >= MAX_WAITING or (size and not self._make_space(size)):
             self._refuse(
-                answering.connection, 503, "too many requests wait already", answering.size
+                pending.connection, 503, "too many requests wait; try again later", pending.size
             )
             return
-        self._watch(answering.connection, 0)
+        self._watch(pending.connection, 0)
         pool.count += 1
         pool.size += size
-        self._queued += answering.queues
+        self._queued += pending.queues
         self._report_load()
 
         def answer() -> None:
-            answering.call(self.wsgi)
-            answering.iterate()
+            pending.call(self.wsgi)
+            pending.iterate()
 
         def done(error: BaseException | None) -> None:
             pool.count -= 1
             pool.size -= size
-            self._queued -= answering.queues
+            self._queued -= pending.queues
             self._report_load()
-            self._finish(answering, error)
+            self._finish(pending, error)
 
         def work() -> None:
             began = time.thread_time()
@@ -581,52 +599,61 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         pool.threads.submit(work)
 
     def _report_load(self) -> None:
-        """Tell the other workers how many requests wait in this one for each other."""
+        """Tell the other workers how many requests queue in this one."""
         if self._handover and self._handover.load != NEVER:
             self._handover.load = self._queued
 
-    def _finish(self, answering: PendingResponse, error: BaseException | None) -> None:
-        """Send what the application has answered, or that it failed with ``error``."""
-        connection = answering.connection
+    def _finish(self, pending: PendingResponse, error: BaseException | None) -> None:
+        """Send the application's answer, or a 500 if it raised ``error``."""
+        connection = pending.connection
         if isinstance(error, Exception):
             self._fail(connection, error)
             return
-        if error is not None:  # SystemExit, for example: it ends the worker
+        if error is not None:  # for example SystemExit, which ends the worker
             raise error
-        connection.keep = not answering.response.should_close()
-        data = b"".join(answering.written)
-        if answering.is_upload and answering.response.status_code >= HTTPStatus.BAD_REQUEST:
-            self._hold_refusal(connection, data, answering.size)
+        connection.keep = not pending.response.should_close()
+        data = b"".join(pending.written)
+        if pending.is_upload and pending.response.status_code >= HTTPStatus.BAD_REQUEST:
+            self._hold_refusal(connection, data, pending.size)
         else:
             self._send(connection, data)
 
     def _hold_refusal(self, connection: Connection, data: bytes, size: int) -> None:
-        """Have a refusal, of a request of ``size`` bytes, sent when its time has come."""
+        """Queue the refusal of a request of ``size`` bytes, to keep to ``REFUSALS_PER_S``."""
         connection.work()
         self._watch(connection, 0)
         self._readable.pop(connection, None)
         self._refusals.append((connection, data, 1 + size / BYTES_PER_REFUSAL))
 
     def _send_refusals(self, now: float) -> None:
-        """Send the refusals whose time has come, in their order."""
+        """Send queued refusals in their order, as many as ``REFUSALS_PER_S`` allows now."""
         earned = (now - self._refilled) * REFUSALS_PER_S
         earned -= min(self._discarded_bytes / BYTES_PER_REFUSAL, DISCARDED_SHARE * earned)
         self._discarded_bytes = 0
         self._may_refuse, self._refilled = min(REFUSALS_AT_ONCE, self._may_refuse + earned), now
         while self._refusals and self._may_refuse >= 1:
             connection, data, price = self._refusals.popleft()
-            self._may_refuse = max(-REFUSALS_AT_ONCE, self._may_refuse - price)  # debt has an end
+            # The lower limit bounds how long one costly refusal delays the next.
+            self._may_refuse = max(-REFUSALS_AT_ONCE, self._may_refuse - price)
             self._send(connection, data)
 
     def _fail(self, connection: Connection, error: Exception) -> None:
-        request_id = self._refuse(connection, 500, "something went wrong on our side")
-        self.log.error("the application failed at %s", request_id, exc_info=error)
-        error.__traceback__ = None  # its frames refer to it, and hold the request's body
+        detail = "the service failed to answer this request; tell its operator the request id"
+        request_id = self._refuse(connection, 500, detail)
+        self.log.error("the application failed on request %s", request_id, exc_info=error)
+        error.__traceback__ = None  # its frames refer to the error, and hold the request's body
 
     def _refuse(self, connection: Connection, status: int, detail: str, size: int = 0) -> str:
-        """Answer without the application, and listen to that client no more; the request's id.
+        """Answer with an error without calling the application, then close the connection.
 
-        ``size`` are the bytes of its body, if ``connection`` has handed them over.
+        Args:
+            connection: that of the client.
+            status: of HTTP.
+            detail: what was wrong, for the client.
+            size: the bytes of the request's body, if they are no longer in ``connection``.
+
+        Returns:
+            The id of the request.
         """
         phrase = HTTPStatus(status).phrase
         request_id = secrets.token_hex(16)
@@ -650,7 +677,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._write(connection)
 
     def _write(self, connection: Connection) -> None:
-        """Send what the client takes; when it has taken all, listen to it again."""
+        """Send as much as the client takes now; after the last byte, wait for its next request."""
         try:
             if not connection.send():
                 self._watch(connection, selectors.EVENT_WRITE)
@@ -667,14 +694,14 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _on_event(self, connection: Connection) -> None:
         if connection not in self._connections:
-            return  # another event of the same poll closed it to make room
+            return  # an earlier event of this poll closed it to make room
         if connection.state is ConnectionState.WRITING:
             self._write(connection)
-        elif connection not in self._round:  # its next request, or its end, comes after its answer
+        elif connection not in self._round:  # its answer is sent before its next request is read
             self._readable.setdefault(connection, time.monotonic())
 
     def _watch(self, connection: Connection, events: int) -> None:
-        """Be told when ``connection`` can be read (or written); 0: of nothing."""
+        """Set the events of ``connection`` that the loop watches; 0 for none."""
         if connection.watched == events:
             return
         if not events:
@@ -686,7 +713,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _close(self, connection: Connection) -> None:
         if connection not in self._connections:
-            return  # one event of a poll closed it to make room; another of the same was its own
+            return  # an earlier event of this poll closed it to make room
         self._watch(connection, 0)
         self._readable.pop(connection, None)
         del self._connections[connection]

@@ -1,9 +1,10 @@
 """Moves a connection to a less busy worker when its next request arrives.
 
-Each worker has its own listening socket, and the kernel spreads connections over them by chance. A
-kept connection stays where it is, so with a slow model a request waited behind others while another
-worker was idle. Each worker therefore tells the others, in shared memory, how many requests it has
-postponed, and passes on a connection whose request it has not read yet (``SCM_RIGHTS``, unix(7)).
+Each worker has its own listening socket, and the kernel distributes connections over them at
+random. A keep-alive connection stays with its worker, so with a slow model a request could wait
+behind others while another worker was idle. Each worker therefore publishes in shared memory how
+many requests it has postponed. A busy worker passes a connection whose next request it has not
+read yet to a worker with fewer (``SCM_RIGHTS``, unix(7)).
 """
 
 import contextlib
@@ -17,17 +18,21 @@ from pathlib import Path
 from msgspec import Struct
 
 NEVER = 2**62
-"""The load of a worker that takes no connections: it starts or ends."""
+"""The load of a worker that takes no connections because it is starting or ending."""
 
 SILENT_S = 1.0
-"""A worker whose loop has not turned for so long takes no connections: it may hang."""
+"""A worker whose loop has not turned for so long gets no connections, because it may hang."""
 
 _SOCKET, _LOAD = ".socket", ".load"
-_AT_ONCE = 32
+_MAX_TAKEN = 32
 
 
 class Peer(Struct, frozen=True):
-    """Another worker: where it takes connections, and how many requests it has postponed."""
+    """Another worker: the socket on which it takes connections, and its load.
+
+    ``shared`` has two words: the number of requests that it has postponed, and the time at which
+    its loop last turned, in nanoseconds of the monotonic clock.
+    """
 
     address: str
     shared: memoryview
@@ -39,7 +44,10 @@ class Peer(Struct, frozen=True):
 
 
 class Handover:
-    """One worker's part; for its loop's thread only."""
+    """Gives connections to other workers of a service, and takes connections from them.
+
+    Not thread-safe: only for the thread of the worker's loop.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Join the workers that use ``folder``."""
@@ -52,7 +60,8 @@ class Handover:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         """Readable when another worker has passed a connection on."""
         self.sock.setblocking(False)
-        self._own.with_suffix(_SOCKET).unlink(missing_ok=True)  # of a dead worker with this number
+        # A dead worker with the same process id may have left its socket.
+        self._own.with_suffix(_SOCKET).unlink(missing_ok=True)
         self.sock.bind(str(self._own.with_suffix(_SOCKET)))
 
     @property
@@ -64,19 +73,20 @@ class Handover:
         self._shared[0] = value
 
     def beat(self, now: float) -> None:
-        """Tell the others that the loop turns; ``now`` by the monotonic clock."""
+        """Tell the other workers that the loop turns; ``now`` is a time of the monotonic clock."""
         self._shared[1] = int(now * 1e9)
 
     def find_peers(self) -> None:
-        """Learn which other workers there are; forget those that are gone."""
+        """Update the list of other workers from the files in the folder."""
         names = {path.stem for path in self._folder.glob(f"*{_SOCKET}")} - {self._own.stem}
         self._peers = {name: self._peers.get(name) or self._open(name) for name in names}
 
     def give(self, connection: socket.socket) -> bool:
-        """Pass ``connection`` to the worker with the least to do, if that is less than here.
+        """Pass ``connection`` to the least loaded worker, if its load is lower than this one's.
 
         Returns:
-            Whether the other worker has it; then the caller must only close its own descriptor.
+            Whether the other worker has it. If so, the caller must close its own descriptor, and
+            nothing else.
         """
         for name, peer in sorted(self._peers.items(), key=lambda item: item[1].load):
             if peer.load >= self.load:
@@ -85,27 +95,30 @@ class Handover:
                 # Python 3.11's socket.send_fds ignores the address.
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [connection.fileno()]))
                 self.sock.sendmsg([b"c"], [rights], 0, peer.address)
-            except BlockingIOError:  # it does not get to take those that it was given
+            except BlockingIOError:  # it has not yet taken the connections that it was given
                 return False
-            except (ConnectionRefusedError, FileNotFoundError):  # it was killed
+            except (ConnectionRefusedError, FileNotFoundError):  # the worker was killed
                 del self._peers[name]
                 continue
-            except OSError:  # too many descriptors are on their way, for example
+            except OSError:  # for example, too many descriptors are in transit
                 return False
             return True
         return False
 
     def take(self) -> list[socket.socket]:
-        """Connections that others have passed on, some of them; none when there are no more."""
+        """At most ``_MAX_TAKEN`` connections from other workers; an empty list if none waits."""
         taken: list[socket.socket] = []
         with contextlib.suppress(BlockingIOError):
-            while len(taken) < _AT_ONCE:
+            while len(taken) < _MAX_TAKEN:
                 _, descriptors, _, _ = socket.recv_fds(self.sock, 1, 1)
                 taken += [socket.socket(fileno=each) for each in descriptors]
         return taken
 
     def close(self) -> None:
-        """Leave; the caller has set ``load`` to ``NEVER`` before, and taken what came."""
+        """Leave the group of workers.
+
+        Before this call, set ``load`` to ``NEVER`` and ``take`` the connections that still come.
+        """
         forget_worker(self._folder, int(self._own.name))
         self.sock.close()
 
@@ -121,7 +134,10 @@ def forget_worker(folder: Path, pid: int) -> None:
 
 
 def _share(path: Path) -> memoryview:
-    """Two aligned words in memory that processes share, so each is read and written whole."""
+    """Two words of memory that processes share.
+
+    They are aligned, so the processor reads and writes each of them in one piece.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         os.ftruncate(descriptor, 16)

@@ -1,4 +1,4 @@
-"""What the worker and the application say to each other, beside WSGI."""
+"""What the worker and the application exchange in addition to WSGI."""
 
 import socket
 from collections.abc import Callable
@@ -8,25 +8,27 @@ from pathlib import Path
 from msgspec import Struct
 
 IN_LOOP = "convoy.in_loop"
-"""In the environment of a request that the loop answers, the size of its body in bytes.
+"""In the environment of a request that the loop calls the application for: its body's bytes.
 
-It must not take long.
+The application must answer quickly, or raise ``Postpone``.
 """
 
 WAITING = "convoy.waiting"
-"""In the environment of a request that the loop answers: how many were postponed and wait."""
+"""In the environment of the same requests: how many postponed requests wait for a thread."""
 
 ENDING = "convoy.ending"
-"""In the environment of every request from the moment at which the worker was told to end."""
+"""In the environment of every request after the worker received SIGTERM."""
 
 
 class Postpone(Exception):
-    """Raised by an application whose work is too long for the loop; a thread calls it again."""
+    """An application raises it if its work is too slow for the loop; a thread calls it again."""
 
     def __init__(self, background: bool = False, queues: bool = False) -> None:
-        """``background``: the work is not what this server is for, and may take its time.
+        """Say how to treat the postponed request.
 
-        ``queues``: later requests wait for this one, so that another worker should have them.
+        Args:
+            background: the work has low priority, as pages and metrics have.
+            queues: later requests will wait for this one, so another worker should take them.
         """
         super().__init__()
         self.background = background
@@ -37,13 +39,14 @@ class Limits(Struct, frozen=True):
     """How much one client may send, and how long it may take.
 
     Attributes:
-        max_body_bytes: of a longer body nothing is read; the application refuses it by its length.
-        max_json_bytes: the same for a body of JSON, which is parsed in one piece.
+        max_body_bytes: the worker does not read a longer body; the application refuses it by its
+            Content-Length.
+        max_json_bytes: the same for a JSON body, which is parsed in one piece.
         head_s: grace before ``MIN_BYTES_PER_S`` counts, and how long a client may pause.
-        keep_alive_s: without a byte between two requests.
-        proxies: networks of trusted proxies, whose connections are many clients'.
-        age_s: the answer after that is the last on its connection. Who keeps one for ever would
-            stay with the worker that took it, whatever others have come since.
+        keep_alive_s: how long a client may stay silent between two requests.
+        age_s: after this time, the next answer is the last on its connection. Without that limit a
+            client could stay with one worker for ever, even when new workers have started since.
+        trusted_proxies: their networks. A proxy's connections carry requests of many clients.
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
@@ -55,16 +58,16 @@ class Limits(Struct, frozen=True):
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):
-    """What a worker is told before it starts, by gunicorn's hook ``post_fork``.
+    """The options of a worker, which gunicorn's hook ``post_fork`` sets before it starts.
 
     Attributes:
         address: host and port of the worker's own listening socket.
         family: ``AF_INET`` or ``AF_INET6``.
         limits: of each connection.
-        describe_error: the body, problem JSON, of an error that the worker answers itself: from
+        describe_error: makes the problem JSON for an error that the worker answers itself, from
             the status, the title, the detail and the id of the request.
-        unready_s: how long probes say no before the worker stops listening.
-        max_connections_per_address: None for three quarters of a worker's.
+        shutdown_delay_s: how long an ending worker still accepts connections while /readyz fails.
+        max_connections_per_address: None for three quarters of the worker's connections.
         handover_folder: where the workers of a service find each other; None for no handover.
     """
 
