@@ -1,4 +1,4 @@
-"""Which callers may use the service, and how often each may ask.
+"""Decides which callers may use the service, and limits how often each may.
 
-Imports ``registry.core``, ``registry.auth`` and ``service.settings``. Knows no model.
+Imports ``registry.core``, ``registry.auth`` and ``service.settings``. Knows nothing about models.
 """

@@ -1,4 +1,4 @@
-"""Access control: which callers may use the service (tokens), and how often (rates)."""
+"""Access control: which callers may use the service (tokens), and how often (rate limits)."""
 
 import math
 from typing import TYPE_CHECKING
@@ -13,17 +13,17 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-# The routes that ask for no token; all others do when access control is on.
+# The routes that need no token. If access control is on, all others do.
 PUBLIC = frozenset(
     {"docs.docs", "docs.openapi", "health.livez", "health.readyz", "page.page", "static"}
 )
 
 
 class AccessControl:
-    """Lets callers in; both methods raise what is to be answered instead."""
+    """Admits requests, or raises the error to answer them with."""
 
     def __init__(self, settings: Settings) -> None:
-        self._asks_for_keys = settings.auth == "required"
+        self._requires_token = settings.auth == "required"
         self._tokens = Tokens(settings.tokens)
         key = settings.service_key
         self._service_digest = sha256_hex(key.encode()) if key else None
@@ -35,38 +35,49 @@ class AccessControl:
         self._proxies = settings.proxy_networks
 
     def admit(self, environ: "WSGIEnvironment", again: bool = False) -> None:
-        """One classification; ``again`` when it was counted already.
+        """Admit one classification, and count it against the caller's rate limit.
+
+        Args:
+            environ: of the request.
+            again: the request was counted before, so it does not count a second time.
 
         Raises:
-            KeyMissing, KeyInsufficient: by the caller's key.
-            KeysUnavailable: there are keys, and they cannot be read.
-            RateExceeded: it has asked too often.
+            TokenMissing: the request has no known token.
+            TokenInsufficient: the token's role does not permit classification.
+            TokensUnavailable: the file of tokens cannot be read.
+            RateExceeded: the caller has sent too many requests.
         """
         caller = self._address(environ)
-        if self._asks_for_keys:
-            token = require(self._tokens.find(_sent(environ)), "classify")
-            caller = f"key {token.name}"
+        if self._requires_token:
+            token = require(self._tokens.find(_sent_token(environ)), "classify")
+            caller = f"token {token.name}"
         if self._rates is not None and not again and (wait_s := self._rates.take(caller)):
-            raise RateExceeded("you ask more often than you may", math.ceil(wait_s))
+            after_s = math.ceil(wait_s)
+            raise RateExceeded(f"rate limit exceeded; try again after {after_s} s", after_s)
 
     def admit_to_route(self, endpoint: str | None, environ: "WSGIEnvironment") -> None:
-        """A request for a route that Flask has, or for none; raises as ``admit``."""
-        if not self._asks_for_keys or endpoint is None or endpoint in PUBLIC:
+        """Admit a request that Flask answers, for the route ``endpoint``; None if it has no route.
+
+        Raises:
+            TokenMissing, TokenInsufficient, TokensUnavailable: as ``admit``.
+        """
+        if not self._requires_token or endpoint is None or endpoint in PUBLIC:
             return
-        sent = _sent(environ)
+        sent = _sent_token(environ)
         if sha256_hex(sent.encode()) == self._service_digest:
-            return  # of digests, so that the time says nothing
+            return  # comparing digests, so that the time taken reveals nothing about the key
         require(self._tokens.find(sent), "view")
 
     def _address(self, environ: "WSGIEnvironment") -> str:
         """The client's address; behind a trusted proxy, the last entry of X-Forwarded-For."""
         peer: str = environ.get("REMOTE_ADDR", "")
         if self._proxies and (address := parse_address(peer)):
-            told = parse_address(environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip())
-            if told and any(address in network for network in self._proxies):
-                return str(told)
+            last = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+            client = parse_address(last)
+            if client and any(address in network for network in self._proxies):
+                return str(client)
         return peer
 
 
-def _sent(environ: "WSGIEnvironment") -> str:
+def _sent_token(environ: "WSGIEnvironment") -> str:
     return bearer_token(environ.get("HTTP_AUTHORIZATION", ""))

@@ -1,10 +1,10 @@
-"""Request rates: every caller has a bucket, in memory that all workers of a service share.
+"""Rate limits: every caller has a token bucket, in memory that all workers of a service share.
 
-The algorithm is the generic cell rate algorithm (ITU-T I.371): a bucket is the time at which it
-will be full again. The table has a fixed size, so a caller cannot make it grow. Each entry carries
-its caller's fingerprint, so two callers never share a bucket. When all entries that a caller may
-use are taken, the limiter forgets the one that is nearest to full: under a flood of addresses it
-admits some callers too often, and it refuses no caller for what another one did.
+The algorithm is the generic cell rate algorithm (ITU-T I.371): a bucket is stored as the time at
+which it will be full again. The table has a fixed size, so callers cannot make it grow. Each entry
+has its caller's fingerprint, so two callers never share a bucket. If all entries that a caller may
+use are taken, the limiter reuses the one that is nearest to full. So under a flood of addresses it
+admits some callers too often, but it never refuses one caller because of another.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ SETS, WAYS = 8192, 8
 """A caller's bucket is in one of ``WAYS`` entries of its set: 65,536 buckets, 1 MiB."""
 
 SITE_CALLERS = 16
-"""An IPv6 site (/48) may ask as often as so many of its networks (/64)."""
+"""An IPv6 site (/48) may send as many requests as this number of its networks (/64)."""
 
 _WORDS = SETS * WAYS * 2
 _FULL, _FINGERPRINT = 0, 1
 
 
 class RateLimiter:
-    """Buckets of ``rate`` requests a second after a first ``burst``; safe from any thread."""
+    """Admits ``rate`` requests a second per caller, after a first ``burst``; thread-safe."""
 
     def __init__(self, rate: float, burst: int, folder: Path | None = None) -> None:
-        """The limiters of all processes that name the same ``folder`` share their buckets."""
+        """Share the buckets with the limiters of all processes that use the same ``folder``."""
         self._interval_ns = int(1e9 / rate)
         self._burst = burst
         if folder is None:
@@ -44,19 +44,19 @@ class RateLimiter:
             self._words = memoryview(mmap.mmap(descriptor, size)).cast("Q")
         finally:
             os.close(descriptor)
-        # The last word is a secret key: without it, callers could choose their entries.
+        # The last word is a secret salt. Without it, callers could choose their entries.
         if self._words[_WORDS] == 0:
             self._words[_WORDS] = secrets.randbits(63) + 1
 
     def take(self, caller: str) -> float:
         """Count one request of ``caller``, a token's name or an address.
 
-        An IPv6 address counts for its /64 and, at ``SITE_CALLERS`` times the rate, for its /48: one
-        caller can choose any address of the first, and one site any network of the second.
+        An IPv6 address counts for its /64 and, at ``SITE_CALLERS`` times the rate, for its /48. A
+        caller can use any address of its /64, and a site any network of its /48.
 
         Returns:
-            0.0 when the caller may ask now, else the seconds after which it may. Two workers that
-            count at the same instant may count one of the two: the price of no lock.
+            0.0 if the caller may send the request now, otherwise the seconds until it may. There is
+            no lock, so two requests that two workers count at the same instant may count as one.
         """
         address = parse_address(caller)
         if address is None or address.version == 4:
@@ -65,7 +65,7 @@ class RateLimiter:
         return self._take({network: 1, site: SITE_CALLERS})
 
     def _take(self, keys: dict[str, int]) -> float:
-        """Count for every key, at so many times the rate and burst, if none of them refuses."""
+        """Count a request for every key if the limit of each, a multiple of the rate, allows it."""
         now = time.monotonic_ns()
         full: dict[int, int] = {}
         for key, times in keys.items():
@@ -80,7 +80,10 @@ class RateLimiter:
         return 0.0
 
     def _find(self, key: str, now: int) -> int:
-        """The index of the entry of ``key``: its own, or the one of its set nearest to full."""
+        """The index of the entry of ``key``.
+
+        If it has none, it gets the entry of its set that is nearest to full.
+        """
         salt = self._words[_WORDS].to_bytes(8)
         digest = hashlib.blake2b(key.encode(), digest_size=16, key=salt).digest()
         fingerprint = int.from_bytes(digest[:8])
@@ -96,9 +99,9 @@ class RateLimiter:
 
 
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address in ``text``, without a port or brackets; None where there is none.
+    """The IP address in ``text``, without port and brackets; None if there is none.
 
-    An IPv4 address that a socket for both families shows as IPv6 is returned as IPv4.
+    An IPv4 address written as IPv6 (``::ffff:192.0.2.1``) is returned as IPv4.
     """
     if text.startswith("["):
         text = text[1:].partition("]")[0]

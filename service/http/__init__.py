@@ -1,1 +1,1 @@
-"""What all protocols share of HTTP: bodies, errors, and the routes beside classification."""
+"""The parts of HTTP that all protocols share: bodies, errors, and routes that do not classify."""

@@ -1,4 +1,4 @@
-"""The images in a request's body, in whichever of its forms the client chose."""
+"""Reads the images out of a request's body: raw bytes, a multipart form, or JSON with base64."""
 
 import contextlib
 import re
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
 
 CHUNK_BYTES = 64 * 1024
-# A strict parser takes what follows the last boundary only in the chunk of that boundary.
+# The strict parser accepts bytes after the last boundary only in the chunk with that boundary.
 EPILOGUE_BYTES = 4 * 1024
-# Parsing the parts of a form may take so long in a worker's loop.
+# The time that parsing a form may take in a worker's loop.
 LOOP_PARSE_S = 0.01
-# Parts of a form that are not images, and the bytes of everything in it that is not an image.
+# Limits for parts of a form that are not images, and for all bytes of a form outside of images.
 MAX_OTHER_PARTS = 8
 MAX_OTHER_BYTES = 256 * 1024
 MAX_PART_HEADER_BYTES = 1024
 MAX_DATA_URL_HEAD = 256
 LARGE_JSON_BYTES = 256 * 1024
-# Writers of JSON escape one in 64 characters of base64, or in 32, and ends of lines.
+# JSON encoders escape "/", which is 1 in 64 characters of base64, perhaps "+", and line ends.
 MIN_BYTES_PER_ESCAPE = 8
 MAX_FREE_ESCAPES = 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# curl --data-binary says urlencoded unless it is told otherwise; S3 says binary/octet-stream.
+# By default, curl --data-binary sends x-www-form-urlencoded, and S3 sends binary/octet-stream.
 _RAW = {
     "",
     "application/octet-stream",
@@ -47,17 +47,17 @@ _RAW = {
     "binary/octet-stream",
 }
 _FORMS = {"multipart/form-data", "application/json"}
-# Also unquoted with characters that RFC 2045 wants quoted, as some clients write it.
+# RFC 2045 requires quotes around some characters that some clients send unquoted.
 _BOUNDARY = re.compile(r";\s*boundary=(?:\"([^\"]{1,200})\"|([^;\"\s]{1,200}))", re.IGNORECASE)
 IMAGE_NAME = re.compile(r"(?:image|file)s?(?:\[[0-9]*\])?", re.ASCII)
-# RFC 4648, section 5, as section 4 writes it.
+# From the URL-safe alphabet (RFC 4648, section 5) to the standard one (section 4).
 _STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
 
 
 class JsonBody(Struct, forbid_unknown_fields=True):
     """``{"image": "<base64>"}`` or ``{"images": ["<base64>", …]}``.
 
-    The strings are slices of the body, as JSON writes them: copying one of 4 MB takes 10 ms.
+    The strings are slices of the body, still quoted and escaped: a copy of 4 MB would take 10 ms.
     """
 
     image: msgspec.Raw = msgspec.Raw(b"null")
@@ -65,12 +65,14 @@ class JsonBody(Struct, forbid_unknown_fields=True):
 
 
 class Images:
-    """The encoded images of a body, one after the other as they arrive.
+    """The encoded images of a body, in their order.
 
-    Iterating gives the bytes of each, or the error that kept it from being read. It raises
-    ``HTTPException`` when the whole body cannot be read (400, 411, 413 or 415),
-    ``UnsupportedEncoding`` when the body is compressed, and ``Postpone`` when a form takes too long
-    for a worker's loop.
+    Iteration yields the bytes of each image, or the error that made it unreadable.
+
+    Raises:
+        HTTPException: the body as a whole cannot be read (400, 411, 413 or 415).
+        UnsupportedEncoding: the body is compressed.
+        Postpone: a form takes too long for a worker's loop.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Images:
         self._settings = settings
         self._part_name = part_name
         self.many = False
-        """Whether the client sent a list, so gets one; known when all images have arrived."""
+        """Whether the client sent a list, and so gets one; final after the iteration."""
 
     def __iter__(self) -> Iterator[bytes | ConvoyError]:
         coding = self._environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
@@ -115,7 +117,7 @@ class Images:
     ) -> Iterator[bytes | ConvoyError]:
         found = _BOUNDARY.search(content_type)
         if found is None:
-            abort(400, "the Content-Type of a multipart body needs a boundary")
+            abort(400, "the Content-Type has no boundary; a multipart body needs one")
         boundary = found[1] or found[2]
         count = 0
         ends = time.perf_counter() + LOOP_PARSE_S if IN_LOOP in self._environ else float("inf")
@@ -129,16 +131,19 @@ class Images:
             abort(400, "the multipart body has no part named 'image', 'images', 'file' or 'files'")
 
     def _json(self, body: "bytes | mmap") -> Iterator[bytes | ConvoyError]:
-        # Many strings (each, and each name, has two quotes), other values or escapes would have
-        # msgspec hold the interpreter for long: it checks a list only when all of it is decoded.
-        most = self._settings.max_batch
-        self._check_count(_count(body, b'"', 2 * most + 6) // 2 - 2)
-        if _count(body, b",", 2 * most + 4) > 2 * most + 3:  # a data URL has one of its own
-            abort(400, f"the JSON body has more values than {most} images have")
+        # msgspec checks a list only after decoding all of it, and holds the interpreter meanwhile.
+        # So bodies with too many strings (two quotes each, also for names), other values or escapes
+        # are refused before.
+        limit = self._settings.max_batch
+        self._check_count(_count(body, b'"', 2 * limit + 6) // 2 - 2)
+        if _count(body, b",", 2 * limit + 4) > 2 * limit + 3:  # a data URL contains a comma too
+            abort(400, f"the JSON body has too many values; send at most {limit} images")
         has_escapes = body.find(b"\\", 0) >= 0
         max_escapes = len(body) // MIN_BYTES_PER_ESCAPE + MAX_FREE_ESCAPES
         if has_escapes and body[:].count(b"\\") > max_escapes:
-            abort(400, "the JSON body has more escapes (\\) than base64 has use for")
+            abort(
+                400, f"the JSON body has more than {max_escapes:,} escapes (\\); base64 needs none"
+            )
         start = len(BYTE_ORDER_MARK) if body[: len(BYTE_ORDER_MARK)] == BYTE_ORDER_MARK else 0
         try:
             with _paced(len(body)):
@@ -151,10 +156,10 @@ class Images:
         self.many = not is_one
         texts = [parsed.image] if is_one else parsed.images or []
         if not texts:
-            abort(400, "0 images in one request; 'images' needs at least one")
+            abort(400, "'images' in the JSON body is empty; send at least one image")
         self._check_count(len(texts))
         if any(_first(text) != b'"' for text in texts):
-            abort(400, "an image in the JSON body is not a string of base64")
+            abort(400, "an image in the JSON body is not a string; send it as base64")
         for text in texts:
             try:
                 with _paced(memoryview(text).nbytes):
@@ -169,7 +174,7 @@ class Images:
 
     def _check_count(self, count: int) -> None:
         if count > self._settings.max_batch:
-            abort(413, f"more than {self._settings.max_batch} images in one request")
+            abort(413, f"the request has more than {self._settings.max_batch} images; send fewer")
 
     def _limited(self, image: bytes) -> bytes | ConvoyError:
         limit = self._settings.max_image_bytes
@@ -177,11 +182,11 @@ class Images:
 
 
 class _OneAtATime:
-    """A context for one thread at a time; a thread that had to wait rests in it first.
+    """A context manager that admits one thread at a time, with pauses.
 
-    It rests for as long as the thread before it worked. JSON and base64 are decoded with the
-    interpreter held: with eight clients that post 4 MB, others waited for 0.9 s when all were
-    decoded at once, and for 64 ms one after the other without a rest.
+    A thread that had to wait sleeps for as long as the thread before it worked. Decoding JSON and
+    base64 holds the interpreter. While eight clients posted 4 MB each, other clients waited for
+    0.9 s if all bodies were decoded at once, and for 64 ms if one after the other without a pause.
     """
 
     def __init__(self) -> None:
@@ -203,29 +208,29 @@ _one_large = _OneAtATime()
 
 
 def _paced(size: int) -> contextlib.AbstractContextManager[None]:
-    """For decoding JSON or base64 of so many bytes; small ones never wait."""
+    """The context for decoding ``size`` bytes of JSON or base64; small ones never wait."""
     return _one_large if size > LARGE_JSON_BYTES else contextlib.nullcontext()
 
 
-def _count(body: "bytes | mmap", what: bytes, most: int) -> int:
-    """How often ``body`` has ``what``; counting ends at ``most``, as each costs a search."""
-    count, at = 0, body.find(what, 0)
-    while at >= 0 and count < most:
-        count, at = count + 1, body.find(what, at + 1)
+def _count(body: "bytes | mmap", character: bytes, limit: int) -> int:
+    """How often ``character`` occurs in ``body``, at most ``limit``: each one costs a search."""
+    count, at = 0, body.find(character, 0)
+    while at >= 0 and count < limit:
+        count, at = count + 1, body.find(character, at + 1)
     return count
 
 
 def too_large(size: int, limit: int) -> ImageTooLarge:
-    return ImageTooLarge(f"the image has {size:,} bytes; at most {limit:,} are accepted")
+    return ImageTooLarge(f"the image has {size:,} bytes; send at most {limit:,}")
 
 
 def _first(value: msgspec.Raw) -> bytes:
-    """The first byte of a JSON value, which tells its type."""
+    """The first byte of a JSON value, which determines its type."""
     return bytes(memoryview(value)[:1])
 
 
 def _characters(text: msgspec.Raw, has_escapes: bool) -> memoryview:
-    """The characters of a JSON string; raises ``ValueError`` where one cannot be base64."""
+    """The characters of a JSON string; raises ``ValueError`` if one is not ASCII."""
     view = memoryview(text)
     if has_escapes:
         return memoryview(msgspec.json.decode(view, type=str).encode("ascii"))
@@ -233,21 +238,21 @@ def _characters(text: msgspec.Raw, has_escapes: bool) -> memoryview:
 
 
 def _from_base64(text: memoryview, limit: int) -> bytes:
-    """The bytes of ``text``: base64 as RFC 4648 or MIME writes it, padded or not, or a data URL.
+    """Decode ``text``: base64 of RFC 4648 or MIME, padded or not, or a data URL.
 
     Raises:
-        ImageTooLarge: they would be more than ``limit``; found before any of them is decoded.
-        ValueError: the text is something else.
+        ImageTooLarge: the result would have more than ``limit`` bytes; raised before decoding.
+        ValueError: the text is not base64.
     """
     head = bytes(text[:MAX_DATA_URL_HEAD])
     if head[:5].lower() == b"data:":
         head = head.partition(b",")[0]
         if not head.endswith(b";base64"):
-            begin = head[:40].decode(errors="replace")
-            raise ValueError(f"the data URL begins with {begin!r}, not with 'data:…;base64,'")
+            start = head[:40].decode(errors="replace")
+            raise ValueError(f"the data URL begins with {start!r}, not with 'data:…;base64,'")
         text = text[len(head) + 1 :]
     if text.nbytes // 4 * 3 - 2 <= limit:
-        with contextlib.suppress(ValueError):  # it may be written in another of the ways
+        with contextlib.suppress(ValueError):  # it may be URL-safe, unpadded or have line ends
             return pybase64.b64decode(text, validate=True)
     data = bytes(text).translate(_STANDARD_BASE64, b" \t\r\n").rstrip(b"=")
     size = len(data) * 3 // 4
@@ -259,12 +264,14 @@ def _from_base64(text: memoryview, limit: int) -> bytes:
 def _image_parts(
     stream: "InputStream", length: int, boundary: str, form: "_Form", ends: float
 ) -> Iterator[bytes | ConvoyError]:
-    """The parts that are images by their name; one over the limit is read past and not kept.
+    """The parts whose names mark them as images; one over the limit is skipped and not kept.
 
-    Raises ``Postpone`` when ``time.perf_counter()`` is past ``ends`` at the start of a part.
+    Raises:
+        HTTPException: the body is malformed, or breaks a limit (400 or 413).
+        Postpone: ``time.perf_counter()`` is past ``ends`` at the start of a part.
     """
     try:
-        # Browsers and scripts name files in any encoding; the names mean nothing here.
+        # Clients send file names in any encoding; Latin-1 accepts all, and the names are not used.
         with PushMultipartParser(
             boundary,
             length,
@@ -290,7 +297,7 @@ def _image_parts(
 
 
 def _chunks(stream: "InputStream", length: int) -> Iterator[bytes]:
-    """The body in pieces, the last of which is empty."""
+    """The body in chunks; the last one is empty."""
     while length:
         size = length if length < CHUNK_BYTES + EPILOGUE_BYTES else CHUNK_BYTES
         chunk = stream.read(size)
@@ -302,7 +309,7 @@ def _chunks(stream: "InputStream", length: int) -> Iterator[bytes]:
 
 
 class _Form:
-    """What has come of a multipart body, under its limits."""
+    """Collects the images of a multipart body, and checks its limits."""
 
     def __init__(self, max_image_bytes: int, part_name: re.Pattern[str]) -> None:
         self._part_name = part_name
@@ -317,7 +324,7 @@ class _Form:
         self._size, self._pieces = 0, []
         self._other_parts += not self.in_image
         if self._other_parts > MAX_OTHER_PARTS:
-            abort(413, f"the multipart body has more than {MAX_OTHER_PARTS} parts beside images")
+            abort(413, f"the multipart body has more than {MAX_OTHER_PARTS} parts without an image")
 
     def add(self, piece: bytes) -> None:
         self._size += len(piece)
@@ -327,13 +334,15 @@ class _Form:
                 self._pieces.append(piece)
 
     def image(self) -> bytes | ConvoyError:
-        """The image whose part has ended."""
+        """The image of the part that has just ended, or the error that it is too large."""
         if self._size > self._limit:
             return too_large(self._size, self._limit)
         return b"".join(self._pieces)
 
     def check_other_bytes(self, parsed: int) -> None:
-        """Count ``parsed`` bytes of the body, from which ``add`` has taken those of images."""
+        """Count ``parsed`` bytes of the body; ``add`` has subtracted the bytes of images."""
         self._other_bytes += parsed
         if self._other_bytes > MAX_OTHER_BYTES:
-            abort(413, f"the multipart body has more than {MAX_OTHER_BYTES:,} bytes beside images")
+            abort(
+                413, f"the multipart body has more than {MAX_OTHER_BYTES:,} bytes outside of images"
+            )

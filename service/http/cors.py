@@ -1,7 +1,7 @@
-"""``Cors``: lets pages of other origins ask this service, from the origins that an operator listed.
+"""``Cors``: lets web pages of the origins that an operator listed send requests to this service.
 
-The Fetch standard, section 3.3 (CORS protocol). Credentials are never allowed: a page sends a key
-in ``Authorization``, which it has to know, and no cookie of this service's exists.
+Follows the Fetch standard, section 3.3 (CORS protocol). Credentials are never allowed: the service
+sets no cookies, and a page sends a token that it knows in ``Authorization``.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ EXPOSED = "X-Request-Id, X-Model-Version, Retry-After"
 
 
 class Cors:
-    """Answers the preflights of ``origins``, and marks answers to them, for ``app``."""
+    """Answers preflight requests of ``origins``, and adds CORS headers to answers of ``app``."""
 
     def __init__(self, app: "WSGIApplication", origins: Iterable[str], sticky_header: str) -> None:
         self._app = app
@@ -29,20 +29,20 @@ class Cors:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         origin = environ.get("HTTP_ORIGIN")
-        marks = [("Vary", "Origin")]
+        cors_headers = [("Vary", "Origin")]
         if origin not in self._origins:
             origin = None
         else:
-            marks += [
+            cors_headers += [
                 ("Access-Control-Allow-Origin", str(origin)),
                 ("Access-Control-Expose-Headers", EXPOSED),
             ]
-        asks = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
-        if origin and asks and environ["REQUEST_METHOD"] == "OPTIONS":
+        names_method = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+        if origin and names_method and environ["REQUEST_METHOD"] == "OPTIONS":
             start_response(
                 "204 No Content",
                 [
-                    *marks,
+                    *cors_headers,
                     ("Access-Control-Allow-Methods", METHODS),
                     ("Access-Control-Allow-Headers", self._request_headers),
                     ("Access-Control-Max-Age", str(MAX_AGE_S)),
@@ -51,6 +51,6 @@ class Cors:
             return ()
 
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
-            return start_response(status, [*headers, *marks], *error)
+            return start_response(status, [*headers, *cors_headers], *error)
 
         return self._app(environ, start)

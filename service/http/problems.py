@@ -1,4 +1,4 @@
-"""From a domain error to an answer: one table, problem JSON (RFC 9457) for everything.
+"""Turns every error into an answer in problem JSON (RFC 9457), by one table.
 
 Each body also has the member ``error``, which clients of the Open Inference Protocol read.
 """
@@ -14,7 +14,7 @@ from registry.core.problem_details import Problem
 
 log = logging.getLogger(__name__)
 
-# Error → (status, whose it is). The second is the metrics' ``outcome``.
+# Error → (status, outcome in the metrics).
 TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
     domain.InvalidImage: (422, "client_error"),
     domain.UnsupportedImageType: (415, "client_error"),
@@ -43,7 +43,7 @@ def init_app(app: Flask) -> None:
 
 
 def answer(error: Exception, request_id: str) -> Response:
-    """The response for ``error``; what nobody foresaw is logged here and answered as 500."""
+    """The response for ``error``: 500 if it is not in ``TABLE``, and then it is logged."""
     response = describe(error, request_id).answer(error)
     retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(type(error))
     if retry_after_s:
@@ -54,7 +54,7 @@ def answer(error: Exception, request_id: str) -> Response:
 
 
 def describe(error: Exception, request_id: str) -> Problem:
-    """The problem that ``error`` is to the caller; logs it when it is ours."""
+    """The problem JSON for ``error``; logs an error that is a defect of the service."""
     if isinstance(error, HTTPException):
         status, title = error.code or 500, error.name
         detail = error.description or title
@@ -65,12 +65,12 @@ def describe(error: Exception, request_id: str) -> Problem:
     else:
         log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
         status, title = 500, "internal error"
-        detail = f"something went wrong on our side; ask the operator about {request_id}"
+        detail = f"the service failed to answer; tell its operator the request id {request_id}"
     return Problem.of(status, title, detail, request_id)
 
 
 def outcome(error: Exception) -> str:
-    """Whose error it is, for the metrics: one of their ``OUTCOMES``."""
+    """The outcome that ``error`` counts as in the metrics: one of their ``OUTCOMES``."""
     if isinstance(error, HTTPException):
         return "client_error" if (error.code or 500) < 500 else "server_error"
     if not isinstance(error, domain.ConvoyError):
@@ -79,6 +79,6 @@ def outcome(error: Exception) -> str:
 
 
 def as_item(error: Exception, request_id: str) -> dict[str, Any]:
-    """The ``error`` entry of one image among many."""
+    """The ``error`` entry of one image of several."""
     problem = describe(error, request_id)
     return {"type": problem.type, "status": problem.status, "detail": problem.detail}

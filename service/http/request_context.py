@@ -1,6 +1,6 @@
-"""What every request gets: an id, a body under its limit, headers that say who answered.
+"""Gives every request an id, checks its body's length, and sets the headers of every answer.
 
-Reads the WSGI environment itself: the route that classifies does not go through Flask.
+It reads the WSGI environment itself, because classification requests do not pass through Flask.
 """
 
 import random
@@ -16,15 +16,15 @@ from service.state import state
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # https://www.w3.org/TR/trace-context/: version-traceid-parentid-flags
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}.*"
 )
-# An id names a request, it guards nothing: a system call for each would be for nothing.
+# Request ids are not secret, so they need no system call for secure random numbers.
 _random = random.Random()  # noqa: S311
-# What is no page loads nothing and is framed by nobody, whatever a browser takes it for.
-NO_PAGE = "default-src 'none'; frame-ancestors 'none'"
+# For answers that are not pages: a browser must not load anything for them or put them in a frame.
+DENY_ALL_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _LENGTH = re.compile(r"[0-9]{1,15}")
 
 
@@ -34,17 +34,21 @@ def init_app(app: Flask) -> None:
 
 
 def identify(environ: "WSGIEnvironment") -> tuple[str, str | None]:
-    """The request's id, the caller's own when it is a sane token, and its trace's id if any."""
+    """The id of the request, and the id of its trace if it has one.
+
+    The client may choose the request id: 1 to 64 letters, digits, ".", "_" or "-". Otherwise it is
+    the trace id or a random one.
+    """
     trace = _TRACEPARENT.fullmatch(environ.get("HTTP_TRACEPARENT", ""))
     trace_id = trace[1] if trace else None
-    asked = environ.get("HTTP_X_REQUEST_ID", "")
-    if not _SANE_ID.fullmatch(asked):
-        asked = trace_id or f"{_random.getrandbits(128):032x}"
-    return asked, trace_id
+    request_id = environ.get("HTTP_X_REQUEST_ID", "")
+    if not _VALID_ID.fullmatch(request_id):
+        request_id = trace_id or f"{_random.getrandbits(128):032x}"
+    return request_id, trace_id
 
 
 def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]]:
-    """The headers of every answer; ``version`` where one was looked up."""
+    """The headers of every answer; ``version`` is the model version that served it, if any."""
     headers = [("X-Request-Id", request_id), ("X-Content-Type-Options", "nosniff")]
     if version is not None:
         headers.append(("X-Model-Version", str(version)))
@@ -52,13 +56,13 @@ def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]
 
 
 def body_length(environ: "WSGIEnvironment", limit: int, advice: str = "") -> int:
-    """The length of the body as the caller says it, checked before a byte is read.
+    """The Content-Length of the request, checked before the body is read.
 
-    ``advice`` ends the text of the 413.
+    ``advice`` is added to the text of the 413.
 
     Raises:
-        HTTPException: 411 when the body is chunked, so that its length is unknown; 413 when it is
-            over ``limit``; 400 when there is no body.
+        HTTPException: 411 if the body is chunked, so its length is unknown; 413 if it is longer
+            than ``limit``; 400 if there is no body.
     """
     if "HTTP_TRANSFER_ENCODING" in environ:
         abort(411, "send a Content-Length; chunked bodies are not accepted")
@@ -67,22 +71,22 @@ def body_length(environ: "WSGIEnvironment", limit: int, advice: str = "") -> int
         abort(400, "the body is empty; send the bytes of an image")
     length = int(text)
     if length > limit:
-        abort(413, f"the body has {length:,} bytes; at most {limit:,} are accepted{advice}")
+        abort(413, f"the body has {length:,} bytes; send at most {limit:,}{advice}")
     return length
 
 
 def read_body(stream: "InputStream", length: int) -> bytes:
-    """The whole body; 400 when it is empty or ends before the length that was said."""
+    """The complete body; answers 400 if it is empty or shorter than ``length``."""
     body: bytes = stream.read(length)
     if len(body) != length:
-        abort(400, f"the body ended after {len(body):,} of {length:,} bytes")
+        abort(400, f"the body ended after {len(body):,} of {length:,} bytes; send all of it")
     if not body:
         abort(400, "the body is empty; send the bytes of an image")
     return body
 
 
 def body_buffer(stream: "InputStream | mmap", length: int) -> bytes | mmap:
-    """As ``read_body``, without a copy where the worker has the body in pages of its own."""
+    """As ``read_body``, but without a copy if the worker keeps the body in memory pages."""
     return stream if isinstance(stream, mmap) else read_body(stream, length)
 
 
@@ -95,5 +99,5 @@ def _finish(response: Response) -> Response:
     served = g.get("served")
     response.headers.update(answer_headers(g.request_id, served.version if served else None))
     response.headers["Referrer-Policy"] = "no-referrer"
-    response.headers.setdefault("Content-Security-Policy", NO_PAGE)
+    response.headers.setdefault("Content-Security-Policy", DENY_ALL_POLICY)
     return response

@@ -1,5 +1,5 @@
-"""One module for each protocol: it translates between HTTP and the pipeline.
+"""One module for each protocol, which translates between HTTP and the pipeline.
 
-Imports ``service.inference``, ``service.http``, ``service.state`` and the protocol of the server.
+Imports ``service.inference``, ``service.http``, ``service.state`` and ``service.server.protocol``.
 Decides nothing.
 """

@@ -1,9 +1,9 @@
-"""What every protocol is answered by: a WSGI application before Flask, over the pipeline.
+"""The WSGI application that answers the classification requests of every protocol.
 
-The routes that classify are hot, so they stand before Flask and not in it: on a 28×28 picture
-Flask's own machinery costs more than decoding and the network together (docs/decisions/0007). The
-application does its work in two parts. Called, it has the pipeline decode and queue the images;
-iterated, it waits for their scores and answers.
+It stands in front of Flask, because for a 28×28 image Flask's own work costs more than decoding and
+the network together (docs/decisions/0007). It works in two parts. When the server calls it, the
+pipeline decodes and queues the images. When the server iterates over its answer, it waits for the
+predictions.
 """
 
 import logging
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The loop answers these itself, so that no crowd on other routes holds them up.
+# The loop answers these itself, so that many requests for other routes do not delay them.
 PROBES = {"/livez", "/readyz", "/healthz"}
-# When a request came: one that was postponed comes twice, and is counted once.
+# In a request's environment, when it arrived. The server calls the application a second time for a
+# postponed request; this key keeps it from being counted twice.
 CALLED = "convoy.called"
 
 
 class Target(Struct, frozen=True):
-    """The model, and perhaps the version, that a path names; None is the default."""
+    """The model that a path names, and the version or alias; None for the default."""
 
     name: str | None = None
     version: int | None = None
@@ -46,13 +47,13 @@ class InferenceProtocol(Protocol):
 
     methods: tuple[str, ...]
     operations: tuple[Operation, ...]
-    """For the description of the service."""
+    """The protocol's part of the OpenAPI description."""
 
     def match(self, path: str) -> Target | None:
-        """What ``path`` names, if it is a path of this protocol."""
+        """The target that ``path`` names; None if it is not a path of this protocol."""
 
     def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
-        """The images of a request, and how many classes each is answered with.
+        """The images of a request, and how many classes to answer with for each.
 
         Raises:
             HTTPException: the request is malformed.
@@ -63,7 +64,7 @@ class InferenceProtocol(Protocol):
 
 
 class InferenceApp:
-    """Answers the requests of ``protocols``, and gives every other request to ``app``."""
+    """Answers the requests of ``protocols``, and passes every other request to ``app``."""
 
     def __init__(
         self, app: "WSGIApplication", state: State, protocols: Sequence[InferenceProtocol]
@@ -96,7 +97,7 @@ class InferenceApp:
 
 
 class _Call:
-    """One request between its two parts."""
+    """One classification request: ``submit`` is the first part, ``answer`` the second."""
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class _Call:
         target: Target,
         environ: "WSGIEnvironment",
     ) -> None:
-        self._came = time.perf_counter()
+        self._arrived_at = time.perf_counter()
         self._state = state
         self._protocol = protocol
         self._target = target
@@ -115,12 +116,17 @@ class _Call:
         self._result: Result | None = None
 
     def submit(self, session: str | None) -> None:
-        """The first part; raises whatever is to be answered instead."""
+        """Admit the request, and queue its images.
+
+        Raises:
+            Postpone: the request is too slow for the server's loop.
+            Exception: any error; the caller must answer it with ``refuse``.
+        """
         environ, target = self._environ, self._target
         if environ["REQUEST_METHOD"] not in self._protocol.methods:
             raise MethodNotAllowed(self._protocol.methods)
         self._state.access_control.admit(environ, again=CALLED in environ)
-        started = environ.setdefault(CALLED, self._came)
+        started = environ.setdefault(CALLED, self._arrived_at)
         images, top_k = self._protocol.read(environ)
         self._job = Job(
             PipelineRequest(
@@ -138,7 +144,7 @@ class _Call:
         self._state.pipeline.submit(self._job)
 
     def answer(self, start_response: "StartResponse") -> Iterator[bytes]:
-        """The second part: it begins when it is first iterated."""
+        """Wait for the predictions, and yield the body; starts when it is first iterated."""
         assert self._job is not None
         try:
             body = self._state.pipeline.finish(self._job, self._write)
@@ -153,17 +159,17 @@ class _Call:
         yield body
 
     def refuse(self, error: Exception, start_response: "StartResponse") -> Iterable[bytes]:
-        """Count and answer ``error``."""
+        """Count ``error`` in the metrics, and answer with it."""
         self._state.pipeline.refuse(self._target.name, self._version, error)
         response = problems.answer(error, self._id)
-        error.__traceback__ = None  # its frames hold the body, and may hold the error
+        error.__traceback__ = None  # its frames hold the request's body, and may hold the error
         response.headers.update(answer_headers(self._id, self._version))
         method = self._environ["REQUEST_METHOD"]
         return response({"REQUEST_METHOD": method}, start_response)
 
     @property
     def _version(self) -> int | None:
-        """The version that was chosen, if one was."""
+        """The version that the pipeline chose; None before that."""
         served = self._job.served if self._job else None
         return served.version if served else None
 

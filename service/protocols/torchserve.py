@@ -1,8 +1,8 @@
-"""``POST /predictions/{model}``: TorchServe's inference API, for clients that come from there.
+"""``POST /predictions/{model}``: TorchServe's inference API, for existing TorchServe clients.
 
-A picture in, an object of its most probable labels out, as TorchServe's ``image_classifier``
-answers (https://docs.pytorch.org/serve/inference_api.html). ``curl -T`` sends a PUT. Errors are
-problem JSON, as everywhere in Convoy.
+A client sends an image, and gets an object of its most probable labels, as TorchServe's
+``image_classifier`` answers (https://docs.pytorch.org/serve/inference_api.html). PUT works too,
+because ``curl -T`` sends it. Errors are problem JSON, as everywhere in Convoy.
 """
 
 import re
@@ -28,7 +28,10 @@ _PART_NAME = re.compile(rf"data|body|{IMAGE_NAME.pattern}", re.ASCII)
 
 
 class TorchServe:
-    """Translates ``/predictions``; a list of images, which TorchServe has not, gives a list."""
+    """Translates ``/predictions``.
+
+    TorchServe takes one image a request. Here a client may send several, and gets a list.
+    """
 
     methods: tuple[str, ...] = ("POST", "PUT")
     operations: tuple[Operation, ...] = tuple(

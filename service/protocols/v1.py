@@ -1,4 +1,4 @@
-"""``POST /v1/classify``, Convoy's own protocol: images in any form, the likeliest classes out."""
+"""``POST /v1/classify``, Convoy's own protocol: takes images, answers their likeliest classes."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -42,14 +42,14 @@ class ModelName(Struct, frozen=True):
 
 
 class Item(Struct, frozen=True, omit_defaults=True):
-    """One image among many: its predictions or its error."""
+    """One image of several: its predictions or its error."""
 
     predictions: list[ClassScore] | None = None
     error: dict[str, Any] | None = None
 
 
 class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The body of an answer; ``results`` when the client sent a list."""
+    """The body of an answer: ``results`` if the client sent a list, otherwise ``predictions``."""
 
     model: ModelName
     predictions: list[ClassScore] | None = None
@@ -74,7 +74,7 @@ class V1:
         Operation(
             method="post",
             path=f"{prefix}/classify",
-            summary="Classify one image, or many: the most probable classes, best first.",
+            summary="Classify one image or several. Answers the most probable classes, best first.",
             answer=Answer,
             example=_EXAMPLE,
             takes_images=True,

@@ -157,7 +157,7 @@ def test_more_parts_than_a_form_may_have_end_the_reading(ready: FlaskClient, nam
 @pytest.mark.parametrize(
     ("body", "status", "reason"),
     [
-        (form(part("note", bytes(290_000))), 413, "262,144 bytes beside images"),
+        (form(part("note", bytes(290_000))), 413, "262,144 bytes outside of images"),
         (form(part("image", b"", "X-Long: " + "x" * 5000)), 413, "header length"),
         (form(part("image", b"", *[f"X-{n}: x" for n in range(9)])), 413, "header count"),
         (form(part("image", b"", "X-Folded: x", " x")), 400, "continuation"),
