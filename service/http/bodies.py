@@ -221,7 +221,7 @@ def _count(body: "bytes | mmap", character: bytes, limit: int) -> int:
 
 
 def too_large(size: int, limit: int) -> ImageTooLarge:
-    return ImageTooLarge(f"the image has {size:,} bytes; send at most {limit:,}")
+    return ImageTooLarge(f"the image has {size:,} bytes; at most {limit:,} are accepted")
 
 
 def _first(value: msgspec.Raw) -> bytes:

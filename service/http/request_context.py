@@ -71,7 +71,7 @@ def body_length(environ: "WSGIEnvironment", limit: int, advice: str = "") -> int
         abort(400, "the body is empty; send the bytes of an image")
     length = int(text)
     if length > limit:
-        abort(413, f"the body has {length:,} bytes; send at most {limit:,}{advice}")
+        abort(413, f"the body has {length:,} bytes; at most {limit:,} are accepted{advice}")
     return length
 
 

@@ -1,4 +1,4 @@
-"""Keys and rates, at the door itself and through the app."""
+"""Tokens and rate limits: access control itself, and through the app."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 
 OPEN = ("/docs", "/livez", "/readyz", "/healthz", "/openapi.json")
-LOOK = ("/v1/models", "/v1/models/digits", "/v1/models/digits/traffic", "/metrics")
+VIEWS = ("/v1/models", "/v1/models/digits", "/v1/models/digits/traffic", "/metrics")
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def texts(tmp_path: Path) -> dict[str, str]:
     tokens = Tokens(tmp_path / "tokens.json")
     return {role: tokens.add(role, role) for role in ("classify", "viewer", "admin")} | {
         "wrong": "convoy_wrong",
-        "service": "between ourselves",
+        "service": "the service key",
     }
 
 
@@ -40,16 +40,16 @@ def client(
     texts: dict[str, str],
     tmp_path: Path,
 ) -> FlaskClient:
-    """A client of an app that asks for keys."""
+    """A client of an app that requires tokens."""
     deploy(1)
     assert slot.refresh()
-    asking = replace(
+    secured = replace(
         settings,
-        keys="required",
+        auth="required",
         tokens=tmp_path / "tokens.json",
         service_key=texts["service"],
     )
-    return create_app(asking, {"digits": slot}, metrics).test_client()
+    return create_app(secured, {"digits": slot}, metrics).test_client()
 
 
 def bearer(text: str) -> dict[str, str]:
@@ -57,12 +57,12 @@ def bearer(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", OPEN)
-def test_probes_and_pages_ask_for_no_key(client: FlaskClient, path: str) -> None:
+def test_probes_and_pages_need_no_token(client: FlaskClient, path: str) -> None:
     assert client.get(path).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("role", "classifies", "perceptual_hashes"),
+    ("role", "classifies", "views"),
     [
         ("classify", 200, 403),
         ("viewer", 403, 200),
@@ -72,31 +72,31 @@ def test_probes_and_pages_ask_for_no_key(client: FlaskClient, path: str) -> None
         (None, 401, 401),
     ],
 )
-def test_each_key_opens_what_it_is_for(
+def test_each_role_may_do_only_what_it_permits(
     client: FlaskClient,
     texts: dict[str, str],
     png: bytes,
     role: str | None,
     classifies: int,
-    perceptual_hashes: int,
+    views: int,
 ) -> None:
     headers = bearer(texts[role]) if role else {}
     answer = client.post("/v1/classify", data=png, headers=headers)
     assert answer.status_code == classifies
-    for path in LOOK:
-        assert client.get(path, headers=headers).status_code == perceptual_hashes
+    for path in VIEWS:
+        assert client.get(path, headers=headers).status_code == views
     if classifies == 401:
         assert answer.headers["WWW-Authenticate"] == "Bearer"
-        assert answer.json["type"] == "urn:convoy:problem:key-missing"
+        assert answer.json["type"] == "urn:convoy:problem:token-missing"
 
 
 @pytest.mark.parametrize("sent", ["convoy_x", "Basic convoy_x", "Bearer", "Bearer  ", "Bearer ä"])
-def test_what_is_no_key_opens_nothing(client: FlaskClient, png: bytes, sent: str) -> None:
+def test_a_malformed_or_unknown_token_is_401(client: FlaskClient, png: bytes, sent: str) -> None:
     answer = client.post("/v1/classify", data=png, headers={"Authorization": sent})
     assert answer.status_code == 401
 
 
-def test_keys_are_rotated_without_a_restart(
+def test_tokens_are_rotated_without_a_restart(
     client: FlaskClient, texts: dict[str, str], png: bytes, tmp_path: Path
 ) -> None:
     tokens = Tokens(tmp_path / "tokens.json")
@@ -109,7 +109,7 @@ def test_keys_are_rotated_without_a_restart(
     assert statuses == [200, 401]
 
 
-def test_a_file_of_keys_that_cannot_be_read_lets_nobody_in(
+def test_no_caller_is_admitted_if_the_tokens_file_cannot_be_read(
     client: FlaskClient, texts: dict[str, str], png: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "tokens.json").write_text("[{")
@@ -118,12 +118,12 @@ def test_a_file_of_keys_that_cannot_be_read_lets_nobody_in(
     assert client.get("/v1/models", headers=bearer(texts["admin"])).status_code == 503
 
 
-def test_who_asks_too_often_is_told_when_to_come_back(
+def test_a_client_over_its_rate_limit_is_429_and_learns_when_to_retry(
     slot: ModelSlot, settings: Settings, deploy: Callable[..., Bundle], png: bytes
 ) -> None:
     deploy(1)
     assert slot.refresh()
-    limited = replace(settings, rate=0.5, burst=3)
+    limited = replace(settings, rate_limit=0.5, burst=3)
     client = create_app(limited, {"digits": slot}, Metrics()).test_client()
     answers = [client.post("/v1/classify", data=png) for _ in range(5)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
@@ -132,15 +132,15 @@ def test_who_asks_too_often_is_told_when_to_come_back(
     assert client.get("/v1/models").status_code == 200
 
 
-def test_a_request_that_a_thread_takes_over_is_counted_once(tmp_path: Path) -> None:
-    access_control = AccessControl(Settings(rate=0.1, burst=1))
+def test_a_postponed_request_counts_once_against_the_rate_limit(tmp_path: Path) -> None:
+    access_control = AccessControl(Settings(rate_limit=0.1, burst=1))
     access_control.admit({"REMOTE_ADDR": "192.0.2.1"})
     access_control.admit({"REMOTE_ADDR": "192.0.2.1"}, again=True)
     with pytest.raises(RateExceeded):
         access_control.admit({"REMOTE_ADDR": "192.0.2.1"})
 
 
-def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -> None:
+def test_every_route_except_the_public_ones_needs_a_token(client: FlaskClient) -> None:
     of_flask = {
         (re.sub(r"<(?:int:)?version>", "1", rule.rule).replace("<name>", "digits"), method)
         for rule in client.application.url_map.iter_rules()
@@ -160,7 +160,7 @@ def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -
         assert client.open(path, method=method).status_code == 401, (path, method)
 
 
-def test_an_empty_service_key_opens_nothing() -> None:
+def test_an_empty_service_key_admits_no_caller() -> None:
     access_control = AccessControl(
         Settings.from_environment({"CONVOY_AUTH": "required", "CONVOY_SERVICE_KEY": ""})
     )
@@ -169,25 +169,27 @@ def test_an_empty_service_key_opens_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("peer", "told", "caller"),
+    ("peer", "forwarded_for", "caller"),
     [
         ("10.0.0.9", "203.0.113.7", "203.0.113.7"),
-        ("10.0.0.9", "198.51.100.1, 203.0.113.7", "203.0.113.7"),  # the last is our proxy's word
+        ("10.0.0.9", "198.51.100.1, 203.0.113.7", "203.0.113.7"),  # the proxy added the last
         ("10.0.0.9", "", "10.0.0.9"),
-        ("192.0.2.1", "203.0.113.7", "192.0.2.1"),  # who is no proxy may say what it likes
+        ("192.0.2.1", "203.0.113.7", "192.0.2.1"),  # the peer is not a proxy
         ("", "203.0.113.7", ""),
-        ("::ffff:10.0.0.9", "203.0.113.7", "203.0.113.7"),  # as a socket for both families sees it
+        ("::ffff:10.0.0.9", "203.0.113.7", "203.0.113.7"),  # as a dual-stack socket reports it
         ("10.0.0.9", "203.0.113.7:51000", "203.0.113.7"),
         ("fd00::1", "[2001:db8::5]:80", "2001:db8::5"),
         ("10.0.0.9", "x" * 50, "10.0.0.9"),
     ],
 )
-def test_a_proxy_of_ours_says_whose_a_request_is(peer: str, told: str, caller: str) -> None:
+def test_a_trusted_proxy_names_the_client_of_a_request(
+    peer: str, forwarded_for: str, caller: str
+) -> None:
     access_control = AccessControl(Settings(trusted_proxies="10.0.0.0/8, fd00::/8"))
-    environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": told}
+    environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": forwarded_for}
     assert access_control._address(environ) == caller
 
 
-def test_networks_that_are_none_stop_the_start() -> None:
+def test_a_malformed_network_of_proxies_stops_the_start() -> None:
     with pytest.raises(UsageError, match=r"CONVOY_TRUSTED_PROXIES='10.0.0.0/99'"):
         Settings.from_environment({"CONVOY_TRUSTED_PROXIES": "10.0.0.0/99"})

@@ -1,4 +1,4 @@
-"""``POST /v1/classify`` in every body form, and what each wrong request is told."""
+"""``POST /v1/classify`` in every form of a body, and the answers to wrong requests."""
 
 import base64
 import json
@@ -51,7 +51,9 @@ def test_a_raw_body_is_classified(ready: FlaskClient, png: bytes, kind: str | No
     assert body["request_id"] == response.headers["X-Request-Id"]
 
 
-def test_what_curl_sends_by_default_is_taken_as_the_image(ready: FlaskClient, png: bytes) -> None:
+def test_the_default_content_type_of_curl_is_accepted_as_an_image(
+    ready: FlaskClient, png: bytes
+) -> None:
     kind = "application/x-www-form-urlencoded"
     assert ready.post("/v1/classify", data=png, content_type=kind).status_code == 200
 
@@ -74,7 +76,7 @@ def test_all_body_forms_give_the_classifiers_probabilities(
 
 
 @pytest.mark.parametrize("form", ["multipart", "json"])
-def test_one_bad_image_never_spoils_the_others(ready: FlaskClient, png: bytes, form: str) -> None:
+def test_a_bad_image_does_not_fail_the_others(ready: FlaskClient, png: bytes, form: str) -> None:
     images = [png, b"\x89PNG\r\n\x1a\n but no more", png, b"no image"]
     if form == "multipart":
         response = ready.post("/v1/classify?top_k=1", **parts(*images))
@@ -92,8 +94,8 @@ def test_one_bad_image_never_spoils_the_others(ready: FlaskClient, png: bytes, f
     assert results[0] == results[2]
 
 
-def test_a_multipart_body_is_taken_apart_whatever_is_in_it(ready: FlaskClient, png: bytes) -> None:
-    """Parts over several chunks, one over its limit, and parts that nobody asked for."""
+def test_a_multipart_body_may_have_large_and_unknown_parts(ready: FlaskClient, png: bytes) -> None:
+    """Parts that span several chunks, one over its limit, and parts with unknown names."""
     body = {
         "image": [(BytesIO(each), "a.png") for each in (png, bytes(100_001), png)],
         "note": "a field",
@@ -140,7 +142,7 @@ def test_top_k_is_at_most_the_number_of_labels(ready: FlaskClient, png: bytes) -
 
 
 @pytest.mark.parametrize("top_k", ["0", "-1", "x", "1.5", "", "²", "9" * 400])
-def test_a_senseless_top_k_is_400(ready: FlaskClient, png: bytes, top_k: str) -> None:
+def test_an_invalid_top_k_is_400(ready: FlaskClient, png: bytes, top_k: str) -> None:
     response = ready.post("/v1/classify", data=png, query_string={"top_k": top_k}, **RAW)
     assert_problem(response, 400, "top_k")
 
@@ -153,32 +155,34 @@ def test_a_senseless_top_k_is_400(ready: FlaskClient, png: bytes, top_k: str) ->
         "/v1/models/digits/aliases/champion/classify",
     ],
 )
-def test_the_model_can_be_named(ready: FlaskClient, png: bytes, path: str) -> None:
+def test_a_path_may_name_the_model_version_or_alias(
+    ready: FlaskClient, png: bytes, path: str
+) -> None:
     assert ready.post(path, data=png, **RAW).json["model"]["version"] == 1
 
 
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("/v1/models/nobody/classify", "there is no model 'nobody' here; there are: digits"),
+        ("/v1/models/other/classify", "there is no model 'other' here; there are: digits"),
         ("/v1/models/digits/versions/2/classify", "version 2 is not served here"),
         ("/v1/models/digits/aliases/previous/classify", "alias 'previous' is not served here"),
         ("/v1/nowhere", "not found"),
     ],
 )
-def test_what_is_not_served_is_404(ready: FlaskClient, png: bytes, path: str, reason: str) -> None:
+def test_a_model_version_or_alias_that_is_not_served_is_404(
+    ready: FlaskClient, png: bytes, path: str, reason: str
+) -> None:
     assert_problem(ready.post(path, data=png, **RAW), 404, reason)
 
 
-def test_a_wrong_method_is_405_and_says_which_is_right(ready: FlaskClient) -> None:
+def test_a_wrong_method_is_405_with_the_allowed_methods(ready: FlaskClient) -> None:
     response = ready.get("/v1/classify")
     assert_problem(response, 405, "not allowed")
     assert "POST" in response.headers["Allow"]
 
 
-def test_before_a_version_is_loaded_503_says_when_to_come_back(
-    client: FlaskClient, png: bytes
-) -> None:
+def test_before_a_version_is_loaded_503_says_when_to_retry(client: FlaskClient, png: bytes) -> None:
     response = client.post("/v1/classify", data=png, **RAW)
     assert_problem(response, 503, "digits: nothing is deployed")
     assert int(response.headers["Retry-After"]) >= 1
@@ -195,7 +199,7 @@ def test_before_a_version_is_loaded_503_says_when_to_come_back(
         ({"data": b"a,b", "content_type": "text/csv"}, 415, "'text/csv' is not accepted"),
         ({"json": {}}, 400, "exactly one of"),
         ({"json": {"image": "AAAA", "images": []}}, 400, "exactly one of"),
-        ({"json": {"images": []}}, 400, "0 images"),
+        ({"json": {"images": []}}, 400, "'images' in the JSON body is empty"),
         ({"json": {"images": ["AAAA"] * 5}}, 413, "more than 4 images"),
         ({"json": {"image": "not base64!"}}, 422, "not base64"),
         ({"json": {"image": "ü"}}, 422, "not base64"),
@@ -206,19 +210,17 @@ def test_before_a_version_is_loaded_503_says_when_to_come_back(
         ({"data": b"\xff", "content_type": "application/json"}, 400, "JSON body"),
         (parts(), 400, "no part named 'image'"),
         (parts(*[b"x"] * 5), 413, "more than 4 images"),
-        ({"data": b"x", "content_type": "multipart/form-data"}, 400, "needs a boundary"),
+        ({"data": b"x", "content_type": "multipart/form-data"}, 400, "has no boundary"),
         ({"data": b"x", "content_type": "multipart/form-data; boundary=b"}, 400, "cannot be read"),
     ],
 )
-def test_a_wrong_request_is_told_what_is_wrong(
+def test_the_answer_to_a_wrong_request_says_what_is_wrong(
     ready: FlaskClient, request_arguments: dict[str, object], status: int, reason: str
 ) -> None:
     assert_problem(ready.post("/v1/classify", **request_arguments), status, reason)
 
 
-def test_a_chunked_body_is_refused_because_its_length_is_not_said(
-    ready: FlaskClient, png: bytes
-) -> None:
+def test_a_chunked_body_is_411(ready: FlaskClient, png: bytes) -> None:
     response = ready.post(
         "/v1/classify",
         input_stream=BytesIO(png),
@@ -243,7 +245,7 @@ def test_too_many_pixels_are_413(ready: FlaskClient) -> None:
         (RuntimeError("secret /etc path"), 500, "server_error"),
     ],
 )
-def test_errors_of_ours_and_of_load_have_their_status(
+def test_overloads_and_defects_have_their_status_and_outcome(
     ready: FlaskClient,
     slot: ModelSlot,
     png: bytes,
@@ -274,13 +276,15 @@ def test_errors_of_ours_and_of_load_have_their_status(
     assert f"convoy_requests_total{{{labels}}} 1.0" in metrics
 
 
-def test_a_sane_request_id_is_kept_and_another_replaced(ready: FlaskClient) -> None:
-    for asked, kept in (("abc-1.2_3", True), ("a b", False), ("x" * 65, False), ("", False)):
-        answer = ready.get("/livez", headers={"X-Request-Id": asked})
-        assert (answer.headers["X-Request-Id"] == asked) is kept
+def test_a_valid_request_id_is_kept_and_another_is_replaced(ready: FlaskClient) -> None:
+    for sent, kept in (("abc-1.2_3", True), ("a b", False), ("x" * 65, False), ("", False)):
+        answer = ready.get("/livez", headers={"X-Request-Id": sent})
+        assert (answer.headers["X-Request-Id"] == sent) is kept
 
 
-def test_traceparent_names_the_request(ready: FlaskClient, png: bytes, caplog) -> None:
+def test_the_trace_id_of_traceparent_becomes_the_request_id(
+    ready: FlaskClient, png: bytes, caplog
+) -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
     caplog.set_level("DEBUG")
@@ -292,18 +296,18 @@ def test_traceparent_names_the_request(ready: FlaskClient, png: bytes, caplog) -
     assert broken.headers["X-Request-Id"] != "0" * 32
 
 
-def test_a_request_answers_with_the_version_it_began_with(
+def test_a_request_is_answered_by_the_version_that_it_started_with(
     ready: FlaskClient, slot: ModelSlot, deploy, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = slot.require().champion
     put = old.batcher.put
 
-    def swap_meanwhile(images, deadline_s):
+    def put_after_a_new_deployment(images, deadline_s):
         deploy(2, seed=1)
         assert slot.refresh()
         return put(images, deadline_s)
 
-    monkeypatch.setattr(old.batcher, "put", swap_meanwhile)
+    monkeypatch.setattr(old.batcher, "put", put_after_a_new_deployment)
     body = ready.post("/v1/classify", data=png, **RAW).json
     assert body["model"]["version"] == 1
     assert json.loads(ready.get("/v1/models").text)["models"][0]["version"] == 2

@@ -1,4 +1,4 @@
-"""Pages of other origins: who may ask, and that by default none may."""
+"""Pages of which other origins may send requests; by default, none may."""
 
 from collections.abc import Callable
 
@@ -18,23 +18,25 @@ PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
 
 @pytest.fixture
 def open_client(slot: ModelSlot, deploy: Callable[..., Bundle]) -> FlaskClient:
-    """A client of a service that lets pages of two origins ask."""
+    """A client of a service that allows pages of two origins."""
     deploy(1)
     assert slot.refresh()
     settings = Settings(cors_origins=f"{ORIGIN}, http://localhost:3000")
     return create_app(settings, {"digits": slot}, Metrics()).test_client()
 
 
-def marks(headers) -> set[str]:
+def cors_headers(headers) -> set[str]:
     return {name for name, _ in headers if name.startswith("Access-Control-")}
 
 
-def test_by_default_no_other_origin_may_ask(ready: FlaskClient, png: bytes) -> None:
-    assert not marks(ready.options("/v1/classify", headers=PREFLIGHT).headers)
-    assert not marks(ready.post("/v1/classify", data=png, headers={"Origin": ORIGIN}).headers)
+def test_by_default_no_other_origin_is_allowed(ready: FlaskClient, png: bytes) -> None:
+    assert not cors_headers(ready.options("/v1/classify", headers=PREFLIGHT).headers)
+    assert not cors_headers(
+        ready.post("/v1/classify", data=png, headers={"Origin": ORIGIN}).headers
+    )
 
 
-def test_an_origin_that_is_listed_may_ask(open_client: FlaskClient, png: bytes) -> None:
+def test_a_listed_origin_is_allowed(open_client: FlaskClient, png: bytes) -> None:
     answer = open_client.options("/v1/classify", headers=PREFLIGHT)
     assert answer.status_code == 204
     assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
@@ -52,15 +54,17 @@ def test_an_origin_that_is_listed_may_ask(open_client: FlaskClient, png: bytes) 
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "https://app.example.com.evil"])
-def test_another_origin_may_not(open_client: FlaskClient, png: bytes, origin: str) -> None:
+def test_an_origin_that_is_not_listed_is_not_allowed(
+    open_client: FlaskClient, png: bytes, origin: str
+) -> None:
     headers = PREFLIGHT | {"Origin": origin}
-    assert not marks(open_client.options("/v1/classify", headers=headers).headers)
+    assert not cors_headers(open_client.options("/v1/classify", headers=headers).headers)
     answer = open_client.post("/v1/classify", data=png, headers={"Origin": origin})
-    assert not marks(answer.headers)
+    assert not cors_headers(answer.headers)
     assert answer.headers["Vary"] == "Origin"
 
 
 @pytest.mark.parametrize("text", ["*", "app.example.com", "https://a.example/path", "null"])
-def test_what_is_not_an_origin_is_named(text: str) -> None:
+def test_a_setting_that_is_not_an_origin_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"CONVOY_CORS_ORIGINS.*is not an origin"):
         Settings.from_environment({"CONVOY_CORS_ORIGINS": f"{ORIGIN},{text}"})

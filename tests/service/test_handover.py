@@ -1,4 +1,4 @@
-"""Connections that move to a less busy worker, between two processes' worth of workers."""
+"""Connections that move to a less busy worker; all workers of a test run in its process."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from service.server.handover import NEVER, SILENT_S, Handover, forget_worker
 
 @pytest.fixture
 def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Handover]]:
-    """Three workers of one folder, which know each other."""
+    """Three workers that share a folder and have found each other."""
     made = []
     for pid in (101, 102, 103):
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
@@ -29,14 +29,14 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ha
 
 @pytest.fixture
 def client() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A client's socket and the service's."""
+    """The two ends of a connection: the client's socket and the service's."""
     pair = socket.socketpair()
     yield pair
     for each in pair:
         each.close()
 
 
-def test_the_least_busy_worker_gets_a_connection_with_what_it_was_sent(
+def test_the_least_loaded_worker_gets_the_connection_with_its_unread_bytes(
     workers: list[Handover], client: tuple[socket.socket, socket.socket]
 ) -> None:
     for worker, load in zip(workers, (3, 2, 1), strict=True):
@@ -52,7 +52,7 @@ def test_the_least_busy_worker_gets_a_connection_with_what_it_was_sent(
 
 
 @pytest.mark.parametrize("loads", [(1, 1, 1), (0, 1, 2), (2, 2, NEVER)])
-def test_a_connection_stays_where_no_other_worker_has_less_to_do(
+def test_a_connection_stays_if_every_other_worker_is_as_busy(
     workers: list[Handover], client: tuple[socket.socket, socket.socket], loads: tuple[int, ...]
 ) -> None:
     for worker, load in zip(workers, loads, strict=True):
@@ -61,18 +61,18 @@ def test_a_connection_stays_where_no_other_worker_has_less_to_do(
     assert [worker.take() for worker in workers] == [[], [], []]
 
 
-def test_a_worker_that_was_killed_gets_nothing(
+def test_a_killed_worker_gets_no_connection(
     workers: list[Handover], client: tuple[socket.socket, socket.socket]
 ) -> None:
     for worker, load in zip(workers, (5, 1, 0), strict=True):
         worker.load = load
-    workers[2].sock.close()  # its files stay, as a killed process leaves them
+    workers[2].sock.close()  # a killed process leaves its files too
     assert workers[0].give(client[1])
     (taken,) = workers[1].take()
     taken.close()
 
 
-def test_a_worker_whose_loop_does_not_turn_gets_nothing(
+def test_a_worker_whose_loop_does_not_turn_gets_no_connection(
     workers: list[Handover], client: tuple[socket.socket, socket.socket]
 ) -> None:
     for worker, load in zip(workers, (5, 1, 0), strict=True):
@@ -83,18 +83,18 @@ def test_a_worker_whose_loop_does_not_turn_gets_nothing(
     taken.close()
 
 
-def test_a_dead_workers_files_are_removed_and_its_number_may_come_again(
+def test_a_new_worker_may_reuse_a_dead_workers_process_id_and_files_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getpid", lambda: 101)
-    Handover(tmp_path).sock.close()  # its files stay, as a killed process leaves them
+    Handover(tmp_path).sock.close()  # a killed process leaves its files too
     again = Handover(tmp_path)
     again.sock.close()
     forget_worker(tmp_path, 101)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_left_is_forgotten(
+def test_a_worker_that_ended_gets_no_connection(
     workers: list[Handover], client: tuple[socket.socket, socket.socket]
 ) -> None:
     workers[0].load = 5

@@ -1,4 +1,4 @@
-"""Request rates, in one process and shared by several workers."""
+"""Rate limits, in one process and shared by several workers."""
 
 import time
 from pathlib import Path
@@ -15,10 +15,10 @@ def test_a_caller_gets_its_rate_and_no_more() -> None:
     assert limiter.take("bob") == 0
 
 
-def test_a_caller_may_ask_again_after_the_time_that_it_was_told() -> None:
+def test_a_caller_may_send_again_after_the_returned_wait() -> None:
     limiter = RateLimiter(rate=100, burst=1)
     assert limiter.take("ann") == 0
-    if wait_s := limiter.take("ann"):  # on a busy machine the time may be over already
+    if wait_s := limiter.take("ann"):  # on a busy machine, the wait may be over already
         assert wait_s <= 0.01
         time.sleep(wait_s)
         assert limiter.take("ann") == 0
@@ -62,7 +62,7 @@ def test_addresses_of_one_caller_share_a_bucket(address: str, same: str) -> None
 @pytest.mark.parametrize(
     ("address", "other"), [("2001:db8::1", "2001:db8:0:1::1"), ("192.0.2.7", "192.0.2.8")]
 )
-def test_addresses_of_two_callers_do_not(address: str, other: str) -> None:
+def test_addresses_of_two_callers_have_two_buckets(address: str, other: str) -> None:
     limiter = RateLimiter(rate=0.001, burst=1)
     assert limiter.take(address) == 0
     assert limiter.take(other) == 0
@@ -76,7 +76,7 @@ def test_the_networks_of_one_ipv6_site_together_get_sixteen_rates() -> None:
 
 
 @pytest.mark.parametrize("attackers", ["one site", "many addresses"])
-def test_a_flood_of_addresses_has_no_honest_caller_refused(attackers: str) -> None:
+def test_a_flood_of_addresses_does_not_get_an_honest_caller_refused(attackers: str) -> None:
     limiter = RateLimiter(rate=0.001, burst=20)
     for number in range(3 * SETS * WAYS if attackers == "one site" else 100_000):
         site = f"2001:db8:0:{number % 65536:x}::1"
@@ -90,7 +90,9 @@ def test_a_flood_of_addresses_has_no_honest_caller_refused(attackers: str) -> No
     assert refused == 0
 
 
-def test_a_caller_pays_nothing_while_its_site_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_refused_for_its_site_does_not_count_for_its_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = SimpleNamespace(monotonic_ns=lambda: now_ns)
     monkeypatch.setattr("service.access.rate_limit.time", clock)
     now_ns = 10**12
@@ -98,5 +100,7 @@ def test_a_caller_pays_nothing_while_its_site_is_refused(monkeypatch: pytest.Mon
     for network in range(SITE_CALLERS):
         assert limiter.take(f"2001:db8:0:{network + 1:x}::1") == 0
     assert all(limiter.take("2001:db8::1") > 0 for _ in range(100))
-    now_ns += 2 * 10**9 // SITE_CALLERS  # the site may ask again, a caller that has paid may not
+    now_ns += (
+        2 * 10**9 // SITE_CALLERS
+    )  # enough for the site, too little for a network that was counted
     assert limiter.take("2001:db8::1") == 0

@@ -1,4 +1,4 @@
-"""``POST /predictions/{model}``: clients of TorchServe get the answers that they know."""
+"""``POST /predictions/{model}``: TorchServe's clients get the answers that they expect."""
 
 import io
 
@@ -24,12 +24,14 @@ def test_labels_and_probabilities_are_those_of_v1(ready: FlaskClient, png: bytes
 
 
 @pytest.mark.parametrize("path", ["/predictions/digits/1", "/predictions/digits/"])
-def test_curl_sends_a_picture_with_put(ready: FlaskClient, png: bytes, path: str) -> None:
+def test_put_classifies_an_image_as_curl_sends_it(
+    ready: FlaskClient, png: bytes, path: str
+) -> None:
     assert len(ready.put(path, data=png).json) == 5
 
 
 @pytest.mark.parametrize("part", ["data", "body", "image"])
-def test_a_form_has_the_parts_that_torchserve_reads(
+def test_a_form_may_use_the_part_names_of_torchserve(
     ready: FlaskClient, png: bytes, part: str
 ) -> None:
     answer = ready.post("/predictions/digits", data={part: (io.BytesIO(png), "x.png")})
@@ -47,19 +49,19 @@ def test_several_images_give_a_list(ready: FlaskClient, png: bytes) -> None:
     ("path", "status"),
     [("/predictions/other", 404), ("/predictions/digits/7", 404), ("/predictions/digits", 415)],
 )
-def test_errors_are_problems(ready: FlaskClient, path: str, status: int) -> None:
-    answer = ready.post(path, data=b"no picture", **RAW)
+def test_errors_are_problem_json(ready: FlaskClient, path: str, status: int) -> None:
+    answer = ready.post(path, data=b"not an image", **RAW)
     assert (answer.status_code, answer.json["status"]) == (status, status)
     assert answer.content_type == "application/problem+json"
 
 
-def test_another_method_is_refused_by_name(ready: FlaskClient) -> None:
+def test_another_method_is_405_with_the_allowed_methods(ready: FlaskClient) -> None:
     answer = ready.get("/predictions/digits")
     assert answer.status_code == 405
     assert answer.headers["Allow"] == "POST, PUT"
 
 
-def test_requests_are_counted_as_those_of_v1(
+def test_requests_count_in_the_traffic_as_those_of_v1(
     ready: FlaskClient, slot: ModelSlot, png: bytes
 ) -> None:
     for _ in range(3):

@@ -101,7 +101,7 @@ OPENED: list["Connection | Server"] = []
 
 
 class Server:
-    """A gunicorn of one worker, which serves the small application."""
+    """gunicorn with one worker, which serves the small application."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         (folder / "small_application.py").write_text(APPLICATION)
@@ -124,27 +124,27 @@ class Server:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)  # gunicorn's patience with connections is 30 s
+        self.process.wait(20)  # gunicorn itself would wait 30 s for open connections
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     server = Server(tmp_path_factory.mktemp("application"))
-    OPENED.remove(server)  # all tests use it
+    OPENED.remove(server)  # all tests of the module share it
     yield server.port
     server.stop()
 
 
 @pytest.fixture(autouse=True)
-def _nobody_is_left() -> Iterator[None]:
-    """What a test that fails leaves open would be another one's warning."""
+def _close_what_is_open() -> Iterator[None]:
+    """Close what a failed test left open, because a later test would warn about it."""
     yield
     while OPENED:
         OPENED.pop().close()
 
 
 class Connection:
-    """A keep-alive connection that sends bytes as they are given."""
+    """A keep-alive connection of a client, which sends bytes unchanged."""
 
     def __init__(self, port: int, source: str = "127.0.0.1") -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), 60, (source, 0))
@@ -182,7 +182,7 @@ class Connection:
         return self.file.read(1) == b""
 
     def has_ended(self) -> bool:
-        """Whether the server has closed it already; does not wait."""
+        """Whether the server has already closed it; does not wait."""
         self.socket.setblocking(False)
         try:
             return self.socket.recv(1, socket.MSG_PEEK) == b""
@@ -206,7 +206,7 @@ def post(body: bytes, path: str = "/", extra: str = "") -> bytes:
     return head.encode() + body
 
 
-def test_a_small_post_is_answered_by_the_loop_again_and_again(connection: Connection) -> None:
+def test_the_loop_answers_every_small_post(connection: Connection) -> None:
     for number in range(5):
         answer = connection.ask(b"picture %d" % number)
         assert answer["in_loop"]
@@ -214,7 +214,7 @@ def test_a_small_post_is_answered_by_the_loop_again_and_again(connection: Connec
         assert answer["body"] == f"picture {number}"
 
 
-def test_each_option_of_connection_counts(port: int) -> None:
+def test_each_option_in_a_connection_header_counts(port: int) -> None:
     for options, closes in (
         ("TE, close", True),
         ("close, TE", True),
@@ -227,40 +227,41 @@ def test_each_option_of_connection_counts(port: int) -> None:
         connection.close()
 
 
-def test_requests_that_are_there_together_are_all_called_before_one_is_answered(
+def test_the_application_is_called_for_all_waiting_requests_before_the_first_answer(
     port: int,
 ) -> None:
     with ThreadPoolExecutor(16) as pool:
         connections = [Connection(port) for _ in range(16)]
-        most = 0
+        most_called = 0
         for _ in range(20):
             answers = list(pool.map(lambda each: each.ask(b"x"), connections))
-            most = max(most, *(answer["called_before_answered"] for answer in answers))
+            called = (answer["called_before_answered"] for answer in answers)
+            most_called = max(most_called, *called)
         for each in connections:
             each.close()
-    assert most > 1
+    assert most_called > 1
 
 
-def test_what_is_large_goes_to_a_thread(connection: Connection) -> None:
+def test_a_large_request_goes_to_a_thread(connection: Connection) -> None:
     answer = connection.ask(b"x" * 100_000)
     assert (answer["in_loop"], answer["length"]) == (False, 100_000)
     assert connection.ask(b"small again")["in_loop"]
 
 
-def test_what_arrives_slowly_holds_nobody(connection: Connection, port: int) -> None:
-    whole = post(b"in two parts")
-    connection.send(whole[:-5])
+def test_a_slow_request_does_not_delay_other_clients(connection: Connection, port: int) -> None:
+    request = post(b"in two parts")
+    connection.send(request[:-5])
     other = Connection(port)
     for _ in range(3):
         assert other.ask(b"meanwhile")["in_loop"]
     other.close()
-    connection.send(whole[-5:])
+    connection.send(request[-5:])
     status, data = connection.answer()
     assert (status, json.loads(data)["body"]) == (200, "in two parts")
     assert connection.ask(b"small again")["in_loop"]
 
 
-def test_what_the_application_postpones_is_called_again_in_a_thread(
+def test_a_thread_calls_the_application_again_for_a_postponed_request(
     connection: Connection, port: int
 ) -> None:
     connection.send(post(b"slow"))
@@ -276,14 +277,14 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
 
-def test_background_work_is_done_by_threads_of_its_own(connection: Connection) -> None:
+def test_background_threads_do_the_background_work(connection: Connection) -> None:
     connection.send(get("/"))
     answer = json.loads(connection.answer()[1])
     assert answer["in_loop"] is False
     assert answer["thread"].startswith("background")
 
 
-def test_probes_and_posts_wait_for_no_background_work(tmp_path: Path) -> None:
+def test_probes_and_posts_do_not_wait_for_background_work(tmp_path: Path) -> None:
     server = Server(tmp_path)
     pages = [Connection(server.port) for _ in range(40)]
     for each in pages:
@@ -300,23 +301,23 @@ def test_probes_and_posts_wait_for_no_background_work(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_a_crowd_of_refusals_is_answered_in_turn_and_holds_nobody(tmp_path: Path) -> None:
+def test_many_refusals_are_sent_in_turn_and_do_not_delay_other_clients(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    crowd = [Connection(server.port) for _ in range(300)]
-    for each in crowd:
+    refused = [Connection(server.port) for _ in range(300)]
+    for each in refused:
         each.send(post(b"refuse"))
     served = Connection(server.port)
-    served.send(get("/not-ready"))  # a probe's 503 is not held back
+    served.send(get("/not-ready"))  # a probe's 503 is not delayed
     assert served.answer()[0] == 503
     assert served.ask(b"meanwhile")["in_loop"]
-    assert [each.answer()[0] for each in crowd] == [503] * 300
-    assert crowd[0].ask(b"later")["in_loop"]
-    for each in (*crowd, served):
+    assert [each.answer()[0] for each in refused] == [503] * 300
+    assert refused[0].ask(b"later")["in_loop"]
+    for each in (*refused, served):
         each.close()
     server.stop()
 
 
-def test_one_address_takes_no_more_than_its_part_of_the_connections(tmp_path: Path) -> None:
+def test_one_address_gets_only_its_share_of_the_connections(tmp_path: Path) -> None:
     server = Server(tmp_path, GUNICORN_CMD_ARGS="--worker-connections 40")
     honest = Connection(server.port, source="127.0.0.2")
     honest.ask(b"here")
@@ -325,7 +326,7 @@ def test_one_address_takes_no_more_than_its_part_of_the_connections(tmp_path: Pa
         with contextlib.suppress(ConnectionError):
             each.send(post(b"x" * 1000)[:60])
     assert honest.ask(b"still here")["in_loop"]
-    later = Connection(server.port)  # of the crowd's address: one of its own makes room
+    later = Connection(server.port)  # from the same address: one of its connections is closed
     assert later.ask(b"new")["in_loop"]
     open_ = [each for each in stalled if not each.has_ended()]
     assert 0 < len(open_) <= 30
@@ -334,16 +335,17 @@ def test_one_address_takes_no_more_than_its_part_of_the_connections(tmp_path: Pa
     server.stop()
 
 
-def test_one_connection_too_many_of_an_address_closes_one(tmp_path: Path) -> None:
+def test_one_connection_too_many_from_an_address_closes_one_of_them(tmp_path: Path) -> None:
     server = Server(tmp_path, CONVOY_MAX_CONNECTIONS_PER_ADDRESS="5")
     many: list[Connection] = []
-    for _ in range(5):  # one after the other: the server may still hold the one that saw it start
+    # One after the other: the server may still hold the connection that found it started.
+    for _ in range(5):
         many.append(Connection(server.port))
         many[-1].ask(b"here")
     for each in many:
         each.send(post(b"x" * 1000)[:60])
     witness = Connection(server.port, "127.0.0.2")
-    for _ in range(2):  # when it is answered, what was sent before has been read
+    for _ in range(2):  # once these are answered, the server has read what came before
         witness.ask(b"read")
     newcomer = Connection(server.port)
     assert newcomer.ask(b"new")["body"] == "new"
@@ -355,7 +357,7 @@ def test_one_connection_too_many_of_an_address_closes_one(tmp_path: Path) -> Non
 
 def test_a_trusted_proxy_may_have_all_connections(tmp_path: Path) -> None:
     arguments = "--worker-connections 40"
-    server = Server(tmp_path, GUNICORN_CMD_ARGS=arguments, CONVOY_PROXIES="127.0.0.0/8")
+    server = Server(tmp_path, GUNICORN_CMD_ARGS=arguments, CONVOY_TRUSTED_PROXIES="127.0.0.0/8")
     many = [Connection(server.port) for _ in range(39)]
     for each in many:
         each.ask(b"here")
@@ -366,7 +368,7 @@ def test_a_trusted_proxy_may_have_all_connections(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", [b"raise", b"raise later", b"bad close"])
-def test_an_application_that_raises_costs_one_request(
+def test_an_application_that_raises_fails_only_that_request(
     connection: Connection, port: int, body: bytes
 ) -> None:
     connection.send(post(body))
@@ -376,13 +378,13 @@ def test_an_application_that_raises_costs_one_request(
     other.close()
 
 
-def test_a_body_that_nobody_read_does_not_become_the_next_request(connection: Connection) -> None:
+def test_an_unread_body_does_not_become_the_next_request(connection: Connection) -> None:
     for _ in range(2):
         assert connection.ask(b"GET /x HTTP/1.1\r\n\r\n", path="/unread")["length"] == 0
     assert connection.ask(b"next")["body"] == "next"
 
 
-def test_requests_that_are_sent_without_waiting_are_answered_in_their_order(
+def test_pipelined_requests_are_answered_in_order(
     connection: Connection,
 ) -> None:
     connection.send(post(b"first") + post(b"second") + post(b"third"))
@@ -392,7 +394,7 @@ def test_requests_that_are_sent_without_waiting_are_answered_in_their_order(
     assert connection.ask(b"fifth")["in_loop"]
 
 
-def test_the_beginning_of_a_request_behind_another_is_not_lost(connection: Connection) -> None:
+def test_the_start_of_a_pipelined_request_is_not_lost(connection: Connection) -> None:
     second = post(b"in two parts")
     connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + second[:-4])
     assert json.loads(connection.answer()[1])["body"] == ""
@@ -401,14 +403,16 @@ def test_the_beginning_of_a_request_behind_another_is_not_lost(connection: Conne
     assert answers == ["in two parts", "third"]
 
 
-def test_a_client_that_only_listens_from_now_on_is_answered(connection: Connection) -> None:
+def test_a_client_that_closes_its_sending_side_is_answered(connection: Connection) -> None:
     connection.send(post(b"last words"))
     connection.socket.shutdown(socket.SHUT_WR)
     assert json.loads(connection.answer()[1])["body"] == "last words"
     assert connection.is_closed()
 
 
-def test_what_was_sent_before_the_last_word_is_answered_too(connection: Connection) -> None:
+def test_requests_pipelined_before_the_client_stops_sending_are_answered(
+    connection: Connection,
+) -> None:
     connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + post(b"second") + post(b"third"))
     connection.socket.shutdown(socket.SHUT_WR)
     answers = [json.loads(connection.answer()[1])["body"] for _ in range(3)]
@@ -416,25 +420,27 @@ def test_what_was_sent_before_the_last_word_is_answered_too(connection: Connecti
     assert connection.is_closed()
 
 
-def test_connections_on_which_nothing_is_asked_do_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_idle_connections_do_not_delay_the_shutdown(tmp_path: Path) -> None:
     server = Server(tmp_path)
     silent, idle = Connection(server.port), Connection(server.port)
     idle.ask(b"once")
-    server.stop()  # fails when it takes as long as the patience
+    server.stop()  # fails if the worker waits for idle connections
     assert idle.is_closed()
     for each in (silent, idle):
         each.close()
 
 
-def test_who_has_hung_up_meanwhile_is_not_worked_for(port: int, connection: Connection) -> None:
-    """Only after a wait of a second: others may send their last and still listen."""
+def test_a_client_that_left_while_it_waited_causes_no_work(
+    port: int, connection: Connection
+) -> None:
+    """Only after a wait of a second: until then, a client may close only its sending side."""
     slow, *leaving = (Connection(port) for _ in range(4))
     for each in (slow, *leaving):
         each.ask(b"here")
     before = connection.ask(b"one")["calls"]
     connection.send(post(b"hold up"))
     time.sleep(0.1)
-    slow.send(post(b"hold up"))  # is next; while it is called, the others wait
+    slow.send(post(b"hold up"))  # the next request; while it is worked on, the others wait
     for each in leaving:
         each.send(post(b"gone"))
         each.close()
@@ -443,7 +449,7 @@ def test_who_has_hung_up_meanwhile_is_not_worked_for(port: int, connection: Conn
     slow.close()
 
 
-def test_what_is_remembered_of_a_head_is_its_own_connections(
+def test_a_cached_head_keeps_no_facts_of_another_connection(
     port: int, connection: Connection
 ) -> None:
     other = Connection(port)
@@ -460,7 +466,7 @@ def test_what_is_remembered_of_a_head_is_its_own_connections(
     assert connection.answer()[0] == 400
 
 
-def test_two_lengths_in_a_head_are_judged_each_time(port: int) -> None:
+def test_a_head_with_two_lengths_is_refused_every_time(port: int) -> None:
     for second in ("5", "7", "5"):
         opened = Connection(port)
         opened.send(post(b"12345", extra=f"Content-Length: {second}\r\n"))
@@ -478,7 +484,9 @@ def test_a_silent_connection_is_closed_after_the_keep_alive_time(connection: Con
     assert connection.is_closed()
 
 
-def test_a_client_that_does_not_read_holds_nobody(connection: Connection, port: int) -> None:
+def test_a_client_that_does_not_read_does_not_delay_others(
+    connection: Connection, port: int
+) -> None:
     connection.send(post(b"large"))
     time.sleep(0.2)  # the answer fills the socket's buffers
     other = Connection(port)
@@ -504,7 +512,7 @@ def test_a_malformed_request_is_400(connection: Connection) -> None:
         ("POST / HTTP/1.1\r\nHost: x\r\n" + "X: y\r\n" * 200 + "Content-Length: 0", 431),
     ],
 )
-def test_what_two_readers_could_take_differently_is_refused(
+def test_an_ambiguous_or_too_long_head_is_refused(
     connection: Connection, head: str, status: int
 ) -> None:
     connection.send(head.encode() + b"\r\n\r\n")
@@ -513,7 +521,7 @@ def test_what_two_readers_could_take_differently_is_refused(
 
 
 @pytest.mark.parametrize("extra", ["Transfer-Encoding: chunked\r\n", "Content-Length: +5\r\n"])
-def test_behind_a_body_of_unknown_length_no_request_is_looked_for(
+def test_no_request_is_read_after_a_body_of_unknown_length(
     connection: Connection, extra: str
 ) -> None:
     head = f"POST / HTTP/1.1\r\nHost: x\r\n{extra}\r\n"
@@ -522,9 +530,9 @@ def test_behind_a_body_of_unknown_length_no_request_is_looked_for(
     assert connection.is_closed()
 
 
-def test_a_client_that_expects_to_be_told_is_told(connection: Connection) -> None:
-    whole = post(b"x" * 100_000, extra="Expect: 100-continue\r\n")
-    head, _, body = whole.partition(b"\r\n\r\n")
+def test_a_client_that_expects_100_continue_gets_it(connection: Connection) -> None:
+    request = post(b"x" * 100_000, extra="Expect: 100-continue\r\n")
+    head, _, body = request.partition(b"\r\n\r\n")
     connection.send(head + b"\r\n\r\n")
     assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
     assert connection.file.readline() == b"\r\n"
@@ -532,7 +540,7 @@ def test_a_client_that_expects_to_be_told_is_told(connection: Connection) -> Non
     assert json.loads(connection.answer()[1])["length"] == 100_000
 
 
-def test_hundreds_who_send_and_read_slowly_hold_nobody(port: int, connection: Connection) -> None:
+def test_hundreds_of_slow_clients_do_not_delay_others(port: int, connection: Connection) -> None:
     slow = [Connection(port) for _ in range(300)]
     for number, each in enumerate(slow):
         each.send(post(b"x" * 100_000)[: 10 + number])
@@ -548,7 +556,7 @@ def test_hundreds_who_send_and_read_slowly_hold_nobody(port: int, connection: Co
 
 
 @pytest.mark.slow
-def test_a_request_that_does_not_arrive_in_its_time_is_told_so(connection: Connection) -> None:
+def test_a_request_that_arrives_too_slowly_is_408(connection: Connection) -> None:
     started = time.monotonic()
     connection.send(b"POST / HTTP/1.1\r\nHo")
     status, body = connection.answer()
@@ -557,7 +565,7 @@ def test_a_request_that_does_not_arrive_in_its_time_is_told_so(connection: Conne
     assert 9 < time.monotonic() - started < 12
 
 
-def test_the_application_can_refuse_at_once_when_many_wait(port: int) -> None:
+def test_the_application_can_refuse_at_once_if_many_requests_wait(port: int) -> None:
     many = [Connection(port) for _ in range(20)]
     for each in many:
         each.send(post(b"slow"))
@@ -569,39 +577,41 @@ def test_the_application_can_refuse_at_once_when_many_wait(port: int) -> None:
         each.close()
 
 
-def test_who_asks_all_the_time_loses_no_request_when_the_worker_ends(tmp_path: Path) -> None:
+def test_clients_that_send_all_the_time_lose_no_request_when_the_worker_ends(
+    tmp_path: Path,
+) -> None:
     server = Server(tmp_path)
 
-    def ask_until_the_last() -> int:
+    def send_until_refused() -> int:
         count = 0
         while True:
             try:
-                asking = Connection(server.port)
+                client = Connection(server.port)
             except ConnectionRefusedError:
                 return count
             open_ = True
             while open_:
-                asking.send(post(b"x" * 70_000 if count % 5 == 0 else b"x"))
-                status, _ = asking.answer()
+                client.send(post(b"x" * 70_000 if count % 5 == 0 else b"x"))
+                status, _ = client.answer()
                 assert status == 200
                 count += 1
-                open_ = not asking.closing
-            asking.close()
+                open_ = not client.closing
+            client.close()
 
     with ThreadPoolExecutor(16) as pool:
-        counts = [pool.submit(ask_until_the_last) for _ in range(16)]
+        counts = [pool.submit(send_until_refused) for _ in range(16)]
         time.sleep(1)
         server.stop()
     assert all(each.result() > 10 for each in counts)
 
 
-def test_an_old_connection_is_told_to_come_anew(tmp_path: Path) -> None:
-    server = Server(tmp_path, CONVOY_CONNECTION_S="1")
+def test_the_answer_on_an_old_connection_closes_it(tmp_path: Path) -> None:
+    server = Server(tmp_path, CONVOY_MAX_CONNECTION_AGE_S="1")
     connection = Connection(server.port)
     for _ in range(2):
         connection.ask(b"x")
         assert not connection.closing
-    time.sleep(1.3)  # it is a quarter more at most
+    time.sleep(1.3)  # the age varies by a quarter
     connection.ask(b"x")
     assert connection.closing
     assert connection.is_closed()
@@ -609,8 +619,8 @@ def test_an_old_connection_is_told_to_come_anew(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_an_order_to_end_is_told_to_the_application_first(tmp_path: Path) -> None:
-    server = Server(tmp_path, CONVOY_UNREADY_S="1.5")
+def test_the_application_learns_of_the_shutdown_while_clients_still_connect(tmp_path: Path) -> None:
+    server = Server(tmp_path, CONVOY_SHUTDOWN_DELAY_S="1.5")
     old = Connection(server.port)
     assert not old.ask(b"x")["ending"]
     server.process.terminate()
@@ -623,8 +633,8 @@ def test_an_order_to_end_is_told_to_the_application_first(tmp_path: Path) -> Non
         each.close()
 
 
-def test_a_worker_that_ends_turns_nobody_away_from_the_next(tmp_path: Path) -> None:
-    """Here gunicorn itself has the listener, and gives it to the worker that it starts then."""
+def test_clients_reach_the_next_worker_when_one_ends(tmp_path: Path) -> None:
+    """Here gunicorn's arbiter owns the listener, and gives it to the worker that it starts next."""
     server = Server(tmp_path)
     first = Connection(server.port)
     before = first.ask(b"x")["pid"]
@@ -632,23 +642,26 @@ def test_a_worker_that_ends_turns_nobody_away_from_the_next(tmp_path: Path) -> N
     os.kill(before, signal.SIGTERM)
     deadline = time.monotonic() + 20
     while True:
-        with contextlib.closing(Connection(server.port)) as another:
-            if another.ask(b"x")["pid"] != before:
+        with contextlib.closing(Connection(server.port)) as client:
+            if client.ask(b"x")["pid"] != before:
                 break
         assert time.monotonic() < deadline
     server.stop()
 
 
-def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> None:
-    """One poll of the sockets tells of a newcomer, and of a byte from who is closed for it."""
+def test_a_client_may_send_at_the_moment_its_connection_is_closed_to_make_room(
+    tmp_path: Path,
+) -> None:
+    """One poll reports a new client, and bytes on the connection that is closed to make room."""
     arguments = "--worker-connections 16"
-    server = Server(tmp_path, GUNICORN_CMD_ARGS=arguments, CONVOY_PROXIES="127.0.0.0/8")
+    server = Server(tmp_path, GUNICORN_CMD_ARGS=arguments, CONVOY_TRUSTED_PROXIES="127.0.0.0/8")
     many = []
-    for _ in range(16):  # each asks before the next comes: so who looked for the server is gone
+    # One after the other: the connection that found the server started is the first to be closed.
+    for _ in range(16):
         many.append(Connection(server.port))
         many[-1].ask(b"here")
     many[-1].send(post(b"hold up"))
-    time.sleep(0.3)  # while that is called, both happen
+    time.sleep(0.3)  # both of the following happen while the worker handles that
     newcomer = Connection(server.port)
     many[0].send(post(b"too late"))
     assert newcomer.ask(b"new")["body"] == "new"
@@ -660,7 +673,7 @@ def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "nasty",
+    "hostile",
     [
         b"\r\n\r\n",
         b"\r\n" * 100,
@@ -672,19 +685,19 @@ def test_who_is_closed_to_make_room_may_speak_at_that_moment(tmp_path: Path) -> 
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )
-def test_nothing_that_a_client_sends_ends_the_worker(
-    port: int, connection: Connection, nasty: bytes
+def test_no_bytes_that_a_client_sends_end_the_worker(
+    port: int, connection: Connection, hostile: bytes
 ) -> None:
     before = connection.ask(b"before")["pid"]
     other = Connection(port)
-    other.send(nasty)
+    other.send(hostile)
     other.socket.shutdown(socket.SHUT_WR)
     assert other.file.read().startswith((b"HTTP/1.1 4", b"HTTP/1.1 200", b"HTTP/1.1 100"))
     other.close()
     assert connection.ask(b"after")["pid"] == before
 
 
-def test_a_client_that_resets_its_connection_after_a_wait_ends_nobody(
+def test_a_client_that_resets_its_connection_after_a_wait_does_not_end_the_worker(
     port: int, connection: Connection
 ) -> None:
     slow, leaving = Connection(port), Connection(port)
@@ -701,12 +714,14 @@ def test_a_client_that_resets_its_connection_after_a_wait_ends_nobody(
     slow.close()
 
 
-def test_what_arrived_in_time_is_not_late(tmp_path: Path) -> None:
+def test_a_request_that_arrived_in_time_is_not_too_late_when_the_loop_was_busy(
+    tmp_path: Path,
+) -> None:
     server = Server(tmp_path, GUNICORN_CMD_ARGS="--keep-alive 2")
     busy, patient = Connection(server.port), Connection(server.port)
     patient.ask(b"here")
     time.sleep(1.4)
-    busy.send(post(b"hold up"))  # for 1.2 s, over the end of the other's time
+    busy.send(post(b"hold up"))  # takes 1.2 s, until after the other's deadline
     time.sleep(0.3)
     assert patient.ask(b"in time")["body"] == "in time"
     for each in (busy, patient):
@@ -714,19 +729,20 @@ def test_what_arrived_in_time_is_not_late(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_bodies_that_wait_have_an_end(tmp_path: Path) -> None:
-    def tell(each: Connection, data: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # refused, and slower than the patience with it
+def test_the_bytes_of_waiting_bodies_are_limited(tmp_path: Path) -> None:
+    def send(each: Connection, data: bytes) -> None:
+        # The server may have refused the request and closed the connection in the meantime.
+        with contextlib.suppress(ConnectionError):
             each.send(data)
 
     server = Server(tmp_path)
     many = [Connection(server.port) for _ in range(10)]
     request = post(b"s" * 40_000_000)
-    with ThreadPoolExecutor(10) as pool:  # none is whole before all of them are nearly here
-        list(pool.map(lambda each: tell(each, request[:-1]), many))
+    with ThreadPoolExecutor(10) as pool:  # no request is complete before all have nearly arrived
+        list(pool.map(lambda each: send(each, request[:-1]), many))
     statuses = []
     for each in many:
-        tell(each, request[-1:])
+        send(each, request[-1:])
         with contextlib.suppress(ConnectionError):
             statuses.append(each.answer()[0])
         each.close()
@@ -735,14 +751,14 @@ def test_bodies_that_wait_have_an_end(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_no_length_is_not_taken_for_a_length_that_was_seen(connection: Connection) -> None:
+def test_an_empty_length_is_not_taken_for_a_cached_one(connection: Connection) -> None:
     connection.ask(b"12345", extra="X-Empty: yes\r\n")
     connection.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: \r\nX-Empty: yes\r\n\r\n")
     assert connection.answer()[0] == 400
 
 
-def test_who_has_asked_before_the_order_to_end_is_answered(tmp_path: Path) -> None:
-    """More than one round accepts, and more than the time that idle connections are given."""
+def test_requests_sent_before_the_shutdown_are_answered(tmp_path: Path) -> None:
+    """Also if accepting them takes more than one round, and longer than ``IDLE_S``."""
     server = Server(tmp_path)
     holding = Connection(server.port)
     kept = [Connection(server.port) for _ in range(150)]
@@ -760,7 +776,7 @@ def test_who_has_asked_before_the_order_to_end_is_answered(tmp_path: Path) -> No
     server.stop()
 
 
-def test_who_is_slow_with_large_bodies_keeps_out_nobody(tmp_path: Path) -> None:
+def test_clients_that_send_large_bodies_slowly_do_not_keep_out_others(tmp_path: Path) -> None:
     server = Server(tmp_path)
     slow = [Connection(server.port) for _ in range(5)]
     large = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 60000000\r\n\r\n" + bytes(55_000_000)
@@ -774,7 +790,7 @@ def test_who_is_slow_with_large_bodies_keeps_out_nobody(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_a_port_that_was_taken_meanwhile_ends_the_server(tmp_path: Path) -> None:
+def test_a_port_in_use_ends_the_server(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         (tmp_path / "small_application.py").write_text(APPLICATION)
         port = str(taken.getsockname()[1])
@@ -789,19 +805,19 @@ def test_a_port_that_was_taken_meanwhile_ends_the_server(tmp_path: Path) -> None
     assert f"cannot listen on 127.0.0.1 port {port}" in ended.stderr
 
 
-def test_an_answer_is_in_no_cycle_of_references() -> None:
-    """Else the bodies of requests would live until the next garbage collection."""
-    asked = RawRequest(b"POST / HTTP/1.1", b"", "4", b"body", True)
+def test_an_answer_is_not_part_of_a_reference_cycle() -> None:
+    """Otherwise request bodies would stay in memory until the next garbage collection."""
+    raw = RawRequest(b"POST / HTTP/1.1", b"", "4", b"body", True)
     request = SimpleNamespace(version=(1, 1))
     connection: Any = None
-    answering = PendingResponse(connection, request, {}, Config(), asked)
-    found, around = set(), [answering.response]
-    while around:
-        for each in gc.get_referents(around.pop()):
+    pending = PendingResponse(connection, request, {}, Config(), raw)
+    found, to_visit = set(), [pending.response]
+    while to_visit:
+        for each in gc.get_referents(to_visit.pop()):
             if not isinstance(each, type | ModuleType) and id(each) not in found:
                 found.add(id(each))
-                around.append(each)
-    assert id(answering) not in found
+                to_visit.append(each)
+    assert id(pending) not in found
 
 
 def test_a_body_that_is_only_announced_does_not_delay_the_errors_of_others(tmp_path: Path) -> None:
@@ -818,7 +834,9 @@ def test_a_body_that_is_only_announced_does_not_delay_the_errors_of_others(tmp_p
     server.stop()
 
 
-def test_who_sends_on_after_a_refusal_does_not_silence_the_errors_of_others(tmp_path: Path) -> None:
+def test_a_client_that_sends_on_after_a_refusal_does_not_delay_errors_of_others(
+    tmp_path: Path,
+) -> None:
     server = Server(tmp_path)
     head = b"POST /not-ready HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
     done = threading.Event()
