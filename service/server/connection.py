@@ -98,7 +98,7 @@ class Connection:
         "_length",
         "_likeness",
         "_moved_at",
-        "_old",
+        "_old_at",
         "_since",
         "client",
         "ended",
@@ -131,7 +131,7 @@ class Connection:
         self.keep = True
         """Whether the connection stays open for another request after the current answer."""
         # Random, so that connections opened together do not all close together.
-        self._old = time.monotonic() + limits.age_s * random.uniform(0.75, 1.25)  # noqa: S311
+        self._old_at = time.monotonic() + limits.age_s * random.uniform(0.75, 1.25)  # noqa: S311
         self.watched = 0
         """The events of its socket that the loop watches, as a mask of ``selectors``."""
         self.ended = False
@@ -324,7 +324,7 @@ class Connection:
 
     def is_old(self) -> bool:
         """Whether the connection has lasted so long that the client should open a new one."""
-        return time.monotonic() > self._old
+        return time.monotonic() > self._old_at
 
     def has_hung_up(self) -> bool:
         """Whether the client has closed its sending side or reset the connection.
@@ -370,8 +370,9 @@ def _origin(client: Any, trusted_proxies: tuple[IPv4Network | IPv6Network, ...])
 def measure(head: bytes) -> tuple[bytes, str | None, int | None]:
     """``head`` without the digits of its Content-Length, those digits, and the body's length.
 
-    The length is None unless ``head`` states it as exactly one plain Content-Length. With any other
-    form, a proxy and this worker could disagree about where the next request begins.
+    The length is 0 if ``head`` announces no body. It is None if ``head`` announces a body in any
+    other form than one plain Content-Length: a proxy and this worker could then disagree about
+    where the next request begins.
     """
     found = _LENGTH.search(head + b"\r\n")
     if found is None:

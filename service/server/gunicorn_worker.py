@@ -63,8 +63,8 @@ POLL_INTERVAL_S = 0.25
 # If a client has waited for longer, the worker checks that it is still connected. In an overload,
 # most of the work would otherwise go to clients that have left.
 WAIT_TIMEOUT_S = 1.0
-# A draining worker closes idle connections after this time. A client that sends a request before
-# gets an answer with "Connection: close".
+# A draining worker closes idle connections after this time. If a client sends a request before
+# that, the answer has "Connection: close".
 IDLE_S = 1.0
 # The threads for metrics and pages; together they use at most this share of one core.
 BACKGROUND_THREADS = 2
@@ -191,13 +191,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         # reach comes first in the next one.
         self._readable: dict[Connection, float] = {}
         self._round: dict[Connection, PendingResponse] = {}
-        self._of_origin: Counter[str] = Counter()
+        self._count_by_origin: Counter[str] = Counter()
         self._probes = self._queued = 0
         self._waiting_probes: deque[PendingResponse] = deque()
         self._refusals: deque[tuple[Connection, bytes, float]] = deque()
-        self._may_refuse, self._refilled = float(REFUSALS_AT_ONCE), time.monotonic()
+        self._refusal_credit, self._credited_at = float(REFUSALS_AT_ONCE), time.monotonic()
         self._discarded_bytes = 0
-        self._ending = self._has_stopped_listening = self._listens_alone = False
+        self._ending = self._has_stopped_listening = self._owns_listener = False
         self._next_poll = self._next_check = self._next_count = 0.0
 
     def init_process(self) -> None:
@@ -215,14 +215,14 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         default = max(1, int(ADDRESS_SHARE * self._max_connections))
         folder = self.options.handover_folder
         self._handover = Handover(folder) if folder else None
-        self._max_of_origin = self.options.max_connections_per_address or default
+        self._max_per_origin = self.options.max_connections_per_address or default
         super().init_process()
 
     def run(self) -> None:
         self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
         if not self.sockets:
             # Listen only after loading: a client accepted earlier would wait for the load.
-            self.sockets, self._listens_alone = [self._listen()], True
+            self.sockets, self._owns_listener = [self._listen()], True
         for listener in self.sockets:
             listener.setblocking(False)
             self._poller.register(listener, selectors.EVENT_READ, self._accept)
@@ -274,7 +274,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._turn()
         if self._handover:
             self._handover.load = NEVER
-        for listener in self.sockets if self._listens_alone else ():
+        for listener in self.sockets if self._owns_listener else ():
             reject_new_connections(listener)  # only its own: other workers share the arbiter's
         settled = time.monotonic() + RECONCILE_TIMEOUT_S
         while time.monotonic() < settled:  # accept clients whose handshake was under way
@@ -397,8 +397,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             return None
         self._connections[connection] = None
         if origin := connection.origin:
-            self._of_origin[origin] += 1
-            if self._of_origin[origin] > self._max_of_origin:
+            self._count_by_origin[origin] += 1
+            if self._count_by_origin[origin] > self._max_per_origin:
                 self._make_room(origin)
         return connection if connection in self._connections else None
 
@@ -417,7 +417,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             if each.state is not ConnectionState.WORKING and origin in (None, each.origin)
         ]
         by_loss = lambda each: (each in self._readable, *each.closing_order(now))  # noqa: E731
-        room = max(1, int(ROOM_SHARE * (self._max_of_origin if origin else self._max_connections)))
+        room = max(1, int(ROOM_SHARE * (self._max_per_origin if origin else self._max_connections)))
         for connection in nsmallest(room, closable, key=by_loss):
             self._close(connection)
         if not closable and self._refusals:
@@ -627,14 +627,17 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _send_refusals(self, now: float) -> None:
         """Send queued refusals in their order, as many as ``REFUSALS_PER_S`` allows now."""
-        earned = (now - self._refilled) * REFUSALS_PER_S
+        earned = (now - self._credited_at) * REFUSALS_PER_S
         earned -= min(self._discarded_bytes / BYTES_PER_REFUSAL, DISCARDED_SHARE * earned)
         self._discarded_bytes = 0
-        self._may_refuse, self._refilled = min(REFUSALS_AT_ONCE, self._may_refuse + earned), now
-        while self._refusals and self._may_refuse >= 1:
+        self._refusal_credit, self._credited_at = (
+            min(REFUSALS_AT_ONCE, self._refusal_credit + earned),
+            now,
+        )
+        while self._refusals and self._refusal_credit >= 1:
             connection, data, price = self._refusals.popleft()
             # The lower limit bounds how long one costly refusal delays the next.
-            self._may_refuse = max(-REFUSALS_AT_ONCE, self._may_refuse - price)
+            self._refusal_credit = max(-REFUSALS_AT_ONCE, self._refusal_credit - price)
             self._send(connection, data)
 
     def _fail(self, connection: Connection, error: Exception) -> None:
@@ -718,7 +721,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._readable.pop(connection, None)
         del self._connections[connection]
         if origin := connection.origin:
-            self._of_origin[origin] -= 1
-            if not self._of_origin[origin]:
-                del self._of_origin[origin]
+            self._count_by_origin[origin] -= 1
+            if not self._count_by_origin[origin]:
+                del self._count_by_origin[origin]
         connection.sock.close()

@@ -8,20 +8,20 @@ from pathlib import Path
 from msgspec import Struct
 
 IN_LOOP = "convoy.in_loop"
-"""In the environment of a request that the loop calls the application for: its body's bytes.
+"""In a request's environment while the loop calls the application: the body's size in bytes.
 
 The application must answer quickly, or raise ``Postpone``.
 """
 
 WAITING = "convoy.waiting"
-"""In the environment of the same requests: how many postponed requests wait for a thread."""
+"""In the same environment: how many postponed requests wait for a thread or have one."""
 
 ENDING = "convoy.ending"
 """In the environment of every request after the worker received SIGTERM."""
 
 
 class Postpone(Exception):
-    """An application raises it if its work is too slow for the loop; a thread calls it again."""
+    """Raised by the application if it is too slow for the loop; a thread then calls it again."""
 
     def __init__(self, background: bool = False, queues: bool = False) -> None:
         """Say how to treat the postponed request.
