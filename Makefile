@@ -7,7 +7,10 @@ VERSION ?= challenger
 ARGS ?=
 
 BIN := .venv/bin
+# Stamps in one environment: what Convoy runs with, and on top the tools of those who change it.
 INSTALLED := .venv/.installed
+DEV := .venv/.dev
+INSTALL := $(BIN)/python deploy/install.py
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
@@ -17,11 +20,15 @@ help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo "installing into .venv: once, a few minutes with torch …"
+	@echo "Installing Convoy into .venv, once: torch, then a hundred smaller packages."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
+	@$(INSTALL) -e '.[service,training,onnxruntime]'
+	@touch $@
+
+$(DEV): $(INSTALLED)
+	@echo "Installing the developers' tools into .venv, once."
+	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## train, promote, serve, classify one picture (CONVOY_DEMO_ONCE=1: then stop)
@@ -36,45 +43,45 @@ promote: $(INSTALLED) ## make a version the champion: NAME=fashion VERSION=chall
 serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
 	$(BIN)/python -m service $(ARGS)
 
-test: $(INSTALLED) ## all tests but the slow ones, a process for each core
+test: $(DEV) ## all tests but the slow ones, a process for each core
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-all: $(INSTALLED) ## all tests, the slow and end-to-end ones too, as CI does
+test-all: $(DEV) ## all tests, the slow and end-to-end ones too, as CI does
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
 	    -m 'not torture and not containers' $(ARGS)
 
 coverage: ## the same, and which part of the code they run (nearly twice as long)
 	@$(MAKE) test-all ARGS='--cov --cov-report=term $(ARGS)'
 
-check: $(INSTALLED) ## formatting, lint, types, secrets
+check: $(DEV) ## formatting, lint, types, secrets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive registry service training
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-lines 'secret_file = '
 
-torture: $(INSTALLED) ## fail every call to the registry, the disk and torch in turn (long)
+torture: $(DEV) ## fail every call to the registry, the disk and torch in turn (long)
 	$(BIN)/python -m pytest -m torture tests/torture $(ARGS)
 
-torture-short: $(INSTALLED) ## the same for some of the calls, as CI does (a minute)
+torture-short: $(DEV) ## the same for some of the calls, as CI does (a minute)
 	TORTURE=short $(BIN)/python -m pytest -m torture tests/torture $(ARGS)
 
-chaos: $(INSTALLED) ## what a hostile world does, all of docs/reliability.md (over an hour)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,chaos]'
+chaos: $(DEV) ## what a hostile world does, all of docs/reliability.md (over an hour)
+	@$(INSTALL) -e '.[bench,chaos]'
 	$(BIN)/python -m benchmarks.chaos all --json benchmarks/results/chaos --picture docs/pictures
 
-sbom: $(INSTALLED) ## what is installed here, as CycloneDX: build/sbom.cdx.json
+sbom: $(DEV) ## what is installed here, as CycloneDX: build/sbom.cdx.json
 	@mkdir -p build
 	$(BIN)/cyclonedx-py environment $(BIN)/python --output-format JSON -o build/sbom.cdx.json
 
 bench: $(INSTALLED) ## speed beside what people would run instead, start-up, releases
+	@$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
 	$(BIN)/python -m benchmarks.served_accuracy --json benchmarks/results/served_accuracy.json
 	$(BIN)/python -m benchmarks.swap_under_load --json benchmarks/results/swap_under_load.json
 	$(BIN)/python -m benchmarks.swap_under_load --swaps 20 --keep-warm 600 \
 	    --json benchmarks/results/swap_warm.json
 	$(BIN)/python -m benchmarks.shadow --json benchmarks/results/shadow.json
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.serving --workloads w2 --plan openvino-bf16 \
 	    --json benchmarks/results/serving_bf16.json
@@ -114,7 +121,7 @@ update: ## replace every replica of the service by the image as it is now, losin
 restore: ## destroy the registry of the containers and put a backup in its place: FILE=…
 	deploy/restore.sh $(FILE)
 
-test-containers: $(INSTALLED) ## the containers for real; starts an engine and makes base images if need be
+test-containers: $(DEV) ## the containers for real; starts an engine and makes base images if need be
 	$(BIN)/python -m pytest -m containers tests/containers $(ARGS)
 
 clean: ## remove .venv and caches; what was trained stays in var/

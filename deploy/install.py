@@ -1,0 +1,118 @@
+"""Run ``pip install`` in this environment with constraints.txt, and tell what pip does meanwhile.
+
+pip itself says too much (a line for each package that is there already) or, with ``--quiet``,
+nothing for minutes. Its warnings and errors are shown as they are. Without a terminal only packages
+of 10 MB and more have a line. The Makefile calls it: ``python deploy/install.py torch``.
+"""
+
+import re
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import unquote
+
+ROOT = Path(__file__).parents[1]
+LARGE_BYTES = 10_000_000
+UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+# "  Downloading torch-2.13.0-cp311-….whl (192.3 MB)", with the whole address where the index is not
+# PyPI's own; "Processing /wheels/torch-2.13.0-….whl" where a folder of wheels is the index.
+FETCHED = re.compile(
+    r"\s*(?:Downloading|Using cached|Processing) (?P<file>\S+\.(?:whl|tar\.gz|zip))"
+    r"(?: \((?P<size>[\d.]+) (?P<unit>bytes|kB|MB|GB)\))?(?: \(from .*\))?\s*"
+)
+LOOKED_AT = re.compile(r"\s*(?:Collecting|Requirement already satisfied:) (?P<name>[\w.-]+)")
+UNPACKING = re.compile(r"Installing collected packages: (?P<names>.+)\s*")
+
+
+def main() -> int:
+    started = time.monotonic()
+    terminal = sys.stdout.isatty()
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    command += ["--constraint", "constraints.txt", *sys.argv[1:]]
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as pip,
+        ExitStack() as stack,
+    ):
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            if text := line_to_show(line, 0 if terminal else LARGE_BYTES):
+                show(text)
+            if terminal and (looked_at := LOOKED_AT.match(line)):
+                show(looked_at["name"], keep=False)
+            if terminal and (unpacking := UNPACKING.fullmatch(line)):
+                stack.enter_context(counting_unpacked(unpacking["names"].split(", ")))
+    if pip.returncode == 0:
+        show(f"done in {time.monotonic() - started:.0f} s")
+    return pip.returncode
+
+
+def line_to_show(line: str, least_bytes: int) -> str | None:
+    """What a line of pip's says of a package of ``least_bytes`` or more, or that pip unpacks."""
+    if fetched := FETCHED.fullmatch(line):
+        size_bytes = size_of(fetched)
+        if size_bytes >= least_bytes:
+            size = f" ({readable(size_bytes)})" if size_bytes else ""
+            return name_and_version(fetched["file"]) + size
+    elif unpacking := UNPACKING.fullmatch(line):
+        names = unpacking["names"].split(", ")
+        return f"unpacking {names[0] if len(names) == 1 else f'{len(names)} packages'}"
+    return None
+
+
+def size_of(fetched: re.Match[str]) -> float:
+    """The size that pip said, else that of the file if it lies here, else 0."""
+    if fetched["size"]:
+        return float(fetched["size"]) * UNITS[fetched["unit"]]
+    path = ROOT / fetched["file"]
+    return path.stat().st_size if path.is_file() else 0
+
+
+def name_and_version(file: str) -> str:
+    """``torch 2.13.0+cpu`` of ``https://…/torch-2.13.0%2Bcpu-cp311-cp311-….whl``."""
+    name, _, rest = unquote(file).rsplit("/", 1)[-1].partition("-")
+    version = re.sub(r"-.*|\.(whl|tar\.gz|zip)$", "", rest)
+    return f"{name.replace('_', '-')} {version}"
+
+
+def readable(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:.0f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
+
+
+@contextmanager
+def counting_unpacked(names: list[str]) -> Iterator[None]:
+    """Name the package that pip unpacks now: it takes them in the order in which it named them."""
+    folder = Path(sysconfig.get_path("purelib"))
+    before = {*folder.glob("*.dist-info")}
+    ended = threading.Event()
+
+    def count() -> None:
+        while not ended.wait(0.5):
+            number = min(len({*folder.glob("*.dist-info")} - before) + 1, len(names))
+            show(f"{number} of {len(names)}: {names[number - 1]}", keep=False)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def show(text: str, *, keep: bool = True) -> None:
+    """Print a line; on a terminal it replaces the last one that was not to be kept."""
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    # The cursor goes back to the start, so that an error of pip's has a line of its own.
+    print(f"{clear}  {text}", end="\n" if keep else "\r", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
