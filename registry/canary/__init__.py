@@ -1,5 +1,5 @@
-"""How versions do on real traffic, and what ends a canary that does badly.
+"""Measures versions on real traffic, and ends a canary that breaks the policy.
 
-Imports ``core``, ``model``, ``store`` and ``promotion``. ``traffic_stats`` is light: the service
-fills it.
+Imports ``core``, ``model``, ``store`` and ``promotion``. ``traffic_stats`` is light, because the
+service imports it.
 """

@@ -1,7 +1,7 @@
-"""Looks how versions do where they serve, and has the ledger say what went wrong.
+"""Polls the services for their traffic, ends canaries that break the policy, records refusals.
 
-A version that a worker refuses is written down, and a trial that breaks the policy is ended. The
-puller does this on a machine of its own; where pullers may only read, the control plane does.
+If a worker cannot serve a version, the audit log gets a line *refused*. A puller runs the monitor
+on its own machine. Where pullers have only read access to the registry, the control plane runs it.
 """
 
 import contextlib
@@ -36,29 +36,29 @@ POLL_INTERVAL_S = 2.0
 
 
 class CanaryMonitor:
-    """Asks ``services``, by their addresses, how each model is served; asks nobody if none."""
+    """Polls ``services``, given by their addresses; without any it does nothing."""
 
-    def __init__(self, paths: Paths, services: Sequence[str], who: str) -> None:
-        """``who`` looks: the ledger says "``who`` on" this machine."""
+    def __init__(self, paths: Paths, services: Sequence[str], role: str) -> None:
+        """``role`` names this process in the audit log: "``role`` on HOST"."""
         self._paths = paths
         self._services = services
-        self._by = f"{who} on {platform.node()}"
+        self._by = f"{role} on {platform.node()}"
         self._guards: dict[str, CanaryGuard] = {}
-        self._told: set[tuple[str, int]] = set()
+        self._recorded: set[tuple[str, int]] = set()
         self._warned: set[tuple[str, int]] = set()
         self._unguarded: set[str] = set()
 
     def poll_once(self, store: ModelStore, name: str, canary: Canary | None) -> bool:
-        """Whether ``canary`` of ``name`` was ended; what is refused is told.
+        """Record versions that workers refuse, check ``canary``; whether this call ended it.
 
         Raises:
-            RegistryUnavailable: it cannot be told now; the next look tries again.
+            RegistryUnavailable: the registry cannot be written to now; the next poll tries again.
         """
         if not self._services:
             return False
         try:
             status = read_serving_status(self._services, name)
-        except ModelNotReady as error:  # a service that starts or ends; it says so itself
+        except ModelNotReady as error:  # a service that starts or ends; it logs that itself
             is_news = canary is not None and name not in self._unguarded
             log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error)
             if canary is not None:
@@ -77,62 +77,69 @@ class CanaryMonitor:
         if broken is None:
             return False
         broken = shortened(broken, MAX_TEXT_CHARS)
-        log.warning("%s: the trial of %s ends: %s", name, canary, broken)
-        with contextlib.suppress(VersionNotFound, PromotionConflict):  # ended by others
+        log.warning("%s: ending the canary, %s: %s", name, canary, broken)
+        with contextlib.suppress(VersionNotFound, PromotionConflict):  # somebody else ended it
             stop_canary(store, name, broken, expect_challenger=canary.version, by=self._by)
         self._guards.pop(name)
         return True
 
     def record_refusal(self, store: ModelStore, name: str, number: int, why: str) -> None:
-        """Have the ledger say, once, that a version is refused where this looks.
+        """Record in the audit log, once, that this machine cannot serve a version.
 
         Raises:
-            RegistryUnavailable: it cannot be told now; the next call tries again.
+            RegistryUnavailable: the registry cannot be written to now; the next call tries again.
         """
-        if (name, number) in self._told:
+        if (name, number) in self._recorded:
             return
         try:
             note_refusal(store, store.resolve(ModelRef(name, number)), why, self._by)
-        except PromotionRefused as error:  # the log is not followed now; `why` is what matters
+        except PromotionRefused as error:  # the audit log cannot be used now; still log `why`
             if (name, number) not in self._warned:
-                log.warning("version %d of %s is refused here (%s): %s", number, name, why, error)
+                log.warning(
+                    "this machine cannot serve version %d of %s (%s), and the audit log cannot "
+                    "record that: %s",
+                    number,
+                    name,
+                    why,
+                    error,
+                )
             self._warned.add((name, number))
             return
         except (VersionNotFound, BundleInvalid):  # deleted since
             pass
-        self._told.add((name, number))
+        self._recorded.add((name, number))
 
     def watch(self, open_store: Callable[[], ModelStore], stop: Event) -> None:
-        """Look at every model of the registry, again and again, until ``stop`` is set."""
+        """Poll every model of the registry until ``stop`` is set."""
         store: ModelStore | None = None
         failing: set[str] = set()
         while not stop.wait(POLL_INTERVAL_S):
-            with self._noted("", failing):
+            with self._logged("", failing):
                 store = store or open_store()
                 for name in store.models():
-                    with self._noted(name, failing):  # one model's failure leaves no other alone
+                    with self._logged(name, failing):  # a failure must not stop the others
                         _, canary = store.aliases_and_canary(name)
                         self.poll_once(store, name, canary)
             if "" in failing:
                 store = None
 
     @contextlib.contextmanager
-    def _noted(self, name: str, failing: set[str]) -> Iterator[None]:
-        """The edge of a thread: what fails in the block is logged once, and the next look comes."""
+    def _logged(self, name: str, failing: set[str]) -> Iterator[None]:
+        """The edge of a thread: log a failure in the block, an expected one once, and go on."""
         try:
             yield
             failing.discard(name)
         except Exception as error:
             unexpected = not isinstance(error, ConvoyError | OSError)
             if unexpected or name not in failing:
-                what = f"{name}: a trial is" if name else "trials are"
-                log.warning("%s not guarded: %s", what, error, exc_info=unexpected)
+                subject = f"{name}: its canary is" if name else "canaries are"
+                log.warning("%s not guarded: %s", subject, error, exc_info=unexpected)
             failing.add(name)
 
     def _policy(self, name: str) -> CanaryPolicy:
-        """The policy of trials; one that cannot be used must not leave a trial unguarded."""
+        """The canary policy; the default if the file cannot be used: a canary needs a guard."""
         try:
             return read_policy(self._paths.policy(name)).canary
         except UsageError as error:
-            log.warning("%s; trials are guarded by the default", error)
+            log.warning("%s; canaries are guarded by the default policy", error)
             return CanaryPolicy()

@@ -1,4 +1,4 @@
-"""The services asked how they serve a model, over HTTP."""
+"""Asks services over HTTP how they serve a model."""
 
 import http.client
 import os
@@ -18,12 +18,12 @@ MAX_BYTES = 4_000_000
 
 
 def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Those in ``CONVOY_SERVICE_URL``, with commas between them; by default this machine's.
+    """The addresses in ``CONVOY_SERVICE_URL``, separated by commas; by default this machine's.
 
-    Of an http address with a name, every machine of that name is one: replicas.
+    If an http address has a host name, every machine of that name counts as a replica.
 
     Raises:
-        UsageError: one is no http or https address, or there is none.
+        UsageError: an address is not an http or https address, or the setting names no address.
     """
     port = environment.get("CONVOY_PORT") or DEFAULT_PORT
     text = environment.get("CONVOY_SERVICE_URL") or f"http://127.0.0.1:{port}"
@@ -32,18 +32,20 @@ def service_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str,
         try:
             parts = urllib.parse.urlsplit(address)
             good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
+        except ValueError:  # the port is not a number
             good = False
         if not good:
-            raise UsageError(f"CONVOY_SERVICE_URL={text!r}: {address!r} is no http(s) address")
+            raise UsageError(
+                f"CONVOY_SERVICE_URL={text!r}: {address!r} is not an http or https address"
+            )
     return found
 
 
 def read_serving_status(services: Sequence[str], model: str) -> ServingStatus:
-    """What ``services``, by their addresses, say of ``model``, added up.
+    """How all ``services``, given by their addresses, serve ``model``, added up.
 
     Raises:
-        ModelNotReady: one of them cannot be asked, or does not serve it.
+        ModelNotReady: a service cannot be reached, or does not serve the model.
     """
     return add_up(
         [_ask(each, service, model) for service in services for each in _replicas(service)]
@@ -51,9 +53,10 @@ def read_serving_status(services: Sequence[str], model: str) -> ServingStatus:
 
 
 def _replicas(service: str) -> list[str]:
-    """The addresses of all that have ``service``'s name; of https itself, for its certificate.
+    """The addresses of all replicas of ``service``.
 
-    A machine has one address of a family, and may have one of each: one family counts.
+    An https address is not resolved, because its certificate is for the name. A machine may have an
+    IPv4 and an IPv6 address, so only one family counts.
     """
     parts = urllib.parse.urlsplit(service)
     if parts.scheme == "https":
@@ -62,7 +65,7 @@ def _replicas(service: str) -> list[str]:
     try:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ModelNotReady(f"{service} cannot be found: {error}") from error
+        raise ModelNotReady(f"the host of {service} cannot be resolved: {error}") from error
     first = min(family for family, *_ in found)  # IPv4, if there is any
     hosts = sorted({str(address[0]) for family, *_, address in found if family == first})
     return [f"http://{f'[{host}]' if ':' in host else host}:{port}{parts.path}" for host in hosts]
@@ -79,4 +82,4 @@ def _ask(replica: str, service: str, model: str) -> ServingStatus:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
             return msgspec.json.decode(answer.read(MAX_BYTES), type=ServingStatus)
     except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
-        raise ModelNotReady(f"{service} does not say how {model} is served: {error}") from error
+        raise ModelNotReady(f"{service} did not report how it serves {model}: {error}") from error

@@ -1,7 +1,7 @@
-"""What the workers of a service say of a model: who serves what, and how each version does.
+"""Records of a model's traffic: what each worker serves, and the counts of each version.
 
-The service answers with it (``GET /v1/models/{name}/traffic``); whoever compares versions, or
-guards a trial, reads it. Light: records and arithmetic only.
+The service answers ``GET /v1/models/{name}/traffic`` with them; the canary monitor, the command
+line and the control plane read them. Light: records and arithmetic only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,10 +14,10 @@ UNBOUNDED_S = 1e9  # the bound of the last bucket: JSON has no infinity
 
 
 class WorkerReport(Struct, frozen=True, kw_only=True):
-    """What one worker serves of a model, what it has ready to serve, and what it refuses.
+    """What one worker serves of a model, what it has prepared to serve, and what it refuses.
 
-    Keys are those of deployments (``Deployment.key``). ``error`` says why the worker cannot serve
-    the version ``refused``.
+    ``serving_key`` and ``prepared_key`` are ``Deployment.key``. ``error`` says why the worker
+    cannot serve the version ``refused``.
     """
 
     pid: int
@@ -31,12 +31,14 @@ class WorkerReport(Struct, frozen=True, kw_only=True):
 
 
 class VersionTraffic(Struct, frozen=True, kw_only=True):
-    """What one version did, counted since the service started or between two moments.
+    """The counts of one version, since the service started or between two moments.
 
-    ``errors`` are ours or for want of room, ``seconds`` what all answered took together.
-    ``buckets`` are requests by their time, each with its upper bound in seconds, not cumulative.
-    ``agreed``, ``differed`` and ``failed`` are images that were scored in the shadow of the
-    champion's answers, ``dropped`` those that there was no time for.
+    ``requests`` were answered; ``errors`` failed by a defect of the service or by overload.
+    ``seconds`` is the time that all answered requests took together. ``buckets`` count requests by
+    their time: (upper bound in seconds, count), not cumulative. ``confidence`` is the sum over the
+    answered ``images`` of the best class's probability. ``agreed``, ``differed`` and ``failed``
+    count images that the version scored in the champion's shadow, ``dropped`` those that it had no
+    time to score.
     """
 
     version: int
@@ -53,7 +55,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
     @property
     def error_rate(self) -> float:
-        """Of the requests that were answered or failed so."""
+        """Errors as a part of all requests that were answered or failed."""
         return self.errors / (self.requests + self.errors) if self.errors else 0.0
 
     @property
@@ -62,7 +64,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
     @property
     def mean_confidence(self) -> float | None:
-        """Mean probability of the best class, of the images that were answered."""
+        """Mean probability of the best class over the answered images."""
         return self.confidence / self.images if self.images else None
 
     @property
@@ -71,11 +73,11 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
     @property
     def agreement(self) -> float | None:
-        """Of the images that were scored in the shadow, the part with the champion's answer."""
+        """The part of the shadowed images on which the version agrees with the champion."""
         return self.agreed / self.shadowed if self.shadowed else None
 
     def quantile_s(self, part: float) -> float | None:
-        """The time within which ``part`` of the requests were answered, linear within a bucket."""
+        """Seconds within which ``part`` of the requests were answered; linear within a bucket."""
         total = sum(count for _, count in self.buckets)
         seen, lower = 0, 0.0
         for upper, count in self.buckets:
@@ -86,14 +88,14 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
         return None
 
     def since(self, before: "VersionTraffic") -> "VersionTraffic":
-        """What came after ``before``; all of it where the service was started anew since."""
+        """The counts since ``before``; all of them if the service was restarted since."""
         change = self._combined(before, -1)
         counts = [getattr(change, name) for name in COUNTED]
-        is_new = min([*counts, *(count for _, count in change.buckets)]) < 0
-        return self if is_new else change
+        was_restarted = min([*counts, *(count for _, count in change.buckets)]) < 0
+        return self if was_restarted else change
 
     def plus(self, other: "VersionTraffic") -> "VersionTraffic":
-        """Of two services together."""
+        """The sum of the counts of two services."""
         return self._combined(other, 1)
 
     def _combined(self, other: "VersionTraffic", sign: int) -> "VersionTraffic":
@@ -108,7 +110,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
 
 class ServingStatus(Struct, frozen=True, kw_only=True):
-    """A model as it is served: the release's generation, its workers, and what versions did."""
+    """How a model is served: the deployment's generation, the workers, each version's counts."""
 
     model: str
     generation: int | None
@@ -118,13 +120,13 @@ class ServingStatus(Struct, frozen=True, kw_only=True):
     versions: tuple[VersionTraffic, ...] = ()
 
     def of(self, version: int | None) -> VersionTraffic:
-        """What ``version`` did; nothing, if it was not seen."""
+        """The counts of ``version``; zeros if it had no traffic."""
         found = (each for each in self.versions if each.version == version)
         return next(found, VersionTraffic(version=version or 0))
 
 
 def add_up(found: Sequence[ServingStatus]) -> ServingStatus:
-    """Several services as one; who serves what is as the first says."""
+    """Several services as one. Generation, champion and challenger are those of the first."""
     versions: dict[int, VersionTraffic] = {}
     for each in (version for status in found for version in status.versions):
         known = versions.get(each.version)
@@ -136,7 +138,7 @@ def add_up(found: Sequence[ServingStatus]) -> ServingStatus:
 
 
 def refusals(workers: Iterable[WorkerReport]) -> dict[int, str]:
-    """Versions that a worker could not load, and why."""
+    """The versions that some worker could not load, each with the reason."""
     return {
         worker.refused: worker.error
         for worker in workers

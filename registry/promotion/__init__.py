@@ -1,4 +1,4 @@
-"""Whether a challenger may become champion, and what makes it so.
+"""Decides whether a challenger may become champion, and carries decisions out.
 
-Imports ``core``, ``model`` and ``store``, and knows no HTTP and no canary.
+Imports ``core``, ``model`` and ``store``. It knows neither HTTP nor canary traffic.
 """

@@ -1,4 +1,4 @@
-"""What can be decided about a model, as a record that a program or a form fills in."""
+"""The decisions about a model, as records that an API request or a form fills in."""
 
 from typing import Annotated
 
@@ -15,10 +15,11 @@ Reason = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
 
 
 class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Make ``version`` the champion; ``force`` whatever the gate says, with a reason.
+    """Make ``version`` the champion.
 
-    ``allow_new_classes`` accepts a version of other classes, if it passes on those that both have.
-    As in the others, ``expect_…`` refuses with 409 when it is another by then.
+    ``force`` overrides the gate and needs a reason. ``allow_new_classes`` accepts a version whose
+    classes differ, if it passes all checks on the shared classes. In all decisions, ``expect_…``
+    names the version that the client expects: if it is a different one by now, the answer is 409.
     """
 
     version: Number

@@ -1,7 +1,8 @@
-"""Is the challenger good enough? Two versions judged on the same held-out pictures, pair by pair.
+"""The gate: compares a challenger with the champion on the same held-out pictures.
 
-Pure: two opened bundles and a policy in, a verdict out. ``registry.promotion.pairing`` finds the
-pictures, and ``registry.promotion.promotion`` acts on the verdict.
+Pure: it takes two opened bundles and a policy, and returns a comparison.
+``registry.promotion.pairing`` finds the pictures, and ``registry.promotion.promotion`` acts on the
+result.
 """
 
 import numpy as np
@@ -14,11 +15,11 @@ from registry.promotion.latency_comparison import LatencyComparison
 from registry.promotion.pairing import Labels, Pairs, pair_heldout
 from registry.promotion.policy import Policy
 
-Z_95 = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
+Z_95 = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
 
 
 class Check(Struct, frozen=True, kw_only=True):
-    """One line of a verdict: a figure of both, what is allowed, and whether it is kept."""
+    """One check of the gate: a figure of both versions, the allowed loss, and the outcome."""
 
     what: str
     champion: float
@@ -31,11 +32,11 @@ class Check(Struct, frozen=True, kw_only=True):
 class GateComparison(Struct, frozen=True, kw_only=True):
     """The comparison of a challenger with the champion.
 
-    ``gained`` and ``lost`` are the positions among the challenger's held-out pictures of those that
-    only the challenger, or only the champion, gets right; ``p_value`` is McNemar's exact two-sided
-    one: how likely such a split is if both were equally good (McNemar 1947). ``class_changes`` say
-    what clients will see if the classes differ. ``notes`` say how the data differ, and what could
-    not be compared.
+    ``gained`` has the pictures that only the challenger gets right, ``lost`` those that only the
+    champion gets right, each as positions among the challenger's held-out pictures. ``p_value`` is
+    McNemar's exact two-sided one: how likely such a split would be if both versions were equally
+    good (McNemar 1947). ``class_changes`` lists what clients will see if the classes differ.
+    ``notes`` list how the data differ, and what could not be compared.
     """
 
     examples: int
@@ -50,7 +51,7 @@ class GateComparison(Struct, frozen=True, kw_only=True):
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed. Other classes are not a check: an operator allows them."""
+        """Whether every check passed. New classes are not a check: an operator allows them."""
         return all(check.passed for check in self.checks)
 
     @property
@@ -58,7 +59,7 @@ class GateComparison(Struct, frozen=True, kw_only=True):
         return self.passed and not self.class_changes
 
     def __str__(self) -> str:
-        """The whole comparison, the failed checks first: the audit log keeps it."""
+        """The comparison as one text for the audit log, failed checks first."""
         checks = [
             f"{'' if check.passed else 'NOT '}passed: {check.what} {check.champion:.4g} → "
             f"{check.challenger:.4g}, allowed: {check.allowed}"
@@ -84,18 +85,18 @@ def compare(
     timed: LatencyComparison | None = None,
     pairs: Pairs | None = None,
 ) -> GateComparison:
-    """The verdict on ``challenger``; of its speed only if both were ``timed``.
+    """The comparison of ``challenger`` with ``champion``.
 
     Args:
         champion: the version that serves.
         challenger: the version that would replace it.
-        policy: what may be lost.
-        timed: forward times of both.
-        pairs: of ``pair_heldout`` for these two, if they were found before.
+        policy: what the challenger may lose; by default the default policy.
+        timed: the forward times of both; without them, latency is not checked.
+        pairs: the result of ``pair_heldout`` for these two, if the caller already has it.
 
     Raises:
         PromotionRefused: there are too few pictures on which the two can be compared.
-        BundleInvalid: the held-out record of one is missing or damaged.
+        BundleInvalid: a held-out record is missing or damaged.
     """
     policy = policy or Policy()
     pairs = pairs or pair_heldout(champion, challenger, policy.min_examples)
@@ -111,7 +112,7 @@ def compare(
     ]
     notes = [*pairs.notes] if timed else [*pairs.notes, "forward passes were not timed"]
     if champion.manifest.preprocess != challenger.manifest.preprocess:
-        notes.append("the two see pictures through different preprocessing")
+        notes.append("the two versions preprocess pictures differently")
     return GateComparison(
         examples=len(old.labels),
         champion_accuracy=old.accuracy,
@@ -126,7 +127,7 @@ def compare(
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The exact two-sided p-value of so many pictures that only one of two gets right."""
+    """McNemar's exact two-sided p-value, from the pictures that only one of the two gets right."""
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
@@ -144,12 +145,12 @@ def _check_accuracy(old: Scores, new: Scores, p_value: float, policy: Policy) ->
 
 
 def _check_classes(old: Scores, new: Scores, labels: Labels, policy: Policy) -> Check:
-    """The class that is worst off: one that breaks the policy if there is one, else any."""
+    """The class with the largest loss of recall; classes that break the policy come first."""
     rows: list[tuple[bool, float, Check]] = []
     classes = len(np.unique(new.labels))
-    old_right, new_right = old.right, new.right  # each goes over all probabilities
+    old_right, new_right = old.right, new.right  # computed once: each is an argmax over all rows
     for index, label in enumerate(labels):
-        of_class = new.labels == index  # the champion may number the classes otherwise
+        of_class = new.labels == index  # the champion may number the classes differently
         count = int(of_class.sum())
         if not count:
             continue
@@ -175,9 +176,9 @@ def _check_classes(old: Scores, new: Scores, labels: Labels, policy: Policy) -> 
 
 
 def _interval(gained: int, lost: int, count: int) -> tuple[float, float]:
-    """95 % of a difference of paired proportions.
+    """The 95 % interval of a difference of paired proportions, as (low, high).
 
-    Agresti & Min (2005), doi:10.1002/sim.1781: half a picture is added to each of the four cells.
+    Agresti & Min (2005), doi:10.1002/sim.1781: adds half a picture to each of the four cells.
     """
     gained_, lost_, count_ = gained + 0.5, lost + 0.5, count + 2
     change = (gained_ - lost_) / count_

@@ -1,7 +1,7 @@
-"""The gate asked about two versions of a registry: what it needs fetched, timed, compared, shown.
+"""Runs the gate on two versions of a registry: downloads them, times them and compares them.
 
-``registry.promotion.gate`` compares; here are the bundles, the machine and the pictures. What came
-out is kept for a while, so that who promotes after having looked gets the judgement that was seen.
+``registry.promotion.gate`` does the comparison itself. A gate result is cached for an hour, so an
+operator who reads it and then promotes gets the same result.
 """
 
 import logging
@@ -31,15 +31,16 @@ from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 
-KEPT_S = 3600.0
-MAX_SHOWN_CHANGES = 60  # of those gained, and of those lost
+GATE_RESULT_TTL_S = 3600.0
+MAX_SHOWN_CHANGES = 60  # for gained and for lost pictures each
 
 
 class PredictionChange(Struct, frozen=True, kw_only=True):
     """A held-out picture that only one of the two gets right.
 
-    ``position`` is its place among the held-out pictures; each side's answer has its probability.
-    ``picture`` is a PNG of at most 64 px, where the bundle has one.
+    ``position`` is its place among the challenger's held-out pictures. ``champion`` and
+    ``challenger`` are the answers: a label and its probability. ``picture`` is a PNG of at most
+    64 px, or None if the bundle has none.
     """
 
     position: int
@@ -53,8 +54,8 @@ class PredictionChange(Struct, frozen=True, kw_only=True):
 class GateResult(Struct, frozen=True, kw_only=True):
     """Whether the gate accepts a challenger, and why.
 
-    ``accepted`` holds for an operator who does not allow other classes. ``comparison`` is None
-    where the two could not be compared, or there was no champion; ``summary`` says which.
+    ``accepted`` assumes that the operator does not allow new classes. ``comparison`` is None if the
+    two could not be compared or there was no champion; ``summary`` says which.
     """
 
     model: str
@@ -67,13 +68,13 @@ class GateResult(Struct, frozen=True, kw_only=True):
     evaluated_unix_s: float
 
     def accepts(self, *, allow_new_classes: bool) -> bool:
-        """Whether the challenger may be promoted, if classes may differ."""
+        """Whether the challenger may be promoted; ``allow_new_classes`` lets classes differ."""
         return self.accepted or (
             allow_new_classes and self.comparison is not None and self.comparison.passed
         )
 
     def table(self, *, allow_new_classes: bool = False) -> str:
-        """The verdict for a terminal: a line for each check."""
+        """The gate result for a terminal: a line for each check."""
         accepted = self.accepts(allow_new_classes=allow_new_classes)
         lines = [
             f"{self.model}: challenger {self.challenger}, champion {self.champion or 'none'}: "
@@ -102,7 +103,7 @@ class GateResult(Struct, frozen=True, kw_only=True):
 
 
 class GateRunner:
-    """Judges versions of one registry, by the policies and on the machine of one home."""
+    """Runs the gate for the versions of one registry, with the policies in one home folder."""
 
     def __init__(
         self,
@@ -112,38 +113,38 @@ class GateRunner:
         *,
         timed: bool = True,
     ) -> None:
-        """``timed``: whether forward passes are run, which takes seconds, or a minute at first."""
+        """``timed``: also time forward passes. It takes seconds, and a minute the first time."""
         self._store = store
         self._paths = paths
         self._device = environment.get("CONVOY_DEVICE") or "auto"
         self._plan = environment.get("CONVOY_PLAN") or "auto"
         self._threads = serving_threads(environment)
         self._timed = timed
-        self._one = Lock()  # several at a time would spoil each other's timings
+        self._one = Lock()  # concurrent runs would disturb each other's timings
 
     def run(
         self, champion: ModelVersion | ForeignVersion | None, challenger: ModelVersion
     ) -> GateResult:
-        """The judgement on ``challenger``; what cannot be read or compared does not pass.
+        """The gate result for ``challenger``. A version that cannot be read or compared is refused.
 
         Raises:
             RegistryUnavailable: the bundles cannot be fetched.
             UsageError: the policy cannot be used.
         """
         if isinstance(champion, ForeignVersion):
-            return _not_comparable(champion, challenger)
+            return _foreign_champion(champion, challenger)
         policy = read_policy(self._paths.policy(challenger.name))
         with self._one, tempfile.TemporaryDirectory(prefix="convoy-gate-") as folder:
             if known := self.known(champion, challenger, policy):
                 return known
             result = self._compare_versions(champion, challenger, policy, Path(folder))
-        if result.comparison is not None:  # what could not be fetched or read may be mended soon
+        if result.comparison is not None:  # do not cache failures: an operator may fix them soon
             file = self._file(champion, challenger, policy)
             try:
                 write_atomically(file, msgspec.json.encode(result))
-                _forget_old(file.parent)
+                _remove_old(file.parent)
             except OSError as error:
-                log.warning("the judgement is not kept: %s", error)
+                log.warning("cannot cache the gate result: %s", error)
         return result
 
     def known(
@@ -152,16 +153,16 @@ class GateRunner:
         challenger: ModelVersion,
         policy: Policy | None = None,
     ) -> GateResult | None:
-        """The judgement, if it was made within the last hour or takes no comparison."""
+        """The gate result, if it is less than an hour old or needs no comparison; else None."""
         if isinstance(champion, ForeignVersion):
-            return _not_comparable(champion, challenger)
+            return _foreign_champion(champion, challenger)
         policy = policy or read_policy(self._paths.policy(challenger.name))
         try:
             data = self._file(champion, challenger, policy).read_bytes()
             result = msgspec.json.decode(data, type=GateResult)
         except (OSError, msgspec.MsgspecError, ValueError):
             return None
-        return result if 0 <= time.time() - result.evaluated_unix_s < KEPT_S else None
+        return result if 0 <= time.time() - result.evaluated_unix_s < GATE_RESULT_TTL_S else None
 
     def _file(
         self, champion: ModelVersion | None, challenger: ModelVersion, policy: Policy
@@ -197,7 +198,9 @@ class GateRunner:
                 folder / "champion",
                 lambda each: [HELDOUT, TRAINING, *each.serving_files()],
             )
-            pairs = pair_heldout(theirs, ours, policy.min_examples)  # before anything slow
+            pairs = pair_heldout(
+                theirs, ours, policy.min_examples
+            )  # first: it may refuse before the slow steps
             timed = None
             if self._timed:
                 timed = compare_latency(
@@ -215,8 +218,8 @@ class GateRunner:
         )
 
 
-def _not_comparable(champion: ForeignVersion, challenger: ModelVersion) -> GateResult:
-    """A version that Convoy did not publish serves: nothing is compared, so nothing passes."""
+def _foreign_champion(champion: ForeignVersion, challenger: ModelVersion) -> GateResult:
+    """The refusal when Convoy did not publish the champion: there is nothing to compare with."""
     return GateResult(
         model=challenger.name,
         champion=champion.version,
@@ -231,7 +234,7 @@ def _not_comparable(champion: ForeignVersion, challenger: ModelVersion) -> GateR
 def _prediction_changes(
     comparison: GateComparison, pairs: Pairs, champion: Bundle, challenger: Bundle
 ) -> tuple[PredictionChange, ...]:
-    """What flipped, surest mistakes first, as many as can be looked at."""
+    """The changed predictions, most confident mistakes first, ``MAX_SHOWN_CHANGES`` of each kind."""
     sides = (
         (pairs.champion, champion.manifest.labels),
         (pairs.challenger, challenger.manifest.labels),
@@ -264,7 +267,7 @@ def _prediction_changes(
     return tuple(prediction_changes)
 
 
-def _forget_old(folder: Path) -> None:
+def _remove_old(folder: Path) -> None:
     for file in folder.glob("*.json"):
-        if time.time() - file.stat().st_mtime > KEPT_S:
+        if time.time() - file.stat().st_mtime > GATE_RESULT_TTL_S:
             file.unlink(missing_ok=True)

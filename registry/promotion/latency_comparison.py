@@ -1,8 +1,9 @@
-"""Two versions timed against each other on this machine, in a process of its own.
+"""Times the forward passes of two versions on this machine, in a separate process.
 
-In turn, so that whatever else the machine does meets both alike, each by the plan that would serve
-it here; where none was chosen yet, that is done first and remembered. A process of its own, as the
-trials are. Writes one line of JSON to what was its standard output.
+The passes alternate between the versions, so other load on the machine affects both alike. Each
+version runs with the plan that would serve it here; if no plan was chosen yet, the process chooses
+and remembers one first. Like a benchmark, it runs in a process of its own. The process writes one
+line of JSON to its standard output.
 """
 
 import os
@@ -25,11 +26,11 @@ from registry.model.plans.base import catalogue
 
 BATCHES = (1, 8)
 ROUNDS = 31
-LIMIT_S = 900.0
+TIMEOUT_S = 900.0
 
 
 class ComparisonJob(Struct, frozen=True, kw_only=True):
-    """Which bundles, and how they would be served; ``device`` and ``plan`` as the settings."""
+    """Which bundles to time and how to run them; ``device`` and ``plan`` are as in the settings."""
 
     bundles: tuple[tuple[str, str], tuple[str, str]]
     plans_folder: str
@@ -39,7 +40,7 @@ class ComparisonJob(Struct, frozen=True, kw_only=True):
 
 
 class LatencyComparison(Struct, frozen=True, kw_only=True):
-    """The median milliseconds of a forward pass, by batch size, of champion and challenger."""
+    """The median milliseconds of a forward pass of each version, by batch size."""
 
     device: str
     plans: tuple[str, str]
@@ -50,10 +51,10 @@ class LatencyComparison(Struct, frozen=True, kw_only=True):
 def compare_latency(
     champion: Bundle, challenger: Bundle, plans_folder: Path, device: str, plan: str, threads: int
 ) -> LatencyComparison | None:
-    """Both timed in a process of its own; None where no engine is installed to run them with.
+    """The forward times of both versions; None if no engine is installed to run them.
 
     Raises:
-        BundleInvalid: one of them cannot be run here; the text says which and why.
+        BundleInvalid: a version cannot be run here; the text says which one and why.
     """
     if all(each.unsupported("cpu") for each in catalogue().values()):
         return None
@@ -76,21 +77,24 @@ def compare_latency(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     try:
         done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, timeout=LIMIT_S, check=False
+            command, env=environment, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise BundleInvalid(f"the two were not timed within {LIMIT_S:g} s") from error
+        raise BundleInvalid(
+            f"timing the forward passes took longer than {TIMEOUT_S:g} s"
+        ) from error
     try:
         return msgspec.json.decode(done.stdout, type=LatencyComparison)
     except msgspec.MsgspecError as error:
-        said = done.stdout.decode(errors="replace").strip() or f"it ended with {done.returncode}"
-        raise BundleInvalid(f"the forward passes cannot be timed: {said}") from error
+        text = done.stdout.decode(errors="replace").strip()
+        why = text or f"the timing process ended with status {done.returncode}"
+        raise BundleInvalid(f"the forward passes cannot be timed: {why}") from error
 
 
 def main() -> int:
     end_with_parent()
     answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print goes to standard error
+    os.dup2(2, 1)  # libraries may print: send that to standard error
     job = msgspec.json.decode(sys.argv[1], type=ComparisonJob)
     try:
         answer.write(msgspec.json.encode(_run(job)))

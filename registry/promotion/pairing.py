@@ -1,7 +1,7 @@
-"""On which held-out pictures two versions can be compared, when their data are not the same.
+"""Finds the held-out pictures on which two versions can be compared when their data differ.
 
-Pictures are matched by their digests and classes by their names. A picture counts only if neither
-version was trained on it. Pure: two opened bundles in, paired scores out.
+Pictures are matched by their digests, and classes by their names. A picture counts only if neither
+version was trained on it. Pure: it takes two opened bundles and returns paired scores.
 """
 
 from collections import Counter
@@ -21,9 +21,10 @@ Probabilities = NDArray[np.float32]
 Labels = tuple[str, ...]
 
 MAX_NAMED = 8
-# Of the 64 bits of a difference hash: docs/decisions/0017 has what JPEGs of photographs measured.
-MAX_LOOK_BITS = 6
-MAX_VIEWED = 512
+# Two pictures are alike if at most this many of the 64 bits of their difference hashes differ;
+# docs/decisions/0017 has the measurement on JPEGs of photographs.
+MAX_DIFFERENT_BITS = 6
+MAX_HASHES = 512
 
 
 class Pairs(Struct, frozen=True, kw_only=True):
@@ -32,8 +33,8 @@ class Pairs(Struct, frozen=True, kw_only=True):
     Attributes:
         champion: with the labels as the champion numbers them.
         challenger: with the labels as the challenger numbers them.
-        positions: int64 (N,), ascending: where each lies among the challenger's held-out pictures.
-        class_changes: what clients will see of classes that differ; empty if none does.
+        positions: int64 (N,), ascending: the place of each among the challenger's held-out pictures.
+        class_changes: how the classes differ for clients; empty if they do not.
         notes: how the data differ, and what was left out.
     """
 
@@ -45,7 +46,7 @@ class Pairs(Struct, frozen=True, kw_only=True):
 
 
 class Side(Struct, frozen=True, kw_only=True):
-    """What one version's bundle says of its classes and examples."""
+    """The classes of one version and the records of its examples, from its bundle."""
 
     labels: Labels
     heldout: Heldout
@@ -53,11 +54,13 @@ class Side(Struct, frozen=True, kw_only=True):
 
 
 class Match(Struct, frozen=True, kw_only=True):
-    """Two versions' records beside each other.
+    """How the records of the champion (``old``) and of the challenger (``new``) correspond.
+
+    N is the number of pictures that the challenger held out.
 
     Attributes:
-        rows: int64 (N,): of each picture that the challenger held out, its row in the champion's
-            record; -1 if the champion did not hold it out.
+        rows: int64 (N,): the row of each picture in the champion's record; -1 if the champion did
+            not hold it out.
         to_new: int64 (classes of the champion,): the challenger's number of each class, or -1.
         to_old: int64 (classes of the challenger,): the champion's number of each class, or -1.
     """
@@ -70,12 +73,12 @@ class Match(Struct, frozen=True, kw_only=True):
 
     @property
     def both(self) -> Mask:
-        """bool (N,), as the others: which pictures both versions held out."""
+        """bool (N,), like the other masks: the pictures that both versions held out."""
         return self.rows >= 0
 
     @property
     def relabelled(self) -> Mask:
-        """Which lie under another class now."""
+        """The pictures whose class changed between the two records."""
         before = self.to_new[self.old.heldout.labels[self.rows]]
         changed: Mask = self.both & (before != self.new.heldout.labels)
         return changed
@@ -90,7 +93,7 @@ class Match(Struct, frozen=True, kw_only=True):
 
     @property
     def usable(self) -> Mask:
-        """Which are of a class that both know, under the same label, and trained neither."""
+        """The pictures of a shared class that kept their class and did not train either version."""
         shared = self.to_old[self.new.heldout.labels] >= 0
         return shared & ~self.relabelled & ~self.champion_trained & ~self.challenger_trained
 
@@ -98,12 +101,14 @@ class Match(Struct, frozen=True, kw_only=True):
 def pair_heldout(champion: Bundle, challenger: Bundle, min_examples: int) -> Pairs:
     """The pictures on which both versions can be compared, with their scores.
 
-    Those that both held out, if there are enough: ``min_examples``, or half of what the champion
-    held out where that is less. If they are too few, or of some class there is none, all that the
-    challenger held out, as far as publishing has scored this champion on them.
+    These are the pictures that both versions held out, if there are enough of them:
+    ``min_examples``, or half of what the champion held out if that is less. If there are too few,
+    or a class has none, it takes all pictures that the challenger held out, provided that
+    publishing has scored this champion on them.
 
     Raises:
-        PromotionRefused: too few pictures, or a record contains NaN or infinite probabilities.
+        PromotionRefused: there are too few pictures, or a record contains NaN or infinite
+            probabilities.
         BundleInvalid: a record is missing or damaged.
     """
     match = _match(_side(champion), _side(challenger))
@@ -126,10 +131,9 @@ def describe_classes(old: Labels, new: Labels, to_new: Numbers | None = None) ->
     """What clients will see when ``new`` labels replace ``old`` ones; empty if they are the same.
 
     Args:
-        old: the labels until now.
-        new: the labels from then on.
-        to_new: for each old class the number that it gets, or -1; by default classes of the same
-            name are the same.
+        old: the present labels.
+        new: the labels that replace them.
+        to_new: the new number of each old class, or -1; by default, classes are matched by name.
     """
     to_new = _by_name(old, new) if to_new is None else to_new
     kept = [(index, int(to_new[index])) for index in range(len(old)) if to_new[index] >= 0]
@@ -161,7 +165,7 @@ def _match(old: Side, new: Side) -> Match:
 
 
 def _find(old: Heldout, new: Heldout) -> Numbers:
-    """The row in ``old`` of each picture of ``new``; -1 for one that is not there."""
+    """The row in ``old`` of each picture of ``new``; -1 if it is not in ``old``."""
     order = np.argsort(old.short_digests)
     places = np.searchsorted(old.short_digests[order], new.short_digests)
     rows = order[np.minimum(places, len(order) - 1)]
@@ -174,7 +178,7 @@ def _by_name(old: Labels, new: Labels) -> Numbers:
 
 
 def _add_renamed(to_new: Numbers, before: Numbers, after: Numbers, classes: int) -> None:
-    """Note in ``to_new`` the classes that most of whose pictures lie under one new name now."""
+    """Add to ``to_new`` the classes most of whose pictures now have one and the same new label."""
     free = set(range(classes)) - set(to_new.tolist())
     for index in np.flatnonzero(to_new < 0):
         moved = after[before == index]
@@ -189,44 +193,50 @@ def _add_renamed(to_new: Numbers, before: Numbers, after: Numbers, classes: int)
 def _choose(
     match: Match, scores: Probabilities | None, min_examples: int, notes: list[str]
 ) -> tuple[Mask, Probabilities]:
-    """Which of the challenger's held-out pictures decide, and what the champion says of these.
+    """The challenger's held-out pictures to compare on, and the champion's probabilities for them.
 
     Args:
         match: the two records.
-        scores: of the champion for all that the challenger held out, if publishing has them.
-        min_examples: of the policy.
-        notes: what is unusual about the choice is appended.
+        scores: the champion's probabilities for all pictures that the challenger held out, if
+            publishing has recorded them.
+        min_examples: the policy's minimum.
+        notes: this function appends what is unusual about the choice.
     """
     usable, labels, old = match.usable, match.new.heldout.labels, match.old.heldout
     common = usable & match.both
     needed = min(min_examples, (len(old.labels) + 1) // 2)
     few, absent = common.sum() < needed, np.setdiff1d(labels[usable], labels[common]).tolist()
     if few:
-        notes.append(f"only {_pictures(common)} that both held out, {needed:,} are needed")
+        notes.append(f"both held out only {_pictures(common)}, {needed:,} are needed")
     if absent:
         names = _listed([repr(match.new.labels[index]) for index in absent])
-        notes.append(f"no picture that both held out is of class {names}")
+        notes.append(f"both held out no picture of class {names}")
     if not few and (scores is None or not absent):
         return common, old.probabilities[match.rows[common]]
     if scores is None or usable.sum() < needed:
         raise PromotionRefused(_why_not(match, notes, is_scored=scores is not None))
     notes.append(
-        "judged on all that the challenger held out; publishing has scored the champion on them"
+        "compared on all pictures that the challenger held out; publishing has scored the champion "
+        "on them"
     )
     return usable, scores[usable]
 
 
 def _not_compared(match: Match, compared: Numbers) -> list[str]:
-    """Name the classes of both that a version held out, and of which no picture is compared."""
+    """A note that names the shared held-out classes of which no picture is compared."""
     held_out = np.union1d(match.to_new[match.old.heldout.labels], match.new.heldout.labels)
     shared = np.flatnonzero(match.to_old >= 0)
     missing = np.setdiff1d(np.intersect1d(shared, held_out), compared).tolist()
     names = _listed([repr(match.new.labels[index]) for index in missing])
-    return [f"NOT compared, as no picture of it can be used: class {names}"] if missing else []
+    return (
+        [f"NOT compared, because none of its pictures can be used: class {names}"]
+        if missing
+        else []
+    )
 
 
 def _notes(match: Match) -> list[str]:
-    """How the data of the two differ, as sentences; none if they do not."""
+    """Sentences that say how the data of the two differ; empty if they do not."""
     relabelled, seen = match.relabelled, match.champion_trained
     own = match.challenger_trained & ~seen
     notes = _changed_pictures(match)
@@ -236,9 +246,9 @@ def _notes(match: Match) -> list[str]:
         pairs = Counter(zip(before.tolist(), after.tolist(), strict=True)).most_common()
         moves = [f"{match.old.labels[a]} → {match.new.labels[b]}: {n}" for (a, b), n in pairs]
         notes.append(f"{_pictures(relabelled)} left out: re-labelled ({_listed(moves)})")
-    for trained, who in ((seen, "champion"), (own, "challenger")):
+    for trained, role in ((seen, "champion"), (own, "challenger")):
         if trained.any():
-            notes.append(f"{_pictures(trained)} left out: in the training data of the {who}")
+            notes.append(f"{_pictures(trained)} left out: in the training data of the {role}")
     if added := np.flatnonzero(match.to_old < 0).tolist():
         heldout, unseen = match.new.heldout, ~match.challenger_trained
         figures = []
@@ -250,9 +260,11 @@ def _notes(match: Match) -> list[str]:
 
 
 def _changed_pictures(match: Match) -> list[str]:
-    """Which held-out pictures came and went since the champion."""
+    """A note on the held-out pictures that are new or gone since the champion."""
     old, new = match.old.heldout, match.new.heldout
-    kept = np.isin(old.short_digests, new.short_digests)  # copies too, which have one row
+    kept = np.isin(
+        old.short_digests, new.short_digests
+    )  # by digest: two copies of a picture have only one row
     trains_now = np.isin(old.short_digests, match.new.training.digests) & ~kept
     gone = ~kept & ~trains_now
     added = ~match.both & ~match.champion_trained
@@ -263,16 +275,16 @@ def _changed_pictures(match: Match) -> list[str]:
         f"{match.both.sum():,} in common, {added.sum():,} new",
     ]
     if trains_now.any():
-        counts.append(f"{trains_now.sum():,} train the challenger now")
+        counts.append(f"{trains_now.sum():,} are now in the training data of the challenger")
     if gone.any():
         counts.append(f"{gone.sum():,} removed")
-        if alike := _alike(old.perceptual_hashes[gone][:MAX_VIEWED], _new_hashes(match)):
-            counts[-1] += f", {alike:,} of them re-encoded with loss by the look of new pictures"
+        if alike := _alike(old.perceptual_hashes[gone][:MAX_HASHES], _new_hashes(match)):
+            counts[-1] += f", {alike:,} of them look like lossy copies that are new"
     return [", ".join(counts)]
 
 
 def _new_hashes(match: Match) -> NDArray[np.uint64]:
-    """The difference hashes of the challenger's pictures that the champion did not know."""
+    """The difference hashes of the challenger's pictures that are not in the champion's records."""
     known = np.concatenate([match.old.training.digests, match.old.heldout.short_digests])
     heldout, training = match.new.heldout, match.new.training
     return np.concatenate(
@@ -288,7 +300,8 @@ def _alike(perceptual_hashes: NDArray[np.uint64], others: NDArray[np.uint64]) ->
     if not len(others):
         return 0
     return sum(
-        bool(np.bitwise_count(others ^ each).min() <= MAX_LOOK_BITS) for each in perceptual_hashes
+        bool(np.bitwise_count(others ^ each).min() <= MAX_DIFFERENT_BITS)
+        for each in perceptual_hashes
     )
 
 
@@ -297,21 +310,21 @@ def _why_not(match: Match, notes: Sequence[str], *, is_scored: bool) -> str:
     scored = (
         f"publishing has scored the champion on {_pictures(match.usable)} that can be used"
         if is_scored
-        else "the challenger was published beside another champion or none"
+        else "the challenger was published when another version or none was champion"
     )
     return (
-        f"the two cannot be compared: {'; '.join(notes)}; {scored}. Each on its own held-out "
-        f"pictures: champion {old.accuracy:.4f} of {len(old.labels):,}, challenger "
+        f"the two cannot be compared: {'; '.join(notes)}; {scored}. Accuracy of each on its own "
+        f"held-out pictures: champion {old.accuracy:.4f} of {len(old.labels):,}, challenger "
         f"{new.accuracy:.4f} of {len(new.labels):,}. Train the challenger again, so that "
         "publishing scores the present champion, or lower min_examples in the policy, or use "
         "--force with a reason"
     )
 
 
-def _finite(scores: Scores, who: str) -> Scores:
+def _finite(scores: Scores, role: str) -> Scores:
     if not np.isfinite(scores.probabilities).all():
         raise PromotionRefused(
-            f"the held-out record of the {who} contains NaN or infinite probabilities; publish "
+            f"the held-out record of the {role} contains NaN or infinite probabilities; publish "
             "that version again"
         )
     return scores

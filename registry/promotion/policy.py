@@ -1,4 +1,4 @@
-"""What a challenger may lose against the champion, and when its trial is ended."""
+"""What a challenger may lose against the champion, and when its canary is ended."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +11,13 @@ from registry.model.refs import Share
 
 
 class CanaryPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When a trial on real traffic is ended: the table ``[canary]`` of a policy.
+    """When a canary is ended: the table ``[canary]`` of a policy.
 
-    Once the challenger has had ``min_requests``, its error rate may be ``max_error_gap`` above the
-    champion's, unless that may be chance, and its mean time ``max_latency_ratio`` times the
-    champion's, unless its median is no longer. In the shadow, where nobody waits, only failures
-    count, and, if it is given, ``min_agreement`` with the champion.
+    The canary guard starts to check after ``min_requests`` requests to the challenger. It ends the
+    canary if the challenger's error rate is more than ``max_error_gap`` above the champion's and
+    chance does not explain it. It also ends it if the mean time is more than ``max_latency_ratio``
+    times the champion's and the median is longer, too. No client waits for a shadow, so there only
+    failures count, and agreement with the champion below ``min_agreement``, if that is set.
     """
 
     min_requests: Annotated[int, Meta(ge=1)] = 50
@@ -28,17 +29,17 @@ class CanaryPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a challenger may lose against the champion. A file ``policies/NAME.toml`` changes it.
 
-    A loss of accuracy is refused when it is significant, or more than ``max_accuracy_loss`` in any
-    case; one of a class's recall when it is more than ``max_recall_loss`` and significant, with the
-    significance shared among the classes (Bonferroni), as one of many differs by chance soon, or
-    when all of its 95 % interval is below that. A forward pass on the judging machine may take
-    ``max_latency_ratio`` times the champion's. How much the expected calibration error may rise,
-    and by what the log loss may be multiplied, has no limit until it is given one: a version that
-    is right more often may well be less sure of it.
+    The gate refuses a loss of accuracy that is significant, and any loss above
+    ``max_accuracy_loss``. It refuses a loss of a class's recall above ``max_recall_loss`` if it is
+    significant or if its whole 95 % interval lies beyond that limit. The significance is shared
+    among the classes (Bonferroni), because with many classes one soon differs by chance. A forward
+    pass on the machine of the gate may take ``max_latency_ratio`` times the champion's. The
+    expected calibration error (``max_calibration_loss``) and the log loss (``max_log_loss_ratio``)
+    have no limit by default: a version that is right more often may well be less sure of it.
 
-    The two are compared on the pictures that both held out, if these are at least ``min_examples``,
-    or half of what the champion held out. ``registry.promotion.pairing`` has what follows if they
-    are fewer.
+    The gate compares on the pictures that both versions held out, if there are at least
+    ``min_examples``, or half of what the champion held out if that is less.
+    ``registry.promotion.pairing`` says what happens with fewer.
     """
 
     min_examples: Annotated[int, Meta(ge=1)] = 30
@@ -52,10 +53,10 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_policy(file: Path) -> Policy:
-    """The policy in ``file``; the default one when there is no such file.
+    """The policy in ``file``; the default policy if there is no such file.
 
     Raises:
-        UsageError: it cannot be read, or names something that is no part of a policy.
+        UsageError: the file cannot be read, or contains a name that a policy does not have.
     """
     try:
         return msgspec.toml.decode(file.read_bytes(), type=Policy)

@@ -1,8 +1,9 @@
-"""Promote, try and take back: the decision written into the ledger, then what serves moved.
+"""Promote, roll back, start and stop a canary: write the decision to the audit log, then apply it.
 
-In that order. The ledger decides between people who do so at once (``registry.store.audit_log``),
-and the aliases follow it: whoever wrote a line points them at what the whole ledger says, and looks
-again. So after the last of any number of racing promotions, aliases and ledger agree.
+The order matters. If several operators decide at once, the audit log says whose decision stands
+(``registry.store.audit_log``), and the aliases follow the log: after it has written a line, each
+process sets the aliases to what the log as a whole says, and reads the log again. So when the last
+of several concurrent promotions has ended, the aliases agree with the log.
 """
 
 import getpass
@@ -23,11 +24,11 @@ from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 
-# Between its line and its alias a promotion calls the registry a few times; each of them may take
-# MLflow's time-out, 10 s, and be tried again.
+# Between its line and its alias a promotion calls the registry a few times. Each call may take
+# MLflow's time-out, 10 s, and is retried.
 RECONCILE_TIMEOUT_S = 25.0
 POLL_INTERVAL_S = 0.25
-ALLOWING = ". The classes differ: --allow-new-classes accepts that, if every check passes"
+ALLOW_NEW_CLASSES = ". The classes differ: --allow-new-classes accepts that, if every check passes"
 
 
 def promote(
@@ -43,7 +44,7 @@ def promote(
     by: str | None = None,
     on_result: Callable[[GateResult], None] = lambda result: None,
 ) -> Line:
-    """Make ``version`` the champion of ``name`` if the gate lets it. That ends a trial.
+    """Make ``version`` the champion of ``name`` if the gate accepts it. That ends a canary.
 
     Args:
         store: the registry.
@@ -51,25 +52,26 @@ def promote(
         version: the challenger's number.
         expect_champion: the version that must be the champion; by default the one that the gate
             compares with.
-        force: promote whatever the gate says; then ``reason`` is needed and recorded.
+        force: promote even if the gate refuses; this needs a ``reason``.
         allow_new_classes: promote a version whose classes differ, if it passes all checks on the
             classes that both have.
-        reason: why, for the record.
-        judge: the gate; by default one that times no forward passes.
-        by: who decides; by default the user of this process.
-        on_judged: told the judgement, before it is acted upon.
+        reason: why, for the audit log.
+        gate_runner: the gate; by default one that does not time forward passes.
+        by: the name of the person who decides; by default the user of this process.
+        on_result: called with the gate result before the decision is written.
 
     Returns:
-        The ledger's line, with the gate's verdict or objection as text.
+        The line of the audit log, with the gate result as text.
 
     Raises:
-        PromotionRefused: the gate says no; the refusal is recorded.
-        PromotionConflict: the champion is not the expected one, or was moved by somebody else.
-        VersionNotFound: no such version.
-        UsageError: ``force`` without a reason.
+        PromotionRefused: the gate refuses the version; the refusal is in the audit log. Or the
+            version is the champion already.
+        PromotionConflict: the champion is not the expected one, or another decision came first.
+        VersionNotFound: there is no such version.
+        UsageError: ``force`` without a reason, or the reason is too long.
     """
     if force and not (reason or "").strip():
-        raise UsageError("--force needs --reason: it is recorded with the decision")
+        raise UsageError("--force needs --reason: the audit log records it with the decision")
     _check_text(reason)
     challenger = store.resolve(ModelRef(name, version))
     audit_log = _reconcile_at(store, name, expect_champion)
@@ -85,7 +87,7 @@ def promote(
         details += f" (version {audit_log.champion}, the champion, is gone from the registry)"
     accepted = result.accepts(allow_new_classes=allow_new_classes)
     if accepted and not result.accepted:
-        details += "; other classes were allowed by --allow-new-classes"
+        details += "; --allow-new-classes allowed the new classes"
     action: Action = "promoted" if accepted else "forced" if force else "refused"
     line = _write(
         store,
@@ -101,8 +103,10 @@ def promote(
     )
     if action == "refused":
         differ = result.comparison is not None and result.comparison.class_changes
-        how = ALLOWING if differ and not allow_new_classes else ""
-        raise PromotionRefused(f"{name} version {version} is refused: {details}{how}")
+        advice = ALLOW_NEW_CLASSES if differ and not allow_new_classes else ""
+        raise PromotionRefused(
+            f"{name} version {version} is refused by the gate: {details}{advice}"
+        )
     return line
 
 
@@ -114,13 +118,13 @@ def roll_back(
     expect_champion: int | None = None,
     by: str | None = None,
 ) -> Line:
-    """Make the previous champion champion again, without a gate. That ends a trial.
+    """Make the previous champion champion again, without the gate. That ends a canary.
 
-    The version that is left becomes ``previous``, so a roll-back by mistake is undone by another.
+    The present champion becomes ``previous``, so a second roll-back undoes one made by mistake.
 
     Raises:
-        VersionNotFound: there is nothing to go back to.
-        PromotionConflict: the champion is not the expected one, or was moved by somebody else.
+        VersionNotFound: there is no previous champion.
+        PromotionConflict: the champion is not the expected one, or another decision came first.
     """
     _check_text(reason)
     audit_log = _reconcile_at(store, name, expect_champion)
@@ -143,32 +147,33 @@ def start_canary(
     expect_champion: int | None = None,
     by: str | None = None,
 ) -> Line:
-    """Try a challenger on real traffic beside the champion; another trial ends.
+    """Have a challenger answer or shadow a part of the real traffic. That ends any other canary.
 
-    No gate is asked: who wants to know how a version does has not found out yet. But both must give
-    the same labels, as callers do not choose whose answer they get.
+    The gate does not run: a canary is a way to find out how good a version is. But the champion and
+    the challenger must have the same labels, because clients do not choose which of them answers.
 
     Raises:
-        UsageError: neither a share nor a shadow.
-        PromotionRefused: there is no champion beside which to try it, it is the champion, or the
-            labels differ.
-        PromotionConflict: the champion is not the expected one, or was moved by somebody else.
-        VersionNotFound: no such version.
+        UsageError: the canary has neither a share nor a shadow.
+        PromotionRefused: there is no champion, the version is the champion, or the labels differ.
+        PromotionConflict: the champion is not the expected one, or another decision came first.
+        VersionNotFound: there is no such version.
     """
     _check_text(reason)
     if not canary.share and not canary.shadow:
-        raise UsageError("a trial needs a share of the requests, a shadow, or both")
+        raise UsageError("a canary needs a share of the requests, a shadow, or both")
     challenger = store.resolve(ModelRef(name, canary.version))
     audit_log = _reconcile_at(store, name, expect_champion)
     champion = store.find(name, audit_log.champion)
     if champion is None:
-        raise PromotionRefused(f"{name} has no champion beside which a version could be tried")
+        raise PromotionRefused(
+            f"{name} has no champion; promote a version before you start a canary"
+        )
     if champion.version == canary.version:
         raise PromotionRefused(f"{name} version {canary.version} is the champion already")
     labels, others = store.manifest(champion).labels, store.manifest(challenger).labels
     if changes := describe_classes(labels, others):
         raise PromotionRefused(
-            f"the labels differ, so callers would get other answers: {'; '.join(changes)}"
+            f"the labels differ, so clients would get different answers: {'; '.join(changes)}"
         )
     return _write(
         store,
@@ -193,20 +198,19 @@ def stop_canary(
     expect_challenger: int | None = None,
     by: str | None = None,
 ) -> Line:
-    """End the trial of a challenger; the champion answers everything again.
+    """End the canary; the champion answers all requests again.
 
     Raises:
-        VersionNotFound: nothing is on trial.
-        PromotionConflict: another version is on trial than ``expect_challenger``, or somebody else
-            moved something meanwhile.
+        VersionNotFound: there is no canary.
+        PromotionConflict: the canary is not ``expect_challenger``, or another decision came first.
     """
     _check_text(reason)
     audit_log = reconcile(store, name)
     if audit_log.canary is None:
-        raise VersionNotFound(f"no version of {name} is on trial")
+        raise VersionNotFound(f"no version of {name} is a canary")
     number = audit_log.canary.version
     if expect_challenger not in (None, number):
-        raise PromotionConflict(f"{name}: version {number} is on trial, not {expect_challenger}")
+        raise PromotionConflict(f"{name}: the canary is version {number}, not {expect_challenger}")
     return _write(
         store,
         name,
@@ -222,7 +226,7 @@ def stop_canary(
 
 
 def note_refusal(store: ModelStore, version: ModelVersion, details: str, by: str) -> None:
-    """Write down that a machine could not serve ``version``; once, whatever the reasons after."""
+    """Record that the machine ``by`` cannot serve ``version``; only the first reason is recorded."""
     store.check_log(version.name)
     audit_log = store.audit_log(version.name)
     refused = "refused", version.manifest_sha256, by
@@ -234,12 +238,13 @@ def note_refusal(store: ModelStore, version: ModelVersion, details: str, by: str
 
 
 def reconcile(store: ModelStore, name: str) -> AuditLog:
-    """The ledger of ``name``, once the champion's alias agrees with it.
+    """The audit log of ``name``, once the champion's alias agrees with it.
 
-    Where it does not, somebody is promoting at this moment, so it is waited for. If it stays so,
-    the alias was moved by other means, or who promoted died before moving it: what serves is then
-    written down as *adopted*, so that the ledger says what is. Where nothing serves, as there is no
-    alias, it is put where the ledger says.
+    If the two disagree, another process may be between its line and its alias, so this waits for up
+    to ``RECONCILE_TIMEOUT_S``. If they still disagree, the alias was moved outside Convoy, or a
+    promoting process died before it moved the alias. What serves counts then: a line *adopted*
+    records the version at the alias as the champion. If there is no alias, nothing serves, and the
+    alias is set to the version in the log.
     """
     store.check_log(name)
     before: object = None
@@ -248,19 +253,19 @@ def reconcile(store: ModelStore, name: str) -> AuditLog:
         audit_log, (aliases, canary) = store.audit_log(name), store.aliases_and_canary(name)
         alias = aliases.get(CHAMPION)
         if alias == audit_log.champion:
-            # A trial's tag that is another was left behind by who died before moving it.
-            is_left = audit_log.lines and canary != audit_log.canary
-            return _follow(store, name) if is_left else audit_log
+            # A process that died before it set the canary's tag leaves an old one behind.
+            is_stale = audit_log.lines and canary != audit_log.canary
+            return _follow(store, name) if is_stale else audit_log
         if alias is None and store.find(name, audit_log.champion) is None:
             return audit_log  # the champion was deleted, and its alias with it
-        if before != (audit_log.last, alias):  # a disagreement of its own, not the last one's
+        if before != (audit_log.last, alias):  # a new disagreement has its own deadline
             before, deadline = (audit_log.last, alias), time.monotonic() + RECONCILE_TIMEOUT_S
         if not audit_log.champion_moves or time.monotonic() >= deadline:
             break
         time.sleep(POLL_INTERVAL_S)
     if alias is None:
         return _follow(store, name)
-    log.warning("%s: version %d was made the champion by other means", name, alias)
+    log.warning("%s: version %d was made the champion outside Convoy", name, alias)
     _write(
         store,
         name,
@@ -268,20 +273,21 @@ def reconcile(store: ModelStore, name: str) -> AuditLog:
         "adopted",
         alias,
         to=store.find(name, alias),
-        details=f"the ledger said version {audit_log.champion}",
-        # Of before there was a ledger: it can be rolled back all the same.
+        details=f"the audit log said version {audit_log.champion}",
+        # Without a champion in the log, a roll-back needs the alias's previous version.
         instead_of=None if audit_log.champion_moves else aliases.get(PREVIOUS),
     )
     return store.audit_log(name)
 
 
 def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
-    """How many lines a log has, and what is wrong with it and with what should follow it.
+    """The number of lines in the audit log of ``name``, and a list of faults.
 
-    Lines that are missing or unreadable, a log that publishing did not make, aliases that disagree.
-    A line that an account with write access to the registry has rewritten is not found.
+    Faults are missing or unreadable lines, a log that publishing did not make, and aliases or a
+    canary that disagree with the log. It does not find a line that an account with write access to
+    the registry has rewritten.
     """
-    newest = store.newest_line(name)  # first: what is written meanwhile is no fault
+    newest = store.newest_line(name)  # first: a line written meanwhile is not a fault
     audit_log = store.audit_log(name)
     aliases, canary = store.aliases_and_canary(name)
     faults = audit_log.faults(newest)
@@ -289,15 +295,15 @@ def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
         store.check_log(name)
     except PromotionRefused as error:
         faults.append(str(error))
-    said = {CHAMPION: audit_log.champion, PREVIOUS: audit_log.previous} if audit_log.last else {}
-    here = {version.version for version, _ in store.versions(name)}
+    logged = {CHAMPION: audit_log.champion, PREVIOUS: audit_log.previous} if audit_log.last else {}
+    existing = {version.version for version, _ in store.versions(name)}
     faults += [
-        f"the alias {alias} is at version {aliases.get(alias)}, the ledger says {version}"
-        for alias, version in said.items()
-        if aliases.get(alias) != version and (version is None or version in here)
+        f"the alias {alias} is at version {aliases.get(alias)}, the audit log says {version}"
+        for alias, version in logged.items()
+        if aliases.get(alias) != version and (version is None or version in existing)
     ]
     if canary != audit_log.canary:
-        faults.append(f"on trial is {canary or 'nothing'}, the ledger says {audit_log.canary}")
+        faults.append(f"the canary is {canary or 'none'}, the audit log says {audit_log.canary}")
     return len(audit_log.lines), faults
 
 
@@ -325,10 +331,24 @@ def _write(
     canary: Canary | None = None,
     instead_of: int | None = None,
 ) -> Line:
-    """Append a line and carry it out; ``PromotionConflict`` if another move came first.
+    """Append a line and apply it.
 
-    ``version`` is the number that it is about, ``to`` that version where there still is one;
-    ``left`` was champion, or where nobody knows it any more, the number ``instead_of``.
+    Args:
+        store: the registry.
+        name: the model.
+        audit_log: the log as it was when the decision was made.
+        action: what was decided.
+        version: the number of the version that the line is about.
+        to: that version, or None if it no longer exists.
+        left: the champion before, if it exists.
+        reason: why, in the words of ``by``.
+        by: who decided; by default the user of this process.
+        details: what the gate or the guard found.
+        canary: the canary that the line starts.
+        instead_of: the number to record as the champion before; by default the log's champion.
+
+    Raises:
+        PromotionConflict: another decision came first.
     """
     entry = audit_log.continued(
         Entry(
@@ -353,22 +373,23 @@ def _write(
     if line is None:
         first = next(each.entry for each in moves if (each.entry.move or 0) >= (entry.move or 0))
         raise PromotionConflict(
-            f"{name}: {first.by} {first.action} version {first.to_version} at the same time, and "
-            "came first; look again, then decide"
+            f"{name}: at the same time another decision came first: {first.action} version "
+            f"{first.to_version}, by {first.by}; read the present state, then decide again"
         )
     undone = next((each for each in moves if each.number > line.number), None)
     if entry.move is not None and undone is not None and undone.entry.action == "adopted":
         raise PromotionConflict(
-            f"{name}: it took so long to move the alias that version {undone.entry.to_version}, "
-            "which still served, was taken for the champion; look again, then decide"
+            f"{name}: moving the alias took so long that another process adopted version "
+            f"{undone.entry.to_version}, which still served; read the present state, then decide "
+            "again"
         )
     return line
 
 
 def _follow(store: ModelStore, name: str, *, moved: bool = True) -> AuditLog:
-    """Note the newest line, and where a line ``moved`` something, have the registry say so.
+    """Note the newest line in the registry, and if a line ``moved`` something, set the aliases.
 
-    Until the ledger says the same still after that.
+    Repeats until the audit log has not changed meanwhile, and returns it.
     """
     audit_log = store.audit_log(name)
     while True:
@@ -386,13 +407,14 @@ def _follow(store: ModelStore, name: str, *, moved: bool = True) -> AuditLog:
 
 
 def _user() -> str:
-    """The user of this process, marked: ``$LOGNAME`` says what its user wants, and proves nothing.
+    """The user of this process, marked as unverified: users can set ``$LOGNAME`` at will.
 
-    Names of tokens, which the control plane has checked, have neither spaces nor parentheses.
+    The control plane records the names of tokens, which it has checked. These cannot contain spaces
+    or parentheses, so they cannot imitate the mark or lack it by accident.
     """
     try:
         name = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container's number without a name
+    except (KeyError, OSError, ImportError):  # a container may run under a uid that has no name
         name = f"uid {os.getuid()}"
     return f"{name} (unverified)"
 
@@ -400,7 +422,8 @@ def _user() -> str:
 def _check_text(reason: str | None) -> None:
     if len(reason or "") > MAX_TEXT_CHARS:
         raise UsageError(
-            f"the reason has {len(reason or ''):,} characters; it may have {MAX_TEXT_CHARS:,}"
+            f"the reason has {len(reason or ''):,} characters; at most {MAX_TEXT_CHARS:,} are "
+            "allowed"
         )
     try:
         (reason or "").encode()

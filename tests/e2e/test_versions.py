@@ -227,7 +227,7 @@ def test_a_canary_that_cannot_be_loaded_is_stopped_by_the_puller(
     wait_for(lambda: store.aliases_and_canary("digits")[1] is None, "the broken canary goes on")
     last = store.audit_log("digits").lines[-1].entry
     assert (last.action, last.to_version) == ("canary stopped", broken)
-    assert "cannot serve it" in str(last.reason)
+    assert "cannot serve the challenger" in str(last.reason)
     assert last.by.startswith("puller on ")
     wait_for(lambda: answers[-1].version == 1, "the champion does not answer again")
     assert {each.status for each in answers} == {200}

@@ -496,7 +496,7 @@ def test_a_trial_needs_a_champion_the_same_labels_and_something_to_try(
         start_canary(store, "digits", Canary(version=2))
     with pytest.raises(VersionNotFound):
         start_canary(store, "digits", Canary(version=9, shadow=1.0))
-    with pytest.raises(VersionNotFound, match="is on trial"):
+    with pytest.raises(VersionNotFound, match="is a canary"):
         stop_canary(store, "digits")
     assert [line.entry.action for line in store.audit_log("digits").lines] == ["promoted"]
 
@@ -513,7 +513,7 @@ def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
     line = start_canary(store, "digits", canary, "to see", by="ann")
     assert (line.entry.by, line.entry.reason, line.entry.from_version) == ("ann", "to see", 1)
     assert store.aliases_and_canary("digits") == ({"champion": 1, "challenger": 3}, canary)
-    with pytest.raises(PromotionConflict, match="version 2 is on trial, not 3"):
+    with pytest.raises(PromotionConflict, match="the canary is version 2, not 3"):
         stop_canary(store, "digits", expect_challenger=3)
     stop_canary(store, "digits")
     assert store.aliases_and_canary("digits")[1] is None
@@ -633,7 +633,7 @@ def test_a_trial_that_was_ended_half_is_ended_by_the_next_who_looks(
         with pytest.raises(RegistryUnavailable):
             stop_canary(store, "digits")
     assert store.aliases_and_canary("digits")[1] is not None
-    with pytest.raises(VersionNotFound, match="is on trial"):
+    with pytest.raises(VersionNotFound, match="is a canary"):
         stop_canary(store, "digits")
     assert store.aliases_and_canary("digits")[1] is None
     assert promotion.audit(store, "digits")[1] == []

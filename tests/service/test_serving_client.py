@@ -22,8 +22,8 @@ def test_the_status_of_a_service_is_read_over_http(
 @pytest.mark.parametrize(
     "text", [",", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://x:0", "x:8080"]
 )
-def test_a_malformed_address_is_an_error(text: str) -> None:
-    with pytest.raises(UsageError, match="is no http"):
+def test_what_is_no_address_is_said_at_once(text: str) -> None:
+    with pytest.raises(UsageError, match="is not an http"):
         service_addresses({"CONVOY_SERVICE_URL": text})
 
 
@@ -49,6 +49,6 @@ def test_every_machine_of_a_name_is_asked_once(
     assert _replicas("http://service:8080") == asked
 
 
-def test_a_host_name_that_cannot_be_resolved_is_an_error() -> None:
-    with pytest.raises(ModelNotReady, match="cannot be found"):
+def test_a_name_that_nobody_has_is_said() -> None:
+    with pytest.raises(ModelNotReady, match="cannot be resolved"):
         read_serving_status(["http://no-such-name.invalid:1"], "digits")
