@@ -1,10 +1,10 @@
 """``deployment@ALIAS.json``, ``deployment-NUMBER.json``: which versions of a model serve here.
 
-The puller writes them, the workers read them; they are the only channel between them. Each
-reference that is followed has a file of its own, so that a service of the champion and one of a
-pinned number can share a home. A file is replaced atomically: a reader sees the old release or the
-new one. Whether the registry could be reached lately is kept apart in ``pull@ALIAS.json``, so that
-a release changes only when what is served changes.
+The puller writes these files and the workers read them; there is no other channel between the two.
+Each reference that the puller follows has its own file, so a service of the champion and one of a
+fixed version can share a home folder. A file is replaced atomically: a reader sees the old
+deployment or the new one. ``pull@ALIAS.json`` separately says whether the puller could reach the
+registry lately, so a deployment changes only when other versions are to be served.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from registry.core.names import Sha256, shortened
 from registry.model.refs import Canary, ModelRef
 
 DEPLOYMENT_SCHEMA_VERSION = 2
-# What a puller or a worker says went wrong: it goes to probes, to pages and to the registry.
+# Probes, pages and the registry show the errors of pullers and workers, cut to this length.
 MAX_ERROR_CHARS = 2_000
 
 
 class DeployedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One version that serves, and the alias that chose it."""
+    """One version to serve, and the alias that points at it, if any."""
 
     version: Annotated[int, Meta(ge=1)]
     manifest_sha256: Sha256
@@ -37,9 +37,9 @@ class DeployedVersion(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Deployment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What serves: one version, or with a ``canary`` two, the challenger being the second.
+    """What the workers serve: one version, or during a ``canary`` two, the challenger second.
 
-    ``generation`` grows by one with every change; clocks decide nothing.
+    ``generation`` grows by one with every change, so the order does not depend on clocks.
     """
 
     schema_version: int
@@ -49,22 +49,22 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     canary: Canary | None = None
 
     def __post_init__(self) -> None:
-        tried = [self.canary.version] if self.canary else []
-        if [each.version for each in self.versions[1:]] != tried:
-            raise ValueError("a second version is there if, and only if, it is on trial")
+        expected = [self.canary.version] if self.canary else []
+        if [each.version for each in self.versions[1:]] != expected:
+            raise ValueError("a second version must be the canary, and a canary must be the second")
 
     @property
     def key(self) -> int:
-        """Names this release among all, also those of a generation that was counted twice."""
+        """A number that identifies this deployment, even if two have the same generation."""
         return int.from_bytes(hashlib.sha256(msgspec.json.encode(self)).digest()[:7]) + 1
 
     @property
     def challenger(self) -> DeployedVersion | None:
-        """The version that is on trial."""
+        """The version that is the canary; None if there is none."""
         return self.versions[1] if self.canary else None
 
     def find(self, ref: ModelRef) -> DeployedVersion | None:
-        """The version that ``ref`` means, by its alias or its number; None when it is not here."""
+        """The version that ``ref`` names by alias or number; None if it is not deployed."""
         for deployed in self.versions:
             if ref.alias is not None and deployed.alias == ref.alias:
                 return deployed
@@ -74,10 +74,10 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class PullStatus(Struct, frozen=True, kw_only=True):
-    """The puller's last word: when it last agreed with the registry, and what is wrong since.
+    """When the puller last agreed with the registry, and the error since then.
 
-    ``agreed_unix_s`` is for people. How long ago it was is told by the clock that counts since
-    this machine's start, ``boot``, which nobody sets.
+    ``agreed_unix_s`` is for people to read. ``age_s`` uses ``agreed_boot_s``, seconds since the
+    start ``boot`` of this machine, because no operator or time server sets that clock.
     """
 
     agreed_unix_s: float | None
@@ -92,20 +92,21 @@ class PullStatus(Struct, frozen=True, kw_only=True):
             return None
         if self.agreed_boot_s is not None and self.boot == boot_id():
             return max(0.0, boot_s() - self.agreed_boot_s)
-        return max(0.0, time.time() - self.agreed_unix_s)  # the machine was started since
+        return max(0.0, time.time() - self.agreed_unix_s)  # the machine has restarted since
 
 
 def version_folder(models: Path, name: str, version: int) -> Path:
-    """Where the bundle of one version lies once it is whole and verified."""
+    """The folder of one version's bundle. It exists only once the bundle is verified."""
     return models / name / "versions" / str(version)
 
 
 def deployment_file(models: Path, ref: ModelRef) -> Path:
+    """The file that says which versions serve for ``ref``."""
     return _file(models, ref, "deployment")
 
 
 def all_deployments(models: Path, name: str) -> list[Deployment]:
-    """What serves of the model ``name``, by whichever reference; unreadable files are left out."""
+    """All deployments of the model ``name``; unreadable files are left out."""
     found = []
     for file in sorted((models / name).glob("deployment[@-]*.json")):
         with suppress(BundleInvalid, FileNotFoundError):
@@ -114,10 +115,10 @@ def all_deployments(models: Path, name: str) -> list[Deployment]:
 
 
 def read_deployment(models: Path, ref: ModelRef) -> Deployment | None:
-    """What serves for ``ref``; None when nothing was released yet.
+    """The deployment for ``ref``; None if there is none yet.
 
     Raises:
-        BundleInvalid: the file is there but cannot be understood.
+        BundleInvalid: the file exists but cannot be read.
     """
     try:
         return _decode(deployment_file(models, ref), ref.name)
@@ -138,14 +139,14 @@ def _decode(path: Path, name: str) -> Deployment:
         raise BundleInvalid(f"{path} cannot be read: {error}") from error
     if deployment.schema_version != DEPLOYMENT_SCHEMA_VERSION or deployment.model != name:
         raise BundleInvalid(
-            f"{path} is of model {deployment.model}, schema {deployment.schema_version}; "
+            f"{path} is for model {deployment.model}, schema {deployment.schema_version}; "
             f"expected {name}, schema {DEPLOYMENT_SCHEMA_VERSION}"
         )
     return deployment
 
 
 def read_deployment_or_none(models: Path, ref: ModelRef) -> Deployment | None:
-    """What serves for ``ref``; None where there is no release that can be understood."""
+    """The deployment for ``ref``; None if there is none or it cannot be read."""
     try:
         return read_deployment(models, ref)
     except BundleInvalid:
@@ -158,7 +159,7 @@ def write_deployment(
     versions: tuple[DeployedVersion, ...],
     canary: Canary | None = None,
 ) -> Deployment:
-    """Make ``versions`` the release of ``ref``; one that changes nothing keeps its generation."""
+    """Deploy ``versions`` for ``ref``; if nothing changes, the generation stays the same."""
     with locked(deployment_file(models, ref)) as file:
         current = read_deployment_or_none(models, ref)
         if current is not None and (current.versions, current.canary) == (versions, canary):
@@ -175,7 +176,7 @@ def write_deployment(
 
 
 def read_status(models: Path, ref: ModelRef) -> PullStatus:
-    """The puller's last word about ``ref``; all None where no puller ever ran."""
+    """The puller's last status of ``ref``; its times are None if no puller ever wrote one."""
     try:
         return msgspec.json.decode(_file(models, ref, "pull").read_bytes(), type=PullStatus)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
@@ -183,7 +184,7 @@ def read_status(models: Path, ref: ModelRef) -> PullStatus:
 
 
 def write_status(models: Path, ref: ModelRef, error: str | None) -> None:
-    """Note that the registry was reached (``error`` None), or why not."""
+    """Record that the puller agreed with the registry (``error`` None), or why it could not."""
     with locked(_file(models, ref, "pull")) as file:
         if error is None:
             status = PullStatus(agreed_unix_s=time.time(), agreed_boot_s=boot_s(), boot=boot_id())
@@ -193,13 +194,13 @@ def write_status(models: Path, ref: ModelRef, error: str | None) -> None:
 
 
 def boot_s() -> float:
-    """Seconds since this machine's start, sleep included."""
+    """Seconds since this machine started, including time asleep."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @cache
 def boot_id() -> str:
-    """What tells this start of the machine from others."""
+    """An identifier of this start of the machine; empty if the kernel gives none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

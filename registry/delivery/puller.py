@@ -1,7 +1,7 @@
-"""The puller: follows the registry, verifies what it fetches, and lays it out for the workers.
+"""The puller: follows the registry, and puts verified versions on disk for the workers.
 
-Beside it a lookout tells the registry what happens here. Whatever happens there, what lies on disk
-stays as it is and goes on serving.
+A monitor reports to the registry how the versions do on this machine. If the registry fails, the
+versions on disk stay as they are, and the workers go on serving them.
 """
 
 import contextlib
@@ -37,23 +37,24 @@ from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 
-# Beside what serves: a roll-back to one of them needs no download.
+# In addition to the versions that serve: a roll-back to one of them needs no download.
 VERSIONS_KEPT = 5
 
-# How often the file is looked at that says that somebody on this machine has decided something.
-WAKE_S = 0.05
-# A pull that brings less than this in such a time hangs; a byte a second keeps every time-out of
-# MLflow's from ending it.
-HANGS_S, HANGS_BYTES = 60.0, 65_536
-# Beyond what a manifest says, or of a manifest: whoever sends more means no good.
-SLACK_BYTES = 64 * 1024 * 1024
+# How often ``watch`` checks the file that a decision on this machine touches.
+DECISION_POLL_INTERVAL_S = 0.05
+# A pull that receives fewer bytes than this within the time-out has stalled. MLflow's own time-outs
+# do not end it: a byte a second resets them.
+STALL_TIMEOUT_S, MIN_PROGRESS_BYTES = 60.0, 65_536
+# A download may exceed the sizes in its manifest by this much, and the manifest may have this size.
+# A registry that sends more is faulty or hostile.
+MAX_EXTRA_BYTES = 64 * 1024 * 1024
 INCOMING = ".incoming-"
 
-Traces = tuple[str, tuple[tuple[str, int, int], ...]]
+Fingerprint = tuple[str, tuple[tuple[str, int, int], ...]]
 
 
 class Monitor(Protocol):
-    """What tells the registry how versions do on this machine."""
+    """Reports to the registry how versions do on this machine (``CanaryMonitor``)."""
 
     def poll_once(self, store: ModelStore, name: str, canary: Canary | None) -> bool: ...
 
@@ -61,7 +62,7 @@ class Monitor(Protocol):
 
 
 class Puller:
-    """Brings what ``refs`` mean in the registry to disk under ``models``."""
+    """Keeps the versions that ``refs`` name in the registry on disk, under ``paths.models``."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Puller:
         refs: tuple[ModelRef, ...],
         monitor: Monitor | None = None,
     ) -> None:
-        """Without a ``monitor`` nothing is written to the registry: reading it is enough."""
+        """Without a ``monitor`` the puller needs only read access to the registry."""
         self._open_store = open_store
         self._store: ModelStore | None = None
         self._paths = paths
@@ -78,32 +79,34 @@ class Puller:
         self._refs = refs
         self._monitor = monitor
         self._trust = TrustedKeys.from_environment()
-        self._verified: dict[Path, Traces] = {}
+        self._verified: dict[Path, Fingerprint] = {}
         self._pulling_since: float | None = None
-        # Of the download that is on its way.
+        # The present download: its folder, and the bytes that its manifest announces.
         self._incoming: Path | None = None
         self._expected_bytes = 0
 
     def pull(self, ref: ModelRef) -> Deployment:
-        """Resolve ``ref``, fetch its version if it is not here yet, and release it.
+        """Resolve ``ref``, download its version if it is not on disk yet, and deploy it.
 
         Raises:
-            VersionNotFound, RegistryUnavailable, BundleInvalid: as the store; nothing changed.
+            VersionNotFound: the registry has no such version; nothing has changed on disk.
+            RegistryUnavailable: the registry does not answer; nothing has changed on disk.
+            BundleInvalid: the version is damaged or not signed; the deployment has not changed.
         """
-        store = self._at_registry()
+        store = self._opened_store()
         aliases, canary = store.aliases_and_canary(ref.name)
         before = read_deployment_or_none(self._models, ref)
         versions: tuple[DeployedVersion, ...]
         wanted = store.resolve_in(aliases, ref)
         versions = (self._lay_out(store, wanted, ref.alias, before),)
         if ref.alias != CHAMPION or (canary and canary.version == versions[0].version):
-            canary = None  # tried beside the champion, beside nothing else, and not beside itself
+            canary = None  # only a champion has a canary, and never itself
         if canary is not None:
             try:
-                tried = store.resolve_in(aliases, ModelRef(ref.name, canary.version))
-                versions = (*versions, self._lay_out(store, tried, CHALLENGER, before))
-            except (ConvoyError, OSError) as error:  # the champion's matter it is not
-                log.warning("%s is not tried: %s", canary, error)
+                challenger = store.resolve_in(aliases, ModelRef(ref.name, canary.version))
+                versions = (*versions, self._lay_out(store, challenger, CHALLENGER, before))
+            except (ConvoyError, OSError) as error:  # must not keep the champion from serving
+                log.warning("cannot start the canary, %s: %s", canary, error)
                 is_down = isinstance(error, RegistryUnavailable)
                 if is_down and before is not None and before.canary == canary:
                     versions = (*versions, before.versions[1])
@@ -112,28 +115,28 @@ class Puller:
         deployment = write_deployment(self._models, ref, versions, canary)
         if before is None or before.generation != deployment.generation:
             log.info(
-                "released %s version %d%s (generation %d)",
+                "deployed %s version %d%s (generation %d)",
                 ref.name,
                 versions[0].version,
-                f", on trial {canary}" if canary else "",
+                f", canary: {canary}" if canary else "",
                 deployment.generation,
             )
             self._prune(ref.name)
         return deployment
 
     def check_serving(self, ref: ModelRef) -> None:
-        """Ask the services how ``ref`` is served, and have the registry say what went wrong.
+        """Have the monitor check how the services serve ``ref``; pull again if it ends a canary.
 
         Raises:
-            RegistryUnavailable: it cannot be told now; the next look tries again.
+            RegistryUnavailable: the registry cannot be written to now; the next poll tries again.
         """
         deployment = read_deployment_or_none(self._models, ref)
         if self._monitor is None or deployment is None:
             return
-        if self._monitor.poll_once(self._at_registry(), ref.name, deployment.canary):
+        if self._monitor.poll_once(self._opened_store(), ref.name, deployment.canary):
             self.pull(ref)
 
-    def _at_registry(self) -> ModelStore:
+    def _opened_store(self) -> ModelStore:
         if self._store is None:
             self._store = self._open_store()
         return self._store
@@ -141,14 +144,14 @@ class Puller:
     def _lay_out(
         self, store: ModelStore, version: ModelVersion, alias: str | None, before: Deployment | None
     ) -> DeployedVersion:
-        """``version`` on disk, whole and verified, whatever that takes."""
+        """Make sure that a complete and verified ``version`` is on disk; download it if necessary."""
         folder = version_folder(self._models, version.name, version.version)
         if self._trust:
             signed = self._verify_signature(version)
-            # Its end counts when a version is chosen, not while it serves.
+            # A signature must be in force when a version is chosen, not while it serves.
             if not before or version.manifest_sha256 not in _digests(before):
                 check_expiry(signed, time.time())
-        if not self._is_here(folder, version):
+        if not self._is_on_disk(folder, version):
             try:
                 self._fetch(store, folder, version)
             except BundleInvalid as error:
@@ -167,7 +170,7 @@ class Puller:
         )
 
     def pull_all(self) -> bool:
-        """Pull every ref; whether all went well. Failures are logged and noted on disk."""
+        """Pull every ref; whether all succeeded. Logs failures and writes each ref's status to disk."""
         failures = 0
         for ref in self._refs:
             failure: str | None = None
@@ -185,32 +188,35 @@ class Puller:
                 self._pulling_since = None
             try:
                 write_status(self._models, ref, failure)
-            except OSError as error:  # a full or read-only disk: what serves is not touched
-                log.warning("cannot note the state of %s: %s", ref, error)
+            except OSError as error:  # a full or read-only disk does not affect serving
+                log.warning("cannot write the status of %s: %s", ref, error)
         return failures == 0
 
     def guard(
         self, stop: Event, end: Callable[[], object] = lambda: os._exit(os.EX_TEMPFAIL)
     ) -> None:
-        """End this process when a pull hangs or brings what was not said, until ``stop`` is set.
+        """End this process if a pull stalls or exceeds its manifest, until ``stop`` is set.
 
-        Nothing less ends a thread that waits for a socket; whoever has started the puller starts it
-        again. For a thread of its own.
+        Only the end of the process ends a thread that waits for a socket. The supervisor that
+        started the puller starts it again. Run this in a thread of its own.
         """
         progress, since = 0, time.monotonic()
         while not stop.wait(1.0):
             started, arrived = self._pulling_since, self._arrived_bytes()
             now = time.monotonic()
             progress = min(progress, arrived)
-            if started is None or started > since or arrived - progress >= HANGS_BYTES:
+            if started is None or started > since or arrived - progress >= MIN_PROGRESS_BYTES:
                 progress, since = arrived, now
             why = None
-            if started is not None and now - since > HANGS_S:
-                why = f"the registry has sent next to nothing for {HANGS_S:.0f} s"
-            elif arrived > self._expected_bytes + SLACK_BYTES:
-                why = f"the registry has sent {arrived:,} bytes of {self._expected_bytes:,}"
+            if started is not None and now - since > STALL_TIMEOUT_S:
+                why = f"the registry has sent next to nothing for {STALL_TIMEOUT_S:.0f} s"
+            elif arrived > self._expected_bytes + MAX_EXTRA_BYTES:
+                why = (
+                    f"the registry has sent {arrived:,} bytes, the manifest announced "
+                    f"{self._expected_bytes:,}"
+                )
             if why is not None:
-                log.error("%s; the puller ends, to begin anew", why)
+                log.error("%s; the puller ends, for its supervisor to restart it", why)
                 for ref in self._refs:
                     with contextlib.suppress(OSError):
                         write_status(self._models, ref, why)
@@ -218,9 +224,9 @@ class Puller:
                 since = now
 
     def _arrived_bytes(self) -> int:
-        """What has come of the download that is on its way."""
+        """The size of the present download so far."""
         incoming, total = self._incoming, 0
-        with contextlib.suppress(OSError):  # it was renamed meanwhile
+        with contextlib.suppress(OSError):  # another thread renamed the folder meanwhile
             for file in incoming.rglob("*") if incoming else ():
                 total += file.stat().st_size if file.is_file() else 0
         return total
@@ -228,7 +234,7 @@ class Puller:
     def watch(self, stop: Event, interval_s: float) -> None:
         """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set.
 
-        At once when something is decided on this machine.
+        A decision that is made on this machine causes a pull at once.
         """
         while not stop.is_set():
             decided = self._decided_ns()
@@ -236,7 +242,7 @@ class Puller:
             pause_s = interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
             again_at = time.monotonic() + pause_s
             while time.monotonic() < again_at and self._decided_ns() == decided:
-                if stop.wait(min(WAKE_S, pause_s)):
+                if stop.wait(min(DECISION_POLL_INTERVAL_S, pause_s)):
                     break
 
     def _decided_ns(self) -> int:
@@ -245,9 +251,9 @@ class Puller:
         except OSError:
             return 0
 
-    def _is_here(self, folder: Path, version: ModelVersion) -> bool:
-        """Whether a whole copy lies in ``folder``; it is read again when a file was touched."""
-        if folder in self._verified and self._verified[folder] == _traces(folder, version):
+    def _is_on_disk(self, folder: Path, version: ModelVersion) -> bool:
+        """Whether ``folder`` has a complete copy; it is verified again if a file has changed."""
+        if folder in self._verified and self._verified[folder] == _fingerprint(folder, version):
             return True
         if not folder.is_dir():
             return False
@@ -255,15 +261,15 @@ class Puller:
             bundle = open_bundle(folder, version.manifest_sha256)
             bundle.verify(bundle.serving_files())
         except BundleInvalid as error:
-            log.warning("%s; fetching it again", error)
+            log.warning("%s; downloading it again", error)
             return False
-        self._verified[folder] = _traces(folder, version)
+        self._verified[folder] = _fingerprint(folder, version)
         return True
 
     def _fetch(self, store: ModelStore, folder: Path, version: ModelVersion) -> None:
-        """Fetch into a temporary folder, verify, flush, rename: never half a bundle in place."""
+        """Download into a temporary folder, verify, flush, rename: never half a bundle in place."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(folder.parent)
+        _remove_abandoned(folder.parent)
         with (
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=INCOMING) as name,
             _locked(Path(name)),
@@ -271,29 +277,29 @@ class Puller:
             self._incoming, self._expected_bytes = Path(name), 0
             incoming = Path(name) / "bundle"
             try:
-                store.download(version, incoming, self._room_for)
+                store.download(version, incoming, self._files_to_fetch)
             finally:
                 self._incoming = None
             fsync_tree(incoming)
             if folder.exists():
                 folder.rename(Path(name) / "damaged")
             incoming.rename(folder)
-        self._verified[folder] = _traces(folder, version)
+        self._verified[folder] = _fingerprint(folder, version)
 
-    def _room_for(self, bundle: Bundle) -> list[str]:
-        """The files to fetch, if the disk has room for them."""
+    def _files_to_fetch(self, bundle: Bundle) -> list[str]:
+        """The files to download; raises ``OSError`` if the disk has too little room for them."""
         names = bundle.serving_files()
         self._expected_bytes = sum(bundle.manifest.files[name].size_bytes for name in names)
         free = shutil.disk_usage(self._models).free
-        if free < self._expected_bytes + SLACK_BYTES:
-            needed = f"{self._expected_bytes:,} bytes and {SLACK_BYTES:,} to spare"
+        if free < self._expected_bytes + MAX_EXTRA_BYTES:
+            needed = f"{self._expected_bytes:,} bytes and {MAX_EXTRA_BYTES:,} in reserve"
             raise OSError(
                 errno.ENOSPC, f"{needed} are needed, {free:,} are free", str(self._models)
             )
         return names
 
     def _prune(self, name: str) -> None:
-        """Remove old versions, except those that serve: here or for other references."""
+        """Remove old versions, except those that serve for any reference."""
         deployments = all_deployments(self._models, name)
         serving = {each.version for deployment in deployments for each in deployment.versions}
         folders = [
@@ -303,13 +309,15 @@ class Puller:
         ]
         newest_first = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
         for folder in newest_first[VERSIONS_KEPT:]:
-            log.info("removing %s: not served, and %d newer ones are kept", folder, VERSIONS_KEPT)
+            log.info(
+                "removing %s: it does not serve, and %d newer ones are kept", folder, VERSIONS_KEPT
+            )
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Show other pullers of these models that this folder is in use; ``OSError`` if it is."""
+    """Mark ``folder`` as in use for other pullers; ``OSError`` if another one uses it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -318,11 +326,11 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_left(versions: Path) -> None:
-    """Remove what pullers that were killed have left."""
-    for left in versions.glob(f"{INCOMING}*"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
+def _remove_abandoned(versions: Path) -> None:
+    """Remove the incomplete downloads of pullers that were killed."""
+    for folder in versions.glob(f"{INCOMING}*"):
+        with contextlib.suppress(OSError), _locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _digests(deployment: Deployment) -> set[str]:
@@ -336,8 +344,8 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _traces(folder: Path, version: ModelVersion) -> Traces:
-    """What changes when a file in ``folder`` does, or when another version is meant."""
+def _fingerprint(folder: Path, version: ModelVersion) -> Fingerprint:
+    """A value that changes when a file in ``folder`` or the version's digest changes."""
     files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     return version.manifest_sha256, tuple(
         (str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files

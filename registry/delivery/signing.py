@@ -1,11 +1,12 @@
-"""Who vouches for a version: Ed25519 signatures over a manifest's digest.
+"""Signs and verifies versions: Ed25519 signatures over a manifest's digest.
 
-The key stays with whoever signs, not on the registry's host; so that whoever can write to the
-registry, its database and its artefacts, still cannot have anything served that was not signed.
-What is signed names the model, the version and the second at which the signature ends, so a
-version cannot be put forward under another name, nor chosen after that. An earlier version with a
-valid signature can be chosen again: a roll-back needs no signer. To revoke signatures, remove their
-key from the trusted ones. The envelope is DSSE's (github.com/secure-systems-lab/dsse, version 1).
+The publisher keeps the private key off the registry's host. So an attacker who can write to the
+registry, its database and its artefacts still cannot have an unsigned version served. The signed
+statement names the model, the version and the second at which the signature expires. So an attacker
+cannot present a version under another name, and a puller does not choose it after that time. A
+puller may choose an earlier version with a valid signature again: a roll-back needs no new
+signature. To revoke signatures, remove their key from the trusted ones. The envelope is DSSE's
+(github.com/secure-systems-lab/dsse, version 1).
 """
 
 import base64
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 SIGNATURE = "signature.json"
-"""In a version's folder, beside its bundle: the envelope as the registry had it."""
+"""The file of the envelope in a version's folder, as the registry had it."""
 
 PAYLOAD_TYPE = "application/vnd.convoy.version+json"
 MAX_BYTES = 16_384
@@ -35,7 +36,7 @@ DAY_S = 86_400
 
 
 class Statement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is signed: that this manifest is this version of this model, until then."""
+    """What a signature covers: until it expires, this manifest is this version of this model."""
 
     model: str
     version: int
@@ -51,7 +52,7 @@ class KeySignature(Struct, frozen=True):
 
 
 class Envelope(Struct, frozen=True, rename="camel"):
-    """A signed statement as JSON, base64 within."""
+    """A DSSE envelope: a signed statement as JSON, whose payload and signatures are base64."""
 
     payload_type: str
     payload: str
@@ -59,14 +60,14 @@ class Envelope(Struct, frozen=True, rename="camel"):
 
 
 class Signed(Struct, frozen=True):
-    """A statement that somebody trusted has signed, and the name of the key."""
+    """A statement that a trusted key has signed, and the name of that key."""
 
     statement: Statement
     by: str
 
 
 class TrustedKeys:
-    """The public keys that may vouch for versions here; none means that nothing need be signed."""
+    """The public keys whose signatures count here; without any, versions need no signature."""
 
     def __init__(self, keys: dict[str, bytes]) -> None:
         """``keys``: raw public keys of 32 bytes, by name."""
@@ -74,10 +75,10 @@ class TrustedKeys:
 
     @classmethod
     def from_environment(cls) -> "TrustedKeys":
-        """Those of the file that ``CONVOY_TRUSTED_KEYS`` names.
+        """The keys in the file that ``CONVOY_TRUSTED_KEYS`` names; none if it is not set.
 
         Raises:
-            UsageError: it is no file of keys, or cryptography is not installed.
+            UsageError: the file has no valid keys, or the package cryptography is not installed.
         """
         name = os.environ.get("CONVOY_TRUSTED_KEYS")
         return cls(read_public_keys(Path(name))) if name else cls({})
@@ -86,20 +87,26 @@ class TrustedKeys:
         return bool(self._keys)
 
     def check(self, envelope: str | None, name: str, version: int, manifest_sha256: str) -> Signed:
-        """What a trusted key says of this version.
+        """The statement by which a trusted key has signed this version.
 
         Raises:
-            BundleInvalid: none says so.
+            BundleInvalid: no trusted key has signed this version.
         """
         what = f"{name} version {version}"
         if not envelope:
-            raise BundleInvalid(f"{what} is not signed, and CONVOY_TRUSTED_KEYS asks for it")
-        signed = self._open(envelope, what)
-        said = signed.statement
-        if (said.model, said.version, said.manifest_sha256) != (name, version, manifest_sha256):
             raise BundleInvalid(
-                f"{what}: its signature is of {said.model} version {said.version}, "
-                f"manifest {said.manifest_sha256[:12]}…"
+                f"{what} is not signed, and CONVOY_TRUSTED_KEYS requires a signature; sign it"
+            )
+        signed = self._open(envelope, what)
+        statement = signed.statement
+        if (statement.model, statement.version, statement.manifest_sha256) != (
+            name,
+            version,
+            manifest_sha256,
+        ):
+            raise BundleInvalid(
+                f"{what}: its signature is for {statement.model} version {statement.version}, "
+                f"manifest {statement.manifest_sha256[:12]}…"
             )
         return signed
 
@@ -121,19 +128,24 @@ class TrustedKeys:
                 except InvalidSignature:
                     continue
                 if envelope.payload_type != PAYLOAD_TYPE:
-                    raise BundleInvalid(f"{what}: signed is a {envelope.payload_type!r}")
+                    raise BundleInvalid(
+                        f"{what}: its signature has the payload type {envelope.payload_type!r}, "
+                        f"not {PAYLOAD_TYPE!r}"
+                    )
                 try:
                     return Signed(msgspec.json.decode(payload, type=Statement), by)
                 except (msgspec.MsgspecError, ValueError) as error:
-                    raise BundleInvalid(f"{what}: what is signed is no statement") from error
+                    raise BundleInvalid(
+                        f"{what}: the signed payload is not a statement: {error}"
+                    ) from error
         raise BundleInvalid(f"{what}: no trusted key has signed it")
 
 
 def sign(version: ModelVersion, key: Path, days: int) -> str:
-    """The envelope in which the private ``key`` vouches for ``version`` for so many ``days``.
+    """The envelope that signs ``version`` with the private key in the file ``key``, for ``days``.
 
     Raises:
-        UsageError: the file holds no Ed25519 private key.
+        UsageError: the file does not hold an Ed25519 private key.
     """
     private = _read_private_key(key)
     statement = Statement(
@@ -154,13 +166,13 @@ def sign(version: ModelVersion, key: Path, days: int) -> str:
 
 
 def check_signature(bundle: Bundle, name: str, version: int, keys: TrustedKeys) -> Signed:
-    """What the file beside ``bundle`` says of it.
+    """The statement in the signature file of ``bundle``'s folder.
 
-    ``name`` is the model that is to be served. The manifest's own name proves nothing: a bundle
-    that was signed as another model's may lie in this model's folder.
+    ``name`` is the model that is to be served. The manifest's own name proves nothing: the folder
+    may contain a bundle that was signed for another model.
 
     Raises:
-        BundleInvalid: no trusted key says that this bundle is this version of the model ``name``.
+        BundleInvalid: no trusted key has signed this bundle as this version of the model ``name``.
     """
     try:
         envelope = (bundle.folder / SIGNATURE).read_bytes()[: MAX_BYTES + 1]
@@ -172,19 +184,20 @@ def check_signature(bundle: Bundle, name: str, version: int, keys: TrustedKeys) 
 
 
 def check_expiry(signed: Signed, now_unix_s: float) -> None:
-    """Refuse to choose a version whose signature has ended; raises ``BundleInvalid``."""
-    said = signed.statement
-    if now_unix_s > said.expires_unix_s:
+    """Raise ``BundleInvalid`` if the signature has expired at ``now_unix_s``."""
+    statement = signed.statement
+    if now_unix_s > statement.expires_unix_s:
         raise BundleInvalid(
-            f"{said.model} version {said.version}: its signature has ended; sign it again"
+            f"{statement.model} version {statement.version}: its signature has expired; sign it "
+            "again"
         )
 
 
 def make_key(file: Path) -> str:
-    """Make a private key in ``file``, which only its owner may read; the public one as a line.
+    """Write a new private key to ``file``, with mode 600; returns the public key as a line.
 
     Raises:
-        UsageError: there is such a file already.
+        UsageError: the file exists already or cannot be written.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -206,11 +219,13 @@ def make_key(file: Path) -> str:
 
 
 def read_public_keys(file: Path) -> dict[str, bytes]:
-    """The keys in ``file``: on each line a name and 32 bytes in base64; ``#`` begins a remark."""
+    """The keys in ``file``: on each line a name and 32 bytes in base64; ``#`` starts a comment."""
     try:
-        import cryptography  # noqa: F401 - said now, not at the first version
+        import cryptography  # noqa: F401 - fail now, not at the first version
     except ImportError as error:
-        raise UsageError("CONVOY_TRUSTED_KEYS needs the package cryptography") from error
+        raise UsageError(
+            "CONVOY_TRUSTED_KEYS is set, and needs the package cryptography: install it"
+        ) from error
     keys = {}
     try:
         for line in file.read_text().splitlines():
@@ -218,11 +233,14 @@ def read_public_keys(file: Path) -> dict[str, bytes]:
                 name, text = words
                 keys[name] = base64.b64decode(text, validate=True)
                 if len(keys[name]) != 32:
-                    raise ValueError(f"{name} has {len(keys[name])} bytes")
+                    raise ValueError(f"the key {name} has {len(keys[name])} bytes, not 32")
     except (OSError, ValueError, binascii.Error) as error:
         raise UsageError(f"CONVOY_TRUSTED_KEYS={file}: {error}") from error
     if not keys:
-        raise UsageError(f"CONVOY_TRUSTED_KEYS={file} has no key: nothing could be served")
+        raise UsageError(
+            f"CONVOY_TRUSTED_KEYS={file} has no key, so no version could be served; add a line of "
+            "keygen"
+        )
     return keys
 
 
@@ -240,7 +258,7 @@ def _read_private_key(file: Path) -> "Ed25519PrivateKey":
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(f"{file} holds no Ed25519 key")
+        raise UsageError(f"{file} does not hold an Ed25519 key; make one with keygen")
     return key
 
 

@@ -234,7 +234,7 @@ def _foreign_champion(champion: ForeignVersion, challenger: ModelVersion) -> Gat
 def _prediction_changes(
     comparison: GateComparison, pairs: Pairs, champion: Bundle, challenger: Bundle
 ) -> tuple[PredictionChange, ...]:
-    """The changed predictions, most confident mistakes first, ``MAX_SHOWN_CHANGES`` of each kind."""
+    """At most ``MAX_SHOWN_CHANGES`` of each kind, most confident mistakes first."""
     sides = (
         (pairs.champion, champion.manifest.labels),
         (pairs.challenger, challenger.manifest.labels),

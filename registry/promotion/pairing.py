@@ -33,7 +33,7 @@ class Pairs(Struct, frozen=True, kw_only=True):
     Attributes:
         champion: with the labels as the champion numbers them.
         challenger: with the labels as the challenger numbers them.
-        positions: int64 (N,), ascending: the place of each among the challenger's held-out pictures.
+        positions: int64 (N,), ascending: their places among the challenger's held-out pictures.
         class_changes: how the classes differ for clients; empty if they do not.
         notes: how the data differ, and what was left out.
     """

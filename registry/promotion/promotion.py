@@ -226,7 +226,7 @@ def stop_canary(
 
 
 def note_refusal(store: ModelStore, version: ModelVersion, details: str, by: str) -> None:
-    """Record that the machine ``by`` cannot serve ``version``; only the first reason is recorded."""
+    """Record, once, that the machine ``by`` cannot serve ``version``; later reasons are dropped."""
     store.check_log(version.name)
     audit_log = store.audit_log(version.name)
     refused = "refused", version.manifest_sha256, by
