@@ -1,4 +1,4 @@
-"""The commands of ``python -m registry``: arguments in, a table out.
+"""The commands of ``python -m registry``: they parse arguments and print results.
 
-May import every folder of ``registry``, late. Decides nothing itself.
+May import every folder of ``registry``, but only when a command runs. Decides nothing itself.
 """

@@ -1,4 +1,4 @@
-"""Verbs that compare and decide: ``promote``, ``evaluate``, ``roll-back``, ``canary``."""
+"""Commands that compare and decide: ``promote``, ``evaluate``, ``roll-back``, ``canary``."""
 
 import argparse
 from pathlib import Path
@@ -12,8 +12,10 @@ from registry.model.refs import Canary, ref_of
 
 
 def add_to(commands: Any) -> None:
-    """Add these verbs to argparse's ``commands``."""
-    promote = commands.add_parser("promote", help="make a version the champion if it is no worse")
+    """Add these commands to argparse's ``commands``."""
+    promote = commands.add_parser(
+        "promote", help="make a version the champion if the gate accepts it"
+    )
     promote.add_argument("name")
     promote.add_argument("version", help="number or alias")
     promote.add_argument("--force", action="store_true", help="promote even if the gate refuses")
@@ -24,26 +26,29 @@ def add_to(commands: Any) -> None:
     evaluate.add_argument("version", nargs="?", default="challenger", help="number or alias")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument(
-        "--page", type=Path, metavar="FILE", help="also write a page, with the changed pictures"
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="also write an HTML page that shows the changed predictions",
     )
     evaluate.set_defaults(run=_evaluate)
     for command in (promote, evaluate):
         command.add_argument(
-            "--skip-latency", action="store_true", help="run no forward passes: takes seconds less"
+            "--skip-latency", action="store_true", help="do not time forward passes; saves seconds"
         )
         command.add_argument(
             "--allow-new-classes",
             action="store_true",
-            help="accept new, removed or renamed classes; the shared ones are compared",
+            help="accept new, removed or renamed classes; only the shared ones are compared",
         )
 
     roll_back = commands.add_parser("roll-back", help="make the previous champion champion again")
     roll_back.add_argument("name")
     roll_back.set_defaults(run=_roll_back)
 
-    canary = commands.add_parser("canary", help="have a version answer real requests")
+    canary = commands.add_parser("canary", help="have a challenger answer a share of real requests")
     actions = canary.add_subparsers(required=True, metavar="start|stop")
-    start_canary = actions.add_parser("start", help="have a version answer a share of the requests")
+    start_canary = actions.add_parser("start", help="start a canary; it replaces the present one")
     start_canary.add_argument("name")
     start_canary.add_argument("--challenger", required=True, metavar="N", help="number or alias")
     start_canary.add_argument(
@@ -51,7 +56,7 @@ def add_to(commands: Any) -> None:
         type=_share,
         default=0.0,
         metavar="10%",
-        help="of the requests, to be answered by it",
+        help="the share of requests that the challenger answers",
     )
     start_canary.add_argument(
         "--shadow",
@@ -60,7 +65,8 @@ def add_to(commands: Any) -> None:
         const=1.0,
         default=0.0,
         metavar="25%",
-        help="of the champion's images, to be scored by it too; without a value all",
+        help="the share of the champion's images that the challenger also scores, without "
+        "answering; all if no value is given",
     )
     start_canary.set_defaults(run=_start_canary)
     for command in (promote, roll_back, start_canary):
@@ -68,15 +74,18 @@ def add_to(commands: Any) -> None:
             "--expect-champion",
             type=int,
             metavar="N",
-            help="refuse when another version is the champion by then",
+            help="refuse if another version is the champion by then",
         )
 
-    stop_canary = actions.add_parser("stop", help="have the champion answer everything again")
+    stop_canary = actions.add_parser(
+        "stop", help="stop the canary: the champion answers all requests again"
+    )
     stop_canary.add_argument("name")
     stop_canary.set_defaults(run=_stop_canary)
     for command in (promote, roll_back, start_canary, stop_canary):
         command.add_argument(
-            "--reason", help="why; recorded with the decision, as is $LOGNAME, marked (unverified)"
+            "--reason",
+            help="why; the audit log records it, and your $LOGNAME marked (unverified)",
         )
 
 
@@ -159,11 +168,13 @@ def _stop_canary(arguments: argparse.Namespace) -> int:
 
 
 def _share(text: str) -> float:
-    """``10%``; a bare number could as well mean that many of a hundred as that many times all."""
+    """Parse ``10%``. A bare number is refused: 1 could mean one percent or all."""
     try:
         share = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 10%")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a share; write a percentage above 0% and up to 100%, such as 10%"
+        )
     return share

@@ -1,5 +1,4 @@
-"""The command line's verbs about who may ask and who vouches: ``token``, ``keygen``, ``sign``,
-``verify``."""
+"""Commands about tokens and signatures: ``token``, ``keygen``, ``sign``, ``verify``."""
 
 import argparse
 import sys
@@ -20,30 +19,40 @@ DEFAULT_DAYS = 365
 
 
 def add_to(commands: Any) -> None:
-    """Add these verbs to argparse's ``commands``."""
-    token = commands.add_parser("token", help="who may use the service and the control plane")
-    verbs = token.add_subparsers(required=True, metavar="VERB")
-    add = verbs.add_parser("add", help="make a token; it is shown once")
+    """Add these commands to argparse's ``commands``."""
+    token = commands.add_parser(
+        "token", help="manage the tokens for the service and the control plane"
+    )
+    actions = token.add_subparsers(required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="make a token and print it; it is not shown again")
     add.add_argument("name")
     add.add_argument("--role", choices=["classify", "viewer", "admin"], required=True)
     add.set_defaults(run=_add_token)
-    remove = verbs.add_parser("remove", help="have a token open nothing any more")
+    remove = actions.add_parser(
+        "remove", help="remove a token: the service and the control plane refuse it"
+    )
     remove.add_argument("name")
     remove.set_defaults(run=_remove_token)
-    verbs.add_parser("list", help="names and roles").set_defaults(run=_list_tokens)
+    actions.add_parser("list", help="list names and roles").set_defaults(run=_list_tokens)
 
     keygen = commands.add_parser("keygen", help="make a key to sign versions with")
-    keygen.add_argument("file", type=Path, help="for the private key; keep it off the registry")
+    keygen.add_argument(
+        "file", type=Path, help="where to write the private key; keep it off the registry's host"
+    )
     keygen.set_defaults(run=_keygen)
-    sign = commands.add_parser("sign", help="vouch for a version with your key")
-    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="of keygen")
-    sign.add_argument("--days", type=int, default=DEFAULT_DAYS, help="that it is good for")
+    sign = commands.add_parser("sign", help="sign a version with your private key")
+    sign.add_argument(
+        "--key", type=Path, required=True, metavar="FILE", help="the private key that keygen wrote"
+    )
+    sign.add_argument(
+        "--days", type=int, default=DEFAULT_DAYS, help="how long the signature is valid"
+    )
     sign.set_defaults(run=_sign)
-    verify = commands.add_parser("verify", help="who vouches for a version, and is it whole")
+    verify = commands.add_parser("verify", help="check the files and the signature of a version")
     verify.set_defaults(run=_verify)
     for command in (sign, verify):
         command.add_argument("name")
-        command.add_argument("version", help="its number, or an alias")
+        command.add_argument("version", help="number or alias")
 
 
 def _add_token(arguments: argparse.Namespace) -> int:
@@ -51,7 +60,10 @@ def _add_token(arguments: argparse.Namespace) -> int:
 
     text = Tokens(convoy_paths().tokens).add(arguments.name, arguments.role)
     print(text)
-    print(f"{arguments.role} {arguments.name}: keep it, it is not shown again", file=sys.stderr)
+    print(
+        f"the {arguments.role} token of {arguments.name}: keep it, it is not shown again",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -59,7 +71,7 @@ def _remove_token(arguments: argparse.Namespace) -> int:
     from registry.auth.tokens import Tokens
 
     Tokens(convoy_paths().tokens).remove(arguments.name)
-    print(f"the token {arguments.name} opens nothing any more")
+    print(f"the token {arguments.name} is removed and no longer accepted")
     return 0
 
 
@@ -76,8 +88,8 @@ def _keygen(arguments: argparse.Namespace) -> int:
 
     print(make_key(arguments.file))
     print(
-        f"{arguments.file} is yours alone; the line above belongs into the file that "
-        "CONVOY_TRUSTED_KEYS names, where versions are served",
+        f"{arguments.file} has the private key: keep it secret. Add the line above to the file "
+        "that CONVOY_TRUSTED_KEYS names, on the machines that serve versions",
         file=sys.stderr,
     )
     return 0
@@ -87,14 +99,14 @@ def _sign(arguments: argparse.Namespace) -> int:
     from registry.delivery import signing
 
     if arguments.days < 1:
-        raise UsageError(f"--days {arguments.days}: at least 1")
+        raise UsageError(f"--days is {arguments.days}; it must be at least 1")
     store, version = _find(arguments)
     with tempfile.TemporaryDirectory(prefix="convoy-sign-") as folder:
-        store.download(version, Path(folder))  # nobody should vouch for what cannot be read
+        store.download(version, Path(folder))  # sign only a version whose files are intact
     store.sign(version, signing.sign(version, arguments.key, arguments.days))
     print(
         f"signed {version.name} version {version.version}, manifest "
-        f"{version.manifest_sha256[:12]}…, good for {arguments.days} days"
+        f"{version.manifest_sha256[:12]}…, valid for {arguments.days} days"
     )
     return 0
 
@@ -107,15 +119,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="convoy-verify-") as folder:
         bundle = store.download(version, Path(folder))
     what = f"{version.name} version {version.version}"
-    print(f"{what}: {len(bundle.manifest.files)} files, each as its manifest says")
+    print(f"{what}: all {len(bundle.manifest.files)} files match the manifest")
     if not keys:
-        print("CONVOY_TRUSTED_KEYS is not set: who signed it was not looked at")
+        print("CONVOY_TRUSTED_KEYS is not set: the signature was not checked")
         return 0
     signed = keys.check(version.signature, version.name, version.version, version.manifest_sha256)
     ends = datetime.fromtimestamp(signed.statement.expires_unix_s, UTC)
-    ended = ends < datetime.now(UTC)
-    print(f"{what}: signed by {signed.by}, {'ENDED' if ended else 'good until'} {ends:%Y-%m-%d}")
-    return 1 if ended else 0
+    expired = ends < datetime.now(UTC)
+    validity = "EXPIRED" if expired else "valid until"
+    print(f"{what}: signed by {signed.by}, {validity} {ends:%Y-%m-%d}")
+    return 1 if expired else 0
 
 
 def _find(arguments: argparse.Namespace) -> "tuple[ModelStore, ModelVersion]":

@@ -1,4 +1,4 @@
-"""``python -m registry``: look at versions, judge, try, promote, take back, and follow."""
+"""``python -m registry``: list, compare, promote, roll back, start a canary, pull and serve."""
 
 import argparse
 import os
@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m registry",
-        description="The registry of model versions: look, judge, try, promote, take back, follow.",
+        description="The registry of model versions: list and compare versions, promote them, roll "
+        "back, run canaries, and bring versions to the machines that serve.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for verbs in (versions, decisions, serving, keys):
-        verbs.add_to(commands)
+    for group in (versions, decisions, serving, keys):
+        group.add_to(commands)
     return parser

@@ -1,7 +1,7 @@
 """Make the account with which pullers read MLflow: ``python -m registry.cli.reader_account``.
 
-A step of the containers' start, with the administrator's account. The new account has no rights of
-its own: MLflow's default, READ, is all that it may (deploy/mlflow-auth.ini).
+The containers run this at their start, with the administrator's account. The new account has no
+permissions of its own, so it has MLflow's default, READ (deploy/mlflow-auth.ini).
 """
 
 import os
@@ -19,7 +19,7 @@ TIMEOUT_S = 30.0
 
 
 def make_reader(address: str, admin: tuple[str, str], password: str) -> None:
-    """Make the account; one that is there gets this ``password``, and is not an administrator then.
+    """Make the account ``reader``, or reset an existing one: ``password``, not an administrator.
 
     Raises:
         RegistryUnavailable: MLflow does not answer, or refuses.
@@ -54,11 +54,13 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
             admin = found["MLFLOW_TRACKING_USERNAME"], found["MLFLOW_TRACKING_PASSWORD"]
             make_reader(found["MLFLOW_TRACKING_URI"], admin, found["MLFLOW_READER_PASSWORD"])
         except KeyError as error:
-            raise UsageError(f"{error.args[0]} is not set") from error
+            raise UsageError(
+                f"{error.args[0]} is not set; it is needed to make an account"
+            ) from error
     except ConvoyError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"the account {READER!r} is there")
+    print(f"the account {READER!r} is ready")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What ``python -m registry`` prints: versions, one version, decisions, plans, live figures.
+"""The texts that ``python -m registry`` prints: versions, decisions, plans, live figures.
 
-Texts from the registry and from services are other people's: each stays on its own line, with its
+Texts from the registry and from services are untrusted: each stays on its own line, with its
 control characters escaped.
 """
 
@@ -21,7 +21,7 @@ BAR = 24  # characters
 
 
 def versions_table(rows: Iterable[tuple[ModelVersion, Mapping[str, str]]]) -> str:
-    """A line for each version, from its tags."""
+    """A table with a line for each version, from its tags."""
     heading = f"{'model':<20} {'version':>7}  {'aliases':<22} {'validation':>10} {'test':>8}"
     lines = [f"{heading}  recipe    made"]
     lines += [
@@ -35,7 +35,7 @@ def versions_table(rows: Iterable[tuple[ModelVersion, Mapping[str, str]]]) -> st
 
 
 def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence["Line"]) -> str:
-    """One version: where it is from, what it takes and reaches, the decisions about its model."""
+    """One version: its origin, input and metrics, and the decisions about its model."""
     preprocess, data, source = manifest.preprocess, manifest.data, manifest.source
     lines = [
         f"{version.name} version {version.version} ({', '.join(version.aliases) or 'no alias'})",
@@ -53,7 +53,7 @@ def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence[
 
 
 def decision(line: "Line") -> str:
-    """One line of the ledger."""
+    """One line of the audit log as text."""
     entry = line.entry
     overtaken = "" if line.stands else ", overtaken"
     return one_line(
@@ -64,13 +64,13 @@ def decision(line: "Line") -> str:
 
 
 def plans_table(selection: "PlanSelection", manifest: Manifest) -> str:
-    """Each plan that was tried, fastest first: times, memory, accuracy, verdict."""
+    """Each benchmarked plan, fastest first: times, memory, accuracy, result."""
     from registry.model.plans.base import find_plan
     from registry.model.plans.planner import score
 
     lines = [
         f"{'plan':<18} {'ms at 1':>9} {'at 8':>9} {'at 32':>9} {'memory MB':>10} "
-        f"{'difference':>10} {'held-out':>8}  verdict"
+        f"{'difference':>10} {'held-out':>8}  result"
     ]
     for each in sorted(selection.results, key=lambda result: score(result.batch_ms)):
         accuracy = manifest.plan_accuracy.get(each.plan)
@@ -88,12 +88,12 @@ def plans_table(selection: "PlanSelection", manifest: Manifest) -> str:
 
 
 def traffic_page(status: ServingStatus) -> str:
-    """A column for each version that serves, its times as bars, and the workers."""
-    here = [number for number in (status.champion, status.challenger) if number is not None]
-    shown = [status.of(number) for number in here]
-    names = ["champion", "challenger"][: len(here)]
+    """A column for each version that serves, bars of its times, and a line for each worker."""
+    serving = [number for number in (status.champion, status.challenger) if number is not None]
+    shown = [status.of(number) for number in serving]
+    names = ["champion", "challenger"][: len(serving)]
     rows: list[tuple[str, ...]] = [
-        ("", *(f"{name} {number}" for name, number in zip(names, here, strict=True))),
+        ("", *(f"{name} {number}" for name, number in zip(names, serving, strict=True))),
         ("requests", *(f"{each.requests:,}" for each in shown)),
         ("errors", *(f"{each.errors:,} ({each.error_rate:.2%})" for each in shown)),
         ("p50 ms", *(_ms(each.quantile_s(0.5)) for each in shown)),
@@ -104,7 +104,7 @@ def traffic_page(status: ServingStatus) -> str:
     ]
     lines = [f"{row[0]:<24}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows]
     for name, each in zip(names, shown, strict=True):
-        lines += [f"times of the {name}", *_bars(each)]
+        lines += [f"response times of the {name}", *_bars(each)]
     for worker in status.workers:
         lines.append(
             f"worker {worker.pid}: version {worker.version}, generation {worker.generation}"

@@ -1,11 +1,11 @@
-"""Run a command with secrets that lie in files: ``python -m registry.cli.secret_files COMMAND …``.
+"""Run a command with secrets from files: ``python -m registry.cli.secret_files COMMAND …``.
 
-Containers are given secrets as files, while libpq, MLflow and S3 clients look for them in the
-environment, where ``docker inspect`` would show them. ``NAME_FILE`` says where the value of
-``NAME`` lies; the command takes this process's place.
+libpq, MLflow and S3 clients read secrets from the environment, but ``docker inspect`` shows the
+environment that a container is configured with. So containers get secrets as files: ``NAME_FILE``
+is the path of the file with the value of ``NAME``. The command replaces this process.
 
-The command and all that it starts can gain no privileges: Swarm ignores Compose's
-``no-new-privileges``, so the images set it themselves.
+The command and its children cannot gain privileges. Swarm ignores Compose's ``no-new-privileges``,
+so the images set it themselves, through this module.
 """
 
 import os
@@ -29,10 +29,10 @@ NAMES = (
 
 
 def with_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` with each of ``NAMES`` whose ``NAME_FILE`` it has.
+    """A copy of ``environment`` with the secrets of ``NAMES`` read from their ``NAME_FILE``.
 
     Raises:
-        UsageError: such a file cannot be read, or is empty.
+        UsageError: a file cannot be read, or is empty.
     """
     found = dict(environment)
     for name in NAMES:
@@ -44,7 +44,7 @@ def with_secrets(environment: Mapping[str, str]) -> dict[str, str]:
         except (OSError, ValueError) as error:
             raise UsageError(f"{name}_FILE={file!r} cannot be read: {error}") from error
         if not found[name]:
-            raise UsageError(f"{name}_FILE={file!r} is empty")
+            raise UsageError(f"{name}_FILE={file!r} is empty; write the secret into it")
     return found
 
 

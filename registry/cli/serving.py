@@ -1,4 +1,4 @@
-"""Verbs about what serves: ``traffic``, ``plan``, ``serve`` and ``pull``."""
+"""Commands about serving: ``traffic``, ``plan``, ``serve`` and ``pull``."""
 
 import argparse
 import json
@@ -23,22 +23,24 @@ from registry.model.refs import ModelRef, parse_model_ref, parse_model_refs
 if TYPE_CHECKING:
     from registry.model.bundle import Bundle
 
-# On the machine that serves, requests come first.
+# The puller shares its machine with the workers; their requests come first.
 PULLER_NICE = 10
 
 
 def add_to(commands: Any) -> None:
-    """Add these verbs to argparse's ``commands``."""
-    traffic = commands.add_parser("traffic", help="requests, errors and latency of each version")
+    """Add these commands to argparse's ``commands``."""
+    traffic = commands.add_parser(
+        "traffic", help="show requests, errors and latency of each version"
+    )
     traffic.add_argument("name")
-    traffic.add_argument("--watch", action="store_true", help="again and again")
-    traffic.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between")
+    traffic.add_argument("--watch", action="store_true", help="repeat until interrupted")
+    traffic.add_argument(
+        "--interval", type=float, default=2.0, metavar="S", help="seconds between updates"
+    )
     traffic.add_argument("--json", action="store_true", help="print JSON")
     traffic.set_defaults(run=_traffic)
 
-    plan = commands.add_parser(
-        "plan", help="which ways of running a version are right here, and how fast"
-    )
+    plan = commands.add_parser("plan", help="benchmark the plans of a version on this machine")
     plan.add_argument("ref", metavar="NAME@ALIAS", help="or NAME/NUMBER")
     plan.add_argument("--refresh", action="store_true", help="measure again")
     plan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -46,32 +48,36 @@ def add_to(commands: Any) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="of one forward pass; serving has cores / workers",
+        help="threads for one forward pass; workers of the service have cores / workers",
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
 
-    serve = commands.add_parser("serve", help="the control plane: an API and pages for operators")
+    serve = commands.add_parser(
+        "serve", help="run the control plane: an API and pages for operators"
+    )
     serve.add_argument("--host", default=os.environ.get("CONVOY_CONTROL_HOST") or "127.0.0.1")
     serve.add_argument("--port", default=os.environ.get("CONVOY_CONTROL_PORT") or "8081")
     serve.add_argument(
-        "--guard", action="store_true", help="end trials that break the policy, instead of pullers"
+        "--guard",
+        action="store_true",
+        help="end canaries that break the policy, so that pullers need not do it",
     )
     serve.set_defaults(run=_serve)
 
-    pull = commands.add_parser("pull", help="bring what should serve to disk and release it")
+    pull = commands.add_parser("pull", help="download and deploy the versions to serve")
     pull.add_argument(
         "ref", nargs="*", help="models:/NAME@ALIAS or models:/NAME/NUMBER (default: CONVOY_MODEL)"
     )
-    pull.add_argument("--watch", action="store_true", help="go on following the registry")
+    pull.add_argument("--watch", action="store_true", help="keep following the registry")
     pull.add_argument(
-        "--interval", type=float, default=2.0, metavar="S", help="seconds between looks"
+        "--interval", type=float, default=2.0, metavar="S", help="seconds between polls"
     )
     pull.add_argument(
         "--no-guard",
         dest="guard",
         action="store_false",
-        help="write nothing to the registry: `serve --guard` ends trials, says what is refused",
+        help="write nothing to the registry: `serve --guard` ends canaries and records refusals",
     )
     pull.set_defaults(run=_pull)
 
@@ -85,8 +91,8 @@ def _traffic(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps(msgspec.to_builtins(status)))
         else:
-            paths = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
-            print(paths + traffic_page(status))
+            clear_screen = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
+            print(clear_screen + traffic_page(status))
         if not arguments.watch:
             return 0
         time.sleep(arguments.interval)
@@ -102,7 +108,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or serving_threads()
     planner = Planner(paths.plans, choose_device(arguments.device), threads, wanted)
     with tempfile.TemporaryDirectory(prefix="convoy-plan-") as folder:
-        bundle = _bundle_at_hand(parse_model_ref(text), paths, Path(folder))
+        bundle = _find_bundle(parse_model_ref(text), paths, Path(folder))
         selection = planner.choose(bundle, refresh=arguments.refresh)
     manifest = bundle.manifest
     if arguments.json:
@@ -113,8 +119,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bundle_at_hand(ref: ModelRef, paths: Paths, folder: Path) -> "Bundle":
-    """What the puller laid out, if it is that; else downloaded into ``folder``."""
+def _find_bundle(ref: ModelRef, paths: Paths, folder: Path) -> "Bundle":
+    """The bundle of ``ref``, as the puller deployed it, or else downloaded into ``folder``."""
     from registry.delivery.deployment import all_deployments, version_folder
     from registry.model.bundle import open_bundle
 
@@ -130,7 +136,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from registry.control.server import serve
 
     if not arguments.port.isdecimal():
-        raise UsageError(f"the control plane's port is {arguments.port!r}; it must be a number")
+        raise UsageError(f"--port is {arguments.port!r}; it must be a number")
     return serve(arguments.host, int(arguments.port), guard=arguments.guard)
 
 

@@ -1,4 +1,4 @@
-"""Verbs that show: ``list``, ``show``, ``history`` and ``audit``."""
+"""Commands that only read: ``list``, ``show``, ``history`` and ``audit``."""
 
 import argparse
 import json
@@ -12,16 +12,16 @@ from registry.cli.render import decision, version_page, versions_table
 from registry.core.names import one_line
 from registry.model.refs import ref_of
 
-AUDIT_AGAIN_S = 2.0
+AUDIT_RETRY_S = 2.0
 
 
 def add_to(commands: Any) -> None:
-    """Add these verbs to argparse's ``commands``."""
-    listing = commands.add_parser("list", help="models and their versions")
+    """Add these commands to argparse's ``commands``."""
+    listing = commands.add_parser("list", help="list models and their versions")
     listing.add_argument("name", nargs="?", help="only this model")
     listing.set_defaults(run=_list)
 
-    show = commands.add_parser("show", help="one version: manifest, metrics, decisions")
+    show = commands.add_parser("show", help="show one version: manifest, metrics, decisions")
     show.add_argument("name")
     show.add_argument("version", nargs="?", default="champion", help="number or alias")
     show.set_defaults(run=_show)
@@ -30,22 +30,26 @@ def add_to(commands: Any) -> None:
 
     history = commands.add_parser(
         "history",
-        help="every decision about a model",
-        description="Every decision about a model. A name with (unverified) is one that a command "
-        "line took from $LOGNAME, which its user sets at will; names without it are those of the "
-        "control plane's tokens, which it has checked, or of machines.",
+        help="list all decisions about a model",
+        description="List all decisions about a model. A name with (unverified) comes from the "
+        "$LOGNAME of a command line, which its user can set at will. A name without it is that of "
+        "a token, which the control plane has checked, or of a machine.",
     )
     history.add_argument("name")
-    history.add_argument("--at", metavar="DAY", help="who was champion on 2026-11-17 (UTC)")
+    history.add_argument(
+        "--at",
+        metavar="DAY",
+        help="only the versions that were champion on that day, as 2026-11-17 (UTC)",
+    )
     history.add_argument("--json", action="store_true", help="print JSON")
     history.set_defaults(run=_history)
 
     audit = commands.add_parser(
         "audit",
-        help="are lines of the log missing, and do the aliases agree with it",
-        description="Finds lines of the log that are missing or unreadable, a log that publishing "
-        "did not make, and aliases that disagree with it. It does not find lines that an account "
-        "with write access to the registry has rewritten.",
+        help="check the audit log for missing lines, and the aliases against it",
+        description="Finds lines of the audit log that are missing or unreadable, a log that "
+        "publishing did not make, and aliases or a canary that disagree with it. It does not find "
+        "lines that an account with write access to the registry has rewritten.",
     )
     audit.add_argument("name", nargs="?", help="only this model")
     audit.set_defaults(run=_audit)
@@ -61,7 +65,7 @@ def _list(arguments: argparse.Namespace) -> int:
         )
         return 0
     if not rows:
-        print("no versions yet; python -m training makes one")
+        print("there are no versions yet; publish one with python -m training")
         return 0
     print(versions_table(rows))
     return 0
@@ -89,7 +93,7 @@ def _history(arguments: argparse.Namespace) -> int:
     from registry.store.audit_log import moments
 
     store = open_store()
-    store.aliases(arguments.name)  # says so if there is no such model
+    store.aliases(arguments.name)  # raises if there is no such model
     audit_log = store.audit_log(arguments.name)
     lines = audit_log.champion_periods(*moments(arguments.at)) if arguments.at else audit_log.lines
     if arguments.json:
@@ -111,8 +115,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     failed = False
     for name in names:
         lines, faults = audit(store, name)
-        if faults:  # of somebody who promotes at this moment, perhaps
-            time.sleep(AUDIT_AGAIN_S)
+        if faults:  # another process may be promoting right now
+            time.sleep(AUDIT_RETRY_S)
             lines, faults = audit(store, name)
         failed = failed or bool(faults)
         print(one_line(f"{name}: {lines} lines, {'; '.join(faults) or 'all in order'}"))

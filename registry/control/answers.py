@@ -1,4 +1,4 @@
-"""The records that the control plane's API answers with, where no other module has one."""
+"""The answers of the control plane's API that no other module defines."""
 
 from typing import Literal
 
@@ -43,19 +43,19 @@ class Version(Struct, frozen=True):
 
 
 class GatePending(Struct, frozen=True):
-    """The gate is at work; ask again."""
+    """The gate is running; ask again."""
 
     state: Literal["running"] = "running"
 
 
 class History(Struct, frozen=True):
-    """Lines of the log, oldest first."""
+    """Lines of the audit log, oldest first."""
 
     lines: list[Line]
 
 
 class Audit(Struct, frozen=True):
-    """How many lines the log has, and what is wrong with it or with the aliases."""
+    """How many lines the audit log has, and the faults of the log and of the aliases."""
 
     lines: int
     faults: list[str]

@@ -1,10 +1,10 @@
-"""The control plane: an HTTP API for operators and their programs, and pages over it.
+"""The control plane's HTTP API, for operators and their programs.
 
-An app of its own on a port of its own, ``python -m registry serve``, so that what serves pictures
-holds no right to move a champion. Everything that is decided goes through
-``registry.promotion.promotion``, as from the command line. Programs send ``Authorization: Bearer
-TOKEN``; only that may decide by the API. Browsers get a session (``registry.control.pages``), whose
-cookie reads, and decides by forms only.
+The control plane is a separate process with its own port (``python -m registry serve``), so the
+service cannot change the champion. Every decision goes through ``registry.promotion.promotion``, as
+from the command line. A program must send ``Authorization: Bearer TOKEN`` to decide by the API. A
+browser's session cookie (``registry.control.pages``) only reads here; it decides through the forms
+of the pages.
 """
 
 from collections.abc import Callable
@@ -66,13 +66,13 @@ def show_gate_result(name: str, version: int) -> Response:
 
 
 def show_traffic(name: str) -> Response:
-    control_state().store.aliases(check_model_name(name))  # says so if there is no such model
+    control_state().store.aliases(check_model_name(name))  # raises if there is no such model
     return _json(control_state().serving_status(name))
 
 
 def show_history(name: str) -> Response:
     store = control_state().store
-    store.aliases(check_model_name(name))  # says so if there is no such model
+    store.aliases(check_model_name(name))  # raises if there is no such model
     audit_log, at = store.audit_log(name), request.args.get("at")
     return _json(History(audit_log.champion_periods(*moments(at)) if at else audit_log.lines))
 
@@ -84,13 +84,13 @@ def show_audit(name: str) -> Response:
 
 
 def _decision(kind: type[Decision]) -> Callable[..., Response]:
-    """The view that has carried out what a body says."""
+    """A view that reads a decision of this ``kind`` from the body and carries it out."""
 
     def post(name: str) -> Response:
         try:
             decision = msgspec.json.decode(request.get_data() or b"{}", type=kind)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise domain.UsageError(f"the body cannot be used: {error}") from error
+            raise domain.UsageError(f"the request body is not valid: {error}") from error
         return _json(control_state().carry_out(decision, name, g.token.name))
 
     return post
@@ -105,7 +105,7 @@ def openapi() -> Response:
 
 
 _MODEL = "/v1/models/<name>"
-# What programs use; ``registry.control.app`` says who may.
+# ``registry.control.app`` checks which token may use which route.
 ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     ("/livez", "GET", livez),
     ("/openapi.json", "GET", openapi),

@@ -1,4 +1,4 @@
-"""The control plane's WSGI application, put together."""
+"""Builds the control plane's WSGI application."""
 
 from flask import Flask, Response, g, request
 from werkzeug.wrappers import Response as BaseResponse
@@ -12,11 +12,11 @@ from registry.core.problem_details import Problem
 from registry.store.mlflow_store import ModelStore
 
 MAX_BYTES = 64 * 1024
-# The routes that ask for no token.
+# The only routes that need no token.
 PUBLIC = frozenset(
     {"GET /livez", "GET /openapi.json", "pages.sign_in", "pages.signed_in", "static"}
 )
-# Nothing of another origin, nothing inline.
+# Browsers load nothing from other origins, and run no inline script or style.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -28,8 +28,8 @@ def create_app(store: ModelStore, paths: Paths, services: tuple[str, ...] = ()) 
 
     Args:
         store: the registry.
-        home: tokens, policies and the caches of plans and judgements lie there.
-        services: addresses of those who serve, for live figures.
+        paths: where tokens, policies and the caches of plans and gate results are.
+        services: addresses of the services, for live figures.
     """
     app = Flask(__name__)
     app.extensions["convoy"] = ControlState(store, paths, services)
@@ -45,13 +45,15 @@ def create_app(store: ModelStore, paths: Paths, services: tuple[str, ...] = ()) 
 
 
 def _authorize() -> BaseResponse | None:
-    """Note the caller, and refuse one that may not do what it asks.
+    """Identify the client, and refuse the request if its token does not permit it.
 
-    ``g.token`` is that of the header, ``g.visitor`` that of the session's cookie. A cookie decides
-    nothing by the API: browsers send it by themselves. Pages decide by forms, which have a secret.
+    ``g.token`` is the token in the header, ``g.visitor`` that of the cookie's session. A cookie
+    cannot authorize a decision in the API, because browsers send cookies by themselves, also for
+    other sites. Forms on pages bring a secret in addition.
 
     Raises:
-        KeyMissing, KeyInsufficient: the route is not public, and the caller's token may not.
+        TokenMissing: the route is not public, and the client sent no known token.
+        TokenInsufficient: the token's role does not permit the request.
     """
     g.token = g.visitor = None
     tokens = control_state().tokens

@@ -1,6 +1,6 @@
 """The OpenAPI 3.1 description of the control plane, generated from the records of its answers.
 
-A test holds it against the routes.
+A test compares it with the routes.
 """
 
 from functools import cache
@@ -24,51 +24,55 @@ from registry.promotion.gate_runner import GateResult
 from registry.store.audit_log import Line
 
 _FAILURES = {
-    "400": "The body or a parameter cannot be used.",
-    "401": "There is no token, or nobody's.",
-    "403": "The token may view, not decide.",
-    "404": "No such model or version, or nothing to take back.",
-    "409": "The champion, or what is on trial, is not what was expected: look again.",
+    "400": "The body or a parameter is not valid.",
+    "401": "The token is missing or unknown.",
+    "403": "The token's role does not permit this.",
+    "404": "There is no such model or version, no previous champion, or no canary.",
+    "409": "The champion or the canary is not the expected one: read the present state again.",
     "413": "The body is too large.",
     "422": (
-        "The gate refuses; the refusal is in the ledger. `force` with a `reason` overrides. "
-        "`allow_new_classes` accepts classes that differ."
+        "The gate refuses the version; the refusal is in the audit log. `force` with a `reason` "
+        "overrides the gate. `allow_new_classes` accepts classes that differ."
     ),
-    "503": "The registry, or a service, cannot be reached.",
+    "503": "The registry or a service does not answer.",
 }
 _SCHEMAS = "#/components/schemas/"
 _NUMBER = {"type": "integer", "minimum": 1}
 _DECISIONS = {
-    "promote": "Make a version the champion, if the gate lets it.",
+    "promote": "Make a version the champion, if the gate accepts it.",
     "roll-back": "Make the previous champion champion again.",
-    "canary/start": "Have a challenger answer a share of the requests, or score in the shadow.",
-    "canary/stop": "Have the champion answer everything again.",
+    "canary/start": "Have a challenger answer a share of the requests, score a shadow, or both.",
+    "canary/stop": "End the canary.",
 }
-# The path, what it says, and the record that it answers with.
+# Path, summary, and the record of the answer.
 _READS: tuple[tuple[str, str, type], ...] = (
-    ("/v1/models", "All models: aliases, and what is on trial.", ModelStatuses),
-    ("/v1/models/{name}", "One model: aliases, and what is on trial.", ModelStatus),
-    ("/v1/models/{name}/versions", "Its versions with their metrics, newest first.", Versions),
+    ("/v1/models", "All models: aliases and canary.", ModelStatuses),
+    ("/v1/models/{name}", "One model: aliases and canary.", ModelStatus),
+    (
+        "/v1/models/{name}/versions",
+        "The versions of a model with their metrics, newest first.",
+        Versions,
+    ),
     ("/v1/models/{name}/versions/{version}", "One version: its manifest.", Version),
     (
         "/v1/models/{name}/versions/{version}/gate-result",
-        "What the gate says of it beside the champion; 202 while that is being found.",
+        "The gate result of a version; 202 while the gate is running.",
         GateResult,
     ),
     (
         "/v1/models/{name}/traffic",
-        "How the services serve it: workers, and each version's figures.",
+        "How the services serve the model: workers, and each version's figures.",
         ServingStatus,
     ),
     (
         "/v1/models/{name}/history",
-        "Every decision; with `at`, the versions that were champion on that day.",
+        "All decisions; with `at`, a day or a moment, those that made the champions of that time.",
         History,
     ),
     (
         "/v1/models/{name}/audit",
-        "Whether lines of the log are missing, and the aliases agree; a line that was rewritten "
-        "is not found.",
+        "Whether lines of the audit log are missing, and whether the aliases agree with it. It "
+        "does not find a rewritten line.",
         Audit,
     ),
 )
@@ -86,7 +90,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "Convoy's control plane",
             "version": "1",
-            "description": "Versions of models: look, compare, promote, try, take back.",
+            "description": "Read and compare versions, promote, roll back, start and stop canaries.",
         },
         "security": [{"token": []}],
         "paths": {
@@ -119,7 +123,9 @@ def _read(path: str, summary: str, record: type) -> dict[str, Any]:
         parameters.append({"name": "at", "in": "query", "schema": {"type": "string"}})
     answers = {"200": _answer(summary, record)}
     if path.endswith("/gate-result"):
-        answers["202"] = _answer("It is being found; see Retry-After.", GatePending)
+        answers["202"] = _answer(
+            "The gate is running; ask again after Retry-After seconds.", GatePending
+        )
     codes = ("400", "401", "404", "422", "503")
     return {"summary": summary, "parameters": parameters, "responses": answers | _problems(codes)}
 
@@ -131,7 +137,7 @@ def _decision(verb: str, summary: str) -> dict[str, Any]:
         "parameters": _path_parameters("{name}"),
         "requestBody": {"content": {"application/json": {"schema": body}}},
         "responses": {
-            "200": _answer("The ledger's line.", Line),
+            "200": _answer("The line of the audit log.", Line),
             **_problems(tuple(_FAILURES)),
         },
     }

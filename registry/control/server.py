@@ -1,7 +1,6 @@
 """Runs the control plane: one gunicorn process with threads, on a port of its own.
 
-Where pullers may only read the registry, trials are guarded from here. A thread samples the live
-figures, so that a page has its charts when it opens.
+Where pullers have only read access to the registry, it also guards canaries (``--guard``).
 """
 
 import logging
@@ -21,31 +20,31 @@ from registry.core.paths import convoy_paths
 log = logging.getLogger(__name__)
 
 THREADS = 16
-SILENT_S = 10
+RECEIVE_TIMEOUT_S = 10
 # A promotion that times forward passes for the first time takes a minute or two.
 TIMEOUT_S = 900
 
 
 def serve(host: str, port: int, guard: bool = False) -> int:
-    """Serve until SIGTERM or Ctrl-C; ``guard`` trials, too."""
+    """Serve until SIGTERM or Ctrl-C; with ``guard``, also guard canaries."""
     if not Tokens(convoy_paths().tokens).all():
-        log.warning("nobody has a token yet; run: python -m registry token add NAME --role admin")
+        log.warning("there are no tokens yet; run: python -m registry token add NAME --role admin")
     ControlPlane(host, port, guard).run()
     return 0
 
 
 class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """gthread, but a client that falls silent in a request does not hold a thread for long."""
+    """gthread, but a client that stops sending within a request soon frees its thread."""
 
     def handle(self, conn: Any) -> Any:
-        # Of the kernel's: gunicorn takes a time-out of Python's away again.
-        limit = struct.pack("ll", SILENT_S, 0)
+        # A time-out of the kernel, because gunicorn resets a time-out that Python sets.
+        limit = struct.pack("ll", RECEIVE_TIMEOUT_S, 0)
         conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         return super().handle(conn)
 
 
 class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn, told by us instead of by a command line."""
+    """gunicorn, configured by this module instead of a command line."""
 
     def __init__(self, host: str, port: int, guard: bool) -> None:
         self._guard = guard
@@ -61,7 +60,8 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
             "timeout": TIMEOUT_S,
             "control_socket_disable": True,
             "limit_request_line": 2000,
-            # Loopback might rewrite a request's path, and a proxy may pass a client's header on.
+            # By default gunicorn lets headers of a client on loopback rewrite a request's path. A
+            # proxy on loopback may pass on such headers of its own clients.
             "forwarder_headers": "",
         }.items():
             self.cfg.set(name, value)

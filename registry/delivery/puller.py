@@ -106,7 +106,7 @@ class Puller:
                 challenger = store.resolve_in(aliases, ModelRef(ref.name, canary.version))
                 versions = (*versions, self._lay_out(store, challenger, CHALLENGER, before))
             except (ConvoyError, OSError) as error:  # must not keep the champion from serving
-                log.warning("cannot start the canary, %s: %s", canary, error)
+                log.warning("cannot deploy the canary, %s: %s", canary, error)
                 is_down = isinstance(error, RegistryUnavailable)
                 if is_down and before is not None and before.canary == canary:
                     versions = (*versions, before.versions[1])
@@ -144,7 +144,7 @@ class Puller:
     def _lay_out(
         self, store: ModelStore, version: ModelVersion, alias: str | None, before: Deployment | None
     ) -> DeployedVersion:
-        """Make sure that a complete and verified ``version`` is on disk; download it if necessary."""
+        """Put ``version`` on disk, complete and verified, unless it is there already."""
         folder = version_folder(self._models, version.name, version.version)
         if self._trust:
             signed = self._verify_signature(version)
@@ -170,7 +170,7 @@ class Puller:
         )
 
     def pull_all(self) -> bool:
-        """Pull every ref; whether all succeeded. Logs failures and writes each ref's status to disk."""
+        """Pull every ref; whether all succeeded. Logs failures, writes each status to disk."""
         failures = 0
         for ref in self._refs:
             failure: str | None = None
