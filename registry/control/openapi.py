@@ -90,7 +90,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "Convoy's control plane",
             "version": "1",
-            "description": "Read and compare versions, promote, roll back, start and stop canaries.",
+            "description": "Compare versions, promote, roll back, start and stop canaries.",
         },
         "security": [{"token": []}],
         "paths": {

@@ -1,4 +1,4 @@
-"""What an account that may only read can do to the champion, on a real MLflow server."""
+"""What an account with read access can do to the champion, on a real MLflow server."""
 
 import configparser
 import os
@@ -37,7 +37,7 @@ PASSWORDS = {"admin": "the-administrators", "reader": "the-readers-own"}
 
 @contextmanager
 def mlflow_server(folder: Path, *, workspaces: bool) -> Iterator[str]:
-    """An MLflow server with our settings of its accounts, and an account that may only read."""
+    """An MLflow server with the settings in deploy/ and an account that has read access."""
     settings = configparser.ConfigParser()
     settings.read(AUTH_INI)
     settings["mlflow"]["database_uri"] = f"sqlite:///{folder / 'accounts.db'}"
@@ -67,7 +67,10 @@ def mlflow_server(folder: Path, *, workspaces: bool) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(address), (folder / "server.log").read_text()[-2000:])
-        for password in ("an-earlier-password", PASSWORDS["reader"]):  # made, then changed
+        for password in (
+            "an-earlier-password",
+            PASSWORDS["reader"],
+        ):  # the second call changes the password
             make_reader(address, ("admin", PASSWORDS["admin"]), password)
         yield address
     finally:
@@ -84,14 +87,14 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server as MLflow's own documentation starts it: every account may create models."""
+    """A server with MLflow's default settings: every account may create models."""
     with mlflow_server(tmp_path_factory.mktemp("open"), workspaces=False) as address:
         yield address
 
 
 @pytest.fixture
 def sign_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Choose the account of all calls from now on."""
+    """A function that chooses the account of all later calls."""
 
     def choose(account: str) -> None:
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", account)
@@ -123,9 +126,9 @@ def publish(store: ModelStore, make_bundle: MakeBundle, name: str, seed: int = 0
 
 
 def forge_log(client: MlflowClient, name: str, version: int) -> None:
-    """What a reader would write: that ``version`` was promoted."""
-    said: dict[str, Any] = {"action": "promoted", "by": "admin", "from_version": None}
-    entry = Entry(**said, at="2026-11-01T00:00:00+00:00", to_version=version)
+    """Write a log that says that ``version`` was promoted, as an attacker would."""
+    facts: dict[str, Any] = {"action": "promoted", "by": "admin", "from_version": None}
+    entry = Entry(**facts, at="2026-11-01T00:00:00+00:00", to_version=version)
     line = AuditLog().continued(entry).to_json().decode()
     client.create_registered_model(name + AUDIT_LOG)
     client.create_model_version(
@@ -133,7 +136,9 @@ def forge_log(client: MlflowClient, name: str, version: int) -> None:
     )
 
 
-def test_an_account_of_the_pullers_loses_the_right_of_an_administrator(open_server: str) -> None:
+def test_making_the_reader_again_takes_the_rights_of_an_administrator_away(
+    open_server: str,
+) -> None:
     users, admin = f"{open_server}/api/2.0/mlflow/users", ("admin", PASSWORDS["admin"])
     more = {"username": "reader", "is_admin": True}
     assert requests.patch(f"{users}/update-admin", json=more, auth=admin, timeout=30).ok
@@ -143,7 +148,7 @@ def test_an_account_of_the_pullers_loses_the_right_of_an_administrator(open_serv
     assert answer.json()["user"]["is_admin"] is False
 
 
-def test_a_reader_can_make_no_log_once_a_version_is_published(
+def test_a_reader_cannot_make_an_audit_log_once_a_version_is_published(
     store: ModelStore, make_bundle: MakeBundle, sign_in: Callable[[str], None]
 ) -> None:
     for seed in (0, 1):
@@ -160,7 +165,7 @@ def test_a_reader_can_make_no_log_once_a_version_is_published(
 
 
 @pytest.mark.parametrize("made", ["log", "model"])
-def test_nothing_is_published_under_a_name_that_a_reader_has_taken(
+def test_publishing_refuses_a_name_that_a_reader_has_taken(
     store: ModelStore, make_bundle: MakeBundle, sign_in: Callable[[str], None], made: str
 ) -> None:
     name = f"taken-{made}"
@@ -176,13 +181,13 @@ def test_nothing_is_published_under_a_name_that_a_reader_has_taken(
     assert not store._client.search_model_versions(f"name = '{name}'")
 
 
-def test_a_log_that_a_reader_made_after_the_model_is_not_followed(
+def test_promoting_refuses_an_audit_log_that_a_reader_made_after_the_model(
     store: ModelStore,
     make_bundle: MakeBundle,
     sign_in: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As when an operator has deleted the log: the reader's says that version 1 is champion."""
+    """An operator has deleted the log; the reader's log says that version 1 is champion."""
     monkeypatch.setattr(store_module, "LOG_YOUNGER_S", 0.0)
     for seed in (0, 1):
         publish(store, make_bundle, "lost", seed)
@@ -198,7 +203,7 @@ def test_a_log_that_a_reader_made_after_the_model_is_not_followed(
     assert any("after the model" in fault for fault in audit(store, "lost")[1])
 
 
-def test_with_our_settings_a_reader_creates_nothing_and_pulls_the_champion(
+def test_with_our_settings_a_reader_cannot_create_anything_and_pulls_the_champion(
     paths: Paths,
     make_bundle: MakeBundle,
     sign_in: Callable[[str], None],
@@ -222,6 +227,6 @@ def test_with_our_settings_a_reader_creates_nothing_and_pulls_the_champion(
                 attempt()
         ref = ModelRef("digits", alias="champion")
         assert Puller(lambda: ModelStore(paths), paths, (ref,)).pull_all()
-        deploy = read_deployment(paths.models, ref)
-        assert deploy is not None
-        assert deploy.versions[0].version == 1
+        deployment = read_deployment(paths.models, ref)
+        assert deployment is not None
+        assert deployment.versions[0].version == 1

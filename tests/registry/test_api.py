@@ -1,4 +1,4 @@
-"""The control plane: who may do what, what it answers, and that nobody else decides."""
+"""The control plane's API: what it answers, and which token may do what."""
 
 import re
 import threading
@@ -39,7 +39,7 @@ def client(app: Flask) -> FlaskClient:
 
 @pytest.fixture
 def headers(app: Flask) -> dict[str, dict[str, str]]:
-    """What a viewer and an operator send."""
+    """The headers that a viewer and an operator send."""
     tokens = app.extensions["convoy"].tokens
     return {
         role: {"Authorization": f"Bearer {tokens.add(role, role)}"} for role in ("viewer", "admin")
@@ -48,7 +48,7 @@ def headers(app: Flask) -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]) -> None:
-    """Version 1, a better version 2, and 1 is champion."""
+    """Version 1 is champion, version 2 is better."""
     better, worse = better_and_worse_seed
     publish(seed=worse)
     publish(seed=better)
@@ -66,7 +66,7 @@ def routes() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("rule", "method"), routes())
-def test_every_route_wants_a_token_of_the_right_role(
+def test_every_route_needs_a_token_with_the_right_role(
     client: FlaskClient, headers, promoted: None, store: ModelStore, rule: str, method: str
 ) -> None:
     path = rule.replace("<int:version>", "2")
@@ -90,7 +90,7 @@ def test_every_route_wants_a_token_of_the_right_role(
     assert len(store.audit_log("digits").lines) == before
 
 
-def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -> None:
+def test_every_route_except_the_public_ones_needs_a_token(client: FlaskClient) -> None:
     asked = 0
     for rule in client.application.url_map.iter_rules():
         path = re.sub(r"<int:version>", "2", rule.rule)
@@ -103,7 +103,7 @@ def test_every_route_but_the_public_ones_asks_for_a_token(client: FlaskClient) -
     assert asked > 40
 
 
-def test_the_description_has_every_route_and_no_other() -> None:
+def test_the_openapi_description_has_exactly_the_routes() -> None:
     described = {
         (method.upper(), path)
         for path, methods in document()["paths"].items()
@@ -115,7 +115,7 @@ def test_the_description_has_every_route_and_no_other() -> None:
     assert described == served
 
 
-def test_models_versions_history_and_audit_are_told(
+def test_a_viewer_reads_models_versions_history_and_audit(
     client: FlaskClient, headers, promoted: None
 ) -> None:
     viewer = headers["viewer"]
@@ -138,13 +138,15 @@ def test_models_versions_history_and_audit_are_told(
 
 @pytest.mark.parametrize(
     "path",
-    ["/nobody", "/nobody/history", "/nobody/audit", "/digits/versions/9", "/nobody/versions"],
+    ["/absent", "/absent/history", "/absent/audit", "/digits/versions/9", "/absent/versions"],
 )
-def test_what_is_not_there_is_404(client: FlaskClient, headers, promoted: None, path: str) -> None:
+def test_a_model_or_version_that_does_not_exist_is_404(
+    client: FlaskClient, headers, promoted: None, path: str
+) -> None:
     assert client.get(f"/v1/models{path}", headers=headers["viewer"]).status_code == 404
 
 
-def test_a_verdict_is_found_in_the_background(client: FlaskClient, headers, promoted: None) -> None:
+def test_the_gate_runs_in_the_background(client: FlaskClient, headers, promoted: None) -> None:
     path = "/v1/models/digits/versions/2/gate-result"
     first = client.get(path, headers=headers["viewer"])
     assert (first.status_code, first.headers["Retry-After"]) == (202, "2")
@@ -154,7 +156,7 @@ def test_a_verdict_is_found_in_the_background(client: FlaskClient, headers, prom
     assert (found.json["accepted"], found.json["challenger"]) == (True, 2)
 
 
-def test_an_operator_promotes_tries_withdraws_and_rolls_back(
+def test_an_operator_runs_a_canary_promotes_and_rolls_back(
     client: FlaskClient, headers, promoted: None, store: ModelStore
 ) -> None:
     def post(verb: str, **body):
@@ -184,7 +186,7 @@ def test_an_operator_promotes_tries_withdraws_and_rolls_back(
     ]
 
 
-def test_other_classes_are_promoted_only_if_the_operator_allows_them(
+def test_a_version_with_new_classes_is_promoted_only_if_the_operator_allows_it(
     client: FlaskClient, headers, promoted: None, publish, better_and_worse_seed: tuple[int, int]
 ) -> None:
     better, _ = better_and_worse_seed
@@ -197,8 +199,9 @@ def test_other_classes_are_promoted_only_if_the_operator_allows_them(
     refused = promote()
     assert refused.status_code == 422
     assert "labels that are renamed: '0' → 'a'" in refused.json["detail"]
-    path = "/v1/models/digits/versions/3/gate-result"
-    comparison = client.get(path, headers=headers["viewer"]).json
+    comparison = client.get(
+        "/v1/models/digits/versions/3/gate-result", headers=headers["viewer"]
+    ).json
     assert comparison["accepted"] is False
     assert comparison["comparison"]["class_changes"][0].startswith("labels that are renamed")
     assert promote(allow_new_classes=True).json["entry"]["action"] == "promoted"
@@ -215,7 +218,7 @@ def test_other_classes_are_promoted_only_if_the_operator_allows_them(
         (b'{"version": 2, "reason": "' + b"x" * 20_000 + b'"}', 400),
     ],
 )
-def test_a_body_that_cannot_be_used_decides_nothing(
+def test_an_invalid_body_decides_nothing(
     client: FlaskClient, headers, promoted: None, store: ModelStore, data: bytes, status: int
 ) -> None:
     path = "/v1/models/digits/promote"
@@ -236,13 +239,13 @@ def test_live_figures_come_from_the_services(
     assert msgspec.json.decode(answer.data, type=ServingStatus) == status
 
     def silent(services, name):
-        raise ModelNotReady("nobody answers")
+        raise ModelNotReady("no service answers")
 
     monkeypatch.setattr(state, "read_serving_status", silent)
     assert client.get("/v1/models/digits/traffic", headers=headers["viewer"]).status_code == 503
 
 
-def test_errors_are_problems_and_tell_nothing_internal(
+def test_errors_are_problem_json_without_internal_details(
     client: FlaskClient, headers, store: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     assert client.get("/nowhere").status_code == 404
@@ -263,7 +266,7 @@ def test_errors_are_problems_and_tell_nothing_internal(
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
 
 
-def test_tokens_that_cannot_be_read_are_no_fault_of_the_caller(
+def test_a_damaged_file_of_tokens_is_answered_with_503(
     client: FlaskClient, headers, registry_paths: Paths
 ) -> None:
     registry_paths.tokens.write_text("[{")
@@ -274,7 +277,7 @@ def test_tokens_that_cannot_be_read_are_no_fault_of_the_caller(
     )
 
 
-def test_a_verdict_without_figures_is_told_too_and_found_once(
+def test_a_gate_result_without_a_comparison_is_shown_and_computed_once(
     client: FlaskClient, headers, promoted: None, publish, few_digits, downloads: list[int]
 ) -> None:
     publish(seed=9, data=replace(few_digits, validation=few_digits.test))
@@ -288,7 +291,7 @@ def test_a_verdict_without_figures_is_told_too_and_found_once(
     assert sorted(downloads) == [1, 3]
 
 
-def test_a_verdict_follows_the_policy_at_once(
+def test_a_changed_policy_makes_the_gate_run_again(
     client: FlaskClient,
     headers,
     app: Flask,

@@ -1,4 +1,4 @@
-"""What a row of decisions means, in whatever race it was written, and whether it was touched."""
+"""What the lines of an audit log mean, also after races, and which faults it finds."""
 
 from datetime import UTC, datetime
 
@@ -16,7 +16,7 @@ def entry(to_version: int, action: str = "promoted", at: str = "2026-11-17T08:00
 
 
 def written(*entries: Entry) -> list[tuple[int, bytes]]:
-    """Rows of writers who each had seen all before."""
+    """Rows of writers that had each read all earlier rows."""
     rows: list[tuple[int, bytes]] = []
     for number, each in enumerate(entries, start=1):
         rows.append((number, AuditLog(rows).continued(each).to_json()))
@@ -27,7 +27,7 @@ def moved(*versions: int) -> list[tuple[int, bytes]]:
     return written(*(entry(version) for version in versions))
 
 
-def test_an_empty_ledger_has_no_champion() -> None:
+def test_an_empty_audit_log_has_no_champion() -> None:
     audit_log = AuditLog()
     assert (audit_log.champion, audit_log.previous, audit_log.moves, audit_log.faults()) == (
         None,
@@ -37,7 +37,7 @@ def test_an_empty_ledger_has_no_champion() -> None:
     )
 
 
-def test_the_last_move_says_who_serves() -> None:
+def test_the_last_move_says_which_version_is_champion() -> None:
     rows = written(
         entry(1),
         entry(2),
@@ -51,11 +51,11 @@ def test_the_last_move_says_who_serves() -> None:
         "promoted",
         "rolled back",
     ]
-    assert audit_log.lines[2].stands  # a refusal moves nothing and is overtaken by nobody
+    assert audit_log.lines[2].stands  # a refusal is not a move, so no line overtakes it
     assert audit_log.faults(newest_of(rows)) == []
 
 
-def test_of_those_who_promote_at_once_the_first_line_stands() -> None:
+def test_the_first_line_of_concurrent_promotions_stands() -> None:
     rows = moved(1)
     seen = AuditLog(rows)
     rivals = [seen.continued(entry(version)).to_json() for version in (2, 3, 4)]
@@ -70,13 +70,13 @@ def test_of_those_who_promote_at_once_the_first_line_stands() -> None:
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
-def test_every_writer_sees_a_prefix_and_all_agree(lags: list[int]) -> None:
-    """Each writer had not seen the last few lines; exactly one move stands for each number."""
+def test_writers_with_outdated_copies_agree_on_the_moves(lags: list[int]) -> None:
+    """Each writer has not read the last few lines; exactly one move stands for each number."""
     rows: list[tuple[int, bytes]] = []
     for number, lag in enumerate(lags, start=1):
         seen = AuditLog(rows[: max(0, len(rows) - lag)])
         rows.append((number, seen.continued(entry(number)).to_json()))
-    audit_log = AuditLog(reversed(rows))  # whatever order the registry lists them in
+    audit_log = AuditLog(reversed(rows))  # the registry may list them in any order
     numbers = [line.entry.move for line in audit_log.moves]
     assert numbers == list(range(1, len(numbers) + 1))
     assert audit_log.champion == audit_log.moves[-1].entry.to_version
@@ -88,7 +88,7 @@ def newest_of(rows: list[tuple[int, bytes]]) -> int:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_a_line_that_is_missing_or_unreadable_shows(number: int) -> None:
+def test_a_missing_or_unreadable_line_is_a_fault(number: int) -> None:
     rows = moved(1, 2, 3)
     rows.append((4, AuditLog(rows[:2]).continued(entry(4)).to_json()))  # a race with line 3
     newest = newest_of(rows)
@@ -103,14 +103,14 @@ def test_a_line_that_is_missing_or_unreadable_shows(number: int) -> None:
     "text", ["x" * 1_000_000, "\x00" * 1_000_000, "ä\n" * 500_000, "\udcff" * 1_000_000]
 )
 def test_a_line_with_texts_of_any_length_fits_a_tag_of_the_registry(text: str) -> None:
-    said = msgspec.structs.replace(entry(1, reason=text, details=text), by=text)
-    line = AuditLog().continued(said)
+    long = msgspec.structs.replace(entry(1, reason=text, details=text), by=text)
+    line = AuditLog().continued(long)
     assert len(line.to_json().decode()) < 100_000
     assert line.reason is not None
     assert line.reason.endswith("… (1,000,000 characters)")
 
 
-def test_who_was_champion_then() -> None:
+def test_the_champions_of_a_period() -> None:
     rows = written(
         entry(1, at="2026-11-10T09:00:00+00:00"),
         entry(2, at="2026-11-17T15:00:00+00:00"),
@@ -132,38 +132,38 @@ def test_who_was_champion_then() -> None:
     assert AuditLog().champion_periods(datetime.min.replace(tzinfo=UTC), datetime.now(UTC)) == []
 
 
-def test_a_ledger_without_its_newest_line_noted_may_be_cut_off() -> None:
+def test_without_a_note_of_the_newest_line_the_end_may_be_missing() -> None:
     assert AuditLog(moved(1, 2)).faults() == [
         "nothing says which line was the newest: some may be missing at the end"
     ]
     assert AuditLog().faults() == []
 
 
-def test_a_missing_line_does_not_undo_those_after_it() -> None:
+def test_a_missing_line_does_not_undo_later_lines() -> None:
     rows = [row for row in moved(1, 2, 3, 4) if row[0] != 3]
     assert AuditLog(rows).champion == 4
     again = AuditLog(rows).continued(entry(5))
     assert AuditLog([*rows, (5, again.to_json())]).champion == 5
 
 
-def test_a_trial_stands_until_it_is_withdrawn_or_the_champion_moves() -> None:
+def test_a_canary_lasts_until_it_is_stopped_or_the_champion_changes() -> None:
     canary = Canary(version=2, share=0.1)
-    tried = entry(2, "canary started", canary=canary)
-    rows = written(entry(1), tried)
+    started = entry(2, "canary started", canary=canary)
+    rows = written(entry(1), started)
     audit_log = AuditLog(rows)
     assert (audit_log.champion, audit_log.previous, audit_log.canary) == (1, None, canary)
-    assert AuditLog(written(entry(1), tried, entry(2, "refused"))).canary == canary
+    assert AuditLog(written(entry(1), started, entry(2, "refused"))).canary == canary
     for after in (entry(2, "canary stopped"), entry(2), entry(3, "rolled back")):
-        assert AuditLog(written(entry(1), tried, after)).canary is None
-    assert AuditLog(written(entry(1), tried, entry(2, "canary stopped"))).champion == 1
+        assert AuditLog(written(entry(1), started, after)).canary is None
+    assert AuditLog(written(entry(1), started, entry(2, "canary stopped"))).champion == 1
     again = AuditLog(
-        written(entry(1), tried, entry(2, "canary started", canary=Canary(version=2, share=0.5)))
+        written(entry(1), started, entry(2, "canary started", canary=Canary(version=2, share=0.5)))
     )
     assert again.canary == Canary(version=2, share=0.5)
     assert again.faults(again.last) == []
 
 
-def test_a_trial_and_a_promotion_at_once_are_one_move() -> None:
+def test_only_the_first_of_a_concurrent_canary_and_promotion_stands() -> None:
     rows = moved(1)
     seen = AuditLog(rows)
     rivals = [

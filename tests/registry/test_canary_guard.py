@@ -1,4 +1,4 @@
-"""When a trial on real traffic is ended, and what is not enough to end one."""
+"""When the guard ends a canary, and what is not enough to end one."""
 
 import msgspec
 import pytest
@@ -46,30 +46,34 @@ def check(champion: VersionTraffic, challenger: VersionTraffic, **policy) -> str
     return guard.check(status(champion, challenger))
 
 
-def test_a_challenger_that_does_as_well_goes_on() -> None:
+def test_a_challenger_as_good_as_the_champion_goes_on() -> None:
     assert check(traffic(1, 1000, 2), traffic(2, 100, 0)) is None
     assert check(traffic(1, 1000), traffic(2, 1000, 11)) is None  # 1.1 % may be chance
     assert check(traffic(1, 1000, 500), traffic(2, 100, 55)) is None  # all fail alike
     assert check(traffic(1, 0), traffic(2, 0)) is None
 
 
-def test_failing_requests_end_it_once_there_are_enough() -> None:
+def test_failing_requests_end_a_canary_once_there_are_enough() -> None:
     assert check(traffic(1, 1000), traffic(2, 5, 30)) is None
-    assert "40 of its 100 requests failed" in str(check(traffic(1, 1000), traffic(2, 60, 40)))
+    assert "40 of the challenger's 100 requests failed" in str(
+        check(traffic(1, 1000), traffic(2, 60, 40))
+    )
     assert check(traffic(1, 1000), traffic(2, 60, 40), max_error_gap=0.5) is None
 
 
-def test_a_slow_challenger_ends_it() -> None:
+def test_a_slow_challenger_ends_a_canary() -> None:
     reason = str(check(traffic(1, 1000, ms=4), traffic(2, 100, ms=40)))
-    assert "its requests take 40 ms, the champion's 4 ms; allowed: 3 times" in reason
+    assert "the challenger's requests take 40 ms, the champion's 4 ms; allowed: 3 times" in reason
     assert check(traffic(1, 1000, ms=0.45), traffic(2, 100, ms=1.05)) is None
     hung = msgspec.structs.replace(traffic(2, 100, ms=4), seconds=50.0)
-    assert check(traffic(1, 1000, ms=4), hung) is None  # a few that hung are not all of them
+    assert (
+        check(traffic(1, 1000, ms=4), hung) is None
+    )  # a few requests that hung raise only the mean
     assert check(traffic(1, 10, ms=4), traffic(2, 100, ms=40)) is None
     assert check(traffic(1, 1000, ms=4), traffic(2, 100, ms=9)) is None
 
 
-def test_failures_in_the_shadow_end_it_and_disagreement_only_by_policy() -> None:
+def test_failures_in_the_shadow_end_a_canary_and_disagreement_only_by_policy() -> None:
     failing = traffic(2, 0, agreed=60, failed=40)
     assert "40 of 100 images failed" in str(check(traffic(1, 1000), failing))
     differing = traffic(2, 0, agreed=60, differed=40)
@@ -77,19 +81,21 @@ def test_failures_in_the_shadow_end_it_and_disagreement_only_by_policy() -> None
     assert "60 of 100" in str(check(traffic(1, 1000), differing, min_agreement=0.9))
 
 
-def test_a_worker_that_cannot_load_it_ends_it_at_once() -> None:
+def test_a_worker_that_cannot_load_the_challenger_ends_a_canary_at_once() -> None:
     worker = WorkerReport(pid=7, model="m", version=1, error="scores NaN", refused=2)
     guard = CanaryGuard(CANARY, CanaryPolicy(), status())
-    assert guard.check(status(workers=(worker,))) == "worker 7 cannot serve it: scores NaN"
+    assert guard.check(status(workers=(worker,))) == (
+        "worker 7 cannot serve the challenger: scores NaN"
+    )
 
 
-def test_what_was_counted_before_the_trial_counts_no_more() -> None:
+def test_the_guard_ignores_requests_from_before_the_canary() -> None:
     before = status(traffic(1, 500), traffic(2, 60, 40))
     guard = CanaryGuard(CANARY, CanaryPolicy(), before)
     assert guard.check(before) is None
     assert guard.check(status(traffic(1, 900), traffic(2, 160, 40))) is None
     assert guard.check(status(traffic(1, 900), traffic(2, 200, 100))) is not None
-    # The service was started anew: everything that it has counted is of this trial.
+    # The service was restarted: all that it has counted belongs to this canary.
     assert guard.check(status(traffic(1, 900, 0), traffic(2, 100, 30))) is not None
     again = CanaryGuard(CANARY, CanaryPolicy(), status(traffic(1, 10, 1000), traffic(2, 0)))
     assert again.check(status(traffic(1, 2000, 0), traffic(2, 100, 100))) is not None
@@ -99,7 +105,7 @@ def test_what_was_counted_before_the_trial_counts_no_more() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=5))
-def test_services_add_up_and_differences_undo_it(counts: list[tuple[int, int]]) -> None:
+def test_counts_of_services_add_up_and_since_subtracts_them(counts: list[tuple[int, int]]) -> None:
     each = [status(traffic(1, requests, errors)) for requests, errors in counts]
     total = add_up(each).of(1)
     assert total.requests == sum(requests for requests, _ in counts)
@@ -117,7 +123,7 @@ def test_quantiles_are_within_their_bucket() -> None:
     assert VersionTraffic(version=1).quantile_s(0.5) is None
 
 
-def test_the_comparison_survives_json_and_is_drawn() -> None:
+def test_a_status_survives_json_and_is_printed() -> None:
     worker = WorkerReport(pid=7, model="m", version=1, generation=3, error="waits")
     shown = status(traffic(1, 900), traffic(2, 100, 1, agreed=9, differed=1), workers=(worker,))
     again = msgspec.json.decode(msgspec.json.encode(shown), type=ServingStatus)
@@ -127,17 +133,17 @@ def test_the_comparison_survives_json_and_is_drawn() -> None:
         assert part in text
 
 
-def test_a_policy_file_has_a_table_for_trials(tmp_path) -> None:
+def test_a_policy_file_has_a_table_for_canaries(tmp_path) -> None:
     (tmp_path / "policy.toml").write_text("[canary]\nmin_requests = 7\nmin_agreement = 0.9\n")
     assert read_policy(tmp_path / "policy.toml").canary == CanaryPolicy(
         min_requests=7, min_agreement=0.9
     )
 
 
-def test_several_services_are_named_with_commas() -> None:
+def test_commas_separate_the_addresses_of_services() -> None:
     named = {"CONVOY_SERVICE_URL": "http://a:1/, http://b:2,"}
     assert service_addresses(named) == ("http://a:1", "http://b:2")
     assert service_addresses({}) == ("http://127.0.0.1:8080",)
     assert service_addresses({"CONVOY_PORT": "9"}) == ("http://127.0.0.1:9",)
-    with pytest.raises(UsageError, match="is no http"):
+    with pytest.raises(UsageError, match="is not an http"):
         service_addresses({"CONVOY_SERVICE_URL": "file:///etc/passwd"})

@@ -18,7 +18,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_an_empty_registry_says_how_to_fill_it(registry_paths: Paths, capsys) -> None:
-    assert run(capsys, "list")[:2] == (0, "no versions yet; python -m training makes one\n")
+    status, out, _ = run(capsys, "list")
+    assert (status, out) == (0, "there are no versions yet; publish one with python -m training\n")
 
 
 def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
@@ -70,16 +71,16 @@ def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
     status, out, _ = run(capsys, "audit", "digits")
     assert status == 1
     assert "line 2 cannot be read" in out
-    assert "the alias champion is at version 2, the ledger says" in out
+    assert "the alias champion is at version 2, the audit log says" in out
     client.set_registered_model_alias("digits", "champion", "1")
 
     assert run(capsys, "pull", "models:/digits@champion")[0] == 0
-    deploy = read_deployment(registry_paths.models, ModelRef("digits", alias="champion"))
-    assert deploy is not None
-    assert deploy.versions[0].version == 1
+    deployment = read_deployment(registry_paths.models, ModelRef("digits", alias="champion"))
+    assert deployment is not None
+    assert deployment.versions[0].version == 1
 
 
-def test_what_is_pulled_by_default_is_the_setting(
+def test_pull_without_a_reference_takes_it_from_the_setting(
     publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
@@ -92,15 +93,15 @@ def test_what_is_pulled_by_default_is_the_setting(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("promote", "nobody", "1"), "no model 'nobody'"),
-        (("show", "nobody"), "no model 'nobody'"),
-        (("roll-back", "nobody"), "no model 'nobody'"),
-        (("pull", "nobody"), "models:/NAME@ALIAS"),
+        (("promote", "absent", "1"), "no model 'absent'"),
+        (("show", "absent"), "no model 'absent'"),
+        (("roll-back", "absent"), "no model 'absent'"),
+        (("pull", "absent"), "models:/NAME@ALIAS"),
         (("pull", "models:/a@b", "--interval", "0"), "above 0 seconds"),
         (("promote", "bad name", "1"), "not a model name"),
     ],
 )
-def test_wrong_use_is_answered_on_one_line(
+def test_a_usage_error_is_printed_on_one_line(
     registry_paths: Paths, capsys, arguments: tuple[str, ...], reason: str
 ) -> None:
     status, out, err = run(capsys, *arguments)
@@ -110,14 +111,14 @@ def test_wrong_use_is_answered_on_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_pull_that_fails_says_so_with_its_status(registry_paths: Paths, capsys) -> None:
-    assert run(capsys, "pull", "models:/nobody@champion")[0] == 2
+def test_a_pull_that_fails_has_exit_status_2(registry_paths: Paths, capsys) -> None:
+    assert run(capsys, "pull", "models:/absent@champion")[0] == 2
 
 
-def test_the_plans_of_a_version_are_shown(
+def test_plan_prints_the_plans_of_a_version(
     publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First as the registry has it, then as the puller laid it out."""
+    """First from the registry, then from the puller's folder."""
     publish()
     promote(store, "digits", 1)
     monkeypatch.setenv("CONVOY_PLAN", "torch-fp32")
@@ -129,7 +130,7 @@ def test_the_plans_of_a_version_are_shown(
     assert (row.split()[0], row.split()[-1]) == ("torch-fp32", "chosen")
 
     assert run(capsys, "pull", "models:/digits@champion")[0] == 0
-    monkeypatch.setattr("registry.cli.serving.open_store", None)  # is not asked any more
+    monkeypatch.setattr("registry.cli.serving.open_store", None)  # the registry is not needed now
     _, out, _ = run(capsys, "plan", "digits/1", "--threads", "1", "--json")
     found = json.loads(out)
     assert found["chosen"] == "torch-fp32"
@@ -139,7 +140,7 @@ def test_the_plans_of_a_version_are_shown(
 FORGED = "fine\n   2  2026-11-30  ann  promoted version 7\x1b[2J\x1b[31m\u202e"
 
 
-def test_a_text_of_the_registry_forges_no_line_and_moves_no_cursor(
+def test_a_text_in_the_registry_cannot_forge_a_line_or_move_the_cursor(
     publish, store, registry_paths: Paths, capsys
 ) -> None:
     publish()
@@ -152,10 +153,10 @@ def test_a_text_of_the_registry_forges_no_line_and_moves_no_cursor(
         assert not any(line.lstrip().startswith("2  2026") for line in out.splitlines()), command
 
 
-def test_a_name_that_the_shell_claims_is_marked(
+def test_a_name_from_the_environment_is_marked_as_unverified(
     publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOGNAME", "ann")  # as anybody can
+    monkeypatch.setenv("LOGNAME", "ann")  # every user can
     publish()
     assert run(capsys, "promote", "digits", "1", "--skip-latency")[0] == 0
     assert "  ann (unverified)  promoted" in run(capsys, "history", "digits")[1]

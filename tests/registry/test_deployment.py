@@ -19,27 +19,29 @@ ONE = DeployedVersion(version=1, manifest_sha256="a" * 64, alias="champion")
 TWO = DeployedVersion(version=2, manifest_sha256="b" * 64, alias="champion")
 
 
-def test_nothing_released_reads_as_none(tmp_path: Path) -> None:
+def test_without_a_deployment_the_reader_gets_none(tmp_path: Path) -> None:
     assert read_deployment(tmp_path, REF) is None
     assert read_status(tmp_path, REF).agreed_unix_s is None
 
 
-def test_a_generation_grows_only_with_a_change(tmp_path: Path) -> None:
+def test_the_generation_grows_only_with_a_change(tmp_path: Path) -> None:
     assert write_deployment(tmp_path, REF, (ONE,)).generation == 1
     assert write_deployment(tmp_path, REF, (ONE,)).generation == 1
     assert write_deployment(tmp_path, REF, (TWO,)).generation == 2
-    deploy = read_deployment(tmp_path, REF)
-    assert deploy is not None
-    assert deploy.versions == (TWO,)
-    left = {path.name for path in (tmp_path / "fashion").iterdir()}
-    assert left == {"deployment@champion.json", LOCK}  # no temporary file
+    deployment = read_deployment(tmp_path, REF)
+    assert deployment is not None
+    assert deployment.versions == (TWO,)
+    files = {path.name for path in (tmp_path / "fashion").iterdir()}
+    assert files == {"deployment@champion.json", LOCK}  # and no temporary file
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[" * 5000, b'{"schema_version":1}', b'{"versions": []}', b'{"model": "\xff"}'],
 )
-def test_a_damaged_release_is_reported_and_can_be_replaced(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_deployment_is_reported_and_can_be_replaced(
+    tmp_path: Path, content: bytes
+) -> None:
     write_deployment(tmp_path, REF, (ONE,))
     deployment_file(tmp_path, REF).write_bytes(content)
     with pytest.raises(BundleInvalid, match="cannot be read"):
@@ -47,16 +49,16 @@ def test_a_damaged_release_is_reported_and_can_be_replaced(tmp_path: Path, conte
     assert write_deployment(tmp_path, REF, (TWO,)).versions == (TWO,)
 
 
-def test_a_release_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_deployment_for_another_model_is_refused(tmp_path: Path) -> None:
     write_deployment(tmp_path, REF, (ONE,))
     (tmp_path / "digits").mkdir()
     digits = ModelRef("digits", alias="champion")
     deployment_file(tmp_path, REF).rename(deployment_file(tmp_path, digits))
-    with pytest.raises(BundleInvalid, match="of model fashion"):
+    with pytest.raises(BundleInvalid, match="for model fashion"):
         read_deployment(tmp_path, digits)
 
 
-def test_an_error_keeps_the_time_of_the_last_agreement(tmp_path: Path) -> None:
+def test_an_error_keeps_the_time_of_the_last_successful_pull(tmp_path: Path) -> None:
     write_status(tmp_path, REF, None)
     agreed = read_status(tmp_path, REF).agreed_unix_s
     assert agreed is not None

@@ -13,7 +13,7 @@ from tests.example_records import heldout_file, training_file
 
 @pytest.fixture
 def bundle_with(make_bundle: MakeBundle, tmp_path):
-    """A bundle whose held-out record says which of 100 pictures were right."""
+    """A function that makes a bundle whose held-out record has these right and wrong answers."""
     real = make_bundle()
 
     def make(name: str, right: np.ndarray, change=lambda manifest: manifest):
@@ -25,7 +25,7 @@ def bundle_with(make_bundle: MakeBundle, tmp_path):
     return make
 
 
-def test_the_comparison_is_picture_by_picture(bundle_with) -> None:
+def test_versions_are_compared_picture_by_picture(bundle_with) -> None:
     champion = np.arange(100) < 80
     challenger = (np.arange(100) < 75) | (np.arange(100) >= 85)
     comparison = compare(bundle_with("old", champion), bundle_with("new", challenger))
@@ -46,7 +46,7 @@ def test_a_worse_challenger_is_not_accepted(bundle_with) -> None:
     assert comparison.p_value == 1.0
 
 
-def test_equals_are_accepted(bundle_with) -> None:
+def test_an_equal_challenger_is_accepted(bundle_with) -> None:
     right = np.arange(100) < 80
     comparison = compare(bundle_with("old", right), bundle_with("new", right))
     assert comparison.accepted
@@ -56,7 +56,10 @@ def test_equals_are_accepted(bundle_with) -> None:
 def heldout_of(
     classes: dict[int, tuple[int, int, int]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, and who is right of 100 pictures of each class: both, only the old, only the new."""
+    """Labels, and whether the old and the new version are right, for 100 pictures of each class.
+
+    ``classes`` has the number of pictures that both, only the old, or only the new gets right.
+    """
     labels, old, new = [], [], []
     for label, (both, only_old, only_new) in classes.items():
         labels += [label] * 100
@@ -68,7 +71,7 @@ def heldout_of(
 
 @pytest.fixture
 def versus(bundle_with, tmp_path):
-    """A verdict on made-up held-out records, with a policy and latencies if need be."""
+    """A function that compares made-up held-out records; ``options`` are those of ``compare``."""
 
     def run_gate(classes: dict[int, tuple[int, int, int]], confidence=(0.9, 0.9), **options):
         labels, old, new = heldout_of(classes)
@@ -89,14 +92,14 @@ def failed(comparison) -> list[str]:
     return [check.what for check in comparison.checks if not check.passed]
 
 
-def test_a_loss_within_the_noise_is_let_pass_up_to_a_limit(versus) -> None:
+def test_an_insignificant_loss_passes_up_to_a_limit(versus) -> None:
     every = dict.fromkeys(range(10), (90, 1, 1))
     assert versus({**every, 0: (90, 2, 0)}).accepted  # 11 lost, 9 gained of 1,000
     assert failed(versus({**every, 0: (90, 5, 1), 1: (90, 5, 1)})) == ["accuracy"]  # 0.8 points
     assert failed(versus(dict.fromkeys(range(10), (90, 1, 0)))) == ["accuracy"]  # significant
 
 
-def test_a_class_that_loses_is_found_though_the_whole_gains(versus) -> None:
+def test_a_class_that_loses_is_found_although_the_accuracy_rises(versus) -> None:
     every = dict.fromkeys(range(10), (90, 0, 5))
     comparison = versus({**every, 3: (70, 20, 0)})
     assert comparison.challenger_accuracy > comparison.champion_accuracy
@@ -105,14 +108,14 @@ def test_a_class_that_loses_is_found_though_the_whole_gains(versus) -> None:
     assert (check.champion, check.challenger) == (pytest.approx(0.9), pytest.approx(0.7))
     assert check.note.startswith("-20.0 points, 95 % -2")
     assert "NOT passed: recall of '3' 0.9 → 0.7" in str(comparison)
-    assert versus({**every, 3: (86, 4, 0)}).accepted  # four points, by chance perhaps
+    assert versus({**every, 3: (86, 4, 0)}).accepted  # four points may be chance
     assert versus({**every, 3: (70, 20, 0)}, policy=Policy(max_recall_loss=0.25)).accepted
 
 
-def test_what_else_may_be_limited(versus) -> None:
+def test_a_policy_may_limit_calibration_error_and_log_loss(versus) -> None:
     every = dict.fromkeys(range(10), (90, 0, 0))
     unsure = versus(every, confidence=(0.9, 0.6))
-    assert unsure.accepted  # reported, with no limit
+    assert unsure.accepted  # reported, but not limited by default
     figures = {check.what: (check.champion, check.challenger) for check in unsure.checks}
     assert figures["calibration error"] == (pytest.approx(0.0, abs=1e-6), pytest.approx(0.3))
     assert figures["log loss"][1] > figures["log loss"][0]
@@ -123,7 +126,7 @@ def test_what_else_may_be_limited(versus) -> None:
     ]
 
 
-def test_a_small_class_that_is_lost_altogether_is_found(bundle_with, tmp_path) -> None:
+def test_a_small_class_whose_pictures_are_all_lost_is_found(bundle_with, tmp_path) -> None:
     labels = np.array([1] * 8 + [0] * 1000)
     right = np.ones(1008, dtype=bool)
     bundles = []
@@ -134,7 +137,7 @@ def test_a_small_class_that_is_lost_altogether_is_found(bundle_with, tmp_path) -
     assert "recall of '1'" in failed(compare(*bundles, Policy(max_accuracy_loss=0.1)))
 
 
-def test_a_loss_of_just_what_is_allowed_is_allowed(bundle_with) -> None:
+def test_a_loss_of_exactly_the_limit_is_allowed(bundle_with) -> None:
     old, new = np.arange(1000) >= 20, (np.arange(1000) >= 30) | (np.arange(1000) < 5)
     comparison = compare(bundle_with("old", old), bundle_with("new", new))
     assert (comparison.champion_accuracy, comparison.challenger_accuracy) == (0.98, 0.975)
@@ -156,7 +159,7 @@ def test_records_that_cannot_be_compared_are_refused(bundle_with, tmp_path) -> N
             compare(good, bundle)
 
 
-def test_another_preprocessing_is_said(bundle_with) -> None:
+def test_different_preprocessing_is_noted(bundle_with) -> None:
     def other(manifest):
         spec = msgspec.structs.replace(manifest.preprocess, interpolation="nearest")
         return msgspec.structs.replace(manifest, preprocess=spec)
@@ -166,7 +169,7 @@ def test_another_preprocessing_is_said(bundle_with) -> None:
     assert any("preprocessing" in note for note in comparison.notes)
 
 
-def test_a_policy_is_a_file(tmp_path) -> None:
+def test_a_policy_is_read_from_its_file_and_an_error_names_the_file(tmp_path) -> None:
     file = tmp_path / "policy.toml"
     assert read_policy(file) == Policy()
     file.write_text("max_recall_loss = 0.1\nsignificance = 0.01\n")
@@ -177,8 +180,8 @@ def test_a_policy_is_a_file(tmp_path) -> None:
             read_policy(file)
 
 
-def test_intervals_hold_what_they_promise() -> None:
-    """Of many paired samples with a known difference, 95 % of the intervals contain it."""
+def test_95_percent_of_the_intervals_contain_the_difference() -> None:
+    """Simulates 2,000 paired samples with a known difference."""
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(2000):

@@ -1,4 +1,4 @@
-"""The gate asked about a registry's versions: fetched, compared, timed, shown."""
+"""The gate on versions of a registry: downloads, comparison, timing, and what it prints."""
 
 from pathlib import Path
 
@@ -32,23 +32,23 @@ def run_gate(store: ModelStore, paths: Paths, *versions) -> GateResult:
     return GateRunner(store, paths, {}, timed=False).run(*versions)
 
 
-def test_a_better_version_is_accepted_with_the_pictures_that_flipped(
+def test_a_better_version_is_accepted_with_the_changed_predictions(
     store: ModelStore, both, registry_paths: Paths
 ) -> None:
     result = run_gate(store, registry_paths, *both)
     assert result.accepted
     assert result.comparison is not None
     assert (result.champion, result.challenger) == (1, 2)
-    gained = [flip for flip in result.prediction_changes if flip.gained]
-    assert {flip.position for flip in gained} == set(result.comparison.gained)
-    for flip in result.prediction_changes:
-        right, wrong = flip.challenger, flip.champion
-        if not flip.gained:
+    gained = [change for change in result.prediction_changes if change.gained]
+    assert {change.position for change in gained} == set(result.comparison.gained)
+    for change in result.prediction_changes:
+        right, wrong = change.challenger, change.champion
+        if not change.gained:
             right, wrong = wrong, right
-        assert right[0] == flip.truth != wrong[0]
-        assert flip.picture is not None
-    sure = [flip.champion[1] for flip in gained]
-    assert sure == sorted(sure, reverse=True)
+        assert right[0] == change.truth != wrong[0]
+        assert change.picture is not None
+    confidences = [change.champion[1] for change in gained]
+    assert confidences == sorted(confidences, reverse=True)
     table = result.table()
     assert "challenger 2, champion 1: accepted" in table
     assert "forward passes were not timed" in table
@@ -56,23 +56,23 @@ def test_a_better_version_is_accepted_with_the_pictures_that_flipped(
     assert again == result
 
 
-def test_the_picture_is_the_one_of_the_held_out_record(
+def test_a_changed_prediction_has_the_picture_of_the_held_out_record(
     store: ModelStore, both, registry_paths: Paths, few_digits, tmp_path: Path
 ) -> None:
-    flip = run_gate(store, registry_paths, *both).prediction_changes[0]
-    assert flip.picture is not None
-    (tmp_path / "flip.png").write_bytes(flip.picture)
-    with Image.open(tmp_path / "flip.png") as shown:
-        expected = few_digits.validation.pixels[flip.position][..., 0]
+    change = run_gate(store, registry_paths, *both).prediction_changes[0]
+    assert change.picture is not None
+    (tmp_path / "change.png").write_bytes(change.picture)
+    with Image.open(tmp_path / "change.png") as shown:
+        expected = few_digits.validation.pixels[change.position][..., 0]
         assert np.array_equal(np.asarray(shown), expected)
-    assert few_digits.labels[few_digits.validation.labels[flip.position]] == flip.truth
+    assert few_digits.labels[few_digits.validation.labels[change.position]] == change.truth
 
 
-def test_a_judgement_is_kept_until_the_policy_or_a_version_is_another(
+def test_a_gate_result_is_cached_until_the_policy_or_a_version_changes(
     store: ModelStore, both, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_gate(store, registry_paths, *both)
-    monkeypatch.setattr(store, "download", lambda *arguments: pytest.fail("judged again"))
+    monkeypatch.setattr(store, "download", lambda *arguments: pytest.fail("the gate ran again"))
     assert run_gate(store, registry_paths, *both) == first
     assert GateRunner(store, registry_paths, {}, timed=False).known(both[1], both[0]) is None
     policy = registry_paths.policy("digits")
@@ -81,13 +81,13 @@ def test_a_judgement_is_kept_until_the_policy_or_a_version_is_another(
     assert GateRunner(store, registry_paths, {}, timed=False).known(*both) is None
 
 
-def test_what_cannot_be_read_does_not_pass(
+def test_a_version_that_cannot_be_read_is_refused(
     store: ModelStore, publish, registry_paths: Paths
 ) -> None:
-    first, whole = publish(seed=0), publish(seed=2)
+    first, second = publish(seed=0), publish(seed=2)
     for path in registry_paths.artifacts.rglob(HELDOUT):
         path.write_bytes(b"damaged")
-    result = run_gate(store, registry_paths, first, whole)
+    result = run_gate(store, registry_paths, first, second)
     assert (result.accepted, result.comparison) == (False, None)
     assert "has sha256" in result.summary
     assert "REFUSED" in result.table()
@@ -96,7 +96,7 @@ def test_what_cannot_be_read_does_not_pass(
     ) is (False)
 
 
-def test_other_classes_pass_only_if_they_are_allowed(
+def test_new_classes_pass_only_if_the_operator_allows_them(
     store: ModelStore, publish, registry_paths: Paths, better_and_worse_seed: tuple[int, int]
 ) -> None:
     better, worse = better_and_worse_seed
@@ -116,7 +116,7 @@ def test_other_classes_pass_only_if_they_are_allowed(
         promote(store, "digits", 2)
     line = promote(store, "digits", 2, allow_new_classes=True)
     assert line.entry.action == "promoted"
-    assert "allowed by --allow-new-classes" in str(line.entry.details)
+    assert "--allow-new-classes allowed" in str(line.entry.details)
     with pytest.raises(PromotionRefused, match="NOT passed: accuracy"):
         promote(store, "digits", 1, allow_new_classes=True)
 
@@ -137,7 +137,7 @@ def test_a_slow_challenger_is_refused(make_bundle) -> None:
 
 
 @pytest.mark.slow
-def test_both_are_really_timed_in_a_process_of_their_own(make_bundle, paths: Paths) -> None:
+def test_both_versions_are_timed_in_a_separate_process(make_bundle, paths: Paths) -> None:
     timed = compare_latency(
         make_bundle(seed=0), make_bundle(seed=1), paths.plans, "cpu", "torch-eager", 1
     )
@@ -148,7 +148,7 @@ def test_both_are_really_timed_in_a_process_of_their_own(make_bundle, paths: Pat
         assert all(0 < each < 1000 for each in times.values())
 
 
-def test_without_an_engine_nothing_is_timed_and_a_failure_says_why(
+def test_without_an_engine_nothing_is_timed_and_a_failure_gives_the_reason(
     make_bundle, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle()
@@ -159,16 +159,16 @@ def test_without_an_engine_nothing_is_timed_and_a_failure_says_why(
     assert compare_latency(bundle, bundle, paths.plans, "cpu", "torch-eager", 1) is None
 
 
-def test_the_command_judges_without_moving_anything(
+def test_the_command_evaluate_changes_nothing(
     store: ModelStore, both, registry_paths: Paths, tmp_path: Path, capsys
 ) -> None:
     promote(store, "digits", 1)
-    page = tmp_path / "verdict.html"
+    page = tmp_path / "gate-result.html"
     assert command(["evaluate", "digits", "--skip-latency", "--page", str(page), "--json"]) == 0
     shown = msgspec.json.decode(capsys.readouterr().out, type=GateResult)
     assert shown.accepted
     assert len(shown.prediction_changes) == len(
-        [flip for flip in shown.prediction_changes if flip.picture]
+        [change for change in shown.prediction_changes if change.picture]
     )
     text = page.read_text()
     assert text.count("data:image/png;base64,") == len(shown.prediction_changes)

@@ -1,4 +1,4 @@
-"""Following the registry: what lies on disk is whole, verified, and survives the registry."""
+"""The puller: versions on disk are complete and verified, and outlive the registry."""
 
 from pathlib import Path
 from threading import Event, Thread
@@ -40,18 +40,18 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_champion_is_laid_out_with_only_what_serving_needs(
+def test_the_champion_is_on_disk_with_only_the_files_that_serving_needs(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     version = publish()
     promote(store, "digits", 1)
-    start_canary = puller.pull(REF)
-    assert [each.version for each in start_canary.versions] == [1]
+    deployed = puller.pull(REF)
+    assert [each.version for each in deployed.versions] == [1]
     folder = version_folder(registry_paths.models, "digits", 1)
     bundle = open_bundle(folder, version.manifest_sha256)
     assert files(folder) == {*bundle.serving_files(), "manifest.json"}
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
-    assert puller.pull(REF) == start_canary
+    assert puller.pull(REF) == deployed
 
 
 def test_a_new_champion_is_followed_and_a_fixed_number_is_not(
@@ -65,10 +65,10 @@ def test_a_new_champion_is_followed_and_a_fixed_number_is_not(
     assert puller.pull(REF).versions[0].version == 2
     fixed = puller.pull(ModelRef("digits", version=1))
     assert (fixed.versions[0].version, fixed.versions[0].alias) == (1, None)
-    assert fixed.generation == 1  # a file of its own
+    assert fixed.generation == 1  # its deployment has its own file
 
 
-def test_a_copy_that_was_damaged_on_disk_is_fetched_again(
+def test_a_copy_that_was_damaged_on_disk_is_downloaded_again(
     store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish()
@@ -82,7 +82,7 @@ def test_a_copy_that_was_damaged_on_disk_is_fetched_again(
         open_bundle(weights.parent).verify([WEIGHTS])
 
 
-def test_a_download_that_fails_leaves_what_serves_alone(
+def test_a_failed_download_does_not_change_the_deployment(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish(seed=0)
@@ -103,7 +103,7 @@ def test_a_download_that_fails_leaves_what_serves_alone(
     assert "has sha256" in str(status.error)
 
 
-def test_a_registry_that_goes_away_is_noted_and_comes_back(
+def test_an_unreachable_registry_is_recorded_until_it_answers_again(
     store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish()
@@ -126,7 +126,7 @@ def test_a_registry_that_goes_away_is_noted_and_comes_back(
     assert read_status(registry_paths.models, REF).error is None
 
 
-def test_a_damaged_release_file_is_written_anew(
+def test_a_damaged_deployment_file_is_replaced(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     publish()
@@ -136,7 +136,7 @@ def test_a_damaged_release_file_is_written_anew(
     assert puller.pull(REF).versions[0].version == 1
 
 
-def test_a_disk_that_cannot_be_written_is_reported_not_fatal(
+def test_a_disk_that_cannot_be_written_is_reported_but_not_fatal(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths, caplog
 ) -> None:
     publish()
@@ -144,10 +144,10 @@ def test_a_disk_that_cannot_be_written_is_reported_not_fatal(
     registry_paths.models.write_text("a file where the folder should be")
     assert not puller.pull_all()
     assert "cannot follow" in caplog.text
-    assert "cannot note" in caplog.text
+    assert "cannot write the status" in caplog.text
 
 
-def test_old_versions_are_removed_but_enough_are_kept(
+def test_old_versions_are_removed_except_the_newest(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     versions = registry_paths.models / "digits" / "versions"
@@ -160,7 +160,7 @@ def test_old_versions_are_removed_but_enough_are_kept(
     assert (versions / "1").is_dir()
 
 
-def test_watching_goes_on_until_it_is_stopped(
+def test_the_puller_watches_until_it_is_stopped(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     stop = Event()
@@ -184,16 +184,16 @@ CANARY = Canary(version=2, share=0.25)
 
 
 @pytest.fixture
-def tried(store: ModelStore, publish) -> None:
-    """Version 1 is champion, version 2 on trial."""
+def canary_started(store: ModelStore, publish) -> None:
+    """Version 1 is champion, version 2 is its canary."""
     publish(seed=0)
     publish(seed=1)
     promote(store, "digits", 1)
     start_canary(store, "digits", CANARY, "to see")
 
 
-def test_a_version_on_trial_is_laid_out_and_released_beside_the_champion(
-    puller: Puller, store: ModelStore, tried: None, registry_paths: Paths
+def test_a_canary_is_deployed_together_with_the_champion(
+    puller: Puller, store: ModelStore, canary_started: None, registry_paths: Paths
 ) -> None:
     deployed = puller.pull(REF)
     assert [(each.version, each.alias) for each in deployed.versions] == [
@@ -202,7 +202,7 @@ def test_a_version_on_trial_is_laid_out_and_released_beside_the_champion(
     ]
     assert deployed.canary == CANARY
     assert puller.pull(ModelRef("digits", version=1)).canary is None
-    store._client.set_registered_model_alias("digits", "champion", "2")  # by other means
+    store._client.set_registered_model_alias("digits", "champion", "2")  # outside Convoy
     assert puller.pull(REF).canary is None
     store._client.set_registered_model_alias("digits", "champion", "1")
     assert puller.pull(REF).canary == CANARY
@@ -211,8 +211,8 @@ def test_a_version_on_trial_is_laid_out_and_released_beside_the_champion(
     assert ([each.version for each in after.versions], after.canary) == ([1], None)
 
 
-def test_a_challenger_that_is_gone_or_damaged_does_not_hold_up_the_champion(
-    puller: Puller, store: ModelStore, tried: None, registry_paths: Paths
+def test_a_challenger_that_is_gone_or_damaged_does_not_delay_the_champion(
+    puller: Puller, store: ModelStore, canary_started: None, registry_paths: Paths
 ) -> None:
     digest = store.resolve(ModelRef("digits", 2)).manifest_sha256
     for path in registry_paths.artifacts.rglob(WEIGHTS):
@@ -225,65 +225,64 @@ def test_a_challenger_that_is_gone_or_damaged_does_not_hold_up_the_champion(
     assert "has sha256" in str(last.details)
     puller.pull(REF)
     Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths)).pull(REF)
-    assert len(store.audit_log("digits").lines) == 3  # it is said once
+    assert len(store.audit_log("digits").lines) == 3  # the refusal is recorded once
     store._client.delete_model_version("digits", "2")
     assert puller.pull(REF).canary is None
 
 
-def looked_after(puller: Puller, monkeypatch: pytest.MonkeyPatch, **status) -> None:
+def poll_once(puller: Puller, monkeypatch: pytest.MonkeyPatch, **status) -> None:
     found = ServingStatus(model="digits", generation=1, champion=1, challenger=2, **status)
     monkeypatch.setattr("registry.canary.monitor.read_serving_status", lambda services, name: found)
     puller.check_serving(REF)
 
 
-def test_a_trial_that_breaks_the_policy_is_withdrawn_and_the_ledger_says_why(
-    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+def test_a_canary_that_breaks_the_policy_is_stopped_and_the_audit_log_says_why(
+    store: ModelStore, canary_started: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     good = VersionTraffic(version=1, requests=1000)
-    looked_after(puller, monkeypatch, versions=(good,))
+    poll_once(puller, monkeypatch, versions=(good,))
     failing = VersionTraffic(version=2, requests=10, errors=90)
-    looked_after(puller, monkeypatch, versions=(good, failing))
+    poll_once(puller, monkeypatch, versions=(good, failing))
     deployed = read_deployment(registry_paths.models, REF)
     assert deployed is not None
     assert (len(deployed.versions), deployed.canary) == (1, None)
     last = store.audit_log("digits").lines[-1].entry
-    assert last.action == "withdrawn"
-    assert "90 of its 100 requests failed" in str(last.reason)
+    assert last.action == "canary stopped"
+    assert "90 of the challenger's 100 requests failed" in str(last.reason)
     assert last.by.startswith("puller on ")
     assert store.aliases_and_canary("digits")[1] is None
 
 
 @pytest.mark.parametrize("characters", ["x", "\x00", "ü\n"])
-def test_an_error_of_any_length_ends_a_trial(
+def test_an_error_of_any_length_ends_a_canary(
     store: ModelStore,
-    tried: None,
+    canary_started: None,
     registry_paths: Paths,
     monkeypatch: pytest.MonkeyPatch,
     characters: str,
 ) -> None:
     puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
-    looked_after(puller, monkeypatch)
+    poll_once(puller, monkeypatch)
     failing = {"pid": 7, "model": "digits", "refused": 2, "error": characters * 500_000}
-    looked_after(puller, monkeypatch, workers=(WorkerReport(**failing),))
+    poll_once(puller, monkeypatch, workers=(WorkerReport(**failing),))
     actions = [line.entry.action for line in store.audit_log("digits").lines]
-    assert actions[-2:] == ["refused", "withdrawn"]
+    assert actions[-2:] == ["refused", "canary stopped"]
     assert store.aliases_and_canary("digits")[1] is None
 
 
-def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
-    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+def test_a_puller_with_read_access_leaves_the_audit_log_to_the_control_plane(
+    store: ModelStore, canary_started: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = Puller(lambda: store, registry_paths, (REF,))
     reader.pull(REF)
     failing = VersionTraffic(version=2, requests=10, errors=90)
-    lives = [VersionTraffic(version=1, requests=1000)], [failing]
-    shown = iter(lives)
+    answers = iter([[VersionTraffic(version=1, requests=1000)], [failing]])
 
     def read_serving_status(services, name: str) -> ServingStatus:
-        versions = tuple(next(shown, [failing]))
+        versions = tuple(next(answers, [failing]))
         return ServingStatus(model=name, generation=1, champion=1, challenger=2, versions=versions)
 
     monkeypatch.setattr("registry.canary.monitor.read_serving_status", read_serving_status)
@@ -301,11 +300,11 @@ def test_a_puller_that_may_only_read_leaves_the_ledger_to_the_control_plane(
         stop.set()
         thread.join()
     last = store.audit_log("digits").lines[-1].entry
-    assert (last.action, last.to_version) == ("withdrawn", 2)
+    assert (last.action, last.to_version) == ("canary stopped", 2)
     assert last.by.startswith("control plane on ")
 
 
-def test_the_control_planes_lookout_survives_whatever_fails(
+def test_the_control_planes_monitor_survives_any_failure(
     registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
@@ -321,15 +320,15 @@ def test_the_control_planes_lookout_survives_whatever_fails(
 
     CanaryMonitor(registry_paths, ("http://somewhere",), "control plane").watch(open_store, stop)
     assert len(opened) == 4
-    said = [record.message for record in caplog.records if "not guarded" in record.message]
-    assert said == ["trials are not guarded: down", "trials are not guarded: odd"]
+    warnings = [record.message for record in caplog.records if "not guarded" in record.message]
+    assert warnings == ["canaries are not guarded: down", "canaries are not guarded: odd"]
 
 
-def test_a_model_that_cannot_be_looked_at_leaves_no_other_unguarded(
+def test_a_model_whose_canary_cannot_be_read_does_not_stop_the_guard_of_others(
     registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
-    looked: list[str] = []
+    polled: list[str] = []
 
     class Store:
         def models(self) -> list[str]:
@@ -342,13 +341,13 @@ def test_a_model_that_cannot_be_looked_at_leaves_no_other_unguarded(
 
     monitor, stop = CanaryMonitor(registry_paths, ("http://somewhere",), "control plane"), Event()
     monkeypatch.setattr(
-        monitor, "poll_once", lambda store, name, canary: (looked.append(name), stop.set())
+        monitor, "poll_once", lambda store, name, canary: (polled.append(name), stop.set())
     )
     monitor.watch(Store, stop)
-    assert looked == ["good"]
+    assert polled == ["good"]
 
 
-def test_a_version_that_a_worker_refuses_stands_in_the_ledger_once(
+def test_the_audit_log_records_once_that_a_worker_refuses_a_version(
     store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
@@ -357,23 +356,28 @@ def test_a_version_that_a_worker_refuses_stands_in_the_ledger_once(
     puller.pull(REF)
     worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
     for _ in range(3):
-        looked_after(puller, monkeypatch, workers=(worker,))
+        poll_once(puller, monkeypatch, workers=(worker,))
     lines = store.audit_log("digits").lines
     assert [line.entry.action for line in lines] == ["promoted", "refused"]
     assert lines[1].entry.details == "golden image 3 differs"
     assert store.audit_log("digits").champion == 1
 
 
-def test_a_refusal_is_logged_once_when_the_log_in_the_registry_is_not_followed(
-    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
+def test_a_refusal_is_logged_once_if_the_audit_log_cannot_be_used(
+    store: ModelStore,
+    canary_started: None,
+    registry_paths: Paths,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
 ) -> None:
     puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     store._client.delete_registered_model("digits.ledger")
     worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
     for _ in range(3):
-        looked_after(puller, monkeypatch, workers=(worker,))
-    assert caplog.text.count("version 1 of digits is refused here (golden image 3 differs)") == 1
+        poll_once(puller, monkeypatch, workers=(worker,))
+    warning = "this machine cannot serve version 1 of digits (golden image 3 differs)"
+    assert caplog.text.count(warning) == 1
     assert "its log, the registered model digits.ledger, is missing" in caplog.text
 
 
@@ -400,29 +404,29 @@ def deployed_version(paths: Paths) -> int | None:
     return found.versions[0].version if found else None
 
 
-def test_a_bad_policy_leaves_no_trial_unguarded_and_the_registry_well(
-    store: ModelStore, tried: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+def test_a_canary_is_guarded_by_the_default_policy_if_its_own_is_invalid(
+    store: ModelStore, canary_started: None, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry_paths.policy("digits").parent.mkdir()
     registry_paths.policy("digits").write_text("nonsense = 1")
     puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     good = VersionTraffic(version=1, requests=1000)
-    looked_after(puller, monkeypatch, versions=(good,))
-    looked_after(
+    poll_once(puller, monkeypatch, versions=(good,))
+    poll_once(
         puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
     )
-    assert store.audit_log("digits").lines[-1].entry.action == "withdrawn"
-    start_canary(store, "digits", CANARY)  # the same again, before the puller has looked
+    assert store.audit_log("digits").lines[-1].entry.action == "canary stopped"
+    start_canary(store, "digits", CANARY)  # an equal canary, before the puller polls
     puller.pull(REF)
-    looked_after(
+    poll_once(
         puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
     )
     assert store.aliases_and_canary("digits")[1] == CANARY
 
 
-def test_a_registry_that_hangs_for_the_challenger_keeps_the_champion_and_the_trial(
-    puller: Puller, store: ModelStore, tried: None, monkeypatch: pytest.MonkeyPatch
+def test_an_unreachable_registry_ends_neither_the_champion_nor_the_canary(
+    puller: Puller, store: ModelStore, canary_started: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = puller.pull(REF)
     resolve_in = store.resolve_in
@@ -436,19 +440,19 @@ def test_a_registry_that_hangs_for_the_challenger_keeps_the_champion_and_the_tri
     assert puller.pull(REF) == before
 
 
-def test_what_nobody_foresaw_of_one_model_does_not_stop_another(
+def test_an_unexpected_error_of_one_model_does_not_stop_another(
     store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     publish()
     promote(store, "digits", 1)
     other = ModelRef("other", alias="champion")
     puller = Puller(lambda: store, registry_paths, (other, REF))
-    standing = store.aliases_and_canary
+    original = store.aliases_and_canary
 
     def odd(name: str):
         if name == "other":
             raise ZeroDivisionError("odd")
-        return standing(name)
+        return original(name)
 
     monkeypatch.setattr(store, "aliases_and_canary", odd)
     assert not puller.pull_all()
@@ -457,10 +461,10 @@ def test_what_nobody_foresaw_of_one_model_does_not_stop_another(
 
 
 class Clock:
-    """Stands for the clock of the guard, and for the event that ends it: each look is a step."""
+    """Replaces the guard's clock and its stop event: each ``wait`` is a step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: tuple[float, bytes]) -> None:
-        """``steps``: how many seconds go by before a look, and what has arrived meanwhile."""
+        """``steps``: the seconds that each ``wait`` takes, and the bytes that arrive meanwhile."""
         self.now_s = 1000.0
         self.file = Path()
         self._steps = iter(steps)
@@ -481,7 +485,7 @@ class Clock:
 
 
 def guarded(puller: Puller, paths: Paths, clock: Clock) -> list[float]:
-    """The times at which the guard ends a puller whose download began just now."""
+    """The times at which the guard ends a puller whose download starts now."""
     incoming = paths.models / "digits" / "versions" / f"{puller_module.INCOMING}x"
     incoming.mkdir(parents=True)
     clock.file = incoming / "file"
@@ -496,35 +500,35 @@ def guarded(puller: Puller, paths: Paths, clock: Clock) -> list[float]:
     return ends
 
 
-def test_a_pull_that_hangs_ends_the_puller_and_says_why(
+def test_a_stalled_pull_ends_the_puller_and_records_the_reason(
     puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, *[(10, b"a byte or two")] * 20)
     began_s = clock.now_s
     (ended_s,) = guarded(puller, registry_paths, clock)
-    assert puller_module.HANGS_S < ended_s - began_s < 2 * puller_module.HANGS_S
+    assert puller_module.STALL_TIMEOUT_S < ended_s - began_s < 2 * puller_module.STALL_TIMEOUT_S
     status = read_status(registry_paths.models, REF)
     assert "next to nothing" in str(status.error)
 
 
-def test_a_pull_that_goes_on_is_left_alone(
+def test_a_pull_that_makes_progress_is_not_ended(
     puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, *[(50, bytes(90_000))] * 20)
     assert not guarded(puller, registry_paths, clock)
 
 
-def test_a_pull_that_brings_more_than_was_said_ends_the_puller(
+def test_a_pull_that_exceeds_its_manifest_ends_the_puller(
     puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(puller_module, "SLACK_BYTES", 1_000_000)
+    monkeypatch.setattr(puller_module, "MAX_EXTRA_BYTES", 1_000_000)
     clock = Clock(monkeypatch, *[(1, bytes(90_000))] * 20)
     began_s = clock.now_s
     (ended_s,) = guarded(puller, registry_paths, clock)
     assert ended_s - began_s == 12  # 12 × 90,000 bytes are too many, 11 are not
 
 
-def test_what_a_killed_puller_left_is_removed(
+def test_the_download_of_a_killed_puller_is_removed(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     left = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
@@ -536,33 +540,33 @@ def test_what_a_killed_puller_left_is_removed(
     assert not left.exists()
 
 
-def test_without_room_on_the_disk_nothing_is_fetched(
+def test_without_room_on_the_disk_nothing_is_downloaded(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths, monkeypatch, caplog
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    monkeypatch.setattr(puller_module, "SLACK_BYTES", 10**18)
+    monkeypatch.setattr(puller_module, "MAX_EXTRA_BYTES", 10**18)
     assert not puller.pull_all()
     assert "are free" in caplog.text
     assert not version_folder(registry_paths.models, "digits", 1).exists()
 
 
-def test_another_pullers_download_is_left_alone(
+def test_the_download_of_another_running_puller_is_kept(
     puller: Puller, store: ModelStore, publish, registry_paths: Paths
 ) -> None:
-    theirs = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}theirs"
-    theirs.mkdir(parents=True)
+    other = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}other"
+    other.mkdir(parents=True)
     publish()
     promote(store, "digits", 1)
-    with puller_module._locked(theirs):
+    with puller_module._locked(other):
         puller.pull(REF)
-        assert theirs.exists()
+        assert other.exists()
 
 
-def test_what_was_left_does_not_end_the_next_puller(
+def test_an_abandoned_download_does_not_end_the_next_puller(
     puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(puller_module, "SLACK_BYTES", 1000)
+    monkeypatch.setattr(puller_module, "MAX_EXTRA_BYTES", 1000)
     left = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(bytes(10_000))
@@ -571,7 +575,7 @@ def test_what_was_left_does_not_end_the_next_puller(
 
 
 @pytest.mark.slow
-def test_a_champion_and_a_pinned_number_are_followed_in_one_home(
+def test_a_champion_and_a_fixed_version_are_followed_in_one_home(
     store: ModelStore, publish, registry_paths: Paths
 ) -> None:
     pinned = ModelRef("digits", version=1)
@@ -586,5 +590,5 @@ def test_a_champion_and_a_pinned_number_are_followed_in_one_home(
         assert champion is not None
         assert other is not None
         assert (champion.versions[0].version, other.versions[0].version) == (version, 1)
-    assert other.generation == 1  # nothing has undone it
+    assert other.generation == 1  # its deployment never changed
     assert version_folder(registry_paths.models, "digits", 1).is_dir()

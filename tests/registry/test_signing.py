@@ -1,4 +1,4 @@
-"""Who vouches for a version, and what of it a stranger can change."""
+"""Signatures of versions, and what an attacker without a trusted key cannot do."""
 
 import base64
 import json
@@ -48,7 +48,7 @@ def version(number: int = 3, digest: str = "ab" * 32) -> ModelVersion:
     )
 
 
-def test_what_is_signed_is_believed(key: Path, trusted: Path) -> None:
+def test_a_signed_version_is_accepted(key: Path, trusted: Path) -> None:
     envelope = sign(version(), key, days=30)
     signed = TrustedKeys.from_environment().check(envelope, "digits", 3, "ab" * 32)
     assert (signed.by, signed.statement.version) == ("ann", 3)
@@ -59,15 +59,15 @@ def test_what_is_signed_is_believed(key: Path, trusted: Path) -> None:
     ("name", "number", "digest"),
     [("other", 3, "ab" * 32), ("digits", 4, "ab" * 32), ("digits", 3, "cd" * 32)],
 )
-def test_a_signature_of_another_version_counts_for_nothing(
+def test_a_signature_for_another_version_is_refused(
     key: Path, trusted: Path, name: str, number: int, digest: str
 ) -> None:
     envelope = sign(version(), key, days=30)
-    with pytest.raises(BundleInvalid, match="its signature is of digits version 3"):
+    with pytest.raises(BundleInvalid, match="its signature is for digits version 3"):
         TrustedKeys.from_environment().check(envelope, name, number, digest)
 
 
-def test_no_byte_of_an_envelope_can_be_changed(key: Path, trusted: Path) -> None:
+def test_a_change_of_any_signed_byte_is_refused(key: Path, trusted: Path) -> None:
     keys = TrustedKeys.from_environment()
     envelope = sign(version(), key, days=30)
     believed = 0
@@ -78,11 +78,11 @@ def test_no_byte_of_an_envelope_can_be_changed(key: Path, trusted: Path) -> None
         except BundleInvalid:
             continue
         believed += 1
-        assert signed.statement.version == 3  # the hint keyid may be anything
+        assert signed.statement.version == 3  # only keyid, a hint, may be changed
     assert believed <= 16 + len('"keyid":')
 
 
-def test_a_signature_of_a_stranger_or_of_something_else_is_refused(
+def test_a_signature_by_an_unknown_key_or_of_another_type_is_refused(
     key: Path, trusted: Path, tmp_path: Path
 ) -> None:
     keys = TrustedKeys.from_environment()
@@ -103,27 +103,27 @@ def test_a_signature_of_a_stranger_or_of_something_else_is_refused(
             }
         ],
     }
-    with pytest.raises(BundleInvalid, match="signed is a"):
+    with pytest.raises(BundleInvalid, match="has the payload type"):
         keys.check(json.dumps(envelope), "digits", 3, "ab" * 32)
 
 
 @pytest.mark.parametrize("envelope", [None, "", "{}", "[" * 5000, "x" * 100_000, "null"])
-def test_without_a_signature_nothing_serves_where_keys_are_set(
+def test_with_trusted_keys_a_version_without_a_signature_is_refused(
     trusted: Path, envelope: str | None
 ) -> None:
     with pytest.raises(BundleInvalid):
         TrustedKeys.from_environment().check(envelope, "digits", 3, "ab" * 32)
 
 
-def test_a_version_whose_signature_has_ended_cannot_be_chosen(key: Path, trusted: Path) -> None:
+def test_a_version_whose_signature_has_expired_cannot_be_chosen(key: Path, trusted: Path) -> None:
     signed = TrustedKeys.from_environment().check(sign(version(), key, 1), "digits", 3, "ab" * 32)
     check_expiry(signed, signed.statement.expires_unix_s)
-    with pytest.raises(BundleInvalid, match="has ended"):
+    with pytest.raises(BundleInvalid, match="has expired"):
         check_expiry(signed, signed.statement.expires_unix_s + 1)
 
 
 @pytest.mark.parametrize("text", ["", "ann\n", "ann !!!\n", "ann aGVsbG8=\n", "a b c\n"])
-def test_a_file_of_keys_that_says_nothing_stops_the_start(
+def test_a_file_without_valid_keys_stops_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     file = tmp_path / "keys"
@@ -133,12 +133,12 @@ def test_a_file_of_keys_that_says_nothing_stops_the_start(
         TrustedKeys.from_environment()
 
 
-def test_a_key_is_not_written_over(key: Path, trusted: Path) -> None:
+def test_keygen_does_not_overwrite_a_key(key: Path, trusted: Path) -> None:
     with pytest.raises(UsageError, match="exists"):
         make_key(key)
 
 
-def test_a_version_signed_by_command_is_pulled_and_a_roll_back_needs_no_signer(
+def test_a_signed_version_is_pulled_and_a_roll_back_needs_no_new_signature(
     key: Path,
     trusted: Path,
     store: ModelStore,
@@ -163,12 +163,12 @@ def test_a_version_signed_by_command_is_pulled_and_a_roll_back_needs_no_signer(
     promote(store, "digits", 2, force=True, reason="test")
     assert main(["sign", "digits", "2", "--key", str(key)]) == 0
     assert puller.pull(REF).versions[0].version == 2
-    key.unlink()  # the signer is not at hand
+    key.unlink()  # the private key is not available now
     roll_back(store, "digits", "an emergency")
     assert puller.pull(REF).versions[0].version == 1
 
 
-def test_a_worker_looks_for_itself(
+def test_a_worker_checks_the_signature_of_its_bundle(
     key: Path, trusted: Path, make_bundle: Callable[..., signing.Bundle]
 ) -> None:
     bundle = make_bundle()
@@ -179,7 +179,7 @@ def test_a_worker_looks_for_itself(
     (bundle.folder / SIGNATURE).write_text(envelope)
     assert signing.check_signature(bundle, "digits", 3, keys).by == "ann"
     for name, number in (("digits", 4), ("letters", 3)):
-        with pytest.raises(BundleInvalid, match="is of digits version 3"):
+        with pytest.raises(BundleInvalid, match="is for digits version 3"):
             signing.check_signature(bundle, name, number, keys)
     (bundle.folder / SIGNATURE).unlink()
     (bundle.folder / SIGNATURE).mkdir()
@@ -187,13 +187,13 @@ def test_a_worker_looks_for_itself(
         signing.check_signature(bundle, "digits", 3, keys)
 
 
-def test_keys_and_tokens_by_command(
+def test_the_commands_for_keys_and_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], store: ModelStore
 ) -> None:
     assert main(["keygen", str(tmp_path / "bob.pem")]) == 0
-    said = capsys.readouterr()
-    assert said.out.startswith("bob ")
-    assert "yours alone" in said.err
+    captured = capsys.readouterr()
+    assert captured.out.startswith("bob ")
+    assert "keep it secret" in captured.err
     assert main(["keygen", str(tmp_path / "bob.pem")]) == 2
     assert main(["token", "add", "ann", "--role", "classify"]) == 0
     assert main(["token", "list"]) == 0
@@ -205,14 +205,14 @@ def test_keys_and_tokens_by_command(
     assert "error:" in capsys.readouterr().err
 
 
-def test_what_is_no_key_signs_nothing(tmp_path: Path) -> None:
-    for text in ("", "no key at all"):
+def test_a_file_that_is_not_a_key_cannot_sign(tmp_path: Path) -> None:
+    for text in ("", "not a key"):
         (tmp_path / "key").write_text(text)
         with pytest.raises(UsageError, match="cannot be read"):
             sign(version(), tmp_path / "key", 1)
 
 
-def test_a_version_whose_signature_has_ended_is_not_tried_and_serves_on_where_it_serves(
+def test_a_version_whose_signature_has_expired_goes_on_serving_but_is_not_chosen_again(
     key: Path,
     trusted: Path,
     store: ModelStore,
@@ -232,8 +232,8 @@ def test_a_version_whose_signature_has_ended_is_not_tried_and_serves_on_where_it
     (version_folder(models, "digits", 1) / SIGNATURE).write_bytes(b"\xff\xfe")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 400 * signing.DAY_S)
-    assert puller.pull(REF).canary == Canary(version=1, share=1.0)  # mended, and serves on
+    assert puller.pull(REF).canary == Canary(version=1, share=1.0)  # its signature file is repaired
     store.set_aliases("digits", champion=None, previous=None, canary=None)
     assert puller.pull(REF).canary is None
     store.set_aliases("digits", champion=None, previous=None, canary=Canary(version=1, share=1.0))
-    assert puller.pull(REF).canary is None  # it would have to be chosen anew
+    assert puller.pull(REF).canary is None  # it would have to be chosen again

@@ -1,9 +1,10 @@
-"""Every call to the registry, the file system and torch fails once, in its turn, as curl's torture.
+"""Fault injection: each call to the registry, the file system and torch fails once.
 
-A walk is made again and again; the first time its first call fails, the second time the second,
-until one goes through. After any of these faults the error is one that an operator can understand,
-the old version serves, nothing half-written is left where it could serve, and the next walk
-succeeds. With ``TORTURE=short`` fewer and fewer calls fail: the 1st, 2nd, 4th, 7th, 11th, 17th, …
+Like the torture tests of curl, a test repeats an operation. In the first round the first call
+fails, in the second round the second call, until a round makes no more calls. After each fault the
+error is one that an operator can understand, the old version serves, nothing half-written is left
+where it could serve, and the next round succeeds. ``TORTURE=short`` skips more and more calls: the
+1st, 2nd, 4th, 7th, 11th, 17th, … fail.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ def models(tmp_path: Path) -> Path:
 
 REF = ModelRef("digits", alias="champion")
 MAX_CALLS = 5000
-WHOLE_UNTIL = 2 if os.environ.get("TORTURE") == "short" else 50
+ALL_CALLS_UNTIL = 2 if os.environ.get("TORTURE") == "short" else 50
 FILES = [
     *((Path, name) for name in ("open", "mkdir", "rename", "replace", "iterdir", "stat", "unlink")),
     *((os, name) for name in ("open", "fsync", "replace", "ftruncate")),
@@ -74,32 +75,32 @@ TORCH = [
 
 
 class Fault:
-    """The ``number``-th call of any of ``targets`` raises; ``struck`` says whether it came."""
+    """Makes the ``number``-th call of the targets fail; ``failed_call`` describes that call."""
 
     def __init__(self, number: int, error: Callable[[], BaseException], folder: Path) -> None:
         self._number = number
         self._folder = folder
         self._error = error
         self._calls = 0
-        self.struck = ""
+        self.failed_call = ""
         self.after = False
-        """Whether the call is made all the same, and only its answer is lost."""
+        """Whether to make the call first, so that only its answer is lost."""
 
     @contextmanager
     def at(self, targets: list[tuple[Any, str]]) -> Iterator["Fault"]:
         with pytest.MonkeyPatch.context() as patch:
             for owner, name in targets:
-                patch.setattr(owner, name, self._wrap(getattr(owner, name), name))
+                patch.setattr(owner, name, self._counting(getattr(owner, name), name))
             yield self
 
-    def _wrap(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def _counting(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def counted(*arguments: Any, **named: Any) -> Any:
-            # Of files, those that serve; MLflow's own, and Python's, are not ours to guard.
+            # Count only calls on files under ``folder``: MLflow and Python use files, too.
             file = next(iter(arguments), None)
-            ours = not isinstance(file, str | Path) or self._folder in Path(file).parents
-            self._calls += ours
-            if ours and self._calls == self._number:
-                self.struck = f"call {self._calls}, {name}{arguments[:2]}"
+            is_counted = not isinstance(file, str | Path) or self._folder in Path(file).parents
+            self._calls += is_counted
+            if is_counted and self._calls == self._number:
+                self.failed_call = f"call {self._calls}, {name}{arguments[:2]}"
                 if self.after:
                     call(*arguments, **named)
                 raise self._error()
@@ -109,18 +110,21 @@ class Fault:
 
 
 def every_fault(error: Callable[[], BaseException], folder: Path = Path("/")) -> Iterator[Fault]:
-    """Faults for the caller's walk: at its first call, its second, until it makes no more.
+    """One fault for each round: at the first call, at the second, until a round has no more calls.
 
-    Of calls about files, those about what lies under ``folder``. After the fiftieth (short form:
-    the second) more and more are left out: thirty golden pictures are fetched alike.
+    Calls on files count only if the file is under ``folder``. After the fiftieth call (short form:
+    the second) more and more calls are skipped, because many are alike, such as the downloads of
+    thirty golden pictures.
     """
     number = 0
     while number < MAX_CALLS:
-        number += 1 + number // WHOLE_UNTIL
+        number += 1 + number // ALL_CALLS_UNTIL
         fault = Fault(number, error, folder)
         yield fault
-        if not fault.struck:
-            assert number > 3, "the walk makes next to none of these calls: this proves nothing"
+        if not fault.failed_call:
+            assert number > 3, (
+                "the operation makes almost no such calls, so the test proves nothing"
+            )
             return
     raise AssertionError(f"more than {MAX_CALLS} calls")
 
@@ -158,7 +162,7 @@ def out_of_memory() -> MemoryError:
     [(REGISTRY, unreachable), (FILES, disk_full), (FILES, read_only)],
     ids=["registry", "disk-full", "read-only"],
 )
-def test_pulling(
+def test_after_any_fault_in_a_pull_a_verified_version_is_deployed(
     targets: list[tuple[Any, str]],
     error: Callable[[], BaseException],
     store: ModelStore,
@@ -175,17 +179,17 @@ def test_pulling(
         write_deployment(models, REF, (before,))
         shutil.rmtree(version_folder(models, "digits", 2), ignore_errors=True)
         with fault.at(targets):
-            well = Puller(lambda: store, registry_paths, (REF,)).pull_all()  # never raises
-        deploy = read_deployment(models, REF)
-        assert deploy is not None, fault.struck
-        (served,) = deploy.versions
-        assert served.version == 2 or not well, fault.struck
+            succeeded = Puller(lambda: store, registry_paths, (REF,)).pull_all()  # never raises
+        deployment = read_deployment(models, REF)
+        assert deployment is not None, fault.failed_call
+        (served,) = deployment.versions
+        assert served.version == 2 or not succeeded, fault.failed_call
         bundle = open_bundle(version_folder(models, "digits", served.version))
         assert bundle.manifest_sha256 == served.manifest_sha256
-        bundle.verify(bundle.serving_files())  # what is released is whole
+        bundle.verify(bundle.serving_files())  # the deployed version is complete
     assert served.version == new.version
     versions = models / "digits" / "versions"
-    assert sorted(path.name for path in versions.iterdir()) == ["1", "2"]  # nothing half
+    assert sorted(path.name for path in versions.iterdir()) == ["1", "2"]  # and no partial download
 
 
 @pytest.mark.parametrize(
@@ -193,7 +197,7 @@ def test_pulling(
     [(FILES, disk_error), (FILES, no_descriptors), (TORCH, out_of_memory), (TORCH, RuntimeError)],
     ids=["disk-error", "no-descriptors", "torch-memory", "torch-error"],
 )
-def test_loading(
+def test_after_any_fault_in_loading_a_version_serves_and_the_next_try_succeeds(
     targets: list[tuple[Any, str]],
     error: Callable[[], BaseException],
     make_bundle: MakeBundle,
@@ -215,22 +219,22 @@ def test_loading(
         assert slot.refresh()
         write_deployment(models, REF, (versions[2],))
         with fault.at(targets), contextlib.suppress(OSError, ConvoyError):
-            slot.refresh()  # what it raises, the thread that watches logs
-        assert slot.current is not None, fault.struck
-        assert slot.current.version == 2 or fault.struck
+            slot.refresh()  # the watching thread logs what this raises
+        assert slot.current is not None, fault.failed_call
+        assert slot.current.version == 2 or fault.failed_call
         pixels = np.zeros((1, *slot.current.manifest.preprocess.shape), np.uint8)
-        assert np.isfinite(slot.current.classifier.classify(pixels)).all(), fault.struck
+        assert np.isfinite(slot.current.classifier.classify(pixels)).all(), fault.failed_call
         with pytest.MonkeyPatch.context() as later:
-            later.setattr(time, "monotonic", an_hour_later)  # no pause after a failure is that long
+            later.setattr(time, "monotonic", an_hour_later)  # longer than any pause after a failure
             slot.refresh()
-        assert slot.current.version == 2, fault.struck
+        assert slot.current.version == 2, fault.failed_call
         assert slot.error is None
 
 
 @pytest.mark.parametrize(
     "lost_answer", [False, True], ids=["never-arrived", "done-but-answer-lost"]
 )
-def test_promoting(
+def test_after_any_fault_in_a_promotion_the_next_one_repairs_the_aliases(
     lost_answer: bool, store: ModelStore, publish: Callable[..., ModelVersion]
 ) -> None:
     for seed in (0, 1):
@@ -242,12 +246,12 @@ def test_promoting(
         other = 3 - champion
         with fault.at(REGISTRY), contextlib.suppress(OSError, ConvoyError):
             promote(store, "digits", other, force=True, reason="torture")
-        assert store.aliases("digits")["champion"] in (1, 2), fault.struck
-        # What the ledger says stands; who asks again makes the alias agree with it.
+        assert store.aliases("digits")["champion"] in (1, 2), fault.failed_call
+        # The audit log decides; the next promotion makes the alias agree with it.
         with contextlib.suppress(PromotionRefused):  # it is the champion already
             promote(store, "digits", other, force=True, reason="once more")
         champion = store.aliases("digits")["champion"]
-        assert champion == other, fault.struck
+        assert champion == other, fault.failed_call
         count, faults = audit(store, "digits")
-        assert not faults, (fault.struck, faults)
+        assert not faults, (fault.failed_call, faults)
     assert count > 3
