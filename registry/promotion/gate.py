@@ -112,7 +112,7 @@ def compare(
     ]
     notes = [*pairs.notes] if timed else [*pairs.notes, "forward passes were not timed"]
     if champion.manifest.preprocess != challenger.manifest.preprocess:
-        notes.append("the two versions preprocess pictures differently")
+        notes.append("the two versions use different preprocessing")
     return GateComparison(
         examples=len(old.labels),
         champion_accuracy=old.accuracy,

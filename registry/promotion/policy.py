@@ -13,11 +13,12 @@ from registry.model.refs import Share
 class CanaryPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When a canary is ended: the table ``[canary]`` of a policy.
 
-    The canary guard starts to check after ``min_requests`` requests to the challenger. It ends the
-    canary if the challenger's error rate is more than ``max_error_gap`` above the champion's and
-    chance does not explain it. It also ends it if the mean time is more than ``max_latency_ratio``
-    times the champion's and the median is longer, too. No client waits for a shadow, so there only
-    failures count, and agreement with the champion below ``min_agreement``, if that is set.
+    The canary guard checks the traffic after ``min_requests`` requests to the challenger. It ends
+    the canary if the challenger's error rate is more than ``max_error_gap`` above the champion's
+    and chance does not explain that. It also ends the canary if the challenger's mean time is more
+    than ``max_latency_ratio`` times the champion's, and its median is longer, too. No client waits
+    for a shadow, so its times do not count: the guard ends it for failures, and for agreement with
+    the champion below ``min_agreement`` if that is set.
     """
 
     min_requests: Annotated[int, Meta(ge=1)] = 50

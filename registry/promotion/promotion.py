@@ -410,7 +410,7 @@ def _user() -> str:
     """The user of this process, marked as unverified: users can set ``$LOGNAME`` at will.
 
     The control plane records the names of tokens, which it has checked. These cannot contain spaces
-    or parentheses, so they cannot imitate the mark or lack it by accident.
+    or parentheses, so they never look unverified.
     """
     try:
         name = getpass.getuser()

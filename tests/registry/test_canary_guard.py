@@ -75,7 +75,7 @@ def test_a_slow_challenger_ends_a_canary() -> None:
 
 def test_failures_in_the_shadow_end_a_canary_and_disagreement_only_by_policy() -> None:
     failing = traffic(2, 0, agreed=60, failed=40)
-    assert "40 of 100 images failed" in str(check(traffic(1, 1000), failing))
+    assert "failed on 40 of 100 images" in str(check(traffic(1, 1000), failing))
     differing = traffic(2, 0, agreed=60, differed=40)
     assert check(traffic(1, 1000), differing) is None
     assert "60 of 100" in str(check(traffic(1, 1000), differing, min_agreement=0.9))

@@ -15,7 +15,7 @@ def test_the_status_of_a_service_is_read_over_http(
     monkeypatch.setenv(SERVICE_KEY, "a service key")
     status = read_serving_status([url], "digits")
     assert status.champion == 1
-    with pytest.raises(ModelNotReady, match="does not say"):
+    with pytest.raises(ModelNotReady, match="did not report"):
         read_serving_status([url], "other")
 
 
