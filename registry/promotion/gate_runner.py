@@ -188,25 +188,25 @@ class GateRunner:
             evaluated_unix_s=time.time(),
         )
         try:
-            ours = self._store.download(challenger, folder / "challenger")
+            new = self._store.download(challenger, folder / "challenger")
             if champion is None:
                 return msgspec.structs.replace(
                     result, accepted=True, summary="there was no champion to compare with"
                 )
-            theirs = self._store.download(
+            old = self._store.download(
                 champion,
                 folder / "champion",
                 lambda each: [HELDOUT, TRAINING, *each.serving_files()],
             )
             pairs = pair_heldout(
-                theirs, ours, policy.min_examples
+                old, new, policy.min_examples
             )  # first: it may refuse before the slow steps
             timed = None
             if self._timed:
                 timed = compare_latency(
-                    theirs, ours, self._paths.plans, self._device, self._plan, self._threads
+                    old, new, self._paths.plans, self._device, self._plan, self._threads
                 )
-            comparison = compare(theirs, ours, policy, timed, pairs)
+            comparison = compare(old, new, policy, timed, pairs)
         except (PromotionRefused, BundleInvalid) as error:
             return msgspec.structs.replace(result, summary=str(error))
         return msgspec.structs.replace(
@@ -214,7 +214,7 @@ class GateRunner:
             accepted=comparison.accepted,
             summary=str(comparison),
             comparison=comparison,
-            prediction_changes=_prediction_changes(comparison, pairs, theirs, ours),
+            prediction_changes=_prediction_changes(comparison, pairs, old, new),
         )
 
 

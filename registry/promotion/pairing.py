@@ -279,7 +279,7 @@ def _changed_pictures(match: Match) -> list[str]:
     if gone.any():
         counts.append(f"{gone.sum():,} removed")
         if alike := _alike(old.perceptual_hashes[gone][:MAX_HASHES], _new_hashes(match)):
-            counts[-1] += f", {alike:,} of them look like lossy copies that are new"
+            counts[-1] += f", {alike:,} of them probably re-encoded: new pictures look alike"
     return [", ".join(counts)]
 
 

@@ -1,9 +1,9 @@
 """Promote, roll back, start and stop a canary: write the decision to the audit log, then apply it.
 
 The order matters. If several operators decide at once, the audit log says whose decision stands
-(``registry.store.audit_log``), and the aliases follow the log: after it has written a line, each
-process sets the aliases to what the log as a whole says, and reads the log again. So when the last
-of several concurrent promotions has ended, the aliases agree with the log.
+(``registry.store.audit_log``), and the aliases follow the log: after a process has written a line,
+it sets the aliases to what all lines together say, and reads the log again. So when the last of
+several concurrent promotions has ended, the aliases agree with the log.
 """
 
 import getpass
