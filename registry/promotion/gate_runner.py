@@ -198,9 +198,8 @@ class GateRunner:
                 folder / "champion",
                 lambda each: [HELDOUT, TRAINING, *each.serving_files()],
             )
-            pairs = pair_heldout(
-                old, new, policy.min_examples
-            )  # first: it may refuse before the slow steps
+            # First, because it may refuse before the slow steps.
+            pairs = pair_heldout(old, new, policy.min_examples)
             timed = None
             if self._timed:
                 timed = compare_latency(
