@@ -28,19 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(
-            f"error: {error}; if an epoch was finished, --resume goes on from there",
+            f"error: {error}; if an epoch was finished, continue from it with --resume",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
-        print("interrupted; if an epoch was finished, --resume goes on from there", file=sys.stderr)
+        print("interrupted; if an epoch was finished, continue with --resume", file=sys.stderr)
         return 130
 
 
 def _train(arguments: argparse.Namespace) -> int:
     recipe = choose_recipe(arguments.recipe, arguments.set)
     model = check_model_name(arguments.model or _model_name(arguments.data))
-    # Imported here, and not above, so that --help and typing mistakes answer at once.
+    # These modules load torch. Imported only now, so that --help and typing errors answer at once.
     from training.data.sources import load_dataset, picture_side_px
     from training.fitting.network_fit import fit_to_pictures
     from training.jobs import train_and_publish
@@ -75,7 +75,7 @@ def _train(arguments: argparse.Namespace) -> int:
         f"test accuracy {finished.test.accuracy:.4f}, trained in {finished.seconds:.0f} s"
     )
     if version is not None:
-        print(f"registered as {model} version {version}, alias challenger; to let it serve:")
+        print(f"registered as {model} version {version}, alias challenger; to serve it:")
         print(f"  python -m registry promote {model} {version}")
     return 0
 
@@ -102,7 +102,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         )
-    print(f"curves and page: mlflow run {comparison.run_id}, artefacts under report/")
+    print(f"curves and page: MLflow run {comparison.run_id}, artefacts under report/")
     return 0
 
 
@@ -110,21 +110,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training",
         description="Train an image classifier and register it as the model's next version.",
-        epilog="python -m training compare --help: several recipes on the same data.",
+        epilog="To compare several recipes on the same data, see: python -m training compare -h",
     )
     commands = parser.add_subparsers(metavar="{train,compare}")
     train = commands.add_parser("train", help="train and register (the default)")
     train.add_argument("--recipe", default="cnn", help=f"{' | '.join(RECIPES)} (default cnn)")
-    train.add_argument("--model", help="name in the registry (default: from the data)")
-    train.add_argument("--seed", type=_whole(0, 2**31), default=0)
+    train.add_argument("--model", help="name in the registry (default: the data set's name)")
+    train.add_argument("--seed", type=_integer(0, 2**31), default=0)
     train.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint of the same run"
+        "--resume", action="store_true", help="continue from the checkpoint of the same run"
     )
-    train.add_argument("--no-register", action="store_true", help="log the run, make no version")
+    train.add_argument(
+        "--no-register", action="store_true", help="log the run, but register no version"
+    )
     train.add_argument("--json", action="store_true", help="print the result as JSON")
     train.set_defaults(run=_train)
     compare = commands.add_parser(
-        "compare", help="several recipes, several seeds, shifted pictures"
+        "compare", help="train several recipes with several seeds, and test on shifted pictures"
     )
     compare.add_argument("--recipes", default="dense,cnn", help="comma-separated")
     compare.add_argument("--seeds", type=int, default=3, help="runs of each recipe")
@@ -137,9 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--image-size",
-            type=_whole(8, 4096),
+            type=_integer(8, 4096),
             metavar="PX",
-            help="side of folder: pictures (default 64)",
+            help="side of the pictures of folder:FOLDER (default 64)",
         )
         command.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
         command.add_argument(
@@ -148,31 +150,31 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             metavar="KEY=VALUE",
             help="change the recipe or its network: epochs=3, filters=32,64, pooling=average; "
-            "docs/training.md has all parameters",
+            "docs/training.md lists all parameters",
         )
     return parser
 
 
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    """A number for argparse, which shows the text of the error."""
+def _integer(least: int, most: int) -> Callable[[str], int]:
+    """A parser of integers for argparse, which prints the text of the error."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {most}")
         return int(text)
 
     return parse
 
 
 def _model_name(data: str) -> str:
-    """A name from the data's: ``folder:./my pictures`` becomes ``my_pictures``."""
+    """The default name of the model: ``folder:./my pictures`` gives ``my_pictures``."""
     kind, _, path = data.partition(":")
     folder = path.rstrip("/").rpartition("/")[2]
     return "fashion" if kind == "fashion-mnist" else re.sub(r"[^A-Za-z0-9_-]", "_", folder or kind)
 
 
 def _with_default_command(argv: Sequence[str]) -> list[str]:
-    """``python -m training --data …`` means ``train``."""
+    """``argv`` with ``train`` in front, unless it names a command or asks for help."""
     if argv and (argv[0] in ("train", "compare") or argv[0] in ("-h", "--help")):
         return list(argv)
     return ["train", *argv]

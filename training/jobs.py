@@ -1,4 +1,4 @@
-"""The two jobs of ``python -m training``: one run that ends in the registry, and a comparison."""
+"""The two jobs of ``python -m training``: train and publish one version, or compare recipes."""
 
 import logging
 import tempfile
@@ -34,13 +34,13 @@ EXPERIMENT = "convoy"
 SHIFTS_PX = range(7)
 SHOWN_PROBLEMS = 1000
 THE_RULE = (
-    "The validation pictures chose the epoch that was kept and decide promotions; "
-    "the test pictures chose nothing and are only reported."
+    "The validation pictures decided which epoch was kept, and decide promotions. "
+    "The test pictures decided nothing: their scores are only reported."
 )
 
 
 class Finished(Struct, frozen=True, kw_only=True):
-    """One training run: the weights that were kept, what they scored, how long it took."""
+    """One training run: the kept weights, their scores, and how long the training took."""
 
     run_id: str
     trained: Trained
@@ -69,10 +69,10 @@ def train_and_publish(
     resume: bool = False,
     register: bool = True,
 ) -> tuple[Finished, ModelVersion | None]:
-    """Train, evaluate, report, log, and register version N of ``model`` as ``challenger``.
+    """Train, evaluate, report, log, and register the next version of ``model`` as ``challenger``.
 
-    The registry, the names and the drawings are tried first. If publishing fails after all, or the
-    run was interrupted, the checkpoint stays and ``resume`` goes on without training again.
+    The registry, the names and the drawings are tried before the training. If publishing fails
+    later, or the run is interrupted, the checkpoint stays, and ``resume`` continues from it.
 
     Returns:
         The run, and its version (None when ``register`` is False).
@@ -114,14 +114,14 @@ def _rehearse(
     *,
     register: bool,
 ) -> None:
-    """Use every name for the first time before the first epoch, and not after the last.
+    """Try the registry, the names and the drawings, so that they fail before the first epoch.
 
-    What only publishing needs is left out without ``register``.
+    Without ``register``, this skips the steps that only publishing needs.
 
     Raises:
-        UsageError: the classes' names cannot be published.
-        RegistryUnavailable: the registry does not answer for the model.
-        PromotionRefused: nothing can be published under the model's name.
+        UsageError: the names of the classes cannot be published.
+        RegistryUnavailable: the registry does not answer.
+        PromotionRefused: no version can be published under the model's name.
     """
     announce_steps(recipe, data)
     report.rehearse(data)
@@ -145,7 +145,7 @@ def _train(
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> Finished:
-    """Train and evaluate, with everything logged to ``run`` and drawn into ``report_folder``."""
+    """Train and evaluate; log to ``run`` and write the report to ``report_folder``."""
     run.log_start(recipe, data, seed, describe_device(device))
     started = time.perf_counter()
     trained = fit(
@@ -201,7 +201,7 @@ def _write_run_report(
     ]
     notes = [THE_RULE, *data.notes, *drawings.notes]
     if trained.interrupted:
-        notes.append("The run was interrupted; the best epoch until then was kept.")
+        notes.append("The run was interrupted. The best epoch until then was kept.")
     if data.problems:
         shown = "; ".join(data.problems[:SHOWN_PROBLEMS])
         notes.append(f"{len(data.problems)} entries of the folder were left out: {shown}")
@@ -215,7 +215,10 @@ def _data_facts(data: Dataset) -> list[tuple[str, str]]:
 
 
 class ComparedRun(Struct, frozen=True, kw_only=True):
-    """``shifted_accuracies[px]`` is the test accuracy with the pictures moved by px pixels."""
+    """Test results of one training of a comparison.
+
+    ``shifted_accuracies[px]`` is the test accuracy with the pictures moved by px pixels.
+    """
 
     recipe: str
     seed: int
@@ -226,7 +229,10 @@ class ComparedRun(Struct, frozen=True, kw_only=True):
 
 
 class Comparison(Struct, frozen=True):
-    """Several recipes on the same data, each with several seeds; logged as the run ``run_id``."""
+    """The results of several recipes on the same data, each trained with several seeds.
+
+    ``run_id`` is the MLflow run that holds the table, the curves and the page.
+    """
 
     runs: tuple[ComparedRun, ...]
     run_id: str
@@ -238,7 +244,7 @@ class Comparison(Struct, frozen=True):
         return grouped
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heading and rows, for terminals and pages; means ± standard deviations over the seeds."""
+        """Heading and rows for a terminal or a page: mean ± standard deviation over the seeds."""
         heading = ["recipe", "test accuracy", "seeds", "parameters", "seconds"]
         heading += ["shifted by 2 px", "by 4 px"]
         return heading, [
@@ -260,11 +266,11 @@ class Comparison(Struct, frozen=True):
 def compare(
     data: Dataset, recipes: list[Recipe], seeds: int, paths: Paths, device: str = "auto"
 ) -> Comparison:
-    """Train every recipe with seeds 0 … ``seeds`` - 1 on ``data`` and log what they are worth.
+    """Train every recipe on ``data`` with seeds 0 … ``seeds`` - 1, and log how accurate each is.
 
-    Nothing is registered: the result is a run with a table, curves and a page, and in it a run for
-    each training with its own report. Ctrl-C ends the comparison: half a training compares with
-    nothing.
+    No version is registered. The result is an MLflow run with a table, curves and a page; nested in
+    it, each training has a run with its own report. Ctrl-C ends the comparison, because a training
+    that was cut short cannot be compared.
     """
     chosen = choose_device(device)
     store = ModelStore(paths)

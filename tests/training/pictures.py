@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
-    """Write noise that ``seed`` draws, in the format that the name of ``path`` says."""
+    """Write a picture of noise, seeded by ``seed``, in the format of the suffix of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).convert(mode).save(path)

@@ -22,7 +22,7 @@ EPOCH = Epoch(
 )
 
 
-def test_figures_of_a_known_case() -> None:
+def test_the_metrics_of_a_known_case_are_right() -> None:
     probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]], dtype=np.float32)
     evaluation = Evaluation(np.array([0, 1, 1, 0]), probabilities)
     assert evaluation.accuracy == 0.75
@@ -38,14 +38,16 @@ def test_figures_of_a_known_case() -> None:
     }
 
 
-def test_a_shift_moves_and_fills_with_black() -> None:
+def test_a_shift_moves_the_picture_and_fills_with_black() -> None:
     pixels = np.arange(1, 10, dtype=np.uint8).reshape(1, 3, 3, 1)
     assert shift(pixels, 1, 0)[0, ..., 0].tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6]]
     assert shift(pixels, 0, -1)[0, ..., 0].tolist() == [[2, 3, 0], [5, 6, 0], [8, 9, 0]]
     assert (shift(pixels, 0, 0) == pixels).all()
 
 
-def test_accuracy_against_shift_begins_with_the_plain_accuracy(few_digits: Dataset) -> None:
+def test_accuracy_against_shift_starts_with_the_accuracy_without_a_shift(
+    few_digits: Dataset,
+) -> None:
     preprocessed = tiny_model(few_digits)
     classifier = eager_classifier(preprocessed, "cpu")
     curve = accuracy_against_shift(classifier, few_digits.test, range(3))

@@ -1,4 +1,4 @@
-"""What is exported for other engines, and that a version is published without what cannot be."""
+"""The graphs that are exported for other engines, and exports that fail."""
 
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from training.publishing.publish import build_manifest, choose_calibration, writ
 PIXELS = np.zeros((2, 8, 8, 1), np.uint8)
 
 
-def test_the_graph_comes_in_fp32_and_int8_without_paths_of_this_machine(
+def test_the_graph_is_exported_in_fp32_and_int8_without_paths_of_this_machine(
     few_digits: Dataset,
 ) -> None:
     preprocessed = tiny_model(few_digits, 0, TINY)
     files = export_network(preprocessed, few_digits.train.pixels[:8])
     assert set(files) == {ONNX_GRAPH, INT8_GRAPH, INT8_WEIGHTS}
-    assert b".py" not in files[ONNX_GRAPH]  # of stack traces
-    assert b"location" not in files[ONNX_GRAPH]  # what serving refuses
+    assert b".py" not in files[ONNX_GRAPH]  # from stack traces
+    assert b"location" not in files[ONNX_GRAPH]  # the service refuses graphs with external data
 
 
 def test_the_int8_graph_of_a_trained_network_scores_as_fp32_does(
@@ -71,23 +71,23 @@ def test_no_pair_of_8_bit_products_saturates_on_a_cpu_without_vnni(few_digits: D
 
 
 @pytest.mark.parametrize(
-    ("fails", "left", "said"),
+    ("fails", "left", "warning"),
     [
         ("_to_onnx", set(), "the network cannot be exported: no such operator"),
-        ("_to_int8", {ONNX_GRAPH}, "no int8: no such operator"),
+        ("_to_int8", {ONNX_GRAPH}, "the int8 graph cannot be exported: no such operator"),
     ],
 )
-def test_what_cannot_be_exported_is_left_out(
+def test_a_graph_that_cannot_be_exported_is_left_out_with_a_warning(
     few_digits: Dataset,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     fails: str,
     left: set[str],
-    said: str,
+    warning: str,
 ) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("no such operator\nand a page more")
 
     monkeypatch.setattr(export, fails, fail)
     assert set(export_network(tiny_model(few_digits, 0, TINY), PIXELS)) == left
-    assert caplog.messages[-1] == said
+    assert caplog.messages[-1] == warning

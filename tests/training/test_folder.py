@@ -1,4 +1,4 @@
-"""Folders as people have them: layouts, links, odd names, and everything that is not a picture."""
+"""Folders as users have them: layouts, links, odd names, and files that are not pictures."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def in_splits(tmp_path: Path) -> Path:
     "names",
     [("train", "val", "test"), ("training", "validation", "testing"), ("Train", "VALID", "Test")],
 )
-def test_a_folder_in_splits_is_used_as_it_is_split(in_splits: Path, load, names) -> None:
+def test_a_folder_with_splits_keeps_its_splits(in_splits: Path, load, names) -> None:
     for before, after in zip(("train", "val", "test"), names, strict=True):
         (in_splits / before).rename(in_splits / after)
     data = load(in_splits)
@@ -55,7 +55,7 @@ def test_a_folder_in_splits_is_used_as_it_is_split(in_splits: Path, load, names)
     assert data.notes == ()
 
 
-def test_a_split_that_the_folder_lacks_is_cut_from_its_training_pictures(
+def test_a_split_that_the_folder_lacks_is_taken_from_its_training_pictures(
     in_splits: Path, load
 ) -> None:
     shutil.rmtree(in_splits / "val")
@@ -65,37 +65,39 @@ def test_a_split_that_the_folder_lacks_is_cut_from_its_training_pictures(
     assert sum(data.counts.values()) == 45
     for split in ("validation", "test"):
         assert data.counts[split] > 0
-        assert f"no {split} split: {data.counts[split]} pictures were cut" in "\n".join(data.notes)
+        assert f"no {split} split: {data.counts[split]} of its training" in "\n".join(data.notes)
 
 
-def test_training_loses_a_picture_that_another_split_holds_out(in_splits: Path, load) -> None:
+def test_a_picture_that_another_split_holds_out_is_removed_from_training(
+    in_splits: Path, load
+) -> None:
     shutil.copy(in_splits / "val" / "cat" / "0.png", in_splits / "train" / "cat" / "copy.png")
     shutil.copy(in_splits / "test" / "dog" / "0.png", in_splits / "val" / "dog" / "copy.png")
     data = load(in_splits)
     assert data.counts == {"train": 10, "validation": 8, "test": 6}
-    assert "1 pictures were taken out of training, and 1 out of validation" in data.notes[0]
-    held = "the same picture is held out by another split"
-    assert set(data.problems) == {f"train/cat/copy.png: {held}", f"val/dog/copy.png: {held}"}
+    assert "1 pictures were removed from training, and 1 from validation" in data.notes[0]
+    reason = "the same picture is held out in another split"
+    assert set(data.problems) == {f"train/cat/copy.png: {reason}", f"val/dog/copy.png: {reason}"}
 
 
 def test_a_held_out_class_without_training_pictures_is_refused(in_splits: Path, load) -> None:
     (in_splits / "train" / "cat").rename(in_splits / "train" / "kitten")
-    with pytest.raises(UsageError, match="no training picture of class cat, which is held out"):
+    with pytest.raises(UsageError, match="no training picture of class cat, which has held-out"):
         load(in_splits)
 
 
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        (("train/cat", "train/dog", "val/cat", "extra"), "beside them lie extra/"),
+        (("train/cat", "train/dog", "val/cat", "extra"), "the folder also has extra/"),
         (("train/cat", "train/dog", "training/cat", "training/dog"), "two of them mean the same"),
         (("val/cat", "val/dog", "test/cat", "test/dog"), "there is no folder train"),
         (("train", "val"), "train/, val/ could be splits or classes"),
-        (("cat", "dog", "test"), "beside them lie cat/, dog/"),
-        (("cat/train", "cat/val", "dog/train", "dog/val"), "cat holds folders named after splits"),
+        (("cat", "dog", "test"), "the folder also has cat/, dog/"),
+        (("cat/train", "cat/val", "dog/train", "dog/val"), "cat contains folders named after"),
     ],
 )
-def test_a_layout_that_could_be_splits_or_classes_is_refused_by_name(
+def test_a_layout_that_could_be_splits_or_classes_is_refused_with_the_folders_names(
     tmp_path: Path, load, layout: tuple[str, ...], reason: str
 ) -> None:
     for number, folder in enumerate(layout):
@@ -110,14 +112,12 @@ def test_one_class_may_be_named_like_a_split(tmp_path: Path, load) -> None:
     assert load(tmp_path / "vehicles").labels == ("bus", "car", "train")
 
 
-def test_pictures_without_classes_beside_a_split_are_left_out_by_name(
-    in_splits: Path, load
-) -> None:
+def test_a_split_folder_without_class_folders_is_left_out_by_name(in_splits: Path, load) -> None:
     shutil.rmtree(in_splits / "test")
     pictures(in_splits / "test", 4, seed=40)
     pictures(in_splits / "train" / "cat", 30, seed=41)
     data = load(in_splits)
-    assert "test: has no folders of classes" in data.problems
+    assert "test: has no class folders in it" in data.problems
     assert data.counts["test"] > 0
 
 
@@ -140,17 +140,17 @@ def test_every_entry_that_is_neither_used_nor_hidden_is_named(
     (plain / "dog" / ".hidden").write_text("hidden")
     os.mkfifo(plain / "dog" / "pipe.png")
     data = load(plain)
-    assert sum(data.counts.values()) == 62  # with the two that a link leads to
+    assert sum(data.counts.values()) == 62  # 60, and two that a link points to
     reasons = dict(problem.split(": ", 1) for problem in data.problems)
     assert set(reasons) == {
         *("loose.png", "empty", "dog/notes.txt", "dog/pipe.png"),
         *("cat/dangling.png", "cat/loop", "cat/self", "cat/dogs"),
-        # One of the two names of the same folder; which is read depends on their order.
+        # One of the two names of the same folder; their order decides which one is read.
         *({"cat/elsewhere/deep", "cat/again"} & set(reasons)),
     }
     assert len({"cat/elsewhere/deep", "cat/again"} & set(reasons)) == 1
-    assert "leads nowhere" in reasons["cat/dangling.png"]
-    assert "belongs to the data set anyway" in reasons["cat/dogs"]
+    assert "is a broken link" in reasons["cat/dangling.png"]
+    assert "is already part of the data set" in reasons["cat/dogs"]
     assert "neither a file nor a folder" in reasons["dog/pipe.png"]
     assert data.labels == ("cat", "dog")
 
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_read_is_named(
             raise PermissionError(13, "Permission denied")
         return original(self)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everything
+    monkeypatch.setattr(Path, "iterdir", refuse)  # file modes would not stop root
     data = load(plain)
     assert data.problems == ("cat/private: cannot be read: Permission denied",)
 
@@ -203,10 +203,10 @@ def test_classes_with_too_few_pictures_are_named(plain: Path, load) -> None:
     picture(plain / "rare" / "1.png", 99)
     notes = "\n".join(load(plain).notes)
     assert "1 of 3 classes have only one picture: rare" in notes
-    assert "no validation picture, so no promotion looks at them: rare" in notes
+    assert "no validation picture, so the gate cannot compare them: rare" in notes
 
 
-def test_new_pictures_move_no_old_one_to_another_split(plain: Path, load) -> None:
+def test_new_pictures_do_not_move_old_ones_to_another_split(plain: Path, load) -> None:
     before = load(plain)
     pictures(plain / "cat" / "new", 30, seed=50)
     pictures(plain / "bird", 30, seed=51)
@@ -222,7 +222,7 @@ def test_a_class_whose_pictures_are_all_held_out_trains_on_one() -> None:
     assert complete_split([low, lower, high], [0, 0, 0], [None] * 3) == ["test", "test", "train"]
 
 
-def test_validation_pictures_outlive_their_files(plain: Path, load) -> None:
+def test_validation_pictures_stay_readable_after_their_files_are_deleted(plain: Path, load) -> None:
     data = load(plain)
     shutil.rmtree(plain)
     for index in range(len(data.validation)):
@@ -230,7 +230,9 @@ def test_validation_pictures_outlive_their_files(plain: Path, load) -> None:
         np.testing.assert_array_equal(served, data.validation.pixels[index])
 
 
-def test_a_picture_of_colour_after_grey_ones_gives_all_three_channels(tmp_path: Path, load) -> None:
+def test_a_colour_picture_after_grey_ones_gives_all_pictures_three_channels(
+    tmp_path: Path, load
+) -> None:
     for number in range(60):
         grey = number < 59
         path = tmp_path / "mixed" / "ab"[number % 2] / f"{number}.png"
@@ -243,7 +245,7 @@ def test_a_picture_of_colour_after_grey_ones_gives_all_three_channels(tmp_path: 
             np.testing.assert_array_equal(served, part.pixels[index])
 
 
-def test_rows_are_put_in_any_order_in_place() -> None:
+def test_rows_can_be_put_in_any_order_in_place() -> None:
     draw = np.random.default_rng(0)
     for count in (1, 2, 17):
         rows = draw.integers(0, 256, (count, 2, 2, 1), dtype=np.uint8)
@@ -259,11 +261,14 @@ def test_a_data_set_that_does_not_fit_the_memory_is_refused_before_it_is_read(
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  9 kB\nMemAvailable:  40 kB\n")
     monkeypatch.setattr(memory, "MEMINFO", meminfo)
-    with pytest.raises(UsageError, match=r"60 files .* 46.1 kB of memory, and 41 kB.*--image-size"):
+    reason = r"60 files .* 46.1 kB of memory, and only 41 kB.*--image-size"
+    with pytest.raises(UsageError, match=reason):
         load(plain)
 
 
-def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_of_a_container_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meminfo, limit, used = (tmp_path / name for name in ("meminfo", "limit", "used"))
     meminfo.write_text("MemAvailable:  4000 kB\n")
     used.write_text("600000\n")
@@ -284,7 +289,7 @@ def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mo
     ],
     ids=["v2", "v1"],
 )
-def test_files_that_a_container_has_read_take_no_memory_from_it(
+def test_the_page_cache_of_a_container_counts_as_available_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stat: str
 ) -> None:
     files = {"limit": "1000000\n", "used": "600000\n", "meminfo": "", "memory.stat": stat}
@@ -297,7 +302,7 @@ def test_files_that_a_container_has_read_take_no_memory_from_it(
 
 @pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_pixels(tmp_path: Path) -> None:
-    """By the address space that numpy and Python allocate; what is used is less."""
+    """Measures the address space that numpy and Python allocate, of which they use only a part."""
     import tracemalloc
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""From the command line to a registered version, in this process and on real digits."""
+"""Runs the command line up to a registered version, in this process and on real digits."""
 
 import functools
 import json
@@ -50,13 +50,15 @@ def test_training_ends_with_a_challenger_and_its_run(registry_paths: Paths, caps
 
 @pytest.fixture
 def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Publish without graphs for other engines: making them takes longer than the training."""
+    """Publish without graphs for other engines: exporting takes longer than this training."""
     monkeypatch.setattr(publish, "export_network", lambda *_: {})
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
-def test_the_summary_says_what_to_do_next(registry_paths: Paths, capsys) -> None:
+def test_the_summary_names_the_command_that_promotes_the_version(
+    registry_paths: Paths, capsys
+) -> None:
     assert main([*QUICK, "--recipe", "dense", "--model", "mine"]) == 0
     out = capsys.readouterr().out
     assert "python -m registry promote mine 1" in out
@@ -66,7 +68,7 @@ def test_the_summary_says_what_to_do_next(registry_paths: Paths, capsys) -> None
 
 @pytest.mark.usefixtures("without_exports")
 @pytest.mark.slow
-def test_a_registry_that_fails_at_the_end_costs_no_training(
+def test_a_training_can_be_resumed_when_the_registry_fails_at_the_end(
     registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(*_: object) -> None:
@@ -82,7 +84,7 @@ def test_a_registry_that_fails_at_the_end_costs_no_training(
     assert not checkpoint.exists()
 
 
-def test_what_cannot_be_published_is_said_before_training(
+def test_labels_that_cannot_be_published_are_refused_before_training(
     registry_paths: Paths, few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object, **__: object) -> None:
@@ -95,7 +97,7 @@ def test_what_cannot_be_published_is_said_before_training(
 
 
 @pytest.mark.slow
-def test_a_run_that_registers_nothing_needs_nothing_of_the_model(
+def test_a_run_without_a_version_does_not_check_the_model_or_the_labels(
     registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
@@ -120,7 +122,7 @@ def test_a_name_that_has_no_version_is_refused_before_training(
     made: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As when a publication ended before its version, or an operator deleted all versions."""
+    """This happens if publishing ended before its version, or an operator deleted all versions."""
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it trained")
@@ -134,7 +136,7 @@ def test_a_name_that_has_no_version_is_refused_before_training(
 
 
 @pytest.mark.slow
-def test_a_drawing_that_fails_costs_the_drawing(
+def test_a_drawing_that_fails_stops_neither_the_report_nor_the_publication(
     registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
@@ -152,14 +154,14 @@ def test_a_drawing_that_fails_costs_the_drawing(
         priced, recipe, "digits", registry_paths, device="cpu"
     )
     assert version is not None
-    assert caplog.text.count("the report lacks a drawing") == 2  # before training, and after
+    assert caplog.text.count("the report lacks a drawing") == 2  # before and after training
     folder = mlflow.artifacts.download_artifacts(run_id=finished.run_id, artifact_path="report")
     page = Path(folder, "report.html").read_text()
     assert "Could not be drawn: confusion matrix (ValueError: no such font)." in page
     assert {"worst_mistakes.png", "example_picture.png"} <= {p.name for p in Path(folder).iterdir()}
 
 
-def test_a_registry_that_is_away_for_an_epoch_does_not_end_the_training(
+def test_a_registry_that_does_not_answer_for_an_epoch_does_not_end_the_training(
     registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
@@ -169,23 +171,23 @@ def test_a_registry_that_is_away_for_an_epoch_does_not_end_the_training(
     original = mlflow.log_metrics
     calls = 0
 
-    def away_at_first(*arguments, **named):
+    def fail_at_first(*arguments, **named):
         nonlocal calls
         calls += 1
         if calls == 1:
             raise mlflow.exceptions.MlflowException("connection refused\nat length")
         return original(*arguments, **named)
 
-    monkeypatch.setattr(mlflow, "log_metrics", away_at_first)
+    monkeypatch.setattr(mlflow, "log_metrics", fail_at_first)
     finished, _ = jobs.train_and_publish(
         few_digits, recipe, "digits", registry_paths, device="cpu", register=False
     )
-    assert caplog.text.count("metrics are logged later; training goes on") == 1
+    assert caplog.text.count("metrics will be logged later, and training goes on") == 1
     history = mlflow.MlflowClient().get_metric_history(finished.run_id, "validation_loss")
     assert [metric.step for metric in history] == [1, 2]
 
 
-def test_one_run_is_trained_by_one_process_at_a_time(
+def test_two_processes_cannot_train_the_same_run_at_once(
     registry_paths: Paths, few_digits: Dataset, recipe: Recipe
 ) -> None:
     file = checkpoint_file(registry_paths, few_digits, recipe, 0)
@@ -215,7 +217,7 @@ def test_each_picture_size_has_a_checkpoint_of_its_own(
         fit(recipe, large, CPU, 0, checkpoint=file, resume=True)
 
 
-def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
+def test_a_checkpoint_that_cannot_be_written_or_read_is_reported(
     registry_paths: Paths,
     few_digits: Dataset,
     recipe: Recipe,
@@ -225,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
     file = checkpoint_file(registry_paths, few_digits, recipe, 0)
     file.mkdir(parents=True)  # cannot be replaced by a file
     assert len(fit(recipe, few_digits, CPU, 0, checkpoint=file).history) == recipe.epochs
-    assert "no checkpoint of this epoch" in caplog.text
+    assert "the checkpoint of this epoch was not saved" in caplog.text
     file.rmdir()
     file.write_bytes(b"PK damaged")
     with pytest.raises(UsageError, match="cannot be read; delete it"):
@@ -235,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_written_or_read_is_said(
         fit(recipe, few_digits, CPU, 1, checkpoint=other, resume=True)
 
 
-def test_pictures_that_are_deleted_while_training_lose_nothing(
+def test_a_version_is_published_even_if_its_pictures_are_deleted_while_it_trains(
     registry_paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "pictures"
@@ -243,11 +245,11 @@ def test_pictures_that_are_deleted_while_training_lose_nothing(
     pictures(folder / "dog", 30, seed=2)
     original = jobs.fit
 
-    def tidy_up(*arguments, **options):
+    def delete_pictures(*arguments, **options):
         shutil.rmtree(folder)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(jobs, "fit", tidy_up)
+    monkeypatch.setattr(jobs, "fit", delete_pictures)
     words = ["--data", f"folder:{folder}", "--image-size", "16", *QUICK[2:], "--recipe", "dense"]
     assert main([*words, "--set", "epochs=1"]) == 0
     assert ModelStore(registry_paths).aliases("pictures") == {"challenger": 1}
@@ -271,7 +273,7 @@ def test_recipes_are_compared_on_the_same_pictures(
     assert lines[-3].startswith("recipe  test accuracy")
     assert lines[-2].startswith("dense")
     assert "±" in lines[-2]
-    run_id = lines[-1].split("mlflow run ")[1].split(",")[0]
+    run_id = lines[-1].split("MLflow run ")[1].split(",")[0]
     assert "dense_accuracy_shifted_4px" in mlflow.get_run(run_id).data.metrics
     names = {Path(i.path).name for i in mlflow.MlflowClient().list_artifacts(run_id, "report")}
     assert names == {
@@ -283,7 +285,7 @@ def test_recipes_are_compared_on_the_same_pictures(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
+def test_ctrl_c_ends_a_comparison_without_counting_the_interrupted_training(
     registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = jobs.fit
@@ -316,7 +318,7 @@ def test_ctrl_c_ends_a_comparison_and_counts_no_half_training(
         (["compare", "--recipes", "dense,vgg"], "there is no recipe 'vgg'"),
     ],
 )
-def test_wrong_use_is_answered_on_one_line(
+def test_wrong_arguments_are_answered_with_an_error_of_one_line(
     registry_paths: Paths, capsys, arguments: list[str], reason: str
 ) -> None:
     assert main(arguments) == 2
@@ -325,7 +327,7 @@ def test_wrong_use_is_answered_on_one_line(
     assert reason in err[0]
 
 
-def test_ctrl_c_that_stops_everything_says_how_to_go_on(
+def test_the_message_after_ctrl_c_explains_how_to_continue(
     registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
@@ -344,7 +346,7 @@ def test_a_model_is_named_after_its_folder(tmp_path: Path) -> None:
     assert _model_name("folder:café") == "caf_"
 
 
-def test_a_bundle_that_scores_otherwise_is_not_registered(
+def test_a_bundle_that_does_not_score_like_the_trained_model_is_refused(
     make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     bundle = make_bundle()
@@ -360,7 +362,9 @@ def test_a_bundle_that_scores_otherwise_is_not_registered(
         rescore(bundle, few_digits.validation, Evaluation(heldout.labels, shifted), "cpu")
 
 
-def test_large_files_are_golden_only_for_want_of_others(few_digits: Dataset) -> None:
+def test_large_files_become_golden_images_only_if_there_are_no_smaller_ones(
+    few_digits: Dataset,
+) -> None:
     examples = few_digits.validation
     large = set(choose_golden(examples)[:1])
     padded = msgspec.structs.replace(

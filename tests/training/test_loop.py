@@ -65,7 +65,7 @@ class PowerCut(Exception):
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     few_digits: Dataset, recipe: Recipe, tmp_path: Path, optimizer: Any
 ) -> None:
-    whole = replace(recipe, epochs=4, optimizer=optimizer)
+    four_epochs = replace(recipe, epochs=4, optimizer=optimizer)
     checkpoint = tmp_path / "run.pt"
 
     def cut(epoch: Epoch) -> None:
@@ -73,17 +73,17 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
             raise PowerCut
 
     with pytest.raises(PowerCut):
-        fit(whole, few_digits, CPU, 0, checkpoint=checkpoint, on_epoch=cut)
+        fit(four_epochs, few_digits, CPU, 0, checkpoint=checkpoint, on_epoch=cut)
     seen: list[int] = []
     resumed = fit(
-        *(whole, few_digits, CPU, 0),
+        *(four_epochs, few_digits, CPU, 0),
         checkpoint=checkpoint,
         resume=True,
         on_epoch=lambda epoch: seen.append(epoch.number),
     )
     assert seen == [3, 4]
     assert [epoch.number for epoch in resumed.history] == [1, 2, 3, 4]
-    assert weights_digest(resumed) == weights_digest(fit(whole, few_digits, CPU, 0))
+    assert weights_digest(resumed) == weights_digest(fit(four_epochs, few_digits, CPU, 0))
 
 
 def test_a_finished_run_can_be_resumed_to_publish_it(
@@ -95,7 +95,7 @@ def test_a_finished_run_can_be_resumed_to_publish_it(
     assert weights_digest(again) == weights_digest(first)
 
 
-def test_there_must_be_something_to_resume_and_it_must_be_this_run(
+def test_a_run_resumes_only_from_a_checkpoint_of_the_same_run(
     few_digits: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "run.pt"
@@ -136,14 +136,14 @@ def test_ctrl_c_between_batches_keeps_the_best_epoch_too(
 
 
 def interrupt_in_epoch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while a batch of epoch ``number`` is being made."""
+    """Raise KeyboardInterrupt while a batch of epoch ``number`` is being made."""
     calls = 0
     original = loop.augment
 
     def augment(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == (number - 1) * 8 + 3:  # 8 batches an epoch
+        if calls == (number - 1) * 8 + 3:  # an epoch has 8 batches
             raise KeyboardInterrupt
         return original(*arguments)
 
@@ -162,7 +162,7 @@ def test_ctrl_c_keeps_the_best_epoch_so_far(
     assert "keeping epoch 1" in caplog.text
 
 
-def test_ctrl_c_in_the_first_epoch_passes_through(
+def test_ctrl_c_in_the_first_epoch_is_raised_to_the_caller(
     few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt_in_epoch(1, monkeypatch)
@@ -170,7 +170,7 @@ def test_ctrl_c_in_the_first_epoch_passes_through(
         fit(recipe, few_digits, CPU, 0)
 
 
-def test_training_stops_early_when_nothing_gets_better(
+def test_training_stops_early_when_the_accuracy_does_not_rise(
     few_digits: Dataset, recipe: Recipe, tmp_path: Path, caplog
 ) -> None:
     caplog.set_level("INFO")
@@ -182,7 +182,7 @@ def test_training_stops_early_when_nothing_gets_better(
     assert "stopping early" in caplog.text
 
 
-def test_a_loss_that_explodes_is_said(few_digits: Dataset, recipe: Recipe) -> None:
+def test_a_loss_that_is_not_finite_is_reported(few_digits: Dataset, recipe: Recipe) -> None:
     wild = replace(recipe, optimizer="sgd", learning_rate=1e30, precision="fp32")
     with pytest.raises(UsageError, match="the loss is not finite; try a lower learning rate"):
         fit(wild, few_digits, CPU, 0)
@@ -226,7 +226,7 @@ def test_small_data_gets_small_batches_and_large_data_large_ones(
 
 
 @pytest.mark.parametrize(("side_px", "size"), [(64, 32), (224, 32), (448, 8), (512, 4), (2048, 2)])
-def test_batches_of_large_pictures_keep_to_the_memory(
+def test_large_pictures_get_small_batches_to_limit_memory(
     digits: Dataset, recipe: Recipe, side_px: int, size: int
 ) -> None:
     spec = replace(digits.preprocess, width_px=side_px, height_px=side_px)
@@ -237,7 +237,7 @@ def test_batches_of_large_pictures_keep_to_the_memory(
 
 
 @pytest.mark.parametrize("count", [3, 33, 63, 65])
-def test_an_epoch_shows_every_picture_once(
+def test_an_epoch_uses_every_picture_once(
     digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     data = some_of(digits, count)
@@ -255,7 +255,7 @@ def test_an_epoch_shows_every_picture_once(
     assert min(len(batch) for batch in seen) >= 2
 
 
-def test_too_few_steps_to_learn_are_said_before_training(
+def test_a_warning_before_training_tells_of_too_few_steps(
     digits: Dataset, recipe: Recipe, caplog
 ) -> None:
     caplog.set_level("INFO")
@@ -268,10 +268,10 @@ def test_too_few_steps_to_learn_are_said_before_training(
     assert "too few" not in caplog.text
 
 
-def test_of_equally_accurate_epochs_the_one_of_lowest_loss_is_kept(
+def test_among_equally_accurate_epochs_the_one_with_the_lowest_loss_is_kept(
     few_digits: Dataset, recipe: Recipe
 ) -> None:
-    """A single validation picture: most epochs are equally accurate."""
+    """Validates on a single picture, so that most epochs are equally accurate."""
     data = replace(few_digits, validation=take(few_digits.validation, np.arange(1)))
     trained = fit(replace(recipe, epochs=8), data, CPU, 0)
     equal = [

@@ -1,4 +1,4 @@
-"""What each plan below fp32 scores, found out once; an engine that crashes costs itself only."""
+"""Each plan below fp32 is scored once, in a process of its own that may crash."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from training.publishing.plan_accuracy import record_plan_accuracy
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_with_everything")
-def test_held_out_accuracy_is_measured_without_risk_to_who_publishes(
+def test_an_engine_that_crashes_while_it_is_measured_does_not_end_the_publisher(
     make_bundle: MakeBundle,
     few_digits: Dataset,
     monkeypatch: pytest.MonkeyPatch,
@@ -49,7 +49,7 @@ MEASURED = {
 }
 
 
-def test_every_plan_below_fp32_that_a_kind_of_cpu_has_kernels_for_is_measured(
+def test_every_plan_below_fp32_is_measured_if_this_kind_of_cpu_has_kernels_for_it(
     cpu_kind: str,
     make_bundle: MakeBundle,
     few_digits: Dataset,
@@ -59,7 +59,7 @@ def test_every_plan_below_fp32_that_a_kind_of_cpu_has_kernels_for_is_measured(
     real = subprocess.Popen
 
     def answer(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        """The trial's answer without the trial: the real CPU may not be of this kind."""
+        """Print a result without running the benchmark: the real CPU may be of another kind."""
         found = PlanResult(plan=msgspec.json.decode(command[-1])["plan"], accuracy=0.5)
         return real(["echo", msgspec.json.encode(found).decode()], **options)
 

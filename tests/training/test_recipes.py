@@ -44,12 +44,14 @@ def test_a_value_that_is_a_json_list_stays_one() -> None:
         ("cnn", ["zzz=1"], "there is no parameter zzz; cnn has: epochs"),
     ],
 )
-def test_what_cannot_be_is_refused(name: str, overrides: list[str], reason: str) -> None:
+def test_an_override_that_is_not_possible_is_refused(
+    name: str, overrides: list[str], reason: str
+) -> None:
     with pytest.raises(UsageError, match=reason):
         choose_recipe(name, overrides)
 
 
-def test_the_list_of_parameters_is_that_of_the_code_and_of_the_documentation() -> None:
+def test_the_code_and_the_documentation_have_the_same_parameters() -> None:
     fields = {field.name for field in msgspec.structs.fields(Recipe)} - {"name", "network"}
     assert {parameter.name for parameter in TRAINING} == fields
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
@@ -79,7 +81,7 @@ def test_the_default_recipes_fit_pictures_of_any_size(recipe: str, side_px: int)
     fit_to_pictures(choose_recipe(recipe), side_px)
 
 
-def test_small_pictures_change_only_what_was_left_open() -> None:
+def test_small_pictures_change_only_arguments_that_the_recipe_does_not_name() -> None:
     deep = ["filters=4,4,4,4,4"]
     assert fit_to_pictures(choose_recipe("cnn"), 28) == choose_recipe("cnn")
     fitted = fit_to_pictures(choose_recipe("cnn", deep), 8).network.args
@@ -100,7 +102,7 @@ def test_small_pictures_change_only_what_was_left_open() -> None:
         ("resnet", "widths=2,2,2,2,2,2,2,2,2", "widths=2,2,2,2,2,2,2"),
     ],
 )
-def test_a_network_that_cannot_be_built_comes_with_a_setting_to_change(
+def test_the_error_about_a_network_that_cannot_be_built_suggests_a_setting(
     recipe: str, setting: str, suggestion: str
 ) -> None:
     with pytest.raises(NetworkImpossible) as caught:
@@ -154,7 +156,7 @@ def test_erasing_touches_one_rectangle_of_the_chosen_share() -> None:
         assert height * width <= 0.25 * 80 * 1.6  # rounding of both sides
 
 
-def test_augmentation_is_what_the_recipe_says_and_repeats_with_its_seed() -> None:
+def test_augmentation_follows_the_recipe_and_repeats_with_the_same_seed() -> None:
     before = pixels()
     assert augment(before, choose_recipe("cnn"), seeded()) is before
     resnet = choose_recipe("resnet")

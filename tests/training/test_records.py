@@ -1,4 +1,4 @@
-"""What publishing keeps of examples, and what it asks the champion."""
+"""Publishing records the examples of a version, and the champion's scores of them."""
 
 import io
 from pathlib import Path
@@ -38,13 +38,13 @@ def test_the_champion_is_scored_on_the_held_out_pictures_of_the_next_version(
     np.testing.assert_allclose(scores.probabilities, expected, atol=1e-5)
 
 
-def test_versions_without_a_common_picture_are_judged_by_these_scores(
+def test_versions_without_a_common_picture_are_compared_by_these_scores(
     make_bundle: MakeBundle, few_digits: Dataset, tmp_path: Path
 ) -> None:
     champion = make_bundle(seed=0)
     others = take(few_digits.test, np.arange(60))
     other_data = replace(few_digits, validation=others)
-    said = load_eager(champion).classify(others.pixels)
+    scores = load_eager(champion).classify(others.pixels)
     perfect = np.eye(10, dtype=np.float32)[others.labels]
     (tmp_path / "empty").mkdir()
     challenger = write_version(
@@ -55,16 +55,16 @@ def test_versions_without_a_common_picture_are_judged_by_these_scores(
         Evaluation(others.labels, perfect),
         tmp_path / "empty",
         {},
-        ChampionScores(champion.manifest_sha256, said),
+        ChampionScores(champion.manifest_sha256, scores),
     )
-    verdict = compare(champion, challenger)
-    assert verdict.accepted
-    assert (verdict.examples, verdict.challenger_accuracy) == (60, 1.0)
-    assert verdict.champion_accuracy == Evaluation(others.labels, said).accuracy
-    assert "publishing has scored the champion" in str(verdict)
+    result = compare(champion, challenger)
+    assert result.accepted
+    assert (result.examples, result.challenger_accuracy) == (60, 1.0)
+    assert result.champion_accuracy == Evaluation(others.labels, scores).accuracy
+    assert "publishing has scored the champion" in str(result)
 
 
-def test_a_champion_that_cannot_be_run_costs_the_comparison_and_not_the_training(
+def test_a_champion_that_cannot_be_run_is_not_scored_and_does_not_end_the_training(
     store: ModelStore, publish, registry_paths: Paths, few_digits: Dataset, caplog
 ) -> None:
     publish(seed=0)
@@ -72,10 +72,10 @@ def test_a_champion_that_cannot_be_run_costs_the_comparison_and_not_the_training
     for path in registry_paths.artifacts.rglob(WEIGHTS):
         path.write_bytes(b"damaged")
     assert score_champion(store, "digits", few_digits.validation, "cpu") is None
-    assert "the champion is not scored on the new held-out pictures" in caplog.text
+    assert "the champion cannot be scored on the new held-out pictures" in caplog.text
 
 
-def test_records_name_the_examples_of_the_data_set(
+def test_the_records_have_the_digests_of_the_data_set(
     make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     bundle = make_bundle()
@@ -96,7 +96,7 @@ def test_no_more_held_out_examples_are_kept_than_the_gate_may_unpack(
     assert len(heldout.labels) == len(heldout.digests) == len(heldout.perceptual_hashes) == 10
 
 
-def test_a_lossy_copy_of_a_picture_looks_like_it_and_another_picture_does_not() -> None:
+def test_a_lossy_copy_has_nearly_the_same_perceptual_hash_and_another_picture_does_not() -> None:
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (20, 12, 12, 3), dtype=np.uint8)
     pictures = [

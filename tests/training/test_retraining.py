@@ -1,4 +1,4 @@
-"""The loop of every user: add pictures, train again, promote, under the gate."""
+"""What every user does again and again: add pictures, train, and promote if the gate accepts."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ COLOURS = {"cat": 0, "dog": 1, "bird": 2}
 
 
 def add_pictures(root: Path, label: str, numbers: range) -> None:
-    """Noise in which the colour of the class dominates."""
+    """Write pictures of noise in which the colour of the class dominates."""
     (root / label).mkdir(parents=True, exist_ok=True)
     for number in numbers:
         random = np.random.default_rng([number, COLOURS[label]])
@@ -38,7 +38,7 @@ def promote(version: int, *arguments: str) -> int:
     return registry(["promote", "pets", str(version), "--skip-latency", *arguments])
 
 
-def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_the_gate(
+def test_the_gate_accepts_a_version_with_a_new_class_and_refuses_one_that_is_less_accurate(
     registry_paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "pets"
@@ -53,10 +53,10 @@ def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_t
     train(folder, "epochs=15", "learning_rate=0.01")
     capsys.readouterr()
     assert promote(2) == 2
-    said = capsys.readouterr()
-    assert "labels that appear: 'bird'" in said.out
-    assert "indices that change: 'cat' 0 → 1, 'dog' 1 → 2" in said.out
-    assert "--allow-new-classes accepts that" in said.err
+    printed = capsys.readouterr()
+    assert "labels that appear: 'bird'" in printed.out
+    assert "indices that change: 'cat' 0 → 1, 'dog' 1 → 2" in printed.out
+    assert "--allow-new-classes accepts that" in printed.err
     assert promote(2, "--allow-new-classes") == 0
     assert "accepted" in capsys.readouterr().out
 
@@ -64,10 +64,10 @@ def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_t
     train(folder, "epochs=1", "learning_rate=1e-9")
     capsys.readouterr()
     assert promote(3) == 2
-    said = capsys.readouterr()
-    assert "REFUSED" in said.out
-    assert " in common, " in said.out
-    assert "NOT passed: accuracy" in said.err
+    printed = capsys.readouterr()
+    assert "REFUSED" in printed.out
+    assert " in common, " in printed.out
+    assert "NOT passed: accuracy" in printed.err
 
     assert promote(3, "--force", "--reason", "a drill") == 0
     assert "accuracy" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_pictures_and_a_class_are_added_and_the_next_version_is_promoted_under_t
         assert kept in forced
 
 
-def test_a_picture_keeps_its_digest_and_split_at_another_size_and_among_others(
+def test_a_picture_keeps_its_digest_and_split_at_another_size_and_after_others_are_added(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "pets"

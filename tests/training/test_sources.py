@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_digits_are_split_by_content(digits) -> None:
+def test_the_splits_of_digits_have_no_picture_in_common(digits) -> None:
     assert sum(digits.counts.values()) == 1797
     assert digits.preprocess.shape == (8, 8, 1)
     splits = [set(part.digests) for part in (digits.train, digits.validation, digits.test)]
@@ -48,7 +48,7 @@ def test_a_split_depends_on_the_digest_alone() -> None:
     assert sorted(199 - backwards["test"]) == sorted(parts["test"])
 
 
-def test_statistics_are_those_of_the_pixels() -> None:
+def test_channel_statistics_equal_those_that_numpy_computes() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 5, 5, 3), dtype=np.uint8)
     mean, std = channel_statistics(pixels)
     np.testing.assert_allclose(mean, (pixels / 255).mean(axis=(0, 1, 2)), atol=1e-6)
@@ -66,14 +66,16 @@ def test_a_folder_of_mixed_pictures_becomes_a_data_set(folder: Path, tmp_path: P
     assert again.sha256 == data.sha256
 
 
-def test_what_training_saw_is_what_serving_decodes(folder: Path, tmp_path: Path) -> None:
+def test_the_service_decodes_pictures_to_the_pixels_that_training_used(
+    folder: Path, tmp_path: Path
+) -> None:
     data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
     for index in range(len(data.validation)):
         served = decode_image(data.validation.encode(index), data.preprocess)
         np.testing.assert_array_equal(served, data.validation.pixels[index])
 
 
-def test_grey_folders_need_one_channel(tmp_path: Path) -> None:
+def test_a_folder_of_grey_pictures_is_read_in_one_channel(tmp_path: Path) -> None:
     for number in range(60):
         picture(tmp_path / "p" / "ab"[number % 2] / f"{number}.png", number, mode="L")
     data = load_dataset(f"folder:{tmp_path / 'p'}", tmp_path, size_px=16)
@@ -83,7 +85,7 @@ def test_grey_folders_need_one_channel(tmp_path: Path) -> None:
     np.testing.assert_array_equal(served, data.test.pixels[0])
 
 
-def test_of_equal_pictures_one_is_used(folder: Path, tmp_path: Path) -> None:
+def test_only_one_of_several_equal_pictures_is_used(folder: Path, tmp_path: Path) -> None:
     for path in list((folder / "cat").iterdir()):
         with Image.open(path) as image:  # another file, the same picture
             image.convert("RGB").save(path.with_name(f"{path.stem}-copy.bmp"))
@@ -101,7 +103,9 @@ def test_renaming_files_changes_nothing(folder: Path, tmp_path: Path) -> None:
     assert load_dataset(f"folder:{folder}", tmp_path, size_px=16).sha256 == before.sha256
 
 
-def test_hidden_folders_are_no_classes_and_hold_no_pictures(folder: Path, tmp_path: Path) -> None:
+def test_hidden_folders_are_not_read_as_classes_or_for_pictures(
+    folder: Path, tmp_path: Path
+) -> None:
     picture(folder / ".ipynb_checkpoints" / "1.png", 1000)
     picture(folder / "cat" / ".thumbnails" / "1.png", 1001)
     data = load_dataset(f"folder:{folder}", tmp_path, size_px=16)
@@ -109,7 +113,7 @@ def test_hidden_folders_are_no_classes_and_hold_no_pictures(folder: Path, tmp_pa
     assert sum(data.counts.values()) == 80
 
 
-def test_pictures_larger_than_strangers_may_post_are_trained_on_and_proved(
+def test_training_reads_pictures_that_are_larger_than_clients_may_send(
     folder: Path, tmp_path: Path
 ) -> None:
     camera = folder / "cat" / "camera.jpg"
@@ -129,7 +133,7 @@ def test_files_that_cannot_be_used_are_reported_and_left_out(
     folder: Path, tmp_path: Path, caplog
 ) -> None:
     (folder / "cat" / "notes.txt").write_text("no picture")
-    (folder / "cat" / ".hidden").write_text("not even looked at")
+    (folder / "cat" / ".hidden").write_text("never read")
     (folder / "dog" / "cut.png").write_bytes((folder / "dog" / "1.jpg").read_bytes()[:200])
     picture(folder / "cat" / "same.png", 1000)
     shutil.copy(folder / "cat" / "same.png", folder / "dog" / "same.png")
@@ -139,7 +143,7 @@ def test_files_that_cannot_be_used_are_reported_and_left_out(
     text = "\n".join(data.problems)
     for file in ("notes.txt", "cut.png", "cat/same.png", "dog/same.png"):
         assert file in text
-    assert "left out 4 entries in all" in caplog.text
+    assert "left out 4 entries in total" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -160,24 +164,28 @@ def test_files_that_cannot_be_used_are_reported_and_left_out(
         ),
     ],
 )
-def test_a_folder_that_cannot_be_trained_on_says_why(tmp_path: Path, make, reason: str) -> None:
+def test_the_error_about_a_folder_that_cannot_be_trained_on_gives_the_reason(
+    tmp_path: Path, make, reason: str
+) -> None:
     make(tmp_path / "p")
     with pytest.raises(UsageError, match=reason):
         load_dataset(f"folder:{tmp_path / 'p'}", tmp_path)
 
 
 @pytest.mark.parametrize("source", ["imagenet", "folder:", "digits:x", ""])
-def test_an_unknown_source_is_refused_with_those_there_are(source: str, tmp_path: Path) -> None:
+def test_an_unknown_source_is_refused_with_a_list_of_the_known_ones(
+    source: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="fashion-mnist, fashion-mnist:FOLDER, digits"):
         load_dataset(source, tmp_path)
 
 
-def test_a_size_is_for_folders_only(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--image-size is for folder"):
+def test_an_image_size_is_refused_unless_the_source_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--image-size applies to folder"):
         load_dataset("digits", tmp_path, size_px=32)
 
 
-def test_of_equal_pictures_in_arrays_one_is_used_and_none_of_those_that_contradict(
+def test_one_of_several_equal_arrays_is_used_and_none_if_their_labels_differ(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bunch = sklearn.datasets.load_digits()
@@ -190,12 +198,12 @@ def test_of_equal_pictures_in_arrays_one_is_used_and_none_of_those_that_contradi
     assert sum(load_dataset("digits", tmp_path).counts.values()) == 1796
 
 
-# Fashion-MNIST's chain, on files of the same form but with a hundredth of the pictures.
+# The sources of Fashion-MNIST, tested with files of the same format and 1 % of the pictures.
 
 
 @pytest.fixture
 def small_fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with four small IDX files, which the module takes for the published ones."""
+    """A folder with four small IDX files; the module is patched to expect their digests."""
     source = tmp_path / "published"
     source.mkdir()
     random = np.random.default_rng(0)
@@ -223,7 +231,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_named_folder_is_read_first(small_fashion: Path, tmp_path: Path) -> None:
+def test_a_folder_that_the_user_names_is_read_first(small_fashion: Path, tmp_path: Path) -> None:
     data = load_dataset(f"fashion-mnist:{small_fashion}", tmp_path)
     assert sum(data.counts.values()) == 700
     assert data.counts["test"] == 100
@@ -232,7 +240,7 @@ def test_a_named_folder_is_read_first(small_fashion: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_installed_package_is_used(
+def test_the_installed_debian_package_is_used(
     small_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", small_fashion)
@@ -277,7 +285,9 @@ def test_a_damaged_file_in_a_named_folder_is_named(
 
 
 @pytest.mark.usefixtures("offline")
-def test_without_any_source_all_that_was_tried_is_said(small_fashion: Path, tmp_path: Path) -> None:
+def test_the_error_without_any_source_lists_all_that_were_tried(
+    small_fashion: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=r"fashion-mnist:FOLDER\. Tried: .*down.*down"):
         load_dataset("fashion-mnist", tmp_path / "cache")
 
@@ -285,7 +295,7 @@ def test_without_any_source_all_that_was_tried_is_said(small_fashion: Path, tmp_
 def test_debians_package_is_downloaded_and_unpacked(
     small_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an apt-get of ours on the path, whose first try finds the package lists empty."""
+    """Uses a fake apt-get that fails until ``apt-get update`` has been called."""
     tree = tmp_path / "package"
     target = tree / fashion_mnist.DEBIAN_FOLDER.relative_to("/")
     shutil.copytree(small_fashion, target)
@@ -314,7 +324,7 @@ def test_debians_package_is_downloaded_and_unpacked(
     assert load_dataset("fashion-mnist", tmp_path / "cache").counts["test"] == 100
 
 
-def test_without_apt_debians_package_is_no_source(
+def test_without_apt_the_download_from_debian_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -322,7 +332,7 @@ def test_without_apt_debians_package_is_no_source(
         fashion_mnist.download_from_debian(tmp_path)
 
 
-def test_a_publisher_that_cannot_be_reached_is_said(
+def test_an_unreachable_publisher_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fashion_mnist, "PUBLISHER", "http://127.0.0.1:9/")

@@ -1,4 +1,4 @@
-"""From folders and files to labelled pixels, and the split of them.
+"""Reads folders and files as labelled pixels, and splits them into training, validation and test.
 
-Imports ``registry.core`` and ``registry.model``, and knows no network.
+Imports ``registry.core`` and ``registry.model``. Knows nothing of networks.
 """

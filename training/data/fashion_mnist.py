@@ -1,8 +1,8 @@
-"""Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747), from wherever it can be had.
+"""Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747), from one of five sources.
 
-In order: a folder that the user names, the installed files of Debian's package, the cache, the
-publisher's address, and ``apt-get download`` of Debian's package, which needs no root. The files
-are compared with the digests of their *uncompressed* content, because Debian compressed them anew.
+They are tried in this order: a folder that the user names, the installed files of Debian's package,
+the cache, the publisher's address, and ``apt-get download`` of Debian's package, which needs no
+root. The digests are of the *uncompressed* content, because Debian compressed the files again.
 """
 
 import gzip
@@ -92,7 +92,7 @@ def load(folder: Path | None, cache: Path) -> Arrays:
     Pictures are uint8 (N, 28, 28), white on black; labels int64 (N,).
 
     Raises:
-        UsageError: a named folder lacks a file or holds a damaged one, or no source has the files.
+        UsageError: ``folder`` lacks a file or holds a damaged one, or no source has the files.
     """
     found = folder or _find(cache / "fashion-mnist")
     train, train_labels, test, test_labels = (read_idx(found / file.name, file) for file in FILES)
@@ -100,7 +100,11 @@ def load(folder: Path | None, cache: Path) -> Arrays:
 
 
 def read_idx(path: Path, file: IdxFile) -> NDArray[np.uint8]:
-    """The array in a gzip-compressed IDX file whose content has the published digest."""
+    """The array in a gzip-compressed IDX file, after checking the published digest.
+
+    Raises:
+        UsageError: the file is missing or damaged, or has another digest.
+    """
     try:
         content = gzip.decompress(path.read_bytes())
     except FileNotFoundError as error:
@@ -110,7 +114,7 @@ def read_idx(path: Path, file: IdxFile) -> NDArray[np.uint8]:
     found = hashlib.sha256(content).hexdigest()
     if found != file.sha256:
         raise UsageError(
-            f"{path} is damaged: its content has sha256 {found[:12]}…, published is "
+            f"{path} is damaged: its content has sha256 {found[:12]}…, and the published file has "
             f"{file.sha256[:12]}…; delete it and try again"
         )
     return np.frombuffer(content, np.uint8, offset=file.header_bytes).reshape(file.shape).copy()
@@ -137,10 +141,10 @@ def _find(cache: Path) -> Path:
                 failures.append(f"{download.__name__}: {error}")
                 continue
             shutil.rmtree(cache, ignore_errors=True)
-            temporary.rename(cache)  # whole or not at all
+            temporary.rename(cache)  # atomic: the cache never holds only some of the files
             return cache
     raise UsageError(
-        "Fashion-MNIST could not be had; name a folder that holds its four files with "
+        "Fashion-MNIST could not be downloaded; name a folder that holds its four files with "
         "fashion-mnist:FOLDER. Tried: " + "; ".join(failures)
     )
 
@@ -149,7 +153,7 @@ def download_from_publisher(folder: Path) -> None:
     """Fetch the four files from the authors' address into ``folder``."""
     for file in FILES:
         try:
-            address = PUBLISHER + file.name  # a constant of this module, no caller's
+            address = PUBLISHER + file.name  # from constants of this module, so S310 is safe
             with urllib.request.urlopen(address, timeout=CONNECT_TIMEOUT_S) as answer:  # noqa: S310
                 total = int(answer.headers.get("Content-Length") or 0) or None
                 with (
@@ -174,7 +178,7 @@ def download_from_debian(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         work = Path(name)
         if not _apt_download(work, []):
-            # The machine's package lists may be empty and not ours to update: keep our own.
+            # The machine's package lists may be empty, and updating them needs root: use our own.
             (work / "lists" / "partial").mkdir(parents=True)
             options = ["-o", f"Dir::State::Lists={work / 'lists'}", "-o", f"Dir::Cache={work}"]
             subprocess.run(
@@ -189,17 +193,17 @@ def download_from_debian(folder: Path) -> None:
 
 
 def _apt_download(work: Path, options: list[str]) -> bool:
-    """Whether apt left the package in ``work``; shows how much of it is there meanwhile."""
-    asked = subprocess.run(
+    """Download the package into ``work`` with a progress bar; returns whether apt succeeded."""
+    uris = subprocess.run(
         ["apt-get", *options, "download", "--print-uris", DEBIAN_PACKAGE],
         capture_output=True,
         text=True,
         timeout=60,
         cwd=work,
     )
-    if asked.returncode != 0 or len(asked.stdout.split()) < 3:
+    if uris.returncode != 0 or len(uris.stdout.split()) < 3:
         return False
-    total = int(asked.stdout.split()[2])
+    total = int(uris.stdout.split()[2])
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc=DEBIAN_PACKAGE, disable=None) as bar,
         subprocess.Popen(

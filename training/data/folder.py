@@ -1,7 +1,7 @@
-"""What lies in a folder of labelled pictures: the files by class and split, and all other entries.
+"""Lists a folder of labelled pictures: the files by class and split, and the entries left out.
 
-Two layouts are read: ``CLASS/…`` and ``SPLIT/CLASS/…`` (Keras, torchvision, Ultralytics, Roboflow).
-No picture is opened here. Every entry that is neither used nor hidden is named, with the reason.
+It reads two layouts: ``CLASS/…`` and ``SPLIT/CLASS/…`` (Keras, torchvision, Ultralytics, Roboflow).
+It opens no picture. It names every entry that is neither used nor hidden, with the reason.
 """
 
 import os
@@ -46,8 +46,8 @@ class Listing(Struct, frozen=True):
 
     Attributes:
         root: the folder.
-        files: candidates; whether they are pictures shows when they are read.
-        splits: those that the folder has of its own; none in the layout ``CLASS/…``.
+        files: the files to read; some may turn out not to be pictures.
+        splits: the splits that the folder has; none in the layout ``CLASS/…``.
         left_out: entries that are neither used nor hidden, each with the reason.
         labels: of every class folder, in alphabetical order, whether it holds files or not.
     """
@@ -60,14 +60,14 @@ class Listing(Struct, frozen=True):
 
 
 def list_folder(root: Path) -> Listing:
-    """The files of ``root`` by class and, where it is laid out so, by split.
+    """The files of ``root`` by class and, in the layout ``SPLIT/CLASS/…``, by split.
 
-    Links to files are read. A link to a folder outside ``root`` is followed once; one to a folder
-    inside would give the same pictures twice and is left out by name.
+    Links to files are read. A link to a folder outside ``root`` is followed once. A link to a
+    folder inside ``root`` would give the same pictures twice, and is left out by name.
 
     Raises:
-        UsageError: ``root`` is not a folder, has no two classes, has a class whose name is not
-            UTF-8, or is laid out in a way that could be meant as splits or as classes.
+        UsageError: ``root`` is not a folder, has fewer than two classes, has a class whose name is
+            not UTF-8, or has folders that could be either splits or classes.
     """
     if not root.is_dir():
         raise UsageError(f"{shown(root)} is not a folder")
@@ -78,16 +78,16 @@ def list_folder(root: Path) -> Listing:
         listing = _list_splits(tree, splits)
         for folder in folders:
             if folder not in splits.values():
-                tree.leave_out(folder, "has no folders of classes")
+                tree.leave_out(folder, "has no class folders in it")
     else:
         listing = _list_classes(tree, folders, None)
     for path in loose:
-        tree.leave_out(path, "lies in no class's folder")
+        tree.leave_out(path, "is not in a class folder")
     labels = sorted({label for label, _ in listing})
     if len(labels) < 2:
         raise UsageError(
-            f"{shown(root)} has {len(labels)} sub-folders of pictures; a classifier needs one for "
-            f"each of at least two classes: {HOW_TO_LAY_OUT}"
+            f"{shown(root)} has {len(labels)} sub-folders of pictures; a classifier needs at least "
+            f"two classes, with a sub-folder each: {HOW_TO_LAY_OUT}"
         )
     files = [file for _, found in listing for file in found]
     return Listing(root, files, frozenset(splits), tree.left_out, labels)
@@ -99,7 +99,7 @@ def shown(path: Path | str) -> str:
 
 
 class _Tree:
-    """Walks below one root; remembers what was read and what was left out."""
+    """Walks the folders below one root, and remembers which were read and which were left out."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -111,7 +111,7 @@ class _Tree:
         self.left_out.append(f"{shown(path.relative_to(self.root))}: {reason}")
 
     def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Sub-folders and files of ``folder``, by name; whatever else is there is left out."""
+        """Sub-folders and files of ``folder``, sorted by name; other entries are left out."""
         self._read.add(folder.resolve())
         folders: list[Path] = []
         files: list[Path] = []
@@ -148,22 +148,22 @@ class _Tree:
         if path.is_file():
             return None
         is_link = path.is_symlink()
-        return "is a link that leads nowhere" if is_link else "is neither a file nor a folder"
+        return "is a broken link" if is_link else "is neither a file nor a folder"
 
     def _unusable_folder(self, path: Path) -> str | None:
         real = path.resolve()
         if path.is_symlink() and (
             real.is_relative_to(self._real_root) or self._real_root.is_relative_to(real)
         ):
-            return f"is a link to {shown(real)}, which belongs to the data set anyway"
-        return "was read already, under another name" if real in self._read else None
+            return f"is a link to {shown(real)}, which is already part of the data set"
+        return "was already read under another name" if real in self._read else None
 
 
 def _split_folders(root: Path, folders: list[Path]) -> dict[Split, Path]:
-    """The folders that are splits, by which; none in the layout ``CLASS/…``.
+    """The folder of each split; empty in the layout ``CLASS/…``.
 
     Raises:
-        UsageError: splits or classes: both could be meant.
+        UsageError: the folders could be either splits or classes.
     """
     named = [folder for folder in folders if folder.name.casefold() in SPLIT_NAMES]
     others = [folder for folder in folders if folder not in named]
@@ -172,10 +172,10 @@ def _split_folders(root: Path, folders: list[Path]) -> dict[Split, Path]:
     with_classes = [folder for folder in named if _has_folders(folder)]
     roles = [SPLIT_NAMES[folder.name.casefold()] for folder in with_classes]
     if not with_classes and len(named) == 1 and others and _role(named[0]) != "test":
-        return {}  # a class called train, among others: pictures of trains
+        return {}  # one class of several is called train: pictures of trains
     problem = None
     if others:
-        problem = f"beside them lie {_names(others)}"
+        problem = f"the folder also has {_names(others)}"
     elif len(set(roles)) < len(roles):
         problem = "two of them mean the same split"
     elif "train" not in roles:
@@ -194,7 +194,7 @@ def _list_splits(tree: _Tree, splits: dict[Split, Path]) -> list[tuple[str, list
         classes, loose = tree.entries(folder)
         listing += _list_classes(tree, classes, split)
         for path in loose:
-            tree.leave_out(path, "lies in no class's folder")
+            tree.leave_out(path, "is not in a class folder")
     return listing
 
 
@@ -215,13 +215,13 @@ def _check_class(root: Path, folder: Path) -> None:
     # Python reads bytes that are not UTF-8 as surrogates (Cs).
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in folder.name):
         raise UsageError(
-            f"{shown(root)}: the class {shown(repr(folder.name))} has a name that is not UTF-8, or "
-            "has control characters in it; clients will see it as a label, so rename the folder"
+            f"{shown(root)}: the name of the class {shown(repr(folder.name))} is not UTF-8 or "
+            "contains control characters; clients would see it as a label, so rename the folder"
         )
     inside = {_role(path) for path in _folders_in(folder)} - {None}
     if len(inside) > 1:
         raise UsageError(
-            f"{shown(root)}: {folder.name} holds folders named after splits; {HOW_TO_LAY_OUT}"
+            f"{shown(root)}: {folder.name} contains folders named after splits; {HOW_TO_LAY_OUT}"
         )
 
 
@@ -236,7 +236,7 @@ def _has_folders(folder: Path) -> bool:
 def _folders_in(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if path.is_dir() and not HIDDEN.match(path.name)]
-    except OSError:  # named when it is read
+    except OSError:  # ``_Tree.entries`` reports the error when it reads the folder
         return []
 
 

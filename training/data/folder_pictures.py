@@ -1,4 +1,4 @@
-"""A folder of labelled pictures as arrays: which are used, in which split, and which are not."""
+"""Reads a folder of labelled pictures as arrays, and decides which are used and in which split."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,15 +24,15 @@ from training.data.split import complete_split, straddling
 
 
 class FolderPictures(Struct, frozen=True, kw_only=True):
-    """The pictures of a folder: those that train first, then validation, then test.
+    """The pictures of a folder: first training, then validation, then test pictures.
 
     Attributes:
         labels: the classes, in alphabetical order.
         pixels: uint8 (N, height, width, channels).
         classes: int64 (N,), indices into ``labels``.
         digests: SHA-256 of each picture.
-        counts: how many pictures each split has, in the order in which they stand.
-        encode: gives the i-th picture as an encoded file that serving accepts.
+        counts: how many pictures each split has, in the order of ``pixels``.
+        encode: returns the i-th picture as an encoded file that the service accepts.
         left_out: entries of the folder that are not used, each with the reason.
         notes: what was decided about the splits.
     """
@@ -48,15 +48,15 @@ class FolderPictures(Struct, frozen=True, kw_only=True):
 
 
 def read_folder(root: Path, size_px: int, cache: Path) -> FolderPictures:
-    """Read ``root`` in pictures of ``size_px`` a side.
+    """The pictures of ``root``, each resized to ``size_px`` by ``size_px``.
 
     Args:
-        root: laid out as ``training.data.folder`` says.
-        size_px: the shorter side is resized to it, and the centre is cut out.
+        root: a folder in one of the layouts of ``training.data.folder``.
+        size_px: the shorter side is resized to this, and the centre is cut out.
         cache: folder for a temporary copy of the validation pictures' files.
 
     Raises:
-        UsageError: it cannot be trained on, or would not fit the memory.
+        UsageError: the folder cannot be trained on, or its pictures would not fit into memory.
     """
     listing = list_folder(root)
     check_memory(
@@ -114,7 +114,7 @@ def some(names: Sequence[str], most: int = 10) -> str:
 
 
 class _Choice:
-    """Which of the pictures that were read are used; a row is a picture's position in ``read``."""
+    """Decides which pictures are used. A row is a picture's position in ``read``."""
 
     def __init__(self, listing: Listing, read: ReadPictures) -> None:
         self.left_out = list(listing.left_out)
@@ -127,7 +127,7 @@ class _Choice:
             self._leave_out(listing.files[position].path, reason)
 
     def leave_out_contradictions(self) -> None:
-        """Leave out pictures that lie under more than one class."""
+        """Leave out pictures that appear under more than one class."""
         classes: dict[str, str] = {}
         contradicting = {
             self._read.digests[row]
@@ -137,26 +137,26 @@ class _Choice:
         }
         self._drop(
             {row for row in self._rows if self._read.digests[row] in contradicting},
-            "the same picture lies under another class too",
+            "the same picture also appears under another class",
         )
 
     def leave_out_straddling(self) -> None:
-        """Leave out of training, and then of validation, what a later split holds out."""
+        """Leave out training pictures also held out, and validation pictures also in test."""
         found = straddling(
             [self._read.digests[row] for row in self._rows],
             [self.files[row].split for row in self._rows],
         )
         rows = {self._rows[position] for position in found}
-        self._drop(rows, "the same picture is held out by another split")
+        self._drop(rows, "the same picture is held out in another split")
         if rows:
             training = sum(self.files[row].split == "train" for row in rows)
             self.notes.append(
-                f"{training} pictures were taken out of training, and {len(rows) - training} out "
-                "of validation, because another split holds the same pictures out"
+                f"{training} pictures were removed from training, and {len(rows) - training} from "
+                "validation, because another split holds out the same pictures"
             )
 
     def leave_out_copies(self) -> None:
-        """Leave out all but the first of equal pictures, each of which would count once more."""
+        """Leave out all but the first of equal pictures: a copy would count the picture twice."""
         first: dict[str, int] = {}
         copies = {
             row for row in self._rows if first.setdefault(self._read.digests[row], row) != row
@@ -164,31 +164,35 @@ class _Choice:
         self._drop(copies, "is a copy of another picture of its class")
 
     def choose_labels(self) -> tuple[str, ...]:
-        """The classes that can be learnt; one without a picture is left out.
+        """The classes with pictures; a class without a readable picture is left out.
 
         Raises:
-            UsageError: fewer than two, or a class that is held out and has nothing to train on.
+            UsageError: there are fewer than two, or a held-out class has no training picture.
         """
         root = shown(self._listing.root)
         if not self._rows:
-            raise UsageError(f"{root} holds no picture that can be read")
+            raise UsageError(
+                f"{root} contains no picture that can be read; add pictures, or name another folder"
+            )
         labels = sorted({self.files[row].label for row in self._rows})
         if self._listing.splits:
             train = {file.label for file in self._used_files() if file.split == "train"}
             if missing := [label for label in labels if label not in train]:
                 raise UsageError(
-                    f"{root}: no training picture of class {some(missing)}, which is held out; "
-                    "add some to train/, or move the class away"
+                    f"{root}: no training picture of class {some(missing)}, which has held-out "
+                    "pictures; add some to train/, or remove the class"
                 )
         for label in self._listing.labels:
             if label not in labels:
                 self.left_out.append(f"{label}: is a class without a picture that can be read")
         if len(labels) < 2:
-            raise UsageError(f"{root}: only {some(labels)} has pictures; two classes must")
+            raise UsageError(
+                f"{root}: only the class {some(labels)} has pictures; add pictures of another class"
+            )
         return tuple(labels)
 
     def split(self, labels: Sequence[str]) -> dict[Split, list[int]]:
-        """Rows by split, in the order of their digests: renaming a file reorders nothing."""
+        """Rows by split, ordered by digest, so that renaming a file does not reorder them."""
         digests = self._read.digests
         classes = {label: index for index, label in enumerate(labels)}
         splits = complete_split(
@@ -203,13 +207,13 @@ class _Choice:
             rows.sort(key=lambda row: digests[row])
             if self._listing.splits and split not in self._listing.splits:
                 self.notes.append(
-                    f"the folder has no {split} split: {len(rows)} pictures were cut from its "
-                    "training pictures, by their digests"
+                    f"the folder has no {split} split: {len(rows)} of its training pictures were "
+                    "chosen for it by their digests"
                 )
         return by_split
 
     def keep(self, rows: list[int], spec: PreprocessSpec, kept: KeptFiles) -> list[int]:
-        """Those of ``rows`` whose files were kept as they were read."""
+        """The ``rows`` whose files were copied into ``kept``; files that changed are left out."""
         paths = [self.files[row].path for row in rows]
         problems = keep_heldout(paths, (self._read.pixels[row] for row in rows), spec, kept)
         for path, problem in zip(paths, problems, strict=True):

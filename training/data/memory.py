@@ -1,4 +1,4 @@
-"""How much memory this process can still get, so that too large a data set is refused in time."""
+"""How much memory this process can still get: a data set that is too large is refused early."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,7 @@ from registry.core.errors import UsageError
 log = logging.getLogger(__name__)
 
 MEMINFO = Path("/proc/meminfo")
-# Of the container, by cgroup v2 and v1: limit and use, in bytes. memory.stat lies beside them.
+# Limit and use of the container in bytes, for cgroup v2 and v1. memory.stat is in the same folder.
 CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (
@@ -19,9 +19,9 @@ CGROUPS = (
 
 
 def available_bytes() -> int | None:
-    """What the kernel says can be had without swapping, within the container's limit.
+    """The memory that this process can get without swapping, within the container's limit.
 
-    None where the system does not say (macOS).
+    None if the system does not report it (macOS).
     """
     figures = []
     try:
@@ -41,10 +41,10 @@ def available_bytes() -> int | None:
 
 
 def _page_cache_bytes(stat: Path) -> int:
-    """What a cgroup uses for files' pages: the kernel frees these before it refuses memory.
+    """The memory of a cgroup's file pages, which the kernel frees before it refuses memory.
 
-    MemAvailable counts such pages as available, too. Cgroup v1 says the sum over all groups below
-    in the names with ``total_``; in v2 all figures are such sums.
+    MemAvailable also counts such pages as available. In cgroup v1, the names with ``total_`` hold
+    the sum over the group and its sub-groups; in v2 all figures are such sums.
     """
     try:
         lines = stat.read_text().splitlines()
@@ -58,10 +58,10 @@ def _page_cache_bytes(stat: Path) -> int:
 
 
 def check_memory(what: str, needed_bytes: int, advice: str) -> None:
-    """Say what ``what`` will take, and refuse when that cannot be had.
+    """Log how much memory ``what`` needs, and refuse if it is not available.
 
     Raises:
-        UsageError: more than there is; the text ends with ``advice``.
+        UsageError: ``needed_bytes`` exceed the available memory; the text ends with ``advice``.
     """
     available = available_bytes()
     if available is None:
@@ -70,8 +70,8 @@ def check_memory(what: str, needed_bytes: int, advice: str) -> None:
     log.info("%s: %s of memory, of %s available", what, in_units(needed_bytes), in_units(available))
     if needed_bytes > available:
         raise UsageError(
-            f"{what} would take {in_units(needed_bytes)} of memory, and {in_units(available)} "
-            f"are available: {advice}"
+            f"{what} would take {in_units(needed_bytes)} of memory, and only "
+            f"{in_units(available)} are available: {advice}"
         )
 
 

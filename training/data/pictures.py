@@ -1,7 +1,7 @@
 """Reads picture files into one array, in little more memory than their pixels take.
 
-The array is allocated once and filled in place; examples are put in order by swapping rows, so that
-each split is a slice of it and no split is a copy.
+The array is allocated once and filled in place. Rows are then swapped into order, so that each
+split is a slice of the array and not a copy.
 """
 
 import os
@@ -34,8 +34,8 @@ class ReadPictures(Struct, frozen=True):
     Attributes:
         pixels: uint8 (N, height, width, channels); one channel when all pictures are grey.
         digests: SHA-256 of each picture.
-        positions: the position of each in the list of paths.
-        left_out: the position of every other path, and why it could not be read.
+        positions: the position of each picture in the list of paths.
+        left_out: the position of every other path, and why the file could not be read.
     """
 
     pixels: Pixels
@@ -45,7 +45,7 @@ class ReadPictures(Struct, frozen=True):
 
 
 def read_pictures(paths: Sequence[Path], spec: PreprocessSpec) -> ReadPictures:
-    """Decode ``paths`` to the geometry of ``spec``, whose mode is RGB."""
+    """The pictures at ``paths``, decoded to the size of ``spec``, whose mode must be RGB."""
     stack = _Stack(len(paths), (spec.height_px, spec.width_px))
     digests: list[str] = []
     positions: list[int] = []
@@ -64,11 +64,11 @@ def read_pictures(paths: Sequence[Path], spec: PreprocessSpec) -> ReadPictures:
 
 
 def put_in_order(pixels: Pixels, order: Sequence[int]) -> None:
-    """Move row ``order[i]`` to row i, in place and with one row of memory more.
+    """Move row ``order[i]`` to row i, in place; takes one row of extra memory.
 
     Args:
-        pixels: at least as many rows as ``order`` names; those that it leaves out come last.
-        order: different rows.
+        pixels: at least as many rows as ``order`` has; rows that ``order`` does not name come last.
+        order: row numbers, each at most once.
     """
     named = set(order)
     source = [*order, *(row for row in range(len(pixels)) if row not in named)]
@@ -84,9 +84,9 @@ def put_in_order(pixels: Pixels, order: Sequence[int]) -> None:
 
 
 class KeptFiles:
-    """Encoded pictures in one temporary file, which the system removes with the process.
+    """Copies of encoded pictures in one temporary file, which the kernel deletes with the process.
 
-    The folder that they came from may change while a network trains.
+    The copies are needed because the original folder may change while a network trains.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,10 +100,10 @@ class KeptFiles:
         self._ends = [0]
 
     def add(self, data: bytes) -> None:
-        """Keep ``data`` as the next file.
+        """Append ``data`` as the next file.
 
         Raises:
-            UsageError: the disk has no room for it.
+            UsageError: the disk is full, or cannot be written.
         """
         try:
             self._file.write(data)
@@ -113,7 +113,7 @@ class KeptFiles:
         self._ends.append(self._ends[-1] + len(data))
 
     def read(self, index: int) -> bytes:
-        """The file that was added as number ``index``; safe to call from several threads."""
+        """The file with number ``index``, from 0; safe to call from several threads."""
         start, end = self._ends[index], self._ends[index + 1]
         return os.pread(self._file.fileno(), end - start, start)
 
@@ -124,10 +124,10 @@ def keep_heldout(
     spec: PreprocessSpec,
     kept: KeptFiles,
 ) -> list[str | None]:
-    """Keep each picture's file, if serving decodes it to the pixels in ``rows``.
+    """Copy each picture's file to ``kept``, if the service would decode it to these ``rows``.
 
     Returns:
-        None for each picture that was kept, or why it could not be.
+        For each picture None if it was kept, or else the reason.
     """
 
     def check(item: tuple[Path, Pixels]) -> bytes | str:
@@ -137,7 +137,7 @@ def keep_heldout(
             same = np.array_equal(decode_image(data, spec, TRUSTED_LIMITS), pixels)
         except (ConvoyError, OSError) as error:
             return _reason(error)
-        return data if same else "changed while it was read"
+        return data if same else "changed while it was being read"
 
     problems: list[str | None] = []
     results = _in_threads(check, zip(paths, rows, strict=True))
@@ -150,10 +150,10 @@ def keep_heldout(
 
 
 class _Stack:
-    """Grows by one picture at a time, and to three channels with the first that has colour."""
+    """An array that grows picture by picture, and to three channels at the first colour picture."""
 
     def __init__(self, rows: int, size: tuple[int, int]) -> None:
-        # The kernel gives memory to pages that are written to, so spare rows cost nothing.
+        # The kernel allocates a page only when it is written to, so unused rows cost nothing.
         self._rows = np.empty((rows, *size, 1), np.uint8)
         self._used = 0
 
@@ -172,7 +172,7 @@ class _Stack:
 
 
 def _in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Results in the order of ``items``, of which only a few are worked on at a time."""
+    """Results in the order of ``items``; at most 4 per core are in progress at a time."""
     with ThreadPoolExecutor(CORES) as pool:
         waiting: deque[Future[Result]] = deque()
         for item in items:
@@ -184,7 +184,7 @@ def _in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterat
 
 
 def _read(path: Path, spec: PreprocessSpec, limits: DecodeLimits) -> tuple[Pixels, str] | str:
-    """Pixels and digest of a file, or why it has none."""
+    """Pixels and digest of a file, or the reason why it could not be decoded."""
     try:
         return decode_training_image(path.read_bytes(), spec, limits)
     except (ConvoyError, OSError) as error:
@@ -197,6 +197,6 @@ def _reason(error: Exception) -> str:
 
 def _no_room(folder: Path, error: OSError) -> UsageError:
     return UsageError(
-        f"the validation pictures cannot be kept in {shown(folder)} for publishing: "
-        f"{error.strerror}; make room there, or set CONVOY_HOME to another place"
+        f"cannot copy the validation pictures to {shown(folder)} for publishing: "
+        f"{error.strerror}; free some space there, or set CONVOY_HOME to another folder"
     )

@@ -1,7 +1,7 @@
-"""Labelled pictures: the data sets by name, each split into training, validation and test.
+"""Loads a data set by name, split into training, validation and test pictures.
 
-Whatever the source, an example is named by the SHA-256 of its pixels, and that digest decides its
-split unless the source comes split (``training.data.split``).
+In every source, the SHA-256 of an example's pixels identifies it. This digest also decides its
+split, unless the source already names splits (``training.data.split``).
 """
 
 import functools
@@ -36,7 +36,7 @@ class Examples(Struct, frozen=True):
         pixels: uint8 (N, height, width, channels).
         labels: int64 (N,), indices into the data set's labels.
         digests: SHA-256 of each picture's content, hexadecimal.
-        encode: gives the i-th picture as an encoded file that serving accepts.
+        encode: returns the i-th picture as an encoded file that the service accepts.
     """
 
     pixels: Pixels
@@ -57,10 +57,11 @@ class Examples(Struct, frozen=True):
 
 
 class Dataset(Struct, frozen=True, kw_only=True):
-    """A data set, split. ``validation`` chooses (epochs, promotions); ``test`` only reports.
+    """A data set in three splits.
 
-    ``problems`` lists entries of the source that were left out, each with the reason; ``notes``
-    say what was decided about the splits, and which classes have too few pictures.
+    ``validation`` decides which epoch is kept and which version is promoted; ``test`` is only
+    reported. ``problems`` lists the entries of the source that were left out, each with the reason.
+    ``notes`` say what was decided about the splits, and which classes have too few pictures.
     """
 
     name: str
@@ -88,12 +89,12 @@ def load_dataset(source: str, cache: Path, size_px: int | None = None) -> Datase
 
     Args:
         source: ``fashion-mnist``, ``fashion-mnist:FOLDER`` (with the four IDX files), ``digits``,
-            or ``folder:FOLDER``, laid out as CLASS/… or as SPLIT/CLASS/….
-        cache: where downloads are kept, and validation pictures while a network trains.
-        size_px: width and height for ``folder:``; the others have their own.
+            or ``folder:FOLDER`` with the layout CLASS/… or SPLIT/CLASS/….
+        cache: folder for downloads, and for validation pictures while a network trains.
+        size_px: width and height of the pictures of ``folder:``; the others have a fixed size.
 
     Raises:
-        UsageError: no such source, or one that cannot be trained on.
+        UsageError: the source does not exist, or cannot be trained on.
     """
     kind, path, side_px = _parse_source(source, size_px)
     if kind == "fashion-mnist":
@@ -102,10 +103,10 @@ def load_dataset(source: str, cache: Path, size_px: int | None = None) -> Datase
 
 
 def picture_side_px(source: str, size_px: int | None = None) -> int:
-    """Height and width of the pictures of ``source``, which are known before they are read.
+    """Height and width of the pictures of ``source``; reads none of them.
 
     Raises:
-        UsageError: as ``load_dataset``, for no such source.
+        UsageError: the source does not exist.
     """
     return _parse_source(source, size_px)[2]
 
@@ -114,7 +115,9 @@ def _parse_source(source: str, size_px: int | None) -> tuple[str, str, int]:
     """Kind, path and side of the pictures."""
     kind, _, path = source.partition(":")
     if kind != "folder" and size_px is not None:
-        raise UsageError(f"--image-size is for folder: data; {kind} pictures have their own size")
+        raise UsageError(
+            f"--image-size applies to folder: data only; the pictures of {kind} have a fixed size"
+        )
     if kind == "fashion-mnist":
         return kind, path, 28
     if source == "digits":
@@ -185,7 +188,7 @@ def take(examples: Examples, positions: NDArray[np.int64]) -> Examples:
 
 
 def _from_arrays(pixels: Pixels, labels: NDArray[np.int64]) -> Examples:
-    """The first of equal pictures; none of those whose labels contradict each other."""
+    """The examples, with one of several equal pictures, and none if their labels differ."""
     digests = tuple(hashlib.sha256(picture.tobytes()).hexdigest() for picture in pixels)
     examples = Examples(pixels, labels, digests, lambda index: encode_png(pixels[index]))
     by_digest: dict[str, list[int]] = {}
@@ -193,7 +196,7 @@ def _from_arrays(pixels: Pixels, labels: NDArray[np.int64]) -> Examples:
         by_digest.setdefault(digest, []).append(position)
     kept = [equal[0] for equal in by_digest.values() if len(set(labels[equal].tolist())) == 1]
     if dropped := len(digests) - len(kept):
-        log.warning("left out %d pictures: copies, or under two labels", dropped)
+        log.warning("left out %d pictures: copies, or equal pictures with two labels", dropped)
     return take(examples, np.array(kept, np.int64))
 
 
@@ -205,11 +208,11 @@ def _dataset(
     problems: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Dataset:
-    """The data set, with the normalisation that its training pictures ask for."""
+    """The data set, with the mean and deviation of its training pictures for normalisation."""
     for problem in problems[:LOGGED_PROBLEMS]:
         log.warning("left out: %s", problem)
     if problems:
-        log.warning("left out %d entries in all; the report names them", len(problems))
+        log.warning("left out %d entries in total; the report names them", len(problems))
     notes += _class_notes(labels, splits)
     for note in notes:
         log.warning("%s", note)
@@ -239,19 +242,21 @@ def _dataset(
 def _check_sizes(name: str, labels: tuple[str, ...], splits: dict[Split, Examples]) -> None:
     counts = np.bincount(splits["train"].labels, minlength=len(labels))
     if missing := [labels[index] for index in np.flatnonzero(counts == 0)]:
-        raise UsageError(f"{name}: no training picture of class {some(missing)}; add some")
+        raise UsageError(
+            f"{name}: no training picture of class {some(missing)}; add some, or remove the class"
+        )
     total = sum(len(examples) for examples in splits.values())
     for split in ("validation", "test"):
         if not len(splits[split]):
             raise UsageError(
-                f"{name}: {total} pictures are too few: none fell into the {split} split, which "
-                f"takes about 15 in 100; add pictures, or lay them out as train/CLASS, val/CLASS "
-                "and test/CLASS"
+                f"{name}: {total} pictures are too few: the {split} split takes about 15 of 100 "
+                "and got none; add pictures, or lay them out as train/CLASS, val/CLASS and "
+                "test/CLASS"
             )
 
 
 def _class_notes(labels: tuple[str, ...], splits: dict[Split, Examples]) -> tuple[str, ...]:
-    """Which classes have too few pictures to be learnt, or to be judged."""
+    """A note for each shortage: classes with too few pictures to be learnt, validated or tested."""
     by_split = {
         split: np.bincount(examples.labels, minlength=len(labels))
         for split, examples in splits.items()
@@ -259,8 +264,8 @@ def _class_notes(labels: tuple[str, ...], splits: dict[Split, Examples]) -> tupl
     notes = []
     for what, chosen in (
         ("only one picture", sum(by_split.values()) == 1),
-        ("no validation picture, so no promotion looks at them", by_split["validation"] == 0),
-        ("no test picture, so the test accuracy says nothing of them", by_split["test"] == 0),
+        ("no validation picture, so the gate cannot compare them", by_split["validation"] == 0),
+        ("no test picture, so the test accuracy does not cover them", by_split["test"] == 0),
     ):
         if names := [labels[index] for index in np.flatnonzero(chosen)]:
             notes.append(f"{len(names)} of {len(labels)} classes have {what}: {some(names)}")
@@ -270,7 +275,7 @@ def _class_notes(labels: tuple[str, ...], splits: dict[Split, Examples]) -> tupl
 def channel_statistics(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in units of pixel value / 255."""
     counts = np.zeros((pixels.shape[3], 256), np.int64)
-    for start in range(0, len(pixels), STATISTICS_ROWS):  # bincount takes 8 bytes a pixel
+    for start in range(0, len(pixels), STATISTICS_ROWS):  # bincount needs 8 bytes per pixel
         for channel in range(pixels.shape[3]):
             values = pixels[start : start + STATISTICS_ROWS, ..., channel]
             counts[channel] += np.bincount(values.ravel(), minlength=256)
@@ -282,6 +287,6 @@ def channel_statistics(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, 
     ]
     return (
         tuple(round(float(mean), 6) for mean in means),
-        # At least 1e-3: pictures of one colour.
+        # Pictures of a single colour have a deviation of 0, which nothing can be divided by.
         tuple(max(round(variance**0.5, 6), 1e-3) for variance in variances),
     )

@@ -1,8 +1,8 @@
-"""Which example trains, validates or tests: decided by the digest of its picture.
+"""Assigns each example to training, validation or test by the digest of its picture.
 
-So equal pictures never straddle the splits, every run splits alike, and a new picture moves no old
-one. The one exception: a class without a training picture takes its own held-out picture with the
-highest digest, and gives it back when a new picture of the class trains.
+So equal pictures are always in the same split, every run splits alike, and a new picture does not
+move an old one. There is one exception: if a class has no training picture, its held-out picture
+with the highest digest is used for training, until a new picture of the class takes its place.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from training.data.folder import Split
 
 VALIDATION_SHARE = 0.15
 TEST_SHARE = 0.15
-# A picture in several splits stays in the first of these: training must not see held-out ones.
+# A picture in several splits stays in the first of these: training must not see held-out pictures.
 PRECEDENCE: tuple[Split, ...] = ("test", "validation", "train")
 
 
 def split_by_digest(
     digests: Sequence[str], validation: float, test: float
 ) -> dict[Split, NDArray[np.int64]]:
-    """Positions of each split: a picture's digest, read as a number in 0..1, decides."""
+    """The positions of each split's examples, chosen by the digest as a number from 0 to 1."""
     position = np.array([_position(digest) for digest in digests])
     in_test = position < test
     in_validation = ~in_test & (position < test + validation)
@@ -38,10 +38,10 @@ def complete_split(
     """The split of each example.
 
     Args:
-        digests: of the pictures.
-        labels: their classes.
-        named: the split that the folder names, for each; or None. Validation and test pictures
-            are cut from the training pictures where the folder names none.
+        digests: of each picture.
+        labels: the class of each picture.
+        named: the split that the folder gives each picture, or None. If the folder has no
+            validation or no test pictures, they are taken from the training pictures.
     """
     has = set(named)
     parts = split_by_digest(
@@ -61,7 +61,7 @@ def complete_split(
 
 
 def straddling(digests: Sequence[str], splits: Sequence[Split | None]) -> list[int]:
-    """Positions of examples whose picture lies in a split of higher ``PRECEDENCE``, too."""
+    """Positions of examples whose picture is also in a split of higher ``PRECEDENCE``."""
     best: dict[str, int] = {}
     ranks = [len(PRECEDENCE) if split is None else PRECEDENCE.index(split) for split in splits]
     for digest, rank in zip(digests, ranks, strict=True):
@@ -79,7 +79,7 @@ def _leave_some_to_train(
     named: Sequence[Split | None],
     splits: list[Split],
 ) -> None:
-    """Have every class train on a picture, unless the folder itself holds all of them out."""
+    """Give every class a training picture, unless the folder itself holds out all of them."""
     highest: dict[int, str] = {}
     for digest, label, split in zip(digests, labels, named, strict=True):
         if split in (None, "train"):

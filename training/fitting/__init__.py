@@ -1,4 +1,4 @@
-"""From labelled pixels to weights: recipes, batches, one loop, checkpoints.
+"""Trains weights on labelled pixels: recipes, batches, the training loop, checkpoints.
 
-Imports ``training.data``, and neither MLflow nor ``training.publishing``.
+Imports ``training.data``. Imports neither MLflow nor ``training.publishing``.
 """

@@ -1,7 +1,7 @@
 """Random changes to a batch of training pictures, drawn from one seeded generator.
 
-All work on uint8 (N, H, W, C) on whatever device the batch is; the random numbers are drawn on the
-CPU, so that a seed means the same on every device.
+All functions take uint8 (N, H, W, C) on any device. They draw random numbers on the CPU, so that a
+seed gives the same numbers on every device.
 """
 
 import torch
@@ -11,7 +11,7 @@ from training.fitting.recipes import Recipe
 
 
 def augment(pixels: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
-    """``pixels`` changed as ``recipe`` asks; same shape and dtype."""
+    """``pixels`` with the augmentations of ``recipe``; same shape and dtype."""
     if recipe.flip:
         pixels = random_flip(pixels, generator)
     if recipe.crop_px:
@@ -41,7 +41,8 @@ def random_crop(pixels: Tensor, pad_px: int, generator: Generator) -> Tensor:
 def random_erase(pixels: Tensor, share: float, generator: Generator) -> Tensor:
     """Fill a random rectangle with noise in ``share`` of the pictures.
 
-    Areas of 2 to 25 % and aspects of 1:3 to 3:1 (Zhong et al. 2017, https://arxiv.org/abs/1708.04896).
+    The rectangle covers 2 to 25 % of the picture and has an aspect of 1:3 to 3:1 (Zhong et al.
+    2017, https://arxiv.org/abs/1708.04896).
     """
     count, height, width, channels = pixels.shape
     area, aspect, top, left, chosen = torch.rand(5, count, 1, generator=generator)

@@ -1,4 +1,4 @@
-"""The state of a run on disk, from which ``--resume`` goes on."""
+"""Saves the state of a run to disk, so that ``--resume`` can continue from it."""
 
 import fcntl
 import logging
@@ -22,17 +22,19 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_file(paths: Paths, data: Dataset, recipe: Recipe, seed: int) -> Path:
-    """One file for each ``run_key``."""
+    """The path of the checkpoint; each ``run_key`` has a file of its own."""
     key = sha256_hex(msgspec.json.encode(run_key(recipe, data, seed)))[:16]
     return paths.checkpoints / f"{re.sub(r'[^A-Za-z0-9-]', '_', data.name)}-{recipe.name}-{key}.pt"
 
 
 @contextmanager
 def only_training(checkpoint: Path) -> Iterator[None]:
-    """Hold the run of ``checkpoint`` against other processes; the system lets go when one dies.
+    """Lock the run of ``checkpoint`` against other processes.
+
+    The kernel releases the lock when the process ends, however it ends.
 
     Raises:
-        UsageError: another process trains it now.
+        UsageError: another process is training this run.
     """
     lock = checkpoint.with_suffix(".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def only_training(checkpoint: Path) -> Iterator[None]:
             ) from error
         if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
             break
-        os.close(descriptor)  # its holder has removed it meanwhile
+        os.close(descriptor)  # the last holder deleted the file after we opened it: try again
     try:
         yield
     finally:
@@ -57,24 +59,24 @@ def only_training(checkpoint: Path) -> Iterator[None]:
 
 
 def run_key(recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
-    """What must agree for a checkpoint to be continued."""
+    """The facts that must be equal for a run to continue from a checkpoint."""
     return {
         "recipe": msgspec.to_builtins(recipe),
-        "data_sha256": data.sha256,  # of the pictures in their full size
+        "data_sha256": data.sha256,  # of the pictures at full size
         "preprocess": msgspec.to_builtins(data.preprocess),
         "seed": seed,
     }
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace ``path``; a disk that is full costs the checkpoint and not the training."""
+    """Replace ``path`` by ``state``; if the disk is full, log a warning and let training go on."""
     temporary = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, temporary)
-        temporary.replace(path)  # a crash while writing leaves the older checkpoint
+        temporary.replace(path)  # atomic: a crash while writing leaves the older checkpoint
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        log.warning("no checkpoint of this epoch: %s; training goes on", error)
+        log.warning("the checkpoint of this epoch was not saved: %s; training goes on", error)
         temporary.unlink(missing_ok=True)
 
 
@@ -82,12 +84,13 @@ def load_checkpoint(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
     """The state in ``path``.
 
     Raises:
-        UsageError: there is none, it cannot be read, or it is not of the run that ``key`` says.
+        UsageError: there is no checkpoint, it cannot be read, or it belongs to a run with another
+            ``key``.
     """
     if path is None or not path.exists():
         raise UsageError(f"there is no checkpoint to resume from at {path}{_others(path)}")
     try:
-        state: dict[str, Any] = torch.load(  # noqa: TID251 - what this machine itself has written
+        state: dict[str, Any] = torch.load(  # noqa: TID251 - this machine wrote the file itself
             path, map_location="cpu", weights_only=True
         )
     except Exception as error:  # torch raises a dozen kinds on damaged files
@@ -96,13 +99,14 @@ def load_checkpoint(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
         ) from error
     if state["key"] != key:
         raise UsageError(
-            f"the checkpoint {path} is of a run with another recipe, data set, picture size or seed"
+            f"the checkpoint {path} belongs to a run with another recipe, data set, picture size "
+            "or seed; repeat that run's arguments, or train without --resume"
         )
     return state
 
 
 def _others(path: Path | None) -> str:
-    """Checkpoints of the same data and recipe, whose pictures or settings were others."""
+    """A hint that names checkpoints of the same data and recipe with other pictures or settings."""
     if path is None:
         return ""
     found = sorted(path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.pt"))

@@ -1,8 +1,8 @@
 """The training loop: one function to read from top to bottom.
 
-It knows tensors and recipes. Data sets, MLflow, reports and bundles are other modules' business.
-Same seed, same data, same machine: same weights, whether or not the run was interrupted and
-resumed, because every epoch draws from a generator of its own, seeded by (seed, epoch).
+It knows tensors and recipes. Other modules load data and write to MLflow, reports and bundles.
+The same seed and data on the same machine give the same weights, even if the run was interrupted
+and resumed, because every epoch has its own random generator, seeded by (seed, epoch).
 """
 
 import logging
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Epoch(Struct, frozen=True, kw_only=True):
-    """What one epoch showed; accuracies and losses are means, ``seconds`` is training alone."""
+    """Mean losses and accuracies of one epoch; ``seconds`` is the time without validation."""
 
     number: int
     train_loss: float
@@ -43,7 +43,7 @@ class Epoch(Struct, frozen=True, kw_only=True):
 
 
 class Trained(Struct, frozen=True, kw_only=True):
-    """The program with the weights of its best epoch, and how it got there."""
+    """The model with the weights of its best epoch, and the metrics of every epoch."""
 
     preprocessed: PreprocessedModel
     history: tuple[Epoch, ...]
@@ -63,20 +63,21 @@ def fit(
 ) -> Trained:
     """Train ``recipe`` on ``data.train`` and keep the epoch that does best on ``data.validation``.
 
-    The test pictures are not touched. Ctrl-C ends training and keeps the best epoch so far; before
-    the end of the first epoch there is none, and it passes through.
+    The test pictures are not used. Ctrl-C ends the training and keeps the best epoch so far. Before
+    the end of the first epoch there is none, and ``KeyboardInterrupt`` is raised.
 
     Args:
         recipe: what to train and how.
-        data: pixels and labels; copied to ``device`` once.
+        data: pixels and labels; the training pictures are copied to ``device`` once.
         device: where to train.
         seed: of the weights, the order of the pictures and the augmentation.
-        checkpoint: file that is rewritten after each epoch; None keeps none.
+        checkpoint: file that is rewritten after each epoch; None saves no checkpoint.
         resume: continue from ``checkpoint``.
         on_epoch: called after each epoch, for tracking.
 
     Raises:
-        UsageError: ``resume`` without a checkpoint of this very run, or a loss that is not finite.
+        UsageError: ``resume`` is set and there is no checkpoint of this run, or the loss is not
+            finite.
         NetworkImpossible: the recipe's network does not fit the pictures.
     """
     torch.manual_seed(seed)
@@ -153,16 +154,16 @@ def train_epoch(
     validation: Examples,
     seed: int,
 ) -> Epoch:
-    """Train on every picture once, in an order of (seed, number), and validate.
+    """Train on every picture once, in an order that (seed, number) decides, and validate.
 
     Args:
         number: of the epoch, from 1.
         recipe: augmentation, precision.
-        program: changed in place.
-        optimizer: of the program's parameters.
+        preprocessed: the model; changed in place.
+        optimizer: of the model's parameters.
         steps: batches and learning rate.
-        train: pixels uint8 (N, H, W, C) and labels int64 (N,), on the program's device.
-        validation: what to validate on.
+        train: pixels uint8 (N, H, W, C) and labels int64 (N,), on the model's device.
+        validation: the pictures to validate on.
         seed: of the run.
 
     Raises:
@@ -173,7 +174,7 @@ def train_epoch(
     generator = Generator().manual_seed(seed * 1_000_003 + number)
     torch.manual_seed(seed * 1_000_003 + number)  # dropout draws from the global generator
     order = torch.randperm(len(labels), generator=generator).to(device)
-    # Of nearly equal size: batch norm cannot normalise over a small rest.
+    # Batches of nearly equal size: batch norm cannot normalise over a small last batch.
     batches = order.tensor_split(steps.per_epoch)
     use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16(device))
     loss_sum = torch.zeros((), device=device)
@@ -198,7 +199,7 @@ def train_epoch(
             loss_sum += loss.detach() * len(chosen)
             correct += (logits.argmax(1) == labels[chosen]).sum()
             seen += len(chosen)
-            if step % 50 == 49 or step == steps.per_epoch - 1:  # reading a GPU's scalar waits
+            if step % 50 == 49 or step == steps.per_epoch - 1:  # .item() waits for the GPU
                 bar.n = seen
                 bar.set_postfix(
                     loss=f"{loss_sum.item() / seen:.3f}",
@@ -240,7 +241,7 @@ def validate(
 
 
 def _optimizer(recipe: Recipe, preprocessed: PreprocessedModel) -> torch.optim.Optimizer:
-    """Weight decay on matrices and kernels only: biases and norms have nothing to shrink."""
+    """The recipe's optimiser; it decays matrices and kernels, but not biases and norms."""
     decayed = [p for p in preprocessed.parameters() if p.ndim > 1]
     plain = [p for p in preprocessed.parameters() if p.ndim <= 1]
     groups = [
@@ -253,7 +254,7 @@ def _optimizer(recipe: Recipe, preprocessed: PreprocessedModel) -> torch.optim.O
 
 
 def _learning_rate(recipe: Recipe, steps: Steps, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero: a function of the step alone, so resumable."""
+    """Linear warm-up, then half a cosine to zero; depends on the step alone, so runs can resume."""
     warmup = max(1, round(recipe.warmup_share * steps.total))
     if step < warmup:
         return steps.learning_rate * (step + 1) / warmup
@@ -262,7 +263,7 @@ def _learning_rate(recipe: Recipe, steps: Steps, step: int) -> float:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed natively: there it trained 1.7 to 2.3 times as fast as fp32."""
+    """Whether ``device`` computes bf16 natively; training was then 1.7 to 2.3 times as fast."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -276,19 +277,22 @@ def _to_device(examples: Examples, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _quality(epoch: Epoch) -> tuple[float, float]:
-    """What the kept epoch has most of. On a few pictures many epochs are equally accurate."""
+    """The sort key of epochs: accuracy, then loss, as few pictures often give equal accuracies."""
     return epoch.validation_accuracy, -epoch.validation_loss
 
 
 def _is_stuck(recipe: Recipe, history: list[Epoch]) -> bool:
-    """Whether the recipe's patience is over: asked before an epoch, so also when resumed."""
+    """Whether accuracy has not risen for ``recipe.patience_epochs`` epochs.
+
+    ``fit`` checks it before each epoch, so a resumed run also stops.
+    """
     if not recipe.patience_epochs or not history:
         return False
     peak = max(history, key=lambda epoch: epoch.validation_accuracy)
     stuck = len(history) - peak.number >= recipe.patience_epochs
     if stuck:
         log.info(
-            "not more accurate for %d epochs: stopping early; --set patience_epochs=0 never does",
+            "no better accuracy for %d epochs: stopping early; --set patience_epochs=0 prevents it",
             recipe.patience_epochs,
         )
     return stuck

@@ -1,4 +1,4 @@
-"""Defaults of a network that fit the pictures: small pictures leave room for fewer poolings."""
+"""Chooses defaults of a network that fit the pictures: small pictures allow fewer poolings."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from training.fitting.recipes import Recipe
 
 
 def fit_to_pictures(recipe: Recipe, side_px: int) -> Recipe:
-    """``recipe`` with ``padding`` and ``pool_size`` chosen where a ``cnn`` leaves them open.
+    """``recipe`` with a ``padding`` and ``pool_size`` that fit, if it is a ``cnn`` without them.
 
     Args:
-        recipe: what was asked for; arguments that it names are not changed.
+        recipe: the recipe that the user chose; arguments that it names are not changed.
         side_px: height and width of the pictures.
 
     Raises:
-        NetworkImpossible: no default fits, or an argument of the recipe cannot be.
+        NetworkImpossible: no default fits the pictures, or an argument of the recipe is invalid.
     """
     network = recipe.network
     for defaults in ({}, *(_small_picture_defaults(network, side_px))):
@@ -35,7 +35,7 @@ def fit_to_pictures(recipe: Recipe, side_px: int) -> Recipe:
 
 
 def _small_picture_defaults(network: ListedNetwork, side_px: int) -> list[dict[str, Any]]:
-    """Further defaults to try, the mildest first."""
+    """Further defaults to try, the smallest change first."""
     if network.name != "cnn":
         return []
     filters = network.args.get("filters", (32, 64))

@@ -1,7 +1,8 @@
-"""What ``--set`` can change, with a meaning and an example each: the list that docs and errors use.
+"""The parameters that ``--set`` can change, each with an example and its meaning.
 
-A test holds it to the fields of ``Recipe``, to the arguments of the networks and to
-``docs/training.md``. Knows no torch, so that typing mistakes are answered at once.
+Docs and error messages use this list. A test compares it with the fields of ``Recipe``, the
+arguments of the networks and ``docs/training.md``. This module does not import torch, so that the
+command line reports a typing error at once.
 """
 
 import difflib
@@ -27,14 +28,14 @@ TRAINING = (
     Parameter(
         "batch_size",
         "64",
-        "pictures in a step; without it from the number and the size of the pictures, 8 to 128; of "
-        "pictures above 448 px a side fewer, 2 at least",
+        "pictures in a step; the default depends on the number and the size of the pictures: 8 to "
+        "128, or at least 2 for pictures above 448 px a side",
     ),
     Parameter("optimizer", "sgd", "`adamw` or `sgd`"),
     Parameter(
         "learning_rate",
         "0.001",
-        "the highest; for `sgd` meant for batches of 128 unless `batch_size` is set",
+        "the highest one; for `sgd` it is scaled by batch size / 128 unless `batch_size` is set",
     ),
     Parameter("weight_decay", "0.0005", "of kernels and matrices"),
     Parameter("warmup_share", "0.1", "part of the steps in which the learning rate rises"),
@@ -77,7 +78,7 @@ def find_parameter(name: str, network: str) -> Parameter | None:
 
 
 def describe_unknown(name: str, network: str) -> str:
-    """That there is no parameter ``name``, and which was probably meant."""
+    """The error text for an unknown parameter, with the one that the user probably meant."""
     own = [parameter.name for parameter in (*TRAINING, *NETWORK[network])]
     owners = [
         other for other, parameters in NETWORK.items() if name in {each.name for each in parameters}

@@ -1,4 +1,4 @@
-"""Recipes: everything about a training run that is not the data, as one immutable record."""
+"""Recipes: all settings of a training run except the data and the seed, as an immutable record."""
 
 import json
 from collections.abc import Iterable
@@ -18,10 +18,12 @@ Share = Annotated[float, Meta(ge=0, lt=1)]
 class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to train one network.
 
-    Augmentation: ``flip`` mirrors half of the pictures, ``crop_px`` pads by that many pixels on
-    every side and cuts out the original size at random, ``erase`` blanks a random rectangle in that
-    share of the pictures. ``precision`` ``auto`` takes bf16 autocast where the device computes it
-    natively, which is decided by capability and not by timing, so that a run can be repeated.
+    Augmentation: ``flip`` mirrors half of the pictures. ``crop_px`` pads by that many pixels on
+    every side and cuts out the original size at random. ``erase`` fills a random rectangle with
+    noise in that share of the pictures.
+
+    ``precision`` ``auto`` uses bf16 autocast if the device computes bf16 natively. It asks for the
+    device's capability and times nothing, so that a run can be repeated.
     ``training.fitting.parameters`` explains every field.
     """
 
@@ -59,7 +61,7 @@ RECIPES = {
             crop_px=2,
             erase=0.5,
         ),
-        # The paper's ResNet-18, for photographs of 100 px and more.
+        # The ResNet-18 of the paper, for photographs of 100 px and more.
         Recipe(
             name="resnet18",
             network=ListedNetwork(
@@ -81,12 +83,12 @@ RECIPES = {
 def choose_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe ``name`` with ``KEY=VALUE`` overrides.
 
-    A key is a field of ``Recipe`` (``epochs=3``) or else an argument of its network
-    (``filters=32,64``, ``pooling=average``); ``training.fitting.parameters`` has them all.
+    A key is a field of ``Recipe`` (``epochs=3``) or an argument of its network
+    (``filters=32,64``, ``pooling=average``); ``training.fitting.parameters`` lists all keys.
 
     Raises:
-        UsageError: no recipe of that name, an override without ``=``, an unknown key, or a value
-            that cannot be.
+        UsageError: there is no recipe of that name, an override has no ``=``, its key is unknown,
+            or its value is invalid.
     """
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}; there are: {', '.join(RECIPES)}")
@@ -118,7 +120,7 @@ def _override(recipe: Recipe, key: str, text: str) -> Recipe:
 
 
 def _parse_value(text: str) -> Any:
-    """JSON where it is JSON; ``a,b`` a list; anything else the string itself."""
+    """The value of ``text``: JSON if it parses, a list for ``a,b``, or else the string itself."""
     if "," in text and not text.lstrip().startswith("["):
         return [_parse_value(part) for part in text.split(",") if part]
     try:

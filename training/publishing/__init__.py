@@ -1,4 +1,4 @@
-"""From weights to a registered version: scores, drawings, exports, the bundle.
+"""Turns trained weights into a registered version: scores, drawings, exports, the bundle.
 
 Imports ``training.data`` and ``training.fitting``; ``tracking`` imports MLflow.
 """

@@ -1,4 +1,4 @@
-"""What a trained classifier is worth: scores on held-out pictures, and on the same ones moved."""
+"""Scores a trained classifier on held-out pictures, and on the same pictures moved."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from training.data.sources import Examples
 
 
 class Evaluation(Scores, frozen=True):
-    """Scores of every example of a split, and what they are worth."""
+    """The scores of every example of a split, and the metrics computed from them."""
 
     def confusion(self) -> NDArray[np.int64]:
         """int64 (classes, classes): rows are true classes, columns predicted ones."""
@@ -34,7 +34,7 @@ class Evaluation(Scores, frozen=True):
 
 
 def evaluate(classifier: Classifier, examples: Examples) -> Evaluation:
-    """Score every example."""
+    """The classifier's probabilities for every example, with the true labels."""
     return Evaluation(examples.labels, classifier.classify(examples.pixels))
 
 
@@ -43,7 +43,7 @@ def accuracy_against_shift(
 ) -> list[float]:
     """Accuracy with the pictures moved by each of ``shifts_px`` pixels.
 
-    Each value is the mean over the four directions; what moves in at the edge is black (0).
+    Each value is the mean over the four directions. Pixels that move in at the edge are black (0).
     """
     accuracies = []
     for distance in shifts_px:

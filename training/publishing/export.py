@@ -1,8 +1,8 @@
-"""The network as graphs that engines read without torch, written once, when a version is published.
+"""Exports the network as graphs that engines run without torch, once, when it is published.
 
-So what publishing measured is, byte for byte, what serves, and machines that serve need neither
-torch nor exporters. Every graph takes ``pixels`` and ends in ``logits`` and ``features``, as
-``registry.model.plans`` says.
+Workers then serve byte for byte the graphs that publishing measured, and need neither torch nor
+exporters. Every graph takes ``pixels`` and returns ``logits`` and ``features``, as described in
+``registry.model.plans``.
 """
 
 import contextlib
@@ -25,31 +25,31 @@ log = logging.getLogger(__name__)
 
 
 def export_network(preprocessed: PreprocessedModel, calibration: Pixels) -> dict[str, bytes]:
-    """Files of a bundle, by name: the graph in fp32 as ONNX, and in int8 as OpenVINO has it.
+    """Files of a bundle by name: the graph in fp32 for ONNX, and in int8 for OpenVINO.
 
-    What cannot be made here is left out, with a warning: other plans serve then.
+    A graph that cannot be exported is left out, with a warning. Workers then use other plans.
 
     Args:
-        program: the trained one, on any device; it is copied.
-        calibration: uint8 (N, H, W, C), pictures of the training part: int8 takes its ranges there.
+        preprocessed: the trained model, on any device; it is copied.
+        calibration: uint8 (N, H, W, C), training pictures, from which int8 takes its ranges.
     """
     ready = copy.deepcopy(preprocessed).cpu().eval()
     try:
         files = {ONNX_GRAPH: _to_onnx(ready, calibration)}
-    except Exception as error:  # noqa: BLE001 - exporters raise whatever they meet
+    except Exception as error:  # noqa: BLE001 - exporters raise errors of many types
         log.warning("the network cannot be exported: %s", str(error).partition("\n")[0])
         return {}
     try:
         files |= _to_int8(ready, calibration)
-    except Exception as error:  # noqa: BLE001 - as above, or it is not installed
-        log.warning("no int8: %s", str(error).partition("\n")[0])
+    except Exception as error:  # noqa: BLE001 - as above, or OpenVINO is not installed
+        log.warning("the int8 graph cannot be exported: %s", str(error).partition("\n")[0])
     return files
 
 
 def _to_onnx(ready: nn.Module, calibration: Pixels) -> bytes:
     arguments, sizes = any_batch(calibration.shape[1:])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.13's exporter warns of its own code
+        warnings.simplefilter("ignore")  # torch 2.13's exporter warns about its own code
         exported = torch.onnx.export(
             ready,
             arguments,
@@ -62,27 +62,27 @@ def _to_onnx(ready: nn.Module, calibration: Pixels) -> bytes:
     assert exported is not None
     graph = exported.model_proto
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info):
-        part.ClearField("metadata_props")  # stack traces, with the paths of this machine
+        part.ClearField("metadata_props")  # stack traces that contain paths of this machine
     data: bytes = graph.SerializeToString()
     return data
 
 
 def _to_int8(ready: nn.Module, calibration: Pixels) -> dict[str, bytes]:
-    """Quantised after training, from OpenVINO's own conversion.
+    """The network in int8, quantised after training from OpenVINO's own conversion.
 
-    From the ONNX graph NNCF made one with an accuracy of 0.38 instead of 0.95
+    From the ONNX graph, NNCF made an int8 graph with an accuracy of 0.38 instead of 0.95
     (docs/decisions/0006).
 
-    All weights take half of the 8-bit range (``overflow_fix``): a CPU without VNNI adds pairs of
-    products in 16 bits, which then cannot saturate. So all kinds of CPU compute the same sums, and
-    the accuracy that is recorded when the version is published holds on each of them.
+    Weights use half of the 8-bit range (``overflow_fix``): a CPU without VNNI adds pairs of
+    products in 16 bits, and these sums then cannot saturate. So every kind of CPU computes the same
+    sums, and the accuracy recorded at publishing holds on each of them.
     """
     openvino = import_openvino()
     import nncf
 
     (pixels,), _ = any_batch(calibration.shape[1:])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its torch front end uses what torch 2.13 deprecates
+        warnings.simplefilter("ignore")  # OpenVINO calls functions that torch 2.13 deprecates
         model = openvino.convert_model(ready, example_input=pixels)
     model.reshape({0: [-1, *calibration.shape[1:]]})
     examples = nncf.Dataset([calibration[index : index + 1] for index in range(len(calibration))])

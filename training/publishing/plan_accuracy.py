@@ -1,7 +1,7 @@
-"""How accurate a version is by every plan that could serve it below fp32, when it is published.
+"""Measures, when a version is published, how accurate every plan below fp32 is.
 
-A server that meets such a plan has the golden images only; whether a few thousand pictures agree is
-found out here, once.
+A worker that benchmarks such a plan has only the golden images. The accuracy on a few thousand
+held-out pictures is measured here, once.
 """
 
 import logging
@@ -25,7 +25,7 @@ from registry.model.plans.planner import missing_exports
 
 log = logging.getLogger(__name__)
 
-SCORE_S = 0.1  # for one held-out picture, beyond ``LIMIT_S``
+SCORE_S = 0.1  # for each held-out picture, in addition to ``LIMIT_S``
 
 
 def record_plan_accuracy(
@@ -34,10 +34,10 @@ def record_plan_accuracy(
     """``bundle`` with the held-out accuracy of every plan below fp32 that this machine can run.
 
     Args:
-        bundle: a complete one; its manifest is written anew.
-        pixels: uint8 (N, H, W, C), the held-out pictures as serving decodes them.
+        bundle: a complete bundle; its manifest is rewritten.
+        pixels: uint8 (N, H, W, C), the held-out pictures as the service decodes them.
         labels: int64 (N,), their true classes.
-        device: beside the CPU, where to try plans.
+        device: where to try plans, in addition to the CPU.
     """
     accuracies: dict[str, float] = {}
     for each in {"cpu", device}:
@@ -48,10 +48,10 @@ def record_plan_accuracy(
 def measure_plans(
     bundle: Bundle, pixels: Pixels, labels: NDArray[np.int64], device: str
 ) -> dict[str, float]:
-    """The accuracy of every plan below fp32 that ``device`` runs, by name.
+    """The accuracy of every plan below fp32 that ``device`` runs, by the plan's name.
 
-    As for ``record_plan_accuracy``, on one ``device``. What fails is left out, with a warning. Each
-    plan is tried in a process of its own.
+    The arguments are those of ``record_plan_accuracy``. Each plan runs in a process of its own. A
+    plan that fails is left out, with a warning.
     """
     names = [
         plan.name

@@ -1,4 +1,4 @@
-"""From a trained program to a registered version, proved by reading back what was written."""
+"""Publishes a trained model as a version, after it has read the bundle back and checked it."""
 
 import importlib.metadata
 import logging
@@ -47,8 +47,8 @@ CALIBRATION_IMAGES = 256
 CALIBRATION_SIZE_BYTES = 16_000_000
 THUMBNAIL_PX = 64
 THUMBNAILS_SIZE_BYTES = 32_000_000
-GOLDEN_SIZE_BYTES = 512_000  # larger ones only where a class has no smaller
-# The same network on the same device; only the batches differ.
+GOLDEN_SIZE_BYTES = 512_000  # larger pictures only if a class has no smaller ones
+# Both scores come from the same network on the same device; only the batches differ.
 RESCORE_TOLERANCE = 1e-4
 RECORDED_PACKAGES = ("torch", "numpy", "pillow", "safetensors", "msgspec")
 
@@ -56,7 +56,7 @@ RECORDED_PACKAGES = ("torch", "numpy", "pillow", "safetensors", "msgspec")
 def build_manifest(
     model: str, recipe: Recipe, data: Dataset, seed: int, device: str, metrics: dict[str, float]
 ) -> Manifest:
-    """The manifest of a version that is about to be written, still without its files."""
+    """The manifest of a version that is about to be written; it does not list files yet."""
     return Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
@@ -91,19 +91,19 @@ def publish(
     report: Path,
     device: str,
 ) -> ModelVersion:
-    """Write the bundle, prove it, and register it as the next version, alias ``challenger``.
+    """Write the bundle, verify it, and register it as the next version, alias ``challenger``.
 
     Args:
-        store: where to; an MLflow run must be active.
+        store: the registry; an MLflow run must be active.
         manifest: from ``build_manifest``.
-        program: with the weights to ship.
-        data: for the golden pictures and the proof.
-        heldout: training's own scores of ``data.validation``.
-        report: folder of pictures that goes along.
-        device: where to prove it.
+        preprocessed: the model with the weights to publish.
+        data: for the golden images and the verification.
+        heldout: the scores of ``data.validation`` that training computed.
+        report: folder with the report, which is copied into the bundle.
+        device: where to verify the bundle.
 
     Raises:
-        BundleInvalid: what was written does not score like what was trained; nothing is registered.
+        BundleInvalid: the bundle does not score like the trained model; nothing is registered.
     """
     with tempfile.TemporaryDirectory(prefix="convoy-publish-") as name:
         log.info("exporting the network for other engines")
@@ -131,9 +131,9 @@ def write_version(
     exports: Mapping[str, bytes],
     champion: ChampionScores | None = None,
 ) -> Bundle:
-    """The bundle of one version in ``folder``; ``exports`` are of ``export_network``.
+    """Write the bundle of one version to ``folder``; ``exports`` come from ``export_network``.
 
-    ``champion`` is what the champion says of the held-out pictures, if there is one.
+    ``champion`` holds the champion's scores of the held-out pictures, if there is a champion.
     """
     state = {
         name: tensor.detach().cpu().contiguous()
@@ -158,7 +158,11 @@ def write_version(
 
 
 def choose_golden(examples: Examples) -> list[int]:
-    """Up to 32 positions: the classes in turn, by digest, large files only for want of others."""
+    """The positions of up to 32 golden images.
+
+    Each class gives one picture in turn, in the order of the digests. A class gives pictures above
+    512 kB only after all of its smaller ones.
+    """
     by_class: dict[int, list[int]] = {}
     for position in sorted(range(len(examples)), key=lambda each: examples.digests[each]):
         by_class.setdefault(int(examples.labels[position]), []).append(position)
@@ -178,7 +182,7 @@ def choose_golden(examples: Examples) -> list[int]:
 
 
 def choose_calibration(examples: Examples) -> Pixels:
-    """Up to 256 pictures, or as many as 16 MB hold, drawn by digest from ``examples``."""
+    """Up to 256 pictures of ``examples``, or as many as fit into 16 MB, chosen by digest."""
     one = examples.pixels[0].nbytes
     count = max(1, min(CALIBRATION_IMAGES, CALIBRATION_SIZE_BYTES // one, len(examples)))
     order = sorted(range(len(examples)), key=lambda each: examples.digests[each])
@@ -187,7 +191,7 @@ def choose_calibration(examples: Examples) -> Pixels:
 
 
 def shrink(pixels: Pixels) -> Pixels:
-    """Pictures of at most 64 px a side, as many of the first as 32 MB hold, for people to see.
+    """Thumbnails of at most 64 px a side, of the first pictures that fit into 32 MB.
 
     Args:
         pixels: uint8 (N, H, W, C).
@@ -199,13 +203,13 @@ def shrink(pixels: Pixels) -> Pixels:
 
 
 def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: str) -> Pixels:
-    """Send the held-out pictures, *encoded*, through what serving uses, and compare.
+    """Score the *encoded* held-out pictures with the bundle, as a worker would, and compare.
 
     Returns:
-        The pictures as they were decoded, uint8 (N, H, W, C).
+        The decoded pictures, uint8 (N, H, W, C).
 
     Raises:
-        BundleInvalid: a probability differs by more than 1e-4.
+        BundleInvalid: a probability differs from ``expected`` by more than 1e-4.
     """
     classifier = eager_classifier(Source(bundle).preprocessed, device)
     replay_golden(bundle, classifier, find_plan(EAGER))
@@ -221,14 +225,15 @@ def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: st
     )
     if not difference[worst] <= RESCORE_TOLERANCE:  # also true of NaN
         raise BundleInvalid(
-            f"the bundle does not score like the training did: held-out picture {worst} differs by "
-            f"{difference[worst]:.2g}; at most {RESCORE_TOLERANCE:g} is accepted"
+            "the bundle does not score like the trained model: a probability of held-out picture "
+            f"{worst} differs by {difference[worst]:.2g}, and at most {RESCORE_TOLERANCE:g} is "
+            "accepted"
         )
     return pixels
 
 
 def _git_commit() -> str | None:
-    """The commit that the working directory is at, marked when it has changes."""
+    """The checkout's commit, with ``-dirty`` if files have changed; None outside of git."""
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
@@ -243,5 +248,5 @@ def _git_commit() -> str | None:
 
 
 def _public_version(package: str) -> str:
-    """The version without its local part (``2.13.0+cpu``), which no index could install."""
+    """The version without its local part (``+cpu``), which a package index does not know."""
     return importlib.metadata.version(package).partition("+")[0]

@@ -1,4 +1,4 @@
-"""What a bundle keeps of the examples, so that the gate can compare versions of other data."""
+"""Records the examples in a bundle, so that the gate can compare versions of different data."""
 
 import logging
 import tempfile
@@ -25,14 +25,14 @@ from training.publishing.evaluate import Evaluation
 log = logging.getLogger(__name__)
 
 SCORED_AT_ONCE = 256
-# Beside the probabilities, 4 bytes each: label, digest and look of an example.
+# Label, digest and perceptual hash of an example. Its probabilities take 4 bytes each in addition.
 RECORD_BYTES = 8 + 32 + 8
-# More than the headers of the arrays take: 128 bytes each.
+# More than the headers of the arrays need: 128 bytes each.
 HEADERS_BYTES = 4096
 
 
 class ChampionScores(Struct, frozen=True):
-    """What the champion says of the held-out examples of a version that is about to be published.
+    """The champion's scores of the held-out examples of a version that is about to be published.
 
     Attributes:
         manifest_sha256: the digest of the champion's manifest.
@@ -46,9 +46,9 @@ class ChampionScores(Struct, frozen=True):
 def example_files(
     data: Dataset, heldout: Evaluation, champion: ChampionScores | None
 ) -> dict[str, bytes]:
-    """The files of a bundle that say what it was trained on, and what it scores on the rest.
+    """The bundle's files that identify its training examples, and score its held-out examples.
 
-    Of more held-out examples than the gate may unpack, the first are kept.
+    If there are more held-out examples than the gate may unpack, only the first ones are kept.
     """
     examples, classes = data.validation, heldout.probabilities.shape[1]
     if champion is not None:
@@ -73,9 +73,10 @@ def example_files(
 
 
 def difference_hashes(pixels: Pixels) -> NDArray[np.uint64]:
-    """64 bits for each picture: whether brightness rises from cell to cell of 8 rows of 9 cells.
+    """The perceptual hash of each picture, uint64 (N,).
 
-    A lossy copy, or one of another size, differs in a few bits only.
+    The picture is divided into 8 rows of 9 cells; each bit says whether brightness rises from one
+    cell to the next. A lossy copy, or a copy of another size, differs in only a few bits.
 
     Args:
         pixels: uint8 (N, H, W, C).
@@ -91,10 +92,10 @@ def difference_hashes(pixels: Pixels) -> NDArray[np.uint64]:
 def score_champion(
     store: ModelStore, model: str, examples: Examples, device: str
 ) -> ChampionScores | None:
-    """What the champion of ``model`` says of ``examples``, encoded as they would be served.
+    """The champion's scores of ``examples``, which are decoded from files as a worker does it.
 
-    None if there is no champion, or it cannot be fetched or run: that costs a comparison, and must
-    not cost the training.
+    None if there is no champion, or it cannot be downloaded or run. The gate then has no comparison
+    on these examples, but the training is not lost.
     """
     try:
         champion = store.resolve(ModelRef(model, alias=CHAMPION))
@@ -111,13 +112,13 @@ def score_champion(
     except VersionNotFound:
         return None
     except (ConvoyError, OSError, RuntimeError) as error:  # torch raises RuntimeError
-        log.warning("the champion is not scored on the new held-out pictures: %s", error)
+        log.warning("the champion cannot be scored on the new held-out pictures: %s", error)
         return None
     return ChampionScores(champion.manifest_sha256, scores)
 
 
 def _decoded(examples: Examples, spec: PreprocessSpec) -> Iterator[Pixels]:
-    """``examples`` as a version of ``spec`` sees them, a few at a time."""
+    """``examples``, decoded for a version with the preprocessing ``spec``, 256 at a time."""
     for start in range(0, len(examples), SCORED_AT_ONCE):
         positions = range(start, min(start + SCORED_AT_ONCE, len(examples)))
         yield np.stack([decode_image(examples.encode(i), spec, TRUSTED_LIMITS) for i in positions])

@@ -1,7 +1,7 @@
-"""Pictures of a training run, and one page that shows them all.
+"""Draws a training run, and writes one page with all drawings.
 
-Everything is drawn with matplotlib into PNG files; ``report.html`` carries them inside itself, so
-that it can be opened from a folder, from MLflow's page of the run or from an e-mail alike.
+Matplotlib draws PNG files. ``report.html`` contains a copy of them, so that it can be opened from a
+folder, from MLflow's page of the run or from an e-mail.
 """
 
 import base64
@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display, and no thread but the caller's
+matplotlib.use("Agg")  # needs no display, and starts no thread
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -32,10 +32,10 @@ from training.publishing.evaluate import Evaluation
 
 log = logging.getLogger(__name__)
 
-# Classes may be named after prices: $ is a dollar, and not the start of mathematics or of TeX.
+# Names of classes may contain $; it must not start a formula.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
 
-LARGEST_MATRIX_TEXT = 20  # numbers in the cells of a larger confusion matrix cannot be read
+LARGEST_MATRIX_TEXT = 20  # with more classes, numbers in the cells are too small to read
 MAPS_SHOWN = 32
 
 _STYLE = """
@@ -72,7 +72,7 @@ def learning_curves(history: Sequence[Epoch], best: Epoch) -> Figure:
 
 
 def confusion_matrix(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
-    """Rows are true classes, columns predicted ones; colour is the share of the row."""
+    """The confusion matrix: rows are true classes, columns predicted ones, colours row shares."""
     counts = evaluation.confusion()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(12.0, 2.5 + 0.5 * len(labels))
@@ -92,7 +92,7 @@ def confusion_matrix(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
 
 
 def worst_mistakes(evaluation: Evaluation, examples: Examples, labels: Sequence[str]) -> Figure:
-    """The wrongly classified pictures that the network was surest of."""
+    """The wrongly classified pictures about which the network was most confident."""
     positions = evaluation.worst_mistakes(24)
     columns = 8
     rows = max(1, -(-len(positions) // columns))
@@ -115,7 +115,7 @@ def worst_mistakes(evaluation: Evaluation, examples: Examples, labels: Sequence[
 
 
 def first_kernels(preprocessed: PreprocessedModel) -> Figure | None:
-    """The first convolution's kernels, meant over their input channels; None without one."""
+    """The first convolution's kernels, averaged over input channels; None if there is none."""
     for module in preprocessed.network.modules():
         if isinstance(module, nn.Conv2d):
             return _kernels(module.weight.detach().float().cpu().numpy().mean(axis=1), "kernel")
@@ -123,7 +123,7 @@ def first_kernels(preprocessed: PreprocessedModel) -> Figure | None:
 
 
 def first_units(preprocessed: PreprocessedModel, shape: tuple[int, int, int]) -> Figure | None:
-    """The weights of a dense network's first units, laid out like the picture they look at."""
+    """The weights of a dense network's first units, each laid out like the input picture."""
     height, width, channels = shape
     for module in preprocessed.network.modules():
         if isinstance(module, nn.Linear) and module.in_features == height * width * channels:
@@ -135,7 +135,7 @@ def first_units(preprocessed: PreprocessedModel, shape: tuple[int, int, int]) ->
 def feature_maps(
     preprocessed: PreprocessedModel, pixels: Pixels, device: str
 ) -> dict[str, NDArray[np.float32]]:
-    """What each convolution and pooling makes of one example picture, (H, W, C).
+    """The output of each convolution and pooling layer for one picture, uint8 (H, W, C).
 
     Returns:
         Maps (C, H, W) by the layer's name.
@@ -162,7 +162,7 @@ def feature_maps(
 
 
 def shift_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """Accuracy against shift for each recipe; one thin line a seed, a thick one for the mean."""
+    """Accuracy against shift by recipe: a thin line for each seed, a thick one for the mean."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for number, (recipe, runs) in enumerate(curves.items()):
         colour = f"C{number}"
@@ -176,7 +176,7 @@ def shift_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
 
 
 def accuracy_bars(accuracies: Mapping[str, Sequence[float]]) -> Figure:
-    """Each seed's test accuracy as a dot, mean and deviation as a bar."""
+    """Test accuracies by recipe: a dot for each seed, and a bar for mean and deviation."""
     figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
     for number, values in enumerate(accuracies.values()):
         axes.errorbar(
@@ -190,20 +190,20 @@ def accuracy_bars(accuracies: Mapping[str, Sequence[float]]) -> Figure:
 
 
 class Drawings:
-    """Pictures as PNG files by title; a drawing that fails costs that drawing and nothing else."""
+    """PNG files by title; if a drawing fails, the others and the report are still made."""
 
     def __init__(self) -> None:
         self.pictures: dict[str, bytes] = {}
         self.failures: list[str] = []
 
     def add(self, title: str, draw: Callable[[], Figure | None]) -> None:
-        """Draw what ``draw`` gives; None is nothing to draw."""
+        """Add the figure that ``draw`` returns; if it returns None, add nothing."""
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # one for each letter that the font lacks
+                warnings.simplefilter("ignore")  # matplotlib warns of each letter the font lacks
                 if (figure := draw()) is not None:
                     self.pictures[title] = to_png(figure)
-        except Exception as error:  # noqa: BLE001 - whatever a drawing meets, the training is done
+        except Exception as error:  # noqa: BLE001 - no failed drawing may lose a finished training
             if not self.failures:
                 log.warning("the report lacks a drawing: %s: %s", title, error)
             self.failures.append(f"{title} ({type(error).__name__}: {error})")
@@ -222,7 +222,7 @@ def draw_run(
     data: Dataset,
     device: str,
 ) -> Drawings:
-    """The pictures of one run, in the order in which they are shown."""
+    """The drawings of one run, in the order of the page."""
     example = data.test.pixels[0]
     drawings = Drawings()
     drawings.add("learning curves", lambda: learning_curves(history, best))
@@ -241,7 +241,7 @@ def draw_run(
 
 
 def rehearse(data: Dataset) -> None:
-    """Draw the labels once, so that a drawing that fails is reported before training."""
+    """Draw the labels once before training, so that a drawing that fails is reported then."""
     few = Evaluation(
         data.test.labels, np.full((len(data.test), len(data.labels)), 1 / len(data.labels), "f4")
     )
@@ -286,7 +286,7 @@ def html_page(
 
 
 def write_report(folder: Path, page: str, pictures: dict[str, bytes]) -> None:
-    """``report.html`` and each picture as a file of its own."""
+    """Write ``report.html``, and each picture as a file of its own, to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(page, encoding="utf-8")
     for title, png in pictures.items():
@@ -306,7 +306,7 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def _kernels(kernels: NDArray[np.float32], what: str) -> Figure:
-    """Up to 64 small pictures around zero: red above, blue below."""
+    """Up to 64 kernels as small pictures: positive weights red, negative ones blue."""
     shown = kernels[:64]
     rows = -(-len(shown) // 16)
     figure, grid = plt.subplots(rows, 16, figsize=(10, 0.66 * rows + 0.3), squeeze=False)

@@ -18,7 +18,7 @@ from training.fitting.recipes import Recipe
 
 log = logging.getLogger(__name__)
 
-# MLflow would take the run or the experiment of the shell that Convoy was started from.
+# With these, MLflow would continue a run, or use an experiment, of the shell that started Convoy.
 INHERITED = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 
 
@@ -32,7 +32,7 @@ class Run:
         self._warned = False
 
     def log_start(self, recipe: Recipe, data: Dataset, seed: int, device: str) -> None:
-        """What the run is of: recipe, data and their digests."""
+        """Log the recipe, the data set and its digests, the seed and the device."""
         settings = msgspec.to_builtins(recipe)
         network = settings.pop("network")
         arguments = {f"network.{key}": value for key, value in network["args"].items()}
@@ -50,16 +50,16 @@ class Run:
             )
 
     def log_epoch(self, epoch: Epoch) -> None:
-        """Log the metrics of ``epoch``; those that MLflow refuses now follow with the next.
+        """Log the metrics of ``epoch``; if MLflow does not answer, send them with the next epoch's.
 
-        A registry that is away for some epochs does not end a training.
+        So a training survives a registry that does not answer for some epochs.
         """
         self._unlogged.append(epoch)
         try:
             self._log_epochs()
         except RegistryUnavailable as error:
             if not self._warned:
-                log.warning("metrics are logged later; training goes on: %s", error)
+                log.warning("metrics will be logged later, and training goes on: %s", error)
             self._warned = True
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
@@ -85,14 +85,14 @@ class Run:
 
 @contextmanager
 def start_run(store: ModelStore, experiment: str, name: str, nested: bool = False) -> Iterator[Run]:
-    """A run that is marked finished, or failed or killed when the body raises.
+    """A run that ends as finished, as failed if the body raises, or as killed after Ctrl-C.
 
     Raises:
         RegistryUnavailable: MLflow did not start it.
     """
     for variable in INHERITED:
         if value := os.environ.pop(variable, None):
-            log.warning("%s=%s is ignored: a training has a run of its own", variable, value)
+            log.warning("%s=%s is ignored: each training starts its own run", variable, value)
     experiment_id = store.experiment(experiment)
     with store.errors():
         active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=nested)
@@ -108,4 +108,4 @@ def start_run(store: ModelStore, experiment: str, name: str, nested: bool = Fals
             with store.errors():
                 mlflow.end_run(status)
         except ConvoyError as error:  # must not hide an error of the body
-            log.warning("the run %s is not marked %s: %s", active.info.run_id, status, error)
+            log.warning("run %s cannot be marked %s: %s", active.info.run_id, status, error)
