@@ -1,9 +1,12 @@
-# Four images from one file: registry (MLflow server, puller, control plane, command line; OpenVINO, by
-# which the gate times versions as they will be served; no torch),
-# service (by OpenVINO; neither torch nor MLflow), trainer, and service-torch (for GPUs, and where
-# torch must run the network). Each takes its packages from a stage that is thrown away. The stages
-# are in this order because older builders build every stage before the target.
-# By digest, to have the very same base again: PYTHON_IMAGE in .env (SECURITY.md, What goes in).
+# Four images from one file:
+# - registry: MLflow server, puller, control plane and command line. It has OpenVINO, so that the gate
+#   times versions as workers will serve them, and no torch.
+# - service: OpenVINO, and neither torch nor MLflow.
+# - trainer.
+# - service-torch: for GPUs, and for networks that only torch can run.
+# Each image copies its packages from a build stage, which is not part of the image. The stages are
+# in this order because older builders build every stage before the target. To build on exactly the
+# same base again, set PYTHON_IMAGE in .env to a digest (SECURITY.md).
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
@@ -20,14 +23,14 @@ WORKDIR /app
 STOPSIGNAL SIGTERM
 LABEL org.opencontainers.image.title="Convoy" \
     org.opencontainers.image.licenses="Apache-2.0"
-# What runs has its secrets from files: NAME_FILE says where the value of NAME lies.
+# Programs get their secrets from files: NAME_FILE is the path of the file that holds NAME.
 ENTRYPOINT ["python", "-m", "registry.cli.secret_files"]
 
 FROM base AS packages
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY pyproject.toml constraints.txt deploy/requirements.py deploy/hashes.txt ./
-# The image's own pip cannot read hashes from constraints.
+# The pip of the base image cannot read hashes from a constraints file.
 RUN python -m venv /opt/venv \
     && grep '^pip==' hashes.txt >pip.txt && pip install --no-deps --require-hashes -r pip.txt
 
@@ -66,7 +69,7 @@ COPY registry/ registry/
 COPY service/ service/
 
 FROM registry-packages AS trainer-packages
-# torch by version alone, and last: each index has builds of its own, so no list knows their hashes.
+# torch is installed last and without hashes, because each index has its own builds of a version.
 ARG TORCH_INDEX_URL=
 RUN python requirements.py training server | grep -v '^torch' >wanted \
     && pip install --require-hashes -c hashes.txt -r wanted \
@@ -81,7 +84,7 @@ USER 10001
 CMD ["python", "-m", "training"]
 
 FROM packages AS torch-packages
-# PyTorch's index of CPU builds saves gigabytes; empty takes the ordinary one, with CUDA.
+# PyTorch's index of CPU builds saves gigabytes. If this is empty, pip installs the build with CUDA.
 ARG TORCH_INDEX_URL=
 RUN apt-get update && apt-get install -y --no-install-recommends binutils
 RUN python requirements.py service signing >wanted \

@@ -1,7 +1,8 @@
-"""``make demo``: from nothing to a classified picture, then everything stays up until Ctrl-C.
+"""``make demo`` trains a model, classifies a picture with it, and serves until Ctrl-C.
 
-It only calls what users call: the three command lines, and MLflow's own page. What an earlier run
-trained is used again. With CONVOY_DEMO_ONCE=1 it ends after the first answer and leaves no process.
+It runs only commands that users run: the three command lines, and MLflow's own page. It uses the
+champion of an earlier run if there is one. With CONVOY_DEMO_ONCE=1 it ends after the first answer
+and leaves no process.
 """
 
 import json
@@ -44,7 +45,7 @@ def main() -> int:
         )
         say("starting the service …")
         wait_for(f"{service_url}/readyz", service, paths.root / "demo-service.log")
-        say(f"a test picture that nobody trained on, of class {label}:\n")
+        say(f"classifying a test picture of class {label}, which was not used for training:\n")
         command = [sys.executable, "-m", "service", "classify", str(picture)]
         subprocess.run([*command, "--url", service_url], check=True)
         answer = subprocess.run(
@@ -55,10 +56,10 @@ def main() -> int:
         print(f"  the page    {service_url}/")
         print(f"  mlflow ui   http://127.0.0.1:{ui_port}/\n")
         if json.loads(answer.stdout)["predictions"][0]["label"] != label:
-            say(f"note: the model took this {label} for something else; no model is right always")
+            say(f"note: the model classified this {label} wrongly; no model is always right")
         if os.environ.get("CONVOY_DEMO_ONCE") == "1":
             return 0
-        say("everything is up; Ctrl-C ends it")
+        say("the service and MLflow are running; Ctrl-C stops them")
         try:
             return service.wait()
         except KeyboardInterrupt:
@@ -66,7 +67,7 @@ def main() -> int:
 
 
 def train_first_champion() -> None:
-    """Train, promote and pull, each with the command that a user would type."""
+    """Train, promote and pull, each with the command that users type."""
     for arguments in (
         ("training", "--data", "fashion-mnist", "--recipe", "cnn", "--model", MODEL),
         ("registry", "promote", MODEL, "challenger"),
@@ -77,7 +78,7 @@ def train_first_champion() -> None:
 
 
 def save_test_picture(paths: Paths) -> tuple[Path, str]:
-    """The first picture of the official test set as a file, and its true label."""
+    """Save the first picture of the official test set; returns its file and its true label."""
     from registry.model.image.decode import encode_png
     from training.data.fashion_mnist import LABELS, load
 
@@ -89,7 +90,7 @@ def save_test_picture(paths: Paths) -> tuple[Path, str]:
 
 
 def start(stack: ExitStack, *arguments: str, log: Path) -> "subprocess.Popen[bytes]":
-    """A process in a group of its own, which is ended with all its children at the end."""
+    """Start a process in its own process group, which ``stack`` ends with all its children."""
     output = stack.enter_context(log.open("wb"))
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     process = subprocess.Popen(
@@ -104,7 +105,7 @@ def start(stack: ExitStack, *arguments: str, log: Path) -> "subprocess.Popen[byt
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """SIGTERM to the first process, then, if any of the group is left, SIGKILL to all."""
+    """Send SIGTERM to the process, and then SIGKILL to all that are left of its group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=40)
@@ -116,7 +117,7 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 
 
 def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Until ``url`` answers 200; ends the demo with the log's last lines if it never does."""
+    """Wait until ``url`` answers 200; if it never does, exit with the last lines of the log."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -129,7 +130,7 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 def free_port(wanted: int) -> int:
-    """``wanted`` if nothing listens there, else one that the system gives."""
+    """The port ``wanted`` if it is free, or else a free port that the kernel chooses."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             try:
@@ -137,7 +138,7 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise SystemExit("no free port")
+    raise SystemExit("no port is free on 127.0.0.1; end some programs and try again")
 
 
 def say(text: str) -> None:

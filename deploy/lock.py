@@ -1,8 +1,8 @@
 """Write deploy/hashes.txt: constraints.txt's versions for the images, with the hash of each wheel.
 
-``python -m deploy.lock`` with pip 25 or newer, after constraints.txt has changed. Images install
-with ``--require-hashes``, so an index that is broken into cannot put other files under these
-versions. torch is left out: each of its indexes has builds of its own (``TORCH_INDEX_URL``).
+After a change of constraints.txt, run ``python -m deploy.lock`` with pip 25 or newer. Images are
+installed with ``--require-hashes``, so an attacker who controls a package index cannot replace the
+files of these versions. torch is left out: each index has its own builds (``TORCH_INDEX_URL``).
 """
 
 import json
@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = ["server", "s3", "service", "signing", "openvino", "training"]
 PIP = "pip==26.3"
 MACHINES = ("x86_64", "aarch64")
-# Those that Debian 12's C library can run.
+# The platforms that the C library of Debian 12 supports.
 MANYLINUX = (
     "manylinux1",
     "manylinux2010",
     "manylinux2014",
     *(f"manylinux_2_{n}" for n in range(5, 37)),
 )
-HEAD = "# Of the images' Python packages, by deploy/lock.py; change constraints.txt, then run it.\n"
+HEAD = "# Hashes of the images' packages. Change constraints.txt, then run: python -m deploy.lock\n"
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def resolve(wanted: list[str], machine: str) -> list[dict]:
-    """pip's report on what it would install there, everything that is needed included."""
+    """The packages that pip would install on ``machine``, with all dependencies."""
     platforms = [f"--platform={name}_{machine}" for name in MANYLINUX]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"

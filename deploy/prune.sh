@@ -1,10 +1,9 @@
 #!/bin/sh
-# Take out of /opt/venv what serving cannot reach: installers, tests, headers, other devices' plugins,
-# readers of formats that are not served, and symbols. `docker history` and docs/operations.md say
-# what is left.
+# Remove from /opt/venv what the service never loads: installers, tests, headers, plugins for other
+# devices, readers of other model formats, and symbols. docs/operations.md lists what is left.
 set -eu
 site=$(echo /opt/venv/lib/python3*/site-packages)
-# torch's own packages for compiling: without a compiler in the image they are of no use.
+# torch needs some of these packages to compile models; the image has no compiler.
 /opt/venv/bin/pip uninstall --quiet --yes openvino-telemetry networkx sympy mpmath setuptools pip || true
 cd "$site"
 [ ! -d torch ] || find torch/bin -type f ! -name torch_shm_manager -delete

@@ -1,6 +1,7 @@
-"""Print what pyproject.toml asks for, with some of its extras: images install these, not Convoy.
+"""Print the requirements of pyproject.toml, with some of its extras, for the images to install.
 
-Its own code is copied after them, so that a change of it does not fetch everything again.
+Images copy Convoy's own code in a later step, so that a change of the code does not download all
+packages again.
 """
 
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """The requirements of the project and of ``extras``, those that name extras of its own opened.
+    """The requirements of the project and of ``extras``, including extras that these name.
 
     Raises:
         KeyError: there is no such extra.

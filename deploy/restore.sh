@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Put a backup in the place of the containers' registry. All of it is laid out beside what is there
-# before anything is replaced. What serves goes on meanwhile, from the versions that it has. The
-# passwords are those of the time of the backup: secrets/ must be, too.
+# Replace the containers' registry by a backup. The script unpacks the whole backup first, and only
+# then replaces anything. The service keeps serving its versions meanwhile. The passwords become
+# those of the backup, so secrets/ must be of the same time.
 #   deploy/restore.sh FILE
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ for _ in $(seq 60); do
   sleep 1
 done
 psql() { $compose exec -T database psql -q -v ON_ERROR_STOP=1 -U mlflow -d postgres "$@"; }
-in_volume() { # SERVICE COMMAND, as the image's user, without what the service does
+in_volume() { # SERVICE COMMAND: run COMMAND as the image's user, without starting the service
   $compose run --rm -T --no-deps --entrypoint sh "$1" -ec "$2"
 }
 parts="control:control:/var/lib/convoy tokens:control:/var/lib/convoy/tokens"
@@ -37,7 +37,7 @@ for part in $parts; do
     <"$work/$name.tar"
 done
 
-for part in $parts; do # from here on nothing is unpacked any more, only moved
+for part in $parts; do # everything is unpacked; from here on, files are only moved
   IFS=: read -r name service folder <<<"$part"
   keep=$([ "$name" != control ] || echo "-not -name tokens -not -name models -not -name plans")
   in_volume "$service" "cd $folder
@@ -46,4 +46,4 @@ for part in $parts; do # from here on nothing is unpacked any more, only moved
     rmdir .restored" </dev/null
 done
 psql -c "DROP DATABASE IF EXISTS mlflow WITH (FORCE)" -c "ALTER DATABASE restored RENAME TO mlflow"
-echo "restored; the puller looks at it within seconds"
+echo "restored; the puller reads the registry within seconds"

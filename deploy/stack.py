@@ -1,12 +1,13 @@
-"""docker-compose.yml as a stack for Swarm.
+"""Convert docker-compose.yml to a stack for Swarm.
 
 ``python deploy/stack.py | docker stack deploy --resolve-image never -c - convoy``
 
-Reads what ``docker-compose config`` prints and says what a stack needs otherwise: no order of
-starting (a stack starts again what has ended until all are there), images instead of builds, names
-that resolve to every replica, a rolling update that takes itself back when the new image is bad.
-Swarm ignores ``security_opt``: the images forbid new privileges themselves, at their entry.
-On several nodes the volume ``models`` must be one that they share, or each node needs a puller.
+Reads the output of ``docker-compose config`` and changes what Swarm needs in another form. A stack
+has no starting order: Swarm restarts a container that ends until the others are ready. It has
+images instead of builds, names that resolve to every replica, and a rolling update that rolls back
+if the new image fails. Swarm ignores ``security_opt``, so the entry points of the images forbid new
+privileges themselves. On several nodes, the nodes must share the volume ``models``, or each node
+needs a puller.
 """
 
 import os
@@ -31,7 +32,7 @@ ROLLING: dict[str, Any] = {
 
 
 def as_stack(config: dict[str, Any]) -> dict[str, Any]:
-    """The stack of what ``docker-compose config`` says; the trainer is not part of it."""
+    """The stack for the output of ``docker-compose config``, without the trainer."""
     services = {
         name: _service(name, service)
         for name, service in config["services"].items()
@@ -45,26 +46,26 @@ def as_stack(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(each: dict[str, Any] | None) -> dict[str, Any]:
-    """Without the names that Compose 2 gives: a stack has its own."""
+    """``each`` without the names that Compose 2 adds, because a stack makes its own."""
     return {key: value for key, value in (each or {}).items() if key not in ("name", "ipam")}
 
 
 def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     made = {key: value for key, value in service.items() if key not in NOT_OF_A_STACK}
     deploy = dict(made.get("deploy") or {})
-    deploy["endpoint_mode"] = "dnsrr"  # the proxy asks for every replica by the service's name
-    # A step that has ended well is done; all else is to run always.
+    deploy["endpoint_mode"] = "dnsrr"  # the proxy needs the address of every replica
+    # A step that ended without an error is done; Swarm must restart all other services.
     is_step = service.get("restart") == "on-failure"
     deploy["restart_policy"] = {"condition": "on-failure" if is_step else "any", "delay": "2s"}
     limits = (deploy.get("resources") or {}).get("limits") or {}
     if cores := float(limits.pop("cpus", 0)):
-        limits["cpus"] = str(cores)  # 0, none, is something that a stack leaves out
+        limits["cpus"] = str(cores)  # a stack without a limit has no entry instead of 0
     if name == "service":
         deploy |= ROLLING
     if name in ("database", "mlflow", "control", "puller"):
         deploy["placement"] = {"constraints": ["node.role == manager"]}  # where their volumes are
     made["deploy"] = deploy
-    for folder in made.pop("tmpfs", ()):  # which a stack leaves out without a word
+    for folder in made.pop("tmpfs", ()):  # Swarm ignores tmpfs silently, but takes it as a volume
         made["volumes"] = [*made.get("volumes", ()), {"type": "tmpfs", "target": folder}]
     if "ports" in made:
         made["ports"] = [port for each in made["ports"] if (port := _port(each))]
@@ -72,11 +73,11 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
 
 
 def _port(port: str | dict[str, Any]) -> dict[str, Any] | None:
-    """On the node itself: names that resolve to replicas have no address of their own.
+    """The port, published on the node itself: with ``dnsrr`` a service has no address of its own.
 
-    None for one of loopback: a stack cannot say which of the node's addresses, and all is too many.
+    None for a loopback port: a stack would publish it on all addresses of the node.
     """
-    if isinstance(port, dict):  # as Compose 2 says it
+    if isinstance(port, dict):  # the form of Compose 2
         host, published, target = port.get("host_ip", ""), port["published"], port["target"]
     else:
         host, published, target = port.partition("/")[0].rsplit(":", 2)

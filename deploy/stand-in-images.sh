@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# Stand-ins for the base images, made with debootstrap, for machines that reach Debian's packages but
-# no image registry. They get the tags of the real ones, so that the Dockerfile and
-# docker-compose.yml stay as they are. Needs root, debootstrap and a running engine; three minutes.
+# Build substitutes for the base images with debootstrap, on machines that reach Debian's packages
+# but no image registry. They get the tags of the real images, so that the Dockerfile and
+# docker-compose.yml need no change. Needs root, debootstrap and a running engine; takes three
+# minutes.
 #   deploy/stand-in-images.sh [WORK_FOLDER]
 set -euo pipefail
 work=${1:-$(mktemp -d)}
 root=$work/root
 mkdir -p "$work"
-# debootstrap mounts these, and a folder with them cannot be removed.
+# debootstrap mounts these, and a folder with mounts in it cannot be removed.
 trap 'umount -q "$root/proc" "$root/sys" 2>/dev/null || true' EXIT
 
 if [ ! -x "$root/usr/bin/python3" ]; then
   debootstrap --variant=minbase \
     --include=ca-certificates,python3,python3-venv,python3-pip,python-is-python3 bookworm "$root" \
     >"$work/debootstrap.log" || { tail "$work/debootstrap.log"; exit 1; }
-  # As the real one has none of these either; `du` then says the same of both.
+  # The real image has none of these either, so that both have the same size.
   rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* \
     "$root"/usr/share/{doc,man,locale,info}/* "$root"/usr/lib/python3*/test
   find "$root" -name __pycache__ -prune -exec rm -rf {} +
 fi
-# Builds must trust and use what this machine does; neither goes into a real image.
+# Builds must trust the certificates of this machine. Real images contain neither of these files.
 cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$root/etc/pip.conf"
 tar -C "$root" -c . | docker import - python:3.11-slim-bookworm >/dev/null

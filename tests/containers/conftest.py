@@ -1,4 +1,4 @@
-"""One stack for all tests of containers: building and starting it takes minutes."""
+"""Fixtures for the tests of containers. They share one stack, because starting it takes minutes."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tests.containers.stack import CannotRun, Stack, base_images, engine, say
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[dict[str, str]]:
-    """The environment in which an engine answers; that there cannot be one is said loudly."""
+    """The environment in which Docker answers; prints a notice and skips if it cannot run here."""
     try:
         with engine() as environment:
             base_images(environment)
@@ -22,7 +22,7 @@ def docker() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def stack(docker: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Everything built; nothing of it is left afterwards."""
+    """A stack with all images built; at the end, checks that no container or volume is left."""
     made = Stack(docker, tmp_path_factory.mktemp("stack"))
     try:
         say("building the images")

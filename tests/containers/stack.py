@@ -1,8 +1,7 @@
-"""An engine, base images and the stack of docker-compose.yml, for tests and benchmarks.
+"""Starts Docker, base images and the stack of docker-compose.yml, for tests and benchmarks.
 
-What is there is used: a running engine, images that a registry answers with. Else the engine is
-started here and the base images are made, and both are gone afterwards, but for the engine's
-chains in iptables.
+It uses a running engine and an image registry if they answer. If not, it starts an engine and
+builds the base images. At the end it removes both, except for the engine's chains in iptables.
 """
 
 import asyncio
@@ -41,15 +40,15 @@ def say(text: str) -> None:
 def wait_until(
     condition: Callable[[], bool], limit_s: float = START_S, why: Callable[[], str] = str
 ) -> float:
-    """Seconds until ``condition`` held.
+    """Wait until ``condition`` holds; returns the seconds that it took.
 
     Raises:
-        AssertionError: it did not; the text is what ``why`` says then.
+        AssertionError: it did not hold within ``limit_s``; the text ends with what ``why`` returns.
     """
     started = time.perf_counter()
     while not condition():
         if time.perf_counter() - started > limit_s:
-            raise AssertionError(f"not after {limit_s:g} s: {why()[-6000:]}")
+            raise AssertionError(f"did not happen within {limit_s:g} s: {why()[-6000:]}")
         time.sleep(0.2)
     return time.perf_counter() - started
 
@@ -57,16 +56,16 @@ def wait_until(
 def run(
     *command: str, environment: Mapping[str, str], timeout_s: float = 900
 ) -> subprocess.CompletedProcess[str]:
-    """What a command printed.
+    """Run a command; returns its output.
 
     Raises:
-        AssertionError: it failed; the text has the end of what it said.
+        AssertionError: it failed; the text contains the end of its output.
     """
     ended = subprocess.run(
         command, env=dict(environment), cwd=ROOT, text=True, capture_output=True, timeout=timeout_s
     )
-    said = (ended.stdout + ended.stderr)[-3000:]
-    assert ended.returncode == 0, f"{' '.join(command)} ended with {ended.returncode}:\n{said}"
+    output = (ended.stdout + ended.stderr)[-3000:]
+    assert ended.returncode == 0, f"{' '.join(command)} ended with {ended.returncode}:\n{output}"
     return ended
 
 
@@ -75,14 +74,14 @@ def engine() -> Iterator[dict[str, str]]:
     """The environment in which ``docker`` finds an engine.
 
     Raises:
-        CannotRun: there is none, and none can be started.
+        CannotRun: no engine answers, and this machine cannot start one.
     """
     environment = {**os.environ, "DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"}
     if shutil.which("docker") and _answers(environment):
         yield environment
         return
     if missing := [name for name in NEEDED if not shutil.which(name)]:
-        raise CannotRun(f"no engine answers, and to start one these lack: {', '.join(missing)}")
+        raise CannotRun(f"no engine answers; to start one, install {', '.join(missing)}")
     if os.geteuid() != 0:
         raise CannotRun("no engine answers, and only root can start one")
     folder = Path(tempfile.mkdtemp(prefix="convoy-engine-"))
@@ -100,13 +99,13 @@ def engine() -> Iterator[dict[str, str]]:
         with contextlib.suppress(AssertionError):
             wait_until(lambda: process.poll() is not None or _answers(environment), 30)
         if not _answers(environment):
-            said = (folder / "log").read_text()[-1500:]
-            raise CannotRun(f"an engine cannot be started here:\n{said}")
+            output = (folder / "log").read_text()[-1500:]
+            raise CannotRun(f"an engine cannot be started here:\n{output}")
         yield environment
     finally:
         process.terminate()
         process.wait(60)
-        for left in (folder / "exec" / "netns").glob("*"):  # Swarm's network stays mounted
+        for left in (folder / "exec" / "netns").glob("*"):  # the engine leaves Swarm's mounts
             subprocess.run(["umount", str(left)], capture_output=True)
         for bridge in _interfaces() - before:
             subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
@@ -127,14 +126,14 @@ def _answers(environment: Mapping[str, str]) -> bool:
 
 
 def base_images(environment: Mapping[str, str]) -> None:
-    """Have the engine know the base images, from a registry or made here."""
+    """Pull the base images into the engine, or build them if no image registry answers."""
     for image in BASE_IMAGES:
         if _has(image, environment):
             continue
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             run("docker", "pull", image, environment=environment, timeout_s=PULL_S)
             continue
-        say(f"no image registry answers for {image}: making stand-ins (three minutes)")
+        say(f"no image registry answers for {image}: building substitutes (three minutes)")
         with tempfile.TemporaryDirectory(prefix="convoy-stand-in-") as work:
             run("deploy/stand-in-images.sh", work, environment=environment)
         return
@@ -147,7 +146,7 @@ def _has(image: str, environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def torch_index() -> Iterator[str]:
-    """Address of an index that has the build of torch that this machine's own pip finds."""
+    """The address of an index with the build of torch that pip finds on this machine."""
     if index := os.environ.get("TORCH_INDEX_URL"):
         yield index
         return
@@ -169,7 +168,7 @@ def torch_index() -> Iterator[str]:
 
 
 class Stack:
-    """The containers of docker-compose.yml under a project name of their own."""
+    """The containers of docker-compose.yml, under a separate project name."""
 
     def __init__(self, environment: Mapping[str, str], work: Path, **settings: str) -> None:
         self.port, self.control_port = free_port(), free_port()
@@ -208,7 +207,7 @@ class Stack:
         return run("docker", *arguments, environment=self.environment).stdout.strip()
 
     def build(self, *services: str) -> float:
-        """Seconds that it took."""
+        """Build the images of ``services``; returns the seconds that it took."""
         started = time.perf_counter()
         with torch_index() as index:
             self.environment["TORCH_INDEX_URL"] = index
@@ -227,7 +226,7 @@ class Stack:
         self.compose(*command, "--model", model, "--set", "epochs=1", *options)
 
     def picture(self, data: str = "fashion-mnist") -> bytes:
-        """The first picture of the test set, as the trainer has it."""
+        """The first picture of the test set, read from the trainer's copy of the data."""
         code = (
             "import sys; from registry.core.paths import convoy_home;"
             "from training.data.sources import load_dataset;"
@@ -246,7 +245,7 @@ class Stack:
         return self.compose("ps", "-q", "service").split()
 
     def served_version(self) -> int | None:
-        """The version that answers through the proxy, or None while nothing does."""
+        """The version that answers through the proxy, or None while no replica answers."""
         try:
             with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as answer:
                 return json.load(answer)["models"][0]["version"]
@@ -254,10 +253,10 @@ class Stack:
             return None
 
     def wait_for_version(self, version: int, limit_s: float = START_S) -> float:
-        """Seconds until ``version`` answered.
+        """Wait until ``version`` answers; returns the seconds that it took.
 
         Raises:
-            AssertionError: it did not; the text has the end of what the containers said.
+            AssertionError: it did not answer; the text contains the containers' last log lines.
         """
 
         def logs() -> str:
@@ -266,7 +265,7 @@ class Stack:
         return wait_until(lambda: self.served_version() == version, limit_s, logs)
 
     def wait_healthy(self, *services: str, limit_s: float = START_S) -> float:
-        """Seconds until every container of ``services`` was healthy."""
+        """Wait until every container of ``services`` is healthy; returns the seconds."""
         template = "{{.State.Health.Status}} {{.RestartCount}}"
 
         def healthy() -> bool:
@@ -274,7 +273,7 @@ class Stack:
                 "inspect", "-f", template, *self.compose("ps", "-q", *services).split()
             )
             states = [line.split() for line in found.splitlines()]
-            assert all(int(restarts) <= 2 for _, restarts in states), f"it ends again: {logs()}"
+            assert all(int(restarts) <= 2 for _, restarts in states), f"restarts: {logs()}"
             return all(health == "healthy" for health, _ in states)
 
         def logs() -> str:
@@ -291,7 +290,7 @@ class Stack:
         self.compose("--profile", "train", "down", "--volumes", "--remove-orphans", "-t", "20")
 
     def left_behind(self) -> str:
-        """Whatever of the project the engine still knows."""
+        """The containers, volumes and networks of the project that still exist."""
         label = f"label=com.docker.compose.project={self.project}"
         kinds = (("ps", "-aq"), ("volume", "ls", "-q"), ("network", "ls", "-q"))
         return "".join(self.docker(*kind, "--filter", label) for kind in kinds)
@@ -299,7 +298,7 @@ class Stack:
 
 @contextlib.contextmanager
 def load(stack: Stack, picture: bytes, rate: float = 40.0) -> Iterator[Counter[int]]:
-    """Requests through the proxy while the block runs; what became of them is there afterwards."""
+    """Send requests through the proxy while the block runs; it then has the counts by status."""
     counts: Counter[int] = Counter()
     traffic = Traffic(stack.port, lambda: post(picture), rate)
     stop = Event()

@@ -1,4 +1,4 @@
-"""The stack of docker-compose.yml for real: train, promote, classify, break, restore."""
+"""Runs the stack of docker-compose.yml: trains, promotes, classifies, breaks and restores it."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def test_the_first_picture_is_classified_through_the_proxy(up: Stack, picture: b
     assert answer["predictions"][0]["label"] == "Ankle boot"
 
 
-def test_images_are_small_and_run_nothing_as_root(up: Stack) -> None:
+def test_images_are_small_and_their_containers_do_not_run_as_root(up: Stack) -> None:
     for name, most in MAX_BYTES.items():
         size = int(up.docker("image", "inspect", "-f", "{{.Size}}", f"convoy-{name}:latest"))
         say(f"convoy-{name}: {size / 1e6:.0f} MB")
@@ -36,11 +36,11 @@ def test_images_are_small_and_run_nothing_as_root(up: Stack) -> None:
             up.compose("exec", "-T", service, "touch", "/app/written")
 
 
-def test_what_serves_cannot_reach_the_registry(up: Stack) -> None:
-    look = "import socket; socket.create_connection(('{}', {}), 3)"
+def test_the_service_cannot_reach_the_registry_or_write_to_the_models(up: Stack) -> None:
+    connect = "import socket; socket.create_connection(('{}', {}), 3)"
     for host, port in (("mlflow", 5000), ("database", 5432)):
         with pytest.raises(AssertionError, match=r"gaierror|timed out"):
-            up.compose("exec", "-T", "service", "python", "-c", look.format(host, port))
+            up.compose("exec", "-T", "service", "python", "-c", connect.format(host, port))
     with pytest.raises(AssertionError, match=r"Read-only file system"):
         up.compose("exec", "-T", "service", "touch", "/var/lib/convoy/models/x")
 
@@ -54,8 +54,8 @@ def test_the_registry_asks_for_a_password(up: Stack) -> None:
     assert up.compose("exec", "-T", "control", "python", "-c", code).strip() == "401"
 
 
-def test_nothing_is_lost_while_all_of_it_is_moved_about(up: Stack, picture: bytes) -> None:
-    """Promoted, killed, scaled, restarted, with the registry gone: each request is answered 200."""
+def test_every_request_is_answered_while_the_stack_changes(up: Stack, picture: bytes) -> None:
+    """Promotes, kills, scales, restarts and stops the registry; each answer must be 200."""
     up.train("--seed", "1")
     with load(up, picture) as counts:
         up.registry("promote", "fashion", "challenger", "--force", "--reason", "a test")
@@ -64,7 +64,7 @@ def test_nothing_is_lost_while_all_of_it_is_moved_about(up: Stack, picture: byte
         up.docker("kill", "--signal", "KILL", up.replicas()[0])
         time.sleep(3)
         up.up("service")
-        up.wait_healthy("service")  # each replica chooses its plan anew when it starts
+        up.wait_healthy("service")  # takes a while: each replica chooses its plan when it starts
         say("4 replicas, then 1, then 2")
         for replicas in (4, 1, 2):
             up.up("service", replicas=replicas)
@@ -111,12 +111,12 @@ def test_a_registry_that_was_destroyed_is_restored(
     assert facts() == before
     assert "ann" in up.registry("token", "list")
     assert set(counts) == {200}
-    # With its files: a pull into an empty home gets a whole version.
+    # The files are restored, too: a pull into an empty home gets a complete version.
     paths = ("-e", "CONVOY_HOME=/tmp/restored", "control")
     up.compose("exec", "-T", *paths, "python", "-m", "registry", "pull", "models:/fashion@champion")
-    whole = file.read_bytes()
-    changed = whole.replace(b'"schema_version": 4', b'"schema_version": 5', 1)
-    assert changed != whole
+    backup = file.read_bytes()
+    changed = backup.replace(b'"schema_version": 4', b'"schema_version": 5', 1)
+    assert changed != backup
     file.write_bytes(changed)
     damaged = subprocess.run(
         ["deploy/restore.sh", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -126,11 +126,11 @@ def test_a_registry_that_was_destroyed_is_restored(
     assert facts() == before
 
 
-def test_the_puller_s_account_reads_and_decides_nothing(up: Stack) -> None:
-    """It has pulled what serves; it can neither move an alias nor create a model."""
+def test_the_puller_s_account_can_read_but_not_decide(up: Stack) -> None:
+    """It could pull the version that serves, but can neither move an alias nor create a model."""
 
     def ask(service: str, path: str, data: dict[str, str]) -> str:
-        """The status that MLflow answers the account of ``service`` with."""
+        """The status with which MLflow answers the account of ``service``."""
         code = (
             "import base64, json, os, urllib.error as e, urllib.request as r\n"
             "password = open(os.environ['MLFLOW_TRACKING_PASSWORD_FILE']).read()\n"

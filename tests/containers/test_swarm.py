@@ -1,4 +1,4 @@
-"""The same Compose file as a stack of Swarm: updated, and a bad image taken back."""
+"""Deploys the same Compose file as a stack of Swarm, updates it, and rolls back a bad image."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ GOOD, BAD = "convoy-service:convoytest-next", "convoy-service:convoytest-bad"
 
 @pytest.fixture(scope="module")
 def swarm(up: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The proxy and two replicas as a stack, on volumes in which a version is released already."""
+    """The proxy and two replicas as a stack, with volumes that already have a version to serve."""
     up.compose("stop", "-t", "20")
     up.docker("swarm", "init", "--advertise-addr", "127.0.0.1")
     up.environment["CONVOY_BIND"] = "0.0.0.0"  # a stack leaves out ports of loopback
@@ -49,7 +49,7 @@ def update_state(stack: Stack) -> str:
     return (service.get("UpdateStatus") or {}).get("State", "")
 
 
-def test_a_stack_is_updated_and_a_bad_image_takes_itself_back(
+def test_a_stack_is_updated_and_a_bad_image_is_rolled_back(
     swarm: Stack, tmp_path: Path, picture: bytes
 ) -> None:
     say(f"Swarm: version 1 serves after {wait_until(lambda: swarm.served_version() == 1):.0f} s")
@@ -65,7 +65,7 @@ def test_a_stack_is_updated_and_a_bad_image_takes_itself_back(
         say(f"Swarm: updated in {took:.0f} s")
         swarm.docker(*update, BAD, f"{NAME}_service")
         took = wait_until(lambda: update_state(swarm) == "rollback_completed")
-        say(f"Swarm: a bad image taken back in {took:.0f} s")
+        say(f"Swarm: rolled back a bad image in {took:.0f} s")
     template = "{{.Spec.TaskTemplate.ContainerSpec.Image}}"
     image = swarm.docker("service", "inspect", "-f", template, f"{NAME}_service")
     assert image == GOOD

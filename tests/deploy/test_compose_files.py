@@ -1,4 +1,4 @@
-"""The Compose files, by the old docker-compose and by the published schema of the new one."""
+"""Checks the Compose files with the old docker-compose and the published schema of the new one."""
 
 import configparser
 import json
@@ -22,7 +22,7 @@ OBSERVE = ROOT / "deploy" / "observe"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_file_fits_the_specification(file: Path) -> None:
+def test_every_file_is_valid_by_the_compose_specification(file: Path) -> None:
     schema = get_builtin_schema("vendor.compose-spec")
     jsonschema.validate(yaml.safe_load(file.read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -30,7 +30,7 @@ def test_a_file_fits_the_specification(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_docker_compose_1_29_takes_a_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docker_compose_1_29_reads_every_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not shutil.which("docker-compose"):
         pytest.skip("this machine has no docker-compose")
     monkeypatch.setenv("S3_BUCKET", "artefacts")
@@ -45,12 +45,12 @@ def test_docker_compose_1_29_takes_a_file(file: Path, monkeypatch: pytest.Monkey
     ("port", "published"),
     [
         ("0.0.0.0:8080:80/tcp", {"target": 80, "published": 8080, "mode": "host"}),
-        ("127.0.0.1:5000:5000/tcp", None),  # else MLflow would be everybody's
+        ("127.0.0.1:5000:5000/tcp", None),  # other machines must not reach MLflow
         ({"target": 80, "published": "8080"}, {"target": 80, "published": 8080, "mode": "host"}),
         ({"target": 80, "published": "8080", "host_ip": "127.0.0.1"}, None),
     ],
 )
-def test_a_stack_publishes_nothing_that_was_for_this_machine(port, published) -> None:
+def test_a_stack_does_not_publish_ports_of_loopback(port, published) -> None:
     service = {"image": "x", "ports": [port], "tmpfs": ["/tmp"], "depends_on": {"y": {}}}
     made = as_stack({"services": {"mlflow": service, "t": {"profiles": ["train"]}}})
     assert made["services"]["mlflow"]["ports"] == ([published] if published else [])
@@ -59,7 +59,7 @@ def test_a_stack_publishes_nothing_that_was_for_this_machine(port, published) ->
     assert "depends_on" not in made["services"]["mlflow"]
 
 
-def test_replicas_share_nothing_that_one_of_them_can_write() -> None:
+def test_a_replica_cannot_write_to_anything_that_replicas_share() -> None:
     config = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     service = config["services"]["service"]
     assert service["read_only"]
@@ -70,15 +70,14 @@ def test_replicas_share_nothing_that_one_of_them_can_write() -> None:
     assert {"type": "tmpfs", "target": "/var/lib/convoy/plans"} in stacked
 
 
-def test_one_file_has_every_setting() -> None:
-    """What a Compose file takes from the environment, .env.example names."""
+def test_env_example_names_every_setting_of_the_compose_files() -> None:
     named = re.findall(r"^([A-Z_0-9]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
     taken = {name for file in FILES for name in re.findall(r"\$\{([A-Z_0-9]+)", file.read_text())}
     assert taken == set(named)
     assert len(named) == len(set(named))
 
 
-def test_each_alarm_comes_when_it_should_and_only_then() -> None:
+def test_each_alert_fires_when_it_should_and_only_then() -> None:
     if not shutil.which("promtool"):
         pytest.skip("this machine has no promtool (Debian's package prometheus)")
     cases = ROOT / "tests" / "deploy" / "alerts.yml"
@@ -86,12 +85,11 @@ def test_each_alarm_comes_when_it_should_and_only_then() -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rules = yaml.safe_load((ROOT / "deploy" / "alerts.yml").read_text())["groups"][0]["rules"]
-    never = [rule["alert"] for rule in rules if f'"{rule["alert"]}"' not in cases.read_text()]
-    assert not never
+    untested = [rule["alert"] for rule in rules if f'"{rule["alert"]}"' not in cases.read_text()]
+    assert not untested
 
 
-def test_what_is_drawn_and_what_alarms_is_measured() -> None:
-    """Each metric in a rule or on the dashboard is one of the service's, or of the proxy's."""
+def test_the_service_measures_every_metric_of_the_dashboard_and_the_alerts() -> None:
     measured = {metric.name for metric in Metrics()._registry.collect()}
     dashboard = json.loads((OBSERVE / "grafana" / "dashboards" / "convoy.json").read_text())
     drawn = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
@@ -111,8 +109,8 @@ def stack() -> dict[str, Any]:
     return as_stack(yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)))
 
 
-def test_images_forbid_new_privileges_themselves_and_no_stack_goes_round_that() -> None:
-    """Swarm ignores Compose's security_opt, and entries of the images are what it starts."""
+def test_images_forbid_new_privileges_and_stacks_keep_their_entry_points() -> None:
+    """Swarm ignores Compose's security_opt, so the entry points must forbid them."""
     ours = (ROOT / "Dockerfile").read_text()
     assert re.findall(r"^ENTRYPOINT (.*)$", ours, re.MULTILINE) == [
         '["python", "-m", "registry.cli.secret_files"]'  # tests/registry/test_secret_files.py
@@ -125,7 +123,7 @@ def test_images_forbid_new_privileges_themselves_and_no_stack_goes_round_that() 
     assert not [name for name in built if "entrypoint" in made["services"][name]]
 
 
-def test_the_puller_has_an_account_that_reads_and_no_other() -> None:
+def test_the_puller_has_only_an_account_that_can_read() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     puller = services["puller"]
     assert puller["environment"]["MLFLOW_TRACKING_USERNAME"] == "reader"
@@ -133,11 +131,11 @@ def test_the_puller_has_an_account_that_reads_and_no_other() -> None:
     assert services["mlflow"]["environment"]["MLFLOW_ENABLE_WORKSPACES"] == "true"
     settings = configparser.ConfigParser()
     settings.read(ROOT / "deploy" / "mlflow-auth.ini")
-    assert settings["mlflow"]["default_permission"] == "READ"  # what ``reader`` may
+    assert settings["mlflow"]["default_permission"] == "READ"  # of the account ``reader``
     assert settings["mlflow"]["grant_default_workspace_access"] == "true"
 
 
-def test_only_the_control_plane_can_write_its_sessions_judgements_and_policies() -> None:
+def test_only_the_control_plane_can_write_its_sessions_gate_results_and_policies() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     writers = {
         name
@@ -148,7 +146,7 @@ def test_only_the_control_plane_can_write_its_sessions_judgements_and_policies()
     assert writers == {"control"}
 
 
-def test_a_step_that_has_ended_well_is_not_started_again_by_swarm() -> None:
+def test_swarm_does_not_restart_a_step_that_ended_without_an_error() -> None:
     made = stack()["services"]
     assert made["accounts"]["deploy"]["restart_policy"]["condition"] == "on-failure"
     assert made["puller"]["deploy"]["restart_policy"]["condition"] == "any"

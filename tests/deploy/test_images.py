@@ -1,4 +1,4 @@
-"""What the images install: by hash, and the versions that were tested together."""
+"""The images install packages by hash, in the versions that were tested together."""
 
 import re
 from pathlib import Path
@@ -15,12 +15,12 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def pins(file: str) -> dict[str, str]:
-    """Version by canonical name, of lines as ``name==version …``."""
+    """Versions by canonical name, from lines like ``name==version …``."""
     lines = re.findall(r"^([^#=\s]+)==(\S+)", (ROOT / file).read_text(), re.MULTILINE)
     return {canonicalize_name(name): version for name, version in lines}
 
 
-def test_hashes_are_of_the_versions_that_were_tested_together() -> None:
+def test_the_hashes_belong_to_the_versions_that_were_tested_together() -> None:
     tested, hashed = pins("constraints.txt"), pins("deploy/hashes.txt")
     other = {name for name in hashed if name != "pip" and tested.get(name) != hashed[name]}
     assert not other, "run: python -m deploy.lock"
@@ -31,7 +31,7 @@ def test_hashes_are_of_the_versions_that_were_tested_together() -> None:
 @pytest.mark.parametrize(
     "extras", re.findall(r"requirements\.py ([a-z0-9 ]+?) (?:>|\|)", DOCKERFILE)
 )
-def test_all_that_an_image_asks_for_has_a_hash(extras: str) -> None:
+def test_every_package_that_an_image_installs_has_a_hash(extras: str) -> None:
     assert set(extras.split()) <= {*EXTRAS, "torch"}
     wanted = {canonicalize_name(Requirement(each).name) for each in requirements(extras.split())}
     assert wanted - {"torch"} <= set(pins("deploy/hashes.txt"))
@@ -51,7 +51,7 @@ def test_only_torch_is_installed_without_its_hash() -> None:
     assert len(re.findall(r"requirements\.py torch >wanted", DOCKERFILE)) == 2
 
 
-def test_the_build_context_holds_every_file_that_the_dockerfile_copies() -> None:
+def test_the_build_context_contains_every_file_that_the_dockerfile_copies() -> None:
     allowed = {
         line[1:].rstrip("/")
         for line in (ROOT / ".dockerignore").read_text().splitlines()

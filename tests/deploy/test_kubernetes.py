@@ -1,4 +1,4 @@
-"""The Helm chart, rendered, and held against the published schemas of several versions."""
+"""Renders the Helm chart, and checks it with the schemas of several Kubernetes versions."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from service.settings import VARIABLES
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "convoy"
 VERSIONS = ("1.27.0", "1.30.0", "1.33.0", "1.37.0")
-# Made by operators: their schemas are in no package, so only what this file asserts is checked.
+# Custom resources: no package has their schemas, so only the assertions of this file check them.
 CUSTOM = ("ServiceMonitor", "InferenceService")
 
 VALUES = {
@@ -65,7 +65,7 @@ def documents(request: pytest.FixtureRequest, tmp_path: Path) -> list[dict[str, 
 
 
 def pods(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The pod specifications by the name of what makes them."""
+    """The pod specifications, by the name of their Deployment or Job."""
     return {
         each["metadata"]["name"]: each["spec"]["template"]["spec"]
         for each in documents
@@ -74,7 +74,7 @@ def pods(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_all_of_it_fits_the_published_schemas(
+def test_every_document_is_valid_by_the_published_schemas(
     documents: list[dict[str, Any]], version: str
 ) -> None:
     checked = 0
@@ -85,17 +85,17 @@ def test_all_of_it_fits_the_published_schemas(
     assert checked >= 5
 
 
-def test_a_schema_refuses_what_is_wrong() -> None:
+def test_a_schema_refuses_a_wrong_document() -> None:
     broken = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"port": 1}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, VERSIONS[0], strict=True)
 
 
-def test_nothing_runs_as_root_or_writes_its_own_image(documents: list[dict[str, Any]]) -> None:
+def test_no_container_runs_as_root_or_writes_to_its_image(documents: list[dict[str, Any]]) -> None:
     for spec in pods(documents).values():
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["automountServiceAccountToken"] is False
-        assert spec["enableServiceLinks"] is False  # else CONVOY_CONTROL_PORT=tcp://…
+        assert spec["enableServiceLinks"] is False  # it would set CONVOY_CONTROL_PORT=tcp://…
         for container in spec["containers"]:
             security = container["securityContext"]
             assert security["readOnlyRootFilesystem"] is True
@@ -104,7 +104,7 @@ def test_nothing_runs_as_root_or_writes_its_own_image(documents: list[dict[str, 
             assert container["resources"]["limits"]["memory"]
 
 
-def test_the_choices_of_plans_are_written_by_one_container_only(
+def test_only_one_container_writes_the_choices_of_plans(
     documents: list[dict[str, Any]],
 ) -> None:
     spec = next(spec for name, spec in pods(documents).items() if name.endswith("-service"))
@@ -113,7 +113,9 @@ def test_the_choices_of_plans_are_written_by_one_container_only(
     assert mounted.count("plans") == 1
 
 
-def test_volumes_and_selectors_are_of_what_is_there(documents: list[dict[str, Any]]) -> None:
+def test_every_mount_selector_and_claim_names_something_that_exists(
+    documents: list[dict[str, Any]],
+) -> None:
     for spec in pods(documents).values():
         volumes = {volume["name"] for volume in spec["volumes"]}
         mounted = {each["name"] for one in spec["containers"] for each in one["volumeMounts"]}
@@ -136,7 +138,7 @@ def test_volumes_and_selectors_are_of_what_is_there(documents: list[dict[str, An
                 assert claim["claimName"] in claims
 
 
-def test_pods_that_serve_end_after_all_that_they_do_at_the_end(tmp_path: Path) -> None:
+def test_pods_of_the_service_have_time_to_drain_and_no_access_to_mlflow(tmp_path: Path) -> None:
     spec = pods(render("default", tmp_path))["prod-service"]
     service, puller = spec["containers"]
     environment = {each["name"]: each.get("value") for each in service["env"]}
@@ -145,7 +147,7 @@ def test_pods_that_serve_end_after_all_that_they_do_at_the_end(tmp_path: Path) -
         environment["CONVOY_GRACEFUL_TIMEOUT_S"]
     )
     assert service["readinessProbe"]["httpGet"]["path"] == "/readyz"
-    assert service["livenessProbe"]["httpGet"]["path"] == "/livez"  # not killed for want of a model
+    assert service["livenessProbe"]["httpGet"]["path"] == "/livez"  # a pod may wait for a model
     assert service["startupProbe"]["httpGet"]["path"] == "/livez"
     assert not [each for each in service["env"] if "MLFLOW" in each["name"]]
     secrets = {
@@ -154,7 +156,7 @@ def test_pods_that_serve_end_after_all_that_they_do_at_the_end(tmp_path: Path) -
     assert secrets == {"convoy-mlflow-reader"}
 
 
-def test_what_serves_reaches_names_and_the_registry_only(tmp_path: Path) -> None:
+def test_the_service_can_reach_only_dns_and_the_registry(tmp_path: Path) -> None:
     policies = {
         each["metadata"]["name"]: each["spec"]
         for each in render("default", tmp_path)
@@ -176,7 +178,7 @@ def test_what_serves_reaches_names_and_the_registry_only(tmp_path: Path) -> None
     assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == [53, 53, 443]
 
 
-def test_ports_are_those_of_the_addresses(tmp_path: Path) -> None:
+def test_the_network_policy_opens_the_port_of_the_tracking_uri(tmp_path: Path) -> None:
     everything = render("everything", tmp_path)
     policies = [each for each in everything if each["kind"] == "NetworkPolicy"]
     (service,) = [each for each in policies if each["metadata"]["name"] == "prod-service"]
@@ -187,14 +189,14 @@ def test_ports_are_those_of_the_addresses(tmp_path: Path) -> None:
     assert "port: 80}" in plain.stdout
 
 
-def test_workers_are_those_that_were_asked_for(tmp_path: Path) -> None:
-    """A pod without a limit of cores sees all of its node's."""
+def test_the_number_of_workers_is_the_number_of_requested_cores(tmp_path: Path) -> None:
+    """A pod without a CPU limit sees all cores of its node."""
     service = pods(render("default", tmp_path))["prod-service"]["containers"][0]
     (workers,) = [each for each in service["env"] if each["name"] == "CONVOY_WORKERS"]
     assert workers["valueFrom"]["resourceFieldRef"]["resource"] == "requests.cpu"
 
 
-def test_a_gpu_pool_is_asked_for(tmp_path: Path) -> None:
+def test_gpu_values_request_a_gpu_and_the_nodes_that_have_one(tmp_path: Path) -> None:
     found = pods(render("gpu, registry elsewhere", tmp_path))
     assert set(found) == {"prod-service", "prod-trainer-1"}
     spec = found["prod-service"]
@@ -204,7 +206,7 @@ def test_a_gpu_pool_is_asked_for(tmp_path: Path) -> None:
     assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
 
 
-def test_scaling_follows_the_service_s_own_load(tmp_path: Path) -> None:
+def test_scaling_follows_the_load_of_the_service_container(tmp_path: Path) -> None:
     documents = render("everything", tmp_path)
     (scaler,) = [each for each in documents if each["kind"] == "HorizontalPodAutoscaler"]
     cpu, queue = scaler["spec"]["metrics"]
@@ -212,26 +214,26 @@ def test_scaling_follows_the_service_s_own_load(tmp_path: Path) -> None:
     assert queue["pods"]["metric"]["name"] == "convoy_queue_depth"
     (deployment,) = [each for each in documents if each["metadata"]["name"] == "prod-service"
                      and each["kind"] == "Deployment"]  # fmt: skip
-    assert "replicas" not in deployment["spec"]  # else each upgrade would undo the scaler's choice
+    assert "replicas" not in deployment["spec"]  # an upgrade would undo the scaler's choice
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "reason"),
     [
         ("service: {replicas: many}", "replicas"),
         ("service: {settings: {PATH: /}}", "PATH"),
         ("servce: {}", "servce"),
         ("service: {ingress: {enabled: true}}", "service.ingress.host"),
-        ("service: {tokensSecret: tokens}", "tokens without the key of the service"),
+        ("service: {tokensSecret: tokens}", "tokensSecret is set, so set service.keySecret"),
     ],
 )
-def test_values_that_cannot_be_are_refused(values: str, said: str, tmp_path: Path) -> None:
+def test_invalid_values_are_refused(values: str, reason: str, tmp_path: Path) -> None:
     ended = template(values, tmp_path)
     assert ended.returncode != 0
-    assert said in ended.stderr
+    assert reason in ended.stderr
 
 
-def test_images_and_settings_are_those_that_there_are(documents: list[dict[str, Any]]) -> None:
+def test_every_image_and_setting_of_the_chart_exists(documents: list[dict[str, Any]]) -> None:
     targets = set(re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.M))
     registry = (ROOT / "docs" / "operations.md").read_text()
     kserve = yaml.safe_load((ROOT / "deploy" / "kserve" / "inference-service.yaml").read_text())
@@ -244,13 +246,13 @@ def test_images_and_settings_are_those_that_there_are(documents: list[dict[str, 
                     assert each["name"] in VARIABLES or f"`{each['name']}`" in registry
 
 
-def test_the_kserve_example_has_the_chart_s_probes_and_security(tmp_path: Path) -> None:
+def test_the_kserve_example_has_the_same_probes_and_security_as_the_chart(tmp_path: Path) -> None:
     kserve = yaml.safe_load((ROOT / "deploy" / "kserve" / "inference-service.yaml").read_text())
     example = kserve["spec"]["predictor"]
     chart = pods(render("default", tmp_path))["prod-service"]
-    for ours, theirs in zip(example["containers"], chart["containers"], strict=True):
-        assert ours["securityContext"] == theirs["securityContext"]
+    for in_example, in_chart in zip(example["containers"], chart["containers"], strict=True):
+        assert in_example["securityContext"] == in_chart["securityContext"]
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            if probe in theirs:
-                assert ours[probe]["httpGet"]["path"] == theirs[probe]["httpGet"]["path"]
+            if probe in in_chart:
+                assert in_example[probe]["httpGet"]["path"] == in_chart[probe]["httpGet"]["path"]
     assert example["volumes"] == chart["volumes"]

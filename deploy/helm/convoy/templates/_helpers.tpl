@@ -42,7 +42,7 @@ capabilities: {drop: [ALL]}
 {{- .Values.registry.trackingUri | default (printf "http://%s:5000" (include "convoy.name" (list . "mlflow"))) -}}
 {{- end }}
 
-{{/* How a part reaches the registry, with the account of a Secret: (list . "secret") */}}
+{{/* Variables for access to the registry with the account of a Secret: (list . "secret") */}}
 {{- define "convoy.mlflowClient" -}}
 {{- $root := index . 0 -}}
 - {name: HOME, value: /tmp}
