@@ -84,7 +84,7 @@ USER 10001
 CMD ["python", "-m", "training"]
 
 FROM packages AS torch-packages
-# PyTorch's index of CPU builds saves gigabytes. If this is empty, pip installs the build with CUDA.
+# PyTorch's index of CPU builds saves gigabytes. If this is empty, the image gets the CUDA build.
 ARG TORCH_INDEX_URL=
 RUN apt-get update && apt-get install -y --no-install-recommends binutils
 RUN python requirements.py service signing >wanted \

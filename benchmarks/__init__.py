@@ -1,1 +1,1 @@
-"""The commands behind the figures in the docs: each prints a table, ``--json`` keeps it too."""
+"""The commands that measured the figures in the docs. Each prints a table; ``--json`` writes it."""

@@ -1,14 +1,14 @@
-"""A closed-loop load: a connection asks again once it is answered, and every answer is checked.
+"""A closed-loop load: each connection sends its next request after an answer, which is checked.
 
     load(port, connections, seconds, questions)    # in a process of its own
 
-An answer is *right* if it has status 200 and names, for every picture of the request, a label that
-was agreed before. Requests/s are right answers a second. Every other outcome is counted by its kind
-and marks the row (``failures``). A request that is still open when the time is over is waited for,
-and its time counts: a server that stalls cannot hide it.
+An answer is *right* if it has status 200 and names an expected label for every picture of the
+request. Requests/s count right answers only. Every other outcome is counted by its kind and marks
+the row (``failures``). The client waits for requests that are still open at the end, and counts
+their time, so that a server cannot hide that it stalled.
 
-The driver is a single loop over ``epoll``, because it shares the cores with the servers; what it
-took of them is the row's ``client_cores``.
+The client is a single loop over ``epoll``, because it shares the cores with the servers. The row's
+``client_cores`` is the number of cores that it used.
 """
 
 import errno
@@ -28,7 +28,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 UNANSWERED_TIMEOUT_S = 30.0
-RECONNECT_S = 0.1  # a pause, so that a server that is gone is not asked in a tight loop
+RECONNECT_S = 0.1  # a pause, so that clients do not reconnect to a dead server in a tight loop
 READ_BYTES = 262_144
 FAILURES = ("refused", "wrong", "errors", "lost", "not_connected")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -38,7 +38,7 @@ Figures = dict[str, float]
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One request, and for each of its pictures the labels that are right."""
+    """One request, and the right labels for each of its pictures."""
 
     data: bytes
     right: tuple[frozenset[str], ...]
@@ -70,7 +70,7 @@ def post(
     content_type: str = "application/octet-stream",
     path: str = "/v1/classify",
 ) -> Question:
-    """A POST of ``body``, and the labels that are right for its pictures."""
+    """A POST of ``body``, with the right labels for each of its pictures."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
@@ -94,7 +94,7 @@ def is_right(body: bytes, right: tuple[frozenset[str], ...]) -> bool:
 
 
 def failures(row: Figures) -> dict[str, int]:
-    """What keeps a row out of every comparison, by kind; empty for a clean row."""
+    """The failures of a row by kind, which exclude it from comparisons; empty for a clean row."""
     return {kind: int(row[kind]) for kind in FAILURES if row[kind]}
 
 
@@ -104,7 +104,7 @@ def explain(row: Figures) -> str:
 
 
 def load(port: int, connections: int, seconds: float, questions: list[Question]) -> Figures:
-    """``drive`` in a process of its own, so that nothing else in ours delays it."""
+    """Run ``drive`` in a separate process, so that no work of this process delays it."""
     order = msgspec.json.encode(_Load(port, connections, seconds, questions))
     command = [sys.executable, "-m", "benchmarks.closed_loop"]
     done = subprocess.run(command, input=order, stdout=subprocess.PIPE, check=True, cwd=ROOT)
@@ -113,12 +113,12 @@ def load(port: int, connections: int, seconds: float, questions: list[Question])
 
 
 def drive(port: int, connections: int, seconds: float, questions: list[Question]) -> Figures:
-    """Ask for ``seconds`` over so many connections; times in ms are of right answers."""
+    """Send requests for ``seconds`` over ``connections``; times in ms are of right answers."""
     used = time.process_time()
     loop = _Loop(port, cycle(questions), seconds)
     loop.run(connections)
     client_s = time.process_time() - used
-    # Where nothing was right the row is marked, and these two are only its time limit.
+    # Without a right answer, the row is marked, and its times are only the time limit.
     times = np.array(loop.right_ms or [1000 * UNANSWERED_TIMEOUT_S])
     return {
         "rps": loop.right_in_time / seconds,
@@ -131,7 +131,7 @@ def drive(port: int, connections: int, seconds: float, questions: list[Question]
 
 
 class _Connection:
-    """A socket, the question that it carries now, and what has come of the answer."""
+    """A socket, its current question, and the part of the answer that has arrived."""
 
     __slots__ = ("asked", "connected", "events", "question", "received", "socket", "unsent")
 
@@ -239,7 +239,9 @@ class _Loop:
             return
         length = _LENGTH.search(connection.received, 0, end + 2)
         if length is None:
-            raise SystemExit(f"an answer without a length: {bytes(connection.received[:300])!r}")
+            raise SystemExit(
+                f"an answer has no Content-Length: {bytes(connection.received[:300])!r}"
+            )
         if len(connection.received) >= end + 4 + int(length[1]):
             self._settle(connection, end)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a service of their own on loopback, and how results are written."""
+"""Starts a service on loopback for the benchmarks, and writes their results."""
 
 import argparse
 import contextlib
@@ -28,10 +28,10 @@ FAST_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"
 
 
 def free_port() -> int:
-    """A loopback port that no process listens on at this moment.
+    """A loopback port that no process uses at this moment.
 
-    Below the range from which the kernel takes ports for clients: a port of that range may belong
-    to a client's connection by the time a server wants it.
+    It is below the range from which the kernel takes ports for clients. A port in that range may
+    belong to a client's connection before the server binds it.
     """
     while True:
         port = random.SystemRandom().randrange(*SERVER_PORTS)
@@ -52,7 +52,7 @@ class RunningService:
         plan: str = "auto",
         **more: str,
     ) -> None:
-        """``more`` are environment variables."""
+        """Start the service with the environment variables ``more``, and wait until it is ready."""
         self.port = free_port()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long-lived as the service
         self._environment = {
@@ -69,7 +69,7 @@ class RunningService:
         self.start()
 
     def start(self) -> None:
-        """Start, or after ``stop`` start again on the same port; returns when it is ready."""
+        """Start, also after ``stop``, on the same port; returns when the service is ready."""
         started = time.perf_counter()
         self.process = psutil.Popen(
             self._command, env=self._environment, stdout=self._log, stderr=subprocess.STDOUT
@@ -77,7 +77,7 @@ class RunningService:
         self._wait()
         self.start_to_ready_s = time.perf_counter() - started
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not all(map(_listens, self.workers())):  # else every client stays with the first
+        while not all(map(_listens, self.workers())):  # or all clients would connect to the first
             if time.monotonic() > deadline:
                 raise SystemExit(f"a worker does not listen:\n{self.log()[-3000:]}")
             time.sleep(0.01)
@@ -86,7 +86,7 @@ class RunningService:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
 
     def workers(self) -> list[psutil.Process]:
-        """gunicorn's workers: the children of the gunicorn that is our child."""
+        """gunicorn's workers: the children of the gunicorn that the service started."""
         return list(self.gunicorn().children())
 
     def gunicorn(self) -> psutil.Process:
@@ -147,14 +147,8 @@ def post_image(connection: http.client.HTTPConnection, image: bytes) -> tuple[in
     return response.status, json.loads(response.read())
 
 
-class Connects(Protocol):
-    """A running server."""
-
-    def connect(self) -> http.client.HTTPConnection: ...
-
-
-def served_plan(service: Connects, model: str) -> str:
-    """The plan by which ``model`` is served now."""
+def served_plan(service: RunningService, model: str) -> str:
+    """The plan that serves ``model`` now."""
     connection = service.connect()
     connection.request("GET", f"/v1/models/{model}")
     plan: str = json.loads(connection.getresponse().read())["plan"]
@@ -169,7 +163,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def machine() -> dict[str, Any]:
-    """When and on what figures were measured: part of every result."""
+    """The date, and the machine that measures: part of every result."""
     cpu = describe_machine("cpu")
     return {
         "date": datetime.now(UTC).date().isoformat(),

@@ -1,9 +1,9 @@
 """``python -m benchmarks.containers WHAT --json FILE``: the stack of docker-compose.yml under load.
 
-``faults``: a steady load through the proxy while replicas are killed, scaled and replaced, versions
-change, and the registry goes. ``replicas``: answers a second by 1, 2 and 4 replicas of half a core.
-Everything runs in an engine that is there, or in one that is started and ended here. Exits 1 when a
-request failed.
+``faults`` sends a steady load through the proxy, while replicas are killed, scaled and replaced,
+versions change, and the registry is stopped. ``replicas`` counts answers per second by 1, 2 and 4
+replicas of half a core. Uses a Docker engine that is running, or starts one and ends it afterwards.
+The exit status is 1 if a request failed.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from tests.containers.stack import ROOT, Stack, base_images, engine, say
 
 LOAD = 0.6
 CALM_S = 10.0
-# Small pictures for a large network: what is measured is the service, not who asks it.
+# Small pictures for a large network: the service is then the bottleneck, and not the client.
 HEAVY = ("--data", "digits", "--recipe", "resnet", "--set", "widths=256,512")
 Step = Callable[[], Awaitable[Any]]
 
@@ -75,11 +75,11 @@ def main() -> int:
 
 
 async def faults(stack: Stack, picture: bytes, gone_s: float) -> tuple[dict[str, Any], Traffic]:
-    """Each fault after ten calm seconds, at 60 % of what the stack answers at most."""
+    """Cause each fault after ten calm seconds, under a load of 60 % of the stack's capacity."""
     ask = honest(stack.port, picture)
     peak = await capacity(stack.port, ask, 8)
     rate = LOAD * peak
-    say(f"{peak:.0f} answers/s at most; {rate:.0f} from now on")
+    say(f"capacity {peak:.0f} answers/s; sending {rate:.0f} requests/s from now on")
     traffic = Traffic(stack.port, in_turn([ask]), rate, 32)
     table: dict[str, dict[str, Any]] = {}
     retried = _retries(stack)
@@ -162,7 +162,7 @@ def _figures(before: list[Row], during: list[Row]) -> dict[str, Any]:
 
 
 def replicas(stack: Stack, picture: bytes, rounds: int) -> dict[str, Any]:
-    """Answers a second at 1, 2 and 4 replicas, in turn; medians, and beside what 1 does times N."""
+    """Answers per second of 1, 2 and 4 replicas, in turn, and their medians / (N × that of 1)."""
     rates: dict[int, list[float]] = {1: [], 2: [], 4: []}
     for number in range(rounds):
         for count, found in rates.items():
@@ -174,7 +174,7 @@ def replicas(stack: Stack, picture: bytes, rounds: int) -> dict[str, Any]:
             say(f"round {number + 1}: {count} replicas: {found[-1]:.1f} answers/s")
     medians = {count: statistics.median(found) for count, found in rates.items()}
     return {
-        "failed": 0,  # else ``capacity`` ends the benchmark
+        "failed": 0,  # ``capacity`` ends the benchmark if a request fails
         "answers_per_s": {
             str(count): [round(x, 1) for x in found] for count, found in rates.items()
         },
@@ -189,7 +189,7 @@ def _update(stack: Stack) -> None:
 
 
 def _retries(stack: Stack) -> int:
-    """Requests that the proxy has asked once more, by its own count."""
+    """The number of requests that the proxy repeated, by its own metrics."""
     (proxy,) = stack.compose("ps", "-q", "proxy").split()
     template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
     address = stack.docker("inspect", "-f", template, proxy)

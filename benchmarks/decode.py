@@ -1,9 +1,9 @@
-"""What shrinking large JPEGs while they are decoded saves, and what it changes.
+"""Measures how much time it saves to shrink JPEGs while decoding, and how it changes the pixels.
 
     python -m benchmarks.decode [--json FILE]
 
-Photographs are enlarged to 1, 3 and 12 megapixels and decoded to 224×224, in full and with at least
-1, 2 and 3 times the needed size kept.
+Photographs are enlarged to 1, 3 and 12 megapixels and decoded to 224×224: once in full size, and
+with at least 1, 2 and 3 times the needed size kept.
 """
 
 import io
@@ -40,7 +40,7 @@ REPETITIONS = 5
 
 
 def main() -> int:
-    arguments = parser("What shrinking JPEGs while they are decoded saves.").parse_args()
+    arguments = parser("Time saved by shrinking JPEGs while decoding.").parse_args()
     figures: dict[str, Any] = {}
     for name, (package, path) in PHOTOGRAPHS.items():
         with Image.open(files(package).joinpath(path).open("rb")) as opened:
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def enlarged(photograph: Image.Image, megapixels: float) -> bytes:
-    """A JPEG of about that size, with sides that eight divides."""
+    """A JPEG of about ``megapixels``, with sides that are multiples of eight."""
     scale = (megapixels * 1e6 / (photograph.width * photograph.height)) ** 0.5
     size = (int(photograph.width * scale) // 8 * 8, int(photograph.height * scale) // 8 * 8)
     buffer = io.BytesIO()
@@ -70,7 +70,7 @@ def enlarged(photograph: Image.Image, megapixels: float) -> bytes:
 
 
 def decode(data: bytes, gap: int) -> tuple[float, decode.Pixels]:
-    """Shortest of some repetitions in ms, and the pixels, when ``gap`` times the size is kept."""
+    """The fastest repetition in ms, and the pixels, if ``gap`` times the needed size is kept."""
     decode.REDUCING_GAP = gap
     took_ms = []
     for _ in range(REPETITIONS):

@@ -1,9 +1,9 @@
-"""Where a worker's time goes under load: the share of each part, and a flame graph.
+"""Measures how a worker spends its time under load: the share of each part, and a flame graph.
 
     python -m benchmarks.flame [--workload w1] [--connections 32] [--svg FILE] [--json FILE]
 
-py-spy looks at one worker of a running service several hundred times a second, while clients ask
-as in ``benchmarks.serving``. Threads that wait are not counted. Needs root, or ptrace allowed.
+py-spy samples one worker of a running service 500 times a second, while clients send requests as in
+``benchmarks.serving``. Waiting threads are not counted. Needs root, or permission for ptrace.
 """
 
 import re
@@ -19,7 +19,7 @@ from benchmarks.common import parser, report, running_service
 from benchmarks.serving import HOME, WORKERS, predictions, prepare
 
 RATE = 500
-# A stack counts for the first of these that its innermost frames come to.
+# A stack counts for the part of its innermost frame that contains one of these paths.
 PARTS = {
     "registry/model/plans/": "forward pass",
     "registry/model/classifier.py": "forward pass",
@@ -40,7 +40,7 @@ def main() -> int:
     options.add_argument("--workload", default="w1", choices=("w1", "w2"))
     options.add_argument("--connections", type=int, default=32)
     options.add_argument("--seconds", type=int, default=10)
-    options.add_argument("--svg", type=Path, help="draw the flame graph there")
+    options.add_argument("--svg", type=Path, help="write the flame graph to this file")
     arguments = options.parse_args()
     bundle = prepare(arguments.workload)
     model = bundle.manifest.model
@@ -61,11 +61,11 @@ def main() -> int:
             questions.append(post(picture, [frozenset({max(found, key=found.__getitem__)})]))
         for form, file in shapes.items():
             with ThreadPoolExecutor() as pool:
-                asking = pool.submit(
+                loading = pool.submit(
                     load, service.port, arguments.connections, arguments.seconds + 3, questions
                 )
                 record(pid, form, file, arguments.seconds)
-                rows.append(asking.result())
+                rows.append(loading.result())
     figures["requests/s while watched"] = rows[0]["rps"]
     figures["failures"] = "; ".join(filter(None, map(explain, rows))) or 0
     figures |= {f"% {part}": share for part, share in shares(shapes["raw"].read_text()).items()}
@@ -84,13 +84,13 @@ def record(pid: int, form: str, file: Path, seconds: int) -> None:
         check=True,
         capture_output=True,
     )
-    if form == "flamegraph":  # py-spy's title is its command line, with this machine's paths
+    if form == "flamegraph":  # py-spy's title is its command line, with paths of this machine
         title = r"\1A worker under load, percent of its samples<"
         file.write_text(re.sub(r'(id="title"[^>]*>)[^<]*<', title, file.read_text()))
 
 
 def shares(stacks: str) -> dict[str, float]:
-    """Percent of the samples by part, largest first; each line is a stack and its count."""
+    """Percent of the samples by part, largest first; each line of ``stacks`` ends in its count."""
     counts: Counter[str] = Counter()
     for line in stacks.splitlines():
         stack, _, count = line.rpartition(" ")

@@ -1,10 +1,10 @@
-"""Can large pictures starve small ones? 28×28 PNGs alone, and beside camera originals.
+"""Measures whether large pictures delay small ones: 28×28 PNGs alone, and mixed with photographs.
 
     python -m benchmarks.mixed [--seconds 4] [--repetitions 3] [--json FILE]
 
-Eight connections ask for small pictures all the time, as in ``benchmarks.serving``; in every second
-window four more post JPEGs of 11.9 megapixels. The textbook handler bears the same, in turns. Every
-answer is checked; refused, wrong and lost requests are counted, and make the exit status 1.
+Eight connections send small pictures all the time, as in ``benchmarks.serving``. In every second
+window, four more send JPEGs of 11.9 megapixels. The textbook handler gets the same load, in turn.
+Every answer is checked. If requests are refused, wrong or lost, the exit status is 1.
 """
 
 import statistics
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def write_large(file: Path) -> Path:
-    """A photograph as a camera would give it."""
+    """Write a photograph of 11.9 megapixels, as a camera would."""
     with Image.open(str(files("sklearn").joinpath("datasets/images/china.jpg"))) as photograph:
         photograph.resize(LARGE_PX, Image.Resampling.BICUBIC).save(file, quality=90)
     return file

@@ -1,9 +1,9 @@
-"""A data set of real photographs for the second workload: 500×375 JPEG pictures of ten subjects.
+"""Makes a data set of photographs for the second workload: 500×375 JPEGs of ten subjects.
 
     python -m benchmarks.photographs FOLDER [--each 60] [--seed 0]
 
-Crops of the photographs that scikit-learn and scikit-image bring along, at random places and sizes,
-half of them mirrored, some lighter and some darker; one folder for each photograph, for
+The pictures are crops of the photographs in scikit-learn and scikit-image, at random places and
+sizes, half of them mirrored, some lighter and some darker. Each photograph has a folder, for
 ``python -m training --data folder:FOLDER --image-size 224 --recipe resnet18``.
 """
 
@@ -31,7 +31,7 @@ SUBJECTS = {
 
 
 def crop(photograph: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A random part of ``photograph``, 500×375."""
+    """A random part of ``photograph``, resized to 500×375."""
     largest = min(photograph.width / SIZE_PX[0], photograph.height / SIZE_PX[1])
     scale = largest * random.uniform(0.45, 1.0)
     width, height = SIZE_PX[0] * scale, SIZE_PX[1] * scale
@@ -46,7 +46,7 @@ def crop(photograph: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def write_photographs(folder: Path, each: int, seed: int) -> None:
-    """``each`` pictures of every subject under ``folder``; the same ones for the same seed."""
+    """Write ``each`` pictures of every subject to ``folder``; the same ones for the same seed."""
     random = np.random.default_rng(seed)
     for subject, (package, name) in SUBJECTS.items():
         with Image.open(files(package).joinpath(name).open("rb")) as opened:

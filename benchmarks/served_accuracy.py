@@ -1,10 +1,10 @@
-"""Is what is served what was measured? Every test picture, encoded, over HTTP.
+"""Checks that the service is as accurate as training measured, by every test picture over HTTP.
 
     python -m benchmarks.served_accuracy [--model REF] [--plans NAMES] [--json FILE]
 
-Exits 1 unless the number of right answers by ``torch-eager``, as training measures, equals
-training's to the last picture, and that of every other plan is within 0.1 points.
-The version must lie on disk: ``python -m registry pull …``.
+Exits 1 if ``torch-eager``, with which training measures, does not give exactly the same number of
+right answers as in training, or if another plan loses more than 0.1 percentage points.
+The version must be on disk: ``python -m registry pull …``.
 """
 
 import sys
@@ -35,26 +35,28 @@ PLANS = (EAGER, "onnxruntime-fp32", "openvino-fp32", "openvino-bf16", "openvino-
 def main() -> int:
     options = parser("Accuracy of the served endpoint on the whole test set.")
     options.add_argument("--model", default="models:/fashion@champion")
-    options.add_argument("--plans", default=",".join(PLANS), help="with commas between them")
+    options.add_argument("--plans", default=",".join(PLANS), help="comma-separated")
     arguments = options.parse_args()
     paths = convoy_paths()
     ref = parse_model_ref(arguments.model)
     deployment = read_deployment(paths.models, ref)
     if deployment is None:
-        raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
+        raise SystemExit(f"{ref} is not deployed here; run: python -m registry pull {ref}")
     version = deployment.versions[0].version
     manifest = open_bundle(version_folder(paths.models, ref.name, version)).manifest
     data = load_dataset(manifest.data.name, paths.datasets)
     if data.sha256 != manifest.data.sha256:
-        raise SystemExit(f"{ref} was trained on another {manifest.data.name}")
+        raise SystemExit(
+            f"{ref} was trained on other data of the name {manifest.data.name}; train it again"
+        )
 
     measured = round(manifest.metrics["test_accuracy"] * len(data.test))
     right: dict[str, int] = {}
     for plan in arguments.plans.split(","):
         with running_service(paths.root, str(ref), plan=plan) as service:
             served = served_plan(service, ref.name)
-            if served != plan:  # its figure would be another plan's
-                raise SystemExit(f"{plan} was asked for, and {served} serves")
+            if served != plan:
+                raise SystemExit(f"plan {plan} was wanted, but {served} serves; check --plans")
             predicted = classify_all(service, data.test)
         right[plan] = int((np.array(predicted) == data.test.labels).sum())
     report(
@@ -72,7 +74,7 @@ def main() -> int:
 
 
 def classify_all(service: RunningService, examples: Examples) -> list[int]:
-    """The index of the best class of every example, asked by a few clients at once."""
+    """The index of the best class of every example; four clients send requests at once."""
 
     def ask(positions: range) -> list[int]:
         connection = service.connect()

@@ -1,15 +1,16 @@
-"""Convoy beside what people would run instead: requests a second, latency, errors.
+"""Compares Convoy with simpler servers: requests per second, latency and errors.
 
     python -m benchmarks.serving [--workloads w1,w2] [--plan auto] [--seconds 4] [--repetitions 3]
                                  [--json FILE]
 
-W1 is a 28×28 PNG of Fashion-MNIST and the ``cnn`` recipe, W2 a 500×375 JPEG photograph and a
-trained ResNet-18 at 224×224. Both models are trained under ``var/benchmarks`` when they are not
-there yet (some minutes). Every server has two workers and runs all the time; the load asks one
-after the other, in turns, so that a noisy moment hits all. Before a figure is taken, all servers
-must agree on the pictures. Requests/s are right answers only (``benchmarks.closed_loop``); a row
-with refused, wrong or lost requests is marked, takes part in no ratio, and makes the exit status 1.
-Beside FILE lie the raw figures (``.details.json``), a table (``.md``) and a plot (``.png``).
+W1 is a 28×28 PNG of Fashion-MNIST and the ``cnn`` recipe. W2 is a 500×375 JPEG photograph and a
+trained ResNet-18 at 224×224. If they do not exist, both models are trained in ``var/benchmarks``,
+which takes some minutes. Every server has two workers and runs all the time. The client measures
+the servers in turn, so that a noisy moment affects all of them. Before that, all servers must give
+the same labels for the pictures. Requests/s count right answers only (``benchmarks.closed_loop``).
+A row with refused, wrong or lost requests is marked, is used in no ratio, and makes the exit status
+1. Next to FILE are written the raw figures (``.details.json``), a table (``.md``) and a plot
+(``.png``).
 """
 
 import http.client
@@ -43,12 +44,12 @@ HOME = ROOT / "var" / "benchmarks"
 CONNECTIONS = (1, 8, 32)
 CROWD = (128, 512)
 WORKERS = 2
-AFTER_CROWD_S = 5.0  # what is still under way for those who left is not for the next to wait for
+AFTER_CROWD_S = 5.0  # the service finishes requests of closed connections before the next run
 CEILING_S = 3.0
 NEAR_TIE = 0.1
-"""Labels whose probabilities are closer than this may change places between two engines."""
+"""Two engines may rank labels differently if their probabilities differ by less than this."""
 Agreed = list[frozenset[str]]
-"""The labels that are right for each picture."""
+"""The right labels for each picture."""
 
 TRAINING = {
     "w1": ("fashion", ["--data", "fashion-mnist", "--recipe", "cnn"]),
@@ -65,7 +66,7 @@ TRAINING = {
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--workloads", default="w1,w2")
-    options.add_argument("--plan", default=AUTO, help="serve by this one instead of the fastest")
+    options.add_argument("--plan", default=AUTO, help="serve with this plan, not the fastest")
     options.add_argument("--seconds", type=float, default=4.0, help="of one measurement")
     options.add_argument("--repetitions", type=int, default=3)
     arguments = options.parse_args()
@@ -74,7 +75,7 @@ def main() -> int:
         "where": machine(),
         "command": f"python -m benchmarks.serving {' '.join(sys.argv[1:])}",
     }
-    os.environ["CONVOY_PLAN"] = arguments.plan  # read by all that is started from here
+    os.environ["CONVOY_PLAN"] = arguments.plan  # every process that is started here reads it
     for workload in arguments.workloads.split(","):
         bundle = prepare(workload)
         details[workload] = found = measure(bundle, arguments.seconds, arguments.repetitions)
@@ -83,7 +84,7 @@ def main() -> int:
 
 
 def prepare(workload: str) -> Bundle:
-    """The trained, promoted and pulled version of a workload; made when it is not there."""
+    """The trained, promoted and pulled version of a workload; made if it does not exist."""
     model, training = TRAINING[workload]
     paths = Paths(HOME)
     champion = ModelRef(model, alias="champion")
@@ -110,7 +111,7 @@ def _run(*arguments: str) -> None:
 
 
 def measure(bundle: Bundle, seconds: float, repetitions: int) -> dict[str, Any]:
-    """Everything about one workload: medians by server and connections, and the rest by name."""
+    """All figures of one workload: medians by server and connections, and others by name."""
     model = bundle.manifest.model
     pictures = [bundle.folder / each.file for each in bundle.golden()]
     with ExitStack() as stack:
@@ -132,7 +133,7 @@ def measure(bundle: Bundle, seconds: float, repetitions: int) -> dict[str, Any]:
         turn += [(connections, "convoy") for connections in CROWD]
         jobs = turn * repetitions
         for connections, name in tqdm(jobs, unit="run", desc=model, disable=None):
-            # Of a crowd, whose requests wait long, a short window would count too few.
+            # Requests of many connections wait long: a short window would count too few answers.
             window_s = seconds if connections in CONNECTIONS else 3 * seconds
             asked = without_labels if name == "noop" else questions
             figures = load(servers[name], connections, window_s, asked)
@@ -176,11 +177,11 @@ PEERS = {
 
 @contextmanager
 def peer(name: str, bundle: Bundle) -> Iterator[int]:
-    """The port of a server that was started for this, and ends with it."""
+    """Start the server ``name`` while the block runs; gives its port."""
     port = free_port()
-    preprocessed, *options = PEERS[name]
+    program, *options = PEERS[name]
     listen = ["--bind", f"127.0.0.1:{port}", "--no-control-socket", "--keep-alive", "75"]
-    if preprocessed == "uvicorn":
+    if program == "uvicorn":
         listen = ["--port", str(port)]
     environment = {
         **os.environ,
@@ -190,7 +191,7 @@ def peer(name: str, bundle: Bundle) -> Iterator[int]:
     }
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", preprocessed, "--workers", str(WORKERS), *listen, *options],
+            [sys.executable, "-m", program, "--workers", str(WORKERS), *listen, *options],
             env=environment,
             cwd=ROOT,
             stdout=log,
@@ -227,31 +228,31 @@ def ask(port: int, body: bytes, path: str = "/v1/classify") -> tuple[int, bytes]
 
 
 def agree(servers: dict[str, int], pictures: list[Path]) -> tuple[Agreed, dict[str, float]]:
-    """The labels that are right for each picture, and each server's largest difference.
+    """The right labels for each picture, and each server's largest difference in probability.
 
-    The textbook's answer is the reference: its best label is right, and so is one that is nearly a
-    tie with it. Ends the benchmark when another server disagrees: a comparison of the speed of
-    different answers says nothing.
+    The textbook's answer is the reference: its best label is right, and so is a label with nearly
+    the same probability. The benchmark ends if another server disagrees, because it makes no sense
+    to compare the speed of servers that give different answers.
     """
     agreed: Agreed = []
     difference = {name: 0.0 for name in servers if name != "noop"}
     for picture in pictures:
         data = picture.read_bytes()
-        theirs = predictions(servers["textbook"], data)
-        best = max(theirs.values())
-        right = frozenset(label for label, each in theirs.items() if best - each <= NEAR_TIE)
+        reference = predictions(servers["textbook"], data)
+        best = max(reference.values())
+        right = frozenset(label for label, each in reference.items() if best - each <= NEAR_TIE)
         agreed.append(right)
         for name in difference:
-            ours = predictions(servers[name], data)
-            if max(ours, key=ours.__getitem__) not in right:
-                raise SystemExit(f"{picture}: {ours} by {name}, {theirs} by the textbook")
-            off = max(abs(each - theirs.get(label, 0.0)) for label, each in ours.items())
+            found = predictions(servers[name], data)
+            if max(found, key=found.__getitem__) not in right:
+                raise SystemExit(f"{picture}: {name} answers {found}, the textbook {reference}")
+            off = max(abs(each - reference.get(label, 0.0)) for label, each in found.items())
             difference[name] = max(difference[name], off)
     return agreed, difference
 
 
 def predictions(port: int, picture: bytes) -> dict[str, float]:
-    """The probability of each label that the server on ``port`` names."""
+    """The probabilities by label in the answer of the server on ``port``."""
     status, data = ask(port, picture)
     if status != 200:
         raise SystemExit(f"port {port} answered {status}: {data[:500]!r}")
@@ -259,7 +260,7 @@ def predictions(port: int, picture: bytes) -> dict[str, float]:
 
 
 def median(runs: list[Figures]) -> Figures:
-    """Medians of the rates and times; the failures of all runs together."""
+    """Medians of rates and times, and sums of right answers and failures, over the runs."""
     found = {
         key: statistics.median(run[key] for run in runs)
         for key in ("rps", "p50_ms", "p99_ms", "client_cores")
@@ -268,8 +269,8 @@ def median(runs: list[Figures]) -> Figures:
 
 
 def stages(port: int) -> dict[str, tuple[float, float]]:
-    """Sum of seconds and count of each stage, from the service's metrics."""
-    time.sleep(1.0)  # every worker writes its notes at least once in half a second
+    """The sum of seconds and the count of each stage, from the service's metrics."""
+    time.sleep(1.0)  # each worker writes its metrics at least every half second
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
@@ -303,7 +304,7 @@ def multipart(pictures: list[Path]) -> bytes:
 
 
 def ceiling(bundle: Bundle, plan: str) -> float:
-    """Pictures a second if the cores did nothing but decode and compute: a process on each core."""
+    """Pictures per second if each core only decodes and computes, in a process of its own."""
     code = "import sys; from benchmarks.serving import cost; print(cost(sys.argv[1], sys.argv[2]))"
     processes = [
         subprocess.Popen(
@@ -319,7 +320,7 @@ def ceiling(bundle: Bundle, plan: str) -> float:
 
 
 def cost(folder: str, plan: str) -> float:
-    """Seconds of one core for one picture, decoded, and computed in a batch of 8."""
+    """Seconds of one core to decode a picture and classify it in a batch of 8."""
     bundle = open_bundle(Path(folder))
     classifier = Planner(Paths(HOME).plans, "cpu", 1, os.environ["CONVOY_PLAN"]).load(bundle)
     assert classifier.plan == plan

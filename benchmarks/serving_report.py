@@ -1,6 +1,6 @@
-"""What ``benchmarks.serving`` writes: the table, the promises beside their figures, and the plot.
+"""Writes the results of ``benchmarks.serving``: the table, the promises with figures, the plot.
 
-A row with failures is marked and takes part in no ratio: a promise that needs it is not measured.
+A row with failures is marked and used in no ratio: a promise that needs it is not measured.
 """
 
 import json
@@ -16,11 +16,15 @@ Rows = dict[str, dict[str, Figures]]
 
 
 def conclude(results: dict[str, Rows], details: dict[str, Any], file: Path | None) -> int:
-    """Print the table, write everything beside ``file``; the exit status: 1 where a row is marked.
+    """Print the table and write all results to ``file`` and next to it.
 
     Args:
         results: the rows of each workload.
-        details: by the same names what else was found, and ``where``.
+        details: the other results of each workload, and ``where``.
+        file: the JSON file; None writes nothing.
+
+    Returns:
+        The exit status: 1 if a row is marked.
     """
     lines, bad = [], {}
     for name, rows in results.items():
@@ -39,7 +43,7 @@ def conclude(results: dict[str, Rows], details: dict[str, Any], file: Path | Non
 
 
 def marked(rows: Rows) -> dict[str, str]:
-    """What was wrong in each row that had failures: ``{"convoy at 32": "12 refused"}``."""
+    """The failures of each marked row: ``{"convoy at 32": "12 refused"}``."""
     return {
         f"{name} at {connections}": explain(row)
         for name, found in rows.items()
@@ -49,7 +53,7 @@ def marked(rows: Rows) -> dict[str, str]:
 
 
 def measured(needed: Rows, value: Callable[[], float]) -> float | str:
-    """``value()``, or which of the rows that it needs are marked, and why."""
+    """``value()``, or a text that names the marked rows among ``needed``."""
     bad = marked(needed)
     if bad:
         return "not measured: " + "; ".join(f"{row}: {what}" for row, what in bad.items())
@@ -57,7 +61,7 @@ def measured(needed: Rows, value: Callable[[], float]) -> float | str:
 
 
 def ratio(rows: Rows, other: str, connections: str = "32", figure: str = "rps") -> float | str:
-    """Convoy's figure by another server's."""
+    """Convoy's figure divided by another server's."""
     needed = {name: {connections: rows[name][connections]} for name in ("convoy", other)}
     return measured(
         needed,
@@ -66,7 +70,7 @@ def ratio(rows: Rows, other: str, connections: str = "32", figure: str = "rps") 
 
 
 def of_peak(rows: Rows, connections: str) -> float | str:
-    """Convoy's requests/s at so many connections by those of its best clean row."""
+    """Convoy's requests/s at ``connections``, divided by those of its best clean row."""
     found = rows["convoy"]
     return measured(
         {"convoy": {connections: found[connections]}},
@@ -78,7 +82,7 @@ def of_peak(rows: Rows, connections: str) -> float | str:
 
 
 def promises(workload: str, rows: Rows, found: dict[str, Any]) -> list[tuple[str, str, Any]]:
-    """What, how much was wanted, and what was measured or why it was not."""
+    """Each promise: its name, the bound, and the measured figure or why there is none."""
     convoy = rows["convoy"]
     at_32 = {"convoy": {"32": convoy["32"]}}
     common = [
@@ -133,7 +137,7 @@ def stages_line(found: dict[str, Any]) -> str:
 
 
 def describe(title: str, rows: Rows, promises: list[tuple[str, str, float | str]]) -> list[str]:
-    """Lines of Markdown: the table, and each promise beside its figure."""
+    """Lines of Markdown: the table of rows, and the table of promises."""
     lines = [
         f"## {title}",
         "",
@@ -155,7 +159,7 @@ def describe(title: str, rows: Rows, promises: list[tuple[str, str, float | str]
 
 
 def write(file: Path, results: dict[str, Any], details: dict[str, Any], table: str) -> None:
-    """``FILE``, and beside it the raw figures, the table and the plot."""
+    """Write ``file``, and next to it the raw figures, the table and the plot."""
     file.parent.mkdir(parents=True, exist_ok=True)
     where = details["where"]
     file.write_text(json.dumps({"where": where, **results}, indent=2) + "\n")
@@ -166,7 +170,7 @@ def write(file: Path, results: dict[str, Any], details: dict[str, Any], table: s
 
 
 def draw(results: dict[str, Rows], file: Path) -> None:
-    """Requests a second against connections, a panel for each workload; marked rows as crosses."""
+    """Draw requests/s against connections, a panel for each workload; marked rows as crosses."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -178,7 +182,7 @@ def draw(results: dict[str, Rows], file: Path) -> None:
     for axes, (workload, rows) in zip(panels[0], results.items(), strict=True):
         for name, found in rows.items():
             if workload == "w2" and name == "noop":
-                continue  # it looks at no picture, and would flatten all the others
+                continue  # it decodes no picture, and its curve would flatten all others
             colour = {"color": "0.6", "linestyle": "--"} if name == "noop" else {}
             clean = [(int(n), row["rps"]) for n, row in found.items() if not failures(row)]
             bad = [(int(n), row["rps"]) for n, row in found.items() if failures(row)]

@@ -1,11 +1,12 @@
-"""What a challenger in the shadow costs the champion's callers.
+"""Measures how much a shadow delays the champion's clients.
 
     python -m benchmarks.shadow [--rounds 5] [--json FILE]
 
-Two small versions of the digits, two workers, the open-loop client at half the capacity. In turn
-without a trial and with version 2 scoring every image in the shadow, with the default of a fifth of
-the machine's cores; the median times of both are compared, round by round. Exits 1 when a request
-failed, or when nothing was scored in one of the rounds: such a shadow costs nothing.
+Two workers serve two small versions of the digits model, and the open-loop client sends half of the
+requests that they could answer. Each round measures once without a shadow, and once with version 2
+as a shadow that scores every image, with the default of a fifth of the machine's cores. The median
+times of both are compared, round by round. Exits 1 if a request failed, or if the shadow scored
+nothing in a round, because such a shadow costs nothing.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ MEASURE_S = 6.0
 
 
 def main() -> int:
-    options = parser("What scoring in the shadow costs the champion's callers.")
+    options = parser("Measures how much a shadow delays the champion's clients.")
     options.add_argument("--rounds", type=int, default=5)
     arguments = options.parse_args()
     with two_versions("shadow") as (paths, service, image):
@@ -92,7 +93,7 @@ async def measure(
 
 
 def shadow_cpu_s(service: RunningService) -> float:
-    """What the shadow's process has used; 0 when there is none."""
+    """CPU seconds that the shadow's process has used; 0 if there is none."""
     for child in service.process.children():
         if "service.shadow.process" in child.cmdline():
             times = child.cpu_times()

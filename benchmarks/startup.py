@@ -1,8 +1,8 @@
-"""Start to ready, and memory of one serving worker.
+"""Measures the time from start to ready, and the memory of one worker.
 
     python -m benchmarks.startup [--model models:/fashion@champion] [--runs 5] [--json FILE]
 
-The version must lie on disk. Memory is the worker's resident set after a thousand requests.
+The version must be on disk. Memory is the worker's resident set after a thousand requests.
 """
 
 import statistics
@@ -28,13 +28,13 @@ def main() -> int:
     paths, ref = convoy_paths(), parse_model_ref(arguments.model)
     deployment = read_deployment(paths.models, ref)
     if deployment is None:
-        raise SystemExit(f"nothing is released; run: python -m registry pull {ref}")
+        raise SystemExit(f"{ref} is not deployed here; run: python -m registry pull {ref}")
     bundle = open_bundle(version_folder(paths.models, ref.name, deployment.versions[0].version))
     golden = bundle.golden()[0]
     image, best = bundle.read(golden.file), int(np.argmax(golden.probabilities))
 
     with running_service(paths.root, str(ref), workers=1):
-        pass  # a first start on a machine chooses the plan; the others are what is measured
+        pass  # the first start on a machine chooses the plan, and is not measured
     starts_s, sizes_mb = [], []
     for _ in range(arguments.runs):
         with running_service(paths.root, str(ref), workers=1) as service:
@@ -43,7 +43,7 @@ def main() -> int:
             for _ in range(REQUESTS):
                 status, answer = post_image(connection, image)
                 if status != 200 or answer["predictions"][0]["index"] != best:
-                    raise SystemExit(f"status {status}, class {best} expected: {answer}")
+                    raise SystemExit(f"class {best} was expected, but got {status}: {answer}")
             connection.close()
             (worker,) = service.workers()
             sizes_mb.append(worker.memory_info().rss / 1e6)
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def mlflow_modules() -> int:
-    """How many modules of MLflow an app has loaded once it is made."""
+    """How many modules of MLflow are loaded after ``create_app``."""
     code = (
         "import sys; from service import create_app; create_app();"
         "print(sum(name.partition('.')[0] == 'mlflow' for name in sys.modules))"

@@ -1,10 +1,9 @@
-"""An open-loop client that counts what becomes of every request, and draws it over time.
+"""An open-loop client that counts the result of every request, and draws the results over time.
 
-Requests are sent when they are due, late answers or not: what a client waits for is counted from
-when it would have asked, and a server that stalls cannot hide it by being asked less. Connections
-are kept, and opened anew when the server closes them, as any client's pool does. A request that was
-sent and never answered is lost; a 200 that names another label than expected is wrong; nothing is
-sent twice.
+It sends requests when they are due, whether or not answers are late, and counts times from then on.
+So a server that stalls cannot hide it by getting fewer requests. Connections are kept, and opened
+again when the server closes them, as in any client's pool. A request that was sent and never
+answered is lost. A 200 with another label than expected is wrong. No request is sent twice.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
 class Ask(NamedTuple):
-    """One request: its kind, for the table, its bytes, and what a right answer to it contains."""
+    """One request: its kind for the table, its bytes, and bytes that a right answer contains."""
 
     kind: str
     data: bytes
@@ -36,10 +35,10 @@ class Ask(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What became of one; times in seconds of ``perf_counter``.
+    """The result of one request; times in seconds of ``perf_counter``.
 
-    ``status`` is the answer's, or ``LOST``, or ``REFUSED`` when the connection was refused, or
-    ``WRONG`` for a 200 without what was expected.
+    ``status`` is that of the answer, or ``LOST``, or ``REFUSED`` if the connection was refused, or
+    ``WRONG`` for a 200 without the expected bytes. ``answer`` is the beginning of the answer.
     """
 
     kind: str
@@ -48,7 +47,6 @@ class Row(NamedTuple):
     done: float
     status: int
     answer: bytes
-    """Its beginning."""
 
 
 def post(
@@ -65,9 +63,9 @@ def post(
 
 
 def honest(port: int, image: bytes) -> Ask:
-    """A classification of ``image``, and the label that the quiet service names for it now.
+    """A request to classify ``image`` that expects the label that the service answers now.
 
-    Every version that answers during the load must name the same.
+    Every version that answers during the load must give the same label.
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_TIMEOUT_S)
     connection.request("POST", "/v1/classify?top_k=1", image)
@@ -76,7 +74,9 @@ def honest(port: int, image: bytes) -> Ask:
     connection.close()
     label = _LABEL.search(answer)
     if response.status != 200 or label is None:
-        raise SystemExit(f"the quiet service answered {response.status}: {answer[:500]!r}")
+        raise SystemExit(
+            f"before the load, the service answered {response.status}: {answer[:500]!r}"
+        )
     return post(image, expected=label[0])
 
 
@@ -85,7 +85,7 @@ def get(path: str, kind: str) -> Ask:
 
 
 class Client(asyncio.Protocol):
-    """One connection, a request at a time."""
+    """One connection, which sends one request at a time."""
 
     def __init__(self, traffic: "Traffic") -> None:
         self._traffic = traffic
@@ -145,7 +145,7 @@ class Client(asyncio.Protocol):
 
 
 class Traffic:
-    """Sends what ``choose`` gives, ``rate`` times a second; 0: as often as answers come."""
+    """Sends the requests of ``choose``, ``rate`` per second; 0: each as soon as one is answered."""
 
     def __init__(
         self, port: int, choose: Callable[[], Ask], rate: float, connections: int = 16
@@ -158,7 +158,7 @@ class Traffic:
         self._port = port
         self._choose = choose
         self._rate = rate
-        self._endless = False  # while it runs, if there is no rate
+        self._endless = False  # True while it runs with a rate of 0
         self._connections = connections
         self._waiting: deque[tuple[Ask, float]] = deque()
         self.clients: set[Client] = set()
@@ -195,7 +195,7 @@ class Traffic:
 
     @asynccontextmanager
     async def running(self) -> Any:
-        """Sends while the block runs; on leaving, waits for what is not answered yet."""
+        """Send requests while the block runs, and then wait for the open ones."""
         stop = asyncio.Event()
         sending = asyncio.ensure_future(self._send(stop))
         try:
@@ -206,7 +206,7 @@ class Traffic:
 
     async def _send(self, stop: asyncio.Event) -> None:
         started, count = time.perf_counter(), 0
-        looked = started
+        checked = started
         self._endless = not self._rate
         while not stop.is_set():
             now, due = time.perf_counter(), 0.0
@@ -218,10 +218,10 @@ class Traffic:
                 missing = self._connections - len(self._waiting) - self._busy()
                 self._waiting.extend((self._choose(), now) for _ in range(missing))
             self.give()
-            if now - looked > 1:
-                looked = now
+            if now - checked > 1:
+                checked = now
                 self._give_up(now)
-            # Not more often than needed: what the client takes of the cores, the service lacks.
+            # Not more often than needed: the client takes CPU time from the service.
             await asyncio.sleep(min(max(due - now, 0.001), 0.01))
         self._endless = False
         deadline = time.perf_counter() + WAIT_TIMEOUT_S
@@ -229,7 +229,7 @@ class Traffic:
             self.give()
             await asyncio.sleep(0.01)
         ended = time.perf_counter()
-        while self._waiting:  # nobody would ask these any more
+        while self._waiting:  # no connection will send these any more
             ask, due = self._waiting.popleft()
             self.rows.append(Row(ask.kind, due, ended, ended, LOST, b""))
         for client in list(self.clients):
@@ -247,9 +247,9 @@ class Traffic:
 
 
 async def capacity(port: int, ask: Ask, seconds: float = 4.0, connections: int = 16) -> float:
-    """200s a second when each connection asks again as soon as it is answered.
+    """Answers 200 per second if each connection sends again as soon as it is answered.
 
-    Ends the benchmark when a request failed: refusals do not count as capacity.
+    Ends the benchmark if a request failed, because refusals do not count as capacity.
     """
     traffic = Traffic(port, in_turn([ask]), 0, connections)
     async with traffic.running():
@@ -261,7 +261,7 @@ async def capacity(port: int, ask: Ask, seconds: float = 4.0, connections: int =
 
 
 def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, Any]:
-    """Counts, and times from when a request was due, of these kinds."""
+    """Counts of the requests of these kinds, and times in ms from when they were due."""
     mine = [row for row in rows if row.kind in kinds]
     good_ms = [1000 * (row.done - row.due) for row in mine if row.status == 200]
     refused_ms = [1000 * (row.done - row.due) for row in mine if row.status == 503]
@@ -281,7 +281,7 @@ def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, 
 
 
 def failed(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> int:
-    """Requests of these kinds that were not answered with 200 and what was expected."""
+    """The number of requests of these kinds without a right answer of status 200."""
     return sum(row.status != 200 for row in rows if row.kind in kinds)
 
 
@@ -298,7 +298,7 @@ def between(rows: list[Row], start: float, end: float, by: str = "due") -> list[
 
 
 def draw(traffic: Traffic, file: Path, title: str, step_s: float = 0.5) -> None:
-    """The requests over time: what became of them, how long they took, and the faults."""
+    """Draw the requests over time: their outcomes, how long they took, and the faults."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -350,7 +350,7 @@ def draw(traffic: Traffic, file: Path, title: str, step_s: float = 0.5) -> None:
 
 
 def in_turn(asks: list[Ask]) -> Callable[[], Ask]:
-    """Each of ``asks``, again and again."""
+    """A function that returns each of ``asks`` in turn, and then starts again."""
 
     def forever() -> Iterator[Ask]:
         while True:

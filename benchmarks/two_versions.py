@@ -1,4 +1,4 @@
-"""Two small versions of a model, and a service of them: what the benchmarks of releases play on."""
+"""Two small versions of a model, and a service for them, for benchmarks of deployments."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from training.data.sources import load_dataset
 
 @contextmanager
 def two_versions(name: str) -> Iterator[tuple[Paths, RunningService, bytes]]:
-    """A home with two small versions, a service that follows its registry, and a picture for it."""
+    """A home with two small versions, a service that follows its registry, and a picture."""
     with tempfile.TemporaryDirectory(prefix=f"convoy-{name}-") as folder:
         paths = Paths(Path(folder))
         prepare_two(paths)
@@ -25,7 +25,7 @@ def two_versions(name: str) -> Iterator[tuple[Paths, RunningService, bytes]]:
 
 
 def prepare_two(paths: Paths) -> None:
-    """Two versions, their plans chosen; the first is champion and lies on disk."""
+    """Train two versions and choose their plans; the first is the champion and on disk."""
     for epochs in ("2", "6"):
         run(paths, "training", "--data", "digits", "--recipe", "dense", "--set", f"epochs={epochs}")
     for number in ("1", "2"):

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.chaos SCENARIO --json FILE --picture FILE``: what a hostile world does.
+"""``python -m benchmarks.chaos SCENARIO --json FILE --picture FILE``: faults under load.
 
-Everything happens on loopback, to processes that the scenario started, and ends by itself. Prints a
-table, writes the figures as JSON, and draws the requests over time with the faults marked. Exits 1
-when something that was wanted (``wanted.py``) is not reached. ``docs/reliability.md`` has what came
-out.
+A scenario attacks only processes that it started itself, on loopback, and ends by itself. It prints
+a table, writes the figures as JSON, and draws the requests over time with the faults marked. The
+exit status is 1 if a figure misses its bound in ``wanted.py``. ``docs/reliability.md`` has the
+results.
 """
 
 import sys
@@ -17,7 +17,7 @@ from benchmarks.common import parser, report
 from benchmarks.traffic import Traffic, draw
 
 Scenario = Callable[..., tuple[dict[str, Any], Traffic | None]]
-# In the order of docs/reliability.md.
+# In the same order as in docs/reliability.md.
 SCENARIOS: dict[str, Scenario] = {
     "kill-workers": workers.kill_workers,
     "rolling-restarts": workers.rolling_restarts,
@@ -45,13 +45,13 @@ def main() -> int:
     options.add_argument("scenario", choices=[*SCENARIOS, "all"])
     options.add_argument("--picture", type=Path, metavar="FILE", help="draw the requests over time")
     options.add_argument(
-        "--amount", type=int, metavar="N", help="times, seconds or pictures, as the scenario has it"
+        "--amount", type=int, metavar="N", help="times, seconds or pictures, by scenario"
     )
     arguments = options.parse_args()
     if arguments.scenario != "all":
         return play(arguments.scenario, arguments.json, arguments.picture, arguments.amount)
     status = 0
-    for name in SCENARIOS:  # --json and --picture are folders then
+    for name in SCENARIOS:  # --json and --picture then name folders
         print(f"== {name}", flush=True)
         figures = arguments.json and arguments.json / f"{name}.json"
         picture = arguments.picture and arguments.picture / f"chaos-{name}.png"
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def play(name: str, file: Path | None, picture: Path | None, amount: int | None) -> int:
-    """Play a scenario; 1 when what was wanted is not reached."""
+    """Play a scenario; returns 1 if a figure misses its bound."""
     scenario = SCENARIOS[name]
     figures, traffic = scenario(*([amount] if amount else []))
     problems = missed(name, figures)

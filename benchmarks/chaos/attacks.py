@@ -1,8 +1,8 @@
-"""Scenarios 14 to 17: a few bytes from many connections, by default settings.
+"""Scenarios 14 to 17: many connections that each send a few bytes, with default settings.
 
-Honest clients ask at a steady rate, and a probe comes on a new connection each time, as a
-kubelet's does. The attackers run in a process of their own: their work would show in the honest
-clients' times, which the same process measures.
+Honest clients send requests at a steady rate. Probes open a new connection each time, as a
+kubelet's do. The attackers run in a separate process, because their work would otherwise add to the
+times that this process measures for honest clients.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ BOUNDARY = "b"
 
 
 def large_json(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
-    """Eight clients post JSON of 64 MB, and of just what is accepted, to two workers."""
+    """Eight clients post JSON of 64 MB, and of the largest accepted size, to two workers."""
     return _play(partial(_post_again, JSON_CLIENTS, _large_json_requests), seconds)
 
 
@@ -45,12 +45,12 @@ def empty_parts(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
 
 
 def stalled_bodies(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
-    """1,050 connections announce 64 MB and then send nothing; a closed one comes again."""
+    """1,050 connections announce 64 MB and then send nothing; a closed one is opened again."""
     return _play(partial(_stall, STALLED_CLIENTS), seconds)
 
 
 def crowded_metrics(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
-    """300 connections ask for /metrics as fast as they are answered."""
+    """300 connections request /metrics again as soon as they are answered."""
     return _play(partial(_post_again, METRICS_CLIENTS, _metrics_requests), seconds)
 
 
@@ -87,23 +87,23 @@ def _request(content_type: str, body: bytes, length: int | None = None) -> bytes
     ).encode() + body
 
 
-Crowd = Callable[[int, float, Callable[[], None]], Counter[str]]
-"""Waits by the function, attacks a port for so many seconds, and counts what came back."""
+Attack = Callable[[int, float, Callable[[], None]], Counter[str]]
+"""Calls the function to wait for the start, attacks a port for some seconds, and counts answers."""
 
 
-def _play(crowd: Crowd, seconds: int) -> tuple[dict[str, Any], Traffic]:
+def _play(attack: Attack, seconds: int) -> tuple[dict[str, Any], Traffic]:
     with paths_of_two() as (paths, image), service(paths) as running:
-        return asyncio.run(_measure(running, image, crowd, seconds))
+        return asyncio.run(_measure(running, image, attack, seconds))
 
 
 async def _measure(
-    running: RunningService, image: bytes, crowd: Crowd, seconds: int
+    running: RunningService, image: bytes, attack: Attack, seconds: int
 ) -> tuple[dict[str, Any], Traffic]:
     honest = Traffic(running.port, in_turn([post(image)]), HONEST_RPS)
     probes: list[Row] = []
-    with _process(crowd, running.port, seconds) as (begin, outcomes):
+    with _process(attack, running.port, seconds) as (begin, outcomes):
         async with honest.running():
-            asking = asyncio.ensure_future(_probe(running.port, probes, QUIET_S + seconds + 2))
+            probing = asyncio.ensure_future(_probe(running.port, probes, QUIET_S + seconds + 2))
             await asyncio.sleep(QUIET_S)
             before_mb = _memory_mb(running)
             honest.fault("the attack begins")
@@ -117,17 +117,17 @@ async def _measure(
             honest.fault("and ends")
             await asyncio.sleep(1)
             answers = await asyncio.to_thread(outcomes)
-            await asking
+            await probing
     quiet = summary(between(honest.rows, began - QUIET_S + 1, began))
     during = summary(between(honest.rows, began, ended))
-    asked = {
+    probed = {
         kind: [row for row in between(probes, began, ended) if row.kind == kind]
         for kind in ("livez", "readyz")
     }
     allowed_ms = 2 * quiet["p99_ms"] + 20
     worst_ms = {
         f"{kind}_worst_ms": max(1000 * (row.done - row.due) for row in rows)
-        for kind, rows in asked.items()
+        for kind, rows in probed.items()
     }
     growth_mb = max(most - before for most, before in zip(max_mb, before_mb, strict=True))
     figures = {
@@ -140,14 +140,14 @@ async def _measure(
         "allowed_p99_ms": allowed_ms,
         "p99_over_allowed_ms": max(0.0, during["p99_ms"] - allowed_ms),
         **worst_ms,
-        "probes_failed": sum(row.status != 200 for rows in asked.values() for row in rows),
+        "probes_failed": sum(row.status != 200 for rows in probed.values() for row in rows),
         "worker_growth_mb": growth_mb,
     }
     return figures, honest
 
 
 async def _probe(port: int, rows: list[Row], seconds: float) -> None:
-    """Append what becomes of probes, each on a new connection, at ``PROBES_RPS``."""
+    """Send probes at ``PROBES_RPS``, each on a new connection, and append their results."""
     until = time.perf_counter() + seconds
     for ask in itertools.cycle([get("/livez", "livez"), get("/readyz", "readyz")]):
         due = time.perf_counter()
@@ -169,42 +169,44 @@ def _memory_mb(running: RunningService) -> list[float]:
 
 @contextlib.contextmanager
 def _process(
-    crowd: Crowd, port: int, seconds: int
+    attack: Attack, port: int, seconds: int
 ) -> Iterator[tuple[Callable[[], None], Callable[[], Counter[str]]]]:
-    """The attackers in a process of their own, which is ready when the block begins.
+    """Run the attackers in a separate process, which is ready when the block begins.
 
-    The first function has them attack; the second waits for their counts. A process that starts
-    while the honest clients ask would take the time from their measurement.
+    The first function starts the attack; the second waits for the counts. The process starts
+    before the measurement, because its start would take CPU time from the honest clients.
     """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(crowd, port, seconds, theirs), daemon=True)
+    pipe, pipe_of_process = context.Pipe()
+    process = context.Process(
+        target=_run, args=(attack, port, seconds, pipe_of_process), daemon=True
+    )
     process.start()
 
     def outcomes() -> Counter[str]:
-        if not ours.poll(seconds + 60):
-            raise SystemExit("the attackers did not end in time")
-        counts: Counter[str] = ours.recv()
+        if not pipe.poll(seconds + 60):
+            raise SystemExit(f"the attackers did not end within {seconds + 60} s")
+        counts: Counter[str] = pipe.recv()
         return counts
 
     try:
-        ours.recv()
-        yield partial(ours.send, None), outcomes
+        pipe.recv()
+        yield partial(pipe.send, None), outcomes
     finally:
         process.join(10)
         process.kill()
 
 
-def _run(crowd: Crowd, port: int, seconds: int, pipe: Connection) -> None:
+def _run(attack: Attack, port: int, seconds: int, pipe: Connection) -> None:
     def wait() -> None:
         pipe.send("ready")
         pipe.recv()
 
-    pipe.send(crowd(port, seconds, wait))
+    pipe.send(attack(port, seconds, wait))
 
 
 class _Attacker:
-    """One connection that sends its requests in turn and reads what comes back."""
+    """One connection that sends its requests in turn and reads the answers."""
 
     def __init__(self, port: int, requests: list[bytes], first: int) -> None:
         self._port = port
@@ -223,13 +225,13 @@ class _Attacker:
         self._next += 1
 
     def send(self) -> bool:
-        """Send on; whether all of the request is sent."""
+        """Send more of the request; returns whether all of it is sent."""
         with contextlib.suppress(BlockingIOError):
             self._left = self._left[self.sock.send(self._left[:262_144]) :]
         return not self._left
 
     def receive(self) -> str | None:
-        """The status of an answer, "closed", or None when there is nothing yet."""
+        """The status of an answer, "closed", or None if nothing has arrived."""
         try:
             data = self.sock.recv(262_144)
         except BlockingIOError:
@@ -250,14 +252,14 @@ def _post_again(
     seconds: float,
     wait: Callable[[], None],
 ) -> Counter[str]:
-    """Each client sends a request as soon as the one before is answered."""
+    """Each client sends a request as soon as the previous one is answered."""
     requests = make_requests()
     wait()
     return _loop([_Attacker(port, requests, n) for n in range(clients)], seconds)
 
 
 def _stall(clients: int, port: int, seconds: float, wait: Callable[[], None]) -> Counter[str]:
-    """Each client sends a head and waits; it connects again when it is closed."""
+    """Each client sends a head and waits; it connects again when the service closes it."""
     head = _request("application/octet-stream", b"", 64 * 1024 * 1024)
     wait()
     return _loop([_Attacker(port, [head], 0) for _ in range(clients)], seconds)
@@ -274,13 +276,13 @@ def _loop(attackers: list[_Attacker], seconds: float) -> Counter[str]:
         for key, events in selector.select(0.1):
             attacker = key.data
             try:
-                said = attacker.receive() if events & selectors.EVENT_READ else None
-                sent = attacker.send() if said != "closed" else True
+                outcome = attacker.receive() if events & selectors.EVENT_READ else None
+                sent = attacker.send() if outcome != "closed" else True
             except OSError:
-                said, sent = "reset", True
-            if said:
-                counts[said] += 1
-            if said in ("closed", "reset"):
+                outcome, sent = "reset", True
+            if outcome:
+                counts[outcome] += 1
+            if outcome in ("closed", "reset"):
                 selector.unregister(attacker.sock)
                 attacker.sock.close()
                 attacker.connect()

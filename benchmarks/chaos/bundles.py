@@ -1,4 +1,4 @@
-"""Scenario 8: broken bundles and those of strangers are released, while the service is asked."""
+"""Scenario 8: malicious and broken bundles are deployed while the service answers requests."""
 
 import asyncio
 import json
@@ -30,15 +30,15 @@ RATE = 300.0
 WAIT_TIMEOUT_S = 20.0
 
 
-def hostile_bundles(prediction_changes: int = 1000) -> tuple[dict[str, Any], Traffic]:
-    """Malicious and broken bundles, and ones with a byte flipped, are released under load."""
-    # A plan that is chosen for each of a thousand versions would take a day.
+def hostile_bundles(flips: int = 1000) -> tuple[dict[str, Any], Traffic]:
+    """Malicious and broken bundles, and ones with a flipped bit, are deployed under load."""
+    # Choosing a plan for each of a thousand versions would take a day.
     with paths_of_two() as (paths, image), service(paths, plan="torch-eager") as running:
-        return asyncio.run(_hostile_bundles(paths, running, image, prediction_changes))
+        return asyncio.run(_hostile_bundles(paths, running, image, flips))
 
 
 async def _hostile_bundles(
-    paths: Paths, running: RunningService, image: bytes, prediction_changes: int
+    paths: Paths, running: RunningService, image: bytes, flips: int
 ) -> tuple[dict[str, Any], Traffic]:
     loop = asyncio.get_running_loop()
     traffic = Traffic(running.port, in_turn([honest(running.port, image)]), RATE)
@@ -49,9 +49,7 @@ async def _hostile_bundles(
     shutil.copytree(version_folder(paths.models, "digits", served.version), good)
     async with traffic.running():
         await asyncio.sleep(2)
-        figures = await loop.run_in_executor(
-            None, _release_all, paths, running, good, prediction_changes
-        )
+        figures = await loop.run_in_executor(None, _deploy_all, paths, running, good, flips)
     versions = {row.answer.lower().partition(b"x-model-version: ")[2][:3] for row in traffic.rows}
     figures |= {
         **summary(traffic.rows),
@@ -61,21 +59,19 @@ async def _hostile_bundles(
     return figures, traffic
 
 
-def _release_all(
-    paths: Paths, running: RunningService, good: Path, prediction_changes: int
-) -> dict[str, Any]:
-    """Release one after the other, each as a version of its own; wait until it was refused."""
+def _deploy_all(paths: Paths, running: RunningService, good: Path, flips: int) -> dict[str, Any]:
+    """Deploy one bundle after the other, each as a new version, and wait until it is refused."""
     number, activated, markers, unrefused = 1000, [], [], []
     dice = random.Random(0)
     names = sorted(path.relative_to(good) for path in good.rglob("*") if path.is_file())
     digest = open_bundle(good).manifest_sha256
-    jobs: list[str | None] = [*HOSTILE_BUNDLES, *[None] * prediction_changes]
+    jobs: list[str | None] = [*HOSTILE_BUNDLES, *[None] * flips]
     for name in tqdm(jobs, desc="bundles", unit="bundle", disable=None):
         number += 1
         folder = version_folder(paths.models, "digits", number)
         shutil.copytree(good, folder)
         marker = paths.root / f"marker-{number}"
-        said = digest
+        deployed_digest = digest
         if name is None:
             file = folder / dice.selection(names)
             data = bytearray(file.read_bytes())
@@ -83,26 +79,28 @@ def _release_all(
             file.write_bytes(data)
         else:
             HOSTILE_BUNDLES[name](open_bundle(folder), marker)
-            # Half of them come from somebody who can change the registry's digest, too. What can
-            # serve then is no harm, and is left out: tests/service/test_hostile_bundles.py.
-            trusting = number % 2 and name not in (
+            # Half of them are from an attacker who can also change the digest in the registry. Two
+            # kinds are harmless then, may serve, and are left out of that half:
+            # tests/service/test_hostile_bundles.py.
+            is_digest_changed = number % 2 and name not in (
                 "labels are swapped",
                 "calibration is an array of objects",
             )
-            said = as_published(open_bundle_or(folder, good)) if trusting else digest
-        fresh = DeployedVersion(version=number, manifest_sha256=said, alias="champion")
-        write_deployment(paths.models, DIGITS, (fresh,))
-        comparison = _verdict(running, number)
-        if comparison == "activated":
-            activated.append(name or "a flipped byte")
-        elif comparison == "silent":
-            unrefused.append(name or "a flipped byte")
+            if is_digest_changed:
+                deployed_digest = as_published(open_bundle_or(folder, good))
+        new = DeployedVersion(version=number, manifest_sha256=deployed_digest, alias="champion")
+        write_deployment(paths.models, DIGITS, (new,))
+        outcome = _outcome(running, number)
+        if outcome == "activated":
+            activated.append(name or "a flipped bit")
+        elif outcome == "silent":
+            unrefused.append(name or "a flipped bit")
         if marker.exists():
             markers.append(name)
         shutil.rmtree(folder)
     return {
         "bundles": len(jobs),
-        "prediction_changes": prediction_changes,
+        "flips": flips,
         "markers": len(markers),
         "activations": len(activated),
         "activated": activated[:10],
@@ -111,14 +109,14 @@ def _release_all(
 
 
 def open_bundle_or(folder: Path, good: Path) -> Any:
-    """The changed bundle where it opens; else something with its folder, for its digest."""
+    """The good bundle with ``folder`` in its place, to compute the digest of a changed bundle."""
     bundle = open_bundle(good)
     bundle.folder = folder
     return bundle
 
 
-def _verdict(running: RunningService, number: int) -> str:
-    """What the workers make of version ``number``: refused, activated or silent."""
+def _outcome(running: RunningService, number: int) -> str:
+    """What the workers did with version ``number``: "refused", "activated", or "silent" so far."""
     deadline = time.monotonic() + WAIT_TIMEOUT_S
     while time.monotonic() < deadline:
         url = f"http://127.0.0.1:{running.port}/v1/models/digits"

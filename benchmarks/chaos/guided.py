@@ -1,9 +1,9 @@
-"""A process in which atheris steers mutants through the decoder by the code that they reach.
+"""Runs mutated pictures through the decoder; atheris chooses mutants by the code that they reach.
 
     python -m benchmarks.chaos.guided CORPUS -runs=50000
 
-The arguments are libFuzzer's. Ends with an error, and the picture in a file ``crash-…``, at the
-first exception that is no refusal.
+The arguments are libFuzzer's. At the first exception that is not a refusal, the process ends with
+an error and writes the picture to a file ``crash-…``.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ with atheris.instrument_imports(
     from registry.model.image.decode import decode_image
     from tests.hostile_pictures import SPEC
 
-    Image.init()  # else the first picture imports the plug-ins, and nobody sees where it goes there
+    Image.init()  # imports the plug-ins here, so that atheris instruments them
 
 
 def decode(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Scenarios 6 and 7: more than can be answered, and clients that take their time."""
+"""Scenarios 6, 7 and 18: more requests than the service can answer, and slow clients."""
 
 import asyncio
 import random
@@ -25,7 +25,7 @@ from training.data.sources import load_dataset
 
 TIMES = 10
 PEAK_S = 8.0
-# Of more, some would be refused.
+# With more connections, the service would refuse some requests.
 PEAK_CONNECTIONS = 8
 SLOW = 500
 SLOW_MODEL = "models:/slow@champion"
@@ -33,7 +33,7 @@ IMAGE_PX = 224
 
 
 def overload(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
-    """Ten times as many requests as can be answered, open loop, of a network that takes a while."""
+    """Ten times as many requests as the service can answer, open loop, for a slow network."""
     with paths_of_two() as (paths, _):
         image = publish_slow(paths)
         with running_service(paths.root, SLOW_MODEL, plan="torch-eager") as running:
@@ -41,7 +41,7 @@ def overload(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
 
 
 def publish_slow(paths: Paths) -> bytes:
-    """A ResNet-18 at 224×224, hardly trained; a picture for it."""
+    """Publish a ResNet-18 at 224×224, trained for one epoch; returns a picture for it."""
     digits = load_dataset("digits", paths.datasets).test
     folder = paths.root / "pictures"
     for number in range(10):
@@ -94,7 +94,7 @@ async def _overload(
         "seconds": seconds,
         **during,
         "goodput_of_peak": len(good) / (ended - began - 2) / peak,
-        # The clients are on the same cores: what they take, the workers do not have.
+        # The clients run on the same cores, so the workers have fewer.
         "cores_of_clients": own_cores,
         "cores_of_workers": cores,
         "cores_of_workers_at_peak": peak_cores,
@@ -113,25 +113,25 @@ async def _overload(
 
 
 def _cpu_s(running: RunningService) -> float:
-    """Seconds of the processor that the workers have used."""
+    """CPU seconds that the workers have used."""
     times = [worker.cpu_times() for worker in running.workers()]
     return sum(each.user + each.system for each in times)
 
 
 def _recovery(after: Traffic, since: float, bearable_ms: float) -> float:
-    """Until every quarter of a second's requests are answered as fast as before."""
+    """Seconds until at most two requests per quarter of a second fail or are slow."""
     bad = [
         row.due
         for row in after.rows
         if row.status != 200 or 1000 * (row.done - row.due) > bearable_ms
     ]
     quarters = [int(4 * (due - since)) for due in bad]
-    crowded = [each for each in set(quarters) if quarters.count(each) > 2]
-    return (max(crowded) + 1) / 4 if crowded else 0.0
+    bad_quarters = [each for each in set(quarters) if quarters.count(each) > 2]
+    return (max(bad_quarters) + 1) / 4 if bad_quarters else 0.0
 
 
 def impatient_clients(seconds: int = 20) -> tuple[dict[str, Any], None]:
-    """Ten times the connections that saturate; each client asks again as soon as it is refused."""
+    """Ten times the connections that saturate; a refused client sends again at once."""
     figures: dict[str, Any] = {"seconds": seconds}
     with paths_of_two() as (paths, image), service(paths) as running:
         figures |= asyncio.run(_impatient("w1", running, image, 32, seconds))
@@ -145,7 +145,7 @@ def impatient_clients(seconds: int = 20) -> tuple[dict[str, Any], None]:
 async def _impatient(
     name: str, running: RunningService, image: bytes, connections: int, seconds: int
 ) -> dict[str, Any]:
-    """Answers 200 a second, and per CPU second of the workers, at one and ten times the crowd."""
+    """Answers 200 per second, and per CPU second of workers, with 1 and 10 times the clients."""
     figures: dict[str, Any] = {}
     for times in (1, TIMES):
         crowd = Traffic(running.port, in_turn([post(image)]), 0, times * connections)
@@ -168,7 +168,7 @@ async def _impatient(
 
 
 def slow_clients(seconds: int = 300) -> tuple[dict[str, Any], Traffic]:
-    """500 connections that send or read a byte at a time, no proxy, and honest clients beside."""
+    """500 connections send or read a byte at a time, without a proxy, next to honest clients."""
     with paths_of_two() as (paths, image), service(paths) as running:
         return asyncio.run(_slow_clients(running, image, seconds))
 
@@ -183,7 +183,7 @@ async def _slow_clients(
     closed: list[str] = []
     async with traffic.running():
         await asyncio.sleep(5)
-        traffic.fault("500 slow ones")
+        traffic.fault("500 slow clients")
         began = time.perf_counter()
         until = began + seconds
         kinds = (_slow_head, _slow_body, _slow_reader, _silent)
@@ -192,7 +192,7 @@ async def _slow_clients(
             for n in range(SLOW)
         ]
         await asyncio.gather(*crowd)
-        traffic.fault("gone")
+        traffic.fault("slow clients gone")
         await asyncio.sleep(2)
     quiet = summary([row for row in traffic.rows if row.due < began])
     figures = {
@@ -209,7 +209,7 @@ async def _slow_clients(
 
 
 async def _again(kind: Any, port: int, until: float, closed: list[str]) -> None:
-    """One slow client, which connects anew when it is shown the door."""
+    """One slow client, which connects again when the service closes its connection."""
     await asyncio.sleep(random.uniform(0, 2))
     while time.perf_counter() < until:
         try:
@@ -237,7 +237,7 @@ async def _slow_body(reader: Any, writer: Any, until: float) -> None:
 
 
 async def _slow_reader(reader: Any, writer: Any, until: float) -> None:
-    """Asks a hundred times and takes a byte a second of the answers."""
+    """Send a hundred requests and read none of the answers."""
     writer.transport.pause_reading()
     for _ in range(100):
         writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")

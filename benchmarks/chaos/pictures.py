@@ -1,4 +1,4 @@
-"""Scenarios 5 and 10: pictures that were made to hurt, over HTTP and at the decoder itself."""
+"""Scenarios 5 and 10: malicious pictures, over HTTP and directly in the decoder."""
 
 import asyncio
 import io
@@ -35,14 +35,14 @@ from registry.core.errors import ImageTooLarge, InvalidImage, UnsupportedImageTy
 from registry.model.image.decode import decode_image
 from tests.hostile_pictures import HOSTILE, SPEC, mutants
 
-# Test pictures of Pillow (with the finds of OSS-Fuzz) and PngSuite, in their source packages.
+# Source packages with the test pictures of Pillow (including those found by OSS-Fuzz) and PngSuite.
 SOURCES = ("pillow==13.0.0", "pypng==0.20220715.0")
 WARM_UP = 1000
 MAX_BYTES = 8 * 1024 * 1024
 
 
 def hostile_pictures(count: int = 6000) -> tuple[dict[str, Any], Traffic]:
-    """A tenth of the requests brings a picture that is broken, odd or made to hurt."""
+    """A tenth of the requests sends a picture that is broken, odd or malicious."""
     found = corpus()
     print(f"{len(found)} pictures from {', '.join(SOURCES)}", file=sys.stderr)
     own = [make() for make in HOSTILE.values()]
@@ -61,7 +61,7 @@ async def _hostile_pictures(
     calm = Traffic(running.port, in_turn([good]), rate)
     async with calm.running():
         await asyncio.sleep(10)
-    # What each kind of picture, and Pillow's plug-ins, need once is there before it is measured.
+    # Each kind of picture, and each plug-in of Pillow, allocates some memory once: not measured.
     for data in nasty[:WARM_UP]:
         await _ask_once(running.port, post(data, kind="hostile"))
     workers = running.workers()
@@ -87,7 +87,7 @@ async def _hostile_pictures(
         round((after - before) / 2**20, 1)
         for before, after in zip(rss_before, rss_after, strict=True)
     ]
-    alone, beside = summary(calm.rows), summary(traffic.rows)
+    alone, mixed = summary(calm.rows), summary(traffic.rows)
     figures = {
         "hostile": len(rows),
         "statuses": dict(sorted(Counter(row.status for row in rows).items())),
@@ -100,11 +100,11 @@ async def _hostile_pictures(
         "rss_growth_mb": growth_mb,
         "rss_growth_worst_mb": max(growth_mb),
         "rate": rate,
-        "honest": beside["requests"],
+        "honest": mixed["requests"],
         "honest_failed": failed(traffic.rows) + failed(calm.rows),
         "honest_p99_alone_ms": alone["p99_ms"],
-        "honest_p99_beside_ms": beside["p99_ms"],
-        "honest_p99_ratio": beside["p99_ms"] / alone["p99_ms"],
+        "honest_p99_beside_ms": mixed["p99_ms"],
+        "honest_p99_ratio": mixed["p99_ms"] / alone["p99_ms"],
     }
     return figures, traffic
 
@@ -117,7 +117,7 @@ async def _ask_once(port: int, ask: Ask) -> None:
 
 
 def corpus() -> list[bytes]:
-    """Every picture in ``SOURCES`` that a service would read: of JPEG, PNG, WebP and the rest."""
+    """Every different file of up to 8 MiB among the test pictures of ``SOURCES``."""
     found = {}
     with tempfile.TemporaryDirectory(prefix="convoy-corpus-") as folder:
         for source in SOURCES:
@@ -137,9 +137,9 @@ def corpus() -> list[bytes]:
 
 
 def many_mutants(count: int = 100_000) -> tuple[dict[str, Any], None]:
-    """Mutants straight through the decoder; anything but an answer or a refusal is unhandled.
+    """Run mutants through the decoder: an error other than a refusal counts as unhandled.
 
-    First so many that are made blindly, then so many that atheris makes.
+    First ``count`` random mutants, and then ``count`` mutants that atheris makes.
     """
     seeds = [data for data in corpus() if len(data) < 20_000 and _opens(data)]
     outcomes: Counter[str] = Counter()
@@ -153,7 +153,7 @@ def many_mutants(count: int = 100_000) -> tuple[dict[str, Any], None]:
             outcomes["answered"] += 1
         except (InvalidImage, ImageTooLarge, UnsupportedImageType) as error:
             outcomes[type(error).__name__] += 1
-        except BaseException as error:  # noqa: BLE001 - to be counted
+        except BaseException as error:  # noqa: BLE001 - counted as unhandled
             outcomes[f"unhandled: {type(error).__name__}: {error}"] += 1
         slowest_ms = max(slowest_ms, 1000 * (time.thread_time() - started))
     figures = {
@@ -169,15 +169,15 @@ def many_mutants(count: int = 100_000) -> tuple[dict[str, Any], None]:
 
 
 def _guided(seeds: list[bytes], count: int) -> dict[str, Any]:
-    """What atheris finds, which keeps the mutants that reach new code and goes on from those.
+    """The results of atheris, which mutates further those mutants that reached new code.
 
-    A picture that is unhandled stays in the working folder as ``crash-…``.
+    The first picture with an unhandled error stays in the working folder as ``crash-…``.
     """
     with tempfile.TemporaryDirectory(prefix="convoy-guided-") as folder:
         for number, data in enumerate(seeds):
             (Path(folder) / str(number)).write_bytes(data)
         command = [sys.executable, "-m", "benchmarks.chaos.guided", folder, f"-runs={count}"]
-        # Of longer than 5 s, or of more than 4 GB, libFuzzer makes an error, too.
+        # libFuzzer also fails on a picture that takes more than 5 s or 4 GB.
         command += ["-timeout=5", "-rss_limit_mb=4096", "-seed=1"]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")
         kept = len(list(Path(folder).iterdir())) - len(seeds)

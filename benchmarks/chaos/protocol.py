@@ -1,4 +1,4 @@
-"""Scenarios 9, 11 and 13: malformed HTTP, what the API's description promises, and locked doors."""
+"""Scenarios 9, 11 and 13: malformed HTTP, the OpenAPI documents, and access control."""
 
 import contextlib
 import http.client
@@ -29,7 +29,7 @@ WAIT_S = 1.0
 
 
 def payloads() -> Iterator[tuple[str, bytes]]:
-    """Requests that two readers could take differently, each with another hidden in it."""
+    """Requests that two HTTP parsers could read differently, most with a second one hidden."""
     lengths = [b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: %d" % len(SMUGGLED)]
     codings = [
         b"Transfer-Encoding: chunked",
@@ -109,7 +109,7 @@ def payloads() -> Iterator[tuple[str, bytes]]:
 
 
 def malformed_http(repeat: int = 1) -> tuple[dict[str, Any], None]:
-    """Smuggling and malformed HTTP by raw socket, straight to the service."""
+    """Smuggled and malformed HTTP requests, sent by raw socket directly to the service."""
     outcomes: Counter[str] = Counter()
     problems = []
     with paths_of_two() as (paths, image), service(paths) as running:
@@ -121,7 +121,7 @@ def malformed_http(repeat: int = 1) -> tuple[dict[str, Any], None]:
             outcomes[f"{statuses or 'closed'}"] += 1
             if len(statuses) > 1 or any(status >= 500 for status in statuses):
                 problems.append((kind, payload[:200], statuses))
-        honest(running.port, image)  # a service that is stuck would close nothing and say nothing
+        honest(running.port, image)  # proves that the service still answers
         survived = workers == [worker.pid for worker in running.workers()]
     return {
         "payloads": sent,
@@ -148,7 +148,7 @@ def exchange(port: int, payload: bytes) -> list[int]:
 
 
 def described_api(examples: int = 200) -> tuple[dict[str, Any], None]:
-    """schemathesis on both OpenAPI documents: no server error, no code that is not described."""
+    """schemathesis on both OpenAPI documents: no server error and no undocumented status."""
     figures: dict[str, Any] = {}
     with paths_of_two() as (paths, _), service(paths, pull=True) as running:
         figures |= _schemathesis("service", running.port, {}, examples)
@@ -161,7 +161,7 @@ def described_api(examples: int = 200) -> tuple[dict[str, Any], None]:
 
 def _schemathesis(name: str, port: int, headers: dict[str, str], examples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="convoy-schemathesis-") as folder:
-        # Of a model that is there, so that more than the look-up is tried.
+        # Name a model that exists, so that requests get further than the look-up of the model.
         Path(folder, "schemathesis.toml").write_text('[parameters]\n"path.name" = "digits"\n')
         command = [sys.executable, "-m", "schemathesis.cli", "run"]
         command += [f"http://127.0.0.1:{port}/openapi.json", f"--max-examples={examples}"]
@@ -182,7 +182,7 @@ def _schemathesis(name: str, port: int, headers: dict[str, str], examples: int) 
 
 @contextmanager
 def control_plane(paths: Paths, **more: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """A control plane of its own: its port, and a token of each role."""
+    """Start a control plane; gives its port, and a token of each role."""
     tokens = Tokens(paths.tokens)
     texts = {role: tokens.add(role, role) for role in ("classify", "viewer", "admin")}
     port = free_port()
@@ -200,7 +200,7 @@ def control_plane(paths: Paths, **more: str) -> Iterator[tuple[int, dict[str, st
 
 
 def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
-    """Every route of the control plane with no key, a wrong one, a wrong role, and cross-origin."""
+    """Requests to every route of the control plane with no or a wrong token, or cross-origin."""
     opened = []
     tried: Counter[str] = Counter()
     open_to_all = {"/livez", "/openapi.json"}
@@ -208,10 +208,10 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
         cookie, csrf = _sign_in(port, texts["admin"])
         decisions = len(ModelStore(paths).audit_log("digits").lines)
         if _status(port, "GET", "/models/digits", {"Cookie": cookie}, b"") != 200:
-            raise SystemExit("could not sign in: what follows would be refused for that alone")
-        keys = {
-            "no key": {},
-            "wrong key": {"Authorization": "Bearer convoy_wrong"},
+            raise SystemExit("could not sign in: every later attempt would be refused for that")
+        attempts_of_all = {
+            "no token": {},
+            "wrong token": {"Authorization": "Bearer convoy_wrong"},
             "basic": {"Authorization": "Basic YWRtaW46YWRtaW4="},
             "role classify": {"Authorization": f"Bearer {texts['classify']}"},
         }
@@ -219,7 +219,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
             if rule in open_to_all:
                 continue
             path = rule.replace("<name>", "digits").replace("<int:version>", "2")
-            attempts = dict(keys)
+            attempts = dict(attempts_of_all)
             if method == "POST":
                 attempts["role viewer"] = {"Authorization": f"Bearer {texts['viewer']}"}
                 attempts["a session alone"] = {"Cookie": cookie}
@@ -233,7 +233,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
                     opened.append(f"{name}: {method} {path} → {status}")
         path = "/models/digits/decide"
         for action in ("promote", "roll-back", "start-canary", "stop-canary"):
-            form = {"action": action, "version": "2", "reason": "x", "confirmed": "yes"}
+            form = {"action": action, "version": "2", "reason": "x"}
             for name, extra, headers in (
                 ("form without csrf", {}, {"Cookie": cookie}),
                 ("form, wrong csrf", {"csrf": "x" * len(csrf)}, {"Cookie": cookie}),
@@ -243,8 +243,8 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
                 kind = {"Content-Type": "application/x-www-form-urlencoded"}
                 status, location = _answer(port, "POST", path, headers | kind, body)
                 tried[name] += 1
-                # A decision that was carried out is a redirect, too: to the model's page.
-                sent_to_login = 300 <= status < 400 and location.startswith("../../login")
+                # An accepted decision also redirects, but to the model's page.
+                sent_to_login = 300 <= status < 400 and location.startswith("/login")
                 if status not in (400, 401, 403, 404, 405) and not sent_to_login:
                     opened.append(f"{name}: {path} → {status} {location}")
         decided = len(ModelStore(paths).audit_log("digits").lines) - decisions
@@ -258,7 +258,7 @@ def _status(port: int, method: str, path: str, headers: dict[str, str], body: by
 def _answer(
     port: int, method: str, path: str, headers: dict[str, str], body: bytes
 ) -> tuple[int, str]:
-    """The status, and where a redirect leads."""
+    """The status, and the target of a redirect."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request(method, path, body if method == "POST" else None, headers)
@@ -269,7 +269,7 @@ def _answer(
 
 
 def _sign_in(port: int, token: str) -> tuple[str, str]:
-    """A session's cookie and its token against forged forms."""
+    """Sign in; returns the session's cookie and its CSRF token."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", "/login")
     answer = connection.getresponse()

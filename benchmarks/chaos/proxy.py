@@ -1,4 +1,4 @@
-"""A TCP proxy that can be told to fail: refuse, hang, trickle, cut, or break off and on."""
+"""A TCP proxy that fails on command: it refuses, hangs, slows, cuts or flaps."""
 
 import asyncio
 import contextlib
@@ -7,18 +7,18 @@ from enum import Enum
 
 
 class Fault(Enum):
-    """What the proxy does to those who connect, and to what the server says to them."""
+    """What the proxy does to connections and answers."""
 
-    NONE = "as if it were not there"
-    REFUSED = "connections are reset"
-    HUNG = "what is asked is swallowed, and no answer comes"
-    SLOW = "a byte a second of each answer"
-    CUT = "answers are cut after a few bytes"
-    FLAPPING = "each connection works, or is reset, by chance"
+    NONE = "forwards everything"
+    REFUSED = "resets connections"
+    HUNG = "drops requests, so that clients get no answer"
+    SLOW = "forwards one byte of each answer per second"
+    CUT = "closes after a few bytes of an answer"
+    FLAPPING = "resets half of the connections at random"
 
 
 class FaultProxy:
-    """Between loopback clients and a server on ``target_port``."""
+    """Forwards connections from loopback clients to ``target_port``, with a fault."""
 
     def __init__(self, target_port: int) -> None:
         self.fault = Fault.NONE
@@ -32,7 +32,7 @@ class FaultProxy:
         self.port = server.sockets[0].getsockname()[1]
 
     def become(self, fault: Fault) -> None:
-        """Change the fault; those who are connected feel it, too."""
+        """Change the fault, also for connections that are open."""
         self.fault = fault
         if fault in (Fault.REFUSED, Fault.NONE):
             for writer in list(self._writers):

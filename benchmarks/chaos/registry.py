@@ -1,4 +1,4 @@
-"""Scenario 4: a registry that is down, hangs, trickles, cuts and flaps, behind a fault proxy."""
+"""Scenario 4: a fault proxy makes the registry refuse, hang, slow down, cut and flap."""
 
 import asyncio
 import subprocess
@@ -21,7 +21,7 @@ RECOVERY_S = 120.0
 
 
 def registry_faults(seconds: int = 600) -> tuple[dict[str, Any], Traffic]:
-    """The registry refuses, hangs, trickles, cuts and flaps, while the service is asked."""
+    """The registry refuses, hangs, slows, cuts and flaps while the service answers requests."""
     with paths_of_two() as (paths, image):
         server_port = free_port()
         server = start_mlflow(paths, server_port)
@@ -33,7 +33,7 @@ def registry_faults(seconds: int = 600) -> tuple[dict[str, Any], Traffic]:
 
 
 def start_mlflow(paths: Paths, port: int) -> "subprocess.Popen[bytes]":
-    """An MLflow server over the home's database."""
+    """Start an MLflow server with the database and artefacts of ``paths``."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--allowed-hosts", "*"]
     command += ["--backend-store-uri", paths.tracking_uri, "--serve-artifacts"]
@@ -90,7 +90,7 @@ async def _registry_faults(
 
 
 def _cold_start(paths: Paths, uri: str) -> float:
-    """Seconds that another service takes to be ready, from the same disk and with that registry."""
+    """Seconds until another service with the same disk and registry is ready."""
     other = RunningService(paths.root, MODEL, 2, True, MLFLOW_TRACKING_URI=uri)
     try:
         return other.start_to_ready_s
@@ -105,7 +105,7 @@ async def _ready(port: int) -> Any:
 
 
 async def _until_fresh(port: int) -> float:
-    """Seconds until the puller has agreed with the registry lately."""
+    """Wait until the puller has agreed with the registry in the last 5 s; returns the seconds."""
     began = time.perf_counter()
     while time.perf_counter() - began < RECOVERY_S:
         (model,) = (await _ready(port))["models"]

@@ -1,4 +1,4 @@
-"""Scenario 12: half an hour of requests and fifty swaps; does anything grow?"""
+"""Scenario 12: half an hour of requests and fifty swaps; does memory use grow?"""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ from tests.hostile_pictures import HOSTILE
 RATE = 500.0
 SWAPS = 50
 SAMPLE_S = 2.0
-WARM_UP = 0.25  # of the time: until every thread has had the largest picture once
+WARM_UP = 0.25  # of the time; by then every thread has decoded the largest picture once
 
 
 def soak(seconds: int = 1800) -> tuple[dict[str, Any], Traffic]:
@@ -38,7 +38,7 @@ async def _soak(
     traffic = Traffic(running.port, in_turn(asks), RATE)
     samples: list[tuple[float, list[int], int, int]] = []
     workers = running.workers()
-    version_switches = asyncio.ensure_future(_swap(paths, traffic, seconds))
+    swapping = asyncio.ensure_future(_swap(paths, traffic, seconds))
     async with traffic.running():
         began = time.perf_counter()
         with tqdm(total=seconds, desc="soak", unit="s", disable=None) as bar:
@@ -54,7 +54,7 @@ async def _soak(
                 bar.n = int(now)
                 bar.refresh()
                 await asyncio.sleep(SAMPLE_S)
-        version_switched = await version_switches
+        swaps = await swapping
     settled = [sample for sample in samples if sample[0] > WARM_UP * seconds]
     slopes = [
         _slope([(at, rss[n]) for at, rss, _, _ in settled], seconds / SWAPS)
@@ -62,7 +62,7 @@ async def _soak(
     ]
     figures = {
         "seconds": seconds,
-        "swaps": version_switched,
+        "swaps": swaps,
         **summary(traffic.rows),
         "failed": failed(traffic.rows),
         "others": sum(row.kind == "other" for row in traffic.rows),
@@ -70,7 +70,7 @@ async def _soak(
             row.status >= 500 or row.status <= 0 for row in traffic.rows if row.kind == "other"
         ),
         "rss_slope_mb_per_h": [round(slope, 2) for slope, _ in slopes],
-        # Beyond two standard errors of the fit: below it, growth is not shown.
+        # The slope minus two standard errors: growth below that is not proved.
         "rss_slope_shown_mb_per_h": max(round(slope - 2 * error, 2) for slope, error in slopes),
         "rss_slope_error_mb_per_h": [round(error, 2) for _, error in slopes],
         "rss_mb": [[round(each / 2**20, 1) for each in rss] for _, rss, _, _ in samples],
@@ -87,10 +87,10 @@ async def _soak(
 
 
 def _slope(samples: list[tuple[float, int]], swap_s: float) -> tuple[float, float]:
-    """MiB an hour by which the least of each swap's time grows, and that figure's standard error.
+    """Growth of the lowest memory use between swaps, in MiB per hour, and its standard error.
 
-    While a version is loaded, a worker has both and what loading takes: that comes and goes, and is
-    no leak. What is left at the lowest is what is kept.
+    While a worker loads a version, it holds both versions and the memory for loading. It frees
+    these again, so they are not a leak; memory that leaks also remains at the lowest point.
     """
     least: dict[int, tuple[float, int]] = {}
     for at, rss in samples:
@@ -103,7 +103,7 @@ def _slope(samples: list[tuple[float, int]], swap_s: float) -> tuple[float, floa
 
 
 async def _swap(paths: Paths, traffic: Traffic, seconds: int) -> int:
-    """Promote one of the two versions after the other, evenly over the time."""
+    """Promote the two versions in turn, at equal intervals; returns the number of swaps."""
     loop = asyncio.get_running_loop()
     for number in range(SWAPS):
         await asyncio.sleep(0.9 * seconds / SWAPS)

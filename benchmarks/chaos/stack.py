@@ -1,4 +1,4 @@
-"""What the scenarios are played on: services of their own on loopback, and an nginx before them."""
+"""Starts services on loopback for the scenarios, and an nginx in front of them."""
 
 import shutil
 import socket
@@ -54,7 +54,7 @@ http {{
 
 @contextmanager
 def paths_of_two() -> Iterator[tuple[Paths, bytes]]:
-    """A home in which two small versions of a model are published, and a picture for it."""
+    """A home with two small published versions of a model, and a picture for it."""
     with tempfile.TemporaryDirectory(prefix="convoy-chaos-") as folder:
         paths = Paths(Path(folder))
         prepare_two(paths)
@@ -69,15 +69,16 @@ def service(
 
 @contextmanager
 def nginx(ports: list[int]) -> Iterator[tuple[int, Path]]:
-    """An nginx before the services on ``ports``, which tries another when one fails.
+    """Start an nginx for the services on ``ports``, which tries another one if one fails.
 
-    Gives its port, and a file with a line for each request that it asked more than once.
+    Gives its port, and a log file with a line for each request that it repeated.
     """
     if shutil.which("nginx") is None:
-        raise SystemExit("this scenario needs nginx (apt install nginx-light)")
+        raise SystemExit("this scenario needs nginx; install it: apt install nginx-light")
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="convoy-nginx-") as folder:
-        # Retried are classifications only: they change nothing. max_fails=0: never ruled out.
+        # nginx may repeat classifications, because they change nothing. With max_fails=0, it never
+        # stops trying a service.
         servers = " ".join(f"server 127.0.0.1:{each} max_fails=0;" for each in ports)
         conf = Path(folder) / "nginx.conf"
         conf.write_text(NGINX.format(folder=folder, port=port, servers=servers))
@@ -93,7 +94,7 @@ def nginx(ports: list[int]) -> Iterator[tuple[int, Path]]:
 
 
 class BehindNginx(NamedTuple):
-    """nginx's port, a picture, and two services of one worker each that serve behind it."""
+    """nginx's port, a picture, two services of one worker, and the log of repeated requests."""
 
     port: int
     image: bytes
@@ -101,7 +102,7 @@ class BehindNginx(NamedTuple):
     again: Path
 
     def asked_again(self) -> int:
-        """Requests that nginx has asked of more than one service, or twice of one."""
+        """The number of requests that nginx sent to a service more than once."""
         return len(self.again.read_text().splitlines())
 
 
@@ -124,4 +125,4 @@ def wait_for_port(port: int, timeout_s: float = 30.0) -> None:
             return
         except OSError:
             time.sleep(0.05)
-    raise SystemExit(f"nobody listens on port {port}")
+    raise SystemExit(f"no process listened on port {port} within {timeout_s:g} s")

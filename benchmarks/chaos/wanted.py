@@ -1,13 +1,13 @@
-"""What each scenario must reach: the exit status of ``python -m benchmarks.chaos`` depends on it.
+"""The bounds that each scenario must reach, or else ``python -m benchmarks.chaos`` exits with 1.
 
-The same as the column *wanted* of ``docs/reliability.md``. A figure that is missing is not reached.
+They equal the column *wanted* of ``docs/reliability.md``. A missing figure counts as not reached.
 """
 
 from typing import Any, NamedTuple
 
 
 class Bound(NamedTuple):
-    """A figure, and the least or the most that it may be; a list is judged by its length."""
+    """A figure, and its largest or smallest allowed value; for a list, its length counts."""
 
     figure: str
     most: float | None = 0
@@ -108,7 +108,7 @@ WANTED: dict[str, tuple[Bound, ...]] = {
 
 
 def missed(scenario: str, figures: dict[str, Any]) -> list[str]:
-    """What was wanted and not reached, with the figure; empty when all was."""
+    """A line for each bound that ``figures`` miss; empty if they reach all."""
     found = []
     for figure, most, least in WANTED[scenario]:
         value = figures.get(figure)

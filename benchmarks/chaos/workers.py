@@ -1,4 +1,4 @@
-"""Scenarios 1 to 3: workers and whole services that die, or are told to."""
+"""Scenarios 1 to 3: workers and services are killed, restarted or stopped."""
 
 import asyncio
 import itertools
@@ -11,13 +11,13 @@ from benchmarks.chaos.stack import BehindNginx, paths_of_two, service, two_behin
 from benchmarks.common import RunningService
 from benchmarks.traffic import REFUSED, Traffic, capacity, failed, honest, in_turn, summary
 
-LOAD = 0.5  # of what the services answered when asked as fast as they could
-# While one of the two restarts, the other has half of the cores, and the start takes one.
+LOAD = 0.5  # of the services' capacity
+# While one service restarts, the other has half of the cores, and the start takes one.
 RESTART_LOAD = 0.15
 
 
 def kill_workers(seconds: int = 60) -> tuple[dict[str, Any], Traffic]:
-    """kill -9 of a worker each second, two services behind nginx."""
+    """A worker of two services behind nginx is killed with SIGKILL each second."""
     with two_behind_nginx() as stack:
         return asyncio.run(_kill_workers(stack, seconds))
 
@@ -57,7 +57,7 @@ async def _kill_workers(stack: BehindNginx, seconds: int) -> tuple[dict[str, Any
 
 
 async def _until_ready(port: int, since: float) -> float:
-    """Seconds until the service's worker answers that it is ready."""
+    """Wait until the service is ready; returns the seconds since ``since``."""
     await asyncio.sleep(0.02)
     while True:
         try:
@@ -73,7 +73,7 @@ async def _until_ready(port: int, since: float) -> float:
 
 
 def rolling_restarts(restarts: int = 20) -> tuple[dict[str, Any], Traffic]:
-    """Two services behind nginx are replaced in turn, under load."""
+    """Two services behind nginx are restarted in turn, under load."""
     with two_behind_nginx() as stack:
         return asyncio.run(_restart(stack, restarts))
 
@@ -112,7 +112,7 @@ async def _restart(stack: BehindNginx, restarts: int) -> tuple[dict[str, Any], T
 
 
 def sigterm(times: int = 20) -> tuple[dict[str, Any], Traffic]:
-    """SIGTERM under load, 16 clients with kept connections and nothing in between."""
+    """SIGTERM under load: 16 clients with keep-alive connections, and no proxy in between."""
     with paths_of_two() as (paths, image), service(paths) as running:
         return asyncio.run(_sigterm(running, image, times))
 

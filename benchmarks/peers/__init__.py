@@ -1,1 +1,1 @@
-"""What users would run instead: the handlers that the serving benchmark compares Convoy with."""
+"""Simple servers that users could run instead; the serving benchmark compares Convoy with them."""

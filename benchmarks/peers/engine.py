@@ -1,4 +1,4 @@
-"""The textbook handler given Convoy's engine: the same plan and decode, but no batching."""
+"""The textbook handler with Convoy's engine: the same plan and decoder, but no batching."""
 
 import os
 from pathlib import Path

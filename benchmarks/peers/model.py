@@ -1,7 +1,7 @@
-"""The textbook's model code: a network in eager fp32, a Pillow decode, and a list of classes.
+"""The model code of the textbook handler: eager fp32, decoding with Pillow, and a list of classes.
 
-Written the way that tutorials write it. It reads the same bundle as Convoy, so that the answers can
-be compared, and shares only the network's layers with it.
+It is written as in tutorials. It reads the same bundle as Convoy, so that their answers can be
+compared, and uses Convoy's code only for the bundle and the network's layers.
 """
 
 import io
@@ -34,7 +34,7 @@ RESAMPLE = Image.Resampling[spec.interpolation.upper()]
 
 
 def preprocess(data: bytes) -> torch.Tensor:
-    """float32 (1, C, H, W)."""
+    """The normalised picture, float32 (1, C, H, W)."""
     image = Image.open(io.BytesIO(data)).convert(spec.mode)
     if spec.resize_shorter_px:
         scale = spec.resize_shorter_px / min(image.size)

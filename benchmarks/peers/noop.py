@@ -1,4 +1,4 @@
-"""The floor: Flask reads the body and answers a constant. No picture is looked at."""
+"""Flask without any work: it reads the body, decodes no picture, and answers a constant."""
 
 from flask import Flask, Response, request
 

@@ -1,4 +1,4 @@
-"""The textbook Flask handler: what most people write first, and many keep."""
+"""The textbook Flask handler, which most people write first and many keep."""
 
 from flask import Flask, jsonify, request
 
