@@ -272,7 +272,7 @@ class _Loop:
             self._ask(connection)
 
     def _fail(self, connection: _Connection) -> None:
-        """The server refused, closed or reset the connection."""
+        """Count and close a connection that the server refused, closed or reset."""
         if connection.question is None and not connection.connected:
             self.outcomes["not_connected"] += 1
         self._close(connection)

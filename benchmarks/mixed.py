@@ -48,9 +48,11 @@ def main() -> int:
             for name, port in ports.items():
                 alone = load(port, SMALL_CONNECTIONS, arguments.seconds, small)
                 with ThreadPoolExecutor() as pool:
-                    beside = pool.submit(load, port, LARGE_CONNECTIONS, arguments.seconds, [large])
+                    large_load = pool.submit(
+                        load, port, LARGE_CONNECTIONS, arguments.seconds, [large]
+                    )
                     mixed = load(port, SMALL_CONNECTIONS, arguments.seconds, small)
-                    runs[name].append((alone, mixed, beside.result()))
+                    runs[name].append((alone, mixed, large_load.result()))
     figures: dict[str, object] = {
         "small connections": SMALL_CONNECTIONS,
         "large connections": LARGE_CONNECTIONS,

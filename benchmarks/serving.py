@@ -42,9 +42,9 @@ from registry.model.refs import ModelRef
 ROOT = Path(__file__).parent.parent
 HOME = ROOT / "var" / "benchmarks"
 CONNECTIONS = (1, 8, 32)
-CROWD = (128, 512)
+MANY_CONNECTIONS = (128, 512)
 WORKERS = 2
-AFTER_CROWD_S = 5.0  # the service finishes requests of closed connections before the next run
+DRAIN_S = 5.0  # the service finishes requests of closed connections before the next run
 CEILING_S = 3.0
 NEAR_TIE = 0.1
 """Two engines may rank labels differently if their probabilities differ by less than this."""
@@ -130,16 +130,16 @@ def measure(bundle: Bundle, seconds: float, repetitions: int) -> dict[str, Any]:
         runs: dict[str, dict[int, list[Figures]]] = {name: {} for name in servers}
         before = stages(service.port)
         turn = [(connections, name) for connections in CONNECTIONS for name in servers]
-        turn += [(connections, "convoy") for connections in CROWD]
+        turn += [(connections, "convoy") for connections in MANY_CONNECTIONS]
         jobs = turn * repetitions
         for connections, name in tqdm(jobs, unit="run", desc=model, disable=None):
             # Requests of many connections wait long: a short window would count too few answers.
             window_s = seconds if connections in CONNECTIONS else 3 * seconds
-            asked = without_labels if name == "noop" else questions
-            figures = load(servers[name], connections, window_s, asked)
+            sent = without_labels if name == "noop" else questions
+            figures = load(servers[name], connections, window_s, sent)
             runs[name].setdefault(connections, []).append(figures)
-            if connections in CROWD:
-                time.sleep(AFTER_CROWD_S)
+            if connections in MANY_CONNECTIONS:
+                time.sleep(DRAIN_S)
         after = stages(service.port)
         memory_mb = [process.memory_full_info().pss / 1e6 for process in tree(service.process)]
         all_at_once = post(multipart(pictures), agreed, f"multipart/form-data; {BOUNDARY}")

@@ -165,7 +165,7 @@ class Traffic:
         self._connecting: set[asyncio.Task[None]] = set()
 
     def fault(self, name: str) -> None:
-        """Mark this moment in the picture."""
+        """Mark this moment in the drawing as the start of the fault ``name``."""
         self.faults.append((time.perf_counter(), name))
 
     def give(self) -> None:
@@ -262,17 +262,17 @@ async def capacity(port: int, ask: Ask, seconds: float = 4.0, connections: int =
 
 def summary(rows: list[Row], kinds: tuple[str, ...] = ("honest",)) -> dict[str, Any]:
     """Counts of the requests of these kinds, and times in ms from when they were due."""
-    mine = [row for row in rows if row.kind in kinds]
-    good_ms = [1000 * (row.done - row.due) for row in mine if row.status == 200]
-    refused_ms = [1000 * (row.done - row.due) for row in mine if row.status == 503]
+    chosen = [row for row in rows if row.kind in kinds]
+    good_ms = [1000 * (row.done - row.due) for row in chosen if row.status == 200]
+    refused_ms = [1000 * (row.done - row.due) for row in chosen if row.status == 503]
     figures: dict[str, Any] = {
-        "requests": len(mine),
+        "requests": len(chosen),
         "ok": len(good_ms),
         "refused_503": len(refused_ms),
-        "not_connected": sum(row.status == REFUSED for row in mine),
-        "lost": sum(row.status == LOST for row in mine),
-        "wrong": sum(row.status == WRONG for row in mine),
-        "other": sum(row.status not in (200, 503, LOST, REFUSED, WRONG) for row in mine),
+        "not_connected": sum(row.status == REFUSED for row in chosen),
+        "lost": sum(row.status == LOST for row in chosen),
+        "wrong": sum(row.status == WRONG for row in chosen),
+        "other": sum(row.status not in (200, 503, LOST, REFUSED, WRONG) for row in chosen),
     }
     figures |= {f"{name}_ms": round(value, 2) for name, value in percentiles(good_ms).items()}
     if refused_ms:

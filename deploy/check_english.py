@@ -1,7 +1,7 @@
 """Finds phrases that readers stumble over: ``python deploy/check_english.py``.
 
 The list is fixed and short. A phrase is on it because a named actor and an active verb say the same
-thing more clearly. What no list can find, people find who read.
+thing more clearly. The list finds only some problems; reviewers must find the others.
 """
 
 import re

@@ -63,7 +63,9 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     if name == "service":
         deploy |= ROLLING
     if name in ("database", "mlflow", "control", "puller"):
-        deploy["placement"] = {"constraints": ["node.role == manager"]}  # where their volumes are
+        deploy["placement"] = {
+            "constraints": ["node.role == manager"]
+        }  # the node that has their volumes
     made["deploy"] = deploy
     for folder in made.pop("tmpfs", ()):  # Swarm ignores tmpfs silently, but takes it as a volume
         made["volumes"] = [*made.get("volumes", ()), {"type": "tmpfs", "target": folder}]

@@ -114,7 +114,7 @@ async def _measure(
                 await asyncio.sleep(0.5)
                 max_mb = [max(pair) for pair in zip(max_mb, _memory_mb(running), strict=True)]
             ended = time.perf_counter()
-            honest.fault("and ends")
+            honest.fault("the attack ends")
             await asyncio.sleep(1)
             answers = await asyncio.to_thread(outcomes)
             await probing

@@ -65,25 +65,25 @@ async def _overload(
     peak_cores = (_cpu_s(running) - used) / PEAK_S
     calm = Traffic(running.port, in_turn([ask]), 0.6 * peak)
     probes = Traffic(running.port, in_turn([get("/livez", "livez")]), 10, connections=4)
-    crowd = Traffic(running.port, in_turn([ask]), TIMES * peak, connections=256)
-    crowd.began = calm.began
+    excess = Traffic(running.port, in_turn([ask]), TIMES * peak, connections=256)
+    excess.began = calm.began
     async with probes.running():
         async with calm.running():
             await asyncio.sleep(5)
-        crowd.fault(f"{TIMES} × as many")
+        excess.fault(f"{TIMES} × as many")
         began, used, own = time.perf_counter(), _cpu_s(running), time.process_time()
-        async with crowd.running():
+        async with excess.running():
             await asyncio.sleep(seconds)
             ended = time.perf_counter()
             cores = (_cpu_s(running) - used) / (ended - began)
             own_cores = (time.process_time() - own) / (ended - began)
-        crowd.fault("as before")
+        excess.fault("as before")
         after = Traffic(running.port, in_turn([ask]), 0.6 * peak)
         stopped = time.perf_counter()
         async with after.running():
             await asyncio.sleep(8)
-    settled = between(crowd.rows, began + 2, ended)
-    answered = between(crowd.rows, began + 2, ended, by="done")
+    settled = between(excess.rows, began + 2, ended)
+    answered = between(excess.rows, began + 2, ended, by="done")
     good = [row for row in answered if row.status == 200]
     during = summary(settled)
     alive_ms = [1000 * (row.done - row.due) for row in probes.rows if began <= row.due < ended]
@@ -108,8 +108,8 @@ async def _overload(
         "failed_before": failed(calm.rows),
         "failed_after": failed(after.rows),
     }
-    crowd.rows += calm.rows + after.rows
-    return figures, crowd
+    excess.rows += calm.rows + after.rows
+    return figures, excess
 
 
 def _cpu_s(running: RunningService) -> float:
@@ -148,13 +148,13 @@ async def _impatient(
     """Answers 200 per second, and per CPU second of workers, with 1 and 10 times the clients."""
     figures: dict[str, Any] = {}
     for times in (1, TIMES):
-        crowd = Traffic(running.port, in_turn([post(image)]), 0, times * connections)
-        async with crowd.running():
+        traffic = Traffic(running.port, in_turn([post(image)]), 0, times * connections)
+        async with traffic.running():
             await asyncio.sleep(2)
             used, began = _cpu_s(running), time.perf_counter()
             await asyncio.sleep(seconds)
             used, ended = _cpu_s(running) - used, time.perf_counter()
-        rows = between(crowd.rows, began, ended, by="done")
+        rows = between(traffic.rows, began, ended, by="done")
         good = sum(row.status == 200 for row in rows)
         of = f"{name}_{times * connections}"
         figures |= {
@@ -187,11 +187,11 @@ async def _slow_clients(
         began = time.perf_counter()
         until = began + seconds
         kinds = (_slow_head, _slow_body, _slow_reader, _silent)
-        crowd = [
+        clients = [
             asyncio.ensure_future(_again(kinds[n % len(kinds)], running.port, until, closed))
             for n in range(SLOW)
         ]
-        await asyncio.gather(*crowd)
+        await asyncio.gather(*clients)
         traffic.fault("slow clients gone")
         await asyncio.sleep(2)
     quiet = summary([row for row in traffic.rows if row.due < began])

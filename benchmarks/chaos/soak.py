@@ -21,7 +21,7 @@ WARM_UP = 0.25  # of the time; by then every thread has decoded the largest pict
 
 
 def soak(seconds: int = 1800) -> tuple[dict[str, Any], Traffic]:
-    """Half an hour of small, large and refused pictures, with fifty promotions of two versions."""
+    """Half an hour of small, large and refused pictures, while two versions swap fifty times."""
     with paths_of_two() as (paths, image):
         run(paths, "registry", "plan", "digits/2")
         with service(paths, pull=True, CONVOY_KEEP_WARM_S="0") as running:

@@ -35,7 +35,7 @@ def stack(docker: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def up(stack: Stack) -> Stack:
-    """The stack with version 1, trained on Fashion-MNIST, as its champion."""
+    """The running stack; its champion is version 1, trained on Fashion-MNIST for one epoch."""
     started = time.perf_counter()
     stack.up()
     stack.wait_healthy("mlflow", "control")

@@ -45,7 +45,7 @@ def test_the_service_cannot_reach_the_registry_or_write_to_the_models(up: Stack)
         up.compose("exec", "-T", "service", "touch", "/var/lib/convoy/models/x")
 
 
-def test_the_registry_asks_for_a_password(up: Stack) -> None:
+def test_the_registry_refuses_requests_without_a_password(up: Stack) -> None:
     code = (
         "import urllib.request as r, urllib.error as e\n"
         "try: r.urlopen('http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1')\n"

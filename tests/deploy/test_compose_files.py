@@ -111,8 +111,8 @@ def stack() -> dict[str, Any]:
 
 def test_images_forbid_new_privileges_and_stacks_keep_their_entry_points() -> None:
     """Swarm ignores Compose's security_opt, so the entry points must forbid them."""
-    ours = (ROOT / "Dockerfile").read_text()
-    assert re.findall(r"^ENTRYPOINT (.*)$", ours, re.MULTILINE) == [
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE) == [
         '["python", "-m", "registry.cli.secret_files"]'  # tests/registry/test_secret_files.py
     ]
     proxy = (ROOT / "deploy" / "proxy" / "Dockerfile").read_text()

@@ -50,7 +50,9 @@ def test_the_same_seed_gives_the_same_weights(
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_kept_epoch_is_the_best_on_validation(few_digits: Dataset, recipe: Recipe) -> None:
+def test_the_kept_epoch_is_the_most_accurate_on_validation_pictures(
+    few_digits: Dataset, recipe: Recipe
+) -> None:
     trained = fit(replace(recipe, epochs=6), few_digits, CPU, seed=0)
     best = max(epoch.validation_accuracy for epoch in trained.history)
     assert trained.best.validation_accuracy == best
@@ -255,7 +257,7 @@ def test_an_epoch_uses_every_picture_once(
     assert min(len(batch) for batch in seen) >= 2
 
 
-def test_a_warning_before_training_tells_of_too_few_steps(
+def test_too_few_steps_are_reported_before_training(
     digits: Dataset, recipe: Recipe, caplog
 ) -> None:
     caplog.set_level("INFO")

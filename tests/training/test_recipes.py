@@ -44,7 +44,7 @@ def test_a_value_that_is_a_json_list_stays_one() -> None:
         ("cnn", ["zzz=1"], "there is no parameter zzz; cnn has: epochs"),
     ],
 )
-def test_an_override_that_is_not_possible_is_refused(
+def test_an_unknown_recipe_or_a_wrong_override_is_refused(
     name: str, overrides: list[str], reason: str
 ) -> None:
     with pytest.raises(UsageError, match=reason):

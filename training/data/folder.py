@@ -34,7 +34,7 @@ HOW_TO_LAY_OUT = (
 
 
 class FoundFile(Struct, frozen=True):
-    """A file under a class; ``split`` is None where the folder names no splits."""
+    """A file of a class; ``split`` is None if the folder has no splits."""
 
     path: Path
     label: str

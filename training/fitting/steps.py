@@ -9,7 +9,7 @@ from training.fitting.recipes import Recipe
 
 log = logging.getLogger(__name__)
 
-# A recipe's learning rate for SGD is meant for a batch of this size.
+# The learning rate in a recipe for SGD assumes batches of this size.
 LARGEST_BATCH = 128
 SMALLEST_BATCH = 8
 # 32 pictures of 224×224: the feature maps of a ResNet-18 then take at most 2 GB.

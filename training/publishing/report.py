@@ -261,7 +261,7 @@ def html_page(
     table: tuple[Sequence[str], Sequence[Sequence[Any]]] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """One self-contained page: facts, an optional table, the pictures."""
+    """The text of one self-contained page: an optional table, facts, notes and pictures."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width'>",
