@@ -73,7 +73,7 @@ def _deploy_all(paths: Paths, running: RunningService, good: Path, flips: int) -
         marker = paths.root / f"marker-{number}"
         deployed_digest = digest
         if name is None:
-            file = folder / dice.selection(names)
+            file = folder / dice.choice(names)
             data = bytearray(file.read_bytes())
             data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
             file.write_bytes(data)
