@@ -147,7 +147,13 @@ def post_image(connection: http.client.HTTPConnection, image: bytes) -> tuple[in
     return response.status, json.loads(response.read())
 
 
-def served_plan(service: RunningService, model: str) -> str:
+class Connects(Protocol):
+    """A running server."""
+
+    def connect(self) -> http.client.HTTPConnection: ...
+
+
+def served_plan(service: Connects, model: str) -> str:
     """The plan that serves ``model`` now."""
     connection = service.connect()
     connection.request("GET", f"/v1/models/{model}")

@@ -233,7 +233,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
                     opened.append(f"{name}: {method} {path} → {status}")
         path = "/models/digits/decide"
         for action in ("promote", "roll-back", "start-canary", "stop-canary"):
-            form = {"action": action, "version": "2", "reason": "x"}
+            form = {"action": action, "version": "2", "reason": "x", "confirmed": "yes"}
             for name, extra, headers in (
                 ("form without csrf", {}, {"Cookie": cookie}),
                 ("form, wrong csrf", {"csrf": "x" * len(csrf)}, {"Cookie": cookie}),
@@ -244,7 +244,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
                 status, location = _answer(port, "POST", path, headers | kind, body)
                 tried[name] += 1
                 # An accepted decision also redirects, but to the model's page.
-                sent_to_login = 300 <= status < 400 and location.startswith("/login")
+                sent_to_login = 300 <= status < 400 and location.startswith("../../login")
                 if status not in (400, 401, 403, 404, 405) and not sent_to_login:
                     opened.append(f"{name}: {path} → {status} {location}")
         decided = len(ModelStore(paths).audit_log("digits").lines) - decisions
