@@ -37,7 +37,7 @@ def _classify(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.top_k,
         arguments.json,
-        os.environ.get("CONVOY_KEY"),  # not an option: other users can read command lines
+        os.environ.get("CONVOY_TOKEN"),  # not an option: other users can read command lines
     )
 
 

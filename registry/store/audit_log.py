@@ -1,14 +1,13 @@
-"""The ledger of a model: what was decided about what serves, by whom, when and on what grounds.
+"""The audit log of a model: its decisions, with author, time and reason.
 
-Append-only. A line that changes what serves, the champion or a trial beside it, claims to be the
-model's next move; of several that claim the same one the first stands, and the others were
-overtaken. So the order of the lines alone
-decides between people who promote at once, and every reader comes to the same end: no lock, and
-nothing that the registry's aliases, which have no compare-and-set, would have to offer.
+The log is append-only. A line that changes the champion or the canary claims to be the model's
+next move. If several lines claim the same move, the first one stands and the others are overtaken.
+So the order of the lines decides between operators who act at once, and every reader gets the same
+result. No lock is needed, and no compare-and-set, which the registry's aliases do not have.
 
-The lines' numbers show that one is missing. They do not show that one was rewritten: an account
-that may write to the registry can rewrite the log and whatever lies beside it (SECURITY.md). Pure:
-where the lines are kept is the store's matter.
+The line numbers show that a line is missing. They do not show that a line was rewritten: an account
+that may write to the registry can rewrite the log (SECURITY.md). This module only reads lines;
+``ModelStore`` knows where they are kept.
 """
 
 from collections.abc import Iterable
@@ -28,7 +27,7 @@ Action = Literal[
 # A line is a tag of at most 100,000 characters in MLflow; JSON writes a control character as six.
 MAX_TEXT_CHARS = 8_000
 MAX_AUTHOR_CHARS = 200
-# Those that say who is champion. Each of them ends a trial.
+# Actions that set the champion. Each of them also stops a canary.
 CHAMPION_ACTIONS = ("promoted", "forced", "rolled back", "adopted")
 
 
@@ -47,14 +46,18 @@ def moments(day: str) -> tuple[datetime, datetime]:
 
 
 class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One decision, written down before it is carried out.
+    """One decision, written before it is carried out.
 
-    ``at`` is UTC in ISO 8601, by the writer's clock. ``move`` is the number that is claimed among
-    the model's moves; a refusal has none. ``nonce`` tells a line that was written twice,
-    by a call that was tried again, from two people's. ``adopted`` says that the alias was found
-    moved by other means than Convoy. A line ``canary started`` has the ``canary``, and its version
-    as ``to_version``. ``by`` is the name of the token that decided, "NAME (unverified)" where the
-    command line took a name from its environment, or a machine.
+    Attributes:
+        action: the kind of decision. ``adopted``: the alias was moved by other means than Convoy.
+        at: UTC in ISO 8601, by the writer's clock.
+        by: the name of the token that decided; "NAME (unverified)" where the command line took a
+            name from its environment; or a machine.
+        to_version: the version that the decision is about.
+        details: the gate result, or what else explains the decision.
+        canary: what a line ``canary started`` began.
+        move: the number that the line claims among the model's moves; a refusal has none.
+        nonce: tells one line that a repeated call wrote twice from two operators' lines.
     """
 
     action: Action
@@ -79,12 +82,12 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def sets_champion(self) -> bool:
-        """Whether this line says who is champion."""
+        """Whether this line sets the champion."""
         return self.action in CHAMPION_ACTIONS
 
 
 class Line(Struct, frozen=True, kw_only=True):
-    """An entry in its place. ``stands`` is false of a move that another one overtook."""
+    """An entry with its number. ``stands`` is false for a move that another line overtook."""
 
     number: int
     entry: Entry
@@ -92,7 +95,7 @@ class Line(Struct, frozen=True, kw_only=True):
 
 
 class AuditLog:
-    """The lines of one model's ledger, oldest first, and what they come to."""
+    """The lines of one model's audit log, oldest first, and what follows from them."""
 
     def __init__(self, rows: Iterable[tuple[int, bytes]] = ()) -> None:
         """Read ``rows``: the number of each line and its JSON, in any order."""
@@ -119,7 +122,7 @@ class AuditLog:
 
     @property
     def champion_moves(self) -> list[Line]:
-        """The moves that stand and say who is champion."""
+        """The moves that stand and set the champion."""
         return [line for line in self.moves if line.entry.sets_champion]
 
     @property
@@ -134,7 +137,7 @@ class AuditLog:
 
     @property
     def canary(self) -> Canary | None:
-        """What is tried beside the champion."""
+        """The canary beside the champion."""
         return self.moves[-1].entry.canary if self.moves else None
 
     @property

@@ -1,17 +1,19 @@
 """The connection to MLflow, which the registry and the tracking of training runs share.
 
 It opens the database or server, keeps artefact places true when ``CONVOY_HOME`` has moved, and
-turns MLflow's many exceptions into Convoy's. Importing it costs seconds and 170 MB: nothing that
-serves may do so.
+turns MLflow's many exceptions into Convoy's. MLflow itself is imported only for a registry that our
+own client cannot speak to: that takes seconds and 170 MB.
 """
 
 import fcntl
 import logging
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # A registry that is down must not hold its reader for minutes (MLflow's own defaults: 245 s).
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -20,14 +22,11 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
-import mlflow
 import requests
-import sqlalchemy.exc
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from registry.core.errors import RegistryUnavailable, VersionNotFound
 from registry.core.paths import Paths
+from registry.store.mlflow_rest import MlflowRest, RestError, is_supported
 
 log = logging.getLogger(__name__)
 logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, step by step
@@ -45,56 +44,50 @@ PLACES = (
 BUSY_TIMEOUT_S = 20
 
 
+def mlflow_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that say that MLflow refused a call: our client's, and MLflow's own."""
+    if "mlflow" not in sys.modules:
+        return (RestError,)
+    from mlflow.exceptions import MlflowException
+
+    return RestError, MlflowException
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that say that a database or a server failed a call."""
+    errors = (requests.RequestException, sqlite3.Error)
+    if "sqlalchemy" not in sys.modules:
+        return errors
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (*errors, SQLAlchemyError)
+
+
 class MlflowConnection:
-    """MLflow's client for the database or server of a home."""
+    """A client for the database or server of a home: our own where it can speak to the server."""
 
     def __init__(self, paths: Paths) -> None:
         self.uri = paths.tracking_uri
-        self._artifacts = paths.artifacts
+        self.artifacts = paths.artifacts
+        with self.errors():
+            self.client = MlflowRest(self.uri) if is_supported(self.uri) else self._open(paths)
+
+    def _open(self, paths: Paths) -> Any:
+        """MLflow's own client."""
+        import mlflow
+
         mlflow.set_tracking_uri(self.uri)
-        with self.errors():
-            if not self.uri.startswith(SQLITE):
-                self.client = MlflowClient(self.uri)
-                return
-            database = Path(self.uri.removeprefix(SQLITE))
-            database.parent.mkdir(parents=True, exist_ok=True)
-            with _alone_in(database.parent):
-                self.client = MlflowClient(self.uri)
-                # Now, while no other process makes the same tables.
-                self.client.search_registered_models(max_results=1)
-                if database.parent == paths.root:
-                    _relocate(database, self._artifacts.as_uri())
-
-    def experiment(self, name: str) -> str:
-        """The id of the experiment ``name``, made if there is none, restored if it was deleted."""
-        with self.errors():
-            found = self.client.get_experiment_by_name(name)
-            if found is None:
-                return self._create_experiment(name)
-            if found.lifecycle_stage == "deleted":
-                log.warning(
-                    "the experiment %s was deleted in MLflow; it is restored, with its runs", name
-                )
-                self.client.restore_experiment(found.experiment_id)
-            return str(found.experiment_id)
-
-    def _create_experiment(self, name: str) -> str:
-        # A server chooses its own place; a database of ours would put files into the working
-        # directory.
-        place = None if self.uri.startswith("http") else self._artifacts.as_uri()
-        try:
-            return str(
-                self.client.create_experiment(
-                    name, artifact_location=place, tags={HOME_TAG: "true"} if place else None
-                )
-            )
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = self.client.get_experiment_by_name(name)  # another training was first
-            if found is None:
-                raise
-            return str(found.experiment_id)
+        if not self.uri.startswith(SQLITE):
+            return mlflow.MlflowClient(self.uri)
+        database = Path(self.uri.removeprefix(SQLITE))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with _alone_in(database.parent):
+            client = mlflow.MlflowClient(self.uri)
+            # Now, while no other process makes the same tables.
+            client.search_registered_models(max_results=1)
+            if database.parent == paths.root:
+                _relocate(database, self.artifacts.as_uri())
+        return client
 
     @contextmanager
     def errors(self, not_found: str | None = None) -> Iterator[None]:
@@ -106,16 +99,19 @@ class MlflowConnection:
         """
         try:
             yield
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST" and not_found is not None:
+        except mlflow_errors() as error:
+            if (
+                getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+                and not_found is not None
+            ):
                 raise VersionNotFound(not_found) from error
             raise RegistryUnavailable(self._describe(error)) from error
-        except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, requests.RequestException) as error:
+        except storage_errors() as error:
             raise RegistryUnavailable(
                 f"the registry {self._shown_uri} cannot be used: {self._first_line(error)}"
             ) from error
 
-    def _describe(self, error: MlflowException) -> str:
+    def _describe(self, error: Exception) -> str:
         if "database schema" in str(error):
             return (
                 f"the registry {self._shown_uri} has the schema of another MLflow version; "

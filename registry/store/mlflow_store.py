@@ -1,39 +1,22 @@
 """``ModelStore``: versions, aliases and files in an MLflow registry.
 
-MLflow's loose types stop here, its exceptions in ``registry.store.mlflow_connection``. Importing it
-costs seconds and 170 MB: nothing that serves may do so.
+MLflow's loose types stop here, its exceptions in ``registry.store.mlflow_connection``. MLflow
+itself is imported only where it is needed: to publish, for a registry that is a database, and for
+artefacts that the MLflow server does not serve. That takes seconds and 170 MB.
 """
 
 import logging
 import re
-import secrets
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-# First of all: it tells MLflow how long to wait, before MLflow is imported.
-from registry.store.mlflow_connection import MlflowConnection  # isort: split
-
-import mlflow
 import msgspec
-import sqlalchemy.exc
-from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.store.artifact.artifact_repo import ArtifactRepository
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
-from mlflow.types import ColSpec, DataType, ParamSchema, Schema
-from mlflow.types.schema import Array
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
 
 from registry.core.errors import (
     BundleInvalid,
-    PromotionRefused,
     RegistryUnavailable,
     VersionNotFound,
 )
@@ -50,42 +33,24 @@ from registry.model.refs import (
     ModelRef,
     ModelVersion,
 )
+from registry.store.artifacts import Artifacts
 from registry.store.audit_log import AuditLog, Entry
+from registry.store.mlflow_connection import MlflowConnection, mlflow_errors, storage_errors
+from registry.store.model_names import AUDIT_LOG, ModelNames
 
 log = logging.getLogger(__name__)
 
 DIGEST_TAG = "convoy.manifest_sha256"
-# A model's ledger is registered under its name and this, which no model's name may have.
-AUDIT_LOG = ".ledger"
+# Where MLflow puts the folder that ``bundle_upload`` gives it.
+BUNDLE_PATH = "data/bundle"
 ENTRY_TAG, NEWEST_TAG = "convoy.entry", "convoy.newest_line"
 CANARY_TAG = "convoy.canary"
 SIGNATURE_TAG = "convoy.signature"
-CLAIM_TAG = "convoy.claim"
 # What the databases take for a number: 32 bits.
 MAX_VERSION_NUMBER = 2**31 - 1
 APPEND_TRIES = 20
-# A first version of the same name may be on its way: its maker needs three calls.
-CLAIM_TIMEOUT_S, CLAIM_INTERVAL_S = 10.0, 0.25
-# A log is made before its model; the server's clock may be set between.
-LOG_YOUNGER_S = 60.0
-# Where mlflow.pyfunc.log_model puts its data_path.
-BUNDLE_PATH = "data/bundle"
 # That of a model with 10,000 classes is about 1 MB long.
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
-BLOCK_BYTES = 64 * 1024
-
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image")]),
-    outputs=Schema(
-        [
-            ColSpec(DataType.string, "label"),
-            ColSpec(DataType.long, "index"),
-            ColSpec(DataType.double, "probability"),
-            ColSpec(Array(DataType.double), "probabilities"),
-        ]
-    ),
-    params=ParamSchema([]),
-)
 
 
 class ModelStore:
@@ -94,12 +59,16 @@ class ModelStore:
     def __init__(self, paths: Paths) -> None:
         self._connection = MlflowConnection(paths)
         self._client = self._connection.client
+        self._names = ModelNames(self._connection)
+        self._artifacts = Artifacts(self._connection)
         self.uri = self._connection.uri
         self._decided = paths.decided
 
     def experiment(self, name: str) -> str:
         """The id of the experiment ``name``, made if there is none, restored if it was deleted."""
-        return self._connection.experiment(name)
+        from registry.store.experiments import open_experiment
+
+        return open_experiment(self._connection, name)
 
     def errors(self, not_found: str | None = None) -> AbstractContextManager[None]:
         """MLflow's exceptions as ours; see ``MlflowConnection.errors``."""
@@ -114,31 +83,24 @@ class ModelStore:
             RegistryUnavailable: the registry did not take it.
             PromotionRefused: as ``check_name``.
         """
-        assert bundle.folder.name == Path(BUNDLE_PATH).name
+        from registry.store.bundle_upload import register, upload
+
         name = bundle.manifest.model
-        self.check_name(name)  # before the upload; the claim after it leaves nothing half for long
+        self.check_name(name)  # before the upload, which may take long
         with self.errors():
-            with warnings.catch_warnings():
-                # The signature is given; an example would only be run to guess one.
-                warnings.filterwarnings("ignore", ".*input example was not provided")
-                logged = mlflow.pyfunc.log_model(
-                    name=name,
-                    loader_module="registry.model.mlflow_pyfunc",
-                    data_path=str(bundle.folder),
-                    signature=SIGNATURE,
-                    pip_requirements=[
-                        f"{package}=={version}"
-                        for package, version in bundle.manifest.source.versions.items()
-                        if package != "python"
-                    ],
-                )
-            self._claim(name)
-            registered = mlflow.register_model(
-                logged.model_uri, name, tags={DIGEST_TAG: bundle.manifest_sha256, **tags}
-            )
-            version = int(registered.version)
+            uri = upload(bundle)
+            self._names.claim(name)
+            version = register(uri, name, {DIGEST_TAG: bundle.manifest_sha256, **tags})
             self._set_alias(name, {}, CHALLENGER, version)
         return self.resolve(ModelRef(name, version))
+
+    def check_name(self, name: str) -> None:
+        """Refuse a name under which no version can be published; see ``ModelNames.check``."""
+        self._names.check(name)
+
+    def check_log(self, name: str) -> None:
+        """Refuse to follow a log that publishing did not make; see ``ModelNames.check_log``."""
+        self._names.check_log(name)
 
     def models(self) -> list[str]:
         """Names of all registered models that could be Convoy's, in alphabetical order."""
@@ -167,7 +129,7 @@ class ModelStore:
         return self.aliases_and_canary(name)[0]
 
     def aliases_and_canary(self, name: str) -> tuple[dict[str, int], Canary | None]:
-        """Alias → version number, and what is on trial, as of one moment."""
+        """Alias → version number, and the canary, both read at one moment."""
         with self.errors(f"there is no model {name!r} in the registry"):
             model = self._client.get_registered_model(name)
         aliases = {alias: int(version) for alias, version in model.aliases.items()}
@@ -239,9 +201,9 @@ class ModelStore:
     ) -> Bundle:
         """Fetch the manifest and the ``wanted`` files of a version into ``folder``, verified.
 
-        MLflow's downloads carry no checksums, so only the bundle's own digests tell whether a file
-        came whole; the manifest's own digest comes from the registry's database. Of a manifest at
-        most ``MAX_MANIFEST_BYTES`` are fetched, of any other file what the manifest says.
+        MLflow's downloads carry no checksums, so only the bundle's digests show that a file is
+        complete. The manifest's digest comes from the registry's database. At most
+        ``MAX_MANIFEST_BYTES`` of a manifest are fetched, and of any other file the manifest's size.
 
         Raises:
             BundleInvalid: something that came is not what was published, or the manifest does not
@@ -250,14 +212,14 @@ class ModelStore:
         with self.errors():
             source = self._client.get_model_version_download_uri(version.name, str(version.version))
         folder.mkdir(parents=True, exist_ok=True)
-        self._fetch(f"{source}/{BUNDLE_PATH}/{MANIFEST}", folder, MAX_MANIFEST_BYTES)
+        self._artifacts.fetch(f"{source}/{BUNDLE_PATH}/{MANIFEST}", folder, MAX_MANIFEST_BYTES)
         bundle = open_bundle(folder, version.manifest_sha256)
         names = list(wanted(bundle))
         for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             size_bytes = bundle.entry(name).size_bytes
-            self._fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent, size_bytes)
+            self._artifacts.fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent, size_bytes)
         bundle.verify(names)
         return bundle
 
@@ -269,22 +231,22 @@ class ModelStore:
         previous: int | None,
         canary: Canary | None = None,
     ) -> None:
-        """Point the aliases ``champion`` and ``previous`` at these versions; None leaves one alone.
+        """Point the aliases ``champion`` and ``previous`` at these versions; None leaves one as is.
 
-        And say what is on ``canary``. ``previous`` moves first: a crash in between leaves the old
-        champion serving. A new champion is no challenger any more.
+        Also sets the tag of the ``canary``. ``previous`` moves first: a crash in between leaves the
+        old champion serving. A new champion loses the alias ``challenger``.
         """
-        aliases, tried = self.aliases_and_canary(name)
-        if canary != tried:
+        aliases, present = self.aliases_and_canary(name)
+        if canary != present:
             with self.errors():
                 said = msgspec.json.encode(canary).decode() if canary else ""
                 self._client.set_registered_model_tag(name, CANARY_TAG, said)
-        with suppress(VersionNotFound):  # what was left may have been deleted since
+        with suppress(VersionNotFound):  # the previous champion may have been deleted since
             self._set_alias(name, aliases, PREVIOUS, previous)
         self._set_alias(name, aliases, CHAMPION, champion)
         if champion is not None and self.aliases(name).get(CHALLENGER) == champion:
             self._end_challenge(name, champion, previous)
-        with suppress(OSError):  # a puller that is not woken looks by itself soon
+        with suppress(OSError):  # without this file, the puller polls within seconds
             self._decided.touch()
 
     def _end_challenge(self, name: str, champion: int, previous: int | None) -> None:
@@ -318,11 +280,11 @@ class ModelStore:
             )
 
     def append(self, name: str, entry: Entry) -> None:
-        """Write ``entry`` at the end of the ledger of ``name``.
+        """Write ``entry`` at the end of the audit log of ``name``.
 
-        A ledger is a registered model of its own whose versions are the lines: the one thing that
-        an MLflow registry, be it a database or a server, numbers for several writers at once. It
-        is backed up with the registry, and shows in its pages.
+        The log is a registered model of its own, and its versions are the lines: an MLflow registry
+        numbers versions correctly when several writers add some at once. The log is backed up with
+        the registry, and MLflow's pages show it.
         """
         data = entry.to_json()
         audit_log = f"{name}{AUDIT_LOG}"
@@ -337,7 +299,7 @@ class ModelStore:
                         audit_log, source, tags=tags, description=about, await_creation_for=0
                     )
                     return
-                except MlflowException as error:
+                except mlflow_errors() as error:
                     if "Giving up after" not in str(error):  # MLflow lost the race three times
                         raise
         raise RegistryUnavailable(f"{audit_log}: no line could be written; try again")
@@ -352,7 +314,7 @@ class ModelStore:
 
     def newest_line(self, name: str) -> int | None:
         """The number of the log's newest line, as it was noted beside the lines."""
-        log_model = self._registered(f"{name}{AUDIT_LOG}")
+        log_model = self._names.registered(f"{name}{AUDIT_LOG}")
         number = log_model.tags.get(NEWEST_TAG, "") if log_model else ""
         return int(number) if number.isdecimal() else None
 
@@ -363,111 +325,6 @@ class ModelStore:
                 f"{name}{AUDIT_LOG}", NEWEST_TAG, str(audit_log.last)
             )
 
-    def check_log(self, name: str) -> None:
-        """Refuse to follow a log that publishing did not make.
-
-        MLflow lets every account create a registered model, and gives its creator all rights to it.
-        Publishing makes the log before the model, so a log that is missing, or younger than its
-        model, can be anybody's. MLflow's server sets both times.
-
-        Raises:
-            PromotionRefused: it is such a log.
-            VersionNotFound: there is no such model.
-        """
-        model, log_model = self._registered(name), self._registered(f"{name}{AUDIT_LOG}")
-        if model is None:
-            raise VersionNotFound(f"there is no model {name!r} in the registry")
-        if log_model is None:
-            raise PromotionRefused(
-                f"{name}: its log, the registered model {name}{AUDIT_LOG}, is missing. Publishing "
-                "made it, and one that is made now is not followed: restore the registry from a "
-                "backup, or publish under another name"
-            )
-        younger_s = (log_model.creation_timestamp - model.creation_timestamp) / 1000
-        if younger_s > LOG_YOUNGER_S:
-            raise PromotionRefused(
-                f"{name}: its log, the registered model {name}{AUDIT_LOG}, was made "
-                f"{younger_s:,.0f} s after the model, so publishing did not make it, and it is not "
-                "followed: restore the registry from a backup, or publish under another name"
-            )
-
-    def check_name(self, name: str) -> None:
-        """Refuse a name under which no version can be published. Changes nothing.
-
-        Raises:
-            PromotionRefused: the registry has a log or a model of that name but no version, or a
-                log that publishing did not make.
-        """
-        self._is_new(name)
-
-    def _is_new(self, name: str) -> bool:
-        """Whether the registry has neither a model nor a log of ``name``; raises as ``check_name``.
-
-        Another process may be publishing a first version, so half of it is looked at again.
-        """
-        deadline = time.monotonic() + CLAIM_TIMEOUT_S
-        while True:
-            known = [each for each in (name, f"{name}{AUDIT_LOG}") if self._registered(each)]
-            if not known:
-                return True
-            if name in known and self._has_versions(name):
-                self.check_log(name)
-                return False
-            if time.monotonic() >= deadline:  # it is not a first version of this moment
-                break
-            time.sleep(CLAIM_INTERVAL_S)
-        raise PromotionRefused(
-            f"nothing can be published as {name}: MLflow has the registered model "
-            f"{' and '.join(known)}, but no version of {name}. A publication may have ended before "
-            "its version, the versions may have been deleted, or another account may have made it "
-            "and would decide what serves. Delete it in MLflow, with the decisions that a log "
-            "holds, and publish again, or publish under another name"
-        )
-
-    def _claim(self, name: str) -> None:
-        """Make the log of ``name``, and then the model, unless an earlier version did.
-
-        Raises:
-            PromotionRefused: as ``check_name``.
-            RegistryUnavailable: another account made one of them and deleted it meanwhile.
-        """
-        if self._is_new(name) and not self._made_both(name) and self._is_new(name):
-            raise RegistryUnavailable(
-                f"the registered model {name} was made and deleted at once; publish again"
-            )
-
-    def _made_both(self, name: str) -> bool:
-        """Whether this call made the log and the model; False when others are at it."""
-        about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
-        return self._made(f"{name}{AUDIT_LOG}", about) and self._made(name)
-
-    def _made(self, name: str, about: str | None = None) -> bool:
-        """Whether this call made the registered model ``name``; False when another one did.
-
-        MLflow's client sends a request again when its answer was lost. The model is there then, and
-        the ``claim`` in its tags tells that this call made it.
-        """
-        claim = secrets.token_hex(16)
-        try:
-            with self.errors():
-                self._client.create_registered_model(name, {CLAIM_TAG: claim}, about)
-        except RegistryUnavailable as error:
-            if getattr(error.__cause__, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = self._registered(name)
-            return found is not None and found.tags.get(CLAIM_TAG) == claim
-        return True
-
-    def _registered(self, name: str) -> Any:
-        """MLflow's registered model; None when there is none of that name."""
-        with suppress(VersionNotFound), self.errors(f"{name} is not registered"):
-            return self._client.get_registered_model(name)
-        return None
-
-    def _has_versions(self, name: str) -> bool:
-        with self.errors():
-            return bool(self._client.search_model_versions(f"name = '{name}'", max_results=1))
-
     def _set_alias(
         self, name: str, aliases: dict[str, int], alias: str, version: int | None
     ) -> None:
@@ -476,38 +333,12 @@ class ModelStore:
                 self._client.get_model_version(name, str(version))
                 try:
                     self._client.set_registered_model_alias(name, alias, str(version))
-                except (MlflowException, sqlalchemy.exc.IntegrityError) as error:
-                    # Of two who make an alias at once MLflow fails one; there is one to move then.
+                except mlflow_errors() + storage_errors() as error:
+                    # When two callers make an alias at once, MLflow fails one of them. The alias
+                    # exists then, and can be moved.
                     if not any(sign in str(error) for sign in ("UNIQUE", "duplicate key")):
                         raise
                     self._client.set_registered_model_alias(name, alias, str(version))
-
-    def _fetch(self, uri: str, folder: Path, max_bytes: int) -> None:
-        """Fetch the file at ``uri`` into ``folder``; ``BundleInvalid`` if it is larger."""
-        root, _, name = uri.rpartition("/")
-        with self.errors():
-            try:
-                repository = get_artifact_repository(root, tracking_uri=self.uri)
-                if isinstance(repository, HttpArtifactRepository):
-                    _receive(repository, name, folder / name, max_bytes)
-                else:
-                    _check_size(repository, name, max_bytes)
-                    repository.download_artifacts(name, str(folder))
-            except (MlflowException, OSError) as error:
-                # MLflow says "missing" in a different way for each kind of artefact storage.
-                if isinstance(error, FileNotFoundError) or any(
-                    sign in str(error)
-                    for sign in (
-                        "No such artifact",
-                        "404 Client Error",
-                        "404 GET",
-                        "(404)",
-                        "NoSuchKey",
-                    )
-                ):
-                    raise BundleInvalid(f"{uri} is missing from the artefacts") from error
-                reason = str(error).strip().splitlines()[-1]
-                raise RegistryUnavailable(f"{uri} could not be fetched: {reason}") from error
 
     def _model_version(self, entity: Any, aliases: dict[str, int]) -> ModelVersion:
         number = int(entity.version)  # an int from a database, a str over REST
@@ -526,42 +357,6 @@ class ModelStore:
             created_unix_s=entity.creation_timestamp / 1000,
             signature=entity.tags.get(SIGNATURE_TAG),
         )
-
-
-def _check_size(repository: ArtifactRepository, name: str, max_bytes: int) -> None:
-    """Raise ``BundleInvalid`` unless the file ``name`` has at most ``max_bytes``, as it is listed.
-
-    A folder has no size, and MLflow would download all that lies in it.
-    """
-    for listed in repository.list_artifacts():
-        size_bytes = listed.file_size
-        if Path(listed.path).name == name and (size_bytes is None or size_bytes > max_bytes):
-            what = "of unknown size" if size_bytes is None else f"{size_bytes:,} bytes long"
-            raise BundleInvalid(_too_large(repository, name, what, max_bytes))
-
-
-def _receive(repository: HttpArtifactRepository, name: str, target: Path, max_bytes: int) -> None:
-    """Download the file ``name``; ``BundleInvalid`` once a server has sent more than ``max_bytes``.
-
-    A server may list any size and send another, so the bytes are counted as they come.
-    """
-    credentials = get_default_host_creds(repository.artifact_uri)
-    # Compressed answers would be counted after they were unpacked.
-    plain = {"Accept-Encoding": "identity"}
-    answer = http_request(credentials, f"/{name}", "GET", stream=True, extra_headers=plain)
-    with answer, target.open("wb") as file:
-        answer.raise_for_status()
-        received = 0
-        for block in answer.iter_content(BLOCK_BYTES):
-            received += len(block)
-            if received > max_bytes:
-                what = "longer"
-                raise BundleInvalid(_too_large(repository, name, what, max_bytes))
-            file.write(block)
-
-
-def _too_large(repository: ArtifactRepository, name: str, what: str, max_bytes: int) -> str:
-    return f"{repository.artifact_uri}/{name} is {what}; at most {max_bytes:,} bytes are fetched"
 
 
 def _all_pages(search: Callable[..., Any], *arguments: str) -> list[Any]:

@@ -1,12 +1,6 @@
 """What an account with read access can do to the champion, on a real MLflow server."""
 
-import configparser
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +17,15 @@ from registry.delivery.deployment import read_deployment
 from registry.delivery.puller import Puller
 from registry.model.refs import ModelRef, ModelVersion
 from registry.promotion.promotion import audit, promote
-from registry.store import mlflow_store as store_module
+from registry.store import model_names
 from registry.store.audit_log import AuditLog, Entry
-from registry.store.mlflow_store import AUDIT_LOG, ENTRY_TAG, ModelStore
-from tests.conftest import MakeBundle, free_port, wait_for
+from registry.store.mlflow_store import ENTRY_TAG, ModelStore
+from registry.store.model_names import AUDIT_LOG
+from tests.conftest import MakeBundle
+from tests.mlflow_servers import PASSWORDS, mlflow_server
 
 pytestmark = pytest.mark.e2e
 pytest.importorskip("flask_wtf", reason="MLflow's accounts need Flask-WTF: pip install -e '.[dev]'")
-
-AUTH_INI = Path(__file__).parents[2] / "deploy" / "mlflow-auth.ini"
-PASSWORDS = {"admin": "the-administrators", "reader": "the-readers-own"}
-
-
-@contextmanager
-def mlflow_server(folder: Path, *, workspaces: bool) -> Iterator[str]:
-    """An MLflow server with the settings in deploy/ and an account that has read access."""
-    settings = configparser.ConfigParser()
-    settings.read(AUTH_INI)
-    settings["mlflow"]["database_uri"] = f"sqlite:///{folder / 'accounts.db'}"
-    with (folder / "auth.ini").open("w") as file:
-        settings.write(file)
-    port = free_port()
-    environment = {
-        **os.environ,
-        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
-        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a-secret-of-this-test",  # pragma: allowlist secret
-        "MLFLOW_ENABLE_WORKSPACES": str(workspaces).lower(),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder / 'mlflow.db'}",
-        "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts"),
-    }
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    command = (*("-m", "mlflow", "server", "--app-name", "basic-auth"), "--port", str(port))
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, *command, "--workers", "1"],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(lambda: answers(address), (folder / "server.log").read_text()[-2000:])
-        for password in (
-            "an-earlier-password",
-            PASSWORDS["reader"],
-        ):  # the second call changes the password
-            make_reader(address, ("admin", PASSWORDS["admin"]), password)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(address: str) -> bool:
-    try:
-        return requests.get(f"{address}/health", timeout=5).status_code == 200
-    except requests.RequestException:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +44,7 @@ def sign_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS[account])
 
     choose("admin")
-    monkeypatch.setattr(store_module, "CLAIM_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(model_names, "CLAIM_TIMEOUT_S", 0.0)
     return choose
 
 
@@ -188,10 +131,10 @@ def test_promoting_refuses_an_audit_log_that_a_reader_made_after_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An operator has deleted the log; the reader's log says that version 1 is champion."""
-    monkeypatch.setattr(store_module, "LOG_YOUNGER_S", 0.0)
+    monkeypatch.setattr(model_names, "LOG_YOUNGER_S", 0.0)
     for seed in (0, 1):
         publish(store, make_bundle, "lost", seed)
-    store._client.delete_registered_model("lost" + AUDIT_LOG)
+    MlflowClient(store.uri).delete_registered_model("lost" + AUDIT_LOG)
     with pytest.raises(PromotionRefused, match="is missing"):
         promote(store, "lost", 2)
     sign_in("reader")

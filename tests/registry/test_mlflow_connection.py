@@ -79,7 +79,7 @@ def test_a_deleted_experiment_is_restored_with_a_warning(store: ModelStore, capl
     with start_run(store, "convoy", "again") as run:
         pass
     assert client.get_run(run.id).info.status == "FINISHED"
-    assert "was deleted in MLflow; it is restored" in caplog.text
+    assert "was deleted; it is restored" in caplog.text
 
 
 def test_a_version_outlives_the_deletion_of_its_experiment(

@@ -28,6 +28,7 @@ from registry.promotion import promotion
 from registry.promotion.gate_runner import GateRunner
 from registry.promotion.promotion import promote, roll_back, start_canary, stop_canary
 from registry.store import mlflow_store as registry_store
+from registry.store import model_names
 from registry.store.audit_log import Entry
 from registry.store.mlflow_store import ModelStore
 from tests.conftest import WAIT_TIMEOUT_S
@@ -64,10 +65,10 @@ def test_a_file_that_the_manifest_does_not_name_is_named(
         store.download(publish(), tmp_path / "down", lambda _: ["training.zip"])
 
 
-def test_what_does_not_exist_is_named(store: ModelStore, publish) -> None:
+def test_a_missing_model_version_or_alias_is_named(store: ModelStore, publish) -> None:
     publish()
-    with pytest.raises(VersionNotFound, match="no model 'nobody'"):
-        store.resolve(ModelRef("nobody", version=1))
+    with pytest.raises(VersionNotFound, match="no model 'other'"):
+        store.resolve(ModelRef("other", version=1))
     with pytest.raises(VersionNotFound, match="no version 7"):
         store.resolve(ModelRef("digits", version=7))
     with pytest.raises(VersionNotFound, match="no version 6090089627946417389568"):
@@ -198,7 +199,7 @@ def test_the_first_version_is_promoted_without_a_comparison(store: ModelStore, p
         None,
         1,
     )
-    assert store.models() == ["digits"]  # its ledger is no model
+    assert store.models() == ["digits"]  # its audit log is not listed
 
 
 @pytest.fixture
@@ -261,10 +262,10 @@ def test_a_damaged_challenger_never_becomes_champion(
 
 
 @pytest.mark.slow
-def test_of_eight_who_promote_at_once_one_wins_each_round(
+def test_one_of_eight_operators_who_promote_at_once_wins_each_round(
     store: ModelStore, publish, registry_paths: Paths
 ) -> None:
-    """Whoever loses hears who came first; ledger and aliases agree in the end."""
+    """Each loser gets an error that names the winner; audit log and aliases agree in the end."""
     for seed in range(9):
         publish(seed=seed)
     promote(store, "digits", 9)
@@ -322,7 +323,7 @@ def test_a_champion_that_was_made_by_other_means_is_written_down(
     assert moves == [("adopted", 2), ("promoted", 1), ("adopted", 3), ("rolled back", 1)]
 
 
-def test_a_registry_from_before_the_ledger_can_be_rolled_back(
+def test_a_registry_without_an_audit_log_can_be_rolled_back(
     store: ModelStore, publish, capsys
 ) -> None:
     for seed in range(2):
@@ -383,10 +384,10 @@ def test_a_first_promotion_that_died_before_its_alias_is_carried_out(
     assert store.audit_log("digits").faults(store.newest_line("digits")) == []
 
 
-def test_who_was_too_slow_to_move_the_alias_is_told(
+def test_an_operator_who_is_too_slow_to_move_the_alias_gets_an_error(
     store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """His line stood, but what still served was adopted before he moved the alias."""
+    """The operator's line stood, but another one adopted what served before the alias moved."""
     monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
     for seed in range(3):
         publish(seed=seed)
@@ -406,7 +407,7 @@ def test_who_was_too_slow_to_move_the_alias_is_told(
         assert reached.wait(WAIT_TIMEOUT_S)
         promote(store, "digits", 3, **options)
         go_on.set()
-        with pytest.raises(PromotionConflict, match="version 1, which still served, was taken"):
+        with pytest.raises(PromotionConflict, match="another process adopted version 1"):
             late.result(30)
     moves = [(each.entry.action, each.entry.to_version) for each in store.audit_log("digits").moves]
     assert [version for _, version in moves] == [1, 2, 1, 3]
@@ -466,21 +467,21 @@ def test_nothing_is_accepted_beside_a_champion_that_convoy_did_not_publish(
     assert "is gone" not in str(line.entry.details)
 
 
-def test_who_has_no_name_or_odd_reasons_gets_no_traceback(
+def test_an_author_without_a_name_and_an_odd_reason_cause_no_traceback(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
 
-    def nobody() -> str:
+    def without_name() -> str:
         raise KeyError("getpwuid(): uid not found: 23456")
 
-    monkeypatch.setattr(promotion.getpass, "getuser", nobody)
+    monkeypatch.setattr(promotion.getpass, "getuser", without_name)
     assert promote(store, "digits", 1).entry.by.startswith("uid ")
     with pytest.raises(UsageError, match="not UTF-8"):
         roll_back(store, "digits", "caf\udce9")
 
 
-def test_a_trial_needs_a_champion_the_same_labels_and_something_to_try(
+def test_a_canary_needs_a_champion_the_same_labels_and_a_share_or_a_shadow(
     store: ModelStore, publish
 ) -> None:
     publish(seed=0)
@@ -501,7 +502,7 @@ def test_a_trial_needs_a_champion_the_same_labels_and_something_to_try(
     assert [line.entry.action for line in store.audit_log("digits").lines] == ["promoted"]
 
 
-def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
+def test_a_canary_is_a_move_that_callers_may_expect_and_a_promotion_stops_it(
     store: ModelStore, publish
 ) -> None:
     for seed in range(3):
@@ -527,7 +528,7 @@ def test_a_trial_is_a_move_that_others_may_expect_and_a_promotion_ends_it(
     assert store.aliases("digits")["champion"] == 1
 
 
-def test_a_trial_of_a_version_that_was_deleted_can_be_withdrawn(store: ModelStore, publish) -> None:
+def test_a_canary_of_a_deleted_version_can_be_stopped(store: ModelStore, publish) -> None:
     for seed in range(2):
         publish(seed=seed)
     promote(store, "digits", 1)
@@ -589,7 +590,7 @@ def test_a_version_that_comes_as_the_alias_is_read_stays_the_challenger(
 def test_nothing_is_uploaded_under_a_name_that_has_a_log_and_no_version(
     store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_store, "CLAIM_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(model_names, "CLAIM_TIMEOUT_S", 0.0)
     store._client.create_registered_model("digits.ledger")
     with pytest.raises(PromotionRefused, match=r"has the registered model digits\.ledger, but no"):
         publish()
@@ -617,7 +618,7 @@ def test_models_of_others_are_not_convoys(store: ModelStore, publish) -> None:
     assert store.models() == ["digits"]
 
 
-def test_a_trial_that_was_ended_half_is_ended_by_the_next_who_looks(
+def test_a_canary_that_was_stopped_half_is_stopped_by_the_next_reader(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(2):
@@ -639,7 +640,7 @@ def test_a_trial_that_was_ended_half_is_ended_by_the_next_who_looks(
     assert promotion.audit(store, "digits")[1] == []
 
 
-def test_one_promotion_is_judged_once_and_not_before_it_may_be(
+def test_the_gate_runs_once_for_a_promotion_and_not_before_its_checks(
     store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     result: list[int] = []

@@ -78,7 +78,7 @@ def test_the_operations_page_lists_every_setting() -> None:
     ]
     read = re.compile(r"(?:environ\w*(?:\.get\(|\[)\"|\$\{)(CONVOY_[A-Z_]+)")
     named = {name for file in code for name in read.findall(file.read_text())}
-    assert {"CONVOY_HOME", "CONVOY_KEY", "CONVOY_UPDATE_LIMIT_S"} <= named
+    assert {"CONVOY_HOME", "CONVOY_TOKEN", "CONVOY_UPDATE_LIMIT_S"} <= named
     missing = {*named, *VARIABLES} - set(re.findall(r"CONVOY_[A-Z_]+", page)) - MADE_BY_US
     assert not missing
 

@@ -23,6 +23,7 @@ import pytest
 import requests
 import torch
 from mlflow import MlflowClient
+from mlflow.store.artifact import artifact_repository_registry
 
 from registry.core.errors import ConvoyError, PromotionRefused
 from registry.core.paths import Paths
@@ -36,7 +37,6 @@ from registry.delivery.puller import Puller
 from registry.model.bundle import open_bundle
 from registry.model.refs import ModelRef, ModelVersion
 from registry.promotion.promotion import audit, promote
-from registry.store import mlflow_store as registry_store
 from registry.store.mlflow_store import ModelStore
 from service.loading.model_slot import ModelSlot
 from tests.conftest import MakeBundle
@@ -58,7 +58,7 @@ FILES = [
     *((os, name) for name in ("open", "fsync", "replace", "ftruncate")),
 ]
 REGISTRY = [
-    (registry_store, "get_artifact_repository"),
+    (artifact_repository_registry, "get_artifact_repository"),
     *(
         (MlflowClient, name)
         for name, _ in inspect.getmembers(MlflowClient, inspect.isfunction)
