@@ -18,7 +18,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     CONVOY_HOME=/var/lib/convoy
 RUN useradd --uid 10001 --no-create-home --home-dir /var/lib/convoy convoy \
     && install -d -o convoy -g convoy /artifacts /var/lib/convoy \
-        /var/lib/convoy/models /var/lib/convoy/plans /var/lib/convoy/tokens
+        /var/lib/convoy/models /var/lib/convoy/plans /var/lib/convoy/tokens \
+    && printf '#!/bin/sh\nexec python -m convoy "$@"\n' >/usr/local/bin/convoy \
+    && chmod 755 /usr/local/bin/convoy
 WORKDIR /app
 STOPSIGNAL SIGTERM
 LABEL org.opencontainers.image.title="Convoy" \
@@ -45,6 +47,7 @@ RUN sh prune.sh
 FROM base AS registry
 COPY --from=registry-pruned /opt/venv /opt/venv
 COPY deploy/mlflow-auth.ini /etc/convoy/
+COPY convoy/ convoy/
 COPY registry/ registry/
 USER 10001
 CMD ["python", "-m", "registry", "pull", "--watch"]
@@ -65,6 +68,7 @@ RUN sh prune.sh
 
 FROM served AS service
 COPY --from=service-packages /opt/venv /opt/venv
+COPY convoy/ convoy/
 COPY registry/ registry/
 COPY service/ service/
 
@@ -78,6 +82,7 @@ RUN python requirements.py training server | grep -v '^torch' >wanted \
 
 FROM base AS trainer
 COPY --from=trainer-packages /opt/venv /opt/venv
+COPY convoy/ convoy/
 COPY registry/ registry/
 COPY training/ training/
 USER 10001
@@ -96,5 +101,6 @@ RUN sh prune.sh
 
 FROM served AS service-torch
 COPY --from=torch-packages /opt/venv /opt/venv
+COPY convoy/ convoy/
 COPY registry/ registry/
 COPY service/ service/

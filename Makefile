@@ -35,13 +35,13 @@ demo: $(INSTALLED) ## train, promote, serve, classify one picture (CONVOY_DEMO_O
 	@$(BIN)/python deploy/demo.py
 
 train: $(INSTALLED) ## train and register a version: ARGS='--data folder:PATH --recipe resnet'
-	$(BIN)/python -m training $(ARGS)
+	$(BIN)/convoy train $(ARGS)
 
 promote: $(INSTALLED) ## make a version the champion: NAME=fashion VERSION=challenger
-	$(BIN)/python -m registry promote $(NAME) $(VERSION) $(ARGS)
+	$(BIN)/convoy promote $(NAME) $(VERSION) $(ARGS)
 
 serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
-	$(BIN)/python -m service $(ARGS)
+	$(BIN)/convoy serve $(ARGS)
 
 test: $(DEV) ## all tests but the slow ones, a process for each core
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
@@ -57,7 +57,7 @@ check: $(DEV) ## formatting, lint, types, secrets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive registry service training
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive convoy registry service training
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-lines 'secret_file = '
 
 torture: $(DEV) ## fail every call to the registry, the disk and torch in turn (long)

@@ -4,7 +4,7 @@
 
 The pictures are crops of the photographs in scikit-learn and scikit-image, at random places and
 sizes, half of them mirrored, some lighter and some darker. Each photograph has a folder, for
-``python -m training --data folder:FOLDER --image-size 224 --recipe resnet18``.
+``convoy train --data folder:FOLDER --image-size 224 --recipe resnet18``.
 """
 
 import argparse

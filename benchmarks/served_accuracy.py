@@ -4,7 +4,7 @@
 
 Exits 1 if ``torch-eager``, with which training measures, does not give exactly the same number of
 right answers as in training, or if another plan loses more than 0.1 percentage points.
-The version must be on disk: ``python -m registry pull …``.
+The version must be on disk: ``convoy pull …``.
 """
 
 import sys
@@ -41,7 +41,7 @@ def main() -> int:
     ref = parse_model_ref(arguments.model)
     deployment = read_deployment(paths.models, ref)
     if deployment is None:
-        raise SystemExit(f"{ref} is not deployed here; run: python -m registry pull {ref}")
+        raise SystemExit(f"{ref} is not deployed here; run: convoy pull {ref}")
     version = deployment.versions[0].version
     manifest = open_bundle(version_folder(paths.models, ref.name, version)).manifest
     data = load_dataset(manifest.data.name, paths.datasets)

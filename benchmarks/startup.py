@@ -28,7 +28,7 @@ def main() -> int:
     paths, ref = convoy_paths(), parse_model_ref(arguments.model)
     deployment = read_deployment(paths.models, ref)
     if deployment is None:
-        raise SystemExit(f"{ref} is not deployed here; run: python -m registry pull {ref}")
+        raise SystemExit(f"{ref} is not deployed here; run: convoy pull {ref}")
     bundle = open_bundle(version_folder(paths.models, ref.name, deployment.versions[0].version))
     golden = bundle.golden()[0]
     image, best = bundle.read(golden.file), int(np.argmax(golden.probabilities))

@@ -10,9 +10,9 @@ from registry.core.errors import ConvoyError
 from registry.core.service_address import DEFAULT_PORT, local_address
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m service") -> int:
+    """Run the command line of ``prog``; returns the exit status."""
+    arguments = command_parser(prog).parse_args(argv)
     log_to_stderr()
     try:
         return int(arguments.run(arguments))
@@ -41,9 +41,10 @@ def _classify(arguments: argparse.Namespace) -> int:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser(prog: str) -> argparse.ArgumentParser:
+    """The verbs ``serve`` and ``classify``."""
     parser = argparse.ArgumentParser(
-        prog="python -m service",
+        prog=prog,
         description="Serve image classifiers over HTTP. CONVOY_… variables hold the settings.",
     )
     parser.set_defaults(run=_serve, no_pull=False)

@@ -1,4 +1,4 @@
-"""The client behind ``python -m service classify``: files in, a table or JSON lines out."""
+"""The client behind ``convoy classify``: files in, a table or JSON lines out."""
 
 import contextlib
 import http.client

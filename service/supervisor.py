@@ -1,4 +1,4 @@
-"""``python -m service``: starts and stops gunicorn together with the processes that it needs.
+"""``convoy serve``: starts and stops gunicorn together with the processes that it needs.
 
 These are the puller; if there may be a GPU, the process that owns it
 (``service.loading.gpu_process``); and while a challenger is a shadow, the process that scores for

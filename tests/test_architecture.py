@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("registry", "training", "service")
+PACKAGES = ("convoy", "registry", "training", "service")
 # Folder → the other folders that it may import, or single modules if only these are permitted.
 CORE, MODEL, STORE = "registry.core", "registry.model", "registry.store"
 OFFERED_TO_SERVICE = {
@@ -58,6 +58,7 @@ MAY_IMPORT = {
         *OFFERED_TO_SERVICE,
     },
     "service": {"service", *OFFERED_TO_SERVICE},
+    "convoy": {"registry", "training", "service"},
     "training.data": {CORE, MODEL},
     "training.fitting": {CORE, MODEL, "training.data"},
     "training.publishing": {CORE, MODEL, STORE, "training.data", "training.fitting"},

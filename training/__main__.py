@@ -13,9 +13,10 @@ from registry.core.paths import convoy_paths
 from training.fitting.recipes import RECIPES, choose_recipe
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    arguments = _parser().parse_args(_with_default_command(sys.argv[1:] if argv is None else argv))
+def main(argv: Sequence[str] | None = None, prog: str = "python -m training") -> int:
+    """Run the command line of ``prog``; returns the exit status."""
+    words = _with_default_command(sys.argv[1:] if argv is None else argv)
+    arguments = command_parser(prog).parse_args(words)
     log_to_stderr()
     try:
         return int(arguments.run(arguments))
@@ -76,7 +77,7 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     if version is not None:
         print(f"registered as {model} version {version}, alias challenger; to serve it:")
-        print(f"  python -m registry promote {model} {version}")
+        print(f"  convoy promote {model} {version}")
     return 0
 
 
@@ -106,11 +107,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser(prog: str) -> argparse.ArgumentParser:
+    """The verbs ``train`` and ``compare``."""
     parser = argparse.ArgumentParser(
-        prog="python -m training",
+        prog=prog,
         description="Train an image classifier and register it as the model's next version.",
-        epilog="To compare several recipes on the same data, see: python -m training compare -h",
+        epilog="To compare several recipes on the same data, see: convoy compare -h",
     )
     commands = parser.add_subparsers(metavar="{train,compare}")
     train = commands.add_parser("train", help="train and register (the default)")

@@ -1,4 +1,4 @@
-"""The two jobs of ``python -m training``: train and publish one version, or compare recipes."""
+"""The two jobs of ``convoy train``: train and publish one version, or compare recipes."""
 
 import logging
 import tempfile

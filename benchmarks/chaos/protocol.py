@@ -188,7 +188,7 @@ def control_plane(paths: Paths, **more: str) -> Iterator[tuple[int, dict[str, st
     port = free_port()
     environment = {**os.environ, "CONVOY_HOME": str(paths.root), **more}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "registry", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "registry", "control", "--port", str(port)]
     with Path(paths.root / "control.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:

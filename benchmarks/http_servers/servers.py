@@ -83,7 +83,7 @@ def running(names: Sequence[str], model: str, plan: str) -> Iterator[dict[str, S
 
 @contextmanager
 def serving(command: Command, model: str, plan: str) -> Iterator[Server]:
-    """A server of the application, with the environment that ``python -m service`` gives it."""
+    """A server of the application, with the environment that ``convoy serve`` gives it."""
     with tempfile.TemporaryDirectory(prefix="convoy-run-") as folder:
         (Path(folder) / METRICS).mkdir()
         port = free_port()

@@ -1,4 +1,4 @@
-"""The commands of ``python -m registry``: they parse arguments and print results.
+"""The commands of ``convoy``: they parse arguments and print results.
 
 May import every folder of ``registry``, but only when a command runs. Decides nothing itself.
 """

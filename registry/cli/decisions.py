@@ -155,7 +155,7 @@ def _start_canary(arguments: argparse.Namespace) -> int:
         expect_champion=arguments.expect_champion,
     )
     print(f"{arguments.name}: {canary}")
-    print(f"  watch it: python -m registry traffic {arguments.name}")
+    print(f"  watch it: convoy traffic {arguments.name}")
     return 0
 
 

@@ -12,9 +12,9 @@ from registry.core.errors import ConvoyError
 from registry.core.names import one_line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m registry") -> int:
+    """Run the command line of ``prog``; returns the exit status."""
+    arguments = command_parser(prog).parse_args(argv)
     log_to_stderr("%(asctime)s %(name)s %(message)s")
     try:
         os.environ.update(with_secrets(os.environ))
@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser(prog: str) -> argparse.ArgumentParser:
+    """All verbs of the registry."""
     parser = argparse.ArgumentParser(
-        prog="python -m registry",
+        prog=prog,
         description="The registry of model versions: list and compare versions, promote them, roll "
         "back, run canaries, and bring versions to the machines that serve.",
     )

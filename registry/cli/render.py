@@ -1,4 +1,4 @@
-"""The texts that ``python -m registry`` prints: versions, decisions, plans, live figures.
+"""The texts that ``convoy`` prints: versions, decisions, plans, live figures.
 
 Texts from the registry and from services are untrusted: each stays on its own line, with its
 control characters escaped.

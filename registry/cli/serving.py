@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
     plan.set_defaults(run=_plan)
 
     serve = commands.add_parser(
-        "serve", help="run the control plane: an API and pages for operators"
+        "control", help="run the control plane: an API and pages for operators"
     )
     serve.add_argument("--host", default=os.environ.get("CONVOY_CONTROL_HOST") or "127.0.0.1")
     serve.add_argument("--port", default=os.environ.get("CONVOY_CONTROL_PORT") or "8081")

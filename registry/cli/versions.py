@@ -65,7 +65,7 @@ def _list(arguments: argparse.Namespace) -> int:
         )
         return 0
     if not rows:
-        print("there are no versions yet; publish one with python -m training")
+        print("there are no versions yet; publish one with convoy train")
         return 0
     print(versions_table(rows))
     return 0

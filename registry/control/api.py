@@ -1,6 +1,6 @@
 """The control plane's HTTP API, for operators and their programs.
 
-The control plane is a separate process with its own port (``python -m registry serve``), so the
+The control plane is a separate process with its own port (``convoy control``), so the
 service cannot change the champion. Every decision goes through ``registry.promotion.promotion``, as
 from the command line. A program must send ``Authorization: Bearer TOKEN`` to decide by the API. A
 browser's session cookie (``registry.control.pages``) only reads here; it decides through the forms

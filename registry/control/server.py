@@ -28,7 +28,7 @@ TIMEOUT_S = 900
 def serve(host: str, port: int, guard: bool = False) -> int:
     """Serve until SIGTERM or Ctrl-C; with ``guard``, also guard canaries."""
     if not Tokens(convoy_paths().tokens).all():
-        log.warning("there are no tokens yet; run: python -m registry token add NAME --role admin")
+        log.warning("there are no tokens yet; run: convoy token add NAME --role admin")
     ControlPlane(host, port, guard).run()
     return 0
 

@@ -141,7 +141,7 @@ class DeploymentWatcher:
             return others
         deployment = read_deployment(self._models_folder, self._ref)
         if deployment is None:
-            raise BundleInvalid(f"nothing is deployed; run: python -m registry pull {self._ref}")
+            raise BundleInvalid(f"nothing is deployed; run: convoy pull {self._ref}")
         return deployment
 
     def _champion(self, deployment: Deployment) -> DeployedVersion:

@@ -68,7 +68,7 @@ def open_planner(settings: Settings) -> PlanLoader:
     if settings.device not in ("auto", "cpu"):
         raise UsageError(
             f"CONVOY_DEVICE={settings.device} needs the process that owns the GPU; start the "
-            "service with python -m service"
+            "service with convoy serve"
         )
     return on_cpu
 

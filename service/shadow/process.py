@@ -186,7 +186,7 @@ def main() -> int:
     settings = Settings.from_environment()
     logging.config.dictConfig(logging_config(settings.log_level))
     address = settings.shadow_socket
-    assert address is not None, "python -m service starts this"
+    assert address is not None, "convoy serve starts this"
     _run_when_idle()
     metrics = Metrics()
     metrics.start()

@@ -22,7 +22,7 @@ def port(paths: Path) -> Iterator[int]:
     environment = {**os.environ, "CONVOY_HOME": str(paths), "CONVOY_CONTROL_PORT": str(port)}
     with (paths / "control.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "registry", "serve"], env=environment, stdout=log, stderr=log
+            [sys.executable, "-m", "registry", "control"], env=environment, stdout=log, stderr=log
         )
     try:
         wait_for(lambda: ask(port, "/livez")[0] == 200, "the control plane did not start")

@@ -25,7 +25,7 @@ def raw_status(port: int, *headers: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [("service", "--no-pull"), ("registry", "serve")], ids=["service", "control"]
+    "command", [("service", "--no-pull"), ("registry", "control")], ids=["service", "control"]
 )
 def test_no_header_from_loopback_rewrites_the_path(
     command: tuple[str, ...], tmp_path: Path

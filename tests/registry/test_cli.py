@@ -19,7 +19,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_an_empty_registry_says_how_to_fill_it(registry_paths: Paths, capsys) -> None:
     status, out, _ = run(capsys, "list")
-    assert (status, out) == (0, "there are no versions yet; publish one with python -m training\n")
+    assert (status, out) == (0, "there are no versions yet; publish one with convoy train\n")
 
 
 def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(

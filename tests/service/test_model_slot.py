@@ -21,7 +21,7 @@ def test_without_a_deployment_a_model_is_not_ready_and_the_error_says_what_to_ru
     slot: ModelSlot,
 ) -> None:
     assert not slot.refresh()
-    with pytest.raises(ModelNotReady, match="python -m registry pull models:/digits@champion"):
+    with pytest.raises(ModelNotReady, match="convoy pull models:/digits@champion"):
         slot.require()
 
 

@@ -84,7 +84,7 @@ def test_the_operations_page_lists_every_setting() -> None:
 
 
 def test_a_worker_never_opens_a_gpu_itself() -> None:
-    with pytest.raises(UsageError, match=r"CONVOY_DEVICE=cuda needs .* python -m service"):
+    with pytest.raises(UsageError, match=r"CONVOY_DEVICE=cuda needs .* convoy serve"):
         create_app(Settings(device="cuda"))
 
 

@@ -61,7 +61,7 @@ def test_the_summary_names_the_command_that_promotes_the_version(
 ) -> None:
     assert main([*QUICK, "--recipe", "dense", "--model", "mine"]) == 0
     out = capsys.readouterr().out
-    assert "python -m registry promote mine 1" in out
+    assert "convoy promote mine 1" in out
     assert main([*QUICK, "--recipe", "dense", "--no-register"]) == 0
     assert "promote" not in capsys.readouterr().out
 
@@ -106,7 +106,7 @@ def test_a_run_without_a_version_does_not_check_the_model_or_the_labels(
     ModelStore(registry_paths)
     mlflow.MlflowClient().create_registered_model("digits")  # its log is missing
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
-    monkeypatch.setattr("registry.store.mlflow_store.CLAIM_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("registry.store.model_names.CLAIM_TIMEOUT_S", 0.0)
     train = functools.partial(jobs.train_and_publish, twins, recipe, "digits", registry_paths)
     with pytest.raises(PromotionRefused, match="log"):
         train(device="cpu")
@@ -128,7 +128,7 @@ def test_a_name_that_has_no_version_is_refused_before_training(
         raise AssertionError("it trained")
 
     monkeypatch.setattr(jobs, "fit", never)
-    monkeypatch.setattr("registry.store.mlflow_store.CLAIM_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("registry.store.model_names.CLAIM_TIMEOUT_S", 0.0)
     for name in made:
         mlflow.MlflowClient().create_registered_model(name)
     with pytest.raises(PromotionRefused, match="A publication may have ended before its version"):

@@ -1,0 +1,81 @@
+"""``convoy VERB …``: finds the package that has a verb, and runs it.
+
+Imports nothing before the verb is known: ``convoy --help`` answers at once.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+TRAINING, REGISTRY, SERVICE = "training.__main__", "registry.cli.main", "service.__main__"
+
+# Heading → verb → the module that has it, and what it does.
+VERBS: dict[str, dict[str, tuple[str, str]]] = {
+    "Train": {
+        "train": (TRAINING, "train a network and register it as the next version"),
+        "compare": (TRAINING, "train several recipes on the same data"),
+    },
+    "View": {
+        "list": (REGISTRY, "list models and their versions"),
+        "show": (REGISTRY, "show one version: manifest, metrics, decisions"),
+        "history": (REGISTRY, "show every decision about a model, or its champion on a day"),
+        "audit": (REGISTRY, "check the audit log and the aliases"),
+        "traffic": (REGISTRY, "show requests, errors and latency of the versions that serve"),
+        "plan": (REGISTRY, "show how fast each plan runs a version on this machine"),
+    },
+    "Decide": {
+        "evaluate": (REGISTRY, "compare a version with the champion"),
+        "promote": (REGISTRY, "make a version the champion if the gate accepts it"),
+        "roll-back": (REGISTRY, "make the previous champion the champion again"),
+        "canary": (REGISTRY, "start or stop a canary, or a shadow"),
+    },
+    "Serve": {
+        "serve": (SERVICE, "serve models over HTTP"),
+        "classify": (SERVICE, "send images to a running service"),
+        "pull": (REGISTRY, "follow the registry and lay versions out on disk"),
+        "control": (REGISTRY, "serve the control plane: an API and pages for operators"),
+    },
+    "Secure": {
+        "token": (REGISTRY, "add, remove and list bearer tokens"),
+        "keygen": (REGISTRY, "make a key pair for signatures"),
+        "sign": (REGISTRY, "sign a version"),
+        "verify": (REGISTRY, "check a version's files and signature"),
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        print(usage(), file=sys.stderr)
+        return 2
+    verb = arguments[0]
+    if verb in ("-h", "--help"):
+        print(usage())
+        return 0
+    if verb == "--version":
+        print(f"convoy {importlib.metadata.version('convoy')}")
+        return 0
+    modules = {name: module for verbs in VERBS.values() for name, (module, _) in verbs.items()}
+    if verb not in modules:
+        close = difflib.get_close_matches(verb, modules, n=1)
+        advice = f"did you mean {close[0]}?" if close else "convoy --help lists the verbs"
+        print(f"error: convoy has no verb {verb!r}; {advice}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(modules[verb]).main(arguments, prog="convoy"))
+
+
+def usage() -> str:
+    """What ``convoy --help`` prints."""
+    lines = ["usage: convoy VERB …", "", "convoy VERB --help tells more about a verb."]
+    for heading, verbs in VERBS.items():
+        lines += ["", f"{heading}:"]
+        lines += [f"  {name:<10} {about}" for name, (_, about) in verbs.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
