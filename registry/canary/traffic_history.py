@@ -20,7 +20,7 @@ MAX_GAP_S = 60.0
 
 
 class MetricBuffer(Struct, frozen=True, kw_only=True):
-    """One version's values, one for each of ``Figures.seconds``; None where it answered nothing."""
+    """A version's values, one for each of ``Figures.seconds``; None if it answered no request."""
 
     role: str
     version: int
@@ -49,16 +49,16 @@ class TrafficHistory:
         self._locks: dict[str, Lock] = {}
 
     def samples(self, name: str) -> list[tuple[float, ServingStatus]]:
-        """The samples of ``name``, oldest first; takes one if the newest is two seconds old.
+        """The samples of ``name``, oldest first. Adds one if the newest is at least 2 s old.
 
         Raises:
-            ModelNotReady: the services do not say how they serve it.
+            ModelNotReady: a service cannot be reached, or does not serve the model.
         """
         with self._locks.setdefault(name, Lock()):  # keeps samples in the order of their times
             rows = self._samples.get(name, deque(maxlen=MAX_SAMPLES))
             now = monotonic()
             if rows and now - rows[-1][0] > MAX_GAP_S:
-                rows.clear()  # a line over so long a gap would say what nobody measured
+                rows.clear()  # a chart would draw a line through the time without measurements
             if not rows or now - rows[-1][0] >= SAMPLE_INTERVAL_S:
                 rows.append((now, self._read(name)))
             self._samples[name] = rows
@@ -75,14 +75,14 @@ class TrafficHistory:
             except Exception as error:  # the edge of a thread
                 if not failed:
                     unexpected = not isinstance(error, ConvoyError | OSError)
-                    log.warning("live figures are not sampled: %s", error, exc_info=unexpected)
+                    log.warning("cannot sample the traffic: %s", error, exc_info=unexpected)
                 failed = True
 
     def _sample(self, name: str) -> None:
         try:
             self.samples(name)
         except ModelNotReady as error:
-            log.debug("%s", error)  # the model's page says so
+            log.debug("%s", error)  # the model's page shows it
 
 
 def figures(samples: Sequence[tuple[float, ServingStatus]]) -> Figures:

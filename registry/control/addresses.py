@@ -1,4 +1,4 @@
-"""Addresses of pages and files, relative to the page that the request is for.
+"""Makes addresses of pages and files relative to the requested page.
 
 A proxy may serve the control plane below a path prefix and strip the prefix before it forwards a
 request. An address that starts with a slash would then lead a browser out of the control plane.

@@ -29,7 +29,7 @@ def create_app(store: ModelStore, paths: Paths, services: tuple[str, ...] = ()) 
     Args:
         store: the registry.
         paths: where tokens, policies and the caches of plans and gate results are.
-        services: addresses of the services, for live figures.
+        services: addresses of the services whose traffic the pages show.
     """
     app = Flask(__name__)
     app.extensions["convoy"] = ControlState(store, paths, services)

@@ -1,4 +1,4 @@
-"""What a decision will change, in words, for the page that asks an operator before it happens."""
+"""The text of the page that asks an operator to confirm a decision: what it will change."""
 
 from msgspec import Struct
 
@@ -7,7 +7,7 @@ from registry.promotion.commands import CanaryStart, Decision, Promotion, RollBa
 
 
 class Confirmation(Struct, frozen=True, kw_only=True):
-    """A question, the changes that a yes brings, and the text of the button for yes."""
+    """A question, the changes that follow a yes, and the text of the button for yes."""
 
     question: str
     changes: list[str]
@@ -18,13 +18,13 @@ class Confirmation(Struct, frozen=True, kw_only=True):
 def describe(
     decision: Decision, champion: int | None, previous: int | None, canary: Canary | None
 ) -> Confirmation:
-    """The confirmation of ``decision`` about a model with these aliases and this canary."""
+    """The confirmation of ``decision``, for a model with these aliases and this canary."""
     if isinstance(decision, Promotion):
         return _promotion(decision, champion, canary)
     if isinstance(decision, RollBack):
         return Confirmation(
             question=f"roll back to version {previous}?",
-            changes=[*_new_champion(champion, previous, canary), "The gate is not asked."],
+            changes=[*_new_champion(champion, previous, canary), "The gate does not run."],
             button=f"Yes, roll back to version {previous}",
             is_risky=True,
         )
@@ -54,11 +54,11 @@ def describe(
 def _promotion(decision: Promotion, champion: int | None, canary: Canary | None) -> Confirmation:
     version = decision.version
     if decision.force:
-        gate = "The gate's refusal is overridden. The log keeps the gate result and your reason."
+        gate = "You override the gate. The audit log keeps the gate result and your reason."
     else:
         gate = (
             "The gate compares the two versions first, and may refuse. "
-            "That can take a minute when it has not compared them in the last hour."
+            "That can take a minute if it has not compared them in the last hour."
         )
     changes = [*_new_champion(champion, version, canary), gate]
     if decision.allow_new_classes:

@@ -1,7 +1,7 @@
-"""Pages over the control plane, for people. Reading them needs no JavaScript.
+"""The control plane's pages for operators. They work without JavaScript.
 
-A visitor signs in with a token and gets a session. Its cookie sends itself, so whatever decides
-something must also bring the session's own secret in the form, and come from this origin.
+A visitor signs in with a token and gets a session cookie. Browsers also send the cookie with forms
+of other sites. So a form must contain the session's secret and come from this origin.
 """
 
 import base64
@@ -51,7 +51,7 @@ def init_app(app: Flask) -> None:
 
 
 def gate_result_page(result: GateResult) -> str:
-    """A judgement as one file that needs nothing else, with its pictures in it."""
+    """A gate result as one HTML file, with its style and its pictures in it."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder / "templates"), autoescape=True
@@ -62,7 +62,7 @@ def gate_result_page(result: GateResult) -> str:
 
 
 def ask_to_sign_in() -> BaseResponse:
-    """Send a visitor without a session to the page for that, and from there back to here."""
+    """Redirect a visitor without a session to the sign-in page, which leads back to this one."""
     return redirect(url_for("pages.sign_in", next=request.path), 303)
 
 
@@ -89,9 +89,9 @@ def signed_in() -> Any:
     target = request.form.get("next", "")
     if token is None or not token.may("view"):
         return render_template("login.html", next=target, failed=True), 401
-    # Only to a page of ours: "//host" and "/\\host" are another's.
-    ours = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
-    response = redirect(relative(target) if ours else url_for("pages.show_models"), 303)
+    # Never redirect to another site: a browser reads "//host" and "/\\host" as another host.
+    is_local = re.fullmatch(r"/(?![/\\])[A-Za-z0-9/_.-]*", target)
+    response = redirect(relative(target) if is_local else url_for("pages.show_models"), 303)
     response.set_cookie(
         COOKIE,
         control_state().sessions.begin(token.sha256),
@@ -136,7 +136,7 @@ def show_version(name: str, version: int) -> str:
 
 @blueprint.get("/models/<name>/versions/<int:version>/report/<file>")
 def show_report(name: str, version: int, file: str) -> Response:
-    """A picture of the version's training report, fetched once and kept."""
+    """A picture of the version's training report."""
     found = control_state().store.resolve(ModelRef(check_model_name(name), version))
     picture = control_state().picture(found, f"report/{file}")
     if picture is None:
@@ -148,7 +148,7 @@ def show_report(name: str, version: int, file: str) -> Response:
 
 @blueprint.post("/models/<name>/decide")
 def decide(name: str) -> Any:
-    """Carry out what a form asks for; before that, say what it will change, and ask."""
+    """Carry out a form's decision; if it is not confirmed yet, show what it will change."""
     _check_form()
     version = _number("version")
     require(g.visitor, "decide")
@@ -166,7 +166,7 @@ def decide(name: str) -> Any:
 
 
 def _read_form(action: str, version: int | None) -> Decision:
-    """The decision that the form asks for."""
+    """The decision in the form; raises ``UsageError`` if a field is missing or wrong."""
     reason = request.form.get("reason", "").strip() or None
     expected = _number("expect_champion")
     if action in ("promote", "force") and version is not None:
@@ -189,27 +189,30 @@ def _read_form(action: str, version: int | None) -> Decision:
         return CanaryStop(expect_challenger=version, reason=reason)
     if action == "roll-back":
         return RollBack(expect_champion=expected, reason=reason)
-    raise UsageError(f"the form asks for {action!r}, which is nothing that can be decided")
+    raise UsageError(
+        f"the form's action {action!r} is unknown, or needs a version; "
+        "use promote, force, start-canary, stop-canary or roll-back"
+    )
 
 
 def _confirm_page(name: str, decision: Decision) -> str:
     aliases, canary = control_state().store.aliases_and_canary(check_model_name(name))
-    # A form that names its champion is refused if another one is champion by then.
+    # A decision that expects a champion is refused later if another version is champion by then.
     champion = getattr(decision, "expect_champion", None) or aliases.get("champion")
-    asked = describe(decision, champion, aliases.get("previous"), canary)
-    of_version = isinstance(decision, Promotion | CanaryStart)
+    confirmation = describe(decision, champion, aliases.get("previous"), canary)
+    names_version = isinstance(decision, Promotion | CanaryStart)
     return render_template(
         "confirm.html",
         name=name,
-        question=asked.question,
-        changes=asked.changes,
-        button=asked.button,
-        kind="warn" if asked.is_risky else "",
+        question=confirmation.question,
+        changes=confirmation.changes,
+        button=confirmation.button,
+        kind="warn" if confirmation.is_risky else "",
         needs_reason=isinstance(decision, Promotion) and decision.force,
         reason=decision.reason or "",
         fields=[(key, value) for key, value in request.form.items() if key != "reason"],
         back=url_for("pages.show_version", name=name, version=_number("version"))
-        if of_version
+        if names_version
         else url_for("pages.show_model", name=name),
     )
 
@@ -253,7 +256,7 @@ def _version_page(name: str, version: int, error: str | None = None) -> str:
 
 
 def _traffic(name: str) -> dict[str, Any]:
-    """What ``traffic.html`` shows: the newest sample, the charts, the change since the oldest."""
+    """The values for ``traffic.html``: newest sample, charts, and the change since the oldest."""
     try:
         samples = control_state().history.samples(name)
     except ModelNotReady as error:
@@ -268,11 +271,11 @@ def _traffic(name: str) -> dict[str, Any]:
 
 
 def _check_form() -> None:
-    """Refuse a form that another site has sent: it does not know the session's secret."""
+    """Raise ``UsageError`` for a form of another site, which cannot know the session's secret."""
     _check_origin()
     sent, known = request.form.get("csrf", ""), form_secret(_cookie())
     if not hmac.compare_digest(sent.encode(errors="replace"), known.encode()):
-        raise UsageError("the form is not of this session; go back, load the page again")
+        raise UsageError("the form belongs to another session; go back and reload the page")
 
 
 def _check_origin() -> None:
@@ -280,7 +283,7 @@ def _check_origin() -> None:
     if request.headers.get("Sec-Fetch-Site") == "cross-site" or (
         origin is not None and urlsplit(origin).netloc != request.host
     ):
-        raise UsageError("the form comes from another site")
+        raise UsageError("another site sent the form; use the form on the control plane's page")
 
 
 def _number(field: str) -> int | None:
@@ -312,7 +315,7 @@ def _figure(value: float | None) -> str:
 
 
 def _drawing(file: str) -> str:
-    """What the picture in ``file`` of a report shows: the file is named after it."""
+    """What a report's picture shows: ``confusion matrix`` for ``confusion_matrix.png``."""
     return file.removesuffix(".png").replace("_", " ")
 
 

@@ -1,6 +1,6 @@
-"""Runs the control plane: one gunicorn process with threads, on a port of its own.
+"""Runs the control plane: one gunicorn process with threads, on its own port.
 
-Where pullers have only read access to the registry, it also guards canaries (``--guard``).
+With ``--guard`` it also guards canaries, for pullers that have only read access to the registry.
 """
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 16
 RECEIVE_TIMEOUT_S = 10
-# A promotion that times forward passes for the first time takes a minute or two.
+# A promotion takes a minute or two if the gate has yet to time the versions' forward passes.
 TIMEOUT_S = 900
 
 
@@ -34,10 +34,10 @@ def serve(host: str, port: int, guard: bool = False) -> int:
 
 
 class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """gthread, but a client that stops sending within a request soon frees its thread."""
+    """gthread; a client that sends nothing for 10 s within a request frees its thread."""
 
     def handle(self, conn: Any) -> Any:
-        # A time-out of the kernel, because gunicorn resets a time-out that Python sets.
+        # The kernel's time-out, because gunicorn resets the one that Python sets on the socket.
         limit = struct.pack("ll", RECEIVE_TIMEOUT_S, 0)
         conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         return super().handle(conn)
@@ -60,8 +60,8 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
             "timeout": TIMEOUT_S,
             "control_socket_disable": True,
             "limit_request_line": 2000,
-            # By default gunicorn lets headers of a client on loopback rewrite a request's path. A
-            # proxy on loopback may pass on such headers of its own clients.
+            # By default gunicorn lets a client on loopback rewrite a request's path by headers. A
+            # proxy on loopback may forward such headers from its own clients.
             "forwarder_headers": "",
         }.items():
             self.cfg.set(name, value)

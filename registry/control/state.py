@@ -1,4 +1,4 @@
-"""What the control plane's requests work on, and how an error becomes an answer."""
+"""The state that all requests of the control plane share, and the HTTP status of each error."""
 
 import logging
 import re
@@ -28,7 +28,8 @@ from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 COOKIE = "convoy"
-RESULT_TTL_S = 60.0  # a judgement without figures is not kept on disk: what is wrong may be mended
+# Errors, and gate results without figures, are kept only in memory: an operator may repair the cause.
+RESULT_TTL_S = 60.0
 STATUS: dict[type[domain.ConvoyError], int] = {
     domain.UsageError: 400,
     domain.TokenMissing: 401,
@@ -42,11 +43,11 @@ STATUS: dict[type[domain.ConvoyError], int] = {
     domain.TokensUnavailable: 503,
 }
 REPORT = re.compile(r"report/[A-Za-z0-9_.-]{1,80}\.png")
-REPORTS_KEPT = 20
+MAX_REPORTS = 20
 
 
 class ControlState:
-    """What the control plane's requests work on."""
+    """The state that all requests of the control plane share."""
 
     def __init__(self, store: ModelStore, paths: Paths, services: tuple[str, ...]) -> None:
         self.store = store
@@ -57,26 +58,26 @@ class ControlState:
         self.gate_runner = GateRunner(store, paths)
         self.history = TrafficHistory(self.serving_status)
         self._running_gates: dict[tuple[str, int], Thread] = {}
-        self._said: dict[tuple[str, int], tuple[float, GateResult | Exception]] = {}
+        self._recent: dict[tuple[str, int], tuple[float, GateResult | Exception]] = {}
         self._lock = Lock()
         self._fetching = Lock()
 
     def gate_result(self, name: str, version: int) -> GateResult | None:
-        """The gate's word on a version; None while it is being found, which this begins.
+        """The gate result of a version; None while the gate runs. The first call starts the gate.
 
         Raises:
-            ConvoyError: why it was not found, of the last minute.
+            Exception: the gate failed less than a minute ago; this is its error.
         """
         champion, challenger = self.store.champion_and_candidate(name, version)
         if known := self.gate_runner.known(champion, challenger):
             return known
         with self._lock:
-            at, said = self._said.get((name, version), (-RESULT_TTL_S, None))
+            at, result = self._recent.get((name, version), (-RESULT_TTL_S, None))
             if time.monotonic() - at < RESULT_TTL_S:
-                if isinstance(said, Exception):
-                    raise said
-                if said and said.champion == (champion.version if champion else None):
-                    return said
+                if isinstance(result, Exception):
+                    raise result
+                if result and result.champion == (champion.version if champion else None):
+                    return result
             running = self._running_gates.get((name, version))
             if running is None or not running.is_alive():
                 sides = (champion, challenger)
@@ -86,41 +87,53 @@ class ControlState:
         return None
 
     def carry_out(self, decision: Decision, name: str, by: str) -> Line:
-        """The ledger's line of ``decision`` about the model ``name``; raises as promotions do."""
+        """Carry out ``decision`` for the model ``name``; return its line in the audit log.
+
+        Raises:
+            ConvoyError: as the functions in ``registry.promotion.promotion`` do.
+        """
         return decision.carry_out(self.store, self.gate_runner, check_model_name(name), by)
 
     def serving_status(self, name: str) -> ServingStatus:
-        """How the services serve ``name``; raises ``ModelNotReady`` when they do not say."""
+        """How the services serve the model ``name``.
+
+        Raises:
+            ModelNotReady: a service cannot be reached, or does not serve the model.
+        """
         return read_serving_status(self.services, name)
 
     def picture(self, version: ModelVersion, path: str) -> bytes | None:
-        """A picture of the version's report, all of which are fetched once and kept."""
+        """A picture of the version's training report; None if the report does not have it.
+
+        The first call for a version downloads all its pictures. Those of the last 20 reports stay
+        on disk.
+        """
         folder = self.paths.reports / version.manifest_sha256
-        with self._fetching:  # a page asks for all its pictures at once
+        with self._fetching:  # a browser requests all pictures of a page at once
             with suppress(domain.BundleInvalid):
                 bundle = open_bundle(folder, version.manifest_sha256)
                 return bundle.read(path) if path in report_files(bundle.manifest) else None
             bundle = self.store.download(version, folder, lambda each: report_files(each.manifest))
             kept = sorted(folder.parent.iterdir(), key=lambda path: -path.stat().st_mtime)
-            for old in kept[REPORTS_KEPT:]:
+            for old in kept[MAX_REPORTS:]:
                 shutil.rmtree(old, ignore_errors=True)
             return bundle.read(path) if path in report_files(bundle.manifest) else None
 
     def _run_gate(self, champion: ModelVersion | None, challenger: ModelVersion) -> None:
-        said: GateResult | Exception
+        result: GateResult | Exception
         try:
-            said = self.gate_runner.run(champion, challenger)
-        except Exception as error:  # the edge of a thread; who asks again is told
-            log.exception("%s version %d was not judged", challenger.name, challenger.version)
-            said = error
-        if isinstance(said, GateResult) and said.comparison is not None:
-            return  # it lies on disk
+            result = self.gate_runner.run(champion, challenger)
+        except Exception as error:  # the edge of a thread; ``gate_result`` raises it again
+            log.exception("the gate failed on %s version %d", challenger.name, challenger.version)
+            result = error
+        if isinstance(result, GateResult) and result.comparison is not None:
+            return  # the gate runner has written it to disk
         now = time.monotonic()
         with self._lock:
-            self._said = {
-                key: row for key, row in self._said.items() if now - row[0] < RESULT_TTL_S
+            self._recent = {
+                key: row for key, row in self._recent.items() if now - row[0] < RESULT_TTL_S
             }
-            self._said[challenger.name, challenger.version] = now, said
+            self._recent[challenger.name, challenger.version] = now, result
 
 
 def report_files(manifest: Manifest) -> list[str]:
@@ -134,10 +147,10 @@ def control_state() -> ControlState:
 
 
 def describe_error(error: Exception) -> tuple[int, str, str]:
-    """Status, title and detail of an error; what nobody foresaw is logged, and told nobody."""
+    """Status, title and detail of an error. An unexpected error is logged; its text stays here."""
     if isinstance(error, HTTPException):
         return error.code or 500, error.name, error.description or error.name
     if isinstance(error, domain.ConvoyError) and type(error) in STATUS:
         return STATUS[type(error)], error.title(), str(error)
     log.error("unexpected error", exc_info=error)
-    return 500, "internal error", "something went wrong on our side; the log says what"
+    return 500, "internal error", "an unexpected error; the control plane's log has it"

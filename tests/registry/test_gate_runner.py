@@ -172,7 +172,7 @@ def test_the_command_evaluate_changes_nothing(
     )
     text = page.read_text()
     assert text.count("data:image/png;base64,") == len(shown.prediction_changes)
-    assert "Accepted: version 2 beside the champion, version 1" in text
+    assert "Accepted: version 2 compared with the champion, version 1" in text
     assert "<script" not in text
     assert store.aliases("digits")["champion"] == 1
     promote(store, "digits", 2)

@@ -1,4 +1,4 @@
-"""The operators' pages: what forms may decide, and the pages driven in a real Chromium."""
+"""The control plane's pages: which decisions forms may make, and the pages in a real Chromium."""
 
 import itertools
 import re
@@ -59,7 +59,7 @@ def app(store: ModelStore, registry_paths: Paths, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]) -> None:
-    """A worse version 1, a better 2, which is champion, and a 3 like 1."""
+    """Version 1 is worse, version 2 is better and champion, version 3 is as bad as version 1."""
     better, worse = better_and_worse_seed
     for seed in (worse, better, worse):
         publish(seed=seed)
@@ -79,14 +79,14 @@ def client(app: Flask) -> FlaskClient:
 
 
 def sign_in(client: FlaskClient, token: str, target: str = "") -> str:
-    """Sign in; the session's secret, as its forms carry it."""
+    """Sign in; return the session's secret, which its forms contain."""
     answer = client.post("/login", data={"token": token, "next": target})
     assert answer.status_code == 303
     return re.findall(r'name="csrf" value="([^"]+)"', client.get("/").text)[0]
 
 
 def up(path: str) -> str:
-    """From the page at ``path`` to that at the root."""
+    """The relative address of the root from the page at ``path``."""
     return "../" * (path.count("/") - 1)
 
 
@@ -96,15 +96,15 @@ def test_pages_stay_below_the_path_of_a_proxy(client: FlaskClient, promoted: Non
         text = client.get(path).text
         addresses = re.findall(r'(?:src|href|action|data-from)="([^"]+)"', text)
         found = {urljoin(f"https://host/convoy{path}", each) for each in addresses}
-        ours = {each for each in found if not each.startswith("data:")}
-        assert ours
-        assert all(each.startswith("https://host/convoy/") for each in ours)
-        for each in ours:
+        linked = {each for each in found if not each.startswith("data:")}
+        assert linked
+        assert all(each.startswith("https://host/convoy/") for each in linked)
+        for each in linked:
             with client.get(each.removeprefix("https://host/convoy")) as answer:
-                assert answer.status_code in (200, 405)  # 405: a form's
+                assert answer.status_code in (200, 405)  # 405: a form's address takes only POST
 
 
-def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None, tokens) -> None:
+def test_pages_need_a_sign_in_with_a_token(client: FlaskClient, promoted: None, tokens) -> None:
     for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/traffic"):
         answer = client.get(path)
         assert answer.status_code == 303
@@ -119,7 +119,7 @@ def test_pages_are_for_visitors_with_a_token(client: FlaskClient, promoted: None
     assert "digits" in client.get("/").text
 
 
-def test_one_token_cannot_sign_the_holders_of_others_out(paths: Paths) -> None:
+def test_many_sessions_of_one_token_do_not_end_those_of_another(paths: Paths) -> None:
     sessions = Sessions(paths.sessions)
     other = sessions.begin("a" * 64)
     cookies = [sessions.begin("b" * 64) for _ in range(MAX_SESSIONS_OF_A_TOKEN + 2)]
@@ -127,7 +127,7 @@ def test_one_token_cannot_sign_the_holders_of_others_out(paths: Paths) -> None:
     assert [cookie for cookie in cookies if sessions.find(cookie)] == cookies[2:]
 
 
-def test_the_oldest_session_of_all_ends_when_there_are_too_many(
+def test_the_oldest_session_ends_when_there_are_too_many(
     paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("registry.auth.sessions.MAX_SESSIONS", 3)
@@ -148,7 +148,7 @@ def test_a_removed_token_ends_its_session(client: FlaskClient, app: Flask, token
     assert client.get("/").status_code == 303
 
 
-def test_a_cookie_that_was_copied_opens_nothing_after_sign_out(
+def test_a_copied_cookie_is_worthless_after_the_visitor_signs_out(
     client: FlaskClient, app: Flask, promoted: None, tokens, store: ModelStore
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
@@ -166,7 +166,7 @@ def test_a_cookie_that_was_copied_opens_nothing_after_sign_out(
     assert len(store.audit_log("digits").lines) == before
 
 
-def test_a_sign_in_survives_a_restart_and_another_sign_out(
+def test_a_session_survives_a_restart_and_the_end_of_another_session(
     client: FlaskClient, app: Flask, tokens, store: ModelStore, registry_paths: Paths
 ) -> None:
     sign_in(client, tokens["viewer"])
@@ -182,7 +182,7 @@ def test_a_sign_in_survives_a_restart_and_another_sign_out(
 
 
 @pytest.mark.parametrize("content", [b"", b"[", b"[" * 5000, b'[{"cookie_sha256": "x"}]'])
-def test_a_damaged_file_of_sessions_locks_no_sign_in(
+def test_visitors_can_sign_in_when_the_file_of_sessions_is_damaged(
     client: FlaskClient, tokens, registry_paths: Paths, content: bytes
 ) -> None:
     sign_in(client, tokens["viewer"])
@@ -201,7 +201,7 @@ def test_a_session_ends_after_its_time(
     assert client.get("/").status_code == 303
 
 
-def test_whoever_may_only_classify_sees_no_page(
+def test_a_token_that_may_only_classify_opens_no_page(
     client: FlaskClient, app: Flask, promoted: None, tokens
 ) -> None:
     known = app.extensions["convoy"].tokens
@@ -213,7 +213,7 @@ def test_whoever_may_only_classify_sees_no_page(
         assert client.get(path).status_code == 303
 
 
-def test_a_session_decides_only_by_its_own_forms(
+def test_a_session_accepts_decisions_only_from_its_own_forms(
     client: FlaskClient, promoted: None, tokens, store: ModelStore
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
@@ -229,7 +229,8 @@ def test_a_session_decides_only_by_its_own_forms(
         (good, {"Sec-Fetch-Site": "cross-site"}),
     ):
         assert client.post(path, data=data, headers=headers).status_code == 400
-    assert client.post("/v1/models/digits/roll-back", json={}).status_code == 401  # no cookie there
+    # The API accepts no decision from a cookie.
+    assert client.post("/v1/models/digits/roll-back", json={}).status_code == 401
     assert len(store.audit_log("digits").lines) == before
     assert client.post(path, data=good, headers={"Origin": "http://localhost"}).status_code == 303
     assert store.aliases("digits")["champion"] == 1
@@ -242,7 +243,7 @@ def test_a_viewer_sees_no_forms_and_decides_nothing(
     assert "/decide" not in client.get("/models/digits").text
     before = len(store.audit_log("digits").lines)
     answer = client.post("/models/digits/decide", data={"action": "roll-back", "csrf": csrf})
-    assert answer.status_code == 403  # the page does not even ask
+    assert answer.status_code == 403  # without a question first
     assert "may view, not decide" in answer.text
     assert len(store.audit_log("digits").lines) == before
 
@@ -252,13 +253,13 @@ def test_a_viewer_sees_no_forms_and_decides_nothing(
     [
         ({"action": "start-canary", "version": "3", "share": "200"}, 400, "from 0 to 100"),
         ({"action": "start-canary", "version": "3"}, 400, "a share of the requests"),
-        ({"action": "explode"}, 400, "nothing that can be decided"),
+        ({"action": "explode"}, 400, "is unknown, or needs a version"),
         ({"action": "promote", "version": "1"}, 422, "is refused"),
         ({"action": "promote", "version": "1", "expect_champion": "9"}, 409, "not 9"),
         ({"action": "force", "version": "1"}, 400, "needs"),
     ],
 )
-def test_what_a_form_cannot_have_is_said_on_the_page(
+def test_the_page_shows_why_a_decision_failed(
     client: FlaskClient, promoted: None, tokens, form: dict[str, str], status: int, text: str
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
@@ -268,7 +269,7 @@ def test_what_a_form_cannot_have_is_said_on_the_page(
     assert 'role="alert"' in answer.text
 
 
-def test_a_version_of_other_classes_says_what_clients_will_see_and_asks(
+def test_promoting_a_version_with_other_classes_needs_the_operators_consent(
     client: FlaskClient,
     app: Flask,
     promoted: None,
@@ -292,7 +293,7 @@ def test_a_version_of_other_classes_says_what_clients_will_see_and_asks(
     assert store.aliases("digits")["champion"] == 4
 
 
-def test_texts_of_others_are_escaped(
+def test_pages_escape_text_that_others_wrote(
     client: FlaskClient, promoted: None, tokens, store: ModelStore
 ) -> None:
     roll_back(store, "digits", "<script>alert(1)</script>")
@@ -305,7 +306,7 @@ def test_texts_of_others_are_escaped(
     assert client.get("/models/%3Cb%3E").status_code == 400
 
 
-def test_charts_show_what_happened_between_two_samples() -> None:
+def test_charts_show_the_change_between_two_samples() -> None:
     def status(requests: int) -> ServingStatus:
         version = VersionTraffic(version=1, requests=requests, buckets=((0.004, requests),))
         return ServingStatus(model="m", generation=1, champion=1, versions=(version,))
@@ -316,18 +317,18 @@ def test_charts_show_what_happened_between_two_samples() -> None:
     assert [(each.role, each.version, each.values) for each in requests] == [
         ("champion", 1, [20.0, 0.0])
     ]
-    assert median[0].values == [pytest.approx(2.0), None]  # nothing was answered in the last two
+    assert median[0].values == [pytest.approx(2.0), None]  # no answer in the last two seconds
     assert errors[0].values == [0.0, 0.0]
 
 
-def test_a_model_is_sampled_while_nobody_looks() -> None:
+def test_every_model_is_sampled_while_no_page_is_open() -> None:
     reads: list[str] = []
     stop = threading.Event()
 
     def read(name: str) -> ServingStatus:
         reads.append(name)
         if name == "not served":
-            raise ModelNotReady("the services do not say")
+            raise ModelNotReady("the service does not serve it")
         if len(reads) > 3:
             stop.set()
         return ServingStatus(model=name, generation=1, champion=1)
@@ -340,7 +341,7 @@ def test_a_model_is_sampled_while_nobody_looks() -> None:
     assert {"not served", "digits"} == set(reads)
 
 
-def test_sampling_goes_on_after_the_registry_was_away(caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_continues_after_the_registry_was_away(caplog: pytest.LogCaptureFixture) -> None:
     stop = threading.Event()
     calls: list[int] = []
 
@@ -356,7 +357,7 @@ def test_sampling_goes_on_after_the_registry_was_away(caplog: pytest.LogCaptureF
         patch.setattr(traffic_history, "SAMPLE_INTERVAL_S", 0.0)
         history.watch(names, stop)
     assert [record.getMessage() for record in caplog.records] == [
-        "live figures are not sampled: the registry is away"
+        "cannot sample the traffic: the registry is away"
     ]
 
 
@@ -369,9 +370,9 @@ def test_sampling_goes_on_after_the_registry_was_away(caplog: pytest.LogCaptureF
         ),
         (
             {"action": "force", "version": "3"},
-            ["against the gate", "from version 2 to version 3", "overridden", "required"],
+            ["against the gate", "from version 2 to version 3", "You override", "required"],
         ),
-        ({"action": "roll-back"}, ["from version 2 to version 1", "The gate is not asked"]),
+        ({"action": "roll-back"}, ["from version 2 to version 1", "The gate does not run"]),
         (
             {"action": "start-canary", "version": "3", "share": "25"},
             ["version 3 on 25 % of the requests", "Version 2 stays the champion"],
@@ -379,7 +380,7 @@ def test_sampling_goes_on_after_the_registry_was_away(caplog: pytest.LogCaptureF
         ({"action": "stop-canary"}, ["There is no canary now", "Version 2, the champion"]),
     ],
 )
-def test_a_decision_is_asked_for_once_more_and_says_what_changes(
+def test_a_decision_needs_a_confirmation_on_a_page_that_says_what_changes(
     client: FlaskClient,
     promoted: None,
     tokens,
@@ -398,7 +399,7 @@ def test_a_decision_is_asked_for_once_more_and_says_what_changes(
     assert sent["confirmed"] == "yes"
 
 
-def test_a_promotion_names_the_canary_that_it_stops(
+def test_the_confirmation_of_a_promotion_names_the_canary_that_it_stops(
     client: FlaskClient, promoted: None, tokens, store: ModelStore
 ) -> None:
     start_canary(store, "digits", Canary(version=3, share=0.1))
@@ -433,7 +434,7 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
     page, faults = watched_page
     signed_in(page, url, tokens["admin"], "/models/digits")
     assert page.text_content("h1") == "digits"
-    assert "worker" in page.text_content("#live").lower()
+    assert "worker" in page.text_content("#traffic").lower()
     page.click("table a >> text=3")
     page.wait_for_selector("text=Refused: version 3")
     assert page.locator(".sheet img").count() > 0
@@ -479,7 +480,7 @@ def test_charts_have_their_points_when_the_page_opens(
 ) -> None:
     page, faults = watched_page
     now = time.monotonic()
-    for at_s in (now - 4, now - 2):  # what four seconds leave, at once
+    for at_s in (now - 4, now - 2):  # as if the history had sampled for four seconds
         with monkeypatch.context() as patch:
             patch.setattr(traffic_history, "monotonic", lambda at_s=at_s: at_s)
             app.extensions["convoy"].history.samples("digits")
@@ -500,7 +501,7 @@ def test_charts_have_their_points_when_the_page_opens(
 
 
 @pytest.mark.browser
-def test_a_button_says_that_its_request_runs_and_takes_no_second_press(
+def test_a_button_shows_that_its_request_runs_and_cannot_be_pressed_again(
     watched_page, url: str, promoted: None, tokens, store: ModelStore
 ) -> None:
     page, faults = watched_page
@@ -543,20 +544,20 @@ def test_reading_and_deciding_need_no_javascript(
     page = browser.new_context(java_script_enabled=False).new_page()
     signed_in(page, url, tokens["admin"])
     page.click("text=digits")
-    assert "champion" in page.text_content("#live")
-    assert "requests a second" in page.text_content("#live")
+    assert "champion" in page.text_content("#traffic")
+    assert "requests a second" in page.text_content("#traffic")
     page.goto(f"{url}/models/digits/versions/3")
     page.wait_for_selector("text=Refused: version 3")
     page.goto(f"{url}/models/digits")
     page.click("button >> text=Roll back")
-    assert store.aliases("digits")["champion"] == 2  # it asks first
+    assert store.aliases("digits")["champion"] == 2  # the page asks first
     page.click("text=Cancel")
     page.click("button >> text=Roll back")
     page.click("text=Yes, roll back to version 1")
     assert store.aliases("digits")["champion"] == 1
 
 
-def test_pictures_of_a_report_are_named_by_what_they_show(
+def test_a_reports_pictures_have_a_description_for_screen_readers(
     client: FlaskClient, publish, tokens, tmp_path: Path
 ) -> None:
     (tmp_path / "report").mkdir()
@@ -567,7 +568,7 @@ def test_pictures_of_a_report_are_named_by_what_they_show(
     assert 'alt="confusion matrix of version 1"' in page
 
 
-def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
+def test_a_reports_pictures_are_downloaded_once_for_concurrent_requests(
     client: FlaskClient, app: Flask, publish, tokens, tmp_path, downloads: list[int]
 ) -> None:
     report = tmp_path / "report"
@@ -579,9 +580,9 @@ def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
     found: list[tuple[int, bytes]] = []
 
     def ask(name: str) -> None:
-        one = app.test_client()
-        one.post("/login", data={"token": tokens["viewer"]})
-        answer = one.get(f"/models/digits/versions/1/report/{name}")
+        visitor = app.test_client()
+        visitor.post("/login", data={"token": tokens["viewer"]})
+        answer = visitor.get(f"/models/digits/versions/1/report/{name}")
         found.append((answer.status_code, answer.data))
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in ("a.png", "b.png") * 3]
@@ -593,7 +594,7 @@ def test_the_pictures_of_a_report_are_fetched_once_for_all_who_ask(
     assert downloads == [1]
 
 
-def test_viewers_at_once_take_one_sample_and_none_out_of_order() -> None:
+def test_concurrent_viewers_cause_one_sample() -> None:
     reads: list[int] = []
 
     def read(name: str) -> ServingStatus:

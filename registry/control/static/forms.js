@@ -1,4 +1,4 @@
-// Says in a button that its request runs, and for how long, and takes no second press meanwhile.
+// Shows in a button how long its request has been running, and disables the button meanwhile.
 "use strict";
 
 let timer;
@@ -12,16 +12,16 @@ addEventListener("submit", (event) => {
     button.textContent = `${text}: ${Math.round((performance.now() - began) / 1000)} s`;
   };
   button.dataset.idle = button.textContent;
-  // A promotion may take a minute: those who do not see the button hear it once.
+  // A promotion may take a minute: a screen reader announces the start once.
   document.getElementById("progress").textContent = `${text} …`;
-  setTimeout(() => { // after the browser has read the form: a disabled button is not sent
+  setTimeout(() => { // later: a browser does not send a form whose button is disabled already
     button.disabled = true;
     show();
   });
   timer = setInterval(show, 1000);
 });
 
-// A page that the browser kept comes back with the button as it was left.
+// A browser that goes back may show its cached page, in which the button is still disabled.
 addEventListener("pageshow", () => {
   clearInterval(timer);
   document.getElementById("progress").textContent = "";

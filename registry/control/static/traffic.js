@@ -1,13 +1,13 @@
-// Draws the live charts, and asks for newer figures every two seconds. Without it the page has
-// the table of figures as they were when the page was made.
+// Draws the charts, and requests newer figures every two seconds. Without JavaScript the page shows
+// only the table, with the figures of the moment at which the server made the page.
 "use strict";
 
 const POLL_MS = 2000;
 const MAX_POLL_MS = 60000;
 const CHART_HEIGHT_PX = 150;
 const charts = document.getElementById("charts");
-const live = document.getElementById("live");
-let plots = []; // one for each chart, as long as the same versions are served
+const traffic = document.getElementById("traffic");
+let plots = []; // one for each chart
 let drawn = ""; // the versions, colours and width that `plots` were made for
 let failures = 0;
 
@@ -49,7 +49,7 @@ function makePlot(chart, data, figure) {
         value: (_, value) => `${rounded(value)} ${chart.unit}`,
       })),
     ],
-    cursor: { sync: { key: "live" }, drag: { setScale: false, x: false, y: false } },
+    cursor: { sync: { key: "traffic" }, drag: { setScale: false, x: false, y: false } },
   }, data, figure);
 }
 
@@ -60,7 +60,7 @@ function showNewest(plot) {
 
 function draw() {
   const series = document.getElementById("series");
-  if (series === null) { // the services do not say
+  if (series === null) { // a service did not answer, so the table is missing, too
     charts.replaceChildren();
     plots = [];
     drawn = "";
@@ -77,18 +77,18 @@ function draw() {
   }
   plots.forEach((plot) => plot.destroy());
   const places = figures.charts.map(makeFigure);
-  charts.replaceChildren(...places); // all of them, before one is measured: they share the width
+  charts.replaceChildren(...places); // add all before measuring one, because they share the width
   plots = figures.charts.map((chart, index) => makePlot(chart, data[index], places[index]));
   plots.forEach(showNewest);
   drawn = wanted;
 }
 
-async function renew() {
+async function refresh() {
   if (!document.hidden) {
     try {
-      const answer = await fetch(live.dataset.from, { credentials: "same-origin", redirect: "error" });
+      const answer = await fetch(traffic.dataset.from, { credentials: "same-origin", redirect: "error" });
       if (answer.ok) {
-        live.innerHTML = await answer.text();
+        traffic.innerHTML = await answer.text();
         draw();
         failures = 0;
       }
@@ -96,10 +96,10 @@ async function renew() {
       failures += 1;
     }
   }
-  setTimeout(renew, Math.min(POLL_MS * 2 ** failures, MAX_POLL_MS));
+  setTimeout(refresh, Math.min(POLL_MS * 2 ** failures, MAX_POLL_MS));
 }
 
 draw();
 addEventListener("resize", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-setTimeout(renew, POLL_MS);
+setTimeout(refresh, POLL_MS);
