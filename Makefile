@@ -1,13 +1,13 @@
-# Everything runs in .venv, which each verb makes when it is missing or out of date.
+# Targets that need .venv make it first if it is missing or out of date.
 PYTHON ?= python3
-# A CPU build of torch saves gigabytes where there is no GPU: name the index that has one.
+# Without a GPU, a CPU build of torch saves gigabytes: set this to an index that has one.
 TORCH_INDEX_URL ?=
 NAME ?= fashion
 VERSION ?= challenger
 ARGS ?=
 
 BIN := .venv/bin
-# Stamps in one environment: what Convoy runs with, and on top the tools of those who change it.
+# Two stamps of .venv: Convoy and its dependencies are installed; so are the developers' tools.
 INSTALLED := .venv/.installed
 DEV := .venv/.dev
 INSTALL := $(BIN)/python deploy/install.py
@@ -16,7 +16,7 @@ COMPOSE ?= docker-compose
 .DEFAULT_GOAL := help
 .PHONY: help demo train promote serve test test-all coverage check torture torture-short chaos sbom bench up down update upgrade backup restore test-containers clean
 
-help: ## list the verbs
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -43,17 +43,17 @@ promote: $(INSTALLED) ## make a version the champion: NAME=fashion VERSION=chall
 serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
 	$(BIN)/convoy serve $(ARGS)
 
-test: $(DEV) ## all tests but the slow ones, a process for each core
+test: $(DEV) ## run all tests except the slow ones, one process per core (at most 4)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-all: $(DEV) ## all tests, the slow and end-to-end ones too, as CI does
+test-all: $(DEV) ## run also the slow and the end-to-end tests, as CI does
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
 	    -m 'not torture and not containers' $(ARGS)
 
-coverage: ## the same, and which part of the code they run (nearly twice as long)
+coverage: ## run test-all and measure the code's coverage (takes nearly twice as long)
 	@$(MAKE) test-all ARGS='--cov --cov-report=term $(ARGS)'
 
-check: $(DEV) ## formatting, lint, types, secrets
+check: $(DEV) ## check formatting, lint, types and secrets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -63,18 +63,18 @@ check: $(DEV) ## formatting, lint, types, secrets
 torture: $(DEV) ## fail every call to the registry, the disk and torch in turn (long)
 	$(BIN)/python -m pytest -m torture tests/torture $(ARGS)
 
-torture-short: $(DEV) ## the same for some of the calls, as CI does (a minute)
+torture-short: $(DEV) ## torture with some of the calls, as CI does (a minute)
 	TORTURE=short $(BIN)/python -m pytest -m torture tests/torture $(ARGS)
 
-chaos: $(DEV) ## what a hostile world does, all of docs/reliability.md (over an hour)
+chaos: $(DEV) ## run all failure scenarios of docs/reliability.md (over an hour)
 	@$(INSTALL) -e '.[bench,chaos]'
 	$(BIN)/python -m benchmarks.chaos all --json benchmarks/results/chaos --picture docs/pictures
 
-sbom: $(DEV) ## what is installed here, as CycloneDX: build/sbom.cdx.json
+sbom: $(DEV) ## list the installed packages as CycloneDX: build/sbom.cdx.json
 	@mkdir -p build
 	$(BIN)/cyclonedx-py environment $(BIN)/python --output-format JSON -o build/sbom.cdx.json
 
-bench: $(INSTALLED) ## speed beside what people would run instead, start-up, releases
+bench: $(INSTALLED) ## measure start-up, new deployments, and speed against other servers
 	@$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
 	$(BIN)/python -m benchmarks.served_accuracy --json benchmarks/results/served_accuracy.json
@@ -88,10 +88,11 @@ bench: $(INSTALLED) ## speed beside what people would run instead, start-up, rel
 	$(BIN)/python -m benchmarks.mixed --json benchmarks/results/mixed.json
 	$(BIN)/python -m benchmarks.flame --svg docs/pictures/flame.svg --json benchmarks/results/flame.json
 
-.env: # made once; what is new in .env.example has its default
+.env: # copied once; settings that .env.example gets later have their defaults
 	@cp .env.example $@
 
-# Random, made once. Their folder lets nobody else in; in containers another user reads the files.
+# Random, made once. Only the folder's owner may enter it. The files are readable by all, because
+# another user reads them in the containers.
 SECRETS := $(addprefix secrets/,database_password mlflow_password mlflow_session_key service_key \
     mlflow_reader_password grafana_password metrics_token) # pragma: allowlist secret
 $(SECRETS):
@@ -105,24 +106,24 @@ up: .env $(SECRETS) ## build and start the containers (docs/operations.md)
 down: ## stop the containers; the volumes stay
 	$(COMPOSE) down
 
-backup: ## the registry of the containers into one file: FILE=backups/DATE.tar
+backup: ## save the containers' registry to one file: FILE=backups/DATE.tar
 	deploy/backup.sh $(FILE)
 
-upgrade: ## back the registry up, then bring its tables to the image's version of MLflow
+upgrade: ## back up the registry, then migrate its tables to the image's version of MLflow
 	deploy/backup.sh
 	$(COMPOSE) stop mlflow control puller
 	$(COMPOSE) run --rm mlflow mlflow db upgrade postgresql+psycopg2://mlflow@database/mlflow
 	$(COMPOSE) up -d mlflow accounts control puller
 
-update: ## replace every replica of the service by the image as it is now, losing nothing
+update: ## rebuild the image and replace every replica of the service, losing no request
 	$(COMPOSE) build service
 	deploy/update.sh
 
-restore: ## destroy the registry of the containers and put a backup in its place: FILE=…
+restore: ## destroy the containers' registry and restore a backup: FILE=…
 	deploy/restore.sh $(FILE)
 
-test-containers: $(DEV) ## the containers for real; starts an engine and makes base images if need be
+test-containers: $(DEV) ## test real containers; starts an engine and makes base images if needed
 	$(BIN)/python -m pytest -m containers tests/containers $(ARGS)
 
-clean: ## remove .venv and caches; what was trained stays in var/
+clean: ## remove .venv and caches; trained models stay in var/
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info

@@ -1,8 +1,9 @@
-"""Run ``pip install`` in this environment with constraints.txt, and tell what pip does meanwhile.
+"""Runs ``pip install`` in this environment with constraints.txt, and shows its progress briefly.
 
-pip itself says too much (a line for each package that is there already) or, with ``--quiet``,
-nothing for minutes. Its warnings and errors are shown as they are. Without a terminal only packages
-of 10 MB and more have a line. The Makefile calls it: ``python deploy/install.py torch``.
+pip itself prints too much (a line for each package that is already installed) or, with ``--quiet``,
+nothing for minutes. This script passes pip's warnings and errors on unchanged. If the output is not
+a terminal, it prints only packages of 10 MB and more. The Makefile calls it:
+``python deploy/install.py torch``.
 """
 
 import re
@@ -19,13 +20,13 @@ from urllib.parse import unquote
 ROOT = Path(__file__).parents[1]
 LARGE_BYTES = 10_000_000
 UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
-# "  Downloading torch-2.13.0-cp311-….whl (192.3 MB)", with the whole address where the index is not
-# PyPI's own; "Processing /wheels/torch-2.13.0-….whl" where a folder of wheels is the index.
+# "  Downloading torch-2.13.0-cp311-….whl (192.3 MB)", with the full address if the index is not
+# PyPI; "Processing /wheels/torch-2.13.0-….whl" if the index is a folder of wheels.
 FETCHED = re.compile(
     r"\s*(?:Downloading|Using cached|Processing) (?P<file>\S+\.(?:whl|tar\.gz|zip))"
     r"(?: \((?P<size>[\d.]+) (?P<unit>bytes|kB|MB|GB)\))?(?: \(from .*\))?\s*"
 )
-LOOKED_AT = re.compile(r"\s*(?:Collecting|Requirement already satisfied:) (?P<name>[\w.-]+)")
+EXAMINED = re.compile(r"\s*(?:Collecting|Requirement already satisfied:) (?P<name>[\w.-]+)")
 UNPACKING = re.compile(r"Installing collected packages: (?P<names>.+)\s*")
 
 
@@ -42,8 +43,8 @@ def main() -> int:
         for line in pip.stdout:
             if text := line_to_show(line, 0 if terminal else LARGE_BYTES):
                 show(text)
-            if terminal and (looked_at := LOOKED_AT.match(line)):
-                show(looked_at["name"], keep=False)
+            if terminal and (examined := EXAMINED.match(line)):
+                show(examined["name"], keep=False)
             if terminal and (unpacking := UNPACKING.fullmatch(line)):
                 stack.enter_context(counting_unpacked(unpacking["names"].split(", ")))
     if pip.returncode == 0:
@@ -51,11 +52,15 @@ def main() -> int:
     return pip.returncode
 
 
-def line_to_show(line: str, least_bytes: int) -> str | None:
-    """What a line of pip's says of a package of ``least_bytes`` or more, or that pip unpacks."""
+def line_to_show(line: str, min_bytes: int) -> str | None:
+    """The line to print for a line of pip's output; None if it is not worth printing.
+
+    pip's line is worth printing if it fetches a package of at least ``min_bytes``, or if it begins
+    to unpack packages.
+    """
     if fetched := FETCHED.fullmatch(line):
         size_bytes = size_of(fetched)
-        if size_bytes >= least_bytes:
+        if size_bytes >= min_bytes:
             size = f" ({readable(size_bytes)})" if size_bytes else ""
             return name_and_version(fetched["file"]) + size
     elif unpacking := UNPACKING.fullmatch(line):
@@ -65,7 +70,7 @@ def line_to_show(line: str, least_bytes: int) -> str | None:
 
 
 def size_of(fetched: re.Match[str]) -> float:
-    """The size that pip said, else that of the file if it lies here, else 0."""
+    """The size that pip printed, otherwise that of the local file, or 0 if there is none."""
     if fetched["size"]:
         return float(fetched["size"]) * UNITS[fetched["unit"]]
     path = ROOT / fetched["file"]
@@ -73,7 +78,7 @@ def size_of(fetched: re.Match[str]) -> float:
 
 
 def name_and_version(file: str) -> str:
-    """``torch 2.13.0+cpu`` of ``https://…/torch-2.13.0%2Bcpu-cp311-cp311-….whl``."""
+    """``torch 2.13.0+cpu`` for ``https://…/torch-2.13.0%2Bcpu-cp311-cp311-….whl``."""
     name, _, rest = unquote(file).rsplit("/", 1)[-1].partition("-")
     version = re.sub(r"-.*|\.(whl|tar\.gz|zip)$", "", rest)
     return f"{name.replace('_', '-')} {version}"
@@ -85,7 +90,7 @@ def readable(size_bytes: float) -> str:
 
 @contextmanager
 def counting_unpacked(names: list[str]) -> Iterator[None]:
-    """Name the package that pip unpacks now: it takes them in the order in which it named them."""
+    """Show which package pip is unpacking; pip unpacks them in the order of ``names``."""
     folder = Path(sysconfig.get_path("purelib"))
     before = {*folder.glob("*.dist-info")}
     ended = threading.Event()
@@ -105,9 +110,9 @@ def counting_unpacked(names: list[str]) -> Iterator[None]:
 
 
 def show(text: str, *, keep: bool = True) -> None:
-    """Print a line; on a terminal it replaces the last one that was not to be kept."""
+    """Print a line; on a terminal it replaces the last line printed with ``keep=False``."""
     clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-    # The cursor goes back to the start, so that an error of pip's has a line of its own.
+    # The cursor returns to the start, so that an error that pip prints overwrites the line.
     print(f"{clear}  {text}", end="\n" if keep else "\r", flush=True)
 
 

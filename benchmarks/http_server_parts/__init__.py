@@ -1,4 +1,4 @@
-"""Three parts of our HTTP server, each alone: what it saves, or what it prevents.
+"""Measures three parts of our HTTP server separately: what each saves or prevents.
 
-``python -m benchmarks.http_server_parts`` measures; nothing but it uses this folder.
+``python -m benchmarks.http_server_parts`` measures; no other program uses this folder.
 """

@@ -1,20 +1,21 @@
-"""What the header cache, the two-phase round and the kernel's filter do, each alone.
+"""Measures the header cache, the two-phase round and the kernel's filter separately.
 
     python -m benchmarks.http_server_parts [--json FILE] [--quick] [--pairs 12] [--ends 200]
 
-First the cost: CPU seconds of the server's process tree by right answers, as
-``benchmarks.http_servers`` counts them, for the worker as it is and without one of its parts
-(``without``). W1 over 32 connections, and over 8 for the round. For each pair all variants are
-started anew; each is asked twice, in a random order and then in the reverse of it, and its two
-windows count together. ``ratio`` is the CPU time without the part by that with it, the geometric
-mean over the pairs, and ``low`` to ``high`` its interval of 95 % (Student's t of the logarithms).
-The filter does nothing until a worker ends, so its ratio must be 1: it shows what the method finds
-where there is nothing.
+The first part measures cost: CPU seconds of the server's process tree per right answer, counted as
+in ``benchmarks.http_servers``. It compares the complete worker with workers that lack one part
+(``without``). The load is W1 over 32 connections, and for the round also over 8. Each pair starts
+all variants again. Each variant gets two windows of load, one in a random order of the variants and
+one in the reverse order; both count together. ``ratio`` is the CPU time without the part divided by
+the time with it, as the geometric mean over the pairs. ``low`` to ``high`` is its 95 % confidence
+interval (Student's t of the logarithms). The filter does nothing until a worker ends, so its ratio
+must be 1: it shows what the method finds when there is no difference.
 
-Then what the filter prevents: how many clients are lost while workers end (``worker_ends``), by
-turns with it and without it, in blocks of 50 ends.
+The second part measures what the filter prevents: how many clients are lost while workers end
+(``worker_ends``), alternately with and without the filter, in blocks of 50 ends.
 
-Made for a machine of two cores, which load and servers share and the result names.
+The benchmark is made for a machine with two cores, which the load and the servers share. The result
+names the machine.
 """
 
 import json
@@ -55,9 +56,14 @@ Window = tuple[str, int]
 
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--quick", action="store_true", help="a trial: 3 pairs, 20 ends")
+    options.add_argument("--quick", action="store_true", help="a short check: 3 pairs, 20 ends")
     options.add_argument("--pairs", type=int, default=12)
-    options.add_argument("--ends", type=int, default=200, help="of workers, with and without each")
+    options.add_argument(
+        "--ends",
+        type=int,
+        default=200,
+        help="how many workers end with the filter, and how many without",
+    )
     arguments = options.parse_args()
     pairs, ends = (3, 20) if arguments.quick else (arguments.pairs, arguments.ends)
     results = {
@@ -76,7 +82,7 @@ def main() -> int:
 
 
 def compare(pairs: int, seconds: float) -> dict[str, Any]:
-    """The ratio of each part, and the raw figures of every window."""
+    """The ratio of each part, and the raw figures of each window."""
     bundle = prepare("w1")
     model, plan = f"models:/{bundle.manifest.model}@champion", fastest_plan("w1")
     windows = [(name, count) for count, names in CONNECTIONS.items() for name in names]
@@ -142,7 +148,7 @@ def summary(whole: list[list[Figures]], without: list[list[Figures]]) -> dict[st
 
 
 def cpu_ms(pair: list[Figures]) -> float:
-    """CPU milliseconds by right answers of some windows together."""
+    """CPU milliseconds per right answer, over the windows together."""
     return 1000 * sum(run["cpu_s"] for run in pair) / sum(run["right"] for run in pair)
 
 
@@ -158,7 +164,7 @@ def ratio_interval(
 
 
 def watch_ends(ends: int) -> dict[str, dict[str, int]]:
-    """Outcomes of clients by turns with the filter and without it."""
+    """How often clients had each outcome, alternately with the filter and without it."""
     classes = {"with the filter": WHOLE, "without it": CLASSES["filter"]}
     found: dict[str, Counter[str]] = {name: Counter() for name in classes}
     for _ in tqdm(range(-(-ends // BLOCK_ENDS)), unit="block", disable=None):

@@ -1,7 +1,7 @@
 """An application that answers every request at once, and gunicorn's configuration for it.
 
-Under our worker, for ``worker_ends``: a worker ends and another starts in a fraction of a second,
-so that hundreds of ends can be watched.
+``worker_ends`` runs it under our worker. A worker ends and another starts in a fraction of a
+second, so that the benchmark can observe hundreds of ends.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""Our gunicorn worker without one of its parts; ``gunicorn --worker-class`` takes each by its path.
+"""Worker classes for ``gunicorn --worker-class``: our worker without one of its parts.
 
-They reach into the worker, so that it needs no switch. When it changes, they must, too.
+They override private parts of the worker, so that the worker itself needs no switch. If those parts
+change, these classes must change, too.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from service.server.request_parser import HeaderCache
 
 
 class ParsedHeads(HeaderCache):
-    """Reads every head by gunicorn's parser, though it has read the same one before."""
+    """Parses every head with gunicorn's parser, even if it has parsed the same head before."""
 
     def read(self, asked: RawRequest, connection: Connection) -> tuple[Any, dict[str, Any]]:
         return self._parse(asked, connection)

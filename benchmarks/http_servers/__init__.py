@@ -1,4 +1,5 @@
-"""The application behind our HTTP server, gunicorn's gthread and Granian, one beside the other.
+"""Compares our HTTP server with gunicorn's gthread and Granian, all with the same application.
 
-``python -m benchmarks.http_servers`` measures; nothing but it uses this folder.
+``python -m benchmarks.http_servers`` measures. Besides it, only ``benchmarks.http_server_parts``
+uses this folder.
 """

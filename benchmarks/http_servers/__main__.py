@@ -1,27 +1,29 @@
-"""One application and engine behind several HTTP servers: our worker, gthread, Granian.
+"""Compares HTTP servers with one application and engine: our worker, gthread, Granian.
 
     python -m benchmarks.http_servers [--json FILE] [--quick] [--workloads w1,w2]
                                       [--servers convoy,gthread_8,…] [--repetitions 3]
 
-Needs the extra ``bench``, for Granian. Every server has two workers and one thread a forward pass,
-and answers by the same plan with the same settings. ``gthread_N`` is
-gunicorn's threaded worker with N threads, ``granian_N`` Granian's WSGI interface with N blocking
-threads. W1 and W2 are those of ``benchmarks.serving``. All servers run all the time; the load asks
-one after the other, in another order in each repetition, and every figure is the median of the
-repetitions. Failures and requests are their sums.
+Needs the extra ``bench``, for Granian. Every server has two workers, one thread per forward pass,
+the same plan and the same settings. ``gthread_N`` is gunicorn's threaded worker with N threads,
+``granian_N`` is Granian's WSGI interface with N blocking threads. The workloads W1 and W2 are those
+of ``benchmarks.serving``. All servers run all the time. The load goes to one server after another,
+in a different order in each repetition. Rates and times are medians of the repetitions, and counts
+of answers and failures are sums.
 
-``cpu_ms`` is the CPU time of the server's whole process tree, from /proc before and after a window
-(until the last answer has come), by the number of right answers. ``refused`` are answers with 503
-or 429; ``failed`` are wrong answers, other errors, and connections that were lost or refused. In
-the slow rows 500 clients send a byte of their request each second, of its head or of its body,
-beside 32 connections that ask as before (W1): figures are of these 32 only, but ``cpu_ms`` includes
-the work for the slow ones, and ``slow_closed`` says how many of them the server closed.
+``cpu_ms`` is the CPU time of the server's process tree per right answer. It is read from /proc
+before and after a window, which ends with the last answer. ``refused`` counts answers with 503 or
+429. ``failed`` counts wrong answers, other errors, and connections that were lost or refused.
 
-Made for a machine of two cores, which load and servers share and the result names.
-``client_cores`` is what the load took of them, and ``other_cores`` what everything else took: where
-that is more than a few hundredths (a tenth with slow clients), requests/s say little. Where ``rps``
-is 0, the server had answered nobody when the window was over, and ``p99_ms`` is of those whom it
-answered once the slow clients had gone.
+In the slow rows, 500 clients send one byte a second of a request's head or body, while 32 ordinary
+connections send requests (W1). The figures are those of the 32 connections, except that ``cpu_ms``
+includes the work for the slow clients, and ``slow_closed`` counts how often the server closed one
+of them.
+
+The benchmark is made for a machine with two cores, which the load and the servers share. The result
+names the machine. ``client_cores`` is how many cores the load used, ``other_cores`` how many all
+processes besides the load and the server used: if that is more than a few hundredths (a tenth with
+slow clients), requests/s mean little. If ``rps`` is 0, the server answered no request within the
+window; ``p99_ms`` is then of the requests that it answered after the slow clients had gone.
 """
 
 import json
@@ -45,8 +47,8 @@ CONNECTIONS = (8, 32, 128, 256, 512)
 QUICK_CONNECTIONS = (32, 512)
 SECONDS = {"w1": 4.0, "w2": 8.0}
 WARM_UP_S = 1.0
-HONEST, SLOW = 32, 500
-# Before the honest ones ask, the slow ones must hold what they can.
+ORDINARY, SLOW = 32, 500  # clients
+# The slow clients first need time to occupy as many connections or threads as they can.
 SLOW_SETTLE_S, SLOW_SECONDS = 4.0, 12.0
 MEDIANS = ("rps", "p50_ms", "p99_ms", "cpu_ms", "client_cores", "other_cores")
 SUMS = ("right", "refused", "failed", "slow_closed")
@@ -57,7 +59,7 @@ Runs = dict[str, dict[str, list[Figures]]]
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument(
-        "--quick", action="store_true", help="a trial: short, 32 and 512 connections, once"
+        "--quick", action="store_true", help="a short check: 32 and 512 connections, one repetition"
     )
     options.add_argument("--workloads", default="w1,w2")
     options.add_argument("--servers", default=",".join(NAMES))
@@ -80,7 +82,7 @@ def main() -> int:
 
 
 def compare(workload: str, names: list[str], repetitions: int, quick: bool) -> dict[str, Any]:
-    """Everything about one workload: the plan, the medians and the raw figures."""
+    """The results of one workload: the plan, the medians and the raw figures."""
     bundle = prepare(workload)
     model = bundle.manifest.model
     plan = fastest_plan(workload)
@@ -89,7 +91,7 @@ def compare(workload: str, names: list[str], repetitions: int, quick: bool) -> d
     with running(names, f"models:/{model}@champion", plan) as servers:
         plans = {served_plan(server, model) for server in servers.values()}
         if plans != {plan}:
-            raise SystemExit(f"the servers answer by {plans} instead of {plan}")
+            raise SystemExit(f"the servers use the plans {plans} instead of {plan}")
         questions, difference = agree(servers, bundle)
         for server in servers.values():
             load(server.port, 8, WARM_UP_S, questions)
@@ -100,7 +102,7 @@ def compare(workload: str, names: list[str], repetitions: int, quick: bool) -> d
                 else measure(servers[name], int(job), seconds, questions)
             )
             runs[name].setdefault(job, []).append(figures)
-            time.sleep(0.5)  # the connections that were closed are cleared away
+            time.sleep(0.5)  # until the server has cleared away the closed connections
     return {
         "model": model,
         "plan": plan,
@@ -111,7 +113,7 @@ def compare(workload: str, names: list[str], repetitions: int, quick: bool) -> d
 
 
 def jobs(workload: str, names: list[str], repetitions: int, quick: bool) -> list[tuple[str, str]]:
-    """What to measure of which server, in order; the servers' order differs each time."""
+    """The jobs in order, each with its server; the servers' order is random for each job."""
     order = random.Random(0)
     kinds = [
         *map(str, QUICK_CONNECTIONS if quick else CONNECTIONS),
@@ -128,12 +130,12 @@ def jobs(workload: str, names: list[str], repetitions: int, quick: bool) -> list
 def measure_beside_slow(
     server: Server, kind: str, questions: list[Question], quick: bool
 ) -> Figures:
-    """One window beside slow clients, who stay a second longer than it."""
+    """The figures of one window beside slow clients, which stay a second longer."""
     seconds = SLOW_SECONDS / (2 if quick else 1)
     lasting_s = SLOW_SETTLE_S + seconds + 1
     with slow_clients(kind, server.port, SLOW, lasting_s) as closed:
         time.sleep(SLOW_SETTLE_S)
-        figures = measure(server, HONEST, seconds, questions)
+        figures = measure(server, ORDINARY, seconds, questions)
         figures["slow_closed"] = closed()
     return figures
 

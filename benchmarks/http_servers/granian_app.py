@@ -1,9 +1,10 @@
-"""The service's application for Granian, which needs two things of its caller that gunicorn's do.
+"""The service's application for Granian, with two additions that gunicorn does not need.
 
-``service/gunicorn.conf.py`` prepares a worker's heap; here the factory does. And Granian 2.8 reads
-status and headers before it iterates an answer, though PEP 3333 tells servers not to assume that
-``start_response`` was called by then. Ours calls it in the first iteration, so that Granian would
-send every answer as a 200 without headers. ``gathered`` iterates first.
+``service/gunicorn.conf.py`` prepares a worker's heap; here the factory does it. Granian 2.8 reads
+status and headers before it iterates an answer, although PEP 3333 tells servers not to assume that
+the application has called ``start_response`` by then. Our application calls it in the first
+iteration, so Granian would send every answer as a 200 without headers. ``gathered`` therefore
+iterates first.
 """
 
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ def create() -> "WSGIApplication":
 
 
 def gathered(application: "WSGIApplication") -> "WSGIApplication":
-    """``application``, iterated before its answer is returned, as a list."""
+    """``application``, changed to iterate its answer completely and return it as a list."""
 
     def answer(environ: dict[str, Any], start_response: "StartResponse") -> Iterable[bytes]:
         body = application(environ, start_response)

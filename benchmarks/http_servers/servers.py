@@ -33,13 +33,13 @@ class Server(Struct, frozen=True):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
 
     def cpu_s(self) -> float:
-        """CPU seconds, user and system, of the whole tree, processes that have ended included."""
+        """CPU seconds, user and system, of the process tree, including ended processes."""
         tree = [self.process, *self.process.children(recursive=True)]
         return sum(sum(process.cpu_times()[:4]) for process in tree)
 
 
 def gthread(threads: int) -> Command:
-    """gunicorn's own threaded worker, else configured as the service is."""
+    """gunicorn's own threaded worker, configured like the service otherwise."""
     return lambda port: [
         *("gunicorn", "-c", str(GUNICORN_CONFIG), "--worker-class", "gthread"),
         *("--threads", str(threads), "--bind", f"127.0.0.1:{port}"),
@@ -47,7 +47,7 @@ def gthread(threads: int) -> Command:
 
 
 def granian(threads: int) -> Command:
-    """Granian's WSGI interface with so many blocking threads a worker."""
+    """Granian's WSGI interface with this number of blocking threads per worker."""
     return lambda port: [
         *("granian", "--interface", "wsgi", "--factory", "--no-ws", "--http", "1"),
         *("--workers", str(WORKERS), "--blocking-threads", str(threads)),
@@ -69,7 +69,7 @@ NAMES = ("convoy", *OTHERS)
 
 @contextmanager
 def running(names: Sequence[str], model: str, plan: str) -> Iterator[dict[str, Server]]:
-    """The servers ``names``, ready to answer for ``model`` by ``plan``."""
+    """The servers ``names``, ready to serve ``model`` with ``plan``."""
     with ExitStack() as stack:
         servers = {}
         for name in names:
@@ -83,7 +83,7 @@ def running(names: Sequence[str], model: str, plan: str) -> Iterator[dict[str, S
 
 @contextmanager
 def serving(command: Command, model: str, plan: str) -> Iterator[Server]:
-    """A server of the application, with the environment that ``convoy serve`` gives it."""
+    """A server of the application, with the same environment as from ``python -m service``."""
     with tempfile.TemporaryDirectory(prefix="convoy-run-") as folder:
         (Path(folder) / METRICS).mkdir()
         port = free_port()
@@ -105,7 +105,7 @@ def serving(command: Command, model: str, plan: str) -> Iterator[Server]:
 
 @contextmanager
 def started(command: list[str], environment: dict[str, str], port: int) -> Iterator[Server]:
-    """``python -m command``, from the moment at which it says on ``port`` that it is ready."""
+    """``python -m command`` as a server that is ready on ``port``; ended with the context."""
     with tempfile.TemporaryFile() as log:
         process = psutil.Popen(
             [sys.executable, "-m", *command],
@@ -128,7 +128,7 @@ def started(command: list[str], environment: dict[str, str], port: int) -> Itera
 
 
 def _is_ready(server: Server) -> bool:
-    """Whether a worker answers, and all of them have loaded their model."""
+    """Whether a worker answers that the model is loaded."""
     connection = server.connect()
     try:
         connection.request("GET", "/readyz")

@@ -1,11 +1,12 @@
-"""Clients that send a byte of their request each second, in a process of their own.
+"""Clients that send one byte of their request a second, in a separate process.
 
     with slow_clients("heads", port, count=500, seconds=20) as stopped:
         …
     stopped()  # how often the server closed one of them
 
-``heads``: the head of a request never ends. ``bodies``: the head is whole, and the body comes a
-byte a second. A client that is closed connects anew.
+``heads``: the client never completes the head of its request. ``bodies``: the client sends a
+complete head at once, and the body one byte a second. If the server closes a client's connection,
+the client connects again.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from benchmarks.serving import ROOT
 STEP_S = 1.0
 RECONNECT_S = 0.5
 HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-# What is sent at once, and what comes a byte at a time.
+# For each kind: the bytes that a client sends at once, and those that it sends one at a time.
 KINDS = {
     "heads": (b"", HEAD + b"X-Slow: " + b"y" * 8192),
     "bodies": (HEAD + b"Content-Length: 8192\r\n\r\n", b"z" * 8192),
@@ -29,7 +30,12 @@ KINDS = {
 
 @contextlib.contextmanager
 def slow_clients(kind: str, port: int, count: int, seconds: float) -> Iterator[Callable[[], int]]:
-    """So many clients for ``seconds``; the function waits for their end, and counts closings."""
+    """Run ``count`` clients for ``seconds``.
+
+    Yields:
+        A function that waits for the end of the clients, and returns how often the server closed
+        or refused a connection.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, kind, str(port), str(count), str(seconds)],
         stdout=subprocess.PIPE,
@@ -46,7 +52,7 @@ async def send_slowly(kind: str, port: int, count: int, seconds: float) -> int:
     """How often the server closed a client's connection, or refused it."""
     closed = 0
 
-    async def again() -> None:
+    async def run_client() -> None:
         nonlocal closed
         await asyncio.sleep(random.uniform(0, STEP_S))
         while True:
@@ -55,7 +61,7 @@ async def send_slowly(kind: str, port: int, count: int, seconds: float) -> int:
             closed += 1
             await asyncio.sleep(RECONNECT_S)
 
-    clients = [asyncio.create_task(again()) for _ in range(count)]
+    clients = [asyncio.create_task(run_client()) for _ in range(count)]
     await asyncio.sleep(seconds)
     for client in clients:
         client.cancel()
@@ -64,7 +70,7 @@ async def send_slowly(kind: str, port: int, count: int, seconds: float) -> int:
 
 
 async def _one_request(port: int, at_once: bytes, slowly: bytes) -> None:
-    """Returns, or raises ``OSError``, when the server has closed the connection."""
+    """Send one request slowly; return or raise ``OSError`` when the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
     try:
         writer.write(at_once)

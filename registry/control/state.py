@@ -28,7 +28,7 @@ from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
 COOKIE = "convoy"
-# Errors, and gate results without figures, are kept only in memory: an operator may repair the cause.
+# For errors and gate results without figures: short, because an operator may repair the cause.
 RESULT_TTL_S = 60.0
 STATUS: dict[type[domain.ConvoyError], int] = {
     domain.UsageError: 400,

@@ -1,6 +1,6 @@
-"""``/openapi.json`` and ``/docs``: the API for programs, and the same for people.
+"""``/openapi.json`` describes the API for programs, and ``/docs`` shows the description to people.
 
-The page is made from the description alone; ``static/docs.js`` sends what its forms ask for.
+The page is rendered from the description alone. ``static/docs.js`` sends the requests of its forms.
 """
 
 from functools import cached_property
@@ -13,29 +13,29 @@ from werkzeug.wrappers import Response as BaseResponse
 from service.http.openapi import Operation, document
 from service.http.page import POLICY
 
-BASE = "http://127.0.0.1:8080"  # in the page, a script puts its own address there
+BASE = "http://127.0.0.1:8080"  # ``static/docs.js`` replaces it with the page's address
 EXTENSION = "convoy.description"
 blueprint = Blueprint("docs", __name__)
 
 
 class Description:
-    """The description in both forms, each made when it is first asked for."""
+    """The description as JSON and as a page; the first request for each makes it."""
 
-    def __init__(self, of_protocols: list[Operation]) -> None:
-        self._of_protocols = of_protocols
+    def __init__(self, protocol_operations: list[Operation]) -> None:
+        self._protocol_operations = protocol_operations
 
     @cached_property
     def openapi(self) -> bytes:
-        return msgspec.json.encode(document(self._of_protocols))
+        return msgspec.json.encode(document(self._protocol_operations))
 
     @cached_property
     def page(self) -> str:
-        return _page(document(self._of_protocols))
+        return _page(document(self._protocol_operations))
 
 
-def init_app(app: Flask, of_protocols: list[Operation]) -> None:
-    """Describe ``of_protocols``, and the routes that every service has."""
-    app.extensions[EXTENSION] = Description(of_protocols)
+def init_app(app: Flask, protocol_operations: list[Operation]) -> None:
+    """Describe the protocols' operations, and the routes that every service has."""
+    app.extensions[EXTENSION] = Description(protocol_operations)
     app.register_blueprint(blueprint)
 
 
@@ -48,7 +48,7 @@ def openapi() -> Response:
 @blueprint.get("/docs")
 def docs() -> BaseResponse:
     if request.path.endswith("/"):
-        return redirect("../docs")  # its files' addresses are relative
+        return redirect("../docs")  # the addresses of the page's files are relative
     description: Description = current_app.extensions[EXTENSION]
     response = Response(description.page, mimetype="text/html")
     response.headers["Content-Security-Policy"] = POLICY
@@ -56,7 +56,7 @@ def docs() -> BaseResponse:
 
 
 def curl_line(path: str, method: str, operation: dict[str, Any]) -> str:
-    """The command that sends the request with the examples of its parameters."""
+    """The curl command that sends the request with the examples of its parameters."""
     parameters = operation.get("parameters", [])
     for each in parameters:
         path = path.replace(f"{{{each['name']}}}", str(each["example"]))
@@ -82,5 +82,5 @@ def _page(described: dict[str, Any]) -> str:
 
 
 def _as_json(value: Any) -> str:
-    """``value`` for a reader, its fields in the order of the answer."""
+    """``value`` as indented JSON, its fields in the order of the answer."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

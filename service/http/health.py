@@ -1,4 +1,4 @@
-"""Probes and metrics, for orchestrators and monitors rather than for people."""
+"""Probes and metrics, for orchestrators and monitoring systems."""
 
 import time
 
@@ -28,7 +28,7 @@ class ModelState(Struct, frozen=True, kw_only=True):
 
 
 class Readiness(Struct, frozen=True, kw_only=True):
-    """Whether the service answers; ``ending`` says why it is about to end."""
+    """Whether the service answers; ``ending`` is the reason if this worker is about to end."""
 
     ready: bool
     ending: str | None
@@ -55,7 +55,7 @@ READINESS_EXAMPLE = Readiness(
 
 @blueprint.get("/livez")
 def livez() -> Response:
-    """200 while this process answers at all."""
+    """200 as long as this process answers."""
     return Response("ok\n", mimetype="text/plain")
 
 
@@ -64,11 +64,11 @@ def livez() -> Response:
 def readyz() -> Response:
     """200 when every model has a version that is loaded, warmed up and proved; else 503.
 
-    Says for each how long ago the puller last agreed with the registry: a version that serves on
-    while the registry is down is ready, and stale.
+    The answer has for each model how long ago the puller last agreed with the registry. A version
+    that still serves while the registry is down is ready, and after ``CONVOY_STALE_S`` also stale.
     """
     slots = state().slots.values()
-    ending = state().watchdog.reason or ("told to end" if ENDING in request.environ else None)
+    ending = state().watchdog.reason or ("shutting down" if ENDING in request.environ else None)
     ready = ending is None and all(slot.current is not None for slot in slots)
     body = Readiness(ready=ready, ending=ending, models=[_describe(slot) for slot in slots])
     return Response(msgspec.json.encode(body), 200 if ready else 503, mimetype="application/json")

@@ -1,4 +1,4 @@
-"""``GET /v1/models``: what is served, how it sees pictures, and what it is worth."""
+"""``GET /v1/models``: the served models, with their preprocessing, metrics and traffic."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ blueprint = Blueprint("models", __name__)
 
 
 class ModelSummary(Struct, frozen=True, kw_only=True):
-    """One model: the version that serves, or why none does."""
+    """One model: the version that serves, or why no version serves."""
 
     name: str
     wanted: str
@@ -43,7 +43,7 @@ class ModelList(Struct, frozen=True):
 
 
 class ModelDetails(ModelSummary, frozen=True, kw_only=True):
-    """One version that serves, and what serves beside it."""
+    """One version that serves, with the canary and the workers of its model."""
 
     canary: Canary | None
     workers: list[WorkerReport]
@@ -132,7 +132,7 @@ def show_model(name: str, version: int | None = None, alias: str | None = None) 
 
 @blueprint.get("/v1/models/<name>/traffic")
 def show_traffic(name: str) -> Response:
-    """What each version did since the service started, and what every worker serves."""
+    """Each version's traffic since the service started, and what each worker serves."""
     current = state()
     slot = current.slot(name)
     serving = slot.serving
@@ -149,7 +149,7 @@ def show_traffic(name: str) -> Response:
 
 
 def _summary(slot: ModelSlot, served: ServedModel | None) -> dict[str, Any]:
-    """The fields of a ``ModelSummary`` about the version ``served`` of the model in ``slot``."""
+    """The fields of a ``ModelSummary``: ``slot`` has the model, ``served`` is its version."""
     return {
         "name": slot.ref.name,
         "wanted": str(slot.ref),

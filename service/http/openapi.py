@@ -1,6 +1,6 @@
-"""The OpenAPI 3.1 description of the service, generated from the records that it answers with.
+"""The OpenAPI 3.1 description of the service, generated from the records of its answers.
 
-A test holds it against the routes. Each protocol describes its own operations.
+A test compares it with the routes. Each protocol describes its own operations.
 """
 
 import re
@@ -18,22 +18,22 @@ from service.http.models import ModelDetails, ModelList
 
 FAILURES = {
     "400": "The request is malformed.",
-    "401": "The service asks for a key: Authorization: Bearer …",
-    "403": "The key may not do this.",
-    "404": "The model, version or alias is not served here.",
-    "408": "The request did not arrive in its time.",
-    "411": "The body is chunked: its length is not said.",
+    "401": "The token is missing or unknown: send Authorization: Bearer TOKEN.",
+    "403": "The token's role does not permit this.",
+    "404": "The service does not serve this model, version or alias.",
+    "408": "The request did not arrive in time.",
+    "411": "The body is chunked: send Content-Length instead.",
     "413": "Too many bytes, pixels or images.",
     "415": (
-        "Not an image type that is accepted (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), or a body that "
-        "is compressed."
+        "The image is not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM, or the body is compressed "
+        "(Content-Encoding)."
     ),
     "422": "The image cannot be decoded.",
-    "429": "This caller asks more often than it may; see Retry-After.",
+    "429": "The client sends more requests than its rate limit allows; see Retry-After.",
     "431": "The head of the request is too long.",
-    "500": "Something went wrong on the service's side; the body has the request's id.",
-    "503": "Too many wait, no version is loaded, or keys cannot be read; see Retry-After.",
-    "504": "The image waited longer than its time.",
+    "500": "An unexpected error in the service; the body has the request's id.",
+    "503": "Too many images wait, no version is loaded, or tokens cannot be read; see Retry-After.",
+    "504": "The image was not scored before its deadline.",
 }
 ABOUT_MODELS = ("401", "403", "404", "503")
 _BINARY = {"type": "string", "format": "binary"}
@@ -61,14 +61,14 @@ class Operation(Struct, frozen=True, kw_only=True):
     """One method of one path.
 
     Attributes:
-        path: with its parameters in braces.
-        answer: the type that a 200 has as JSON; None for text.
-        example: an answer, of the type ``answer``; text where that is None.
-        method: in lower case.
+        path: the path, with its parameters in braces.
+        answer: the type of the JSON in a 200; None for text.
+        example: an answer of the type ``answer``, or text if that is None.
+        method: the HTTP method in lower case.
         takes_images: whether the body has images, in any form that Convoy reads.
-        query: the parameters in the query, as OpenAPI describes them.
-        failures: statuses that it may have beside 200.
-        failure_answers: statuses beside 200 that have ``answer``, too.
+        query: the parameters of the query, as OpenAPI describes them.
+        failures: further statuses, with problem details as their body.
+        failure_answers: further statuses, with the same type of answer as a 200.
     """
 
     path: str
@@ -90,7 +90,7 @@ _ONE_MODEL = (
 OPERATIONS = (
     Operation(
         path="/v1/models",
-        summary="The models that are served.",
+        summary="The served models.",
         answer=ModelList,
         example=models.LIST_EXAMPLE,
         failures=ABOUT_MODELS,
@@ -107,7 +107,7 @@ OPERATIONS = (
     ),
     Operation(
         path="/v1/models/{name}/traffic",
-        summary="What each version did since the service started, and what each worker serves.",
+        summary="Each version's traffic since the service started, and what each worker serves.",
         answer=ServingStatus,
         example=models.TRAFFIC_EXAMPLE,
         failures=ABOUT_MODELS,
@@ -136,9 +136,9 @@ OPERATIONS = (
 )
 
 
-def document(of_protocols: Iterable[Operation]) -> dict[str, Any]:
-    """The description as plain data: ``of_protocols`` first, then what every service has."""
-    operations = [*of_protocols, *OPERATIONS]
+def document(protocol_operations: Iterable[Operation]) -> dict[str, Any]:
+    """The description as plain data: the protocols' operations, then those of every service."""
+    operations = [*protocol_operations, *OPERATIONS]
     answers = [each.answer for each in operations if each.answer is not None]
     schemas, components = msgspec.json.schema_components(
         [*answers, Problem], ref_template="#/components/schemas/{name}"
@@ -156,10 +156,10 @@ def document(of_protocols: Iterable[Operation]) -> dict[str, Any]:
             "description": "Classifies pictures; every answer names the version that made it.",
         },
         "paths": paths,
-        # A service asks for keys only if it was told to; probes and pages are open always.
-        "security": [{}, {"key": []}],
+        # A service needs tokens only if it is configured so; probes and pages never need one.
+        "security": [{}, {"token": []}],
         "components": {
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
             "schemas": components,
         },
     }
@@ -170,13 +170,13 @@ def _operation(operation: Operation, schema: dict[str, Any] | None) -> dict[str,
     content = (
         {"application/json": {"schema": schema, **example}} if schema else {"text/plain": example}
     )
-    named = re.findall(r"{(\w+)}", operation.path)
+    path_parameters = re.findall(r"{(\w+)}", operation.path)
     described = {
         "summary": operation.summary,
         "parameters": [
             *(
                 {"name": name, "in": "path", "required": True, **_PARAMETERS[name]}
-                for name in named
+                for name in path_parameters
             ),
             *operation.query,
         ],

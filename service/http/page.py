@@ -1,10 +1,10 @@
-"""The page at ``/``: drop a picture, see what the model says."""
+"""The page at ``/``: a visitor drops pictures and sees the model's predictions."""
 
 from flask import Blueprint, Response, current_app
 
 blueprint = Blueprint("page", __name__)
 
-# Everything comes from this origin; pictures that the visitor drops are blobs.
+# The page loads only from this origin. Pictures that the visitor drops are blobs.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

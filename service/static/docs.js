@@ -1,13 +1,13 @@
-// Sends the requests that the forms of /docs ask for, and shows the answers.
+// Sends the requests of the forms on /docs, and shows the answers.
 "use strict";
 
 const MAX_SHOWN_CHARS = 20000;
 const SHOWN_HEADERS = ["content-type", "x-model-version", "x-request-id", "retry-after"];
-const token = document.getElementById("token"); // this page only: it is never stored
+const token = document.getElementById("token"); // kept only in this page, never stored
 const authorization = () => (token.value ? { Authorization: `Bearer ${token.value}` } : {});
 
 function address(form) {
-  let path = form.dataset.path.slice(1); // relative: a proxy may serve this below a path
+  let path = form.dataset.path.slice(1); // relative: a proxy may serve the page below a path prefix
   const query = new URLSearchParams();
   for (const input of form.querySelectorAll("input[data-in]")) {
     if (input.dataset.in === "path") path = path.replace(`{${input.name}}`, encodeURIComponent(input.value));
@@ -16,7 +16,7 @@ function address(form) {
   return query.size ? `${path}?${query}` : path;
 }
 
-// One picture is the body itself; several are parts of a form.
+// One picture is the body; several pictures are parts of a form.
 function body(files) {
   if (files.length === 1) return { body: files[0], type: "application/octet-stream" };
   const parts = new FormData();
@@ -34,7 +34,7 @@ function element(name, text, className = "") {
 function pretty(text, type) {
   const shown = type?.includes("json") ? JSON.stringify(JSON.parse(text), null, 2) : text;
   const rest = shown.length - MAX_SHOWN_CHARS;
-  return rest > 0 ? `${shown.slice(0, MAX_SHOWN_CHARS)}\n… and ${rest} characters more` : shown;
+  return rest > 0 ? `${shown.slice(0, MAX_SHOWN_CHARS)}\n… and ${rest} more characters` : shown;
 }
 
 async function send(form) {
@@ -75,7 +75,7 @@ async function submit(event) {
   button.disabled = false;
 }
 
-// The examples name a model; the forms begin with the one that is served.
+// Fills the forms with the model that is served, in place of the examples' model.
 async function nameServedModel() {
   const answer = await fetch("v1/models", { headers: authorization() });
   if (!answer.ok) return;
@@ -96,4 +96,4 @@ for (const form of document.querySelectorAll("form.try")) {
 }
 document.getElementById("access").hidden = false;
 token.addEventListener("change", () => nameServedModel().catch(() => {}));
-nameServedModel().catch(() => {}); // the forms say what is wrong when they are sent
+nameServedModel().catch(() => {}); // if the service does not answer, the forms show the error

@@ -1,15 +1,15 @@
 // Classifies the pictures that a visitor drops, pastes or chooses, a few at a time.
 "use strict";
 
-const AT_ONCE = 4; // requests; more would only wait in the service's queue
-const MAX_ATTEMPTS = 4; // of one picture, when the service says that it has too much to do
-const SMALL_PX = 128; // a smaller picture is drawn with its single pixels
+const MAX_REQUESTS = 4; // at a time; more would only wait in the service's queue
+const MAX_ATTEMPTS = 4; // to classify a picture, while the service answers 429 or 503
+const SMALL_PX = 128; // a smaller picture is enlarged without smoothing
 const byId = (id) => document.getElementById(id);
-const token = byId("token"); // this page only: it is never stored
+const token = byId("token"); // kept only in this page, never stored
 const [drop, file, status, results] = ["drop", "file", "status", "results"].map(byId);
-let current = new AbortController(); // of the pictures that are shown
+let current = new AbortController(); // aborts the requests for the pictures on the page
 
-// The service may ask for a token: the field for it shows when it does.
+// Sends a request. If the service answers that it needs a token, the field for the token appears.
 async function ask(path, options = {}) {
   const headers = { ...options.headers };
   if (token.value) headers.Authorization = `Bearer ${token.value}`;
@@ -106,7 +106,7 @@ async function classify(picture, signal) {
 async function classifyAll(files) {
   const pictures = [...files];
   if (pictures.length === 0) return;
-  current.abort(); // those that were dropped before make room
+  current.abort(); // the new pictures replace the previous ones
   current = new AbortController();
   const { signal } = current;
   for (const image of results.querySelectorAll("img")) URL.revokeObjectURL(image.src);
@@ -115,12 +115,12 @@ async function classifyAll(files) {
   const isOnly = entries.length === 1;
   const started = performance.now();
   let [answered, failed] = [0, 0];
-  const say = () => {
+  const showProgress = () => {
     const elapsed_ms = performance.now() - started;
     status.textContent = `${answered + failed} of ${entries.length} answered` +
       `${failed ? `, ${failed} with an error` : ""}, ${elapsed_ms.toFixed(0)} ms`;
   };
-  const waiting = entries.values(); // the loops below share it
+  const waiting = entries.values(); // an iterator that the workers below share
   const work = async () => {
     for (const { picture, answer, name } of waiting) {
       try {
@@ -133,11 +133,11 @@ async function classifyAll(files) {
         answer.replaceChildren(element("p", "failed", `${name}: ${error.message}`));
         failed += 1;
       }
-      say();
+      showProgress();
     }
   };
-  say();
-  await Promise.all(Array.from({ length: AT_ONCE }, work));
+  showProgress();
+  await Promise.all(Array.from({ length: MAX_REQUESTS }, work));
 }
 
 file.addEventListener("change", () => {

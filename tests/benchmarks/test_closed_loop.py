@@ -1,4 +1,4 @@
-"""The load behind every figure of speed: only right answers count, and a failure marks the row."""
+"""The closed-loop load counts only right answers, and a failure marks the row in the report."""
 
 import json
 import socket
@@ -26,7 +26,7 @@ Respond = Callable[[bytes], tuple[int, Any] | None]
 
 @contextmanager
 def server(respond: Respond) -> Iterator[int]:
-    """A server on loopback that answers every POST so; its port."""
+    """The port of a server on loopback that answers every POST with ``respond``."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -84,7 +84,7 @@ def test_right_answers_are_counted_and_timed() -> None:
     assert 0 < row["p50_ms"] <= row["p99_ms"]
 
 
-def test_refused_requests_are_not_requests_per_second() -> None:
+def test_refused_requests_do_not_count_as_requests_per_second() -> None:
     with server(half_refused()) as port:
         row = ask(port)
     assert row["rps"] * SECONDS <= row["right"]
@@ -117,7 +117,7 @@ def test_every_picture_of_a_request_must_be_right() -> None:
     assert (wrong["right"], set(failures(wrong))) == (0, {"wrong"})
 
 
-def test_server_errors_lost_answers_and_refused_connections_are_told_apart() -> None:
+def test_server_errors_lost_answers_and_refused_connections_are_counted_separately() -> None:
     with server(lambda body: (500, {})) as port:
         assert set(failures(ask(port))) == {"errors"}
     with server(lambda body: None) as port:
@@ -127,9 +127,9 @@ def test_server_errors_lost_answers_and_refused_connections_are_told_apart() -> 
     assert row["rps"] == 0
 
 
-def test_a_request_that_is_open_at_the_end_is_waited_for_and_timed() -> None:
+def test_the_load_waits_for_open_requests_at_the_end_and_times_them() -> None:
     def late(body: bytes) -> tuple[int, Any]:
-        time.sleep(2 * SECONDS)  # so that every answer comes after the time is over
+        time.sleep(2 * SECONDS)  # so that every answer comes after the end of the load
         return echo(body)
 
     with server(late) as port:
@@ -148,7 +148,7 @@ def test_a_large_request_is_sent_in_pieces() -> None:
 
 
 def workload(convoy: Figures, textbook: Figures) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Results and details as ``benchmarks.serving`` has them."""
+    """Results and details in the form that ``benchmarks.serving`` makes."""
     others = ("textbook", "textbook_same_engine", "fastapi", "noop")
     rows = {
         "convoy": dict.fromkeys(("1", "8", "32", "128", "512"), convoy),
@@ -166,7 +166,7 @@ def workload(convoy: Figures, textbook: Figures) -> tuple[dict[str, Any], dict[s
 
 
 @pytest.mark.parametrize("broken", ["refuses half", "answers wrongly"])
-def test_a_marked_row_is_in_no_ratio_and_the_run_fails(
+def test_a_row_with_failures_is_excluded_from_ratios_and_fails_the_run(
     broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     respond = half_refused() if broken == "refuses half" else lambda body: (200, named("bag"))
@@ -179,17 +179,17 @@ def test_a_marked_row_is_in_no_ratio_and_the_run_fails(
 
     for rows, file in (((failing, clean), None), ((clean, failing), tmp_path / "serving.json")):
         assert conclude(*workload(*rows), file) == 1
-        said = capsys.readouterr()
-        ratios = [line for line in said.out.splitlines() if "/ textbook" in line]
+        printed = capsys.readouterr()
+        ratios = [line for line in printed.out.splitlines() if "/ textbook" in line]
         assert ratios
         assert all("not measured" in line for line in ratios)
-        assert "✗" in said.out
-        assert "FAILED w1: " in said.err
+        assert "✗" in printed.out
+        assert "FAILED w1: " in printed.err
     assert json.loads((tmp_path / "serving.json").read_text())["where"] == machine()
     assert (tmp_path / "serving.png").stat().st_size > 0
 
 
-def test_a_server_that_closes_after_each_answer_is_asked_again() -> None:
+def test_the_load_connects_again_when_the_server_closes_after_each_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         body = json.dumps(named("boot")).encode()
         head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)

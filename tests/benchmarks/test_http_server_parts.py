@@ -1,4 +1,4 @@
-"""The interval behind each ratio, and that a worker without a part still answers."""
+"""The confidence interval of each ratio, and the workers without one of their parts."""
 
 import numpy as np
 import pytest
@@ -7,18 +7,18 @@ from benchmarks.http_server_parts.__main__ import CLASSES, ratio_interval
 from benchmarks.http_server_parts.worker_ends import count_losses
 
 
-def test_the_interval_holds_the_true_ratio_nineteen_times_of_twenty() -> None:
+def test_the_interval_contains_the_true_ratio_in_95_percent_of_cases() -> None:
     random = np.random.default_rng(0)
-    held = 0
+    hits = 0
     for _ in range(1000):
         shared = random.lognormal(0, 0.5, 12)  # how busy the machine was during a pair
         noise = random.lognormal(0, 0.1, (2, 12))
         _, low, high = ratio_interval(1.2 * shared * noise[0], shared * noise[1])
-        held += low <= 1.2 <= high
-    assert held / 1000 == pytest.approx(0.95, abs=0.02)
+        hits += low <= 1.2 <= high
+    assert hits / 1000 == pytest.approx(0.95, abs=0.02)
 
 
-def test_equal_pairs_have_their_ratio_and_no_spread() -> None:
+def test_pairs_with_equal_ratios_have_an_interval_of_no_width() -> None:
     assert ratio_interval([2, 4, 6], [1, 2, 3]) == pytest.approx((2, 2, 2))
 
 

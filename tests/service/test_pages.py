@@ -1,4 +1,4 @@
-"""The service's pages, driven in a real Chromium: the one at ``/`` and ``/docs``."""
+"""The service's pages at ``/`` and ``/docs``, in a real Chromium."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ DESCRIBED = [*V1.operations, *TorchServe.operations, *OPERATIONS]
 
 
 @pytest.mark.parametrize("operation", DESCRIBED, ids=lambda each: f"{each.method} {each.path}")
-def test_every_example_is_an_answer_of_its_operation(operation: Operation) -> None:
+def test_every_example_has_the_type_of_its_operations_answer(operation: Operation) -> None:
     if operation.answer is None:
         assert isinstance(operation.example, str)
         return
@@ -45,7 +45,7 @@ def test_the_docs_show_a_command_an_answer_and_a_form_for_each_operation(
 
 
 def try_operation(page: Any, method: str, path: str, *pictures: Path) -> Any:
-    """Send the form of an operation; the place of its answer, once that is there."""
+    """Send the form of an operation; return the element with its answer."""
     form = page.locator(f'form[data-method="{method}"][data-path="{path}"]')
     form.evaluate("form => { form.closest('details').open = true; }")
     if pictures:
@@ -100,7 +100,7 @@ def test_the_docs_keep_a_token_in_memory_only(new_page, url: str, app: Flask) ->
 
 
 @pytest.mark.browser
-def test_the_page_answers_several_pictures_and_names_the_one_that_is_none(
+def test_the_page_classifies_several_files_and_names_the_one_that_is_not_a_picture(
     new_page, url: str, png: bytes, tmp_path: Path
 ) -> None:
     page, faults = new_page(viewport=PHONE)
@@ -122,7 +122,7 @@ def test_the_page_answers_several_pictures_and_names_the_one_that_is_none(
     ]
     assert page.evaluate("document.querySelector('.picture img').naturalWidth") == 8
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-    page.set_input_files("#file", str(files[0]))  # the next pictures take their place
+    page.set_input_files("#file", str(files[0]))  # replaces the pictures on the page
     page.wait_for_selector("#status >> text=1 of 1 answered")
     assert items.count() == 1
     assert page.locator(".bars li").count() == 5
@@ -130,7 +130,7 @@ def test_the_page_answers_several_pictures_and_names_the_one_that_is_none(
 
 
 @pytest.mark.browser
-def test_the_page_sends_a_few_pictures_at_a_time(
+def test_the_page_sends_at_most_four_pictures_at_a_time(
     new_page, url: str, png: bytes, tmp_path: Path
 ) -> None:
     page, _ = new_page()
@@ -149,7 +149,7 @@ def test_the_page_sends_a_few_pictures_at_a_time(
 
 
 @pytest.mark.browser
-def test_a_visitor_with_no_javascript_reads_the_docs(browser, url: str) -> None:
+def test_the_docs_are_readable_without_javascript(browser, url: str) -> None:
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(f"{url}/docs")
     assert "curl -s" in page.locator(".curl").first.inner_text()
