@@ -53,10 +53,9 @@ def main() -> int:
 
 
 def line_to_show(line: str, min_bytes: int) -> str | None:
-    """The line to print for a line of pip's output; None if it is not worth printing.
+    """The text to print for a line of pip's output, or None to print nothing.
 
-    pip's line is worth printing if it fetches a package of at least ``min_bytes``, or if it begins
-    to unpack packages.
+    There is a text if pip fetches a package of at least ``min_bytes``, or begins to unpack.
     """
     if fetched := FETCHED.fullmatch(line):
         size_bytes = size_of(fetched)

@@ -38,10 +38,10 @@ from benchmarks.http_servers.servers import GUNICORN_CONFIG, Command, Server, se
 from benchmarks.http_servers.windows import agree, fastest_plan, measure
 from benchmarks.serving import prepare
 
-WHOLE = "service.server.gunicorn_worker.LoopWorker"
+COMPLETE = "service.server.gunicorn_worker.LoopWorker"
 WITHOUT = "benchmarks.http_server_parts.without.Without"
 CLASSES = {
-    "whole": WHOLE,
+    "whole": COMPLETE,
     "header cache": f"{WITHOUT}HeaderCache",
     "round": f"{WITHOUT}Rounds",
     "filter": f"{WITHOUT}Filter",
@@ -133,16 +133,16 @@ def measure_pair(
     return list(found.items())
 
 
-def summary(whole: list[list[Figures]], without: list[list[Figures]]) -> dict[str, Any]:
-    ratio, low, high = ratio_interval([*map(cpu_ms, without)], [*map(cpu_ms, whole)])
+def summary(complete: list[list[Figures]], without: list[list[Figures]]) -> dict[str, Any]:
+    ratio, low, high = ratio_interval([*map(cpu_ms, without)], [*map(cpu_ms, complete)])
     return {
         "ratio": ratio,
         "low": low,
         "high": high,
-        "pairs": len(whole),
-        "cpu_ms_with": statistics.median(map(cpu_ms, whole)),
+        "pairs": len(complete),
+        "cpu_ms_with": statistics.median(map(cpu_ms, complete)),
         "cpu_ms_without": statistics.median(map(cpu_ms, without)),
-        "rps_with": statistics.median(run["rps"] for pair in whole for run in pair),
+        "rps_with": statistics.median(run["rps"] for pair in complete for run in pair),
         "rps_without": statistics.median(run["rps"] for pair in without for run in pair),
     }
 
@@ -165,7 +165,7 @@ def ratio_interval(
 
 def watch_ends(ends: int) -> dict[str, dict[str, int]]:
     """How often clients had each outcome, alternately with the filter and without it."""
-    classes = {"with the filter": WHOLE, "without it": CLASSES["filter"]}
+    classes = {"with the filter": COMPLETE, "without it": CLASSES["filter"]}
     found: dict[str, Counter[str]] = {name: Counter() for name in classes}
     for _ in tqdm(range(-(-ends // BLOCK_ENDS)), unit="block", disable=None):
         for name, path in classes.items():

@@ -130,7 +130,7 @@ def jobs(workload: str, names: list[str], repetitions: int, quick: bool) -> list
 def measure_beside_slow(
     server: Server, kind: str, questions: list[Question], quick: bool
 ) -> Figures:
-    """The figures of one window beside slow clients, which stay a second longer."""
+    """The figures of one window with slow clients, which stay one second longer than it."""
     seconds = SLOW_SECONDS / (2 if quick else 1)
     lasting_s = SLOW_SETTLE_S + seconds + 1
     with slow_clients(kind, server.port, SLOW, lasting_s) as closed:

@@ -19,7 +19,7 @@ MAX_SAMPLES = 150
 MAX_GAP_S = 60.0
 
 
-class MetricBuffer(Struct, frozen=True, kw_only=True):
+class Series(Struct, frozen=True, kw_only=True):
     """A version's values, one for each of ``Figures.seconds``; None if it answered no request."""
 
     role: str
@@ -30,7 +30,7 @@ class MetricBuffer(Struct, frozen=True, kw_only=True):
 class Chart(Struct, frozen=True, kw_only=True):
     title: str
     unit: str
-    series: list[MetricBuffer]
+    series: list[Series]
 
 
 class Figures(Struct, frozen=True, kw_only=True):
@@ -88,12 +88,12 @@ class TrafficHistory:
 def figures(samples: Sequence[tuple[float, ServingStatus]]) -> Figures:
     """Requests a second, median time and errors, between each sample and the one before it."""
     latest_s, latest = samples[-1]
-    rows: dict[str, list[MetricBuffer]] = {"rate": [], "median": [], "errors": []}
+    rows: dict[str, list[Series]] = {"rate": [], "median": [], "errors": []}
     for role, version in (("champion", latest.champion), ("challenger", latest.challenger)):
         if version is None:
             continue
         for values, row in zip(_values(samples, version), rows.values(), strict=True):
-            row.append(MetricBuffer(role=role, version=version, values=values))
+            row.append(Series(role=role, version=version, values=values))
     return Figures(
         seconds=[round(at - latest_s, 1) for at, _ in samples[1:]],
         charts=[

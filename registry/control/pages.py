@@ -197,7 +197,7 @@ def _read_form(action: str, version: int | None) -> Decision:
 
 def _confirm_page(name: str, decision: Decision) -> str:
     aliases, canary = control_state().store.aliases_and_canary(check_model_name(name))
-    # A decision that expects a champion is refused later if another version is champion by then.
+    # ``carry_out`` refuses the decision if its expected champion is not the champion.
     champion = getattr(decision, "expect_champion", None) or aliases.get("champion")
     confirmation = describe(decision, champion, aliases.get("previous"), canary)
     names_version = isinstance(decision, Promotion | CanaryStart)

@@ -14,7 +14,7 @@ addEventListener("submit", (event) => {
   button.dataset.idle = button.textContent;
   // A promotion may take a minute: a screen reader announces the start once.
   document.getElementById("progress").textContent = `${text} …`;
-  setTimeout(() => { // later: a browser does not send a form whose button is disabled already
+  setTimeout(() => { // after the browser has read the form, because it omits a disabled button
     button.disabled = true;
     show();
   });
