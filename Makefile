@@ -53,10 +53,11 @@ test-all: $(DEV) ## run also the slow and the end-to-end tests, as CI does
 coverage: ## run test-all and measure the code's coverage (takes nearly twice as long)
 	@$(MAKE) test-all ARGS='--cov --cov-report=term $(ARGS)'
 
-check: $(DEV) ## check formatting, lint, types and secrets
+check: $(DEV) ## check formatting, lint, types, English and secrets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python deploy/check_english.py
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive convoy registry service training
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-lines 'secret_file = '
 

@@ -58,7 +58,7 @@ class Finished(Struct, frozen=True, kw_only=True):
         return sum(parameter.numel() for parameter in self.trained.preprocessed.parameters())
 
 
-def train_and_publish(
+def train_and_publish(  # noqa: PLR0913 - keyword-only options
     data: Dataset,
     recipe: Recipe,
     model: str,
@@ -134,7 +134,7 @@ def _rehearse(
         raise UsageError(f"{data.name} cannot be published: {error}; rename its classes") from error
 
 
-def _train(
+def _train(  # noqa: PLR0913 - what a run is made of
     run: Run,
     data: Dataset,
     recipe: Recipe,

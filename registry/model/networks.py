@@ -49,7 +49,7 @@ def dense(
     return nn.Sequential(layers)
 
 
-def cnn(
+def cnn(  # noqa: PLR0913 - keyword-only hyper-parameters
     shape: Shape,
     classes: int,
     *,

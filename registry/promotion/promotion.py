@@ -31,7 +31,7 @@ POLL_INTERVAL_S = 0.25
 ALLOW_NEW_CLASSES = ". The classes differ: --allow-new-classes accepts that, if every check passes"
 
 
-def promote(
+def promote(  # noqa: PLR0913 - keyword-only, each with a default
     store: ModelStore,
     name: str,
     version: int,
@@ -316,7 +316,7 @@ def _reconcile_at(store: ModelStore, name: str, expect_champion: int | None) -> 
     return audit_log
 
 
-def _write(
+def _write(  # noqa: PLR0913 - the fields of a line
     store: ModelStore,
     name: str,
     audit_log: AuditLog,

@@ -319,7 +319,7 @@ def _observe(histogram: Histogram, values: Sequence[float]) -> None:
 
     prometheus_client 0.26 has no such method, so this uses a histogram's private attributes.
     """
-    places = np.searchsorted(histogram._upper_bounds, values)
+    places = np.searchsorted(histogram._upper_bounds, values)  # noqa: SLF001
     for place, count in zip(*np.unique(places, return_counts=True), strict=True):
-        histogram._buckets[place].inc(int(count))
-    histogram._sum.inc(float(np.sum(values)))
+        histogram._buckets[place].inc(int(count))  # noqa: SLF001
+    histogram._sum.inc(float(np.sum(values)))  # noqa: SLF001

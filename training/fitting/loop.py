@@ -144,7 +144,7 @@ def fit(
     )
 
 
-def train_epoch(
+def train_epoch(  # noqa: PLR0913 - the state of the loop
     number: int,
     recipe: Recipe,
     preprocessed: PreprocessedModel,
@@ -266,7 +266,8 @@ def _has_bf16(device: torch.device) -> bool:
     """Whether ``device`` computes bf16 natively; training was then 1.7 to 2.3 times as fast."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    cpu = torch.cpu  # there is no public call
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # noqa: SLF001
 
 
 def _to_device(examples: Examples, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ def publish(
         return store.publish(bundle, tags)
 
 
-def write_version(
+def write_version(  # noqa: PLR0913 - what a bundle is made of
     folder: Path,
     manifest: Manifest,
     preprocessed: PreprocessedModel,
