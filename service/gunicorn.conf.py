@@ -87,5 +87,6 @@ def child_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
+    """Remove the run folder when gunicorn ends, if this file made it."""
     if settings.run_folder is None:
         shutil.rmtree(run_folder, ignore_errors=True)

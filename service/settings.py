@@ -179,6 +179,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def forward_threads(self) -> int:
+        """Threads of one forward pass: this process's cores divided by ``workers``, at least 1."""
         return forward_threads(self.workers)
 
     @property
@@ -193,6 +194,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def decode_limits(self) -> DecodeLimits:
+        """Limits of any image; beyond ``common_decode_limits``, a worker decodes one at a time."""
         return DecodeLimits(
             max_bytes=self.max_image_bytes,
             max_pixels=self.max_pixels,

@@ -14,6 +14,8 @@ from service.settings import Settings
 
 
 class State(Struct, frozen=True, kw_only=True):
+    """The parts of one worker that its requests share; made once, and never replaced."""
+
     settings: Settings
     slots: Slots
     metrics: Metrics

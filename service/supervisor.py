@@ -122,6 +122,7 @@ class SupervisedProcess:
         return None
 
     def end(self) -> None:
+        """End the process: SIGTERM, and SIGKILL after 5 s. Does nothing if none runs."""
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()

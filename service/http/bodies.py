@@ -221,6 +221,7 @@ def _count(body: "bytes | mmap", character: bytes, limit: int) -> int:
 
 
 def too_large(size: int, limit: int) -> ImageTooLarge:
+    """The error for an image of ``size`` bytes; at most ``limit`` bytes are accepted."""
     return ImageTooLarge(f"the image has {size:,} bytes; at most {limit:,} are accepted")
 
 

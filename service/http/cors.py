@@ -28,6 +28,11 @@ class Cors:
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
+        """Answer a preflight request with 204; pass every other request to the application.
+
+        A listed origin gets the CORS headers with the application's answer. Other origins get
+        none, and their preflight requests go to the application like any request.
+        """
         origin = environ.get("HTTP_ORIGIN")
         cors_headers = [("Vary", "Origin")]
         if origin not in self._origins:

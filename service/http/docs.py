@@ -26,10 +26,12 @@ class Description:
 
     @cached_property
     def openapi(self) -> bytes:
+        """The OpenAPI description, as JSON in UTF-8."""
         return msgspec.json.encode(document(self._protocol_operations))
 
     @cached_property
     def page(self) -> str:
+        """The HTML of ``/docs``; it can only be made while Flask handles a request."""
         return _page(document(self._protocol_operations))
 
 
@@ -41,12 +43,14 @@ def init_app(app: Flask, protocol_operations: list[Operation]) -> None:
 
 @blueprint.get("/openapi.json")
 def openapi() -> Response:
+    """The OpenAPI description of this service, as JSON."""
     description: Description = current_app.extensions[EXTENSION]
     return Response(description.openapi, mimetype="application/json")
 
 
 @blueprint.get("/docs")
 def docs() -> BaseResponse:
+    """The page that describes the API; ``/docs/`` is redirected to ``/docs``."""
     if request.path.endswith("/"):
         return redirect("../docs")  # the addresses of the page's files are relative
     description: Description = current_app.extensions[EXTENSION]

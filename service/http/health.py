@@ -76,6 +76,7 @@ def readyz() -> Response:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
+    """The metrics of all workers, in Prometheus' text format."""
     current = state()
     for slot in current.slots.values():
         if (age_s := slot.pull_status().age_s) is not None:

@@ -102,6 +102,7 @@ TRAFFIC_EXAMPLE = ServingStatus(
 
 @blueprint.get("/v1/models")
 def list_models() -> Response:
+    """All models of this service, each with its version or the reason why none is loaded."""
     summaries = [ModelSummary(**_summary(slot, slot.current)) for slot in state().slots.values()]
     return _json(ModelList(summaries))
 
@@ -110,6 +111,12 @@ def list_models() -> Response:
 @blueprint.get("/v1/models/<name>/versions/<int:version>")
 @blueprint.get("/v1/models/<name>/aliases/<alias>")
 def show_model(name: str, version: int | None = None, alias: str | None = None) -> Response:
+    """One loaded version: by number, by alias, or the champion if the path has neither.
+
+    Raises:
+        ModelNotFound, VersionNotFound: this service does not serve it.
+        ModelNotReady: no version is loaded yet, or this worker is about to end.
+    """
     current = state()
     served, serving = current.pipeline.find(name, version, alias)
     g.served = served

@@ -13,6 +13,7 @@ POLICY = (
 
 @blueprint.get("/")
 def page() -> Response:
+    """The page on which a visitor classifies pictures; it loads only from this origin."""
     response = current_app.send_static_file("index.html")
     response.headers["Content-Security-Policy"] = POLICY
     return response

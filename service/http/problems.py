@@ -39,6 +39,7 @@ RETRY_AFTER_S: dict[type[Exception], int] = {
 
 
 def init_app(app: Flask) -> None:
+    """Answer every error of a Flask view, HTTP errors included, in problem JSON."""
     app.register_error_handler(Exception, lambda error: answer(error, g.request_id))
 
 

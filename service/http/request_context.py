@@ -29,6 +29,7 @@ _LENGTH = re.compile(r"[0-9]{1,15}")
 
 
 def init_app(app: Flask) -> None:
+    """Give each Flask request an id, check its access, and set its answer's headers."""
     app.before_request(_begin)
     app.after_request(_finish)
 

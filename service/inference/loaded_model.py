@@ -28,14 +28,17 @@ class ServedModel(Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
+        """The model's name in the registry, from the manifest."""
         return self.manifest.model
 
     @property
     def device(self) -> str:
+        """A description of the device, for people."""
         return self.classifier.device
 
     @property
     def plan(self) -> str:
+        """The plan's name, such as ``onnxruntime-fp32``."""
         return self.classifier.plan
 
 

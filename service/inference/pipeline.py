@@ -117,9 +117,14 @@ class AnsweredRequest(Struct, frozen=True):
 class Counters(Protocol):
     """Where requests are counted."""
 
-    def answered(self, name: str, version: int, request: AnsweredRequest) -> None: ...
+    def answered(self, name: str, version: int, request: AnsweredRequest) -> None:
+        """Count a request that got predictions; ``version`` is the one that made them."""
 
-    def refused(self, name: str, version: int | None, outcome: str) -> None: ...
+    def refused(self, name: str, version: int | None, outcome: str) -> None:
+        """Count a request that failed; ``outcome`` is one of the metrics' ``OUTCOMES``.
+
+        ``name`` is "" and ``version`` None if they are not known.
+        """
 
 
 class Job:

@@ -127,6 +127,15 @@ class RemotePredict:
             same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def __call__(self, pixels: Pixels) -> Outputs:
+        """Logits, and features if the network has them, of uint8 (N, height, width, channels).
+
+        Not thread-safe: one batch at a time uses the connection.
+
+        Raises:
+            DeviceLost: the GPU's process has ended, or did not answer in ``ANSWER_S``.
+            ConvoyError: the GPU's process raised it.
+            RuntimeError: the GPU's process raised another error.
+        """
         try:
             self._connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
             if not self._connection.poll(ANSWER_S):
@@ -160,4 +169,5 @@ def _as_error(failure: RemoteError) -> Exception:
 
 
 def as_remote_error(error: Exception) -> RemoteError:
+    """``error`` in the form in which the GPU's process sends it to a worker."""
     return RemoteError(type(error).__name__, str(error))

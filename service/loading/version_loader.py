@@ -49,6 +49,7 @@ class Failed(Struct, frozen=True):
 
     @property
     def refused(self) -> int | None:
+        """The version at fault; None if a device, a disk or the deployment itself is."""
         return self.version
 
 
@@ -70,10 +71,12 @@ class PlanPending(Struct, frozen=True):
 
     @property
     def error(self) -> str:
+        """The text of the earlier failure, or else why a plan must be chosen."""
         return self.before.error if self.before else self.reason
 
     @property
     def refused(self) -> int | None:
+        """The version at fault for the earlier failure; None if no version was."""
         return self.before.version if self.before else None
 
 

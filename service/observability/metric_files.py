@@ -24,6 +24,7 @@ class AllProcesses:
         self._folder = folder
 
     def collect(self) -> Iterable[Metric]:
+        """The metrics read from the files now; waits while ``forget_process`` changes them."""
         with _locked(self._folder, fcntl.LOCK_SH):
             # The second argument is not typed in prometheus_client 0.26.
             collector = MultiProcessCollector(None, str(self._folder))  # type: ignore[no-untyped-call]

@@ -44,6 +44,10 @@ class MetricBuffer:
         self.shadowed: deque[tuple[str, int]] = deque(maxlen=MAX_NOTES)
 
     def note_batch(self, size: int, forward_s: float, waiting: int) -> None:
+        """Note one forward pass: its images, its seconds, and the images that still wait.
+
+        When ``MAX_NOTES`` are noted, each further one replaces the oldest.
+        """
         self.batches.append((size, forward_s, waiting))
 
 
@@ -56,6 +60,7 @@ class Snapshot:
         self._text: bytes | None = None
 
     def collect(self) -> Iterable[Metric]:
+        """The metric families of that moment; prometheus_client calls this method."""
         return self._families
 
     def text(self) -> bytes:
@@ -280,6 +285,14 @@ class TrafficAccumulator:
         self._up_to: dict[float, float] = {}
 
     def add(self, name: str, labels: dict[str, str], value: float) -> None:
+        """Add one sample of the version, from any process.
+
+        Args:
+            name: the sample's name, such as ``convoy_requests_total``.
+            labels: the sample's labels; requests and shadow images need ``outcome``, buckets
+                ``le``.
+            value: the count or sum; that of a bucket is cumulative, as Prometheus has it.
+        """
         if name == "convoy_requests_total":
             is_error = labels["outcome"] in ("server_error", "overload")
             name = "requests" if labels["outcome"] == "ok" else "errors" if is_error else "other"
@@ -291,6 +304,7 @@ class TrafficAccumulator:
         self._counts[name] = self._counts.get(name, 0) + value
 
     def traffic(self, version: int) -> VersionTraffic:
+        """The sums so far, as the traffic of ``version``; its buckets are not cumulative."""
         bounds = sorted(self._up_to)
         below = [0.0, *(self._up_to[bound] for bound in bounds)]
         names = ("requests", "errors", "agreed", "differed", "failed", "dropped")

@@ -77,6 +77,14 @@ class InferenceApp:
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
+        """Submit the images of a classification request; iterating over the answer waits for them.
+
+        Every error of such a request becomes an answer in problem JSON. Other requests go to the
+        next application.
+
+        Raises:
+            Postpone: the loop called this, and the request takes too long to answer there.
+        """
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         for protocol in self._protocols:
             if target := protocol.match(path):

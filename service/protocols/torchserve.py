@@ -52,15 +52,21 @@ class TorchServe:
         self._settings = settings
 
     def match(self, path: str) -> Target | None:
+        """The target of ``/predictions/NAME`` or ``…/NAME/VERSION``; None for other paths."""
         found = _PATH.fullmatch(path) if path.startswith("/predictions/") else None
         if found is None:
             return None
         return Target(found["name"], int(found["version"]) if found["version"] else None)
 
     def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
+        """The images, whose body is read when they are iterated, and ``DEFAULT_TOP_K``."""
         return Images(environ, self._settings, _PART_NAME), DEFAULT_TOP_K
 
     def write(self, result: Result, request_id: str) -> bytes:
+        """JSON in UTF-8: probabilities by label for one image, a list of these for several.
+
+        In a list, an image that failed has an object with the member ``error`` instead.
+        """
         items = [_item(each, request_id) for each in result.images]
         return msgspec.json.encode(items if result.many else items[0])
 

@@ -93,6 +93,7 @@ class V1:
         self._settings = settings
 
     def match(self, path: str) -> Target | None:
+        """The target of a path that ends in ``/classify``; None for other paths."""
         found = _PATH.fullmatch(path) if path.endswith(("/classify", "/classify/")) else None
         if found is None:
             return None
@@ -100,10 +101,20 @@ class V1:
         return Target(name, int(version) if version else None, alias)
 
     def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
+        """The images, whose body is read when they are iterated, and the query's ``top_k``.
+
+        Raises:
+            HTTPException: 400, ``top_k`` is not a whole number from 1 to 10,000.
+        """
         query = environ.get("QUERY_STRING")
         return Images(environ, self._settings), _top_k(query) if query else DEFAULT_TOP_K
 
     def write(self, result: Result, request_id: str) -> bytes:
+        """An ``Answer`` as JSON in UTF-8.
+
+        One image has its classes in ``predictions``. Several have one item each in ``results``, in
+        the order of the request: classes, or an ``error``.
+        """
         served = result.served
         items = [_item(each, request_id) for each in result.images]
         return _encode(

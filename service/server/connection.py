@@ -83,6 +83,7 @@ class RawRequest(Struct, frozen=True):
 
     @property
     def is_upload(self) -> bool:
+        """Whether the method is POST or PUT, with which clients send images."""
         return self.head.startswith((b"POST ", b"PUT "))
 
 

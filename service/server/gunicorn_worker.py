@@ -106,6 +106,7 @@ class Written(list[bytes]):
     """
 
     def sendall(self, data: bytes) -> None:
+        """Keep a copy of ``data``; nothing is sent yet."""
         self.append(bytes(data))
 
 
@@ -201,6 +202,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._next_poll = self._next_check = self._next_count = 0.0
 
     def init_process(self) -> None:
+        """Make the poller and the threads, then load the application and run the loop."""
         self._heads = HeaderCache(self.cfg)
         self._limits = replace(self.options.limits, keep_alive_s=self.cfg.keepalive)
         self._poller = selectors.DefaultSelector()
@@ -219,6 +221,7 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         super().init_process()
 
     def run(self) -> None:
+        """Answer requests until SIGTERM or until the arbiter has died, then drain."""
         self._poller.register(self._done.fileno(), selectors.EVENT_READ, self._done.run_callbacks)
         if not self.sockets:
             # Listen only after loading: a client accepted earlier would wait for the load.

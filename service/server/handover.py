@@ -39,6 +39,7 @@ class Peer(Struct, frozen=True):
 
     @property
     def load(self) -> int:
+        """The requests that it has postponed; ``NEVER`` if it is starting, ending or silent."""
         is_silent = self.shared[1] < (time.monotonic() - SILENT_S) * 1e9
         return NEVER if is_silent else self.shared[0]
 
@@ -66,6 +67,7 @@ class Handover:
 
     @property
     def load(self) -> int:
+        """The requests that this worker has postponed; ``NEVER`` while it takes no connections."""
         return self._shared[0]
 
     @load.setter

@@ -22,7 +22,7 @@ class HeaderCache:
         self._known: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
     def read(self, raw: RawRequest, connection: Connection) -> tuple[Any, dict[str, Any]]:
-        """gunicorn's request, and a new WSGI environment without the body.
+        """The request that gunicorn parsed, and a new WSGI environment without the body.
 
         Raises:
             Exception: the head is malformed. gunicorn's parser raises many types.
