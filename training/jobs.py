@@ -51,10 +51,12 @@ class Finished(Struct, frozen=True, kw_only=True):
 
     @property
     def metrics(self) -> dict[str, float]:
+        """The scores by name, such as ``validation_accuracy`` or ``test_log_loss``."""
         return {**self.validation.metrics("validation"), **self.test.metrics("test")}
 
     @property
     def parameters(self) -> int:
+        """The number of weights that the network has, whether or not they were trained."""
         return sum(parameter.numel() for parameter in self.trained.preprocessed.parameters())
 
 
@@ -238,6 +240,7 @@ class Comparison(Struct, frozen=True):
     run_id: str
 
     def by_recipe(self) -> dict[str, list[ComparedRun]]:
+        """The runs by name of their recipe; recipes and runs keep their order."""
         grouped: dict[str, list[ComparedRun]] = {}
         for run in self.runs:
             grouped.setdefault(run.recipe, []).append(run)

@@ -46,6 +46,15 @@ CONNECT_TIMEOUT_S = 10
 
 
 class IdxFile(NamedTuple):
+    """One file of the data set, in the IDX format.
+
+    Attributes:
+        name: the file's name at the publisher, compressed with gzip.
+        sha256: hexadecimal digest of the uncompressed content.
+        header_bytes: length of the IDX header, after which the values follow.
+        shape: shape of the uint8 values: (N, 28, 28) pictures or (N,) labels.
+    """
+
     name: str
     sha256: str  # of the uncompressed content
     header_bytes: int

@@ -94,7 +94,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def shown(path: Path | str) -> str:
-    """``path`` as text that can be printed and stored; bytes that are not UTF-8 as ``\\xe9``."""
+    r"""``path`` as text that can be printed and stored; bytes that are not UTF-8 as ``\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

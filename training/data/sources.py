@@ -75,11 +75,13 @@ class Dataset(Struct, frozen=True, kw_only=True):
 
     @property
     def sha256(self) -> str:
+        """One hexadecimal digest for the labels and the pictures of all splits, in order."""
         parts = [*self.labels, self.train.sha256, self.validation.sha256, self.test.sha256]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def counts(self) -> dict[str, int]:
+        """The number of pictures of each split; the keys are train, validation and test."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: len(examples) for name, examples in splits.items()}
 

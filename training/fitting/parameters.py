@@ -19,6 +19,7 @@ class Parameter(Struct, frozen=True):
 
     @property
     def setting(self) -> str:
+        """The option of ``convoy train`` with the example: ``--set epochs=20``."""
         return f"--set {self.name}={self.example}"
 
 

@@ -26,6 +26,11 @@ class Evaluation(Scores, frozen=True):
         return [int(position) for position in wrong[np.argsort(-confidence)][:count]]
 
     def metrics(self, split: str) -> dict[str, float]:
+        """Accuracy (0 to 1), log loss (nats) and calibration error (0 to 1).
+
+        The names begin with ``split``: ``test_accuracy``, ``test_log_loss`` and
+        ``test_calibration_error``.
+        """
         return {
             f"{split}_accuracy": self.accuracy,
             f"{split}_log_loss": self.log_loss,

@@ -211,6 +211,7 @@ class Drawings:
 
     @property
     def notes(self) -> list[str]:
+        """One sentence that lists the drawings that failed, and why; [] if none did."""
         return [f"Could not be drawn: {'; '.join(self.failures)}."] if self.failures else []
 
 
@@ -251,6 +252,7 @@ def rehearse(data: Dataset) -> None:
 
 
 def file_name(title: str) -> str:
+    """The name of the PNG file for a drawing: ``learning_curves.png``."""
     return title.replace(" ", "_").replace(".", "_") + ".png"
 
 
@@ -294,6 +296,7 @@ def write_report(folder: Path, page: str, pictures: dict[str, bytes]) -> None:
 
 
 def to_png(figure: Figure) -> bytes:
+    """``figure`` as a PNG file, at 110 dots an inch; the figure is closed."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -63,15 +63,30 @@ class Run:
             self._warned = True
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Log the scores of the whole run, after those of epochs that MLflow has not got yet.
+
+        Raises:
+            RegistryUnavailable: MLflow did not take them.
+        """
         self._log_epochs()
         with self._store.errors():
             mlflow.log_metrics(metrics)
 
     def log_report(self, folder: Path) -> None:
+        """Upload all files of ``folder`` as the run's artifacts below ``report/``.
+
+        Raises:
+            RegistryUnavailable: MLflow did not take them.
+        """
         with self._store.errors():
             mlflow.log_artifacts(str(folder), "report")
 
     def set_tag(self, key: str, value: Any) -> None:
+        """Set a tag of the run; MLflow stores ``value`` as text.
+
+        Raises:
+            RegistryUnavailable: MLflow did not take it.
+        """
         with self._store.errors():
             mlflow.set_tag(key, value)
 
