@@ -41,6 +41,7 @@ class Token(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     made: str
 
     def may(self, right: Right) -> bool:
+        """Whether the token's role permits ``right``, by ``RIGHTS``."""
         return right in RIGHTS[self.role]
 
 

@@ -28,6 +28,11 @@ class Series(Struct, frozen=True, kw_only=True):
 
 
 class Chart(Struct, frozen=True, kw_only=True):
+    """A chart of one quantity: a line for the champion, and one for the challenger if there is one.
+
+    All values are in ``unit``: ``/s``, ``ms`` or ``%``.
+    """
+
     title: str
     unit: str
     series: list[Series]

@@ -60,6 +60,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
     @property
     def mean_s(self) -> float:
+        """Mean time of an answered request, in seconds; 0 before the first one."""
         return self.seconds / self.requests if self.requests else 0.0
 
     @property
@@ -69,6 +70,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
 
     @property
     def shadowed(self) -> int:
+        """Images that the version scored, or failed to score, in the champion's shadow."""
         return self.agreed + self.differed + self.failed
 
     @property

@@ -48,6 +48,12 @@ def _call(
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
+    """Make the account ``reader`` with the settings in ``environment``.
+
+    Returns:
+        The exit status: 0, or 2 if a setting is missing or MLflow does not make the account. The
+        reason is then on standard error.
+    """
     try:
         found = with_secrets(environment)
         try:

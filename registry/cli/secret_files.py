@@ -49,6 +49,12 @@ def with_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(command: list[str]) -> int:
+    """Replace this process by ``command``, with its secrets in the environment.
+
+    Returns:
+        The exit status 2, and only if a secret or the command cannot be read or started. The reason
+        is then on standard error.
+    """
     forbid_new_privileges()
     try:
         os.execvpe(command[0], command, with_secrets(os.environ))  # noqa: S606 - the operator's own

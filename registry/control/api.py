@@ -37,26 +37,34 @@ GATE_RETRY_S = 2
 
 
 def list_models() -> Response:
+    """200 with ``ModelStatuses``: the aliases and the canary of every model."""
     store = control_state().store
     return _json(ModelStatuses([_model_status(name) for name in store.models()]))
 
 
 def show_model(name: str) -> Response:
+    """200 with ``ModelStatus``: the model's aliases and its canary."""
     return _json(_model_status(name))
 
 
 def list_versions(name: str) -> Response:
+    """200 with ``Versions``: the model's versions with their tags, newest first."""
     rows = control_state().store.versions(check_model_name(name))
     return _json(Versions([TaggedVersion(**asdict(each), tags=tags) for each, tags in rows]))
 
 
 def show_version(name: str, version: int) -> Response:
+    """200 with ``Version``: the version and the manifest in its bundle."""
     found = control_state().store.resolve(ModelRef(check_model_name(name), version))
     manifest = control_state().store.manifest(found)
     return _json(Version(found, manifest))
 
 
 def show_gate_result(name: str, version: int) -> Response:
+    """200 with ``GateResult``, or 202 while the gate runs; the first request starts the gate.
+
+    The header ``Retry-After`` of a 202 says after how many seconds to ask again.
+    """
     result = control_state().gate_result(check_model_name(name), version)
     if result is None:
         response = _json(GatePending(), 202)
@@ -66,11 +74,26 @@ def show_gate_result(name: str, version: int) -> Response:
 
 
 def show_traffic(name: str) -> Response:
+    """200 with ``ServingStatus``: the workers and the counts of each version, over all services.
+
+    Raises:
+        VersionNotFound: there is no such model.
+        ModelNotReady: a service cannot be reached, or does not serve the model.
+    """
     control_state().store.aliases(check_model_name(name))  # raises if there is no such model
     return _json(control_state().serving_status(name))
 
 
 def show_history(name: str) -> Response:
+    """200 with ``History``: the lines of the audit log, oldest first.
+
+    The query parameter ``at`` is a day or a moment in ISO 8601, UTC if it has no time zone. With
+    it, the answer has only the lines that made the champions of that time.
+
+    Raises:
+        VersionNotFound: there is no such model.
+        UsageError: ``at`` is neither a day nor a moment.
+    """
     store = control_state().store
     store.aliases(check_model_name(name))  # raises if there is no such model
     audit_log, at = store.audit_log(name), request.args.get("at")
@@ -78,6 +101,10 @@ def show_history(name: str) -> Response:
 
 
 def show_audit(name: str) -> Response:
+    """200 with ``Audit``: the number of lines, and the faults of the audit log and the aliases.
+
+    A fault does not change the status.
+    """
     control_state().store.aliases(check_model_name(name))
     lines, faults = audit(control_state().store, name)
     return _json(Audit(lines, faults))
@@ -97,10 +124,12 @@ def _decision(kind: type[Decision]) -> Callable[..., Response]:
 
 
 def livez() -> Response:
+    """200 with the text ``ok``, without a token: the process answers."""
     return Response("ok\n", mimetype="text/plain")
 
 
 def openapi() -> Response:
+    """200 with the API's OpenAPI 3.1 description as JSON, without a token."""
     return _json(document())
 
 

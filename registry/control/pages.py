@@ -45,6 +45,7 @@ blueprint = Blueprint("pages", __name__)
 
 
 def init_app(app: Flask) -> None:
+    """Add the pages to ``app``, with the filters and the ``url_for`` of their templates."""
     app.register_blueprint(blueprint)
     app.jinja_env.filters.update(FILTERS)
     app.jinja_env.globals.update(url_for=url_for)
@@ -73,17 +74,27 @@ def _for_forms() -> dict[str, str]:
 
 @blueprint.errorhandler(Exception)
 def show_error(error: Exception) -> tuple[str, int]:
+    """The page that describes an error, with its HTTP status; also for unexpected errors."""
     status, title, detail = describe_error(error)
     return render_template("error.html", title=title, detail=detail), status
 
 
 @blueprint.get("/login")
 def sign_in() -> str:
+    """The sign-in form. It keeps ``next``, the path to which a sign-in leads."""
     return render_template("login.html", next=request.args.get("next", ""), failed=False)
 
 
 @blueprint.post("/login")
 def signed_in() -> Any:
+    """Start a session for the token in the form, and redirect to the form's ``next`` by 303.
+
+    Without a known token that may view, the answer is the form again, with 401. A ``next`` on
+    another site leads to the list of models instead.
+
+    Raises:
+        UsageError: another site sent the form.
+    """
     _check_origin()
     token = control_state().tokens.find(request.form.get("token", "").strip())
     target = request.form.get("next", "")
@@ -105,6 +116,11 @@ def signed_in() -> Any:
 
 @blueprint.post("/logout")
 def sign_out() -> Any:
+    """End the session, delete its cookie, and redirect to the sign-in form by 303.
+
+    Raises:
+        UsageError: the form is from another site or another session.
+    """
     _check_form()
     control_state().sessions.end(_cookie())
     response = redirect(url_for("pages.sign_in"), 303)
@@ -114,6 +130,7 @@ def sign_out() -> Any:
 
 @blueprint.get("/")
 def show_models() -> str:
+    """The page of all models, each with its aliases and its canary."""
     store = control_state().store
     rows = [(name, *store.aliases_and_canary(name)) for name in store.models()]
     return render_template("models.html", rows=rows)
@@ -121,16 +138,26 @@ def show_models() -> str:
 
 @blueprint.get("/models/<name>")
 def show_model(name: str) -> str:
+    """The page of one model: versions, canary, traffic, and the audit log, newest line first."""
     return _model_page(name)
 
 
 @blueprint.get("/models/<name>/traffic")
 def show_traffic(name: str) -> str:
+    """The part of a model's page that shows its traffic; the page's script polls it.
+
+    If a service cannot be reached, this part says so, and the status is 200 nevertheless.
+    """
     return render_template("traffic.html", **_traffic(check_model_name(name)))
 
 
 @blueprint.get("/models/<name>/versions/<int:version>")
 def show_version(name: str, version: int) -> str:
+    """The page of one version: its manifest, its training report and its gate result.
+
+    The first request starts the gate, unless the version is the champion or the model has no
+    champion. Until the gate has ended, the page's script polls the API.
+    """
     return _version_page(name, version)
 
 

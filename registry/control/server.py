@@ -37,6 +37,7 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
     """gthread; a client that sends nothing for 10 s within a request frees its thread."""
 
     def handle(self, conn: Any) -> Any:
+        """Let gunicorn handle ``conn``, where no read waits longer than ``RECEIVE_TIMEOUT_S``."""
         # The kernel's time-out, because gunicorn resets the one that Python sets on the socket.
         limit = struct.pack("ll", RECEIVE_TIMEOUT_S, 0)
         conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -52,6 +53,7 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
         super().__init__()
 
     def load_config(self) -> None:
+        """Set gunicorn's settings: one worker with ``THREADS`` threads, and its time-out."""
         for name, value in {
             "bind": self._bind,
             "worker_class": "registry.control.server.PatientWorker",
@@ -67,6 +69,10 @@ class ControlPlane(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
             self.cfg.set(name, value)
 
     def load(self) -> Any:
+        """The WSGI application; gunicorn calls this once, in its worker.
+
+        Starts a thread that samples the traffic and, with ``guard``, one that guards canaries.
+        """
         from registry.control.app import create_app
         from registry.store.mlflow_store import ModelStore
 

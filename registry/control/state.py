@@ -142,6 +142,7 @@ def report_files(manifest: Manifest) -> list[str]:
 
 
 def control_state() -> ControlState:
+    """The state of the application that answers the present request."""
     found: ControlState = current_app.extensions["convoy"]
     return found
 

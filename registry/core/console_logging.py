@@ -10,6 +10,7 @@ class OneLine(logging.Formatter):
     """Escapes control characters in messages. Tracebacks keep their lines: Python writes them."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The text of ``record`` without its traceback, on one line."""
         return one_line(super().formatMessage(record))
 
 

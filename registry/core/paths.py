@@ -55,14 +55,17 @@ class Paths(Struct, frozen=True):
 
     @property
     def artifacts(self) -> Path:
+        """MLflow's files of runs and versions, unless a tracking server keeps them."""
         return self.root / "artifacts"
 
     @property
     def datasets(self) -> Path:
+        """Downloaded data sets, and validation pictures while a network trains."""
         return self.root / "datasets"
 
     @property
     def checkpoints(self) -> Path:
+        """The checkpoints of unfinished training runs, one ``.pt`` file for each."""
         return self.root / "checkpoints"
 
     @property

@@ -56,9 +56,19 @@ Fingerprint = tuple[str, tuple[tuple[str, int, int], ...]]
 class Monitor(Protocol):
     """Reports to the registry how versions do on this machine (``CanaryMonitor``)."""
 
-    def poll_once(self, store: ModelStore, name: str, canary: Canary | None) -> bool: ...
+    def poll_once(self, store: ModelStore, name: str, canary: Canary | None) -> bool:
+        """Record versions that workers refuse, and check ``canary``; True if this call ended it.
 
-    def record_refusal(self, store: ModelStore, name: str, number: int, why: str) -> None: ...
+        Raises:
+            RegistryUnavailable: the registry cannot be written to now; the next poll tries again.
+        """
+
+    def record_refusal(self, store: ModelStore, name: str, number: int, why: str) -> None:
+        """Record, once, that this machine cannot serve version ``number`` of ``name``, and ``why``.
+
+        Raises:
+            RegistryUnavailable: the registry cannot be written to now; the next call tries again.
+        """
 
 
 class Puller:

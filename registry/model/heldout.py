@@ -23,17 +23,19 @@ class Scores(Struct, frozen=True):
 
     @property
     def predicted(self) -> NDArray[np.int64]:
+        """int64 (N,): the most probable class of each example; of equal ones, the first."""
         best: NDArray[np.int64] = self.probabilities.argmax(axis=1)
         return best
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """bool (N,): whether the most probable class is the true one."""
+        """Whether the most probable class of each example is the true one: bool (N,)."""
         right: NDArray[np.bool_] = self.predicted == self.labels
         return right
 
     @property
     def accuracy(self) -> float:
+        """The part of the examples, 0 … 1, whose most probable class is the true one."""
         return float(self.right.mean())
 
     @property

@@ -61,6 +61,7 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def channels(self) -> int:
+        """1 for the mode ``L`` (grey), 3 for ``RGB``."""
         return 1 if self.mode == "L" else 3
 
     @property

@@ -119,6 +119,11 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """The block's maps, none below 0: (N, channels_out, ⌈height / stride⌉, ⌈width / stride⌉).
+
+        Args:
+            x: maps (N, channels_in, height, width), of the weights' dtype.
+        """
         inner = functional.relu(self.norm1(self.conv1(x)))
         return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
 

@@ -29,6 +29,7 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
     reason: Reason | None = None
 
     def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
+        """Promote if the gate accepts; return the audit log's line. Raises as ``promote`` does."""
         return promote(
             store,
             name,
@@ -43,14 +44,23 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class RollBack(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Make the previous champion the champion again, without the gate. That ends a canary."""
+
     expect_champion: Number | None = None
     reason: Reason | None = None
 
     def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
+        """Roll back without the gate; return the audit log's line. Raises as ``roll_back`` does."""
         return roll_back(store, name, self.reason, expect_champion=self.expect_champion, by=by)
 
 
 class CanaryStart(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Have ``challenger`` answer or score a part of the real traffic. That ends any other canary.
+
+    ``share`` is the part of the requests that it answers, ``shadow`` the part of the champion's
+    images that it scores too; at least one of them must be above 0.
+    """
+
     challenger: Number
     share: Share = 0.0
     shadow: Share = 0.0
@@ -58,16 +68,23 @@ class CanaryStart(Struct, forbid_unknown_fields=True, kw_only=True):
     reason: Reason | None = None
 
     def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
+        """Start it without the gate; return the audit log's line. Raises as ``start_canary``."""
         canary = Canary(version=self.challenger, share=self.share, shadow=self.shadow)
         expected = self.expect_champion
         return start_canary(store, name, canary, self.reason, expect_champion=expected, by=by)
 
 
 class CanaryStop(Struct, forbid_unknown_fields=True, kw_only=True):
+    """End the canary: the champion answers all requests again.
+
+    ``expect_challenger`` names the version that the client expects to be the canary.
+    """
+
     expect_challenger: Number | None = None
     reason: Reason | None = None
 
     def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
+        """End it; return the audit log's line. Raises as ``stop_canary`` does."""
         return stop_canary(
             store, name, self.reason, expect_challenger=self.expect_challenger, by=by
         )

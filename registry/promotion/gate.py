@@ -56,6 +56,7 @@ class GateComparison(Struct, frozen=True, kw_only=True):
 
     @property
     def accepted(self) -> bool:
+        """Whether every check passed and clients will see the same classes."""
         return self.passed and not self.class_changes
 
     def __str__(self) -> str:

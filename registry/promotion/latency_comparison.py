@@ -92,6 +92,11 @@ def compare_latency(
 
 
 def main() -> int:
+    """Time the ``ComparisonJob`` in the first argument, and write the result to standard output.
+
+    Returns:
+        The exit status: 0 after a ``LatencyComparison`` as JSON, 2 after the text of an error.
+    """
     end_with_parent()
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries may print: send that to standard error

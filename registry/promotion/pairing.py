@@ -73,7 +73,7 @@ class Match(Struct, frozen=True, kw_only=True):
 
     @property
     def both(self) -> Mask:
-        """bool (N,), like the other masks: the pictures that both versions held out."""
+        """The pictures that both versions held out: bool (N,), like the other masks."""
         return self.rows >= 0
 
     @property
@@ -85,10 +85,12 @@ class Match(Struct, frozen=True, kw_only=True):
 
     @property
     def champion_trained(self) -> Mask:
+        """The pictures that trained the champion, by the first 64 bits of their digests."""
         return np.isin(self.new.heldout.short_digests, self.old.training.digests)
 
     @property
     def challenger_trained(self) -> Mask:
+        """The pictures that trained the challenger, found in the same way."""
         return np.isin(self.new.heldout.short_digests, self.new.training.digests)
 
     @property

@@ -78,6 +78,7 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"at is {self.at}, without its time zone")
 
     def to_json(self) -> bytes:
+        """UTF-8 JSON with sorted keys: equal entries give equal bytes."""
         return msgspec.json.encode(self, order="sorted")
 
     @property

@@ -90,28 +90,45 @@ class MlflowRest:
     def search_registered_models(
         self, *, max_results: int = MAX_PAGE, page_token: str | None = None
     ) -> Page[RegisteredModel]:
+        """A page of at most ``max_results`` models.
+
+        ``page_token`` is the ``token`` of the page before; None asks for the first page.
+        """
         query = {"max_results": max_results, "page_token": page_token}
         found = self._get("registered-models/search", **query)
         rows = [_model(each) for each in found.get("registered_models", ())]
         return Page(rows, found.get("next_page_token", ""))
 
     def get_registered_model(self, name: str) -> RegisteredModel:
+        """The model with its tags and aliases.
+
+        Raises:
+            RestError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model.
+        """
         return _model(self._get("registered-models/get", name=name)["registered_model"])
 
     def create_registered_model(
         self, name: str, tags: dict[str, str], description: str | None = None
     ) -> RegisteredModel:
+        """The new model, which has no version yet.
+
+        Raises:
+            RestError: ``RESOURCE_ALREADY_EXISTS`` if the name is taken.
+        """
         body = {"name": name, "tags": _pairs(tags), "description": description}
         return _model(self._send("POST", "registered-models/create", body)["registered_model"])
 
     def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
+        """Write a tag of the model; ``value`` replaces an earlier one."""
         self._send("POST", "registered-models/set-tag", {"name": name, "key": key, "value": value})
 
     def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        """Point ``alias`` at the number ``version``, also if it points at another one now."""
         body = {"name": name, "alias": alias, "version": version}
         self._send("POST", "registered-models/alias", body)
 
     def delete_registered_model_alias(self, name: str, alias: str) -> None:
+        """Remove ``alias`` from the model; the version at which it points stays."""
         self._send("DELETE", "registered-models/alias", {"name": name, "alias": alias})
 
     def search_model_versions(
@@ -122,6 +139,14 @@ class MlflowRest:
         order_by: list[str] | None = None,
         page_token: str | None = None,
     ) -> Page[RegisteredVersion]:
+        """A page of at most ``max_results`` versions that match ``filter_string``.
+
+        Args:
+            filter_string: in MLflow's language, for example ``name='fashion'``.
+            max_results: the size of a page.
+            order_by: for example ``["version_number DESC"]``; by default, MLflow chooses.
+            page_token: the ``token`` of the page before; None for the first page.
+        """
         found = self._get(
             "model-versions/search",
             filter=filter_string,
@@ -133,10 +158,16 @@ class MlflowRest:
         return Page(rows, found.get("next_page_token", ""))
 
     def get_model_version(self, name: str, version: str) -> RegisteredVersion:
+        """The version with the number ``version``, which MLflow's client takes as a string.
+
+        Raises:
+            RestError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model or version.
+        """
         found = self._get("model-versions/get", name=name, version=version)
         return _version(found["model_version"])
 
     def get_model_version_download_uri(self, name: str, version: str) -> str:
+        """The URI under which the version's artefacts are, such as ``mlflow-artifacts:/…``."""
         found = self._get("model-versions/get-download-uri", name=name, version=version)
         return str(found["artifact_uri"])
 
@@ -149,10 +180,15 @@ class MlflowRest:
         description: str | None = None,
         await_creation_for: int = 0,  # MLflow's client would wait
     ) -> RegisteredVersion:
+        """The new version, with the next number; ``source`` is the URI of its artefacts.
+
+        ``await_creation_for`` has no effect: this client does not wait.
+        """
         body = {"name": name, "source": source, "tags": _pairs(tags), "description": description}
         return _version(self._send("POST", "model-versions/create", body)["model_version"])
 
     def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
+        """Write a tag of one version; ``value`` replaces an earlier one."""
         body = {"name": name, "version": version, "key": key, "value": value}
         self._send("POST", "model-versions/set-tag", body)
 

@@ -17,6 +17,13 @@ class OnnxRuntime(Plan):
     exports = (ONNX_GRAPH,)
 
     def load(self, source: Source) -> PredictFn:
+        """The forward pass of the bundle's ONNX graph.
+
+        Without ``source.threads``, ONNX Runtime chooses the number of threads.
+
+        Raises:
+            BundleInvalid: the graph is missing or damaged, or may refer to another file.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

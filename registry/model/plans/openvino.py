@@ -25,6 +25,14 @@ class OpenVino(Plan):
     exports: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
 
     def load(self, source: Source) -> PredictFn:
+        """The forward pass of the bundle's graph, compiled for this CPU.
+
+        The arrays that it returns are copies: the next call does not change them.
+
+        Raises:
+            DeviceUnavailable: the plan is bf16, and OpenVINO has no bf16 kernels for this CPU.
+            BundleInvalid: the graph is missing or damaged, or may refer to another file.
+        """
         openvino = import_openvino()
         core = openvino.Core()
         options: dict[str, Any] = {

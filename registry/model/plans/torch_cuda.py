@@ -30,6 +30,15 @@ class CudaFp16(Plan):
     batch_sizes = BUCKETS
 
     def load(self, source: Source) -> PredictFn:
+        """The forward pass with a CUDA graph for each size of ``BUCKETS``, captured now.
+
+        The forward pass splits a larger batch than the largest of them. It raises the same GPU
+        errors as this method.
+
+        Raises:
+            DeviceOutOfMemory: the GPU has too little free memory.
+            DeviceLost: any other GPU error; after it, every GPU call of this process fails.
+        """
         import torch
 
         device = torch.device(source.device)

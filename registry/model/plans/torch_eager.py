@@ -81,6 +81,14 @@ class TorchEager(Plan):
     device = "any"
 
     def load(self, source: Source) -> PredictFn:
+        """The forward pass in torch, on ``source.device``.
+
+        ``source.threads``, if given, is set for all of torch in this process. On a GPU, the forward
+        pass raises ``DeviceOutOfMemory`` and ``DeviceLost``.
+
+        Raises:
+            BundleInvalid: the weights do not fit the network, or the network is an ONNX graph.
+        """
         import torch
 
         if source.threads is not None:
@@ -99,6 +107,7 @@ class TorchFp32(TorchEager):
     device = "cpu"
 
     def prepare(self, preprocessed: "PreprocessedModel") -> "PreprocessedModel":
+        """A copy with batch norm folded, its weights in the plan's precision."""
         return fold(preprocessed, self.precision)
 
 
