@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if verb == "--version":
-        print(f"convoy {importlib.metadata.version('convoy')}")
+        print(f"convoy {_version()}")
         return 0
     modules = {name: module for verbs in VERBS.values() for name, (module, _) in verbs.items()}
     if verb not in modules:
@@ -65,7 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = f"did you mean {close[0]}?" if close else "convoy --help lists the verbs"
         print(f"error: convoy has no verb {verb!r}; {advice}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(modules[verb]).main(arguments, prog="convoy"))
+    try:
+        module = importlib.import_module(modules[verb])
+    except ModuleNotFoundError as error:
+        print(f"error: convoy {verb} needs the package {error.name}", file=sys.stderr)
+        return 2
+    return int(module.main(arguments, prog="convoy"))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("convoy")
+    except importlib.metadata.PackageNotFoundError:  # an image has the files only
+        return "(not installed as a package)"
 
 
 def usage() -> str:

@@ -1,4 +1,4 @@
-"""``python -m registry``: list, compare, promote, roll back, start a canary, pull and serve."""
+"""``python -m registry``: list, compare, promote, roll back, start a canary, pull and control."""
 
 import argparse
 import os

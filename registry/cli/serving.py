@@ -1,4 +1,4 @@
-"""Commands about serving: ``traffic``, ``plan``, ``serve`` and ``pull``."""
+"""Commands about serving: ``traffic``, ``plan``, ``control`` and ``pull``."""
 
 import argparse
 import json
@@ -77,7 +77,7 @@ def add_to(commands: Any) -> None:
         "--no-guard",
         dest="guard",
         action="store_false",
-        help="write nothing to the registry: `serve --guard` ends canaries and records refusals",
+        help="write nothing to the registry; `convoy control --guard` stops canaries instead",
     )
     pull.set_defaults(run=_pull)
 

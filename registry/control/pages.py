@@ -40,6 +40,7 @@ from registry.model.refs import ModelRef
 from registry.promotion.commands import CanaryStart, CanaryStop, Decision, Promotion, RollBack
 from registry.promotion.gate_runner import GateResult
 from registry.promotion.policy import read_policy
+from registry.promotion.promotion import NO_CHAMPION
 
 blueprint = Blueprint("pages", __name__)
 
@@ -215,7 +216,9 @@ def _read_form(action: str, version: int | None) -> Decision:
     if action == "stop-canary":
         return CanaryStop(expect_challenger=version, reason=reason)
     if action == "roll-back":
-        return RollBack(expect_champion=expected, reason=reason)
+        return RollBack(
+            expect_champion=expected, expect_previous=_number("expect_previous"), reason=reason
+        )
     raise UsageError(
         f"the form's action {action!r} is unknown, or needs a version; "
         "use promote, force, start-canary, stop-canary or roll-back"
@@ -224,9 +227,15 @@ def _read_form(action: str, version: int | None) -> Decision:
 
 def _confirm_page(name: str, decision: Decision) -> str:
     aliases, canary = control_state().store.aliases_and_canary(check_model_name(name))
-    # ``carry_out`` refuses the decision if its expected champion is not the champion.
     champion = getattr(decision, "expect_champion", None) or aliases.get("champion")
-    confirmation = describe(decision, champion, aliases.get("previous"), canary)
+    previous = aliases.get("previous")
+    confirmation = describe(decision, champion, previous, canary)
+    fields = {key: value for key, value in request.form.items() if key != "reason"}
+    # ``carry_out`` refuses the decision if the versions that this page names have changed.
+    if not isinstance(decision, CanaryStop):
+        fields["expect_champion"] = str(champion or NO_CHAMPION)
+    if isinstance(decision, RollBack) and previous is not None:
+        fields["expect_previous"] = str(previous)
     names_version = isinstance(decision, Promotion | CanaryStart)
     return render_template(
         "confirm.html",
@@ -237,7 +246,7 @@ def _confirm_page(name: str, decision: Decision) -> str:
         kind="warn" if confirmation.is_risky else "",
         needs_reason=isinstance(decision, Promotion) and decision.force,
         reason=decision.reason or "",
-        fields=[(key, value) for key, value in request.form.items() if key != "reason"],
+        fields=list(fields.items()),
         back=url_for("pages.show_version", name=name, version=_number("version"))
         if names_version
         else url_for("pages.show_model", name=name),

@@ -11,6 +11,8 @@ from registry.store.audit_log import MAX_TEXT_CHARS, Line
 from registry.store.mlflow_store import ModelStore
 
 Number = Annotated[int, Meta(ge=1)]
+Expected = Annotated[int, Meta(ge=0)]
+"""The number of the champion that the client expects; 0: the model has none yet."""
 Reason = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
 
 
@@ -23,7 +25,7 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     version: Number
-    expect_champion: Number | None = None
+    expect_champion: Expected | None = None
     force: bool = False
     allow_new_classes: bool = False
     reason: Reason | None = None
@@ -46,12 +48,20 @@ class Promotion(Struct, forbid_unknown_fields=True, kw_only=True):
 class RollBack(Struct, forbid_unknown_fields=True, kw_only=True):
     """Make the previous champion the champion again, without the gate. That ends a canary."""
 
-    expect_champion: Number | None = None
+    expect_champion: Expected | None = None
+    expect_previous: Number | None = None
     reason: Reason | None = None
 
     def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:
         """Roll back without the gate; return the audit log's line. Raises as ``roll_back`` does."""
-        return roll_back(store, name, self.reason, expect_champion=self.expect_champion, by=by)
+        return roll_back(
+            store,
+            name,
+            self.reason,
+            expect_champion=self.expect_champion,
+            expect_previous=self.expect_previous,
+            by=by,
+        )
 
 
 class CanaryStart(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -64,7 +74,7 @@ class CanaryStart(Struct, forbid_unknown_fields=True, kw_only=True):
     challenger: Number
     share: Share = 0.0
     shadow: Share = 0.0
-    expect_champion: Number | None = None
+    expect_champion: Expected | None = None
     reason: Reason | None = None
 
     def carry_out(self, store: ModelStore, gate_runner: GateRunner, name: str, by: str) -> Line:

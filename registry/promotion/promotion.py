@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # MLflow's time-out, 10 s, and is retried.
 RECONCILE_TIMEOUT_S = 25.0
 POLL_INTERVAL_S = 0.25
+# As ``expect_champion``: the caller expects that the model has no champion yet.
+NO_CHAMPION = 0
 ALLOW_NEW_CLASSES = ". The classes differ: --allow-new-classes accepts that, if every check passes"
 
 
@@ -116,6 +118,7 @@ def roll_back(
     reason: str | None = None,
     *,
     expect_champion: int | None = None,
+    expect_previous: int | None = None,
     by: str | None = None,
 ) -> Line:
     """Make the previous champion champion again, without the gate. That ends a canary.
@@ -124,12 +127,17 @@ def roll_back(
 
     Raises:
         VersionNotFound: there is no previous champion.
-        PromotionConflict: the champion is not the expected one, or another decision came first.
+        PromotionConflict: the champion or the previous one is not the expected one, or another
+            decision came first.
     """
     _check_text(reason)
     audit_log = _reconcile_at(store, name, expect_champion)
     if audit_log.previous is None:
         raise VersionNotFound(f"{name} has no previous champion to roll back to")
+    if expect_previous not in (None, audit_log.previous):
+        raise PromotionConflict(
+            f"{name}: the previous champion is version {audit_log.previous}, not {expect_previous}"
+        )
     back = store.resolve(ModelRef(name, audit_log.previous))
     left = store.find(name, audit_log.champion)
     number = back.version
@@ -309,7 +317,7 @@ def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
 
 def _reconcile_at(store: ModelStore, name: str, expect_champion: int | None) -> AuditLog:
     audit_log = reconcile(store, name)
-    if expect_champion not in (None, audit_log.champion):
+    if expect_champion not in (None, audit_log.champion or NO_CHAMPION):
         raise PromotionConflict(
             f"{name}: the champion is version {audit_log.champion}, not {expect_champion}"
         )

@@ -57,7 +57,7 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         details: the gate result, or what else explains the decision.
         canary: what a line ``canary started`` began.
         move: the number that the line claims among the model's moves; a refusal has none.
-        nonce: tells one line that a repeated call wrote twice from two operators' lines.
+        nonce: a random text. Lines of one repeated call share it, those of two operators do not.
     """
 
     action: Action

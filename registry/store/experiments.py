@@ -1,4 +1,4 @@
-"""The experiment of a model's training runs in MLflow. Imports MLflow, for those who train."""
+"""Opens the MLflow experiment of training runs. Only training imports this module."""
 
 import logging
 
@@ -29,7 +29,7 @@ def open_experiment(connection: MlflowConnection, name: str) -> str:
 
 
 def _create(connection: MlflowConnection, client: MlflowClient, name: str) -> str:
-    # A server chooses its own place; a database of ours would put files into the working directory.
+    # A server chooses where artefacts go. For a database, MLflow would take the working directory.
     place = None if connection.uri.startswith("http") else connection.artifacts.as_uri()
     tags = {HOME_TAG: "true"} if place else None
     try:

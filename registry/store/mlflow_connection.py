@@ -108,7 +108,7 @@ class MlflowConnection:
             raise RegistryUnavailable(self._describe(error)) from error
         except storage_errors() as error:
             raise RegistryUnavailable(
-                f"the registry {self._shown_uri} cannot be used: {self._first_line(error)}"
+                f"the registry {self._shown_uri} cannot be used: {self.first_line(error)}"
             ) from error
 
     def _describe(self, error: Exception) -> str:
@@ -118,12 +118,13 @@ class MlflowConnection:
                 "back it up, then run: mlflow db upgrade URI"
             )
         if "Current state is deleted" in str(error):
-            return f"{self._first_line(error)} Restore it in MLflow, or run the command again."
+            return f"{self.first_line(error)} Restore it in MLflow, or run the command again."
         return (
-            f"the registry {self._shown_uri} did not answer as expected: {self._first_line(error)}"
+            f"the registry {self._shown_uri} did not answer as expected: {self.first_line(error)}"
         )
 
-    def _first_line(self, error: Exception) -> str:
+    def first_line(self, error: Exception) -> str:
+        """The first line of ``error``'s text, without the credentials of the URI."""
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return line.replace(self._credentials, "") if self._credentials else line
 

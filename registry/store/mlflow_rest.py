@@ -8,18 +8,19 @@ names, arguments and results. Source: MLflow's REST API, https://mlflow.org/docs
 import configparser
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import requests
 from msgspec import Struct
-from requests.auth import AuthBase
+from requests.auth import AuthBase, HTTPBasicAuth
 
 API = "/api/2.0/mlflow"
 ARTIFACTS_API = "/api/2.0/mlflow-artifacts/artifacts"
-# What a server or a proxy answers that will soon be better; MLflow's client asks again, too.
+# A repeated request may succeed after these statuses. MLflow's client repeats them, too.
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 RETRY_PAUSE_S = 1.0
 MAX_PAGE = 200
@@ -81,10 +82,11 @@ class MlflowRest:
         self._environment = environment
         if workspace := environment.get("MLFLOW_WORKSPACE"):
             self._session.headers["X-MLFLOW-WORKSPACE"] = workspace
-        if environment.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-            self._session.verify = False
-        elif bundle := environment.get("MLFLOW_TRACKING_SERVER_CERT_PATH"):
-            self._session.verify = bundle
+        is_insecure = environment.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+        # With each request: requests prefers REQUESTS_CA_BUNDLE to what a session says.
+        self._verify = not is_insecure and (
+            environment.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+        )
         self._session.cert = environment.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
 
     def search_registered_models(
@@ -105,7 +107,7 @@ class MlflowRest:
         Raises:
             RestError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model.
         """
-        return _model(self._get("registered-models/get", name=name)["registered_model"])
+        return _model(_member(self._get("registered-models/get", name=name), "registered_model"))
 
     def create_registered_model(
         self, name: str, tags: dict[str, str], description: str | None = None
@@ -116,7 +118,8 @@ class MlflowRest:
             RestError: ``RESOURCE_ALREADY_EXISTS`` if the name is taken.
         """
         body = {"name": name, "tags": _pairs(tags), "description": description}
-        return _model(self._send("POST", "registered-models/create", body)["registered_model"])
+        found = self._send("POST", "registered-models/create", body)
+        return _model(_member(found, "registered_model"))
 
     def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
         """Write a tag of the model; ``value`` replaces an earlier one."""
@@ -164,12 +167,12 @@ class MlflowRest:
             RestError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model or version.
         """
         found = self._get("model-versions/get", name=name, version=version)
-        return _version(found["model_version"])
+        return _version(_member(found, "model_version"))
 
     def get_model_version_download_uri(self, name: str, version: str) -> str:
         """The URI under which the version's artefacts are, such as ``mlflow-artifacts:/…``."""
         found = self._get("model-versions/get-download-uri", name=name, version=version)
-        return str(found["artifact_uri"])
+        return str(_member(found, "artifact_uri"))
 
     def create_model_version(
         self,
@@ -185,7 +188,8 @@ class MlflowRest:
         ``await_creation_for`` has no effect: this client does not wait.
         """
         body = {"name": name, "source": source, "tags": _pairs(tags), "description": description}
-        return _version(self._send("POST", "model-versions/create", body)["model_version"])
+        found = self._send("POST", "model-versions/create", body)
+        return _version(_member(found, "model_version"))
 
     def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
         """Write a tag of one version; ``value`` replaces an earlier one."""
@@ -196,16 +200,19 @@ class MlflowRest:
         """A stream of the artefact at ``path`` under the server's artefact root, uncompressed."""
         # A compressed answer would be counted after it was unpacked.
         plain = {"Accept-Encoding": "identity"}
-        url = f"{self._uri}{ARTIFACTS_API}/{quote(path)}"
-        return self._session.get(
-            url, stream=True, headers=plain, auth=self._login(), timeout=self._timeout_s
-        )
+        return self._request("GET", f"{ARTIFACTS_API}/{quote(path)}", stream=True, headers=plain)
 
-    def _login(self) -> AuthBase | tuple[str, str] | None:
-        """The credentials of the next request, read again for each as MLflow's client does."""
-        if token := self._environment.get("MLFLOW_TRACKING_TOKEN"):
-            return _Bearer(token)
-        return _credentials(self._environment)
+    def _login(self) -> AuthBase | None:
+        """The credentials of the next request, read again for each as MLflow's client does.
+
+        Those in the URI come first, then user name and password, then the token.
+        """
+        if "@" in self._uri.partition("://")[2].partition("/")[0]:
+            return None
+        if known := _credentials(self._environment):
+            return known
+        token = self._environment.get("MLFLOW_TRACKING_TOKEN")
+        return _Bearer(token) if token else None
 
     def _get(self, endpoint: str, **query: Any) -> dict[str, Any]:
         return self._ask("GET", endpoint, params=query)
@@ -216,19 +223,32 @@ class MlflowRest:
         return self._ask(method, endpoint, json=body)
 
     def _ask(self, method: str, endpoint: str, **content: Any) -> dict[str, Any]:
-        """The server's JSON; asks again after a lost connection or a transient error."""
-        url = f"{self._uri}{API}/{endpoint}"
+        """The server's JSON."""
+        return _decode(self._request(method, f"{API}/{endpoint}", **content), endpoint)
+
+    def _request(self, method: str, path: str, **content: Any) -> requests.Response:
+        """The server's answer. Asks again after a lost connection, a time-out or a transient error.
+
+        A repeated call does no harm: names have a claim, lines have a nonce, and setting a tag or
+        an alias twice changes nothing.
+        """
         for left in reversed(range(self._tries)):
             try:
                 response = self._session.request(
-                    method, url, auth=self._login(), timeout=self._timeout_s, **content
+                    method,
+                    f"{self._uri}{path}",
+                    auth=self._login(),
+                    verify=self._verify,
+                    timeout=self._timeout_s,
+                    **content,
                 )
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 if not left:
                     raise
             else:
                 if response.status_code not in TRANSIENT or not left:
-                    return _decode(response, endpoint)
+                    return response
+                response.close()
             time.sleep(RETRY_PAUSE_S)
         raise AssertionError("the last try returns or raises")
 
@@ -242,7 +262,7 @@ class _Bearer(AuthBase):
         return request
 
 
-def _credentials(environment: Mapping[str, str]) -> tuple[str, str] | None:
+def _credentials(environment: Mapping[str, str]) -> AuthBase | None:
     """User name and password, from the environment or MLflow's file of them."""
     user = environment.get("MLFLOW_TRACKING_USERNAME")
     password = environment.get("MLFLOW_TRACKING_PASSWORD")
@@ -251,7 +271,9 @@ def _credentials(environment: Mapping[str, str]) -> tuple[str, str] | None:
         file.read(Path("~/.mlflow/credentials").expanduser())
         user = user or file.get("mlflow", "mlflow_tracking_username", fallback=None)
         password = password or file.get("mlflow", "mlflow_tracking_password", fallback=None)
-    return (user, password) if user and password else None
+    if not (user and password):
+        return None
+    return HTTPBasicAuth(user.encode(), password.encode())  # else requests sends Latin-1
 
 
 def _decode(response: requests.Response, endpoint: str) -> dict[str, Any]:
@@ -267,6 +289,21 @@ def _decode(response: requests.Response, endpoint: str) -> dict[str, Any]:
     raise RestError(f"{endpoint}: {response.status_code} {response.reason}", "INTERNAL_ERROR")
 
 
+def _member(answer: dict[str, Any], name: str) -> Any:
+    if name not in answer:
+        raise RestError(f"the answer has no {name}: this is not an MLflow server", "BAD_ANSWER")
+    return answer[name]
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn an entity that is not as MLflow's into a ``RestError``."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RestError(f"an entity is not as MLflow's: {error!r}", "BAD_ANSWER") from error
+
+
 def _pairs(tags: dict[str, str]) -> list[dict[str, str]]:
     return [{"key": key, "value": value} for key, value in tags.items()]
 
@@ -276,19 +313,21 @@ def _tags(entity: dict[str, Any]) -> dict[str, str]:
 
 
 def _model(entity: dict[str, Any]) -> RegisteredModel:
-    return RegisteredModel(
-        name=entity["name"],
-        creation_timestamp=int(entity["creation_timestamp"]),
-        tags=_tags(entity),
-        aliases={each["alias"]: int(each["version"]) for each in entity.get("aliases", ())},
-    )
+    with _reading():
+        return RegisteredModel(
+            name=entity["name"],
+            creation_timestamp=int(entity["creation_timestamp"]),
+            tags=_tags(entity),
+            aliases={each["alias"]: int(each["version"]) for each in entity.get("aliases", ())},
+        )
 
 
 def _version(entity: dict[str, Any]) -> RegisteredVersion:
-    return RegisteredVersion(
-        name=entity["name"],
-        version=int(entity["version"]),
-        creation_timestamp=int(entity["creation_timestamp"]),
-        tags=_tags(entity),
-        run_id=entity.get("run_id"),
-    )
+    with _reading():
+        return RegisteredVersion(
+            name=entity["name"],
+            version=int(entity["version"]),
+            creation_timestamp=int(entity["creation_timestamp"]),
+            tags=_tags(entity),
+            run_id=entity.get("run_id"),
+        )

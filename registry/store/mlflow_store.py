@@ -252,8 +252,8 @@ class ModelStore:
     def _end_challenge(self, name: str, champion: int, previous: int | None) -> None:
         """Delete the alias ``challenger``, and give it to a version that is published meanwhile.
 
-        MLflow deletes an alias without comparing, so a publication may just have moved it. The
-        newest version after the champion lost it then, unless it is the ``previous`` champion.
+        MLflow deletes an alias without comparing. A version that was published just before lost its
+        alias by this: the newest version gets it again, unless that is the ``previous`` champion.
         """
         with self.errors():
             self._client.delete_registered_model_alias(name, CHALLENGER)
@@ -289,7 +289,8 @@ class ModelStore:
         data = entry.to_json()
         audit_log = f"{name}{AUDIT_LOG}"
         tags = {ENTRY_TAG: data.decode()}
-        # MLflow insists on one; models:/ it would resolve, and fail for a version that is gone.
+        # MLflow requires a source. It would look up a ``models:/`` source, and fail if that version
+        # was deleted.
         source = f"convoy:/{name}/{entry.to_version}"  # servers want an absolute path
         about = f"{entry.action} {entry.to_version}: {entry.reason or entry.details or ''}"[:1000]
         with self.errors():
@@ -313,13 +314,13 @@ class ModelStore:
         )
 
     def newest_line(self, name: str) -> int | None:
-        """The number of the log's newest line, as it was noted beside the lines."""
+        """The number of the log's newest line, as ``note_newest`` stored it."""
         log_model = self._names.registered(f"{name}{AUDIT_LOG}")
         number = log_model.tags.get(NEWEST_TAG, "") if log_model else ""
         return int(number) if number.isdecimal() else None
 
     def note_newest(self, name: str, audit_log: AuditLog) -> None:
-        """Note the number of the newest line beside the log: a cut at its end shows then."""
+        """Store the number of the newest line, so that ``audit`` notices missing last lines."""
         with self.errors():
             self._client.set_registered_model_tag(
                 f"{name}{AUDIT_LOG}", NEWEST_TAG, str(audit_log.last)

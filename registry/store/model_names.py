@@ -1,7 +1,8 @@
 """``ModelNames``: the names of models and of their audit logs in a registry.
 
-MLflow lets every account create a registered model and gives its creator all rights to it. So a log
-is trusted only if publishing made it, which is before its model.
+MLflow lets every account create a registered model and gives its creator all rights to it.
+Publishing creates the log before the model. So Convoy refuses a log that is over a minute younger
+than its model.
 """
 
 import secrets
@@ -74,7 +75,8 @@ class ModelNames:
     def _is_new(self, name: str) -> bool:
         """Whether the registry has neither a model nor a log of ``name``; raises as ``check``.
 
-        Another process may be publishing a first version, so half of it is looked at again.
+        Another process may be publishing a first version and have made only the log, or the log and
+        the model. This checks again for ``CLAIM_TIMEOUT_S``.
         """
         deadline = time.monotonic() + CLAIM_TIMEOUT_S
         while True:
@@ -88,11 +90,11 @@ class ModelNames:
                 break
             time.sleep(CLAIM_INTERVAL_S)
         raise PromotionRefused(
-            f"nothing can be published as {name}: MLflow has the registered model "
-            f"{' and '.join(known)}, but no version of {name}. A publication may have ended before "
-            "its version, the versions may have been deleted, or another account may have made it "
-            "and would decide what serves. Delete it in MLflow, with the decisions that a log "
-            "holds, and publish again, or publish under another name"
+            f"cannot publish as {name}: MLflow has the registered model {' and '.join(known)}, but "
+            f"no version of {name}. A publication may have ended before its version, the versions "
+            "may have been deleted, or another account may have made it and would decide what "
+            "serves. Delete it in MLflow, which also deletes the decisions in a log, and publish "
+            "again, or publish under another name"
         )
 
     def claim(self, name: str) -> None:
@@ -108,15 +110,15 @@ class ModelNames:
             )
 
     def _made_both(self, name: str) -> bool:
-        """Whether this call made the log and the model; False when others are at it."""
+        """Whether this call made the log and the model; False if another process makes them."""
         about = f"What was decided about the champion of {name}, a line each. Convoy writes it."
         return self._made(f"{name}{AUDIT_LOG}", about) and self._made(name)
 
     def _made(self, name: str, about: str | None = None) -> bool:
         """Whether this call made the registered model ``name``; False when another one did.
 
-        MLflow's client sends a request again when its answer was lost. The model is there then, and
-        the ``claim`` in its tags tells that this call made it.
+        A client repeats a request whose answer was lost, and the repeated one fails. If the tag of
+        the model holds this call's claim, this call made the model.
         """
         claim = secrets.token_hex(16)
         try:

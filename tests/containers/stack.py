@@ -228,9 +228,9 @@ class Stack:
     def picture(self, data: str = "fashion-mnist") -> bytes:
         """The first picture of the test set, read from the trainer's copy of the data."""
         code = (
-            "import sys; from registry.core.paths import convoy_home;"
+            "import sys; from registry.core.paths import convoy_paths;"
             "from training.data.sources import load_dataset;"
-            f"data = load_dataset({data!r}, convoy_home().datasets);"
+            f"data = load_dataset({data!r}, convoy_paths().datasets);"
             "sys.stdout.buffer.write(data.test.encode(0))"
         )
         command = ["docker-compose", "--profile", "train", "run", "--rm", "-T", "trainer"]

@@ -1,5 +1,6 @@
 """Our client for an MLflow server gives what MLflow's own client gives, without its import."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -152,13 +153,58 @@ def test_an_answer_that_is_not_a_result_is_an_error(
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"registered_model": {}},
+        {"registered_model": {"name": "x", "creation_timestamp": "soon"}},
+        {"registered_model": {"name": "x", "creation_timestamp": 1, "tags": [1]}},
+    ],
+)
+def test_the_answer_of_another_server_is_an_error(
+    answers: tuple[type[Answers], str], body: dict[str, object]
+) -> None:
+    handler, uri = answers
+    handler.planned.append((200, json.dumps(body).encode()))
+    with pytest.raises(RestError, match="MLflow"):
+        MlflowRest(uri, {}).get_registered_model("digits")
+
+
+def test_a_call_that_times_out_is_made_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def request(*arguments: object, **named: object) -> None:
+        calls.append(arguments)
+        raise requests.ReadTimeout("10 s")
+
+    client = MlflowRest("http://127.0.0.1:9", {})
+    monkeypatch.setattr(mlflow_rest, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(client._session, "request", request)
+    with pytest.raises(requests.ReadTimeout):
+        client.set_registered_model_tag("digits", "key", "value")
+    assert len(calls) == 2
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
     ("environment", "sent"),
     [
         ({}, ""),
         ({"MLFLOW_TRACKING_TOKEN": "abc"}, "Bearer abc"),
         (
             {"MLFLOW_TRACKING_USERNAME": "a", "MLFLOW_TRACKING_PASSWORD": "b"},
-            requests.auth._basic_auth_str("a", "b"),
+            basic("a", "b"),
+        ),
+        (
+            {
+                "MLFLOW_TRACKING_USERNAME": "ü",
+                "MLFLOW_TRACKING_PASSWORD": "p€",  # pragma: allowlist secret
+                "MLFLOW_TRACKING_TOKEN": "abc",
+            },
+            basic("ü", "p€"),
         ),
     ],
 )
