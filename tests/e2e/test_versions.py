@@ -126,7 +126,7 @@ def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_a
         return None
 
     for change, why in (
-        (with_nan, "NaN or infinity"),
+        (with_nan, "NaN or infinite"),
         (with_other_golden, "from its published probabilities"),
     ):
         before = failed_switches()

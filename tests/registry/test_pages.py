@@ -485,6 +485,7 @@ def test_charts_have_their_points_when_the_page_opens(
             patch.setattr(traffic_history, "monotonic", lambda at_s=at_s: at_s)
             app.extensions["convoy"].history.samples("digits")
     signed_in(page, url, tokens["viewer"], "/models/digits")
+    page.wait_for_selector("#charts figure:nth-of-type(3) canvas")  # the script has drawn
     assert page.locator("#charts canvas").count() == 3
     lengths = "plots.map((plot) => plot.data.map((values) => values.length))"
     before = page.evaluate(lengths)
