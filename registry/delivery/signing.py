@@ -238,8 +238,8 @@ def read_public_keys(file: Path) -> dict[str, bytes]:
         raise UsageError(f"CONVOY_TRUSTED_KEYS={file}: {error}") from error
     if not keys:
         raise UsageError(
-            f"CONVOY_TRUSTED_KEYS={file} has no key, so no version could be served; add a line of "
-            "keygen"
+            f"CONVOY_TRUSTED_KEYS={file} has no key, so no version could be served; add the line "
+            "that `convoy keygen` printed"
         )
     return keys
 

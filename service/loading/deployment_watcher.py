@@ -48,7 +48,7 @@ class DeploymentWatcher:
         return self._loader.state.error or self._switch.waiting
 
     def poll_once(self, timeout_s: float = -1) -> bool:
-        """Load the current deployment if it is new; whether this worker now serves another one.
+        """Load the current deployment if it is new. Returns whether this worker switched to it.
 
         Chooses no plan. If another thread is polling, waits ``timeout_s`` for it and then returns
         False; -1 waits without a limit.

@@ -103,11 +103,11 @@ class ModelSlot:
         return self._group.reports(self.ref.name)
 
     def poll_once(self) -> bool:
-        """Load the current deployment if its plan is known; whether another one serves now."""
+        """Load the current deployment if its plan is known; returns whether it was switched to."""
         return self._watcher.poll_once()
 
     def refresh(self) -> bool:
-        """Load the current deployment, choosing its plan first; whether another one serves now."""
+        """As ``poll_once``, but choose the plan of the deployment first if it is unknown."""
         return self._watcher.refresh()
 
     def start(self, gently: bool = False) -> Event:

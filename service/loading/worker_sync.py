@@ -77,7 +77,7 @@ class WorkerGroup:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Meanwhile, no worker joins, switches, or withdraws a report that it is prepared."""
+        """In the block, no worker can join, switch, or take back that it is prepared."""
         with (self._folder / "group").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
