@@ -20,7 +20,9 @@ class Decoder:
     """Decodes images, large ones one at a time. Any thread may call any method."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._limits = settings.decode_limits
+        self._common_limits = settings.common_decode_limits
+        self._loop_limits = settings.loop_decode_limits
         self._large = Semaphore(LARGE_AT_ONCE)
         self._large_or_waiting = Semaphore(max(1, settings.threads - FREE_THREADS))
 
@@ -34,9 +36,7 @@ class Decoder:
         """
         if isinstance(image, ConvoyError):
             return image
-        limits = (
-            self._settings.loop_decode_limits if in_loop else self._settings.common_decode_limits
-        )
+        limits = self._loop_limits if in_loop else self._common_limits
         try:
             return decode_image(image, spec, limits)
         except ImageTooLarge as error:
@@ -50,7 +50,7 @@ class Decoder:
         """As ``decode``, one image at a time: large ones must not take all memory and threads."""
         try:
             # Before waiting: an invalid image must not take the place of another.
-            check_parts(image, self._settings.decode_limits)
+            check_parts(image, self._limits)
         except ConvoyError as error:
             return _without_frames(error)
         if not self._large_or_waiting.acquire(blocking=False):
@@ -64,7 +64,7 @@ class Decoder:
         if not self._large.acquire(timeout=LARGE_WAIT_S):
             return Overloaded("too many large images are being decoded; try again later")
         try:
-            return decode_image(image, spec, self._settings.decode_limits)
+            return decode_image(image, spec, self._limits)
         except ConvoyError as error:
             return _without_frames(error)
         finally:
