@@ -127,7 +127,7 @@ def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_a
 
     for change, why in (
         (with_nan, "NaN or infinite"),
-        (with_other_golden, "from its published probabilities"),
+        (with_other_golden, "from the published probability"),
     ):
         before = failed_switches()
         version = republish(store, paths, change)
