@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from registry.canary.traffic_stats import ServingStatus
 from registry.core.problem_details import Problem, responses
@@ -87,6 +88,13 @@ _ONE_MODEL = (
     "/v1/models/{name}/versions/{version}",
     "/v1/models/{name}/aliases/{alias}",
 )
+_READYZ = Operation(
+    path="/readyz",
+    summary="Whether every model is loaded and warmed up.",
+    answer=Readiness,
+    example=READINESS_EXAMPLE,
+    failure_answers=("503",),
+)
 OPERATIONS = (
     Operation(
         path="/v1/models",
@@ -113,20 +121,8 @@ OPERATIONS = (
         failures=ABOUT_MODELS,
     ),
     Operation(path="/livez", summary="Whether the process answers.", example="ok\n"),
-    Operation(
-        path="/readyz",
-        summary="Whether every model is loaded and warmed up.",
-        answer=Readiness,
-        example=READINESS_EXAMPLE,
-        failure_answers=("503",),
-    ),
-    Operation(
-        path="/healthz",
-        summary="The same as /readyz.",
-        answer=Readiness,
-        example=READINESS_EXAMPLE,
-        failure_answers=("503",),
-    ),
+    _READYZ,
+    replace(_READYZ, path="/healthz", summary="The same as /readyz."),
     Operation(
         path="/metrics",
         summary="Metrics in Prometheus' text format.",

@@ -109,7 +109,8 @@ class DeploymentWatcher:
                 return
 
     def _adopt(self) -> None:
-        if self._switch.adopt() and self._switch.state.serving.whole:  # type: ignore[union-attr]
+        adopted = self._switch.adopt()
+        if adopted is not None and adopted.whole:
             self._loader.state = Loaded()
 
     def _prepare(self) -> None:

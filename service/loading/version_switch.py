@@ -115,14 +115,14 @@ class VersionSwitch:
             log.warning("%s: %s", self._model, text)
             self.waiting = text
 
-    def adopt(self) -> bool:
+    def adopt(self) -> ActiveVersions | None:
         """Make the prepared deployment the serving one, if the workers have switched to it.
 
-        Returns whether they have.
+        Returns it; None if they have not.
         """
         before, fresh = self.state.serving, self.state.prepared
         if fresh is None or fresh.key != self._active.key:
-            return False
+            return None
         self.state = Active(fresh)
         self.waiting = None
         left = before.champion if before else None
@@ -136,7 +136,7 @@ class VersionSwitch:
             left.version if left else "none",
             f"; canary: {fresh.canary}" if fresh.canary else "",
         )
-        return True
+        return fresh
 
     def replace_serving(self, serving: ActiveVersions | None) -> None:
         """Replace the serving versions of this deployment, because a device was lost."""
