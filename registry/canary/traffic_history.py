@@ -51,7 +51,7 @@ class TrafficHistory:
     def __init__(self, read: Callable[[str], ServingStatus]) -> None:
         self._read = read
         self._samples: dict[str, deque[tuple[float, ServingStatus]]] = {}
-        self._failures: dict[str, tuple[float, ModelNotReady]] = {}
+        self._failures: dict[str, tuple[float, str]] = {}
         self._locks: dict[str, Lock] = {}
 
     def samples(self, name: str) -> list[tuple[float, ServingStatus]]:
@@ -63,16 +63,18 @@ class TrafficHistory:
         with self._locks.setdefault(name, Lock()):  # keeps samples in the order of their times
             rows = self._samples.get(name, deque(maxlen=MAX_SAMPLES))
             now = monotonic()
-            failed_at, failure = self._failures.get(name, (-SAMPLE_INTERVAL_S, None))
-            if failure is not None and now - failed_at < SAMPLE_INTERVAL_S:
-                raise failure  # callers must not wait in turn for a service that is away
+            failed_at, failure = self._failures.get(name, (0.0, ""))
+            if failure and now - failed_at < SAMPLE_INTERVAL_S:
+                raise ModelNotReady(
+                    failure
+                )  # callers must not wait in turn for a service that is away
             if rows and now - rows[-1][0] > MAX_GAP_S:
                 rows.clear()  # a chart would draw a line through the time without measurements
             if not rows or now - rows[-1][0] >= SAMPLE_INTERVAL_S:
                 try:
                     rows.append((now, self._read(name)))
                 except ModelNotReady as error:
-                    self._failures[name] = monotonic(), error
+                    self._failures[name] = monotonic(), str(error)
                     raise
             self._samples[name] = rows
             return list(rows)

@@ -12,7 +12,7 @@ from registry.store.mlflow_store import ModelStore
 
 Number = Annotated[int, Meta(ge=1)]
 Expected = Annotated[int, Meta(ge=0)]
-"""The number of the champion that the client expects; 0: the model has none yet."""
+"""The number of the champion that the client expects; 0: there is none, or it was deleted."""
 Reason = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
 
 

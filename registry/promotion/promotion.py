@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # MLflow's time-out, 10 s, and is retried.
 RECONCILE_TIMEOUT_S = 25.0
 POLL_INTERVAL_S = 0.25
-# As ``expect_champion``: the caller expects that the model has no champion yet.
+# As ``expect_champion``: the caller expects no champion, or that its version was deleted.
 NO_CHAMPION = 0
 ALLOW_NEW_CLASSES = ". The classes differ: --allow-new-classes accepts that, if every check passes"
 
@@ -317,7 +317,8 @@ def audit(store: ModelStore, name: str) -> tuple[int, list[str]]:
 
 def _reconcile_at(store: ModelStore, name: str, expect_champion: int | None) -> AuditLog:
     audit_log = reconcile(store, name)
-    if expect_champion not in (None, audit_log.champion or NO_CHAMPION):
+    is_gone = expect_champion == NO_CHAMPION and store.find(name, audit_log.champion) is None
+    if not is_gone and expect_champion not in (None, audit_log.champion):
         raise PromotionConflict(
             f"{name}: the champion is version {audit_log.champion}, not {expect_champion}"
         )

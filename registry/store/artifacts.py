@@ -39,7 +39,7 @@ class Artifacts:
                     sign in str(error) for sign in MISSING
                 ):
                     raise BundleInvalid(f"{uri} is missing from the artefacts") from error
-                reason = self._connection.first_line(error)
+                reason = self._connection.last_line(error)
                 raise RegistryUnavailable(f"{uri} could not be fetched: {reason}") from error
 
     def _fetch(self, uri: str, root: str, target: Path, max_bytes: int) -> None:

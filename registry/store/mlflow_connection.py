@@ -125,8 +125,15 @@ class MlflowConnection:
 
     def first_line(self, error: Exception) -> str:
         """The first line of ``error``'s text, without the credentials of the URI."""
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return line.replace(self._credentials, "") if self._credentials else line
+        return self._lines(error)[0]
+
+    def last_line(self, error: Exception) -> str:
+        """The last line, where MLflow's downloads have the reason; else as ``first_line``."""
+        return self._lines(error)[-1]
+
+    def _lines(self, error: Exception) -> list[str]:
+        text = str(error).strip() or type(error).__name__
+        return (text.replace(self._credentials, "") if self._credentials else text).splitlines()
 
     @property
     def _credentials(self) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import requests
 from msgspec import Struct
 from requests.auth import AuthBase, HTTPBasicAuth
+from requests.utils import get_auth_from_url
 
 API = "/api/2.0/mlflow"
 ARTIFACTS_API = "/api/2.0/mlflow-artifacts/artifacts"
@@ -207,7 +208,7 @@ class MlflowRest:
 
         Those in the URI come first, then user name and password, then the token.
         """
-        if "@" in self._uri.partition("://")[2].partition("/")[0]:
+        if any(get_auth_from_url(self._uri)):  # requests sends these itself
             return None
         if known := _credentials(self._environment):
             return known

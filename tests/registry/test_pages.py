@@ -1,5 +1,6 @@
 """The control plane's pages: which decisions forms may make, and the pages in a real Chromium."""
 
+import html
 import itertools
 import re
 import threading
@@ -397,6 +398,38 @@ def test_a_decision_needs_a_confirmation_on_a_page_that_says_what_changes(
     sent = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', answer.text))
     assert form.items() <= sent.items()
     assert sent["confirmed"] == "yes"
+
+
+def test_a_confirmed_roll_back_goes_only_where_the_page_said(
+    client: FlaskClient, promoted: None, tokens, store: ModelStore
+) -> None:
+    csrf = sign_in(client, tokens["admin"])
+    confirmed = confirm_roll_back(client, csrf)
+    assert (confirmed["expect_champion"], confirmed["expect_previous"]) == ("2", "1")
+    # Meanwhile another operator promotes version 3 and rolls back: 2 serves again, after 3.
+    promote(store, "digits", 3, force=True, reason="a race")
+    roll_back(store, "digits")
+    answer = client.post("/models/digits/decide", data=confirmed)
+    assert answer.status_code == 409
+    assert "the previous champion is version 3, not 1" in html.unescape(answer.text)
+    assert store.aliases("digits")["champion"] == 2
+
+
+def test_a_roll_back_works_after_the_champions_version_was_deleted(
+    client: FlaskClient, promoted: None, tokens, store: ModelStore
+) -> None:
+    store._client.delete_model_version("digits", "2")
+    confirmed = confirm_roll_back(client, sign_in(client, tokens["admin"]))
+    assert (confirmed["expect_champion"], confirmed["expect_previous"]) == ("0", "1")
+    assert client.post("/models/digits/decide", data=confirmed).status_code == 303
+    assert store.aliases("digits")["champion"] == 1
+
+
+def confirm_roll_back(client: FlaskClient, csrf: str) -> dict[str, str]:
+    """The fields of the page that asks whether to roll back."""
+    form = {"action": "roll-back", "csrf": csrf}
+    page = client.post("/models/digits/decide", data=form).text
+    return dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page))
 
 
 def test_the_confirmation_of_a_promotion_names_the_canary_that_it_stops(
