@@ -47,10 +47,10 @@ def main() -> int:
             photograph = opened.convert("RGB")
         for megapixels in MEGAPIXELS:
             data = enlarged(photograph, megapixels)
-            full_ms, full = decode(data, NEVER)
+            full_ms, full = timed_decode(data, NEVER)
             figures[f"{name}, {megapixels} Mpx, full, ms"] = full_ms
             for gap in GAPS:
-                took_ms, pixels = decode(data, gap)
+                took_ms, pixels = timed_decode(data, gap)
                 off = np.abs(pixels.astype(int) - full)
                 figures[f"{name}, {megapixels} Mpx, {gap}×, ms"] = took_ms
                 figures[f"{name}, {megapixels} Mpx, {gap}×, levels off"] = (
@@ -69,7 +69,7 @@ def enlarged(photograph: Image.Image, megapixels: float) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes, gap: int) -> tuple[float, decode.Pixels]:
+def timed_decode(data: bytes, gap: int) -> tuple[float, decode.Pixels]:
     """The fastest repetition in ms, and the pixels, if ``gap`` times the needed size is kept."""
     decode.REDUCING_GAP = gap
     took_ms = []

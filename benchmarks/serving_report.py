@@ -26,7 +26,8 @@ def conclude(results: dict[str, Rows], details: dict[str, Any], file: Path | Non
     Returns:
         The exit status: 1 if a row is marked.
     """
-    lines, bad = [], {}
+    lines: list[str] = []
+    bad: dict[str, str] = {}
     for name, rows in results.items():
         found = details[name]
         title = f"{name.upper()}: {found['model']}, plan {found['plan']}"

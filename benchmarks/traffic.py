@@ -307,7 +307,7 @@ def draw(traffic: Traffic, file: Path, title: str, step_s: float = 0.5) -> None:
     rows, began = traffic.rows, traffic.began
     edges = np.arange(0, max(row.done for row in rows) - began + step_s, step_s)
     figure, (counts, times) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, layout="tight")
-    groups = {
+    groups: dict[str, tuple[str, Callable[[Row], bool]]] = {
         "200": ("tab:green", lambda row: row.status == 200),
         "4xx": ("tab:blue", lambda row: 400 <= row.status < 500),
         "503": ("tab:orange", lambda row: row.status == 503),
@@ -339,11 +339,11 @@ def draw(traffic: Traffic, file: Path, title: str, step_s: float = 0.5) -> None:
     times.set_ylabel("ms from due")
     times.set_xlabel("seconds")
     times.legend(loc="upper right", fontsize=8)
-    for at, name in traffic.faults:
+    for when, name in traffic.faults:
         for axes in (counts, times):
-            axes.axvline(at - began, color="grey", linewidth=0.6, alpha=0.7)
+            axes.axvline(when - began, color="grey", linewidth=0.6, alpha=0.7)
         if len(traffic.faults) <= 24:
-            counts.text(at - began, counts.get_ylim()[1], name, fontsize=6, rotation=90, va="top")
+            counts.text(when - began, counts.get_ylim()[1], name, fontsize=6, rotation=90, va="top")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=90)
     plt.close(figure)

@@ -15,33 +15,36 @@ TRAINING, REGISTRY, SERVICE = "training.__main__", "registry.cli.main", "service
 VERBS: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
         "train": (TRAINING, "train a network and register it as the next version"),
-        "compare": (TRAINING, "train several recipes on the same data"),
+        "compare": (
+            TRAINING,
+            "train several recipes with several seeds, and test on shifted pictures",
+        ),
     },
     "View": {
         "list": (REGISTRY, "list models and their versions"),
         "show": (REGISTRY, "show one version: manifest, metrics, decisions"),
-        "history": (REGISTRY, "show every decision about a model, or its champion on a day"),
-        "audit": (REGISTRY, "check the audit log and the aliases"),
-        "traffic": (REGISTRY, "show requests, errors and latency of the versions that serve"),
-        "plan": (REGISTRY, "show how fast each plan runs a version on this machine"),
+        "history": (REGISTRY, "list all decisions about a model"),
+        "audit": (REGISTRY, "check the audit log for missing lines, and the aliases against it"),
+        "traffic": (REGISTRY, "show requests, errors and latency of each version"),
+        "plan": (REGISTRY, "benchmark the plans of a version on this machine"),
     },
     "Decide": {
         "evaluate": (REGISTRY, "compare a version with the champion"),
         "promote": (REGISTRY, "make a version the champion if the gate accepts it"),
-        "roll-back": (REGISTRY, "make the previous champion the champion again"),
-        "canary": (REGISTRY, "start or stop a canary, or a shadow"),
+        "roll-back": (REGISTRY, "make the previous champion champion again"),
+        "canary": (REGISTRY, "have a challenger answer a share of real requests"),
     },
     "Serve": {
         "serve": (SERVICE, "serve models over HTTP"),
-        "classify": (SERVICE, "send images to a running service"),
-        "pull": (REGISTRY, "follow the registry and lay versions out on disk"),
-        "control": (REGISTRY, "serve the control plane: an API and pages for operators"),
+        "classify": (SERVICE, "classify files with a running service"),
+        "pull": (REGISTRY, "download and deploy the versions to serve"),
+        "control": (REGISTRY, "run the control plane: an API and pages for operators"),
     },
     "Secure": {
-        "token": (REGISTRY, "add, remove and list bearer tokens"),
-        "keygen": (REGISTRY, "make a key pair for signatures"),
-        "sign": (REGISTRY, "sign a version"),
-        "verify": (REGISTRY, "check a version's files and signature"),
+        "token": (REGISTRY, "manage the tokens for the service and the control plane"),
+        "keygen": (REGISTRY, "make a key to sign versions with"),
+        "sign": (REGISTRY, "sign a version with your private key"),
+        "verify": (REGISTRY, "check the files and the signature of a version"),
     },
 }
 

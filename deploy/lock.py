@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from deploy.requirements import requirements
 
@@ -44,7 +45,7 @@ def main() -> int:
     return 0
 
 
-def resolve(wanted: list[str], machine: str) -> list[dict]:
+def resolve(wanted: list[str], machine: str) -> list[dict[str, Any]]:
     """The packages that pip would install on ``machine``, with all dependencies."""
     platforms = [f"--platform={name}_{machine}" for name in MANYLINUX]
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +54,8 @@ def resolve(wanted: list[str], machine: str) -> list[dict]:
         command += ["--python-version=3.11", "--only-binary=:all:", f"--target={folder}"]
         command += ["--ignore-installed", f"--report={report}", "-c", "constraints.txt", *wanted]
         subprocess.run(command, check=True, cwd=ROOT)
-        return json.loads(report.read_text())["install"]
+        packages: list[dict[str, Any]] = json.loads(report.read_text())["install"]
+        return packages
 
 
 if __name__ == "__main__":

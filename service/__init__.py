@@ -42,7 +42,7 @@ def create_app(
     from service.loading.open_slots import open_slots
     from service.loading.watchdog import Watchdog
     from service.observability.metrics import Metrics
-    from service.protocols.base import InferenceApp, InferenceProtocol
+    from service.protocols.inference_app import InferenceApp, InferenceProtocol
     from service.protocols.torchserve import TorchServe
     from service.protocols.v1 import V1
     from service.settings import Settings

@@ -49,7 +49,7 @@ def command_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=_serve, no_pull=False)
     commands = parser.add_subparsers(metavar="{serve,classify}")
-    for command in (parser, commands.add_parser("serve", help="serve (the default)")):
+    for command in (parser, commands.add_parser("serve", help="serve models over HTTP")):
         command.add_argument(
             "--no-pull",
             action="store_true",

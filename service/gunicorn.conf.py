@@ -77,7 +77,7 @@ def post_fork(server: Any, worker: Any) -> None:
 def child_exit(server: Any, worker: Any) -> None:
     """Keep the counts of a worker that has ended, and remove its other files."""
     from service.observability.metric_files import forget_process
-    from service.server.handover import forget_worker
+    from service.server.sockets.handover import forget_worker
 
     try:
         forget_process(run_folder / METRICS, worker.pid)

@@ -84,6 +84,8 @@ VARIABLES = {
 class Settings(Struct, frozen=True, kw_only=True):
     """The settings of a service. Sizes are in bytes, times in seconds.
 
+    It has many fields because each is a setting of docs/operations.md.
+
     Attributes:
         models: the models to serve; the first is the default model.
         max_batch: the most images in one forward pass, and in one request.

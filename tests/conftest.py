@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Set before torch and OpenVINO are imported, because two test processes share the cores. Every
 # process that a test starts inherits it.
@@ -25,13 +26,21 @@ from registry.model.manifest import ListedNetwork, Manifest
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER, eager_classifier
 from registry.model.preprocessed_model import PreprocessedModel, build_preprocessed
+from registry.model.refs import ModelVersion
 from training.data.sources import Dataset, load_dataset, take
 from training.fitting.recipes import Recipe
 from training.publishing.evaluate import evaluate
 from training.publishing.export import export_network
 from training.publishing.publish import build_manifest, choose_calibration, write_version
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+    from registry.store.mlflow_store import ModelStore
+
 MakeBundle = Callable[..., Bundle]
+Publish = Callable[..., ModelVersion]
+NewPage = Callable[..., tuple["Page", list[str]]]
 CPU = torch.device("cpu")
 WAIT_TIMEOUT_S = 300.0
 """How long a test waits for an event. Generous, because a busy machine may be ten times slower."""
@@ -229,20 +238,24 @@ def registry_paths(paths: Paths, empty_registry: Path) -> Iterator[Paths]:
 
 
 @pytest.fixture
-def store(registry_paths: Paths):
-    """An empty registry."""
+def store(registry_paths: Paths) -> "ModelStore":
+    """An empty registry, which is also that of MLflow's own functions."""
+    import mlflow
+
     from registry.store.mlflow_store import ModelStore
 
-    return ModelStore(registry_paths)
+    found = ModelStore(registry_paths)
+    mlflow.set_tracking_uri(found.connection.uri)
+    return found
 
 
 @pytest.fixture
-def downloads(store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def downloads(store: "ModelStore", monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the number of each version that is downloaded, once for each download."""
     found: list[int] = []
     download = store.download
 
-    def counted(version, *arguments):
+    def counted(version: ModelVersion, *arguments: Any) -> Bundle:
         found.append(version.version)
         return download(version, *arguments)
 
@@ -251,11 +264,11 @@ def downloads(store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def publish(store, make_bundle: MakeBundle):
+def publish(store: "ModelStore", make_bundle: MakeBundle) -> Publish:
     """A function that registers a version: ``publish(seed=1)`` returns its ``ModelVersion``."""
     from training.publishing.tracking import start_run
 
-    def register(seed: int = 0, **options):
+    def register(seed: int = 0, **options: Any) -> ModelVersion:
         bundle = make_bundle(seed=seed, **options)
         with start_run(store, "convoy", f"seed {seed}"):
             return store.publish(bundle, {"convoy.recipe": "tiny"})
@@ -279,7 +292,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
-def browser():
+def browser() -> Iterator["Browser"]:
     """A headless Chromium."""
     if CHROMIUM is None:
         pytest.skip("this machine has no Chromium")
@@ -293,13 +306,13 @@ def browser():
 
 
 @pytest.fixture
-def new_page(browser):
+def new_page(browser: "Browser") -> NewPage:
     """Opens a page: ``new_page(viewport=…)`` gives it and the list of the faults that it reports.
 
     A fault is an error of a script, or one in the console: a violation of the page's policy, too.
     """
 
-    def open_page(**options):
+    def open_page(**options: Any) -> tuple["Page", list[str]]:
         page = browser.new_context(**options).new_page()
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
@@ -310,6 +323,6 @@ def new_page(browser):
 
 
 @pytest.fixture
-def watched_page(new_page):
+def watched_page(new_page: NewPage) -> tuple["Page", list[str]]:
     """A page, and the list of the faults that it reports."""
     return new_page()

@@ -19,7 +19,7 @@ import numpy as np
 from registry.core.names import sha256_hex
 from registry.model.bundle import GOLDEN, HELDOUT, MANIFEST, WEIGHTS, Bundle
 
-Change = Callable[[Bundle, Path], None]
+Change = Callable[[Bundle, Path], object]
 
 
 class Marker:
@@ -50,7 +50,8 @@ def object_array(marker: Path) -> bytes:
     buffer = io.BytesIO()
     objects = np.array([Marker(marker)], dtype=object)
     names = ("pixels", "labels", "probabilities", "digests", "perceptual_hashes")
-    np.savez(buffer, **dict.fromkeys(names, objects))
+    arrays: dict[str, Any] = dict.fromkeys(names, objects)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
@@ -145,8 +146,8 @@ HOSTILE_BUNDLES: dict[str, Change] = {
     "held-out scores are an array of objects": lambda bundle, marker: replace_file(
         bundle, HELDOUT, object_array(marker)
     ),
-    "manifest is not JSON": lambda bundle, marker: (
-        (bundle.folder / MANIFEST).write_bytes(b"[" * 100_000) and None
+    "manifest is not JSON": lambda bundle, marker: (bundle.folder / MANIFEST).write_bytes(
+        b"[" * 100_000
     ),
     "manifest is missing": lambda bundle, marker: (bundle.folder / MANIFEST).unlink(),
     "manifest names a file outside": manifest(

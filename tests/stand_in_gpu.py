@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from registry.core.errors import DeviceLost
 from registry.model.bundle import Bundle
@@ -27,7 +28,7 @@ def lost() -> bool:
 class StandInPlanner:
     """A ``PlanLoader`` for the stand-in. ``wrap`` may change the forward pass."""
 
-    def __init__(self, wrap=lambda predict: predict) -> None:
+    def __init__(self, wrap: Any = lambda predict: predict) -> None:
         self.loads = 0
         self.chosen: list[str] = []
         self._wrap = wrap
@@ -42,7 +43,7 @@ class StandInPlanner:
 
 
 def losable(predict: PredictFn) -> PredictFn:
-    def losing(pixels):
+    def losing(pixels: Any) -> Any:
         if lost():
             raise DeviceLost("CUDA error: device-side assert triggered")
         return predict(pixels)
@@ -57,7 +58,8 @@ def main() -> int:
         from service.__main__ import main as service
 
         supervisor.GPU = [sys.executable, "-m", "tests.stand_in_gpu", "own"]
-        supervisor.may_use_gpu = lambda wanted: True
+        # Replaces the supervisor's import.
+        supervisor.may_use_gpu = lambda wanted: True  # type: ignore[attr-defined]
         return service(arguments)
     while Path(os.environ.get("STAND_IN_HELD", "/nowhere")).exists():
         time.sleep(0.05)
@@ -65,8 +67,9 @@ def main() -> int:
     from registry.model.plans import planner
     from service.loading import gpu_process
 
-    devices.choose_device = lambda wanted: "cpu" if lost() else "cuda:0"
-    planner.Planner = lambda *arguments: StandInPlanner(losable)
+    devices.choose_device = lambda wanted="auto": "cpu" if lost() else "cuda:0"
+    # A function in place of the class.
+    planner.Planner = lambda *arguments: StandInPlanner(losable)  # type: ignore[misc, assignment]
     return gpu_process.main(arguments)
 
 

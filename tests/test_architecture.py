@@ -1,6 +1,7 @@
-"""Rules about imports: which package may import which, and which modules stay light."""
+"""Rules about imports, about modules that stay light, and about sizes."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,45 @@ def test_a_folder_holds_at_most_nine_modules() -> None:
         for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
             modules = [each for each in folder.glob("*.py") if each.name != "__init__.py"]
             assert len(modules) <= 9, folder
+
+
+def test_a_module_has_at_most_400_lines() -> None:
+    for name, path in sources().items():
+        assert len(path.read_text().splitlines()) <= 400, name
+
+
+def test_a_class_is_small_or_its_docstring_says_why_not() -> None:
+    """At most twelve methods and ten attributes, or a sentence "It has many … because …"."""
+    offenders = []
+    for name, path in sources().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                docstring = " ".join((ast.get_docstring(node) or "").split())
+                is_explained = re.search(r"It has many [\w ]+ because ", docstring)
+                methods, attributes = members(node)
+                if (len(methods) > 12 or len(attributes) > 10) and not is_explained:
+                    offenders.append((name, node.name, len(methods), len(attributes)))
+    assert not offenders
+
+
+def members(node: ast.ClassDef) -> tuple[list[str], set[str]]:
+    """The names of a class's methods, and of its fields and the attributes that it assigns."""
+    methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+    fields = {
+        each.target.id
+        for each in node.body
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    }
+    assigned = {
+        each.attr
+        for method in methods
+        for each in ast.walk(method)
+        if isinstance(each, ast.Attribute)
+        and isinstance(each.ctx, ast.Store)
+        and isinstance(each.value, ast.Name)
+        and each.value.id == "self"
+    }
+    return [each.name for each in methods], fields | assigned
 
 
 def test_only_the_store_and_the_tracking_of_runs_import_mlflow() -> None:

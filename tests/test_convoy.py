@@ -23,10 +23,12 @@ def test_each_verb_has_a_help_page_under_its_own_name(
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES.values())))
-def test_every_verb_of_a_package_is_one_of_convoys(module: str) -> None:
+def test_every_verb_of_a_package_is_one_of_convoys_with_the_same_help(module: str) -> None:
     parser = importlib.import_module(module).command_parser("convoy")
     (commands,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
-    assert set(commands.choices) == {verb for verb, home in MODULES.items() if home == module}
+    of_package = {action.dest: action.help for action in commands._choices_actions}
+    of_convoy = {verb: about for verbs in VERBS.values() for verb, (home, about) in verbs.items()}
+    assert of_package == {verb: of_convoy[verb] for verb in MODULES if MODULES[verb] == module}
 
 
 def test_the_help_page_lists_every_verb_and_imports_no_package() -> None:

@@ -115,7 +115,7 @@ def command_parser(prog: str) -> argparse.ArgumentParser:
         epilog="To compare several recipes on the same data, see: convoy compare -h",
     )
     commands = parser.add_subparsers(metavar="{train,compare}")
-    train = commands.add_parser("train", help="train and register (the default)")
+    train = commands.add_parser("train", help="train a network and register it as the next version")
     train.add_argument("--recipe", default="cnn", help=f"{' | '.join(RECIPES)} (default cnn)")
     train.add_argument("--model", help="name in the registry (default: the data set's name)")
     train.add_argument("--seed", type=_integer(0, 2**31), default=0)

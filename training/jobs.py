@@ -129,7 +129,7 @@ def _rehearse(
     report.rehearse(data)
     if not register:
         return
-    store.check_name(model)
+    store.names.check(model)
     try:
         build_manifest(model, recipe, data, seed, describe_device(device), {}).to_json()
     except ValueError as error:  # two labels that are equal, for example

@@ -31,11 +31,11 @@ SCENARIOS: dict[str, Scenario] = {
     "mutants": pictures.many_mutants,
     "described-api": protocol.described_api,
     "soak": soak.soak,
-    "locked-doors": protocol.locked_doors,
+    "access-control": protocol.access_control,
     "large-json": attacks.large_json,
     "empty-parts": attacks.empty_parts,
     "stalled-bodies": attacks.stalled_bodies,
-    "crowded-metrics": attacks.crowded_metrics,
+    "many-scrapes": attacks.many_scrapes,
     "impatient-clients": load.impatient_clients,
 }
 

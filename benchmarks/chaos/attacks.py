@@ -49,7 +49,7 @@ def stalled_bodies(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
     return _play(partial(_stall, STALLED_CLIENTS), seconds)
 
 
-def crowded_metrics(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+def many_scrapes(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
     """300 connections request /metrics again as soon as they are answered."""
     return _play(partial(_post_again, METRICS_CLIENTS, _metrics_requests), seconds)
 

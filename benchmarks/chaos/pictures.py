@@ -118,7 +118,7 @@ async def _ask_once(port: int, ask: Ask) -> None:
 
 def corpus() -> list[bytes]:
     """Every different file of up to 8 MiB among the test pictures of ``SOURCES``."""
-    found = {}
+    found: dict[bytes, None] = {}
     with tempfile.TemporaryDirectory(prefix="convoy-corpus-") as folder:
         for source in SOURCES:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

@@ -199,14 +199,14 @@ def control_plane(paths: Paths, **more: str) -> Iterator[tuple[int, dict[str, st
         process.wait(30)
 
 
-def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
+def access_control(repeat: int = 1) -> tuple[dict[str, Any], None]:
     """Requests to every route of the control plane with no or a wrong token, or cross-origin."""
     opened = []
     tried: Counter[str] = Counter()
     open_to_all = {"/livez", "/openapi.json"}
     with paths_of_two() as (paths, _), control_plane(paths) as (port, texts):
         cookie, csrf = _sign_in(port, texts["admin"])
-        decisions = len(ModelStore(paths).audit_log("digits").lines)
+        decisions = len(ModelStore(paths).audit_logs.read("digits").lines)
         if _status(port, "GET", "/models/digits", {"Cookie": cookie}, b"") != 200:
             raise SystemExit("could not sign in: every later attempt would be refused for that")
         attempts_of_all = {
@@ -247,7 +247,7 @@ def locked_doors(repeat: int = 1) -> tuple[dict[str, Any], None]:
                 sent_to_login = 300 <= status < 400 and location.startswith("../../login")
                 if status not in (400, 401, 403, 404, 405) and not sent_to_login:
                     opened.append(f"{name}: {path} → {status} {location}")
-        decided = len(ModelStore(paths).audit_log("digits").lines) - decisions
+        decided = len(ModelStore(paths).audit_logs.read("digits").lines) - decisions
     return {"attempts": sum(tried.values()), **tried, "opened": opened, "decided": decided}, None
 
 

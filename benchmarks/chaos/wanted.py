@@ -93,11 +93,11 @@ WANTED: dict[str, tuple[Bound, ...]] = {
         Bound("rss_slope_shown_mb_per_h", 1),
         at_least("same_workers", 1),
     ),
-    "locked-doors": (Bound("opened"), Bound("decided")),
+    "access-control": (Bound("opened"), Bound("decided")),
     "large-json": ATTACK,
     "empty-parts": ATTACK,
     "stalled-bodies": ATTACK,
-    "crowded-metrics": ATTACK,
+    "many-scrapes": ATTACK,
     "impatient-clients": (
         at_least("w1_goodput_of_peak_per_cpu", 0.9),
         at_least("w2_goodput_of_peak_per_cpu", 0.9),

@@ -6,32 +6,42 @@ change, these classes must change, too.
 
 from typing import Any
 
-from service.server import gunicorn_worker
-from service.server.connection import Connection, RawRequest
-from service.server.gunicorn_worker import LoopWorker, PendingResponse, _failure
+from service.server import gunicorn_worker, request_loop
+from service.server.gunicorn_worker import LoopWorker
+from service.server.request_loop import RequestLoop
 from service.server.request_parser import HeaderCache
+from service.server.request_pools import PendingResponse, failure
+from service.server.sockets.connection import Connection
+from service.server.sockets.request_reader import RawRequest
 
 
 class ParsedHeads(HeaderCache):
     """Parses every head with gunicorn's parser, even if it has parsed the same head before."""
 
-    def read(self, asked: RawRequest, connection: Connection) -> tuple[Any, dict[str, Any]]:
-        return self._parse(asked, connection)
+    def read(self, raw: RawRequest, connection: Connection) -> tuple[Any, dict[str, Any]]:
+        return self._parse(raw, connection)
 
 
 class WithoutHeaderCache(LoopWorker):
     def init_process(self) -> None:
-        gunicorn_worker.HeaderCache = ParsedHeads  # type: ignore[attr-defined]
+        request_loop.HeaderCache = ParsedHeads  # type: ignore[attr-defined]
         super().init_process()
 
 
-class WithoutRounds(LoopWorker):
+class SingleRequests(RequestLoop):
     """Iterates and sends each answer before it calls the application for the next request."""
 
-    def _call(self, answering: PendingResponse) -> None:
-        super()._call(answering)
-        if self._round.pop(answering.connection, None):  # neither postponed nor failed
-            self._finish(answering, _failure(answering.iterate))
+    def _call(self, pending: PendingResponse) -> None:
+        super()._call(pending)
+        if self._called:  # neither postponed nor failed
+            self._called.clear()
+            self._finish(pending, failure(pending.iterate))
+
+
+class WithoutRounds(LoopWorker):
+    def init_process(self) -> None:
+        gunicorn_worker.RequestLoop = SingleRequests  # type: ignore[attr-defined]
+        super().init_process()
 
 
 class WithoutFilter(LoopWorker):

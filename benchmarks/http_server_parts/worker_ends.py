@@ -2,7 +2,7 @@
 
 A worker that ends closes its listening socket. The kernel then resets each client whose handshake
 it completed after the worker's last ``accept``, although another worker listens. So before the
-close, ``service.server.graceful_close`` makes the kernel drop the first packet (SYN) of new
+close, ``service.server.sockets.graceful_close`` makes the kernel drop the first packet (SYN) of new
 connections. The client's kernel sends it again after a second, and it reaches another worker.
 
 Two workers run an application that does no work (``bare``). Each client connects, sends a request,

@@ -1,6 +1,6 @@
 """Compares a canary with the champion on real traffic, and says why to end it. Pure."""
 
-from scipy.stats import binomtest
+from scipy.special import bdtrc
 
 from registry.canary.traffic_stats import ServingStatus, VersionTraffic
 from registry.model.refs import Canary
@@ -80,4 +80,5 @@ def _exceeds(events: int, count: int, allowed: float) -> bool:
     """Whether the rate of events is significantly above ``allowed``, a rate from 0 to 1."""
     if events <= allowed * count:
         return False
-    return float(binomtest(events, count, min(1.0, allowed), "greater").pvalue) < SIGNIFICANCE
+    # The probability of so many events or more, if the rate is ``allowed``.
+    return float(bdtrc(events - 1, count, min(1.0, allowed))) < SIGNIFICANCE

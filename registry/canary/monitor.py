@@ -118,7 +118,7 @@ class CanaryMonitor:
                 store = store or open_store()
                 for name in store.models():
                     with self._logged(name, failing):  # a failure must not stop the others
-                        _, canary = store.aliases_and_canary(name)
+                        _, canary = store.aliases.read_with_canary(name)
                         self.poll_once(store, name, canary)
             if "" in failing:
                 store = None

@@ -38,7 +38,7 @@ class VersionTraffic(Struct, frozen=True, kw_only=True):
     their time: (upper bound in seconds, count), not cumulative. ``confidence`` is the sum over the
     answered ``images`` of the best class's probability. ``agreed``, ``differed`` and ``failed``
     count images that the version scored in the champion's shadow, ``dropped`` those that it had no
-    time to score.
+    time to score. It has many fields because the difference of two such records needs them all.
     """
 
     version: int

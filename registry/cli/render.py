@@ -1,4 +1,4 @@
-"""The texts that ``convoy`` prints: versions, decisions, plans, live figures.
+"""The texts that ``convoy`` prints: versions, decisions, plans, traffic.
 
 Texts from the registry and from services are untrusted: each stays on its own line, with its
 control characters escaped.
@@ -26,8 +26,8 @@ def versions_table(rows: Iterable[tuple[ModelVersion, Mapping[str, str]]]) -> st
     lines = [f"{heading}  recipe    made"]
     lines += [
         f"{version.name:<20} {version.version:>7}  {', '.join(version.aliases):<22} "
-        f"{tags.get('convoy.validation_accuracy', ''):>10.6} "
-        f"{tags.get('convoy.test_accuracy', ''):>8.6}  {tags.get('convoy.recipe', ''):<8}  "
+        f"{_rounded(tags.get('convoy.validation_accuracy')):>10} "
+        f"{_rounded(tags.get('convoy.test_accuracy')):>8}  {tags.get('convoy.recipe', ''):<8}  "
         f"{_when(version)}"
         for version, tags in rows
     ]
@@ -37,13 +37,14 @@ def versions_table(rows: Iterable[tuple[ModelVersion, Mapping[str, str]]]) -> st
 def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence["Line"]) -> str:
     """One version: its origin, input and metrics, and the decisions about its model."""
     preprocess, data, source = manifest.preprocess, manifest.data, manifest.source
+    counts = ", ".join(f"{count:,} {split}" for split, count in data.counts.items())
     lines = [
         f"{version.name} version {version.version} ({', '.join(version.aliases) or 'no alias'})",
         f"  made       {_when(version)}, run {version.run_id}",
         f"  network    {manifest.network}",
         f"  labels     {', '.join(manifest.labels)}",
         f"  input      {preprocess.mode} {preprocess.width_px}×{preprocess.height_px}",
-        f"  data       {data.name} {data.counts}, {data.sha256[:12]}…",
+        f"  data       {data.name}: {counts}; sha256 {data.sha256[:12]}…",
         f"  source     {source.recipe}, seed {source.seed}, {source.device}, "
         f"commit {source.git_commit}",
         *(f"  {name:<28} {value:.4f}" for name, value in manifest.metrics.items()),
@@ -52,13 +53,21 @@ def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence[
     return _page(lines)
 
 
+def _rounded(tag: str | None) -> str:
+    """A share from a tag, with four places; the tag itself if it is not a number."""
+    try:
+        return f"{float(tag):.4f}" if tag else ""
+    except ValueError:  # anyone may set a tag in MLflow
+        return tag or ""
+
+
 def decision(line: "Line") -> str:
     """One line of the audit log as text."""
     entry = line.entry
     overtaken = "" if line.stands else ", overtaken"
     return one_line(
         f"{line.number:>4}  {entry.at}  {entry.by}  {entry.action} version {entry.to_version} "
-        f"(champion was {entry.from_version}){overtaken}: "
+        f"(champion was {entry.from_version or 'none'}){overtaken}: "
         f"{'; '.join(filter(None, (entry.reason, entry.details))) or 'no reason given'}"
     )
 

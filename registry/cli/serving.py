@@ -160,6 +160,6 @@ def _pull(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.nice(PULLER_NICE)
-    threading.Thread(target=puller.guard, args=(stop,), name="guard", daemon=True).start()
+    threading.Thread(target=puller.end_if_stalled, args=(stop,), name="stalls", daemon=True).start()
     puller.watch(stop, arguments.interval)
     return 0

@@ -76,7 +76,7 @@ def _show(arguments: argparse.Namespace) -> int:
     ref = ref_of(arguments.name, arguments.version)
     version = store.resolve(ref)
     manifest = store.manifest(version)
-    lines = store.audit_log(arguments.name).lines
+    lines = store.audit_logs.read(arguments.name).lines
     shown = {
         "version": msgspec.to_builtins(version),
         "manifest": msgspec.to_builtins(manifest),
@@ -93,8 +93,8 @@ def _history(arguments: argparse.Namespace) -> int:
     from registry.store.audit_log import moments
 
     store = open_store()
-    store.aliases(arguments.name)  # raises if there is no such model
-    audit_log = store.audit_log(arguments.name)
+    store.aliases.read(arguments.name)  # raises if there is no such model
+    audit_log = store.audit_logs.read(arguments.name)
     lines = audit_log.champion_periods(*moments(arguments.at)) if arguments.at else audit_log.lines
     if arguments.json:
         print(json.dumps(msgspec.to_builtins(lines)))
@@ -108,7 +108,7 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from registry.promotion.promotion import audit
+    from registry.promotion.decisions import audit
 
     store = open_store()
     names = [arguments.name] if arguments.name else store.models()

@@ -29,8 +29,8 @@ from registry.control.state import control_state
 from registry.core import errors as domain
 from registry.core.names import check_model_name
 from registry.model.refs import ModelRef
-from registry.promotion.commands import BODIES, Decision
-from registry.promotion.promotion import audit
+from registry.promotion.decision_requests import BODIES, DecisionRequest
+from registry.promotion.decisions import audit
 from registry.store.audit_log import moments
 
 GATE_RETRY_S = 2
@@ -80,7 +80,7 @@ def show_traffic(name: str) -> Response:
         VersionNotFound: there is no such model.
         ModelNotReady: a service cannot be reached, or does not serve the model.
     """
-    control_state().store.aliases(check_model_name(name))  # raises if there is no such model
+    control_state().store.aliases.read(check_model_name(name))  # raises if there is no such model
     return _json(control_state().serving_status(name))
 
 
@@ -95,8 +95,8 @@ def show_history(name: str) -> Response:
         UsageError: ``at`` is neither a day nor a moment.
     """
     store = control_state().store
-    store.aliases(check_model_name(name))  # raises if there is no such model
-    audit_log, at = store.audit_log(name), request.args.get("at")
+    store.aliases.read(check_model_name(name))  # raises if there is no such model
+    audit_log, at = store.audit_logs.read(name), request.args.get("at")
     return _json(History(audit_log.champion_periods(*moments(at)) if at else audit_log.lines))
 
 
@@ -105,12 +105,12 @@ def show_audit(name: str) -> Response:
 
     A fault does not change the status.
     """
-    control_state().store.aliases(check_model_name(name))
+    control_state().store.aliases.read(check_model_name(name))
     lines, faults = audit(control_state().store, name)
     return _json(Audit(lines, faults))
 
 
-def _decision(kind: type[Decision]) -> Callable[..., Response]:
+def _decision(kind: type[DecisionRequest]) -> Callable[..., Response]:
     """A view that reads a decision of this ``kind`` from the body and carries it out."""
 
     def post(name: str) -> Response:
@@ -151,7 +151,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
 
 
 def _model_status(name: str) -> ModelStatus:
-    aliases, canary = control_state().store.aliases_and_canary(check_model_name(name))
+    aliases, canary = control_state().store.aliases.read_with_canary(check_model_name(name))
     return ModelStatus(name, aliases, canary)
 
 

@@ -3,7 +3,7 @@
 from msgspec import Struct
 
 from registry.model.refs import Canary
-from registry.promotion.commands import CanaryStart, Decision, Promotion, RollBack
+from registry.promotion.decision_requests import CanaryStart, DecisionRequest, Promotion, RollBack
 
 
 class Confirmation(Struct, frozen=True, kw_only=True):
@@ -16,7 +16,7 @@ class Confirmation(Struct, frozen=True, kw_only=True):
 
 
 def describe(
-    decision: Decision, champion: int | None, previous: int | None, canary: Canary | None
+    decision: DecisionRequest, champion: int | None, previous: int | None, canary: Canary | None
 ) -> Confirmation:
     """The confirmation of ``decision``, for a model with these aliases and this canary."""
     if isinstance(decision, Promotion):

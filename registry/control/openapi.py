@@ -19,7 +19,7 @@ from registry.control.answers import (
     Versions,
 )
 from registry.core.problem_details import Problem, responses
-from registry.promotion.commands import BODIES
+from registry.promotion.decision_requests import BODIES
 from registry.promotion.gate_runner import GateResult
 from registry.store.audit_log import Line
 

@@ -37,10 +37,16 @@ from registry.control.state import COOKIE, control_state, describe_error, report
 from registry.core.errors import ConvoyError, ModelNotReady, PromotionRefused, UsageError
 from registry.core.names import check_model_name
 from registry.model.refs import ModelRef
-from registry.promotion.commands import CanaryStart, CanaryStop, Decision, Promotion, RollBack
+from registry.promotion.decision_requests import (
+    CanaryStart,
+    CanaryStop,
+    DecisionRequest,
+    Promotion,
+    RollBack,
+)
+from registry.promotion.decisions import NO_CHAMPION
 from registry.promotion.gate_runner import GateResult
 from registry.promotion.policy import read_policy
-from registry.promotion.promotion import NO_CHAMPION
 
 blueprint = Blueprint("pages", __name__)
 
@@ -133,7 +139,7 @@ def sign_out() -> Any:
 def show_models() -> str:
     """The page of all models, each with its aliases and its canary."""
     store = control_state().store
-    rows = [(name, *store.aliases_and_canary(name)) for name in store.models()]
+    rows = [(name, *store.aliases.read_with_canary(name)) for name in store.models()]
     return render_template("models.html", rows=rows)
 
 
@@ -193,7 +199,7 @@ def decide(name: str) -> Any:
     return redirect(url_for("pages.show_model", name=name), 303)
 
 
-def _read_form(action: str, version: int | None) -> Decision:
+def _read_form(action: str, version: int | None) -> DecisionRequest:
     """The decision in the form; raises ``UsageError`` if a field is missing or wrong."""
     reason = request.form.get("reason", "").strip() or None
     expected = _number("expect_champion")
@@ -225,10 +231,12 @@ def _read_form(action: str, version: int | None) -> Decision:
     )
 
 
-def _confirm_page(name: str, decision: Decision) -> str:
-    aliases, canary = control_state().store.aliases_and_canary(check_model_name(name))
+def _confirm_page(name: str, decision: DecisionRequest) -> str:
+    store = control_state().store
+    aliases, canary = store.aliases.read_with_canary(check_model_name(name))
     champion = getattr(decision, "expect_champion", None) or aliases.get("champion")
-    previous = aliases.get("previous")
+    # A roll-back goes by the log; the alias may have been moved outside Convoy.
+    previous = store.audit_logs.read(name).previous or aliases.get("previous")
     confirmation = describe(decision, champion, previous, canary)
     fields = {key: value for key, value in request.form.items() if key != "reason"}
     # ``carry_out`` refuses the decision if the versions that this page names have changed.
@@ -256,8 +264,8 @@ def _confirm_page(name: str, decision: Decision) -> str:
 def _model_page(name: str, error: str | None = None) -> str:
     store = control_state().store
     versions = store.versions(check_model_name(name))
-    aliases, canary = store.aliases_and_canary(name)
-    lines = list(reversed(store.audit_log(name).lines))
+    aliases, canary = store.aliases.read_with_canary(name)
+    lines = list(reversed(store.audit_logs.read(name).lines))
     return render_template(
         "model.html",
         name=name,
@@ -274,7 +282,7 @@ def _version_page(name: str, version: int, error: str | None = None) -> str:
     store = control_state().store
     found = store.resolve(ModelRef(check_model_name(name), version))
     manifest = store.manifest(found)
-    aliases, canary = store.aliases_and_canary(name)
+    aliases, canary = store.aliases.read_with_canary(name)
     champion = aliases.get("champion")
     result = control_state().gate_result(name, version) if champion not in (None, version) else None
     return render_template(

@@ -21,7 +21,7 @@ from registry.core.paths import Paths
 from registry.model.bundle import open_bundle
 from registry.model.manifest import Manifest
 from registry.model.refs import ModelVersion
-from registry.promotion.commands import Decision
+from registry.promotion.decision_requests import DecisionRequest
 from registry.promotion.gate_runner import GateResult, GateRunner
 from registry.store.audit_log import Line
 from registry.store.mlflow_store import ModelStore
@@ -47,7 +47,10 @@ MAX_REPORTS = 20
 
 
 class ControlState:
-    """The state that all requests of the control plane share."""
+    """The state that all requests of the control plane share.
+
+    It has many attributes because each thing that must outlive a request is one of them.
+    """
 
     def __init__(self, store: ModelStore, paths: Paths, services: tuple[str, ...]) -> None:
         self.store = store
@@ -86,7 +89,7 @@ class ControlState:
                 thread.start()
         return None
 
-    def carry_out(self, decision: Decision, name: str, by: str) -> Line:
+    def carry_out(self, decision: DecisionRequest, name: str, by: str) -> Line:
         """Carry out ``decision`` for the model ``name``; return its line in the audit log.
 
         Raises:

@@ -5,15 +5,11 @@ versions on disk stay as they are, and the workers go on serving them.
 """
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -24,33 +20,23 @@ from registry.core.paths import Paths
 from registry.delivery.deployment import (
     DeployedVersion,
     Deployment,
-    all_deployments,
     read_deployment_or_none,
     version_folder,
     write_deployment,
     write_status,
 )
+from registry.delivery.downloads import Downloads
 from registry.delivery.signing import SIGNATURE, Signed, TrustedKeys, check_expiry
-from registry.model.bundle import Bundle, fsync_tree, open_bundle
 from registry.model.refs import CHALLENGER, CHAMPION, Canary, ModelRef, ModelVersion
 from registry.store.mlflow_store import ModelStore
 
 log = logging.getLogger(__name__)
-
-# In addition to the versions that serve: a roll-back to one of them needs no download.
-VERSIONS_KEPT = 5
 
 # How often ``watch`` checks the file that a decision on this machine touches.
 DECISION_POLL_INTERVAL_S = 0.05
 # A pull that receives fewer bytes than this within the time-out has stalled. MLflow's own time-outs
 # do not end it: a byte a second resets them.
 STALL_TIMEOUT_S, MIN_PROGRESS_BYTES = 60.0, 65_536
-# A download may exceed the sizes in its manifest by this much, and the manifest may have this size.
-# A registry that sends more is faulty or hostile.
-MAX_EXTRA_BYTES = 64 * 1024 * 1024
-INCOMING = ".incoming-"
-
-Fingerprint = tuple[str, tuple[tuple[str, int, int], ...]]
 
 
 class Monitor(Protocol):
@@ -86,14 +72,11 @@ class Puller:
         self._store: ModelStore | None = None
         self._paths = paths
         self._models = paths.models
+        self._downloads = Downloads(paths.models)
         self._refs = refs
         self._monitor = monitor
         self._trust = TrustedKeys.from_environment()
-        self._verified: dict[Path, Fingerprint] = {}
         self._pulling_since: float | None = None
-        # The present download: its folder, and the bytes that its manifest announces.
-        self._incoming: Path | None = None
-        self._expected_bytes = 0
 
     def pull(self, ref: ModelRef) -> Deployment:
         """Resolve ``ref``, download its version if it is not on disk yet, and deploy it.
@@ -104,7 +87,7 @@ class Puller:
             BundleInvalid: the version is damaged or not signed; the deployment has not changed.
         """
         store = self._opened_store()
-        aliases, canary = store.aliases_and_canary(ref.name)
+        aliases, canary = store.aliases.read_with_canary(ref.name)
         before = read_deployment_or_none(self._models, ref)
         versions: tuple[DeployedVersion, ...]
         wanted = store.resolve_in(aliases, ref)
@@ -131,7 +114,7 @@ class Puller:
                 f", canary: {canary}" if canary else "",
                 deployment.generation,
             )
-            self._prune(ref.name)
+            self._downloads.remove_old(ref.name)
         return deployment
 
     def check_serving(self, ref: ModelRef) -> None:
@@ -161,9 +144,9 @@ class Puller:
             # A signature must be in force when a version is chosen, not while it serves.
             if not before or version.manifest_sha256 not in _digests(before):
                 check_expiry(signed, time.time())
-        if not self._is_on_disk(folder, version):
+        if not self._downloads.has(folder, version):
             try:
-                self._fetch(store, folder, version)
+                self._downloads.fetch(store, folder, version)
             except BundleInvalid as error:
                 if self._monitor is not None:
                     self._monitor.record_refusal(store, version.name, version.version, str(error))
@@ -202,7 +185,7 @@ class Puller:
                 log.warning("cannot write the status of %s: %s", ref, error)
         return failures == 0
 
-    def guard(
+    def end_if_stalled(
         self, stop: Event, end: Callable[[], object] = lambda: os._exit(os.EX_TEMPFAIL)
     ) -> None:
         """End this process if a pull stalls or exceeds its manifest, until ``stop`` is set.
@@ -212,7 +195,7 @@ class Puller:
         """
         progress, since = 0, time.monotonic()
         while not stop.wait(1.0):
-            started, arrived = self._pulling_since, self._arrived_bytes()
+            started, arrived = self._pulling_since, self._downloads.arrived_bytes
             now = time.monotonic()
             progress = min(progress, arrived)
             if started is None or started > since or arrived - progress >= MIN_PROGRESS_BYTES:
@@ -220,10 +203,10 @@ class Puller:
             why = None
             if started is not None and now - since > STALL_TIMEOUT_S:
                 why = f"the registry has sent next to nothing for {STALL_TIMEOUT_S:.0f} s"
-            elif arrived > self._expected_bytes + MAX_EXTRA_BYTES:
+            elif self._downloads.exceeds_manifest:
                 why = (
                     f"the registry has sent {arrived:,} bytes, the manifest announced "
-                    f"{self._expected_bytes:,}"
+                    f"{self._downloads.expected_bytes:,}"
                 )
             if why is not None:
                 log.error("%s; the puller ends, for its supervisor to restart it", why)
@@ -232,14 +215,6 @@ class Puller:
                         write_status(self._models, ref, why)
                 end()
                 since = now
-
-    def _arrived_bytes(self) -> int:
-        """The size of the present download so far."""
-        incoming, total = self._incoming, 0
-        with contextlib.suppress(OSError):  # another thread renamed the folder meanwhile
-            for file in incoming.rglob("*") if incoming else ():
-                total += file.stat().st_size if file.is_file() else 0
-        return total
 
     def watch(self, stop: Event, interval_s: float) -> None:
         """Pull every ``interval_s`` seconds, jittered by ±20 %, until ``stop`` is set.
@@ -261,87 +236,6 @@ class Puller:
         except OSError:
             return 0
 
-    def _is_on_disk(self, folder: Path, version: ModelVersion) -> bool:
-        """Whether ``folder`` has a complete copy; it is verified again if a file has changed."""
-        if folder in self._verified and self._verified[folder] == _fingerprint(folder, version):
-            return True
-        if not folder.is_dir():
-            return False
-        try:
-            bundle = open_bundle(folder, version.manifest_sha256)
-            bundle.verify(bundle.serving_files())
-        except BundleInvalid as error:
-            log.warning("%s; downloading it again", error)
-            return False
-        self._verified[folder] = _fingerprint(folder, version)
-        return True
-
-    def _fetch(self, store: ModelStore, folder: Path, version: ModelVersion) -> None:
-        """Download into a temporary folder, verify, flush, rename: never half a bundle in place."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        with (
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=INCOMING) as name,
-            _locked(Path(name)),
-        ):
-            self._incoming, self._expected_bytes = Path(name), 0
-            incoming = Path(name) / "bundle"
-            try:
-                store.download(version, incoming, self._files_to_fetch)
-            finally:
-                self._incoming = None
-            fsync_tree(incoming)
-            if folder.exists():
-                folder.rename(Path(name) / "damaged")
-            incoming.rename(folder)
-        self._verified[folder] = _fingerprint(folder, version)
-
-    def _files_to_fetch(self, bundle: Bundle) -> list[str]:
-        """The files to download; raises ``OSError`` if the disk has too little room for them."""
-        names = bundle.serving_files()
-        self._expected_bytes = sum(bundle.manifest.files[name].size_bytes for name in names)
-        free = shutil.disk_usage(self._models).free
-        if free < self._expected_bytes + MAX_EXTRA_BYTES:
-            needed = f"{self._expected_bytes:,} bytes and {MAX_EXTRA_BYTES:,} in reserve"
-            raise OSError(
-                errno.ENOSPC, f"{needed} are needed, {free:,} are free", str(self._models)
-            )
-        return names
-
-    def _prune(self, name: str) -> None:
-        """Remove old versions, except those that serve for any reference."""
-        deployments = all_deployments(self._models, name)
-        serving = {each.version for deployment in deployments for each in deployment.versions}
-        folders = [
-            p
-            for p in version_folder(self._models, name, 0).parent.iterdir()
-            if p.name.isdigit() and int(p.name) not in serving
-        ]
-        newest_first = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
-        for folder in newest_first[VERSIONS_KEPT:]:
-            log.info(
-                "removing %s: it does not serve, and %d newer ones are kept", folder, VERSIONS_KEPT
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Mark ``folder`` as in use for other pullers; ``OSError`` if another one uses it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_abandoned(versions: Path) -> None:
-    """Remove the incomplete downloads of pullers that were killed."""
-    for folder in versions.glob(f"{INCOMING}*"):
-        with contextlib.suppress(OSError), _locked(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-
 
 def _digests(deployment: Deployment) -> set[str]:
     return {each.manifest_sha256 for each in deployment.versions}
@@ -352,11 +246,3 @@ def _read(path: Path) -> str | None:
         return path.read_text()
     except (OSError, ValueError):
         return None
-
-
-def _fingerprint(folder: Path, version: ModelVersion) -> Fingerprint:
-    """A value that changes when a file in ``folder`` or the version's digest changes."""
-    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return version.manifest_sha256, tuple(
-        (str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files
-    )

@@ -52,7 +52,10 @@ class GoldenImage(Struct, frozen=True):
 
 
 class Bundle:
-    """An opened bundle: its manifest, and its files, each checked when it is read."""
+    """An opened bundle: its manifest, and its files, each checked when it is read.
+
+    It has many methods because each kind of file is read by one of them.
+    """
 
     def __init__(self, folder: Path, manifest_bytes: bytes) -> None:
         self.folder = folder
@@ -147,16 +150,16 @@ class Bundle:
                 f"{self.folder / HELDOUT}: digests {digests.dtype}{digests.shape} are not the "
                 f"SHA-256 of {labels.size} examples"
             )
-        self._check_words(HELDOUT, perceptual_hashes, (labels.size,))
-        self._check_range(HELDOUT, probabilities)
+        _check_words(self.folder / HELDOUT, perceptual_hashes, (labels.size,))
+        _check_range(self.folder / HELDOUT, probabilities)
         return Heldout(labels, probabilities, digests, perceptual_hashes)
 
     def training(self) -> TrainingRecord:
         """The record of the training examples; ``BundleInvalid`` if an array has another form."""
         arrays = self._arrays(TRAINING, "digests", "perceptual_hashes")
         digests, perceptual_hashes = arrays["digests"], arrays["perceptual_hashes"]
-        self._check_words(TRAINING, digests, (digests.size,))
-        self._check_words(TRAINING, perceptual_hashes, digests.shape)
+        _check_words(self.folder / TRAINING, digests, (digests.size,))
+        _check_words(self.folder / TRAINING, perceptual_hashes, digests.shape)
         return TrainingRecord(digests, perceptual_hashes)
 
     def champion_scores(
@@ -184,7 +187,7 @@ class Bundle:
                 f"{self.folder / CHAMPION_SCORES}: probabilities {scores.dtype}{scores.shape} are "
                 f"not of {shape[0]} examples and {shape[1]} classes"
             )
-        self._check_range(CHAMPION_SCORES, scores)
+        _check_range(self.folder / CHAMPION_SCORES, scores)
         return scores
 
     def thumbnails(self) -> NDArray[np.uint8]:
@@ -202,32 +205,35 @@ class Bundle:
             )
         return pixels
 
-    def _check_words(self, file: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-        if array.dtype != np.uint64 or array.shape != shape:
-            raise BundleInvalid(
-                f"{self.folder / file}: digests are {array.dtype}{array.shape}, not uint64{shape}"
-            )
-
-    def _check_range(self, file: str, probabilities: NDArray[Any]) -> None:
-        """Refuse probabilities outside 0 … 1. NaN passes here.
-
-        The gate refuses NaN, and its message names the version to publish again.
-        """
-        outside = probabilities[(probabilities < 0) | (probabilities > 1 + ROUNDING)]
-        if outside.size:
-            raise BundleInvalid(
-                f"{self.folder / file}: {outside.size:,} probabilities are outside 0 … 1; the "
-                f"first is {outside[0]:g}"
-            )
-
     def _arrays(self, file: str, *names: str) -> dict[str, NDArray[Any]]:
-        """The arrays ``names`` of an ``.npz`` file, unpacked only if they are small enough."""
-        try:
-            with zipfile.ZipFile(io.BytesIO(self.read(file))) as archive:
-                _check_unpacked(archive, names)
-                return {name: _read_array(archive, name) for name in names}
-        except Exception as error:  # zipfile and zlib raise many kinds of errors for damaged files
-            raise BundleInvalid(f"{self.folder / file}: {error}") from error
+        return _unpack(self.folder / file, self.read(file), names)
+
+
+def _check_words(path: Path, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.dtype != np.uint64 or array.shape != shape:
+        raise BundleInvalid(f"{path}: digests are {array.dtype}{array.shape}, not uint64{shape}")
+
+
+def _check_range(path: Path, probabilities: NDArray[Any]) -> None:
+    """Refuse probabilities outside 0 … 1. NaN passes here.
+
+    The gate refuses NaN, and its message names the version to publish again.
+    """
+    outside = probabilities[(probabilities < 0) | (probabilities > 1 + ROUNDING)]
+    if outside.size:
+        raise BundleInvalid(
+            f"{path}: {outside.size:,} probabilities are outside 0 … 1; the first is {outside[0]:g}"
+        )
+
+
+def _unpack(path: Path, data: bytes, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    """The arrays ``names`` of ``data``, the ``.npz`` file at ``path``, if they are small enough."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_unpacked(archive, names)
+            return {name: _read_array(archive, name) for name in names}
+    except Exception as error:  # zipfile and zlib raise many kinds of errors for damaged files
+        raise BundleInvalid(f"{path}: {error}") from error
 
 
 def _check_unpacked(archive: zipfile.ZipFile, names: Iterable[str]) -> None:

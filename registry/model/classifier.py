@@ -12,7 +12,7 @@ from registry.core.errors import BundleInvalid, ConvoyError, DeviceLost, DeviceO
 from registry.model.bundle import Bundle
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import TRUSTED_LIMITS
-from registry.model.plans.base import Outputs, Plan, PredictFn, Source
+from registry.model.plans.base import Outputs, Plan, PlanContext, PredictFn
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +114,13 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return probabilities
 
 
-def load_classifier(source: Source, plan: Plan, fallback: Classifier | None = None) -> Classifier:
+def load_classifier(
+    context: PlanContext, plan: Plan, fallback: Classifier | None = None
+) -> Classifier:
     """A warm classifier that runs the bundle with ``plan``, after it replayed the golden images.
 
     Args:
-        source: the bundle, and where to run it.
+        context: the bundle, and where to run it.
         plan: how to run it.
         fallback: see ``Classifier``.
 
@@ -126,9 +128,11 @@ def load_classifier(source: Source, plan: Plan, fallback: Classifier | None = No
         BundleInvalid: the weights do not fit the network, or a golden image does not get its
             published scores.
     """
-    classifier = Classifier(plan.load(source), plan.name, describe_device(source.device), fallback)
-    replay_golden(source.bundle, classifier, plan)
-    warm_up(classifier, source.bundle.manifest.preprocess.shape)
+    classifier = Classifier(
+        plan.load(context), plan.name, describe_device(context.device), fallback
+    )
+    replay_golden(context.bundle, classifier, plan)
+    warm_up(classifier, context.bundle.manifest.preprocess.shape)
     return classifier
 
 

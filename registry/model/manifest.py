@@ -126,7 +126,8 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
 
     A field with a default is an optional section: a version without it leaves it out of the
     manifest, and serves without that ability. An older Convoy that does not know a section refuses
-    the version, so a new section needs no new ``schema_version``.
+    the version, so a new section needs no new ``schema_version``. It has many fields because one
+    digest protects them all.
 
     ``tolerances``: for each precision, the largest difference to a published probability that a
     replay of the golden images accepts. ``plan_accuracy``: plan → accuracy on the held-out

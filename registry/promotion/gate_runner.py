@@ -20,7 +20,7 @@ from registry.core.errors import BundleInvalid, PromotionRefused
 from registry.core.files import write_atomically
 from registry.core.names import one_line, sha256_hex
 from registry.core.paths import Paths
-from registry.model.bundle import HELDOUT, TRAINING, Bundle
+from registry.model.bundle import CHAMPION_SCORES, HELDOUT, THUMBNAILS, TRAINING, Bundle
 from registry.model.image.decode import encode_png
 from registry.model.refs import ForeignVersion, ModelVersion
 from registry.promotion.gate import GateComparison, compare
@@ -188,16 +188,12 @@ class GateRunner:
             evaluated_unix_s=time.time(),
         )
         try:
-            new = self._store.download(challenger, folder / "challenger")
+            new = self._store.download(challenger, folder / "challenger", _needed)
             if champion is None:
                 return msgspec.structs.replace(
                     result, accepted=True, summary="there was no champion to compare with"
                 )
-            old = self._store.download(
-                champion,
-                folder / "champion",
-                lambda each: [HELDOUT, TRAINING, *each.serving_files()],
-            )
+            old = self._store.download(champion, folder / "champion", _needed)
             # First, because it may refuse before the slow steps.
             pairs = pair_heldout(old, new, policy.min_examples)
             timed = None
@@ -215,6 +211,12 @@ class GateRunner:
             comparison=comparison,
             prediction_changes=_prediction_changes(comparison, pairs, old, new),
         )
+
+
+def _needed(bundle: Bundle) -> list[str]:
+    """The files that the comparison reads, and those that serving needs."""
+    optional = (name for name in (CHAMPION_SCORES, THUMBNAILS) if name in bundle.manifest.files)
+    return [HELDOUT, TRAINING, *optional, *bundle.serving_files()]
 
 
 def _foreign_champion(champion: ForeignVersion, challenger: ModelVersion) -> GateResult:

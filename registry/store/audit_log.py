@@ -48,6 +48,8 @@ def moments(day: str) -> tuple[datetime, datetime]:
 class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One decision, written before it is carried out.
 
+    It has many fields because a line of the audit log must be complete in itself.
+
     Attributes:
         action: the kind of decision. ``adopted``: the alias was moved by other means than Convoy.
         at: UTC in ISO 8601, by the writer's clock.

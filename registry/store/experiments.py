@@ -6,7 +6,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from registry.store.mlflow_connection import HOME_TAG, MlflowConnection
+from registry.store.connection.mlflow_connection import HOME_TAG, MlflowConnection
 
 log = logging.getLogger(__name__)
 

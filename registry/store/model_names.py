@@ -11,11 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 from registry.core.errors import PromotionRefused, RegistryUnavailable, VersionNotFound
-from registry.store.mlflow_connection import MlflowConnection
+from registry.store.connection.mlflow_connection import MlflowConnection
 
 # The audit log of a model is registered under the model's name and this, which no model's name has.
 AUDIT_LOG = ".ledger"
 CLAIM_TAG = "convoy.claim"
+# Every version that Convoy published has this tag, the digest of its manifest.
+DIGEST_TAG = "convoy.manifest_sha256"
 # A first version of the same name may be on its way: its publisher needs three calls.
 CLAIM_TIMEOUT_S, CLAIM_INTERVAL_S = 10.0, 0.25
 # A log is made before its model; the server's clock may be set between.

@@ -64,7 +64,7 @@ class JsonBody(Struct, forbid_unknown_fields=True):
     images: list[msgspec.Raw] | None = None
 
 
-class Images:
+class BodyImages:
     """The encoded images of a body, in their order.
 
     Iteration yields the bytes of each image, or the error that made it unreadable.

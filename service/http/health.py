@@ -80,7 +80,7 @@ def metrics() -> Response:
     current = state()
     for slot in current.slots.values():
         if (age_s := slot.pull_status().age_s) is not None:
-            current.metrics.last_sync_timestamp_seconds.labels(slot.ref.name).set(
+            current.metrics.families.last_sync_timestamp_seconds.labels(slot.ref.name).set(
                 round(time.time() - age_s, 1)
             )
     return Response(current.metrics.render(), content_type=CONTENT_TYPE)

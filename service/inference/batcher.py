@@ -60,37 +60,50 @@ class QueuedImage:
         self.leads = False
 
 
+class BatchLimits(Struct, frozen=True, kw_only=True):
+    """How large batches and queues may become.
+
+    Attributes:
+        max_batch: the most images in a batch.
+        queue_limit: the most images that may wait.
+        max_batch_compute_ms: a batch has only as many images as fit into this time.
+        max_queue_delay_s: an image that would wait longer is refused. None derives the limit from
+            the measured speed of the forward pass, so that ``ORDINARY_CALLERS`` are queued.
+        deadline_s: the longest that callers wait.
+    """
+
+    max_batch: int
+    queue_limit: int
+    max_batch_compute_ms: float = 50.0
+    max_queue_delay_s: float | None = None
+    deadline_s: float = math.inf
+
+    def wait_s(self, image_ms: float) -> float:
+        """The longest expected wait, if the forward pass takes ``image_ms`` for one image."""
+        if self.max_queue_delay_s is not None:
+            return self.max_queue_delay_s
+        ordinary_s = ORDINARY_CALLERS * image_ms / 1000
+        return min(max(MIN_WAIT_LIMIT_S, ordinary_s), DEADLINE_SHARE * self.deadline_s)
+
+    def images(self, image_ms: float) -> int:
+        """The most images in a batch, if the forward pass takes ``image_ms`` for one."""
+        if image_ms * self.max_batch <= self.max_batch_compute_ms:
+            return self.max_batch
+        return max(1, int(self.max_batch_compute_ms / image_ms))
+
+
 class MicroBatcher:
     """Runs ``compute`` on batches of queued images. Any thread may call any public method."""
 
     def __init__(
         self,
         compute: Compute,
-        max_batch: int,
-        queue_limit: int,
-        max_batch_compute_ms: float = 50.0,
-        max_queue_delay_s: float | None = None,
-        deadline_s: float = math.inf,
+        limits: BatchLimits,
         on_batch: OnBatch = lambda size, forward_s, waiting: None,
     ) -> None:
-        """Create a batcher with an empty queue.
-
-        Args:
-            compute: the forward pass.
-            max_batch: the most images in a batch.
-            queue_limit: the most images that may wait.
-            max_batch_compute_ms: a batch has only as many images as fit into this time.
-            max_queue_delay_s: an image that would wait longer is refused. None derives the limit
-                from the measured speed of ``compute``, so that ``ORDINARY_CALLERS`` are queued.
-            deadline_s: the longest that callers wait.
-            on_batch: called after every batch.
-        """
+        """Create a batcher with an empty queue, which calls ``on_batch`` after every batch."""
         self._compute = compute
-        self._max_batch = max_batch
-        self._queue_limit = queue_limit
-        self._max_batch_compute_ms = max_batch_compute_ms
-        self._max_queue_delay_s = max_queue_delay_s
-        self._deadline_s = deadline_s
+        self._limits = limits
         self._on_batch = on_batch
         self._image_ms = 0.0
         self._running_since: float | None = None
@@ -117,29 +130,14 @@ class MicroBatcher:
         return max(len(self._waiting), known) * self._image_ms / 1000
 
     @property
-    def wait_limit_s(self) -> float:
-        """The longest expected wait in seconds; an image that would wait longer is refused."""
-        if self._max_queue_delay_s is not None:
-            return self._max_queue_delay_s
-        ordinary_s = ORDINARY_CALLERS * self._image_ms / 1000
-        return min(max(MIN_WAIT_LIMIT_S, ordinary_s), DEADLINE_SHARE * self._deadline_s)
-
-    @property
     def running_s(self) -> float:
         """Seconds for which the forward pass has been running; 0 when none is."""
         since = self._running_since
         return 0.0 if since is None else time.monotonic() - since
 
-    @property
-    def ceiling(self) -> int:
-        """The most images in the next batch: as many as fit into ``max_batch_compute_ms``."""
-        if self._image_ms * self._max_batch <= self._max_batch_compute_ms:
-            return self._max_batch
-        return max(1, int(self._max_batch_compute_ms / self._image_ms))
-
     def check_room(self, known: int = 0) -> None:
         """Raise ``Overloaded`` if a new image would wait too long (see ``wait_s``)."""
-        if (wait_s := self.wait_s(known)) > self.wait_limit_s:
+        if (wait_s := self.wait_s(known)) > self._limits.wait_s(self._image_ms):
             waiting = max(len(self._waiting), known)
             raise Overloaded(
                 f"{waiting} images are already waiting; try again later", max(1, math.ceil(wait_s))
@@ -161,7 +159,7 @@ class MicroBatcher:
         queued_images = [QueuedImage(pixels, now, now + deadline_s) for pixels in images]
         with self._lock:
             # A request larger than the queue limit may still run alone.
-            if self._waiting and len(self._waiting) + len(queued_images) > self._queue_limit:
+            if self._waiting and len(self._waiting) + len(queued_images) > self._limits.queue_limit:
                 raise Overloaded(
                     f"{len(self._waiting)} images are already waiting; try again later"
                 )
@@ -209,8 +207,8 @@ class MicroBatcher:
         try:
             with self._lock:
                 now = time.monotonic()
-                ceiling = self.ceiling
-                while self._waiting and len(batch) < ceiling:
+                most = self._limits.images(self._image_ms)
+                while self._waiting and len(batch) < most:
                     queued_image = self._waiting.popleft()
                     if queued_image.deadline > now:
                         batch.append(queued_image)
@@ -253,7 +251,9 @@ class MicroBatcher:
         finally:
             self._running_since = None
         forward_s = time.monotonic() - started
-        self._note_time(forward_s * 1000 / len(batch))
+        image_ms = forward_s * 1000 / len(batch)
+        mean_ms = self._image_ms or image_ms
+        self._image_ms = mean_ms + MEAN_SHARE * (image_ms - mean_ms)
         self._on_batch(len(batch), forward_s, len(self._waiting))
         finite = np.isfinite(scores).all(axis=1)
         for queued_image, row, is_finite in zip(batch, scores, np.atleast_1d(finite), strict=True):
@@ -262,10 +262,6 @@ class MicroBatcher:
                 _settle(queued_image, Prediction(row, queue_ms, forward_s * 1000, len(batch)))
             else:
                 _settle(queued_image, ArithmeticError("the network's scores are NaN or infinite"))
-
-    def _note_time(self, image_ms: float) -> None:
-        mean = self._image_ms or image_ms
-        self._image_ms = mean + MEAN_SHARE * (image_ms - mean)
 
 
 def _settle(queued_image: QueuedImage, outcome: Prediction | Exception) -> None:

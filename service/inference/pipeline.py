@@ -35,7 +35,7 @@ LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
 
 
-class Images(Protocol):
+class ImageStream(Protocol):
     """The encoded images of a request, one after the other as they arrive.
 
     ``many``: whether the client sent a list; known once all images have arrived.
@@ -64,7 +64,7 @@ class Request(Struct, frozen=True, kw_only=True):
         started: when the request arrived, by ``time.perf_counter``.
     """
 
-    images: Images
+    images: ImageStream
     name: str | None = None
     version: int | None = None
     alias: str | None = None

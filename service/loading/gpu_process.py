@@ -33,7 +33,7 @@ from registry.core.process_lifetime import end_with_standard_input
 from registry.model.bundle import Bundle, open_bundle
 from registry.model.classifier import Classifier
 from registry.model.image.decode import Pixels
-from service.inference.batcher import MicroBatcher, Prediction
+from service.inference.batcher import BatchLimits, MicroBatcher, Prediction
 from service.loading.gpu_client import (
     ANSWER_S,
     FAILURE,
@@ -63,10 +63,12 @@ class GpuModel:
         # No limits: each connection has one batch at a time, and its worker limits its own queue.
         self.batcher = MicroBatcher(
             lambda pixels: classifier.predict(pixels).rows(),
-            max_batch,
-            sys.maxsize,
-            max_batch_compute_ms,
-            max_queue_delay_s=math.inf,
+            BatchLimits(
+                max_batch=max_batch,
+                queue_limit=sys.maxsize,
+                max_batch_compute_ms=max_batch_compute_ms,
+                max_queue_delay_s=math.inf,
+            ),
         )
 
 

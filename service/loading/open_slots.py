@@ -7,7 +7,7 @@ from registry.delivery.deployment import DeployedVersion
 from registry.delivery.signing import TrustedKeys, check_signature
 from registry.model.bundle import WEIGHTS, Bundle
 from registry.model.plans.planner import Planner
-from service.inference.batcher import MicroBatcher
+from service.inference.batcher import BatchLimits, MicroBatcher
 from service.inference.loaded_model import ServedModel
 from service.loading.gpu_client import GpuPlanner, PlanLoader
 from service.loading.model_slot import ModelSlot
@@ -112,11 +112,13 @@ def load_served(
         classifier=classifier,
         batcher=MicroBatcher(
             classifier.classify,
-            settings.max_batch,
-            settings.queue_limit,
-            settings.max_batch_compute_ms,
-            settings.max_queue_delay_s,
-            settings.deadline_s,
+            BatchLimits(
+                max_batch=settings.max_batch,
+                queue_limit=settings.queue_limit,
+                max_batch_compute_ms=settings.max_batch_compute_ms,
+                max_queue_delay_s=settings.max_queue_delay_s,
+                deadline_s=settings.deadline_s,
+            ),
             metrics.on_batch(bundle.manifest.model, deployed.version),
         ),
     )

@@ -12,10 +12,10 @@ import msgspec
 
 from registry.model.manifest import ClassScore
 from service.http import problems
-from service.http.bodies import IMAGE_NAME, Images
+from service.http.bodies import IMAGE_NAME, BodyImages
 from service.http.openapi import FAILURES, Operation
 from service.inference.pipeline import DEFAULT_TOP_K, Result
-from service.protocols.base import Target
+from service.protocols.inference_app import Target
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class TorchServe:
             return None
         return Target(found["name"], int(found["version"]) if found["version"] else None)
 
-    def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
+    def read(self, environ: "WSGIEnvironment") -> tuple[BodyImages, int]:
         """The images, whose body is read when they are iterated, and ``DEFAULT_TOP_K``."""
-        return Images(environ, self._settings, _PART_NAME), DEFAULT_TOP_K
+        return BodyImages(environ, self._settings, _PART_NAME), DEFAULT_TOP_K
 
     def write(self, result: Result, request_id: str) -> bytes:
         """JSON in UTF-8: probabilities by label for one image, a list of these for several.

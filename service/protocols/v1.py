@@ -10,10 +10,10 @@ from werkzeug.exceptions import abort
 
 from registry.model.manifest import ClassScore
 from service.http import problems
-from service.http.bodies import Images
+from service.http.bodies import BodyImages
 from service.http.openapi import FAILURES, Operation
 from service.inference.pipeline import DEFAULT_TOP_K, Result, Timings
-from service.protocols.base import Target
+from service.protocols.inference_app import Target
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -100,14 +100,14 @@ class V1:
         name, version, alias = found.groups()
         return Target(name, int(version) if version else None, alias)
 
-    def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
+    def read(self, environ: "WSGIEnvironment") -> tuple[BodyImages, int]:
         """The images, whose body is read when they are iterated, and the query's ``top_k``.
 
         Raises:
             HTTPException: 400, ``top_k`` is not a whole number from 1 to 10,000.
         """
         query = environ.get("QUERY_STRING")
-        return Images(environ, self._settings), _top_k(query) if query else DEFAULT_TOP_K
+        return BodyImages(environ, self._settings), _top_k(query) if query else DEFAULT_TOP_K
 
     def write(self, result: Result, request_id: str) -> bytes:
         """An ``Answer`` as JSON in UTF-8.

@@ -9,7 +9,12 @@ from typing import Any
 from gunicorn import http
 from gunicorn.http import errors, wsgi
 
-from service.server.connection import HEADERS_END, MAX_CACHED_HEAD_BYTES, Connection, RawRequest
+from service.server.sockets.connection import Connection
+from service.server.sockets.request_reader import (
+    HEADERS_END,
+    MAX_CACHED_HEAD_BYTES,
+    RawRequest,
+)
 
 MAX_CACHED_HEADS = 1024
 

@@ -62,7 +62,7 @@ def test_a_scenario_names_the_bounds_that_it_missed_or_did_not_measure() -> None
     assert missed("kill-workers", reached) == []
     assert missed("kill-workers", {**reached, "failed": 2}) == ["failed is 2, at most 0 was wanted"]
     assert missed("kill-workers", {"failed": 0}) == ["back_worst_s is missing"]
-    assert missed("locked-doors", {"opened": ["a form"], "decided": 1}) == [
+    assert missed("access-control", {"opened": ["a form"], "decided": 1}) == [
         "opened is ['a form'], at most 0 was wanted",
         "decided is 1, at most 0 was wanted",
     ]

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from benchmarks.traffic import Traffic, post
 from tests.conftest import free_port
@@ -248,7 +249,8 @@ class Stack:
         """The version that answers through the proxy, or None while no replica answers."""
         try:
             with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as answer:
-                return json.load(answer)["models"][0]["version"]
+                version: int | None = json.load(answer)["models"][0]["version"]
+                return version
         except (OSError, KeyError, IndexError, ValueError, urllib.error.URLError):
             return None
 
@@ -281,10 +283,11 @@ class Stack:
 
         return wait_until(healthy, limit_s, logs)
 
-    def classify(self, picture: bytes) -> dict:
+    def classify(self, picture: bytes) -> dict[str, Any]:
         request = urllib.request.Request(f"{self.url}/v1/classify", data=picture)
         with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.load(answer)
+            found: dict[str, Any] = json.load(answer)
+            return found
 
     def down(self) -> None:
         self.compose("--profile", "train", "down", "--volumes", "--remove-orphans", "-t", "20")

@@ -29,7 +29,7 @@ def test_images_are_small_and_their_containers_do_not_run_as_root(up: Stack) -> 
     for service in ("service", "puller", "control", "mlflow"):
         status = up.compose("exec", "-T", service, "cat", "/proc/1/status")
         uid, capabilities = (
-            re.search(rf"{name}:\s+(\w+)", status)[1] for name in ("Uid", "CapEff")
+            re.findall(rf"{name}:\s+(\w+)", status)[0] for name in ("Uid", "CapEff")
         )
         assert (uid, int(capabilities, 16)) == ("10001", 0)
         with pytest.raises(AssertionError, match=r"Read-only file system"):

@@ -46,7 +46,8 @@ def swarm(up: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack
 
 def update_state(stack: Stack) -> str:
     (service,) = json.loads(stack.docker("service", "inspect", f"{NAME}_service"))
-    return (service.get("UpdateStatus") or {}).get("State", "")
+    state: str = (service.get("UpdateStatus") or {}).get("State", "")
+    return state
 
 
 def test_a_stack_is_updated_and_a_bad_image_is_rolled_back(

@@ -50,7 +50,7 @@ def test_docker_compose_1_29_reads_every_file(file: Path, monkeypatch: pytest.Mo
         ({"target": 80, "published": "8080", "host_ip": "127.0.0.1"}, None),
     ],
 )
-def test_a_stack_does_not_publish_ports_of_loopback(port, published) -> None:
+def test_a_stack_does_not_publish_ports_of_loopback(port: Any, published: Any) -> None:
     service = {"image": "x", "ports": [port], "tmpfs": ["/tmp"], "depends_on": {"y": {}}}
     made = as_stack({"services": {"mlflow": service, "t": {"profiles": ["train"]}}})
     assert made["services"]["mlflow"]["ports"] == ([published] if published else [])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -58,7 +59,7 @@ class Service:
                 stderr=log,
             )
 
-    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
+    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:
         """Status and JSON of an answer. Each call opens a connection, so any worker may answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_TIMEOUT_S)
         try:

@@ -6,9 +6,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import mlflow
 import msgspec
 import numpy as np
 import psutil
@@ -112,7 +114,7 @@ def with_other_report(bundle: Bundle, files: dict[str, bytes]) -> None:
 
 
 def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_all_requests(
-    paths: Path, service: Service, store: ModelStore, answers
+    paths: Path, service: Service, store: ModelStore, answers: list[Answer]
 ) -> None:
     def failed_switches() -> float:
         text = service.text("/metrics")
@@ -120,10 +122,16 @@ def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_a
         return sum(float(row.rpartition(" ")[2]) for row in rows)
 
     def refusal(version: int) -> str | None:
-        for line in store.audit_log("digits").lines:
+        for line in store.audit_logs.read("digits").lines:
             if (line.entry.action, line.entry.to_version) == ("refused", version):
                 return line.entry.details
         return None
+
+    def is_refused(version: int) -> bool:
+        return refusal(version) is not None
+
+    def more_switches_failed_than(before: float) -> bool:
+        return failed_switches() > before
 
     for change, why in (
         (with_nan, "NaN or infinite"),
@@ -132,14 +140,12 @@ def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_a
         before = failed_switches()
         version = republish(store, paths, change)
         promote(store, "digits", version, force=True, reason="a test")
-        wait_for(
-            lambda v=version: refusal(v) is not None, f"{change.__name__} is not in the audit log"
-        )
+        wait_for(partial(is_refused, version), f"{change.__name__} is not in the audit log")
         (ready,) = service.ask("GET", "/readyz")[1]["models"]
         assert ready["version"] == 1
         assert why in ready["error"], ready
         assert why in str(refusal(version))
-        wait_for(lambda b=before: failed_switches() > b, "the failed switch was not counted")
+        wait_for(partial(more_switches_failed_than, before), "the failed switch was not counted")
         roll_back(store, "digits", "it is broken")
         wait_for(
             lambda: service.ask("GET", "/readyz")[1]["models"][0]["error"] is None,
@@ -167,7 +173,7 @@ def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_a
         lambda: service.ask("GET", "/readyz")[1]["models"][0]["registry_error"] is None,
         "the registry's error stays",
     )
-    store._client.delete_model_version("digits", "1")
+    mlflow.MlflowClient(store.connection.uri).delete_model_version("digits", "1")
     wait_for(
         lambda: service.ask("GET", "/readyz")[1]["models"][0]["registry_error"] is not None,
         "the puller has not reported that the champion is gone",
@@ -177,16 +183,17 @@ def test_broken_versions_are_refused_with_a_reason_and_the_old_version_answers_a
 
 
 def test_workers_switch_together_on_a_promotion_and_on_a_roll_back(
-    paths: Path, service: Service, store: ModelStore, answers
+    paths: Path, service: Service, store: ModelStore, answers: list[Answer]
 ) -> None:
-    for decide, version in (
+    decisions: list[tuple[Callable[[], object], int]] = [
         (lambda: promote(store, "digits", 2), 2),
         (lambda: roll_back(store, "digits"), 1),
         (lambda: roll_back(store, "digits"), 2),
-    ):
+    ]
+    for decide, version in decisions:
         began = time.monotonic()
         decide()
-        wait_for(lambda v=version: served_by_all(service, v), f"not all serve version {version}")
+        wait_for(partial(served_by_all, service, version), f"not all serve version {version}")
         first = first_answer(answers, version, began)
         # Requests that are sent after the new version's first answer must all get that version.
         # Earlier ones may still get the old one.
@@ -204,7 +211,9 @@ def give_the_shadow_normal_priority(service: Service) -> None:
                     os.sched_setscheduler(thread.id, os.SCHED_OTHER, os.sched_param(0))
 
 
-def test_a_challenger_scores_in_the_shadow(service: Service, store: ModelStore, answers) -> None:
+def test_a_challenger_scores_in_the_shadow(
+    service: Service, store: ModelStore, answers: list[Answer]
+) -> None:
     start_canary(store, "digits", Canary(version=2, shadow=1.0), "to see")
 
     def scored() -> int:
@@ -217,15 +226,17 @@ def test_a_challenger_scores_in_the_shadow(service: Service, store: ModelStore, 
 
 
 def test_a_canary_that_cannot_be_loaded_is_stopped_by_the_puller(
-    paths: Path, service: Service, store: ModelStore, answers, digits: Dataset
+    paths: Path, service: Service, store: ModelStore, answers: list[Answer], digits: Dataset
 ) -> None:
     start_canary(store, "digits", Canary(version=2, share=1.0), "all of it")
     wait_for(lambda: answers[-1].version == 2, "the challenger does not answer")
     assert service.ask("GET", "/v1/models/digits/traffic")[1]["challenger"] == 2
     broken = republish(store, paths, with_nan)
     start_canary(store, "digits", Canary(version=broken, share=0.5), "it is broken")
-    wait_for(lambda: store.aliases_and_canary("digits")[1] is None, "the broken canary goes on")
-    last = store.audit_log("digits").lines[-1].entry
+    wait_for(
+        lambda: store.aliases.read_with_canary("digits")[1] is None, "the broken canary goes on"
+    )
+    last = store.audit_logs.read("digits").lines[-1].entry
     assert (last.action, last.to_version) == ("canary stopped", broken)
     assert "cannot serve the challenger" in str(last.reason)
     assert last.by.startswith("puller on ")

@@ -134,7 +134,8 @@ def test_a_gpu_is_owned_by_one_process_and_may_be_lost(
         return None
 
     def device() -> str | None:
-        return service.ask("GET", "/v1/models")[1]["models"][0]["device"]
+        found: str | None = service.ask("GET", "/v1/models")[1]["models"][0]["device"]
+        return found
 
     def all_workers_use(wanted: str) -> bool:
         return {device() for _ in range(20)} == {wanted}  # connections of both workers

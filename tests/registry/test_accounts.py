@@ -16,10 +16,12 @@ from registry.core.paths import Paths
 from registry.delivery.deployment import read_deployment
 from registry.delivery.puller import Puller
 from registry.model.refs import ModelRef, ModelVersion
-from registry.promotion.promotion import audit, promote
+from registry.promotion.decisions import audit
+from registry.promotion.promotion import promote
 from registry.store import model_names
 from registry.store.audit_log import AuditLog, Entry
-from registry.store.mlflow_store import ENTRY_TAG, ModelStore
+from registry.store.audit_log_store import ENTRY_TAG
+from registry.store.mlflow_store import ModelStore
 from registry.store.model_names import AUDIT_LOG
 from tests.conftest import MakeBundle
 from tests.mlflow_servers import PASSWORDS, mlflow_server
@@ -98,12 +100,14 @@ def test_a_reader_cannot_make_an_audit_log_once_a_version_is_published(
         publish(store, make_bundle, "published", seed)
     sign_in("reader")
     with pytest.raises(MlflowException, match="already exists"):
-        forge_log(MlflowClient(store.uri), "published", 1)
+        forge_log(MlflowClient(store.connection.uri), "published", 1)
     with pytest.raises(MlflowException, match="403"):
-        MlflowClient(store.uri).create_model_version("published.ledger", "convoy:/published/1")
+        MlflowClient(store.connection.uri).create_model_version(
+            "published.ledger", "convoy:/published/1"
+        )
     sign_in("admin")
     assert promote(store, "published", 2).entry.to_version == 2
-    assert store.aliases("published")["champion"] == 2
+    assert store.aliases.read("published")["champion"] == 2
     assert audit(store, "published") == (1, [])
 
 
@@ -113,7 +117,7 @@ def test_publishing_refuses_a_name_that_a_reader_has_taken(
 ) -> None:
     name = f"taken-{made}"
     sign_in("reader")
-    client = MlflowClient(store.uri)
+    client = MlflowClient(store.connection.uri)
     if made == "log":
         forge_log(client, name, 1)
     else:
@@ -134,15 +138,15 @@ def test_promoting_refuses_an_audit_log_that_a_reader_made_after_the_model(
     monkeypatch.setattr(model_names, "LOG_YOUNGER_S", 0.0)
     for seed in (0, 1):
         publish(store, make_bundle, "lost", seed)
-    MlflowClient(store.uri).delete_registered_model("lost" + AUDIT_LOG)
+    MlflowClient(store.connection.uri).delete_registered_model("lost" + AUDIT_LOG)
     with pytest.raises(PromotionRefused, match="is missing"):
         promote(store, "lost", 2)
     sign_in("reader")
-    forge_log(MlflowClient(store.uri), "lost", 1)
+    forge_log(MlflowClient(store.connection.uri), "lost", 1)
     sign_in("admin")
     with pytest.raises(PromotionRefused, match="after the model"):
         promote(store, "lost", 2)
-    assert "champion" not in store.aliases("lost")
+    assert "champion" not in store.aliases.read("lost")
     assert any("after the model" in fault for fault in audit(store, "lost")[1])
 
 

@@ -1,6 +1,7 @@
 """What the lines of an audit log mean, also after races, and which faults it finds."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.model.refs import Canary
-from registry.store.audit_log import AuditLog, Entry
+from registry.store.audit_log import Action, AuditLog, Entry
 
 
-def entry(to_version: int, action: str = "promoted", at: str = "2026-11-17T08:00:00+00:00", **more):
+def entry(
+    to_version: int, action: Action = "promoted", at: str = "2026-11-17T08:00:00+00:00", **more: Any
+) -> Entry:
     return Entry(action=action, at=at, by="me", from_version=None, to_version=to_version, **more)
 
 

@@ -2,7 +2,9 @@ import io
 import struct
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -61,7 +63,7 @@ def test_golden_images_take_the_classes_in_turn(make_bundle: MakeBundle) -> None
         (lambda data: data + b"\0", r"bytes\) has sha256"),
     ],
 )
-def test_damaged_weights_are_refused(make_bundle: MakeBundle, damage, reason: str) -> None:
+def test_damaged_weights_are_refused(make_bundle: MakeBundle, damage: Any, reason: str) -> None:
     bundle = make_bundle()
     path = bundle.folder / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
@@ -128,7 +130,7 @@ NAMES = np.zeros((2, 32), np.uint8)
 PERCEPTUAL_HASHES = np.zeros(2, np.uint64)
 
 
-def record(labels: np.ndarray = TWO, probabilities: np.ndarray = ONES, **others) -> bytes:
+def record(labels: np.ndarray = TWO, probabilities: np.ndarray = ONES, **others: Any) -> bytes:
     arrays = {"digests": NAMES, "perceptual_hashes": PERCEPTUAL_HASHES, **others}
     return to_npz(labels=labels, probabilities=probabilities, **arrays)
 
@@ -154,7 +156,7 @@ HOSTILE_ARRAYS = {
 
 
 @pytest.fixture
-def changed(make_bundle: MakeBundle, tmp_path: Path):
+def changed(make_bundle: MakeBundle, tmp_path: Path) -> Callable[[str, bytes], Bundle]:
     """A function that writes a bundle with ``data`` in one file, and its digest in the manifest."""
 
     def change(file: str, data: bytes) -> Bundle:
@@ -165,17 +167,23 @@ def changed(make_bundle: MakeBundle, tmp_path: Path):
     return change
 
 
-def test_the_record_from_which_the_hostile_ones_are_made_is_accepted(changed) -> None:
+def test_the_record_from_which_the_hostile_ones_are_made_is_accepted(
+    changed: Callable[[str, bytes], Bundle],
+) -> None:
     assert changed(HELDOUT, record()).heldout().accuracy == 1.0
 
 
 @pytest.mark.parametrize("data", HOSTILE_ARRAYS.values(), ids=HOSTILE_ARRAYS)
-def test_hostile_held_out_records_are_refused(changed, data: bytes) -> None:
+def test_hostile_held_out_records_are_refused(
+    changed: Callable[[str, bytes], Bundle], data: bytes
+) -> None:
     with pytest.raises(BundleInvalid, match=HELDOUT):
         changed(HELDOUT, data).heldout()
 
 
-def test_thumbnails_and_training_records_of_another_form_are_refused(changed) -> None:
+def test_thumbnails_and_training_records_of_another_form_are_refused(
+    changed: Callable[[str, bytes], Bundle],
+) -> None:
     with pytest.raises(BundleInvalid, match="are not pictures"):
         changed(THUMBNAILS, to_npz(pixels=np.zeros((2, 8, 8, 2), np.uint8))).thumbnails()
     with pytest.raises(BundleInvalid, match=TRAINING):
@@ -192,7 +200,9 @@ def test_champion_scores_must_be_those_of_the_wanted_version_and_of_all_examples
     manifest = msgspec.structs.replace(bundle.manifest, scored_champion="1" * 64)
     files = {CHAMPION_SCORES: to_npz(probabilities=ONES)}
     scored = write_bundle(tmp_path / "scored", manifest, files)
-    assert np.array_equal(scored.champion_scores("1" * 64, (2, 10)), ONES)
+    found = scored.champion_scores("1" * 64, (2, 10))
+    assert found is not None
+    assert np.array_equal(found, ONES)
     assert scored.champion_scores("2" * 64, (2, 10)) is None
     with pytest.raises(BundleInvalid, match="not of 3 examples and 10 classes"):
         scored.champion_scores("1" * 64, (3, 10))
@@ -227,7 +237,7 @@ def bomb(bomb_name: str, shape: tuple[int, ...], size_bytes: int) -> bytes:
     [(HELDOUT, "labels", "heldout", 1100), (THUMBNAILS, "pixels", "thumbnails", 260)],
 )
 def test_a_megabyte_that_would_unpack_to_more_than_a_gigabyte_is_never_unpacked(
-    changed, file: str, name: str, method: str, size_mib: int
+    changed: Callable[[str, bytes], Bundle], file: str, name: str, method: str, size_mib: int
 ) -> None:
     data = bomb(name, (size_mib << 20,), size_mib << 20)
     assert len(data) < 1_500_000
@@ -239,7 +249,9 @@ def test_a_megabyte_that_would_unpack_to_more_than_a_gigabyte_is_never_unpacked(
     tracemalloc.stop()
 
 
-def test_no_memory_is_allocated_for_a_header_that_claims_more_than_its_file_has(changed) -> None:
+def test_no_memory_is_allocated_for_a_header_that_claims_more_than_its_file_has(
+    changed: Callable[[str, bytes], Bundle],
+) -> None:
     bundle = changed(HELDOUT, bomb("labels", (1 << 40,), 1 << 20))
     tracemalloc.start()
     with pytest.raises(BundleInvalid, match="does not have the size of uint8"):
@@ -248,7 +260,9 @@ def test_no_memory_is_allocated_for_a_header_that_claims_more_than_its_file_has(
     tracemalloc.stop()
 
 
-def test_a_member_is_not_unpacked_beyond_its_declared_size(changed) -> None:
+def test_a_member_is_not_unpacked_beyond_its_declared_size(
+    changed: Callable[[str, bytes], Bundle],
+) -> None:
     """The archive's directory declares 2,000 bytes; the compressed stream has millions."""
     data = bomb("labels", (8 << 20,), 8 << 20)
     size = struct.pack("<L", (8 << 20) + 128)

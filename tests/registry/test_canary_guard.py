@@ -1,5 +1,8 @@
 """When the guard ends a canary, and what is not enough to end one."""
 
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -22,7 +25,9 @@ from registry.promotion.policy import CanaryPolicy, read_policy
 CANARY = Canary(version=2, share=0.1)
 
 
-def traffic(version: int, requests: int, errors: int = 0, ms: float = 4, **more) -> VersionTraffic:
+def traffic(
+    version: int, requests: int, errors: int = 0, ms: float = 4, **more: Any
+) -> VersionTraffic:
     buckets = ((0.0025, 0), (0.005, 0), (0.01, 0), (0.05, 0), (UNBOUNDED_S, 0))
     place = next(upper for upper, _ in buckets if ms / 1000 <= upper)
     return VersionTraffic(
@@ -35,13 +40,13 @@ def traffic(version: int, requests: int, errors: int = 0, ms: float = 4, **more)
     )
 
 
-def status(*versions: VersionTraffic, **more) -> ServingStatus:
+def status(*versions: VersionTraffic, **more: Any) -> ServingStatus:
     return ServingStatus(
         model="m", generation=1, champion=1, challenger=2, versions=versions, **more
     )
 
 
-def check(champion: VersionTraffic, challenger: VersionTraffic, **policy) -> str | None:
+def check(champion: VersionTraffic, challenger: VersionTraffic, **policy: Any) -> str | None:
     guard = CanaryGuard(CANARY, CanaryPolicy(**policy), status())
     return guard.check(status(champion, challenger))
 
@@ -133,7 +138,7 @@ def test_a_status_survives_json_and_is_printed() -> None:
         assert part in text
 
 
-def test_a_policy_file_has_a_table_for_canaries(tmp_path) -> None:
+def test_a_policy_file_has_a_table_for_canaries(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text("[canary]\nmin_requests = 7\nmin_agreement = 0.9\n")
     assert read_policy(tmp_path / "policy.toml").canary == CanaryPolicy(
         min_requests=7, min_agreement=0.9

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -39,7 +40,7 @@ def test_rows_are_probabilities_and_do_not_depend_on_the_batch(
 
 
 def test_weights_of_another_network_are_refused(make_bundle: MakeBundle) -> None:
-    def other(manifest):
+    def other(manifest: Any) -> Any:
         return msgspec.structs.replace(manifest, network=ListedNetwork("cnn", {"padding": 1}))
 
     with pytest.raises(BundleInvalid, match="do not fit its network"):
@@ -47,7 +48,7 @@ def test_weights_of_another_network_are_refused(make_bundle: MakeBundle) -> None
 
 
 def test_a_network_that_is_not_on_our_list_is_refused(make_bundle: MakeBundle) -> None:
-    def other(manifest):
+    def other(manifest: Any) -> Any:
         return msgspec.structs.replace(manifest, network=ListedNetwork("os.system"))
 
     with pytest.raises(BundleInvalid, match="there is no network"):

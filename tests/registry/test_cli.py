@@ -9,6 +9,8 @@ from registry.core.paths import Paths
 from registry.delivery.deployment import read_deployment
 from registry.model.refs import ModelRef
 from registry.promotion.promotion import promote
+from registry.store.mlflow_store import ModelStore
+from tests.conftest import Publish
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -17,13 +19,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return status, captured.out, captured.err
 
 
-def test_an_empty_registry_says_how_to_fill_it(registry_paths: Paths, capsys) -> None:
+def test_an_empty_registry_says_how_to_fill_it(
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, _ = run(capsys, "list")
     assert (status, out) == (0, "there are no versions yet; publish one with convoy train\n")
 
 
 def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
-    publish, better_and_worse_seed: tuple[int, int], registry_paths: Paths, capsys
+    publish: Publish,
+    better_and_worse_seed: tuple[int, int],
+    registry_paths: Paths,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for seed in better_and_worse_seed:
         publish(seed=seed)
@@ -81,7 +88,11 @@ def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(
 
 
 def test_pull_without_a_reference_takes_it_from_the_setting(
-    publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
+    publish: Publish,
+    store: ModelStore,
+    registry_paths: Paths,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     publish()
     promote(store, "digits", 1)
@@ -102,7 +113,10 @@ def test_pull_without_a_reference_takes_it_from_the_setting(
     ],
 )
 def test_a_usage_error_is_printed_on_one_line(
-    registry_paths: Paths, capsys, arguments: tuple[str, ...], reason: str
+    registry_paths: Paths,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    reason: str,
 ) -> None:
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
@@ -111,12 +125,18 @@ def test_a_usage_error_is_printed_on_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_pull_that_fails_has_exit_status_2(registry_paths: Paths, capsys) -> None:
+def test_a_pull_that_fails_has_exit_status_2(
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(capsys, "pull", "models:/absent@champion")[0] == 2
 
 
 def test_plan_prints_the_plans_of_a_version(
-    publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
+    publish: Publish,
+    store: ModelStore,
+    registry_paths: Paths,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """First from the registry, then from the puller's folder."""
     publish()
@@ -141,7 +161,7 @@ FORGED = "fine\n   2  2026-11-30  ann  promoted version 7\x1b[2J\x1b[31m\u202e"
 
 
 def test_a_text_in_the_registry_cannot_forge_a_line_or_move_the_cursor(
-    publish, store, registry_paths: Paths, capsys
+    publish: Publish, store: ModelStore, registry_paths: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publish()
     promote(store, "digits", 1, reason=FORGED, by=FORGED)
@@ -154,7 +174,11 @@ def test_a_text_in_the_registry_cannot_forge_a_line_or_move_the_cursor(
 
 
 def test_a_name_from_the_environment_is_marked_as_unverified(
-    publish, store, registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
+    publish: Publish,
+    store: ModelStore,
+    registry_paths: Paths,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LOGNAME", "ann")  # every user can
     publish()

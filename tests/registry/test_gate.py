@@ -1,22 +1,29 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from registry.core.errors import BundleInvalid, PromotionRefused, UsageError
-from registry.model.bundle import write_bundle
+from registry.model.bundle import Bundle, write_bundle
 from registry.promotion import gate
-from registry.promotion.gate import compare
+from registry.promotion.gate import compare, mcnemar
 from registry.promotion.policy import Policy, read_policy
 from tests.conftest import MakeBundle
 from tests.example_records import heldout_file, training_file
 
 
 @pytest.fixture
-def bundle_with(make_bundle: MakeBundle, tmp_path):
+def bundle_with(make_bundle: MakeBundle, tmp_path: Path) -> Callable[..., Bundle]:
     """A function that makes a bundle whose held-out record has these right and wrong answers."""
     real = make_bundle()
 
-    def make(name: str, right: np.ndarray, change=lambda manifest: manifest):
+    def make(name: str, right: np.ndarray, change: Any = lambda manifest: manifest) -> Any:
         labels = np.zeros(len(right), dtype=np.int64)
         probabilities = np.eye(10, dtype=np.float32)[np.where(right, 0, 1)]
         files = {**heldout_file(labels, probabilities), **training_file()}
@@ -25,7 +32,7 @@ def bundle_with(make_bundle: MakeBundle, tmp_path):
     return make
 
 
-def test_versions_are_compared_picture_by_picture(bundle_with) -> None:
+def test_versions_are_compared_picture_by_picture(bundle_with: Callable[..., Bundle]) -> None:
     champion = np.arange(100) < 80
     challenger = (np.arange(100) < 75) | (np.arange(100) >= 85)
     comparison = compare(bundle_with("old", champion), bundle_with("new", challenger))
@@ -38,7 +45,7 @@ def test_versions_are_compared_picture_by_picture(bundle_with) -> None:
     assert "15 gained, 5 lost" in str(comparison)
 
 
-def test_a_worse_challenger_is_not_accepted(bundle_with) -> None:
+def test_a_worse_challenger_is_not_accepted(bundle_with: Callable[..., Bundle]) -> None:
     comparison = compare(
         bundle_with("old", np.arange(100) < 80), bundle_with("new", np.arange(100) < 79)
     )
@@ -46,7 +53,7 @@ def test_a_worse_challenger_is_not_accepted(bundle_with) -> None:
     assert comparison.p_value == 1.0
 
 
-def test_an_equal_challenger_is_accepted(bundle_with) -> None:
+def test_an_equal_challenger_is_accepted(bundle_with: Callable[..., Bundle]) -> None:
     right = np.arange(100) < 80
     comparison = compare(bundle_with("old", right), bundle_with("new", right))
     assert comparison.accepted
@@ -70,10 +77,12 @@ def heldout_of(
 
 
 @pytest.fixture
-def versus(bundle_with, tmp_path):
+def versus(bundle_with: Callable[..., Bundle], tmp_path: Path) -> Any:
     """A function that compares made-up held-out records; ``options`` are those of ``compare``."""
 
-    def run_gate(classes: dict[int, tuple[int, int, int]], confidence=(0.9, 0.9), **options):
+    def run_gate(
+        classes: dict[int, tuple[int, int, int]], confidence: Any = (0.9, 0.9), **options: Any
+    ) -> Any:
         labels, old, new = heldout_of(classes)
         bundles = []
         for name, right, sure in (("a", old, confidence[0]), ("b", new, confidence[1])):
@@ -83,23 +92,24 @@ def versus(bundle_with, tmp_path):
             bundle = bundle_with(name, right)
             files = {**heldout_file(labels, scores), **training_file()}
             bundles.append(write_bundle(tmp_path / f"{name}-again", bundle.manifest, files))
-        return compare(*bundles, **options)
+        old_bundle, new_bundle = bundles
+        return compare(old_bundle, new_bundle, **options)
 
     return run_gate
 
 
-def failed(comparison) -> list[str]:
+def failed(comparison: Any) -> list[str]:
     return [check.what for check in comparison.checks if not check.passed]
 
 
-def test_an_insignificant_loss_passes_up_to_a_limit(versus) -> None:
+def test_an_insignificant_loss_passes_up_to_a_limit(versus: Any) -> None:
     every = dict.fromkeys(range(10), (90, 1, 1))
     assert versus({**every, 0: (90, 2, 0)}).accepted  # 11 lost, 9 gained of 1,000
     assert failed(versus({**every, 0: (90, 5, 1), 1: (90, 5, 1)})) == ["accuracy"]  # 0.8 points
     assert failed(versus(dict.fromkeys(range(10), (90, 1, 0)))) == ["accuracy"]  # significant
 
 
-def test_a_class_that_loses_is_found_although_the_accuracy_rises(versus) -> None:
+def test_a_class_that_loses_is_found_although_the_accuracy_rises(versus: Any) -> None:
     every = dict.fromkeys(range(10), (90, 0, 5))
     comparison = versus({**every, 3: (70, 20, 0)})
     assert comparison.challenger_accuracy > comparison.champion_accuracy
@@ -112,7 +122,7 @@ def test_a_class_that_loses_is_found_although_the_accuracy_rises(versus) -> None
     assert versus({**every, 3: (70, 20, 0)}, policy=Policy(max_recall_loss=0.25)).accepted
 
 
-def test_a_policy_may_limit_calibration_error_and_log_loss(versus) -> None:
+def test_a_policy_may_limit_calibration_error_and_log_loss(versus: Any) -> None:
     every = dict.fromkeys(range(10), (90, 0, 0))
     unsure = versus(every, confidence=(0.9, 0.6))
     assert unsure.accepted  # reported, but not limited by default
@@ -126,7 +136,9 @@ def test_a_policy_may_limit_calibration_error_and_log_loss(versus) -> None:
     ]
 
 
-def test_a_small_class_whose_pictures_are_all_lost_is_found(bundle_with, tmp_path) -> None:
+def test_a_small_class_whose_pictures_are_all_lost_is_found(
+    bundle_with: Callable[..., Bundle], tmp_path: Path
+) -> None:
     labels = np.array([1] * 8 + [0] * 1000)
     right = np.ones(1008, dtype=bool)
     bundles = []
@@ -134,17 +146,20 @@ def test_a_small_class_whose_pictures_are_all_lost_is_found(bundle_with, tmp_pat
         scores = np.eye(10, dtype=np.float32)[np.where(hit, labels, 2)]
         record = {**heldout_file(labels, scores), **training_file()}
         bundles.append(write_bundle(tmp_path / name, bundle_with(name, hit).manifest, record))
-    assert "recall of '1'" in failed(compare(*bundles, Policy(max_accuracy_loss=0.1)))
+    comparison = compare(bundles[0], bundles[1], Policy(max_accuracy_loss=0.1))
+    assert "recall of '1'" in failed(comparison)
 
 
-def test_a_loss_of_exactly_the_limit_is_allowed(bundle_with) -> None:
+def test_a_loss_of_exactly_the_limit_is_allowed(bundle_with: Callable[..., Bundle]) -> None:
     old, new = np.arange(1000) >= 20, (np.arange(1000) >= 30) | (np.arange(1000) < 5)
     comparison = compare(bundle_with("old", old), bundle_with("new", new))
     assert (comparison.champion_accuracy, comparison.challenger_accuracy) == (0.98, 0.975)
     assert "accuracy" not in failed(comparison)
 
 
-def test_records_that_cannot_be_compared_are_refused(bundle_with, tmp_path) -> None:
+def test_records_that_cannot_be_compared_are_refused(
+    bundle_with: Callable[..., Bundle], tmp_path: Path
+) -> None:
     good = bundle_with("good", np.ones(10, dtype=bool))
     odd = {
         "empty": heldout_file(np.zeros(0, np.int64), np.zeros((0, 10), np.float32)),
@@ -159,17 +174,17 @@ def test_records_that_cannot_be_compared_are_refused(bundle_with, tmp_path) -> N
             compare(good, bundle)
 
 
-def test_different_preprocessing_is_noted(bundle_with) -> None:
-    def other(manifest):
+def test_different_preprocessing_is_noted(bundle_with: Callable[..., Bundle]) -> None:
+    def other(manifest: Any) -> Any:
         spec = msgspec.structs.replace(manifest.preprocess, interpolation="nearest")
         return msgspec.structs.replace(manifest, preprocess=spec)
 
     right = np.arange(100) < 80
     comparison = compare(bundle_with("old", right), bundle_with("new", right, other))
-    assert any("preprocessing" in note for note in comparison.notes)
+    assert any("preprocessed differently" in note for note in comparison.notes)
 
 
-def test_a_policy_is_read_from_its_file_and_an_error_names_the_file(tmp_path) -> None:
+def test_a_policy_is_read_from_its_file_and_an_error_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     assert read_policy(file) == Policy()
     file.write_text("max_recall_loss = 0.1\nsignificance = 0.01\n")
@@ -189,3 +204,9 @@ def test_95_percent_of_the_intervals_contain_the_difference() -> None:
         low, high = gate._interval(int(only_new), int(only_old), 100)
         inside += low <= -0.07 <= high
     assert 0.93 < inside / 2000 < 0.975
+
+
+@given(gained=st.integers(0, 500), lost=st.integers(0, 500))
+def test_the_p_value_is_that_of_an_exact_binomial_test(gained: int, lost: int) -> None:
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert mcnemar(gained, lost) == pytest.approx(expected, abs=1e-9)

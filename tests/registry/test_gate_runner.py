@@ -1,6 +1,7 @@
 """The gate on versions of a registry: downloads, comparison, timing, and what it prints."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from registry.cli.main import main as command
 from registry.core.errors import BundleInvalid, PromotionRefused
 from registry.core.paths import Paths
 from registry.model.bundle import HELDOUT
-from registry.model.refs import ModelRef
+from registry.model.refs import ModelRef, ModelVersion
 from registry.promotion import latency_comparison
 from registry.promotion.gate import compare
 from registry.promotion.gate_runner import GateResult, GateRunner
@@ -19,21 +20,25 @@ from registry.promotion.latency_comparison import LatencyComparison, compare_lat
 from registry.promotion.policy import Policy
 from registry.promotion.promotion import promote
 from registry.store.mlflow_store import ModelStore
+from tests.conftest import MakeBundle, Publish
+from training.data.sources import Dataset
 
 
 @pytest.fixture
-def both(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]):
+def both(
+    store: ModelStore, publish: Publish, better_and_worse_seed: tuple[int, int]
+) -> tuple[ModelVersion, ModelVersion]:
     """A worse version 1 and a better version 2 in the registry."""
     better, worse = better_and_worse_seed
     return publish(seed=worse), publish(seed=better)
 
 
-def run_gate(store: ModelStore, paths: Paths, *versions) -> GateResult:
+def run_gate(store: ModelStore, paths: Paths, *versions: Any) -> GateResult:
     return GateRunner(store, paths, {}, timed=False).run(*versions)
 
 
 def test_a_better_version_is_accepted_with_the_changed_predictions(
-    store: ModelStore, both, registry_paths: Paths
+    store: ModelStore, both: tuple[ModelVersion, ModelVersion], registry_paths: Paths
 ) -> None:
     result = run_gate(store, registry_paths, *both)
     assert result.accepted
@@ -57,7 +62,11 @@ def test_a_better_version_is_accepted_with_the_changed_predictions(
 
 
 def test_a_changed_prediction_has_the_picture_of_the_held_out_record(
-    store: ModelStore, both, registry_paths: Paths, few_digits, tmp_path: Path
+    store: ModelStore,
+    both: tuple[ModelVersion, ModelVersion],
+    registry_paths: Paths,
+    few_digits: Dataset,
+    tmp_path: Path,
 ) -> None:
     change = run_gate(store, registry_paths, *both).prediction_changes[0]
     assert change.picture is not None
@@ -69,7 +78,10 @@ def test_a_changed_prediction_has_the_picture_of_the_held_out_record(
 
 
 def test_a_gate_result_is_cached_until_the_policy_or_a_version_changes(
-    store: ModelStore, both, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore,
+    both: tuple[ModelVersion, ModelVersion],
+    registry_paths: Paths,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = run_gate(store, registry_paths, *both)
     monkeypatch.setattr(store, "download", lambda *arguments: pytest.fail("the gate ran again"))
@@ -82,7 +94,7 @@ def test_a_gate_result_is_cached_until_the_policy_or_a_version_changes(
 
 
 def test_a_version_that_cannot_be_read_is_refused(
-    store: ModelStore, publish, registry_paths: Paths
+    store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     first, second = publish(seed=0), publish(seed=2)
     for path in registry_paths.artifacts.rglob(HELDOUT):
@@ -97,7 +109,10 @@ def test_a_version_that_cannot_be_read_is_refused(
 
 
 def test_new_classes_pass_only_if_the_operator_allows_them(
-    store: ModelStore, publish, registry_paths: Paths, better_and_worse_seed: tuple[int, int]
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    better_and_worse_seed: tuple[int, int],
 ) -> None:
     better, worse = better_and_worse_seed
     letters = tuple("abcdefghij")
@@ -121,7 +136,7 @@ def test_new_classes_pass_only_if_the_operator_allows_them(
         promote(store, "digits", 1, allow_new_classes=True)
 
 
-def test_a_slow_challenger_is_refused(make_bundle) -> None:
+def test_a_slow_challenger_is_refused(make_bundle: MakeBundle) -> None:
     bundle = make_bundle()
     timed = LatencyComparison(
         device="cpu",
@@ -137,7 +152,9 @@ def test_a_slow_challenger_is_refused(make_bundle) -> None:
 
 
 @pytest.mark.slow
-def test_both_versions_are_timed_in_a_separate_process(make_bundle, paths: Paths) -> None:
+def test_both_versions_are_timed_in_a_separate_process(
+    make_bundle: MakeBundle, paths: Paths
+) -> None:
     timed = compare_latency(
         make_bundle(seed=0), make_bundle(seed=1), paths.plans, "cpu", "torch-eager", 1
     )
@@ -149,7 +166,7 @@ def test_both_versions_are_timed_in_a_separate_process(make_bundle, paths: Paths
 
 
 def test_without_an_engine_nothing_is_timed_and_a_failure_gives_the_reason(
-    make_bundle, paths: Paths, monkeypatch: pytest.MonkeyPatch
+    make_bundle: MakeBundle, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle()
     (bundle.folder / "weights.safetensors").write_bytes(b"damaged")
@@ -160,7 +177,11 @@ def test_without_an_engine_nothing_is_timed_and_a_failure_gives_the_reason(
 
 
 def test_the_command_evaluate_changes_nothing(
-    store: ModelStore, both, registry_paths: Paths, tmp_path: Path, capsys
+    store: ModelStore,
+    both: tuple[ModelVersion, ModelVersion],
+    registry_paths: Paths,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     promote(store, "digits", 1)
     page = tmp_path / "gate-result.html"
@@ -174,7 +195,7 @@ def test_the_command_evaluate_changes_nothing(
     assert text.count("data:image/png;base64,") == len(shown.prediction_changes)
     assert "Accepted: version 2 compared with the champion, version 1" in text
     assert "<script" not in text
-    assert store.aliases("digits")["champion"] == 1
+    assert store.aliases.read("digits")["champion"] == 1
     promote(store, "digits", 2)
     assert command(["evaluate", "digits", "1", "--skip-latency"]) == 2
     assert "REFUSED" in capsys.readouterr().out

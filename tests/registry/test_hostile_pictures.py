@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from registry.core.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
-from registry.model.image import decode
 from registry.model.image.decode import FORMATS, decode_image, decode_training_image
 from tests.hostile_pictures import HOSTILE, SPEC, encoded, mutants
 
@@ -73,7 +72,7 @@ def test_a_hostile_picture_is_answered_or_refused_before_a_decoder_sees_it(
         assert decode_image(data, SPEC).shape == SPEC.shape
         return
     if name not in REFUSED_BY_THE_DECODER:
-        monkeypatch.setattr(decode.Image, "open", lambda *_, **__: pytest.fail("decoded"))
+        monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(REFUSALS):
         decode_image(data, SPEC)
 

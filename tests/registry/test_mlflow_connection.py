@@ -12,7 +12,9 @@ import pytest
 from registry.core.errors import RegistryUnavailable
 from registry.core.paths import Paths
 from registry.model.refs import ModelRef, ModelVersion
+from registry.store.experiments import open_experiment
 from registry.store.mlflow_store import ModelStore
+from tests.conftest import Publish
 from training.publishing.tracking import start_run
 
 
@@ -28,7 +30,12 @@ def ref(version: ModelVersion) -> ModelRef:
 
 @pytest.mark.parametrize("how", ["moved", "copied"])
 def test_a_home_takes_its_artefacts_along(
-    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path, another_process, how: str
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    tmp_path: Path,
+    another_process: Callable[[], None],
+    how: str,
 ) -> None:
     version = publish()
     paths = Paths(tmp_path / "a new home")
@@ -40,7 +47,7 @@ def test_a_home_takes_its_artefacts_along(
     another_process()
     moved = ModelStore(paths)
     moved.download(moved.resolve_in({}, ref(version)), tmp_path / "down").verify()
-    run = mlflow.MlflowClient(moved.uri).get_run(version.run_id)
+    run = mlflow.MlflowClient(moved.connection.uri).get_run(version.run_id)
     assert run.info.artifact_uri.startswith(paths.artifacts.as_uri())
     with start_run(moved, "convoy", "in the new home") as new:
         mlflow.log_text("report", "report/report.html")
@@ -49,15 +56,21 @@ def test_a_home_takes_its_artefacts_along(
 
 
 def test_experiments_of_others_stay_where_they_are(
-    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path, another_process
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    tmp_path: Path,
+    another_process: Callable[[], None],
 ) -> None:
     publish()
     other = (tmp_path / "elsewhere").as_uri()
-    number = mlflow.MlflowClient(store.uri).create_experiment("theirs", artifact_location=other)
+    number = mlflow.MlflowClient(store.connection.uri).create_experiment(
+        "theirs", artifact_location=other
+    )
     paths = Paths(tmp_path / "new")
     registry_paths.root.rename(paths.root)
     another_process()
-    found = mlflow.MlflowClient(ModelStore(paths).uri).get_experiment(number)
+    found = mlflow.MlflowClient(ModelStore(paths).connection.uri).get_experiment(number)
     assert found.artifact_location == other
 
 
@@ -72,9 +85,11 @@ def test_of_four_who_use_a_new_home_at_once_all_find_a_registry(paths: Paths) ->
     assert [code for _, code in outcomes] == [0] * 4, outcomes
 
 
-def test_a_deleted_experiment_is_restored_with_a_warning(store: ModelStore, caplog) -> None:
-    number = store.experiment("convoy")
-    client = mlflow.MlflowClient(store.uri)
+def test_a_deleted_experiment_is_restored_with_a_warning(
+    store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    number = open_experiment(store.connection, "convoy")
+    client = mlflow.MlflowClient(store.connection.uri)
     client.delete_experiment(number)
     with start_run(store, "convoy", "again") as run:
         pass
@@ -83,16 +98,20 @@ def test_a_deleted_experiment_is_restored_with_a_warning(store: ModelStore, capl
 
 
 def test_a_version_outlives_the_deletion_of_its_experiment(
-    store: ModelStore, publish, tmp_path: Path
+    store: ModelStore, publish: Publish, tmp_path: Path
 ) -> None:
     version = publish()
-    mlflow.MlflowClient(store.uri).delete_experiment(store.experiment("convoy"))
+    mlflow.MlflowClient(store.connection.uri).delete_experiment(
+        open_experiment(store.connection, "convoy")
+    )
     store.download(store.resolve(ref(version)), tmp_path / "down").verify()
 
 
-def test_a_run_that_is_deleted_meanwhile_is_one_line(store: ModelStore, caplog) -> None:
+def test_a_run_that_is_deleted_meanwhile_is_one_line(
+    store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
     with start_run(store, "convoy", "deleted") as run:
-        mlflow.MlflowClient(store.uri).delete_run(run.id)
+        mlflow.MlflowClient(store.connection.uri).delete_run(run.id)
         with pytest.raises(
             RegistryUnavailable, match=r"Current state is deleted.*Restore it"
         ) as told:
@@ -101,12 +120,12 @@ def test_a_run_that_is_deleted_meanwhile_is_one_line(store: ModelStore, caplog) 
 
 
 def test_runs_of_the_shell_are_not_taken_over(
-    store: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "777")
     with start_run(store, "convoy", "own") as run:
         assert run.id != "0" * 32
-    assert mlflow.MlflowClient(store.uri).get_run(run.id).info.status == "FINISHED"
+    assert mlflow.MlflowClient(store.connection.uri).get_run(run.id).info.status == "FINISHED"
     assert f"MLFLOW_RUN_ID={'0' * 32} is ignored" in caplog.text
     assert "MLFLOW_EXPERIMENT_ID=777 is ignored" in caplog.text

@@ -15,9 +15,11 @@ import requests
 from registry.core.errors import BundleInvalid, RegistryUnavailable, VersionNotFound
 from registry.core.paths import Paths
 from registry.model.refs import ModelRef
-from registry.promotion.promotion import audit, promote, roll_back
-from registry.store import mlflow_rest
-from registry.store.mlflow_rest import MlflowRest, RestError, is_supported
+from registry.promotion.decisions import audit
+from registry.promotion.promotion import promote, roll_back
+from registry.store.connection import mlflow_rest
+from registry.store.connection.entities import RegistryError
+from registry.store.connection.mlflow_rest import MlflowRest, is_supported
 from registry.store.mlflow_store import ModelStore
 from tests.conftest import MakeBundle
 from tests.mlflow_servers import PASSWORDS, mlflow_server
@@ -52,7 +54,7 @@ def test_versions_are_published_promoted_downloaded_and_rolled_back_over_http(
     promote(store, "digits", 1)
     promote(store, "digits", 2, force=True, reason="to see")
     assert roll_back(store, "digits").entry.to_version == 1
-    assert store.aliases("digits") == {"champion": 1, "previous": 2}
+    assert store.aliases.read("digits") == {"champion": 1, "previous": 2}
     assert audit(store, "digits") == (3, [])
     found = store.resolve(ModelRef("digits", alias="champion"))
     bundle = store.download(found, tmp_path / "bundle")
@@ -60,7 +62,7 @@ def test_versions_are_published_promoted_downloaded_and_rolled_back_over_http(
     assert bundle.manifest_sha256 == found.manifest_sha256
 
     # MLflow's own client reads the same.
-    theirs, ours = mlflow.MlflowClient(store.uri), store._client
+    theirs, ours = mlflow.MlflowClient(store.connection.uri), store._client
     model = theirs.get_registered_model("digits")
     same = ours.get_registered_model("digits")
     assert (same.name, same.tags, same.creation_timestamp) == (
@@ -78,7 +80,7 @@ def test_versions_are_published_promoted_downloaded_and_rolled_back_over_http(
     with pytest.raises(VersionNotFound):
         store.resolve(ModelRef("digits", 77))
     with pytest.raises(VersionNotFound):
-        store.aliases("nothing")
+        store.aliases.read("nothing")
     place = theirs.get_model_version_download_uri("digits", "1")
     with pytest.raises(BundleInvalid, match="is missing from the artefacts"):
         store._artifacts.fetch(f"{place}/data/bundle/no-such-file", tmp_path, 1000)
@@ -93,7 +95,7 @@ def test_versions_are_published_promoted_downloaded_and_rolled_back_over_http(
             [sys.executable, "-c", script, *command], capture_output=True, text=True, check=True
         ).stdout
         assert printed.splitlines()[-1] == "0 []", printed
-    assert store.aliases("digits") == {"champion": 2, "previous": 1}
+    assert store.aliases.read("digits") == {"champion": 2, "previous": 1}
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(RegistryUnavailable):
@@ -138,7 +140,7 @@ def test_a_transient_error_is_asked_about_once_more(answers: tuple[type[Answers]
     handler.planned += [(503, b"busy"), (200, MODEL)]
     assert MlflowRest(uri, {}).get_registered_model("digits").creation_timestamp == 5
     handler.planned += [(503, b"busy"), (503, b"busy")]
-    with pytest.raises(RestError, match="503"):
+    with pytest.raises(RegistryError, match="503"):
         MlflowRest(uri, {}).get_registered_model("digits")
 
 
@@ -148,7 +150,7 @@ def test_an_answer_that_is_not_a_result_is_an_error(
 ) -> None:
     handler, uri = answers
     handler.planned.append((404, body))
-    with pytest.raises(RestError):
+    with pytest.raises(RegistryError):
         MlflowRest(uri, {}).get_registered_model("digits")
 
 
@@ -166,7 +168,7 @@ def test_the_answer_of_another_server_is_an_error(
 ) -> None:
     handler, uri = answers
     handler.planned.append((200, json.dumps(body).encode()))
-    with pytest.raises(RestError, match="MLflow"):
+    with pytest.raises(RegistryError, match="MLflow"):
         MlflowRest(uri, {}).get_registered_model("digits")
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_the_default_cnn_has_two_convolutions_and_two_linear_layers() -> None:
         *("Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU", "MaxPool2d"),
         *("Flatten", "Linear", "ReLU", "Linear"),
     ]
-    network = build_network("cnn", SHAPE, 10)
+    network: Any = build_network("cnn", SHAPE, 10)
     assert (network.conv1.out_channels, network.conv2.out_channels) == (32, 64)
     assert network.conv1.kernel_size == (3, 3)
     assert network.dense.out_features == 128

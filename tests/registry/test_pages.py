@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin
 
+import mlflow
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from msgspec.structs import replace
+from playwright.sync_api import Browser, Page
 from werkzeug.serving import make_server
 
 from registry.auth.sessions import MAX_SESSIONS_OF_A_TOKEN, SESSION_TTL_S, Sessions
@@ -28,7 +31,7 @@ from registry.promotion.gate_runner import GateRunner
 from registry.promotion.promotion import promote, roll_back, start_canary
 from registry.store.mlflow_store import ModelStore
 from tests.browsing import assert_readable
-from tests.conftest import wait_for
+from tests.conftest import NewPage, Publish, wait_for
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def app(store: ModelStore, registry_paths: Paths, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def promoted(store: ModelStore, publish, better_and_worse_seed: tuple[int, int]) -> None:
+def promoted(store: ModelStore, publish: Publish, better_and_worse_seed: tuple[int, int]) -> None:
     """Version 1 is worse, version 2 is better and champion, version 3 is as bad as version 1."""
     better, worse = better_and_worse_seed
     for seed in (worse, better, worse):
@@ -83,7 +86,9 @@ def sign_in(client: FlaskClient, token: str, target: str = "") -> str:
     """Sign in; return the session's secret, which its forms contain."""
     answer = client.post("/login", data={"token": token, "next": target})
     assert answer.status_code == 303
-    return re.findall(r'name="csrf" value="([^"]+)"', client.get("/").text)[0]
+    found = re.search(r'name="csrf" value="([^"]+)"', client.get("/").text)
+    assert found is not None
+    return found[1]
 
 
 def up(path: str) -> str:
@@ -91,7 +96,9 @@ def up(path: str) -> str:
     return "../" * (path.count("/") - 1)
 
 
-def test_pages_stay_below_the_path_of_a_proxy(client: FlaskClient, promoted: None, tokens) -> None:
+def test_pages_stay_below_the_path_of_a_proxy(
+    client: FlaskClient, promoted: None, tokens: dict[str, str]
+) -> None:
     sign_in(client, tokens["admin"])
     for path in ("/login", "/", "/models/digits", "/models/digits/versions/2"):
         text = client.get(path).text
@@ -105,7 +112,9 @@ def test_pages_stay_below_the_path_of_a_proxy(client: FlaskClient, promoted: Non
                 assert answer.status_code in (200, 405)  # 405: a form's address takes only POST
 
 
-def test_pages_need_a_sign_in_with_a_token(client: FlaskClient, promoted: None, tokens) -> None:
+def test_pages_need_a_sign_in_with_a_token(
+    client: FlaskClient, promoted: None, tokens: dict[str, str]
+) -> None:
     for path in ("/", "/models/digits", "/models/digits/versions/3", "/models/digits/traffic"):
         answer = client.get(path)
         assert answer.status_code == 303
@@ -138,19 +147,23 @@ def test_the_oldest_session_ends_when_there_are_too_many(
 
 
 @pytest.mark.parametrize("target", ["//evil.example", "/\\evil.example", "https://evil.example"])
-def test_signing_in_leads_to_no_other_site(client: FlaskClient, tokens, target: str) -> None:
+def test_signing_in_leads_to_no_other_site(
+    client: FlaskClient, tokens: dict[str, str], target: str
+) -> None:
     answer = client.post("/login", data={"token": tokens["viewer"], "next": target})
     assert answer.headers["Location"] == "./"
 
 
-def test_a_removed_token_ends_its_session(client: FlaskClient, app: Flask, tokens) -> None:
+def test_a_removed_token_ends_its_session(
+    client: FlaskClient, app: Flask, tokens: dict[str, str]
+) -> None:
     sign_in(client, tokens["viewer"])
     app.extensions["convoy"].tokens.remove("viewer")
     assert client.get("/").status_code == 303
 
 
 def test_a_copied_cookie_is_worthless_after_the_visitor_signs_out(
-    client: FlaskClient, app: Flask, promoted: None, tokens, store: ModelStore
+    client: FlaskClient, app: Flask, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
     copied = client.get_cookie("convoy")
@@ -160,15 +173,19 @@ def test_a_copied_cookie_is_worthless_after_the_visitor_signs_out(
     thief = app.test_client()
     thief.set_cookie("convoy", copied.value)
     assert thief.get("/").headers["Location"].startswith("login")
-    before = len(store.audit_log("digits").lines)
+    before = len(store.audit_logs.read("digits").lines)
     form = {"action": "roll-back", "csrf": csrf, "confirmed": "yes"}
     answer = thief.post("/models/digits/decide", data=form)
     assert answer.headers["Location"].startswith("../../login")
-    assert len(store.audit_log("digits").lines) == before
+    assert len(store.audit_logs.read("digits").lines) == before
 
 
 def test_a_session_survives_a_restart_and_the_end_of_another_session(
-    client: FlaskClient, app: Flask, tokens, store: ModelStore, registry_paths: Paths
+    client: FlaskClient,
+    app: Flask,
+    tokens: dict[str, str],
+    store: ModelStore,
+    registry_paths: Paths,
 ) -> None:
     sign_in(client, tokens["viewer"])
     cookie = client.get_cookie("convoy")
@@ -184,7 +201,7 @@ def test_a_session_survives_a_restart_and_the_end_of_another_session(
 
 @pytest.mark.parametrize("content", [b"", b"[", b"[" * 5000, b'[{"cookie_sha256": "x"}]'])
 def test_visitors_can_sign_in_when_the_file_of_sessions_is_damaged(
-    client: FlaskClient, tokens, registry_paths: Paths, content: bytes
+    client: FlaskClient, tokens: dict[str, str], registry_paths: Paths, content: bytes
 ) -> None:
     sign_in(client, tokens["viewer"])
     registry_paths.sessions.write_bytes(content)
@@ -194,7 +211,7 @@ def test_visitors_can_sign_in_when_the_file_of_sessions_is_damaged(
 
 
 def test_a_session_ends_after_its_time(
-    client: FlaskClient, tokens, monkeypatch: pytest.MonkeyPatch
+    client: FlaskClient, tokens: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sign_in(client, tokens["viewer"])
     now = time.time()
@@ -203,7 +220,7 @@ def test_a_session_ends_after_its_time(
 
 
 def test_a_token_that_may_only_classify_opens_no_page(
-    client: FlaskClient, app: Flask, promoted: None, tokens
+    client: FlaskClient, app: Flask, promoted: None, tokens: dict[str, str]
 ) -> None:
     known = app.extensions["convoy"].tokens
     caller = known.add("caller", "classify")
@@ -215,12 +232,12 @@ def test_a_token_that_may_only_classify_opens_no_page(
 
 
 def test_a_session_accepts_decisions_only_from_its_own_forms(
-    client: FlaskClient, promoted: None, tokens, store: ModelStore
+    client: FlaskClient, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
     good = {"action": "roll-back", "csrf": csrf, "confirmed": "yes"}
     path = "/models/digits/decide"
-    before = len(store.audit_log("digits").lines)
+    before = len(store.audit_logs.read("digits").lines)
     for data, headers in (
         ({**good, "csrf": ""}, {}),
         ({**good, "csrf": "x"}, {}),
@@ -232,21 +249,21 @@ def test_a_session_accepts_decisions_only_from_its_own_forms(
         assert client.post(path, data=data, headers=headers).status_code == 400
     # The API accepts no decision from a cookie.
     assert client.post("/v1/models/digits/roll-back", json={}).status_code == 401
-    assert len(store.audit_log("digits").lines) == before
+    assert len(store.audit_logs.read("digits").lines) == before
     assert client.post(path, data=good, headers={"Origin": "http://localhost"}).status_code == 303
-    assert store.aliases("digits")["champion"] == 1
+    assert store.aliases.read("digits")["champion"] == 1
 
 
 def test_a_viewer_sees_no_forms_and_decides_nothing(
-    client: FlaskClient, promoted: None, tokens, store: ModelStore
+    client: FlaskClient, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
     csrf = sign_in(client, tokens["viewer"])
     assert "/decide" not in client.get("/models/digits").text
-    before = len(store.audit_log("digits").lines)
+    before = len(store.audit_logs.read("digits").lines)
     answer = client.post("/models/digits/decide", data={"action": "roll-back", "csrf": csrf})
     assert answer.status_code == 403  # without a question first
     assert "may view, not decide" in answer.text
-    assert len(store.audit_log("digits").lines) == before
+    assert len(store.audit_logs.read("digits").lines) == before
 
 
 @pytest.mark.parametrize(
@@ -261,7 +278,12 @@ def test_a_viewer_sees_no_forms_and_decides_nothing(
     ],
 )
 def test_the_page_shows_why_a_decision_failed(
-    client: FlaskClient, promoted: None, tokens, form: dict[str, str], status: int, text: str
+    client: FlaskClient,
+    promoted: None,
+    tokens: dict[str, str],
+    form: dict[str, str],
+    status: int,
+    text: str,
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
     answer = client.post("/models/digits/decide", data={**form, "csrf": csrf, "confirmed": "yes"})
@@ -274,8 +296,8 @@ def test_promoting_a_version_with_other_classes_needs_the_operators_consent(
     client: FlaskClient,
     app: Flask,
     promoted: None,
-    publish,
-    tokens,
+    publish: Publish,
+    tokens: dict[str, str],
     store: ModelStore,
     better_and_worse_seed: tuple[int, int],
 ) -> None:
@@ -291,11 +313,11 @@ def test_promoting_a_version_with_other_classes_needs_the_operators_consent(
     assert client.post("/models/digits/decide", data=form).status_code == 422
     allowed = {**form, "allow_new_classes": "on"}
     assert client.post("/models/digits/decide", data=allowed).status_code == 303
-    assert store.aliases("digits")["champion"] == 4
+    assert store.aliases.read("digits")["champion"] == 4
 
 
 def test_pages_escape_text_that_others_wrote(
-    client: FlaskClient, promoted: None, tokens, store: ModelStore
+    client: FlaskClient, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
     roll_back(store, "digits", "<script>alert(1)</script>")
     sign_in(client, tokens["viewer"])
@@ -384,24 +406,24 @@ def test_sampling_continues_after_the_registry_was_away(caplog: pytest.LogCaptur
 def test_a_decision_needs_a_confirmation_on_a_page_that_says_what_changes(
     client: FlaskClient,
     promoted: None,
-    tokens,
+    tokens: dict[str, str],
     store: ModelStore,
     form: dict[str, str],
     texts: list[str],
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
-    before = len(store.audit_log("digits").lines)
+    before = len(store.audit_logs.read("digits").lines)
     answer = client.post("/models/digits/decide", data={**form, "csrf": csrf})
     assert answer.status_code == 200
     assert all(text in answer.text for text in texts)
-    assert len(store.audit_log("digits").lines) == before
+    assert len(store.audit_logs.read("digits").lines) == before
     sent = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', answer.text))
     assert form.items() <= sent.items()
     assert sent["confirmed"] == "yes"
 
 
 def test_a_confirmed_roll_back_goes_only_where_the_page_said(
-    client: FlaskClient, promoted: None, tokens, store: ModelStore
+    client: FlaskClient, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
     csrf = sign_in(client, tokens["admin"])
     confirmed = confirm_roll_back(client, csrf)
@@ -412,17 +434,17 @@ def test_a_confirmed_roll_back_goes_only_where_the_page_said(
     answer = client.post("/models/digits/decide", data=confirmed)
     assert answer.status_code == 409
     assert "the previous champion is version 3, not 1" in html.unescape(answer.text)
-    assert store.aliases("digits")["champion"] == 2
+    assert store.aliases.read("digits")["champion"] == 2
 
 
 def test_a_roll_back_works_after_the_champions_version_was_deleted(
-    client: FlaskClient, promoted: None, tokens, store: ModelStore
+    client: FlaskClient, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
-    store._client.delete_model_version("digits", "2")
+    mlflow.MlflowClient().delete_model_version("digits", "2")
     confirmed = confirm_roll_back(client, sign_in(client, tokens["admin"]))
     assert (confirmed["expect_champion"], confirmed["expect_previous"]) == ("0", "1")
     assert client.post("/models/digits/decide", data=confirmed).status_code == 303
-    assert store.aliases("digits")["champion"] == 1
+    assert store.aliases.read("digits")["champion"] == 1
 
 
 def confirm_roll_back(client: FlaskClient, csrf: str) -> dict[str, str]:
@@ -433,7 +455,7 @@ def confirm_roll_back(client: FlaskClient, csrf: str) -> dict[str, str]:
 
 
 def test_the_confirmation_of_a_promotion_names_the_canary_that_it_stops(
-    client: FlaskClient, promoted: None, tokens, store: ModelStore
+    client: FlaskClient, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
     start_canary(store, "digits", Canary(version=3, share=0.1))
     form = {"action": "promote", "version": "3", "csrf": sign_in(client, tokens["admin"])}
@@ -452,7 +474,7 @@ def url(app: Flask) -> Iterator[str]:
     server.server_close()
 
 
-def signed_in(page, url: str, token: str, path: str = "/"):
+def signed_in(page: Any, url: str, token: str, path: str = "/") -> Any:
     page.goto(url + path)
     page.fill("input[name=token]", token)
     page.click("main button")
@@ -462,12 +484,16 @@ def signed_in(page, url: str, token: str, path: str = "/"):
 @pytest.mark.slow
 @pytest.mark.browser
 def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
-    watched_page, url: str, promoted: None, tokens, store: ModelStore
+    watched_page: tuple[Page, list[str]],
+    url: str,
+    promoted: None,
+    tokens: dict[str, str],
+    store: ModelStore,
 ) -> None:
     page, faults = watched_page
     signed_in(page, url, tokens["admin"], "/models/digits")
     assert page.text_content("h1") == "digits"
-    assert "worker" in page.text_content("#traffic").lower()
+    assert "worker" in page.inner_text("#traffic").lower()
     page.click("table a >> text=3")
     page.wait_for_selector("text=Refused: version 3")
     assert page.locator(".sheet img").count() > 0
@@ -475,7 +501,7 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
     page.click("text=Ask the gate again")
     faults.clear()
     page.click("text=Yes, promote version 3")
-    assert "is refused" in page.text_content("[role=alert]")
+    assert "is refused" in page.inner_text("[role=alert]")
     assert all("422" in fault for fault in faults)
     faults.clear()
     page.click("text=Override the gate")
@@ -484,12 +510,12 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
     page.fill("input[name=reason]", "as a test")
     page.click("text=Yes, override and promote version 3")
     page.wait_for_url(f"{url}/models/digits")
-    assert store.aliases("digits") == {"champion": 3, "previous": 2}
+    assert store.aliases.read("digits") == {"champion": 3, "previous": 2}
     page.click("button >> text=Roll back")
     page.fill("input[name=reason]", "enough")
     page.click("text=Yes, roll back to version 2")
     page.wait_for_selector("tr.champion >> text=2")
-    assert store.aliases("digits")["champion"] == 2
+    assert store.aliases.read("digits")["champion"] == 2
     page.click("table a >> text=1")
     page.wait_for_selector("text=Start the canary")
     page.fill("input[name=share]", "25")
@@ -499,9 +525,9 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
     page.click("text=Stop the canary")
     page.click("text=Yes, stop the canary")
     page.wait_for_selector("text=canary stopped")
-    actions = [line.entry.action for line in store.audit_log("digits").lines]
+    actions = [line.entry.action for line in store.audit_logs.read("digits").lines]
     assert actions[2:] == ["refused", "forced", "rolled back", "canary started", "canary stopped"]
-    assert {line.entry.by for line in store.audit_log("digits").lines[2:]} == {"admin"}
+    assert {line.entry.by for line in store.audit_logs.read("digits").lines[2:]} == {"admin"}
     page.click("text=sign out")
     assert "/login" in page.url
     assert faults == []
@@ -509,7 +535,12 @@ def test_an_operator_promotes_is_refused_overrides_and_rolls_back(
 
 @pytest.mark.browser
 def test_charts_have_their_points_when_the_page_opens(
-    watched_page, url: str, app: Flask, promoted: None, tokens, monkeypatch: pytest.MonkeyPatch
+    watched_page: tuple[Page, list[str]],
+    url: str,
+    app: Flask,
+    promoted: None,
+    tokens: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     page, faults = watched_page
     now = time.monotonic()
@@ -536,7 +567,11 @@ def test_charts_have_their_points_when_the_page_opens(
 
 @pytest.mark.browser
 def test_a_button_shows_that_its_request_runs_and_cannot_be_pressed_again(
-    watched_page, url: str, promoted: None, tokens, store: ModelStore
+    watched_page: tuple[Page, list[str]],
+    url: str,
+    promoted: None,
+    tokens: dict[str, str],
+    store: ModelStore,
 ) -> None:
     page, faults = watched_page
     signed_in(page, url, tokens["admin"], "/models/digits")
@@ -546,13 +581,18 @@ def test_a_button_shows_that_its_request_runs_and_cannot_be_pressed_again(
     page.click("text=Yes, roll back to version 1")
     page.wait_for_selector("button:disabled >> text=Working: 1 s")
     assert page.text_content("#progress") == "Working …"
-    assert store.aliases("digits")["champion"] == 2
+    assert store.aliases.read("digits")["champion"] == 2
     assert faults == []
 
 
 @pytest.mark.browser
 def test_no_page_scrolls_sideways_on_a_phone_or_is_hard_to_read(
-    new_page, url: str, publish, promoted: None, tokens, store: ModelStore
+    new_page: NewPage,
+    url: str,
+    publish: Publish,
+    promoted: None,
+    tokens: dict[str, str],
+    store: ModelStore,
 ) -> None:
     roll_back(store, "digits", "a_reason_without_any_space_" * 10)
     start_canary(store, "digits", Canary(version=3, share=0.1, shadow=0.5))
@@ -573,26 +613,26 @@ def test_no_page_scrolls_sideways_on_a_phone_or_is_hard_to_read(
 
 @pytest.mark.browser
 def test_reading_and_deciding_need_no_javascript(
-    browser, url: str, promoted: None, tokens, store: ModelStore
+    browser: Browser, url: str, promoted: None, tokens: dict[str, str], store: ModelStore
 ) -> None:
     page = browser.new_context(java_script_enabled=False).new_page()
     signed_in(page, url, tokens["admin"])
     page.click("text=digits")
-    assert "champion" in page.text_content("#traffic")
-    assert "requests a second" in page.text_content("#traffic")
+    assert "champion" in page.inner_text("#traffic")
+    assert "requests a second" in page.inner_text("#traffic")
     page.goto(f"{url}/models/digits/versions/3")
     page.wait_for_selector("text=Refused: version 3")
     page.goto(f"{url}/models/digits")
     page.click("button >> text=Roll back")
-    assert store.aliases("digits")["champion"] == 2  # the page asks first
+    assert store.aliases.read("digits")["champion"] == 2  # the page asks first
     page.click("text=Cancel")
     page.click("button >> text=Roll back")
     page.click("text=Yes, roll back to version 1")
-    assert store.aliases("digits")["champion"] == 1
+    assert store.aliases.read("digits")["champion"] == 1
 
 
 def test_a_reports_pictures_have_a_description_for_screen_readers(
-    client: FlaskClient, publish, tokens, tmp_path: Path
+    client: FlaskClient, publish: Publish, tokens: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "confusion_matrix.png").write_bytes(b"png")
@@ -603,7 +643,12 @@ def test_a_reports_pictures_have_a_description_for_screen_readers(
 
 
 def test_a_reports_pictures_are_downloaded_once_for_concurrent_requests(
-    client: FlaskClient, app: Flask, publish, tokens, tmp_path, downloads: list[int]
+    client: FlaskClient,
+    app: Flask,
+    publish: Publish,
+    tokens: dict[str, str],
+    tmp_path: Path,
+    downloads: list[int],
 ) -> None:
     report = tmp_path / "report"
     report.mkdir()

@@ -1,7 +1,8 @@
 """Which pictures two versions are compared on when their data differ, and which notes result."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ def scores_of(answers: list[int], classes: int) -> np.ndarray:
 
 
 @pytest.fixture
-def version(make_bundle: MakeBundle, tmp_path: Path):
+def version(make_bundle: MakeBundle, tmp_path: Path) -> Callable[..., Bundle]:
     """A function that makes a bundle with made-up records.
 
     ``heldout`` has each held-out example by its number: its label and the version's answer. The
@@ -65,7 +66,7 @@ def right(numbers: Iterable[int], label: str = "cat") -> dict[int, tuple[str, st
     return dict.fromkeys(numbers, (label, label))
 
 
-def wrong(numbers: Iterable[int], label: str = "cat", answer: str = "dog"):
+def wrong(numbers: Iterable[int], label: str = "cat", answer: str = "dog") -> Any:
     return dict.fromkeys(numbers, (label, answer))
 
 
@@ -73,27 +74,31 @@ def notes(comparison: GateComparison) -> str:
     return "; ".join(comparison.notes)
 
 
-def test_equal_data_are_compared_completely_and_without_a_note(version) -> None:
+def test_equal_data_are_compared_completely_and_without_a_note(
+    version: Callable[..., Bundle],
+) -> None:
     comparison = compare(version(right(range(50))), version(right(range(50))))
     assert (comparison.examples, comparison.accepted) == (50, True)
     assert comparison.notes == ("forward passes were not timed",)
 
 
-def test_copies_of_a_picture_do_not_count_as_removed(version) -> None:
+def test_copies_of_a_picture_do_not_count_as_removed(version: Callable[..., Bundle]) -> None:
     comparison = compare(
         version(right(range(50)), copies=[3]), version(right(range(50)), copies=[3])
     )
     assert comparison.notes == ("forward passes were not timed",)
 
 
-def test_the_order_of_the_pictures_does_not_matter(version) -> None:
+def test_the_order_of_the_pictures_does_not_matter(version: Callable[..., Bundle]) -> None:
     old = version({**right(range(40)), **wrong(range(40, 50))})
     new = version({**wrong(range(49, 39, -1)), **right(range(39, -1, -1))})
     comparison = compare(old, new)
     assert (comparison.examples, comparison.gained, comparison.lost) == (50, (), ())
 
 
-def test_versions_with_more_pictures_are_compared_on_the_common_ones(version) -> None:
+def test_versions_with_more_pictures_are_compared_on_the_common_ones(
+    version: Callable[..., Bundle],
+) -> None:
     old = version({**right(range(38)), **wrong(range(38, 40))})
     new = version({**wrong(range(100, 120)), **right(range(40))})  # 20 new ones, all wrong
     comparison = compare(old, new)
@@ -105,7 +110,9 @@ def test_versions_with_more_pictures_are_compared_on_the_common_ones(version) ->
     )
 
 
-def test_a_worse_version_is_refused_with_the_figures_of_the_common_pictures(version) -> None:
+def test_a_worse_version_is_refused_with_the_figures_of_the_common_pictures(
+    version: Callable[..., Bundle],
+) -> None:
     old = version(right(range(40)))
     new = version({**wrong(range(20)), **right(range(20, 40)), **right(range(100, 160))})
     comparison = compare(old, new)
@@ -114,7 +121,9 @@ def test_a_worse_version_is_refused_with_the_figures_of_the_common_pictures(vers
     assert "challenger 0.5000, champion 1.0000 on the same 40 held-out pictures" in str(comparison)
 
 
-def test_with_too_few_common_pictures_the_scores_of_publishing_decide(version) -> None:
+def test_with_too_few_common_pictures_the_scores_of_publishing_decide(
+    version: Callable[..., Bundle],
+) -> None:
     old = version(right(range(60)))
     answers = ["cat"] * 30 + ["dog"] * 20
     numbers = [*range(100, 140), *range(10)]
@@ -127,7 +136,9 @@ def test_with_too_few_common_pictures_the_scores_of_publishing_decide(version) -
     assert compare(old, new, Policy(min_examples=10)).examples == 10
 
 
-def test_a_refusal_for_too_few_common_pictures_has_figures_and_advice(version) -> None:
+def test_a_refusal_for_too_few_common_pictures_has_figures_and_advice(
+    version: Callable[..., Bundle],
+) -> None:
     old, other = version(right(range(60))), version(wrong(range(60)))
     numbers = [*range(100, 140), *range(10)]
     for champion in (None, (other, ["cat"] * 50)):
@@ -148,7 +159,9 @@ def test_a_refusal_for_too_few_common_pictures_has_figures_and_advice(version) -
         compare(old, easy)
 
 
-def test_a_class_without_a_common_picture_is_compared_by_the_scores_of_publishing(version) -> None:
+def test_a_class_without_a_common_picture_is_compared_by_the_scores_of_publishing(
+    version: Callable[..., Bundle],
+) -> None:
     old = version({**right(range(40)), **right(range(40, 50), "dog")})
     data = {**right(range(40)), **wrong(range(100, 110), "dog", "cat")}
     without = compare(old, version(data))
@@ -158,7 +171,7 @@ def test_a_class_without_a_common_picture_is_compared_by_the_scores_of_publishin
     assert (scored.examples, scored.challenger_accuracy, scored.accepted) == (50, 0.8, False)
 
 
-def test_a_class_of_which_no_picture_is_compared_is_named(version) -> None:
+def test_a_class_of_which_no_picture_is_compared_is_named(version: Callable[..., Bundle]) -> None:
     old = version({**right(range(40)), **right(range(40, 50), "dog")})
     for heldout in (right(range(40)), {**right(range(40)), **right(range(40, 50))}):
         comparison = compare(old, version(heldout))
@@ -171,14 +184,14 @@ def test_a_class_of_which_no_picture_is_compared_is_named(version) -> None:
     assert "NOT compared" not in notes(compare(old, both))
 
 
-def test_half_of_a_small_record_is_enough(version) -> None:
+def test_half_of_a_small_record_is_enough(version: Callable[..., Bundle]) -> None:
     old = version(right(range(12)))
     assert compare(old, version(right(range(6, 18)))).examples == 6
     with pytest.raises(PromotionRefused, match="both held out only 5 pictures, 6 are needed"):
         compare(old, version(right(range(7, 18))))
 
 
-def test_pictures_that_trained_a_version_are_left_out(version) -> None:
+def test_pictures_that_trained_a_version_are_left_out(version: Callable[..., Bundle]) -> None:
     old = version(right(range(40)), trained=[0, 1, 2, *range(100, 104)])
     new = version(
         {**right(range(3)), **wrong([3]), **right(range(4, 40))}, trained=[2, 3, *range(200, 300)]
@@ -190,7 +203,7 @@ def test_pictures_that_trained_a_version_are_left_out(version) -> None:
 
 
 def test_the_scores_of_publishing_do_not_count_pictures_that_trained_the_champion(
-    version,
+    version: Callable[..., Bundle],
 ) -> None:
     """A folder with fixed splits, whose splits have changed since."""
     old = version(right(range(40)), trained=range(100, 140))
@@ -206,7 +219,9 @@ def test_the_scores_of_publishing_do_not_count_pictures_that_trained_the_champio
     assert "40 new" in notes(comparison)
 
 
-def test_relabelled_removed_and_reencoded_pictures_are_distinguished(version) -> None:
+def test_relabelled_removed_and_reencoded_pictures_are_distinguished(
+    version: Callable[..., Bundle],
+) -> None:
     old = version({**right(range(50)), **right(range(50, 60), "dog")})
     # 0 to 4 are dogs now; 50 to 54 are gone; 55 to 59 were replaced by pictures that look alike.
     kept = {**wrong(range(5), "dog"), **right(range(5, 50)), **right(range(200, 204), "dog")}
@@ -221,7 +236,9 @@ def test_relabelled_removed_and_reencoded_pictures_are_distinguished(version) ->
     assert expected in notes(comparison)
 
 
-def test_a_new_class_must_be_allowed_and_the_shared_ones_are_compared(version) -> None:
+def test_a_new_class_must_be_allowed_and_the_shared_ones_are_compared(
+    version: Callable[..., Bundle],
+) -> None:
     old = version({**right(range(20)), **right(range(20, 40), "dog")})
     new = version(
         {**right(range(20)), **wrong(range(20, 22), "dog", "bird"), **right(range(22, 40), "dog")}
@@ -243,14 +260,18 @@ def test_a_new_class_must_be_allowed_and_the_shared_ones_are_compared(version) -
     assert "labels that appear: 'bird'" in str(comparison)
 
 
-def test_a_class_that_disappears_does_not_count_against_the_others(version) -> None:
+def test_a_class_that_disappears_does_not_count_against_the_others(
+    version: Callable[..., Bundle],
+) -> None:
     old = version({**right(range(20)), **right(range(20, 40), "dog")}, labels=("cat", "dog", "eel"))
     comparison = compare(old, version(right(range(20)) | right(range(20, 40), "dog")))
     assert comparison.passed
     assert comparison.class_changes == ("labels that disappear: 'eel'",)
 
 
-def test_a_class_most_of_whose_pictures_have_one_new_label_is_renamed(version) -> None:
+def test_a_class_most_of_whose_pictures_have_one_new_label_is_renamed(
+    version: Callable[..., Bundle],
+) -> None:
     old = version({**right(range(20)), **right(range(20, 40), "dog")})
     new = version(
         right(range(20), "kitten") | right(range(20, 40), "dog"), labels=("dog", "kitten")
@@ -263,7 +284,7 @@ def test_a_class_most_of_whose_pictures_have_one_new_label_is_renamed(version) -
     )
 
 
-def test_long_lists_of_classes_are_cut(version) -> None:
+def test_long_lists_of_classes_are_cut(version: Callable[..., Bundle]) -> None:
     old = tuple(f"a{number}" for number in range(100))
     (appear, disappear) = describe_classes(old, tuple(f"b{number}" for number in range(100)))
     assert appear.endswith("'b7' and 92 more")

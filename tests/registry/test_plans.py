@@ -37,7 +37,7 @@ from registry.model.classifier import Classifier, replay_golden, softmax
 from registry.model.manifest import DEFAULT_TOLERANCES, ListedNetwork, OnnxNetwork
 from registry.model.plans import openvino
 from registry.model.plans import planner as planner_module
-from registry.model.plans.base import Outputs, Source, catalogue, find_plan
+from registry.model.plans.base import Outputs, PlanContext, catalogue, find_plan
 from registry.model.plans.benchmark_process import PlanResult, run_benchmark
 from registry.model.plans.openvino import import_openvino
 from registry.model.plans.planner import Planner, refused_by_record, score
@@ -70,8 +70,8 @@ def test_a_plan_gives_the_answers_of_fp32(name: str, bundle: Bundle, few_digits:
         pytest.skip(reason)
     if plan.device == "cuda":
         pytest.importorskip("torch").cuda.is_available() or pytest.skip("no CUDA")
-    source = Source(bundle, device, threads=1)
-    predict = plan.load(source)
+    context = PlanContext(bundle, device, threads=1)
+    predict = plan.load(context)
     eager = load_eager(bundle)
     expected = eager.classify(few_digits.test.pixels)
     features = eager.predict(few_digits.test.pixels).features
@@ -86,6 +86,7 @@ def test_a_plan_gives_the_answers_of_fp32(name: str, bundle: Bundle, few_digits:
             rtol=0,
             atol=DEFAULT_TOLERANCES[plan.precision],
         )
+        assert outputs.features is not None
         np.testing.assert_allclose(outputs.features, features[:size], rtol=0, atol=close)
 
 
@@ -93,9 +94,9 @@ def test_a_plan_gives_the_answers_of_fp32(name: str, bundle: Bundle, few_digits:
 def test_no_engine_sends_telemetry_to_its_makers(bundle: Bundle) -> None:
     load = (
         "import sys; from pathlib import Path; from registry.model.bundle import open_bundle;"
-        "from registry.model.plans.base import Source, find_plan;"
-        f"source = Source(open_bundle(Path({str(bundle.folder)!r})));"
-        "find_plan('openvino-int8').load(source);"
+        "from registry.model.plans.base import PlanContext, find_plan;"
+        f"context = PlanContext(open_bundle(Path({str(bundle.folder)!r})));"
+        "find_plan('openvino-int8').load(context);"
     )
     export = (
         "import sys; import numpy as np; from pathlib import Path;"
@@ -276,7 +277,7 @@ def test_a_file_named_onnx_is_read_as_onnx_or_refused(
 ) -> None:
     files = {each: bundle.read(each) for each in bundle.manifest.files}
     files[ONNX_GRAPH] = disguise(files[ONNX_GRAPH])
-    disguised = Source(write_bundle(tmp_path / "disguised", bundle.manifest, files), threads=1)
+    disguised = PlanContext(write_bundle(tmp_path / "disguised", bundle.manifest, files), threads=1)
     if reason is not None:
         with pytest.raises(BundleInvalid, match=reason):
             find_plan(name).load(disguised)
@@ -314,7 +315,7 @@ def test_a_version_with_an_onnx_network_is_served_by_engines_and_not_by_torch(
     pixels = few_digits.test.pixels
     expected = load_eager(bundle).classify(pixels)
     for name in ("onnxruntime-fp32", "openvino-fp32"):
-        logits, _ = find_plan(name).load(Source(graph, threads=1))(pixels)
+        logits, _ = find_plan(name).load(PlanContext(graph, threads=1))(pixels)
         np.testing.assert_allclose(softmax(logits), expected, atol=1e-3)
     with pytest.raises(BundleInvalid, match="torch cannot load it"):
         load_eager(graph)
@@ -371,7 +372,7 @@ def test_a_plan_whose_engine_crashes_its_process_is_rejected(
     killed: list[list[str]] = []
     real = subprocess.Popen
 
-    def crash(command, **options):
+    def crash(command: Any, **options: Any) -> Any:
         plan = msgspec.json.decode(command[-1])["plan"]
         if plan == "torch-fp32" and not killed:
             killed.append(command)
@@ -456,10 +457,10 @@ def test_the_bf16_plan_is_refused_if_openvino_would_compute_fp32(
     plan = find_plan("openvino-bf16")
     capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" in capabilities:
-        plan.load(Source(bundle))
+        plan.load(PlanContext(bundle))
     else:
         with pytest.raises(DeviceUnavailable, match="no bf16 kernels"):
-            plan.load(Source(bundle))
+            plan.load(PlanContext(bundle))
 
 
 def scored_as(bundle: Bundle, rows: list[list[float]]) -> Classifier:
@@ -498,7 +499,7 @@ class SmallDevice:
         self.room = room
         self.sizes: list[int] = []
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: Any) -> Any:
         self.sizes.append(len(pixels))
         if len(pixels) > self.room:
             raise DeviceOutOfMemory("CUDA out of memory")
@@ -522,7 +523,7 @@ def test_a_batch_that_does_not_fit_the_device_is_halved_once_and_then_goes_to_th
 def test_a_plan_that_is_wrong_at_one_batch_size_only_is_refused(bundle: Bundle) -> None:
     right = load_eager(bundle)
 
-    def wrong_when_alone(pixels):
+    def wrong_when_alone(pixels: Any) -> Any:
         return Outputs(np.zeros((1, 10), "f4")) if len(pixels) == 1 else right.predict(pixels)
 
     with pytest.raises(BundleInvalid, match=r"in a batch of 1: a score differs by"):

@@ -1,8 +1,11 @@
 """The puller: versions on disk are complete and verified, and outlive the registry."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any, cast
 
+import mlflow
 import pytest
 
 from registry.canary.monitor import CanaryMonitor
@@ -10,6 +13,7 @@ from registry.canary.traffic_stats import ServingStatus, VersionTraffic, WorkerR
 from registry.core.errors import BundleInvalid, RegistryUnavailable
 from registry.core.names import sha256_hex
 from registry.core.paths import Paths
+from registry.delivery import downloads
 from registry.delivery import puller as puller_module
 from registry.delivery.deployment import (
     deployment_file,
@@ -17,12 +21,13 @@ from registry.delivery.deployment import (
     read_status,
     version_folder,
 )
-from registry.delivery.puller import VERSIONS_KEPT, Puller
+from registry.delivery.downloads import VERSIONS_KEPT
+from registry.delivery.puller import Puller
 from registry.model.bundle import WEIGHTS, open_bundle
 from registry.model.refs import Canary, ModelRef
 from registry.promotion.promotion import promote, start_canary, stop_canary
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import WAIT_TIMEOUT_S, wait_for
+from tests.conftest import WAIT_TIMEOUT_S, Publish, wait_for
 
 REF = ModelRef("digits", alias="champion")
 
@@ -41,7 +46,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_the_champion_is_on_disk_with_only_the_files_that_serving_needs(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     version = publish()
     promote(store, "digits", 1)
@@ -55,7 +60,7 @@ def test_the_champion_is_on_disk_with_only_the_files_that_serving_needs(
 
 
 def test_a_new_champion_is_followed_and_a_fixed_number_is_not(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     publish(seed=0)
     promote(store, "digits", 1)
@@ -69,7 +74,7 @@ def test_a_new_champion_is_followed_and_a_fixed_number_is_not(
 
 
 def test_a_copy_that_was_damaged_on_disk_is_downloaded_again(
-    store: ModelStore, publish, registry_paths: Paths
+    store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     publish()
     promote(store, "digits", 1)
@@ -83,7 +88,7 @@ def test_a_copy_that_was_damaged_on_disk_is_downloaded_again(
 
 
 def test_a_failed_download_does_not_change_the_deployment(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     publish(seed=0)
     promote(store, "digits", 1)
@@ -104,11 +109,13 @@ def test_a_failed_download_does_not_change_the_deployment(
 
 
 def test_an_unreachable_registry_is_recorded_until_it_answers_again(
-    store: ModelStore, publish, registry_paths: Paths
+    store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    answers = iter([store, RegistryUnavailable("down"), store])
+    answers: Iterator[ModelStore | RegistryUnavailable] = iter(
+        [store, RegistryUnavailable("down"), store]
+    )
 
     def open_store() -> ModelStore:
         answer = next(answers)
@@ -127,7 +134,7 @@ def test_an_unreachable_registry_is_recorded_until_it_answers_again(
 
 
 def test_a_damaged_deployment_file_is_replaced(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     publish()
     promote(store, "digits", 1)
@@ -137,7 +144,11 @@ def test_a_damaged_deployment_file_is_replaced(
 
 
 def test_a_disk_that_cannot_be_written_is_reported_but_not_fatal(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths, caplog
+    puller: Puller,
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     publish()
     promote(store, "digits", 1)
@@ -148,7 +159,7 @@ def test_a_disk_that_cannot_be_written_is_reported_but_not_fatal(
 
 
 def test_old_versions_are_removed_except_the_newest(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     versions = registry_paths.models / "digits" / "versions"
     for number in range(100, 100 + VERSIONS_KEPT + 3):
@@ -161,7 +172,7 @@ def test_old_versions_are_removed_except_the_newest(
 
 
 def test_the_puller_watches_until_it_is_stopped(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     stop = Event()
     seen = Event()
@@ -184,7 +195,7 @@ CANARY = Canary(version=2, share=0.25)
 
 
 @pytest.fixture
-def canary_started(store: ModelStore, publish) -> None:
+def canary_started(store: ModelStore, publish: Publish) -> None:
     """Version 1 is champion, version 2 is its canary."""
     publish(seed=0)
     publish(seed=1)
@@ -220,17 +231,17 @@ def test_a_challenger_that_is_gone_or_damaged_does_not_delay_the_champion(
             path.write_bytes(b"damaged")
     deployed = puller.pull(REF)
     assert ([each.version for each in deployed.versions], deployed.canary) == ([1], None)
-    last = store.audit_log("digits").lines[-1].entry
+    last = store.audit_logs.read("digits").lines[-1].entry
     assert (last.action, last.to_version) == ("refused", 2)
     assert "has sha256" in str(last.details)
     puller.pull(REF)
     Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths)).pull(REF)
-    assert len(store.audit_log("digits").lines) == 3  # the refusal is recorded once
-    store._client.delete_model_version("digits", "2")
+    assert len(store.audit_logs.read("digits").lines) == 3  # the refusal is recorded once
+    mlflow.MlflowClient().delete_model_version("digits", "2")
     assert puller.pull(REF).canary is None
 
 
-def poll_once(puller: Puller, monkeypatch: pytest.MonkeyPatch, **status) -> None:
+def poll_once(puller: Puller, monkeypatch: pytest.MonkeyPatch, **status: Any) -> None:
     found = ServingStatus(model="digits", generation=1, champion=1, challenger=2, **status)
     monkeypatch.setattr("registry.canary.monitor.read_serving_status", lambda services, name: found)
     puller.check_serving(REF)
@@ -248,11 +259,11 @@ def test_a_canary_that_breaks_the_policy_is_stopped_and_the_audit_log_says_why(
     deployed = read_deployment(registry_paths.models, REF)
     assert deployed is not None
     assert (len(deployed.versions), deployed.canary) == (1, None)
-    last = store.audit_log("digits").lines[-1].entry
+    last = store.audit_logs.read("digits").lines[-1].entry
     assert last.action == "canary stopped"
     assert "90 of the challenger's 100 requests failed" in str(last.reason)
     assert last.by.startswith("puller on ")
-    assert store.aliases_and_canary("digits")[1] is None
+    assert store.aliases.read_with_canary("digits")[1] is None
 
 
 @pytest.mark.parametrize("characters", ["x", "\x00", "ü\n"])
@@ -266,11 +277,11 @@ def test_an_error_of_any_length_ends_a_canary(
     puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
     poll_once(puller, monkeypatch)
-    failing = {"pid": 7, "model": "digits", "refused": 2, "error": characters * 500_000}
-    poll_once(puller, monkeypatch, workers=(WorkerReport(**failing),))
-    actions = [line.entry.action for line in store.audit_log("digits").lines]
+    failing = WorkerReport(pid=7, model="digits", refused=2, error=characters * 500_000)
+    poll_once(puller, monkeypatch, workers=(failing,))
+    actions = [line.entry.action for line in store.audit_logs.read("digits").lines]
     assert actions[-2:] == ["refused", "canary stopped"]
-    assert store.aliases_and_canary("digits")[1] is None
+    assert store.aliases.read_with_canary("digits")[1] is None
 
 
 def test_a_puller_with_read_access_leaves_the_audit_log_to_the_control_plane(
@@ -281,37 +292,37 @@ def test_a_puller_with_read_access_leaves_the_audit_log_to_the_control_plane(
     failing = VersionTraffic(version=2, requests=10, errors=90)
     answers = iter([[VersionTraffic(version=1, requests=1000)], [failing]])
 
-    def read_serving_status(services, name: str) -> ServingStatus:
+    def read_serving_status(services: Any, name: str) -> ServingStatus:
         versions = tuple(next(answers, [failing]))
         return ServingStatus(model=name, generation=1, champion=1, challenger=2, versions=versions)
 
     monkeypatch.setattr("registry.canary.monitor.read_serving_status", read_serving_status)
     monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
-    before = len(store.audit_log("digits").lines)
+    before = len(store.audit_logs.read("digits").lines)
     reader.check_serving(REF)
-    assert len(store.audit_log("digits").lines) == before
+    assert len(store.audit_logs.read("digits").lines) == before
     watch = CanaryMonitor(registry_paths, ("http://somewhere",), "control plane").watch
     stop = Event()
     thread = Thread(target=watch, args=(lambda: store, stop))
     thread.start()
     try:
-        wait_for(lambda: store.aliases_and_canary("digits")[1] is None)
+        wait_for(lambda: store.aliases.read_with_canary("digits")[1] is None)
     finally:
         stop.set()
         thread.join()
-    last = store.audit_log("digits").lines[-1].entry
+    last = store.audit_logs.read("digits").lines[-1].entry
     assert (last.action, last.to_version) == ("canary stopped", 2)
     assert last.by.startswith("control plane on ")
 
 
 def test_the_control_planes_monitor_survives_any_failure(
-    registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
+    registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
     failures = iter([RegistryUnavailable("down"), RegistryUnavailable("down"), ValueError("odd")])
-    opened, stop = [], Event()
+    opened, stop = list[int](), Event()
 
-    def open_store():
+    def open_store() -> ModelStore:
         opened.append(1)
         if failure := next(failures, None):
             raise failure
@@ -330,25 +341,31 @@ def test_a_model_whose_canary_cannot_be_read_does_not_stop_the_guard_of_others(
     monkeypatch.setattr("registry.canary.monitor.POLL_INTERVAL_S", 0.01)
     polled: list[str] = []
 
-    class Store:
-        def models(self) -> list[str]:
-            return ["broken", "good"]
-
-        def aliases_and_canary(self, name: str):
+    class Aliases:
+        def read_with_canary(self, name: str) -> Any:
             if name == "broken":
                 raise RegistryUnavailable("its tag cannot be read")
             return {}, None
 
+    class Store:
+        aliases = Aliases()
+
+        def models(self) -> list[str]:
+            return ["broken", "good"]
+
     monitor, stop = CanaryMonitor(registry_paths, ("http://somewhere",), "control plane"), Event()
-    monkeypatch.setattr(
-        monitor, "poll_once", lambda store, name, canary: (polled.append(name), stop.set())
-    )
-    monitor.watch(Store, stop)
+
+    def poll_once(store: object, name: str, canary: object) -> None:
+        polled.append(name)
+        stop.set()
+
+    monkeypatch.setattr(monitor, "poll_once", poll_once)
+    monitor.watch(cast("Callable[[], ModelStore]", Store), stop)
     assert polled == ["good"]
 
 
 def test_the_audit_log_records_once_that_a_worker_refuses_a_version(
-    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
     promote(store, "digits", 1)
@@ -357,10 +374,10 @@ def test_the_audit_log_records_once_that_a_worker_refuses_a_version(
     worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
     for _ in range(3):
         poll_once(puller, monkeypatch, workers=(worker,))
-    lines = store.audit_log("digits").lines
+    lines = store.audit_logs.read("digits").lines
     assert [line.entry.action for line in lines] == ["promoted", "refused"]
     assert lines[1].entry.details == "golden image 3 differs"
-    assert store.audit_log("digits").champion == 1
+    assert store.audit_logs.read("digits").champion == 1
 
 
 def test_a_refusal_is_logged_once_if_the_audit_log_cannot_be_used(
@@ -368,11 +385,11 @@ def test_a_refusal_is_logged_once_if_the_audit_log_cannot_be_used(
     canary_started: None,
     registry_paths: Paths,
     monkeypatch: pytest.MonkeyPatch,
-    caplog,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     puller = Puller(lambda: store, registry_paths, (REF,), monitor(registry_paths))
     puller.pull(REF)
-    store._client.delete_registered_model("digits.ledger")
+    mlflow.MlflowClient().delete_registered_model("digits.ledger")
     worker = WorkerReport(pid=1, model="digits", error="golden image 3 differs", refused=1)
     for _ in range(3):
         poll_once(puller, monkeypatch, workers=(worker,))
@@ -382,7 +399,7 @@ def test_a_refusal_is_logged_once_if_the_audit_log_cannot_be_used(
 
 
 def test_a_decision_on_this_machine_wakes_the_puller(
-    store: ModelStore, publish, registry_paths: Paths
+    store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     publish(seed=0)
     publish(seed=1)
@@ -416,13 +433,13 @@ def test_a_canary_is_guarded_by_the_default_policy_if_its_own_is_invalid(
     poll_once(
         puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
     )
-    assert store.audit_log("digits").lines[-1].entry.action == "canary stopped"
+    assert store.audit_logs.read("digits").lines[-1].entry.action == "canary stopped"
     start_canary(store, "digits", CANARY)  # an equal canary, before the puller polls
     puller.pull(REF)
     poll_once(
         puller, monkeypatch, versions=(good, VersionTraffic(version=2, requests=10, errors=90))
     )
-    assert store.aliases_and_canary("digits")[1] == CANARY
+    assert store.aliases.read_with_canary("digits")[1] == CANARY
 
 
 def test_an_unreachable_registry_ends_neither_the_champion_nor_the_canary(
@@ -431,7 +448,7 @@ def test_an_unreachable_registry_ends_neither_the_champion_nor_the_canary(
     before = puller.pull(REF)
     resolve_in = store.resolve_in
 
-    def flaky(aliases, ref):
+    def flaky(aliases: Any, ref: Any) -> Any:
         if ref.version == 2:
             raise RegistryUnavailable("down")
         return resolve_in(aliases, ref)
@@ -441,20 +458,24 @@ def test_an_unreachable_registry_ends_neither_the_champion_nor_the_canary(
 
 
 def test_an_unexpected_error_of_one_model_does_not_stop_another(
-    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     publish()
     promote(store, "digits", 1)
     other = ModelRef("other", alias="champion")
     puller = Puller(lambda: store, registry_paths, (other, REF))
-    original = store.aliases_and_canary
+    original = store.aliases.read_with_canary
 
-    def odd(name: str):
+    def odd(name: str) -> Any:
         if name == "other":
             raise ZeroDivisionError("odd")
         return original(name)
 
-    monkeypatch.setattr(store, "aliases_and_canary", odd)
+    monkeypatch.setattr(store.aliases, "read_with_canary", odd)
     assert not puller.pull_all()
     assert deployed_version(registry_paths) == 1
     assert any(record.levelname == "ERROR" for record in caplog.records)
@@ -469,7 +490,7 @@ class Clock:
         self.file = Path()
         self._steps = iter(steps)
         self._is_over = False
-        monkeypatch.setattr(puller_module.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr("registry.delivery.puller.time.monotonic", lambda: self.now_s)
 
     def wait(self, timeout_s: float) -> bool:
         step = next(self._steps, None)
@@ -484,19 +505,19 @@ class Clock:
         self._is_over = True
 
 
-def guarded(puller: Puller, paths: Paths, clock: Clock) -> list[float]:
-    """The times at which the guard ends a puller whose download starts now."""
-    incoming = paths.models / "digits" / "versions" / f"{puller_module.INCOMING}x"
+def ends_of_stalled(puller: Puller, paths: Paths, clock: Clock) -> list[float]:
+    """The times at which a puller ends whose download starts now."""
+    incoming = paths.models / "digits" / "versions" / f"{downloads.INCOMING}x"
     incoming.mkdir(parents=True)
     clock.file = incoming / "file"
-    puller._incoming, puller._pulling_since = incoming, clock.now_s
+    puller._downloads._incoming, puller._pulling_since = incoming, clock.now_s
     ends = list[float]()
 
     def end() -> None:
         ends.append(clock.now_s)
         clock.set()
 
-    puller.guard(clock, end)  # type: ignore[arg-type]
+    puller.end_if_stalled(clock, end)  # type: ignore[arg-type]
     return ends
 
 
@@ -505,7 +526,7 @@ def test_a_stalled_pull_ends_the_puller_and_records_the_reason(
 ) -> None:
     clock = Clock(monkeypatch, *[(10, b"a byte or two")] * 20)
     began_s = clock.now_s
-    (ended_s,) = guarded(puller, registry_paths, clock)
+    (ended_s,) = ends_of_stalled(puller, registry_paths, clock)
     assert puller_module.STALL_TIMEOUT_S < ended_s - began_s < 2 * puller_module.STALL_TIMEOUT_S
     status = read_status(registry_paths.models, REF)
     assert "next to nothing" in str(status.error)
@@ -515,23 +536,23 @@ def test_a_pull_that_makes_progress_is_not_ended(
     puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, *[(50, bytes(90_000))] * 20)
-    assert not guarded(puller, registry_paths, clock)
+    assert not ends_of_stalled(puller, registry_paths, clock)
 
 
 def test_a_pull_that_exceeds_its_manifest_ends_the_puller(
     puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(puller_module, "MAX_EXTRA_BYTES", 1_000_000)
+    monkeypatch.setattr(downloads, "MAX_EXTRA_BYTES", 1_000_000)
     clock = Clock(monkeypatch, *[(1, bytes(90_000))] * 20)
     began_s = clock.now_s
-    (ended_s,) = guarded(puller, registry_paths, clock)
+    (ended_s,) = ends_of_stalled(puller, registry_paths, clock)
     assert ended_s - began_s == 12  # 12 × 90,000 bytes are too many, 11 are not
 
 
 def test_the_download_of_a_killed_puller_is_removed(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
-    left = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
+    left = registry_paths.models / "digits" / "versions" / f"{downloads.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"half")
     publish()
@@ -541,24 +562,29 @@ def test_the_download_of_a_killed_puller_is_removed(
 
 
 def test_without_room_on_the_disk_nothing_is_downloaded(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths, monkeypatch, caplog
+    puller: Puller,
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     publish()
     promote(store, "digits", 1)
-    monkeypatch.setattr(puller_module, "MAX_EXTRA_BYTES", 10**18)
+    monkeypatch.setattr(downloads, "MAX_EXTRA_BYTES", 10**18)
     assert not puller.pull_all()
     assert "are free" in caplog.text
     assert not version_folder(registry_paths.models, "digits", 1).exists()
 
 
 def test_the_download_of_another_running_puller_is_kept(
-    puller: Puller, store: ModelStore, publish, registry_paths: Paths
+    puller: Puller, store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
-    other = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}other"
+    other = registry_paths.models / "digits" / "versions" / f"{downloads.INCOMING}other"
     other.mkdir(parents=True)
     publish()
     promote(store, "digits", 1)
-    with puller_module._locked(other):
+    with downloads._locked(other):
         puller.pull(REF)
         assert other.exists()
 
@@ -566,17 +592,17 @@ def test_the_download_of_another_running_puller_is_kept(
 def test_an_abandoned_download_does_not_end_the_next_puller(
     puller: Puller, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(puller_module, "MAX_EXTRA_BYTES", 1000)
-    left = registry_paths.models / "digits" / "versions" / f"{puller_module.INCOMING}left"
+    monkeypatch.setattr(downloads, "MAX_EXTRA_BYTES", 1000)
+    left = registry_paths.models / "digits" / "versions" / f"{downloads.INCOMING}left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(bytes(10_000))
     clock = Clock(monkeypatch, (1, b""), (1, b""))
-    assert not guarded(puller, registry_paths, clock)
+    assert not ends_of_stalled(puller, registry_paths, clock)
 
 
 @pytest.mark.slow
 def test_a_champion_and_a_fixed_version_are_followed_in_one_home(
-    store: ModelStore, publish, registry_paths: Paths
+    store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     pinned = ModelRef("digits", version=1)
     publish(seed=0)
@@ -590,5 +616,6 @@ def test_a_champion_and_a_fixed_version_are_followed_in_one_home(
         assert champion is not None
         assert other is not None
         assert (champion.versions[0].version, other.versions[0].version) == (version, 1)
+    assert other is not None
     assert other.generation == 1  # its deployment never changed
     assert version_folder(registry_paths.models, "digits", 1).is_dir()

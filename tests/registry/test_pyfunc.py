@@ -9,12 +9,12 @@ from registry.core.errors import InvalidImage
 from registry.model.mlflow_pyfunc import _load_pyfunc
 from registry.promotion.promotion import promote
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import MakeBundle, load_eager
+from tests.conftest import MakeBundle, Publish, load_eager
 from training.data.sources import Dataset
 
 
 def test_mlflow_gives_the_classifiers_probabilities(
-    store: ModelStore, publish, make_bundle: MakeBundle, few_digits: Dataset
+    store: ModelStore, publish: Publish, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     publish()
     promote(store, "digits", 1)

@@ -19,6 +19,7 @@ from registry.delivery.signing import SIGNATURE, TrustedKeys, check_expiry, make
 from registry.model.refs import Canary, ModelRef, ModelVersion
 from registry.promotion.promotion import promote, roll_back
 from registry.store.mlflow_store import ModelStore
+from tests.conftest import MakeBundle
 
 REF = ModelRef("digits", alias="champion")
 
@@ -169,7 +170,7 @@ def test_a_signed_version_is_pulled_and_a_roll_back_needs_no_new_signature(
 
 
 def test_a_worker_checks_the_signature_of_its_bundle(
-    key: Path, trusted: Path, make_bundle: Callable[..., signing.Bundle]
+    key: Path, trusted: Path, make_bundle: MakeBundle
 ) -> None:
     bundle = make_bundle()
     keys = TrustedKeys.from_environment()
@@ -227,13 +228,17 @@ def test_a_version_whose_signature_has_expired_goes_on_serving_but_is_not_chosen
         assert main(["sign", "digits", number, "--key", str(key)]) == 0
     promote(store, "digits", 2)
     assert puller.pull(REF).versions[0].version == 2
-    store.set_aliases("digits", champion=None, previous=None, canary=Canary(version=1, share=1.0))
+    store.aliases.set_champion(
+        "digits", champion=None, previous=None, canary=Canary(version=1, share=1.0)
+    )
     assert puller.pull(REF).canary == Canary(version=1, share=1.0)
     (version_folder(models, "digits", 1) / SIGNATURE).write_bytes(b"\xff\xfe")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 400 * signing.DAY_S)
     assert puller.pull(REF).canary == Canary(version=1, share=1.0)  # its signature file is repaired
-    store.set_aliases("digits", champion=None, previous=None, canary=None)
+    store.aliases.set_champion("digits", champion=None, previous=None, canary=None)
     assert puller.pull(REF).canary is None
-    store.set_aliases("digits", champion=None, previous=None, canary=Canary(version=1, share=1.0))
+    store.aliases.set_champion(
+        "digits", champion=None, previous=None, canary=Canary(version=1, share=1.0)
+    )
     assert puller.pull(REF).canary is None  # it would have to be chosen again

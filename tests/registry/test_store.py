@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -24,14 +25,16 @@ from registry.core.errors import (
 from registry.core.paths import Paths
 from registry.model.bundle import HELDOUT, WEIGHTS
 from registry.model.refs import Canary, ModelRef
-from registry.promotion import promotion
+from registry.promotion import decisions
 from registry.promotion.gate_runner import GateRunner
 from registry.promotion.promotion import promote, roll_back, start_canary, stop_canary
 from registry.store import mlflow_store as registry_store
 from registry.store import model_names
+from registry.store.aliases import Aliases
 from registry.store.audit_log import Entry
+from registry.store.audit_log_store import AuditLogStore
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import WAIT_TIMEOUT_S
+from tests.conftest import WAIT_TIMEOUT_S, Publish
 
 
 def artifact(paths: Paths, name: str) -> Path:
@@ -40,7 +43,7 @@ def artifact(paths: Paths, name: str) -> Path:
 
 
 def test_a_published_version_is_the_challenger_and_comes_back_whole(
-    store: ModelStore, publish, tmp_path: Path
+    store: ModelStore, publish: Publish, tmp_path: Path
 ) -> None:
     version = publish()
     assert (version.name, version.version, version.aliases) == ("digits", 1, ("challenger",))
@@ -53,19 +56,21 @@ def test_a_published_version_is_the_challenger_and_comes_back_whole(
     assert bundle.manifest_sha256 == version.manifest_sha256
 
 
-def test_only_the_wanted_files_are_fetched(store: ModelStore, publish, tmp_path: Path) -> None:
+def test_only_the_wanted_files_are_fetched(
+    store: ModelStore, publish: Publish, tmp_path: Path
+) -> None:
     store.download(publish(), tmp_path / "down", lambda _: [HELDOUT])
     assert sorted(path.name for path in (tmp_path / "down").iterdir()) == [HELDOUT, "manifest.json"]
 
 
 def test_a_file_that_the_manifest_does_not_name_is_named(
-    store: ModelStore, publish, tmp_path: Path
+    store: ModelStore, publish: Publish, tmp_path: Path
 ) -> None:
     with pytest.raises(BundleInvalid, match=r"the manifest names no file training\.zip"):
         store.download(publish(), tmp_path / "down", lambda _: ["training.zip"])
 
 
-def test_a_missing_model_version_or_alias_is_named(store: ModelStore, publish) -> None:
+def test_a_missing_model_version_or_alias_is_named(store: ModelStore, publish: Publish) -> None:
     publish()
     with pytest.raises(VersionNotFound, match="no model 'other'"):
         store.resolve(ModelRef("other", version=1))
@@ -78,7 +83,7 @@ def test_a_missing_model_version_or_alias_is_named(store: ModelStore, publish) -
 
 
 def test_a_truncated_artefact_is_found_out(
-    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path
+    store: ModelStore, publish: Publish, registry_paths: Paths, tmp_path: Path
 ) -> None:
     version = publish()
     path = artifact(registry_paths, WEIGHTS)
@@ -88,7 +93,7 @@ def test_a_truncated_artefact_is_found_out(
 
 
 def test_a_missing_artefact_is_found_out(
-    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path
+    store: ModelStore, publish: Publish, registry_paths: Paths, tmp_path: Path
 ) -> None:
     version = publish()
     artifact(registry_paths, WEIGHTS).unlink()
@@ -97,7 +102,7 @@ def test_a_missing_artefact_is_found_out(
 
 
 def test_a_swapped_manifest_is_found_out(
-    store: ModelStore, publish, registry_paths: Paths, tmp_path: Path
+    store: ModelStore, publish: Publish, registry_paths: Paths, tmp_path: Path
 ) -> None:
     version = publish()
     path = artifact(registry_paths, "manifest.json")
@@ -108,7 +113,7 @@ def test_a_swapped_manifest_is_found_out(
 
 def test_more_than_was_published_is_not_fetched(
     store: ModelStore,
-    publish,
+    publish: Publish,
     registry_paths: Paths,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -126,7 +131,7 @@ def test_more_than_was_published_is_not_fetched(
     manifest.unlink()
     manifest.mkdir()
     (manifest / "large").write_bytes(bytes(2000))
-    with pytest.raises(BundleInvalid, match="of unknown size"):
+    with pytest.raises(BundleInvalid, match="is not a file"):
         store.download(version, tmp_path / "two")
     assert list((tmp_path / "two").rglob("large")) == []
 
@@ -146,7 +151,7 @@ class Endless(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_sends_a_manifest_without_end_is_left(
-    store: ModelStore, publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer of the registry may name a server of their own as the place of a version."""
     publish()
@@ -154,7 +159,7 @@ def test_a_server_that_sends_a_manifest_without_end_is_left(
     with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         source = f"http://127.0.0.1:{server.server_address[1]}/artifacts"
-        tags = {registry_store.DIGEST_TAG: "0" * 64}
+        tags = {model_names.DIGEST_TAG: "0" * 64}
         mlflow.MlflowClient().create_model_version("digits", source, tags=tags)
         with pytest.raises(BundleInvalid, match=r"is longer; at most 1,000,000 bytes are fetched"):
             store.manifest(store.resolve(ModelRef("digits", 2)))
@@ -189,11 +194,13 @@ def test_a_registry_that_is_down_answers_soon_and_hides_its_password(
     assert "secret" not in str(caught.value)
 
 
-def test_the_first_version_is_promoted_without_a_comparison(store: ModelStore, publish) -> None:
+def test_the_first_version_is_promoted_without_a_comparison(
+    store: ModelStore, publish: Publish
+) -> None:
     publish()
     assert "no champion" in str(promote(store, "digits", 1).entry.details)
-    assert store.aliases("digits") == {"champion": 1}
-    (line,) = store.audit_log("digits").lines
+    assert store.aliases.read("digits") == {"champion": 1}
+    (line,) = store.audit_logs.read("digits").lines
     assert (line.entry.action, line.entry.from_version, line.entry.to_version) == (
         "promoted",
         None,
@@ -203,7 +210,7 @@ def test_the_first_version_is_promoted_without_a_comparison(store: ModelStore, p
 
 
 @pytest.fixture
-def two_versions(publish, better_and_worse_seed: tuple[int, int]) -> tuple[int, int]:
+def two_versions(publish: Publish, better_and_worse_seed: tuple[int, int]) -> tuple[int, int]:
     """Two published versions: the number of the better one, and of the worse one."""
     better, worse = better_and_worse_seed
     return publish(seed=better).version, publish(seed=worse).version
@@ -218,15 +225,15 @@ def test_a_worse_version_is_refused_with_the_figures_and_can_be_forced(
         PromotionRefused, match=r"challenger 0\.\d+, champion 0\.\d+ .* 64 held-out"
     ):
         promote(store, "digits", worse)
-    assert store.aliases("digits")["champion"] == better
+    assert store.aliases.read("digits")["champion"] == better
     with pytest.raises(UsageError, match="--reason"):
         promote(store, "digits", worse, force=True, reason=" ")
     line = promote(store, "digits", worse, force=True, reason="a drill")
     assert "accuracy" in str(line.entry.details)
-    assert store.aliases("digits")["champion"] == worse
-    assert store.aliases("digits")["previous"] == better
-    audit_log = store.audit_log("digits")
-    assert audit_log.faults(store.newest_line("digits")) == []
+    assert store.aliases.read("digits")["champion"] == worse
+    assert store.aliases.read("digits")["previous"] == better
+    audit_log = store.audit_logs.read("digits")
+    assert audit_log.faults(store.audit_logs.newest_line("digits")) == []
     actions = [(each.entry.action, each.entry.reason) for each in audit_log.lines]
     assert actions == [("promoted", None), ("refused", None), ("forced", "a drill")]
     with pytest.raises(PromotionRefused, match="champion already"):
@@ -245,36 +252,38 @@ def test_a_better_version_takes_over_and_is_rolled_back(
     assert "gained" in str(entry.details)
     entry = roll_back(store, "digits", "looks odd").entry
     assert (entry.from_version, entry.to_version) == (better, worse)
-    aliases = store.aliases("digits")
+    aliases = store.aliases.read("digits")
     assert (aliases["champion"], aliases["previous"]) == (worse, better)
-    assert store.audit_log("digits").lines[-1].entry.action == "rolled back"
+    assert store.audit_logs.read("digits").lines[-1].entry.action == "rolled back"
 
 
 def test_a_damaged_challenger_never_becomes_champion(
-    store: ModelStore, publish, registry_paths: Paths
+    store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     publish()
     path = artifact(registry_paths, WEIGHTS)
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(PromotionRefused, match="has sha256"):
         promote(store, "digits", 1)
-    assert "champion" not in store.aliases("digits")
+    assert "champion" not in store.aliases.read("digits")
 
 
 @pytest.mark.slow
 def test_one_of_eight_operators_who_promote_at_once_wins_each_round(
-    store: ModelStore, publish, registry_paths: Paths
+    store: ModelStore, publish: Publish, registry_paths: Paths
 ) -> None:
     """Each loser gets an error that names the winner; audit log and aliases agree in the end."""
     for seed in range(9):
         publish(seed=seed)
     promote(store, "digits", 9)
     for number in range(1, 4):
-        champion = store.audit_log("digits").champion
+        champion = store.audit_logs.read("digits").champion
         start = threading.Barrier(8)
-        race = {"expect_champion": champion, "force": True, "reason": "a race"}
+        race: dict[str, Any] = {"expect_champion": champion, "force": True, "reason": "a race"}
 
-        def try_to(version: int, start: threading.Barrier = start, race: dict = race) -> int | str:
+        def try_to(
+            version: int, start: threading.Barrier = start, race: dict[str, Any] = race
+        ) -> int | str:
             own = ModelStore(registry_paths)
             start.wait(WAIT_TIMEOUT_S)
             try:
@@ -286,19 +295,21 @@ def test_one_of_eight_operators_who_promote_at_once_wins_each_round(
             outcomes = list(pool.map(try_to, (v for v in range(1, 10) if v != champion)))
         winners = [each for each in outcomes if isinstance(each, int)]
         losers = [str(each) for each in outcomes if not isinstance(each, int)]
-        assert winners == [store.audit_log("digits").champion], outcomes
+        assert winners == [store.audit_logs.read("digits").champion], outcomes
         assert all("came first" in each or "the champion is" in each for each in losers)
-        audit_log = store.audit_log("digits")
+        audit_log = store.audit_logs.read("digits")
         assert len(audit_log.moves) == number + 1
-        assert audit_log.faults(store.newest_line("digits")) == []
-        aliases = store.aliases("digits")
+        assert audit_log.faults(store.audit_logs.newest_line("digits")) == []
+        aliases = store.aliases.read("digits")
         assert (aliases["champion"], aliases["previous"]) == (
             audit_log.champion,
             audit_log.previous,
         )
 
 
-def test_a_promotion_that_expects_another_champion_is_refused(store: ModelStore, publish) -> None:
+def test_a_promotion_that_expects_another_champion_is_refused(
+    store: ModelStore, publish: Publish
+) -> None:
     publish(seed=0)
     publish(seed=1)
     promote(store, "digits", 1)
@@ -308,10 +319,10 @@ def test_a_promotion_that_expects_another_champion_is_refused(store: ModelStore,
 
 
 def test_a_champion_that_was_made_by_other_means_is_written_down(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By MLflow's own page, say; or by one who died between the ledger and the alias."""
-    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(decisions, "RECONCILE_TIMEOUT_S", 0.0)
     for seed in range(3):
         publish(seed=seed)
     client = mlflow.MlflowClient()
@@ -319,21 +330,25 @@ def test_a_champion_that_was_made_by_other_means_is_written_down(
     promote(store, "digits", 1, force=True, reason="a drill")
     client.set_registered_model_alias("digits", "champion", "3")
     assert roll_back(store, "digits").entry.to_version == 1
-    moves = [(each.entry.action, each.entry.to_version) for each in store.audit_log("digits").moves]
+    moves = [
+        (each.entry.action, each.entry.to_version) for each in store.audit_logs.read("digits").moves
+    ]
     assert moves == [("adopted", 2), ("promoted", 1), ("adopted", 3), ("rolled back", 1)]
 
 
 def test_a_registry_without_an_audit_log_can_be_rolled_back(
-    store: ModelStore, publish, capsys
+    store: ModelStore, publish: Publish, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed in range(2):
         publish(seed=seed)
-    store.set_aliases("digits", champion=2, previous=1)
+    store.aliases.set_champion("digits", champion=2, previous=1)
     assert roll_back(store, "digits").entry.to_version == 1
     assert command(["audit"]) == 0
 
 
-def test_an_audit_bears_what_was_deleted(store: ModelStore, publish, capsys) -> None:
+def test_an_audit_bears_what_was_deleted(
+    store: ModelStore, publish: Publish, capsys: pytest.CaptureFixture[str]
+) -> None:
     for seed in range(2):
         publish(seed=seed)
     promote(store, "digits", 1)
@@ -343,7 +358,7 @@ def test_an_audit_bears_what_was_deleted(store: ModelStore, publish, capsys) -> 
 
 
 def test_a_champion_that_was_deleted_is_no_obstacle(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(2):
         publish(seed=seed)
@@ -364,9 +379,9 @@ def test_a_champion_that_was_deleted_is_no_obstacle(
 
 
 def test_a_first_promotion_that_died_before_its_alias_is_carried_out(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(decisions, "RECONCILE_TIMEOUT_S", 0.0)
     for seed in range(2):
         publish(seed=seed)
     with monkeypatch.context() as dying:
@@ -374,34 +389,34 @@ def test_a_first_promotion_that_died_before_its_alias_is_carried_out(
         def die(*arguments: object, **named: object) -> None:
             raise RegistryUnavailable("the registry did not answer")
 
-        dying.setattr(ModelStore, "set_aliases", die)
+        dying.setattr(Aliases, "set_champion", die)
         with pytest.raises(RegistryUnavailable):
             promote(store, "digits", 1)
-    assert "champion" not in store.aliases("digits")
+    assert "champion" not in store.aliases.read("digits")
     with pytest.raises(PromotionRefused, match="champion already"):
         promote(store, "digits", 1)
-    assert store.aliases("digits")["champion"] == 1  # settled before it was refused
-    assert store.audit_log("digits").faults(store.newest_line("digits")) == []
+    assert store.aliases.read("digits")["champion"] == 1  # settled before it was refused
+    assert store.audit_logs.read("digits").faults(store.audit_logs.newest_line("digits")) == []
 
 
 def test_an_operator_who_is_too_slow_to_move_the_alias_gets_an_error(
-    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The operator's line stood, but another one adopted what served before the alias moved."""
-    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(decisions, "RECONCILE_TIMEOUT_S", 0.0)
     for seed in range(3):
         publish(seed=seed)
     promote(store, "digits", 1)
-    real, reached, go_on = ModelStore.set_aliases, threading.Event(), threading.Event()
+    real, reached, go_on = Aliases.set_champion, threading.Event(), threading.Event()
 
-    def slow(self: ModelStore, name: str, **aliases: int | None) -> None:
+    def slow(self: Aliases, name: str, **aliases: Any) -> None:
         if threading.current_thread().name.startswith("slow") and not reached.is_set():
             reached.set()
             assert go_on.wait(WAIT_TIMEOUT_S)
         real(self, name, **aliases)
 
-    monkeypatch.setattr(ModelStore, "set_aliases", slow)
-    options = {"force": True, "reason": "a race"}
+    monkeypatch.setattr(Aliases, "set_champion", slow)
+    options: dict[str, Any] = {"force": True, "reason": "a race"}
     with ThreadPoolExecutor(1, "slow") as pool:
         late = pool.submit(promote, ModelStore(registry_paths), "digits", 2, **options)
         assert reached.wait(WAIT_TIMEOUT_S)
@@ -409,33 +424,35 @@ def test_an_operator_who_is_too_slow_to_move_the_alias_gets_an_error(
         go_on.set()
         with pytest.raises(PromotionConflict, match="another process adopted version 1"):
             late.result(30)
-    moves = [(each.entry.action, each.entry.to_version) for each in store.audit_log("digits").moves]
+    moves = [
+        (each.entry.action, each.entry.to_version) for each in store.audit_logs.read("digits").moves
+    ]
     assert [version for _, version in moves] == [1, 2, 1, 3]
-    aliases = store.aliases("digits")
+    aliases = store.aliases.read("digits")
     assert (aliases["champion"], aliases["previous"]) == (3, 1)
 
 
 def test_a_line_that_was_written_twice_is_ones_own(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call whose answer was lost is tried again."""
     publish()
-    real = ModelStore.append
+    real = AuditLogStore.append
 
-    def twice(self: ModelStore, name: str, entry: Entry) -> None:
+    def twice(self: AuditLogStore, name: str, entry: Entry) -> None:
         real(self, name, entry)
         real(self, name, entry)
 
-    monkeypatch.setattr(ModelStore, "append", twice)
+    monkeypatch.setattr(AuditLogStore, "append", twice)
     assert promote(store, "digits", 1).number == 1
-    assert store.aliases("digits")["champion"] == 1
-    assert [line.stands for line in store.audit_log("digits").lines] == [True, False]
+    assert store.aliases.read("digits")["champion"] == 1
+    assert [line.stands for line in store.audit_logs.read("digits").lines] == [True, False]
 
 
 def test_a_champion_that_convoy_did_not_publish_can_be_left(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(decisions, "RECONCILE_TIMEOUT_S", 0.0)
     publish()
     promote(store, "digits", 1)
     client = mlflow.MlflowClient()
@@ -445,20 +462,23 @@ def test_a_champion_that_convoy_did_not_publish_can_be_left(
 
 
 def test_nothing_is_accepted_beside_a_champion_that_convoy_did_not_publish(
-    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(promotion, "RECONCILE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(decisions, "RECONCILE_TIMEOUT_S", 0.0)
     publish(seed=0)
     promote(store, "digits", 1)
     publish(seed=1)
-    mlflow.MlflowClient().delete_model_version_tag("digits", "1", registry_store.DIGEST_TAG)
+    mlflow.MlflowClient().delete_model_version_tag("digits", "1", model_names.DIGEST_TAG)
     why = r"cannot be compared: digits version 1 was not published by Convoy"
     with pytest.raises(PromotionRefused, match=why):
         promote(store, "digits", 2)
-    assert (
-        GateRunner(store, registry_paths).known(*store.champion_and_candidate("digits", 2)).accepted
-        is False
-    )
+    known = GateRunner(store, registry_paths).known(*store.champion_and_candidate("digits", 2))
+    assert known is not None
+    assert not known.accepted
     assert command(["evaluate", "digits", "2", "--skip-latency"]) == 2
     assert "challenger 2, champion 1: REFUSED" in capsys.readouterr().out
     line = promote(store, "digits", 2, force=True, reason="its tag was lost")
@@ -468,21 +488,21 @@ def test_nothing_is_accepted_beside_a_champion_that_convoy_did_not_publish(
 
 
 def test_an_author_without_a_name_and_an_odd_reason_cause_no_traceback(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
 
     def without_name() -> str:
         raise KeyError("getpwuid(): uid not found: 23456")
 
-    monkeypatch.setattr(promotion.getpass, "getuser", without_name)
+    monkeypatch.setattr("getpass.getuser", without_name)
     assert promote(store, "digits", 1).entry.by.startswith("uid ")
     with pytest.raises(UsageError, match="not UTF-8"):
         roll_back(store, "digits", "caf\udce9")
 
 
 def test_a_canary_needs_a_champion_the_same_labels_and_a_share_or_a_shadow(
-    store: ModelStore, publish
+    store: ModelStore, publish: Publish
 ) -> None:
     publish(seed=0)
     with pytest.raises(PromotionRefused, match="no champion"):
@@ -499,11 +519,11 @@ def test_a_canary_needs_a_champion_the_same_labels_and_a_share_or_a_shadow(
         start_canary(store, "digits", Canary(version=9, shadow=1.0))
     with pytest.raises(VersionNotFound, match="is a canary"):
         stop_canary(store, "digits")
-    assert [line.entry.action for line in store.audit_log("digits").lines] == ["promoted"]
+    assert [line.entry.action for line in store.audit_logs.read("digits").lines] == ["promoted"]
 
 
 def test_a_canary_is_a_move_that_callers_may_expect_and_a_promotion_stops_it(
-    store: ModelStore, publish
+    store: ModelStore, publish: Publish
 ) -> None:
     for seed in range(3):
         publish(seed=seed)
@@ -513,33 +533,33 @@ def test_a_canary_is_a_move_that_callers_may_expect_and_a_promotion_stops_it(
         start_canary(store, "digits", canary, expect_champion=7)
     line = start_canary(store, "digits", canary, "to see", by="ann")
     assert (line.entry.by, line.entry.reason, line.entry.from_version) == ("ann", "to see", 1)
-    assert store.aliases_and_canary("digits") == ({"champion": 1, "challenger": 3}, canary)
+    assert store.aliases.read_with_canary("digits") == ({"champion": 1, "challenger": 3}, canary)
     with pytest.raises(PromotionConflict, match="the canary is version 2, not 3"):
         stop_canary(store, "digits", expect_challenger=3)
     stop_canary(store, "digits")
-    assert store.aliases_and_canary("digits")[1] is None
+    assert store.aliases.read_with_canary("digits")[1] is None
     start_canary(store, "digits", canary)
     promote(store, "digits", 3, force=True, reason="test")
-    assert store.aliases_and_canary("digits") == ({"champion": 3, "previous": 1}, None)
-    assert store.audit_log("digits").faults(store.newest_line("digits")) == []
+    assert store.aliases.read_with_canary("digits") == ({"champion": 3, "previous": 1}, None)
+    assert store.audit_logs.read("digits").faults(store.audit_logs.newest_line("digits")) == []
     with pytest.raises(PromotionConflict):
         roll_back(store, "digits", expect_champion=1)
     roll_back(store, "digits", expect_champion=3, by="ann")
-    assert store.aliases("digits")["champion"] == 1
+    assert store.aliases.read("digits")["champion"] == 1
 
 
-def test_a_canary_of_a_deleted_version_can_be_stopped(store: ModelStore, publish) -> None:
+def test_a_canary_of_a_deleted_version_can_be_stopped(store: ModelStore, publish: Publish) -> None:
     for seed in range(2):
         publish(seed=seed)
     promote(store, "digits", 1)
     start_canary(store, "digits", Canary(version=2, share=0.5))
-    store._client.delete_model_version("digits", "2")
+    mlflow.MlflowClient().delete_model_version("digits", "2")
     assert stop_canary(store, "digits").entry.to_version == 2
-    assert store.aliases_and_canary("digits")[1] is None
+    assert store.aliases.read_with_canary("digits")[1] is None
 
 
 def test_a_version_is_challenger_though_another_made_the_alias_at_once(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = store._client.set_registered_model_alias, 0
 
@@ -555,7 +575,7 @@ def test_a_version_is_challenger_though_another_made_the_alias_at_once(
 
 
 def test_a_version_that_is_published_during_a_promotion_stays_the_challenger(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(seed=0)
     delete = store._client.delete_registered_model_alias
@@ -566,87 +586,90 @@ def test_a_version_that_is_published_during_a_promotion_stays_the_challenger(
 
     monkeypatch.setattr(store._client, "delete_registered_model_alias", publish_before)
     promote(store, "digits", 1)
-    assert store.aliases("digits") == {"champion": 1, "challenger": 2}
+    assert store.aliases.read("digits") == {"champion": 1, "challenger": 2}
 
 
 def test_a_version_that_comes_as_the_alias_is_read_stays_the_challenger(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(seed=0)
-    read = store.aliases
+    read = store.aliases.read
 
     def read_before(name: str) -> dict[str, int]:
         found = read(name)
         if found == {"champion": 1, "challenger": 1}:
-            monkeypatch.setattr(store, "aliases", read)
+            monkeypatch.setattr(store.aliases, "read", read)
             publish(seed=1)
         return found
 
-    monkeypatch.setattr(store, "aliases", read_before)
+    monkeypatch.setattr(store.aliases, "read", read_before)
     promote(store, "digits", 1)
-    assert store.aliases("digits") == {"champion": 1, "challenger": 2}
+    assert store.aliases.read("digits") == {"champion": 1, "challenger": 2}
 
 
 def test_nothing_is_uploaded_under_a_name_that_has_a_log_and_no_version(
-    store: ModelStore, publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_names, "CLAIM_TIMEOUT_S", 0.0)
-    store._client.create_registered_model("digits.ledger")
+    mlflow.MlflowClient().create_registered_model("digits.ledger")
     with pytest.raises(PromotionRefused, match=r"has the registered model digits\.ledger, but no"):
         publish()
     assert not list(registry_paths.artifacts.rglob(WEIGHTS))
 
 
 def test_a_first_version_whose_calls_were_sent_twice_is_published(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow's client sends a request again when its answer was lost."""
     create = store._client.create_registered_model
 
-    def twice(*arguments: object) -> None:
+    def twice(*arguments: Any) -> None:
         create(*arguments)
         create(*arguments)
 
     monkeypatch.setattr(store._client, "create_registered_model", twice)
     assert publish().version == 1
-    assert sorted(store.aliases("digits")) == ["challenger"]
+    assert sorted(store.aliases.read("digits")) == ["challenger"]
 
 
-def test_models_of_others_are_not_convoys(store: ModelStore, publish) -> None:
+def test_models_of_others_are_not_convoys(store: ModelStore, publish: Publish) -> None:
     publish()
-    store._client.create_registered_model("My Model v2.0")
+    mlflow.MlflowClient().create_registered_model("My Model v2.0")
     assert store.models() == ["digits"]
 
 
 def test_a_canary_that_was_stopped_half_is_stopped_by_the_next_reader(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(2):
         publish(seed=seed)
     promote(store, "digits", 1)
     start_canary(store, "digits", Canary(version=2, share=0.5))
 
-    def fail(*arguments, **named) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
         raise RegistryUnavailable("down")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "set_aliases", fail)
+        patch.setattr(store.aliases, "set_champion", fail)
         with pytest.raises(RegistryUnavailable):
             stop_canary(store, "digits")
-    assert store.aliases_and_canary("digits")[1] is not None
+    assert store.aliases.read_with_canary("digits")[1] is not None
     with pytest.raises(VersionNotFound, match="is a canary"):
         stop_canary(store, "digits")
-    assert store.aliases_and_canary("digits")[1] is None
-    assert promotion.audit(store, "digits")[1] == []
+    assert store.aliases.read_with_canary("digits")[1] is None
+    assert decisions.audit(store, "digits")[1] == []
 
 
 def test_the_gate_runs_once_for_a_promotion_and_not_before_its_checks(
-    store: ModelStore, publish, monkeypatch: pytest.MonkeyPatch, capsys
+    store: ModelStore,
+    publish: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     result: list[int] = []
     gate_runner = GateRunner._compare_versions
 
-    def counted(self, champion, challenger, policy, folder):
+    def counted(self: GateRunner, champion: Any, challenger: Any, policy: Any, folder: Any) -> Any:
         result.append(challenger.version)
         return gate_runner(self, champion, challenger, policy, folder)
 

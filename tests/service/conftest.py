@@ -29,6 +29,19 @@ from tests.conftest import MakeBundle
 REF = ModelRef("digits", alias="champion")
 
 
+class Head:
+    """The ``start_response`` of a WSGI server, which keeps the statuses."""
+
+    def __init__(self) -> None:
+        self.statuses: list[str] = []
+
+    def __call__(
+        self, status: str, headers: object, exc_info: object = None
+    ) -> Callable[[bytes], object]:
+        self.statuses.append(status)
+        return lambda data: None
+
+
 def load(bundle: Bundle, deployed: DeployedVersion, metrics: Metrics | None = None) -> ServedModel:
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     settings = Settings(max_batch=8, queue_limit=64)

@@ -87,7 +87,7 @@ def test_each_role_may_do_only_what_it_permits(
         assert client.get(path, headers=headers).status_code == views
     if classifies == 401:
         assert answer.headers["WWW-Authenticate"] == "Bearer"
-        assert answer.json["type"] == "urn:convoy:problem:token-missing"
+        assert answer.get_json()["type"] == "urn:convoy:problem:token-missing"
 
 
 @pytest.mark.parametrize("sent", ["convoy_x", "Basic convoy_x", "Bearer", "Bearer  ", "Bearer ä"])
@@ -149,7 +149,7 @@ def test_every_route_except_the_public_ones_needs_a_token(client: FlaskClient) -
     }
     of_protocols = {
         (re.sub(r"{version}", "1", path).replace("{name}", "digits"), method.upper())
-        for path, methods in client.get("/openapi.json").json["paths"].items()
+        for path, methods in client.get("/openapi.json").get_json()["paths"].items()
         for method, operation in methods.items()
         if "requestBody" in operation
     }

@@ -3,17 +3,18 @@
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.core.errors import DeadlineExceeded, Overloaded
-from service.inference.batcher import MicroBatcher, Prediction
+from service.inference.batcher import BatchLimits, Compute, MicroBatcher, Prediction
 
 FOREVER_S = 30.0
 ANY_TIME_MS = 1e9  # a closed gate makes passes slow, which must not lower the batch's ceiling
@@ -48,6 +49,13 @@ class Gate:
         return self._compute(pixels)
 
 
+def batcher_of(
+    compute: Compute, max_batch: int, queue_limit: int, **limits: float | None
+) -> MicroBatcher:
+    found = {"max_batch": max_batch, "queue_limit": queue_limit, **limits}
+    return MicroBatcher(compute, msgspec.convert(found, BatchLimits))
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + FOREVER_S
     while not condition():
@@ -56,7 +64,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def pool():
+def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(32) as executor:
         yield executor
 
@@ -82,14 +90,14 @@ def test_a_lone_request_runs_at_once_in_its_own_thread() -> None:
         threads.append(threading.current_thread())
         return echo(pixels)
 
-    outcomes = score(MicroBatcher(compute, 8, 8), 7)
+    outcomes = score(batcher_of(compute, 8, 8), 7)
     assert values(outcomes) == [7]
     assert threads == [threading.current_thread()]
 
 
 def test_requests_that_find_the_device_busy_share_the_next_batch(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 8, 64, ANY_TIME_MS)
+    batcher = batcher_of(gate, 8, 64, max_batch_compute_ms=ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     others = [submit(pool, batcher, number) for number in range(2, 8)]
@@ -98,12 +106,14 @@ def test_requests_that_find_the_device_busy_share_the_next_batch(pool: ThreadPoo
     assert values(first.result()) == [1]
     assert [values(other.result()) for other in others] == [[n] for n in range(2, 8)]
     assert gate.batches == [1, 6]
-    assert others[0].result()[0].batch_size == 6
+    (outcome,) = others[0].result()
+    assert isinstance(outcome, Prediction)
+    assert outcome.batch_size == 6
 
 
 def test_a_batch_is_never_larger_than_allowed(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 64, ANY_TIME_MS)
+    batcher = batcher_of(gate, 4, 64, max_batch_compute_ms=ANY_TIME_MS)
     first = submit(pool, batcher, 0)
     gate.entered.acquire()
     many = submit(pool, batcher, *range(1, 11))
@@ -116,7 +126,7 @@ def test_a_batch_is_never_larger_than_allowed(pool: ThreadPoolExecutor) -> None:
 
 def test_a_full_queue_refuses_and_queues_none_of_the_request(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 2, ANY_TIME_MS)
+    batcher = batcher_of(gate, 4, 2, max_batch_compute_ms=ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     waiting = submit(pool, batcher, 2)
@@ -131,7 +141,7 @@ def test_a_full_queue_refuses_and_queues_none_of_the_request(pool: ThreadPoolExe
 
 def test_an_expired_image_is_not_computed(pool: ThreadPoolExecutor) -> None:
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 64, ANY_TIME_MS)
+    batcher = batcher_of(gate, 4, 64, max_batch_compute_ms=ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     (outcome,) = score(batcher, 2, deadline_s=0.01)
@@ -147,7 +157,7 @@ def test_an_image_that_expires_before_its_turn_is_left_out_of_the_batch(
 ) -> None:
     """The first of two images waits without a limit; the second expires before their batch."""
     gate = Gate()
-    batcher = MicroBatcher(gate, 4, 64, ANY_TIME_MS)
+    batcher = batcher_of(gate, 4, 64, max_batch_compute_ms=ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     patient = submit(pool, batcher, 2)
@@ -176,7 +186,7 @@ def test_an_image_whose_deadline_passes_during_its_forward_pass_gets_its_scores(
         assert steps.acquire(timeout=FOREVER_S)
         return echo(pixels)
 
-    batcher = MicroBatcher(compute, 2, 64)
+    batcher = batcher_of(compute, 2, 64)
     first = submit(pool, batcher, 1)
     entered.acquire()
     leader = submit(pool, batcher, 2)
@@ -201,7 +211,7 @@ def test_one_bad_image_fails_alone(pool: ThreadPoolExecutor) -> None:
         return echo(pixels)
 
     gate = Gate(compute)
-    batcher = MicroBatcher(gate, 8, 64, ANY_TIME_MS)
+    batcher = batcher_of(gate, 8, 64, max_batch_compute_ms=ANY_TIME_MS)
     first = submit(pool, batcher, 1)
     gate.entered.acquire()
     others = [submit(pool, batcher, number) for number in (2, 3, 4)]
@@ -217,13 +227,13 @@ def test_nan_is_an_error_of_its_image_alone() -> None:
     def compute(pixels: np.ndarray) -> np.ndarray:
         return np.where(pixels[:, 0, 0] == 2, np.nan, 1.0).astype(np.float32)
 
-    outcomes = score(MicroBatcher(compute, 8, 8), 1, 2, 3)
+    outcomes = score(batcher_of(compute, 8, 8), 1, 2, 3)
     assert [isinstance(each, Prediction) for each in outcomes] == [True, False, True]
     assert isinstance(outcomes[1], ArithmeticError)
 
 
 def test_too_few_rows_are_an_error() -> None:
-    outcomes = score(MicroBatcher(lambda pixels: echo(pixels)[:0], 8, 8), 1)
+    outcomes = score(batcher_of(lambda pixels: echo(pixels)[:0], 8, 8), 1)
     assert "returned 0 rows of scores for 1 images" in str(outcomes[0])
 
 
@@ -235,7 +245,7 @@ def test_after_an_error_the_device_is_free_again() -> None:
             raise MemoryError("once")
         return echo(pixels)
 
-    batcher = MicroBatcher(compute, 8, 8)
+    batcher = batcher_of(compute, 8, 8)
     assert isinstance(score(batcher, 1)[0], MemoryError)
     assert values(score(batcher, 2)) == [2]
 
@@ -244,7 +254,7 @@ def test_a_hand_over_wakes_a_thread_that_waits_for_an_earlier_image(
     pool: ThreadPoolExecutor,
 ) -> None:
     """With batches of one, every image of a request is led by its own thread, in order."""
-    batcher = MicroBatcher(echo, 1, 1000)
+    batcher = batcher_of(echo, 1, 1000)
     futures = [submit(pool, batcher, *range(n, n + 5)) for n in range(0, 100, 5)]
     assert [values(future.result(FOREVER_S)) for future in futures] == [
         list(range(n, n + 5)) for n in range(0, 100, 5)
@@ -271,7 +281,7 @@ def test_ordinary_concurrency_is_queued_whatever_the_speed_of_the_network(
         now[0] += image_ms / 1000 * len(pixels)
         return echo(pixels)
 
-    batcher = MicroBatcher(compute, 8, 1000, max_queue_delay_s=max_queue_delay_s, deadline_s=10)
+    batcher = batcher_of(compute, 8, 1000, max_queue_delay_s=max_queue_delay_s, deadline_s=10)
     score(batcher, 1)
     batcher.check_room(callers)
     with pytest.raises(Overloaded) as refused:
@@ -292,7 +302,7 @@ def test_every_image_gets_exactly_one_outcome_of_its_own(
         time.sleep(0.0002)
         return echo(pixels)
 
-    batcher = MicroBatcher(compute, max_batch, 10_000)
+    batcher = batcher_of(compute, max_batch, 10_000)
     with ThreadPoolExecutor(len(requests)) as executor:
         futures = {
             number: submit(executor, batcher, *([number] * size), deadline_s=deadline_ms / 1000)

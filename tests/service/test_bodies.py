@@ -6,7 +6,10 @@ import gzip
 import json
 import weakref
 from io import BytesIO
+from typing import Any
 
+import msgspec
+import pybase64
 import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, TestResponse
@@ -14,6 +17,7 @@ from werkzeug.test import EnvironBuilder, TestResponse
 from service.http import bodies
 from service.inference import pipeline
 from service.server.protocol import IN_LOOP, Postpone
+from tests.service.conftest import Head
 
 JSON = "application/json"
 FORM = "multipart/form-data; boundary=b"
@@ -73,7 +77,7 @@ def test_a_json_body_over_its_own_limit_is_refused_by_its_length(ready: FlaskCli
     length = 64 * 1024 * 1024
     response = send(ready, Untouched(), length, JSON)
     assert response.status_code == 413
-    assert "multipart/form-data" in response.json["detail"]
+    assert "multipart/form-data" in response.get_json()["detail"]
 
 
 @pytest.mark.parametrize("value", [1, None, [], {"a": "b"}])
@@ -83,11 +87,11 @@ def test_json_with_too_many_values_is_refused_before_decoding(
     def decode(*arguments: object, **named: object) -> None:
         raise AssertionError("the body was decoded")
 
-    monkeypatch.setattr(bodies.msgspec.json, "decode", decode)
+    monkeypatch.setattr(msgspec.json, "decode", decode)
     response = post(ready, json.dumps({"images": [value] * 20_000}).encode(), JSON)
     assert response.status_code == (413 if isinstance(value, dict) else 400)
     reason = "more than 4 images" if isinstance(value, dict) else "too many values"
-    assert reason in response.json["detail"]
+    assert reason in response.get_json()["detail"]
 
 
 def test_json_with_too_many_strings_or_escapes_is_refused_before_decoding(
@@ -96,13 +100,13 @@ def test_json_with_too_many_strings_or_escapes_is_refused_before_decoding(
     def decode(*arguments: object, **named: object) -> None:
         raise AssertionError("the body was decoded")
 
-    monkeypatch.setattr(bodies.msgspec.json, "decode", decode)
+    monkeypatch.setattr(msgspec.json, "decode", decode)
     response = post(ready, json.dumps({"images": ["ab"] * 30_000}).encode(), JSON)
     assert response.status_code == 413
-    assert "more than 4 images" in response.json["detail"]
+    assert "more than 4 images" in response.get_json()["detail"]
     response = post(ready, b'{"image": "' + rb"\n" * 50_000 + b'"}', JSON)
     assert response.status_code == 400
-    assert "escapes" in response.json["detail"]
+    assert "escapes" in response.get_json()["detail"]
 
 
 def test_base64_of_an_image_over_the_limit_is_not_decoded(
@@ -111,17 +115,17 @@ def test_base64_of_an_image_over_the_limit_is_not_decoded(
     def decode(*arguments: object, **named: object) -> None:
         raise AssertionError("the text was decoded")
 
-    monkeypatch.setattr(bodies.pybase64, "b64decode", decode)
+    monkeypatch.setattr(pybase64, "b64decode", decode)
     response = post(ready, json.dumps({"image": "A" * 140_000}).encode(), JSON)
     assert response.status_code == 413
-    assert "105,000 bytes; at most 100,000" in response.json["detail"]
+    assert "105,000 bytes; at most 100,000" in response.get_json()["detail"]
 
 
 def test_a_request_may_have_as_many_data_urls_as_images(ready: FlaskClient, png: bytes) -> None:
     text = "data:image/png;base64," + b64(png)
     response = post(ready, json.dumps({"image": None, "images": [text] * 4}).encode(), JSON)
     assert response.status_code == 200
-    assert len(response.json["results"]) == 4
+    assert len(response.get_json()["results"]) == 4
     assert post(ready, json.dumps({"images": [text] * 5}).encode(), JSON).status_code == 413
 
 
@@ -136,7 +140,7 @@ def test_a_body_is_freed_with_its_answer(ready: FlaskClient, body: bytes) -> Non
     gc.collect()
     gc.disable()
     try:
-        answer = b"".join(ready.application.wsgi_app(environ, lambda status, headers: None))
+        answer = b"".join(ready.application.wsgi_app(environ, Head()))
         assert b"error" in answer
         del environ
         assert is_freed() is None
@@ -149,7 +153,7 @@ def test_reading_stops_at_too_many_parts_of_a_form(ready: FlaskClient, name: str
     body = Counted(part(name, b"") * 3000)
     response = send(ready, body, len(body.getvalue()), FORM)
     assert response.status_code == 413
-    assert "more than" in response.json["detail"]
+    assert "more than" in response.get_json()["detail"]
     assert body.taken <= bodies.CHUNK_BYTES + bodies.EPILOGUE_BYTES
 
 
@@ -169,7 +173,7 @@ def test_bytes_and_headers_around_the_images_of_a_form_are_limited(
 ) -> None:
     response = post(ready, body, FORM)
     assert response.status_code == status
-    assert reason in response.json["detail"]
+    assert reason in response.get_json()["detail"]
 
 
 @pytest.mark.parametrize("size", range(65_200, 65_560, 13))
@@ -211,7 +215,7 @@ def test_slow_parsing_in_the_loop_postpones_a_request_as_slow_decoding_does(
     ],
     ids=["lines of 76", "CRLF", "newline", "data URL", "bare data URL", "URL-safe", "unpadded"],
 )
-def test_all_usual_forms_of_base64_are_accepted(ready: FlaskClient, png: bytes, write) -> None:
+def test_all_usual_forms_of_base64_are_accepted(ready: FlaskClient, png: bytes, write: Any) -> None:
     for image in (
         png,
         png + b"\xfb",
@@ -241,7 +245,7 @@ def test_text_that_is_not_base64_is_422_with_the_reason(
 ) -> None:
     response = post(ready, json.dumps({"image": text}).encode(), JSON)
     assert response.status_code == 422
-    assert reason in response.json["detail"]
+    assert reason in response.get_json()["detail"]
 
 
 @pytest.mark.parametrize("given", [{"image": 1}, {"images": ["QUJD", None]}, {"images": [["a"]]}])
@@ -250,7 +254,7 @@ def test_an_image_that_is_not_a_string_fails_the_whole_body(
 ) -> None:
     response = post(ready, json.dumps(given).encode(), JSON)
     assert response.status_code == 400
-    assert "not a string" in response.json["detail"]
+    assert "not a string" in response.get_json()["detail"]
 
 
 def test_json_may_begin_with_a_byte_order_mark(ready: FlaskClient, png: bytes) -> None:
@@ -289,6 +293,6 @@ def test_a_compressed_body_is_415_and_accept_encoding_says_what_is_accepted(
     for body, kind in ((png, "image/png"), (json.dumps({"image": b64(png)}).encode(), JSON)):
         response = post(ready, gzip.compress(body), kind, **headers)
         assert response.status_code == 415
-        assert "Content-Encoding 'gzip'" in response.json["detail"]
+        assert "Content-Encoding 'gzip'" in response.get_json()["detail"]
         assert response.headers["Accept-Encoding"] == "identity"
     assert post(ready, png, "image/png", **{"Content-Encoding": "identity"}).status_code == 200

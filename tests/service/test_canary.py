@@ -5,9 +5,10 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ from werkzeug.test import create_environ
 from registry.canary.traffic_stats import ServingStatus
 from registry.core.errors import DeviceLost, PlanUndecided
 from registry.delivery.deployment import version_folder
-from registry.model.bundle import WEIGHTS
+from registry.model.bundle import WEIGHTS, Bundle
 from registry.model.classifier import Classifier
 from registry.model.plans.planner import Planner
 from registry.model.plans.torch_eager import EAGER
@@ -31,14 +32,15 @@ from service.inference.traffic_split import routes_to_canary
 from service.loading import version_loader
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
-from service.protocols.base import CALLED
+from service.protocols.inference_app import CALLED
 from service.server.protocol import IN_LOOP, Postpone
 from service.settings import Settings
 from service.shadow import process
 from service.shadow.client import Sample, ShadowFeed
 from service.shadow.process import CpuBudget, Shadow
 from tests.conftest import WAIT_TIMEOUT_S, wait_for
-from tests.service.conftest import load
+from tests.service.conftest import Head, load
+from training.data.sources import Dataset
 
 RAW = {"content_type": "application/octet-stream"}
 
@@ -46,11 +48,11 @@ RAW = {"content_type": "application/octet-stream"}
 def versions(client: FlaskClient, images: list[bytes], **headers: str) -> list[int]:
     asked = [client.post("/v1/classify", data=each, headers=headers, **RAW) for each in images]
     assert {each.status_code for each in asked} == {200}
-    return [each.json["model"]["version"] for each in asked]
+    return [each.get_json()["model"]["version"] for each in asked]
 
 
 @pytest.fixture
-def images(few_digits) -> list[bytes]:
+def images(few_digits: Dataset) -> list[bytes]:
     return [few_digits.test.encode(position) for position in range(40)]
 
 
@@ -72,7 +74,10 @@ def test_a_canary_gets_its_share_of_the_keys_and_other_keys_for_another_version(
 
 
 def test_the_same_image_and_the_same_session_always_get_the_same_version(
-    client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes]
+    client: FlaskClient,
+    slot: ModelSlot,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    images: list[bytes],
 ) -> None:
     deploy_canary(share=0.5)
     slot.refresh()
@@ -86,7 +91,10 @@ def test_the_same_image_and_the_same_session_always_get_the_same_version(
 
 
 def test_a_client_can_ask_for_a_challenger_by_its_address(
-    client: FlaskClient, slot: ModelSlot, deploy_canary, png: bytes
+    client: FlaskClient,
+    slot: ModelSlot,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    png: bytes,
 ) -> None:
     deploy_canary(shadow=1.0)
     slot.refresh()
@@ -96,16 +104,21 @@ def test_a_client_can_ask_for_a_challenger_by_its_address(
         ("/v1/models/digits/aliases/challenger/classify", 2),
         ("/v1/models/digits/versions/1/classify", 1),
     ):
-        assert client.post(path, data=png, **RAW).json["model"]["version"] == expected
+        assert client.post(path, data=png, **RAW).get_json()["model"]["version"] == expected
     missing = client.post("/v1/models/digits/versions/3/classify", data=png, **RAW)
     assert missing.status_code == 404
-    assert "this service has version 1, alias 'champion' and version 2" in missing.json["detail"]
-    described = client.get("/v1/models/digits/versions/2").json
+    assert (
+        "this service has version 1, alias 'champion' and version 2" in missing.get_json()["detail"]
+    )
+    described = client.get("/v1/models/digits/versions/2").get_json()
     assert (described["version"], described["canary"]["shadow"]) == (2, 1.0)
 
 
 def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
-    models: Path, deploy, deploy_canary, monkeypatch: pytest.MonkeyPatch
+    models: Path,
+    deploy: Callable[..., Bundle],
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load)
@@ -131,7 +144,7 @@ def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_alone(
 def test_images_that_the_champion_answers_are_sent_to_the_shadow(
     client: FlaskClient,
     slot: ModelSlot,
-    deploy_canary,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
     images: list[bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -139,11 +152,11 @@ def test_images_that_the_champion_answers_are_sent_to_the_shadow(
     monkeypatch.setattr(ShadowFeed, "send", lambda feed, sample: sent.append(sample))
     deploy_canary(shadow=1.0)
     slot.refresh()
-    answer = client.post("/v1/classify", data=images[0], **RAW).json
+    answer = client.post("/v1/classify", data=images[0], **RAW).get_json()
     many = client.post(
         "/v1/classify",
         data={"image": [(io.BytesIO(each), "x.png") for each in (images[1], b"bad")]},
-    ).json
+    ).get_json()
     assert "error" in many["results"][1]
     assert [each.index for each in sent] == [
         answer["predictions"][0]["index"],
@@ -176,7 +189,7 @@ def test_a_sample_that_cannot_be_sent_at_once_is_dropped_and_counted(tmp_path: P
 
 
 def test_the_shadow_counts_agreement_and_counts_failures_against_the_challenger(
-    models: Path, deploy_canary, few_digits
+    models: Path, deploy_canary: Callable[..., tuple[Bundle, Bundle]], few_digits: Dataset
 ) -> None:
     deploy_canary(shadow=1.0)
     metrics = Metrics()
@@ -210,13 +223,16 @@ def test_the_shadow_rests_until_its_use_is_down_to_its_share_of_the_machine() ->
 
 
 def test_the_service_reports_the_traffic_of_each_version(
-    client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes]
+    client: FlaskClient,
+    slot: ModelSlot,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    images: list[bytes],
 ) -> None:
     deploy_canary(share=0.5)
     slot.refresh()
     answered = versions(client, images)
     client.post("/v1/models/digits/versions/2/classify", data=b"bad", **RAW)
-    body = client.get("/v1/models/digits/traffic").json
+    body = client.get("/v1/models/digits/traffic").get_json()
     assert (body["champion"], body["challenger"], body["generation"]) == (1, 2, 1)
     assert [each["version"] for each in body["workers"]] == [1]
     for each in body["versions"]:
@@ -243,18 +259,22 @@ class Switchable:
 
     def check(self) -> None: ...
 
-    def classify(self, pixels):
+    def classify(self, pixels: Any) -> Any:
         if self.lost:
             raise DeviceLost("gone")
         return self._classifier.classify(pixels)
 
 
 def test_the_champion_answers_until_a_challenger_whose_device_was_lost_is_loaded_again(
-    models: Path, deploy_canary, metrics: Metrics, settings: Settings, images: list[bytes]
+    models: Path,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    metrics: Metrics,
+    settings: Settings,
+    images: list[bytes],
 ) -> None:
     loaded: list[tuple[int, Switchable]] = []
 
-    def switchable(bundle, deployed):
+    def switchable(bundle: Any, deployed: Any) -> Any:
         served = load(bundle, deployed, metrics)
         loaded.append((deployed.version, Switchable(served.classifier)))
         return replace(served, classifier=loaded[-1][1])
@@ -272,8 +292,10 @@ def test_the_champion_answers_until_a_challenger_whose_device_was_lost_is_loaded
     assert slot.workers()[0].refused is None
 
 
-def test_a_lost_device_does_not_count_as_a_refused_version(models: Path, deploy_canary) -> None:
-    def lost(bundle, deployed):
+def test_a_lost_device_does_not_count_as_a_refused_version(
+    models: Path, deploy_canary: Callable[..., tuple[Bundle, Bundle]]
+) -> None:
+    def lost(bundle: Any, deployed: Any) -> NoReturn:
         raise DeviceLost("the process that owns the GPU is not running")
 
     deploy_canary(share=1.0)
@@ -285,7 +307,10 @@ def test_a_lost_device_does_not_count_as_a_refused_version(models: Path, deploy_
 
 
 def test_the_loop_postpones_requests_for_a_slow_challenger(
-    app: Flask, slot: ModelSlot, deploy_canary, images: list[bytes]
+    app: Flask,
+    slot: ModelSlot,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    images: list[bytes],
 ) -> None:
     """The loop answers all clients: probes and requests to the champion would wait as well."""
     deploy_canary(share=1.0)
@@ -295,25 +320,29 @@ def test_the_loop_postpones_requests_for_a_slow_challenger(
     challenger.batcher._image_ms = 200.0
     environ = create_environ("/v1/classify", method="POST", data=images[0])
     with pytest.raises(Postpone):
-        app.wsgi_app(environ | {IN_LOOP: len(images[0])}, lambda status, headers: None)
+        app.wsgi_app(environ | {IN_LOOP: len(images[0])}, Head())
     one = "/v1/models/digits/versions/1/classify"
     environ = create_environ(one, method="POST", data=images[0])
-    assert app.wsgi_app(environ | {IN_LOOP: len(images[0])}, lambda status, headers: None)
+    assert app.wsgi_app(environ | {IN_LOOP: len(images[0])}, Head())
 
 
 def test_a_postponed_request_is_timed_from_its_arrival(
-    app: Flask, slot: ModelSlot, deploy_canary, images: list[bytes], metrics: Metrics
+    app: Flask,
+    slot: ModelSlot,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    images: list[bytes],
+    metrics: Metrics,
 ) -> None:
     deploy_canary(share=0.0)
     slot.refresh()
 
-    def ask(waited_s: float) -> tuple[str, dict]:
-        statuses: list[str] = []
+    def ask(waited_s: float) -> tuple[str, dict[str, Any]]:
+        head = Head()
         environ = create_environ("/v1/classify", method="POST", data=images[0])
         environ[CALLED] = time.perf_counter() - waited_s
-        parts = app.wsgi_app(environ, lambda status, headers: statuses.append(status))
+        parts = app.wsgi_app(environ, head)
         body = b"".join(parts)
-        return statuses[0], msgspec.json.decode(body)
+        return head.statuses[0], msgspec.json.decode(body)
 
     status, answer = ask(3.0)
     assert status == "200 OK"
@@ -335,7 +364,11 @@ def test_metrics_clear_the_plan_of_a_version_whose_device_was_lost(metrics: Metr
 
 
 def test_a_list_whose_images_fail_with_a_server_error_counts_as_an_error(
-    client: FlaskClient, slot: ModelSlot, deploy_canary, images: list[bytes], monkeypatch
+    client: FlaskClient,
+    slot: ModelSlot,
+    deploy_canary: Callable[..., tuple[Bundle, Bundle]],
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     deploy_canary(share=1.0)
     slot.refresh()
@@ -343,15 +376,15 @@ def test_a_list_whose_images_fail_with_a_server_error_counts_as_an_error(
     assert challenger is not None
     monkeypatch.setattr(challenger.batcher, "wait", lambda queued_image: ArithmeticError("NaN"))
     parts = {"image": [(io.BytesIO(each), "x.png") for each in images[:2]]}
-    answer = client.post("/v1/classify", data=parts).json
+    answer = client.post("/v1/classify", data=parts).get_json()
     assert [each["error"]["status"] for each in answer["results"]] == [500, 500]
-    of_champion, traffic = client.get("/v1/models/digits/traffic").json["versions"]
+    of_champion, traffic = client.get("/v1/models/digits/traffic").get_json()["versions"]
     assert (traffic["version"], traffic["requests"], traffic["errors"]) == (2, 0, 1)
     assert (of_champion["requests"], of_champion["errors"]) == (0, 0)
 
 
 def test_the_shadow_forgets_a_challenger_whose_device_was_lost(
-    models: Path, deploy_canary, few_digits
+    models: Path, deploy_canary: Callable[..., tuple[Bundle, Bundle]], few_digits: Dataset
 ) -> None:
     deploy_canary(shadow=1.0)
     metrics = Metrics()
@@ -369,15 +402,17 @@ def test_the_shadow_forgets_a_challenger_whose_device_was_lost(
     assert metrics.traffic("digits")[0].shadowed == 2
 
 
-def test_a_roll_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path, deploy) -> None:
+def test_a_roll_back_does_not_wait_for_a_plan_that_is_being_chosen(
+    models: Path, deploy: Callable[..., Bundle]
+) -> None:
     deciding, go_on = threading.Event(), threading.Event()
 
-    def undecided(bundle, deployed):
+    def undecided(bundle: Any, deployed: Any) -> Any:
         if deployed.version == 2:
             raise PlanUndecided("no plan was chosen")
         return load(bundle, deployed)
 
-    def decide(bundle) -> None:
+    def decide(bundle: Any) -> None:
         deciding.set()
         go_on.wait(WAIT_TIMEOUT_S)
 
@@ -396,11 +431,11 @@ def test_a_roll_back_does_not_wait_for_a_plan_that_is_being_chosen(models: Path,
 
 
 def test_a_slot_recovers_from_a_lost_device_while_another_version_is_warm(
-    models: Path, deploy, metrics: Metrics
+    models: Path, deploy: Callable[..., Bundle], metrics: Metrics
 ) -> None:
     loaded: list[Switchable] = []
 
-    def switchable(bundle, deployed):
+    def switchable(bundle: Any, deployed: Any) -> Any:
         served = load(bundle, deployed, metrics)
         loaded.append(Switchable(served.classifier))
         return replace(served, classifier=loaded[-1])

@@ -17,7 +17,9 @@ def picture(tmp_path: Path, png: bytes) -> str:
     return str(path)
 
 
-def test_files_are_shown_as_a_table(url: str, picture: str, capsys) -> None:
+def test_files_are_shown_as_a_table(
+    url: str, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["classify", picture, picture, "--url", url, "--top-k", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
@@ -25,7 +27,9 @@ def test_files_are_shown_as_a_table(url: str, picture: str, capsys) -> None:
     assert lines[1].split()[0].endswith("%")
 
 
-def test_with_json_each_file_is_one_json_line(url: str, picture: str, capsys) -> None:
+def test_with_json_each_file_is_one_json_line(
+    url: str, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["classify", picture, "--url", url, "--model", "digits", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["file"] == picture
@@ -33,7 +37,9 @@ def test_with_json_each_file_is_one_json_line(url: str, picture: str, capsys) ->
 
 
 @pytest.mark.parametrize("path", ["", "/", "/convoy", "/convoy/"])
-def test_a_proxy_may_serve_the_service_below_a_path(path: str, picture: str, capsys) -> None:
+def test_a_proxy_may_serve_the_service_below_a_path(
+    path: str, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -59,7 +65,7 @@ def test_a_proxy_may_serve_the_service_below_a_path(path: str, picture: str, cap
     [("::", "http://[::1]:8080"), ("0.0.0.0", "http://127.0.0.1:8080"), ("", "http://127.0.0.1:")],
 )
 def test_the_default_address_is_that_of_this_machines_service(
-    host: str, address: str, capsys, monkeypatch: pytest.MonkeyPatch
+    host: str, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONVOY_HOST", host)
     with pytest.raises(SystemExit):
@@ -68,7 +74,7 @@ def test_the_default_address_is_that_of_this_machines_service(
 
 
 def test_a_file_that_could_not_be_classified_is_named_and_the_status_is_1(
-    url: str, picture: str, tmp_path: Path, capsys
+    url: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.png").write_text("no image")
     files = [str(tmp_path / "text.png"), str(tmp_path / "missing.png"), picture]
@@ -81,7 +87,9 @@ def test_a_file_that_could_not_be_classified_is_named_and_the_status_is_1(
     assert "no model 'unknown'" in capsys.readouterr().err
 
 
-def test_a_service_that_does_not_answer_is_an_error_of_one_line(picture: str, capsys) -> None:
+def test_a_service_that_does_not_answer_is_an_error_of_one_line(
+    picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -92,7 +100,9 @@ def test_a_service_that_does_not_answer_is_an_error_of_one_line(picture: str, ca
         assert "http://HOST:PORT" in capsys.readouterr().err
 
 
-def test_a_port_that_does_not_speak_http_is_an_error_of_one_line(picture: str, capsys) -> None:
+def test_a_port_that_does_not_speak_http_is_an_error_of_one_line(
+    picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -107,7 +117,7 @@ def test_a_port_that_does_not_speak_http_is_an_error_of_one_line(picture: str, c
 
 
 def test_a_port_that_cannot_be_used_is_an_error_before_any_process_starts(
-    capsys, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -123,7 +133,7 @@ def test_a_port_that_cannot_be_used_is_an_error_before_any_process_starts(
 
 
 def test_a_setting_that_is_not_allowed_stops_the_start(
-    capsys, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONVOY_WORKERS", "many")
     assert main(["serve"]) == 2

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from service.server.connection import (
+from service.server.protocol import Limits
+from service.server.sockets.connection import MIN_BYTES_PER_S, Connection, ConnectionState
+from service.server.sockets.request_reader import (
     MAX_HEAD_BYTES,
-    MIN_BYTES_PER_S,
     RECEIVE_BYTES,
-    Connection,
-    ConnectionState,
     HeadTooLong,
-    Limits,
     measure,
 )
 
@@ -56,7 +54,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("service.server.connection.time", made)
+    monkeypatch.setattr("service.server.sockets.connection.time", made)
     return made
 
 
@@ -99,7 +97,7 @@ def test_a_large_body_is_complete_and_ends_before_the_next_request(pair: Pair) -
     assert request is not None
     assert request.body[:] == body
     assert request.open_body().read(len(body)) == body
-    assert pair.served.received_bytes == 0
+    assert pair.served.reader.size == 0
     request = pair.sends(post(b"next")).take()
     assert request is not None
     assert request.body == b"next"
@@ -113,7 +111,7 @@ def test_pipelined_requests_do_not_accumulate_in_the_process(pair: Pair) -> None
             pair.client.send(request * 4000)
         pair.served.receive()
         assert pair.served.take() is not None
-    assert pair.served.received_bytes < 2 * RECEIVE_BYTES
+    assert pair.served.reader.size < 2 * RECEIVE_BYTES
 
 
 def test_a_request_may_take_ten_seconds_and_more_for_the_bytes_it_sends(
@@ -140,7 +138,7 @@ def test_an_announced_length_does_not_extend_the_deadline(pair: Pair, clock: Clo
 def test_a_fast_start_does_not_allow_a_longer_pause(pair: Pair, clock: Clock) -> None:
     pair.served.limits = Limits()
     pair.sends(b"POST / HTTP/1.1\r\nContent-Length: 67000000\r\n\r\n" + bytes(50_000))
-    pair.served.received += bytes(40_000_000)  # more than a socket pair holds
+    pair.served.reader.received += bytes(40_000_000)  # more than a socket pair holds
     pair.served.take()
     assert pair.served.deadline == clock.now + 10
 
@@ -197,8 +195,8 @@ def test_a_client_that_expects_100_continue_is_reported_once(pair: Pair) -> None
     data = post(b"hello", "Expect: 100-Continue\r\n")
     pair.sends(data[:-5])
     assert pair.served.take() is None
-    assert pair.served.expects()
-    assert not pair.served.expects()
+    assert pair.served.reader.expects()
+    assert not pair.served.reader.expects()
     request = pair.sends(data[-5:]).take()
     assert request is not None
     assert request.body == b"hello"
@@ -206,7 +204,7 @@ def test_a_client_that_expects_100_continue_is_reported_once(pair: Pair) -> None
     request = pair.sends(data).take()
     assert request is not None
     assert b"Expect" not in request.head
-    assert not pair.served.expects()
+    assert not pair.served.reader.expects()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +255,7 @@ def test_bytes_that_arrive_after_the_last_answer_are_discarded(pair: Pair, clock
     pair.sends(b"POST /")
     pair.served.linger()
     pair.sends(b"x" * 1000)
-    assert not pair.served.received
+    assert not pair.served.reader.received
     assert pair.client.recv(1) == b""
     assert pair.served.deadline == clock.now + 2
 

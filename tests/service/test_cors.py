@@ -1,6 +1,7 @@
 """Pages of which other origins may send requests; by default, none may."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
@@ -25,7 +26,7 @@ def open_client(slot: ModelSlot, deploy: Callable[..., Bundle]) -> FlaskClient:
     return create_app(settings, {"digits": slot}, Metrics()).test_client()
 
 
-def cors_headers(headers) -> set[str]:
+def cors_headers(headers: Any) -> set[str]:
     return {name for name, _ in headers if name.startswith("Access-Control-")}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from service.loading.model_slot import ModelSlot
 from tests.conftest import WAIT_TIMEOUT_S
 from tests.service.conftest import REF
 
@@ -31,7 +32,7 @@ def test_every_command_on_the_page_has_an_answer() -> None:
 
 @pytest.mark.parametrize(("command", "answer"), EXAMPLES)
 def test_an_example_answers_as_the_page_says(
-    url: str, slot, png: bytes, tmp_path: Path, command: str, answer: str
+    url: str, slot: ModelSlot, png: bytes, tmp_path: Path, command: str, answer: str
 ) -> None:
     from registry.delivery.deployment import write_status
 

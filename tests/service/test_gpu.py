@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Listener, Pipe
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_scores_are_those_of_the_same_plan_in_the_worker(
-    own, make_bundle: MakeBundle, few_digits: Dataset
+    own: Callable[..., Owner], make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     bundle = make_bundle()
     remote = own().client.load(bundle)
@@ -86,12 +87,12 @@ def test_the_scores_are_those_of_the_same_plan_in_the_worker(
     for size in (1, 8, 20):  # the last in several batches
         pixels = few_digits.test.pixels[:size]
         scores = remote.classify(pixels)
-        assert (scores.dtype, scores.shape) == (np.float32, (size, 10))
+        assert (scores.dtype, scores.shape) == (np.dtype(np.float32), (size, 10))
         np.testing.assert_allclose(scores, expected.classify(pixels), atol=1e-6)
 
 
 def test_a_version_is_loaded_once_for_all_workers_and_freed_by_the_last(
-    own, make_bundle: MakeBundle
+    own: Callable[..., Owner], make_bundle: MakeBundle
 ) -> None:
     owner, bundle = own(), make_bundle()
     workers = [owner.client.load(bundle), owner.client.load(bundle)]
@@ -104,7 +105,9 @@ def test_a_version_is_loaded_once_for_all_workers_and_freed_by_the_last(
     assert owner.planner.loads == 2
 
 
-def test_the_watch_for_hangs_does_not_keep_a_version_alive(own, make_bundle: MakeBundle) -> None:
+def test_the_watch_for_hangs_does_not_keep_a_version_alive(
+    own: Callable[..., Owner], make_bundle: MakeBundle
+) -> None:
     owner = own()
     remote = owner.client.load(make_bundle())
     owner.server._end_if_hung()
@@ -114,7 +117,10 @@ def test_the_watch_for_hangs_does_not_keep_a_version_alive(own, make_bundle: Mak
 
 
 def test_a_load_that_hangs_ends_the_owner(
-    own, make_bundle: MakeBundle, exits: list[int], monkeypatch: pytest.MonkeyPatch
+    own: Callable[..., Owner],
+    make_bundle: MakeBundle,
+    exits: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     owner, bundle, go_on = own(), make_bundle(), Event()
     monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(WAIT_TIMEOUT_S))
@@ -122,19 +128,24 @@ def test_a_load_that_hangs_ends_the_owner(
         monkeypatch.setattr(module, "LOAD_S", 0.05)
     with pytest.raises(DeviceLost):
         owner.client.load(bundle)
-    wait_for(lambda: (owner.server._end_if_hung(), exits)[1] != [])
+
+    def has_ended() -> bool:
+        owner.server._end_if_hung()
+        return exits != []
+
+    wait_for(has_ended)
     assert set(exits) == {gpu_process.DEVICE_LOST}
     go_on.set()
 
 
 def test_images_of_several_workers_share_a_batch(
-    own, make_bundle: MakeBundle, few_digits: Dataset
+    own: Callable[..., Owner], make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     sizes: list[int] = []
     busy, go_on = Event(), Event()
 
     def slow(run: PredictFn) -> PredictFn:
-        def classify(pixels):
+        def classify(pixels: Any) -> Any:
             sizes.append(len(pixels))
             busy.set()
             assert go_on.wait(WAIT_TIMEOUT_S)
@@ -161,7 +172,10 @@ def test_images_of_several_workers_share_a_batch(
 
 
 def test_errors_reach_the_worker_with_their_class_and_text(
-    own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    own: Callable[..., Owner],
+    make_bundle: MakeBundle,
+    few_digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     owner, bundle = own(), make_bundle()
 
@@ -182,10 +196,10 @@ def test_errors_reach_the_worker_with_their_class_and_text(
 
 
 def test_a_bad_image_fails_alone_and_the_connection_lives_on(
-    own, make_bundle: MakeBundle, few_digits: Dataset
+    own: Callable[..., Owner], make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     def picky(run: PredictFn) -> PredictFn:
-        def classify(pixels):
+        def classify(pixels: Any) -> Any:
             if not pixels.any(axis=(1, 2, 3)).all():
                 raise ValueError("a black image")
             return run(pixels)
@@ -203,7 +217,7 @@ def test_a_bad_image_fails_alone_and_the_connection_lives_on(
     assert not remote.lost
 
 
-def test_the_owner_chooses_plans(own, make_bundle: MakeBundle) -> None:
+def test_the_owner_chooses_plans(own: Callable[..., Owner], make_bundle: MakeBundle) -> None:
     owner, bundle = own(), make_bundle()
     owner.client.choose(bundle)
     assert owner.planner.chosen == [bundle.manifest_sha256]
@@ -211,7 +225,7 @@ def test_the_owner_chooses_plans(own, make_bundle: MakeBundle) -> None:
 
 
 def test_without_a_gpu_workers_choose_and_load_plans_themselves(
-    own, make_bundle: MakeBundle
+    own: Callable[..., Owner], make_bundle: MakeBundle
 ) -> None:
     owner, bundle = own(device="cpu"), make_bundle()
     owner.client.choose(bundle)
@@ -220,14 +234,19 @@ def test_without_a_gpu_workers_choose_and_load_plans_themselves(
     assert (owner.on_cpu.chosen, owner.on_cpu.loads) == ([bundle.manifest_sha256], 1)
 
 
-def test_an_owner_that_is_not_running_is_a_lost_device(tmp_path: Path, make_bundle) -> None:
+def test_an_owner_that_is_not_running_is_a_lost_device(
+    tmp_path: Path, make_bundle: MakeBundle
+) -> None:
     client = GpuPlanner(tmp_path / "unknown", StandInPlanner())
     with pytest.raises(DeviceLost, match="is not running"):
         client.load(make_bundle())
 
 
 def test_an_owner_that_hangs_is_a_lost_device(
-    own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    own: Callable[..., Owner],
+    make_bundle: MakeBundle,
+    few_digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     go_on = Event()
     remote = own(lambda run: lambda pixels: go_on.wait(WAIT_TIMEOUT_S) and run(pixels)).client.load(
@@ -255,7 +274,10 @@ def test_an_owner_that_does_not_read_is_a_lost_device(
 
 
 def test_a_forward_pass_that_hangs_ends_the_owner(
-    own, make_bundle: MakeBundle, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    own: Callable[..., Owner],
+    make_bundle: MakeBundle,
+    few_digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ended, go_on = Event(), Event()
 
@@ -276,7 +298,7 @@ def test_a_forward_pass_that_hangs_ends_the_owner(
 
 
 def test_the_owner_refuses_no_image_of_many_workers(
-    own, make_bundle: MakeBundle, few_digits: Dataset
+    own: Callable[..., Owner], make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     owner, bundle = own(), make_bundle()
     failures: list[Exception] = []
@@ -303,13 +325,13 @@ def test_the_owner_refuses_no_image_because_the_device_is_slow(
     planner = Planner(Path("unused"), "cpu", None, EAGER)
     loaded = GpuModel(planner.load(make_bundle()), 32, 50.0)
     loaded.batcher._image_ms = 60_000.0
-    pixels = np.stack(few_digits.test.pixels[:3])
+    pixels = few_digits.test.pixels[:3]
     assert len(_answer(loaded, pixels)) > 3 * 10 * 4
     assert len(_answer(loaded, pixels)) > 3 * 10 * 4
 
 
 def test_an_owner_that_loads_for_too_long_is_a_lost_device(
-    own, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+    own: Callable[..., Owner], make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, go_on = own(), Event()
     monkeypatch.setattr(owner.planner, "load", lambda bundle: go_on.wait(WAIT_TIMEOUT_S))
@@ -319,7 +341,9 @@ def test_an_owner_that_loads_for_too_long_is_a_lost_device(
     go_on.set()
 
 
-def test_a_malformed_message_ends_only_its_own_connection(own, make_bundle: MakeBundle) -> None:
+def test_a_malformed_message_ends_only_its_own_connection(
+    own: Callable[..., Owner], make_bundle: MakeBundle
+) -> None:
     owner = own()
     with Client(str(owner.client._address), "AF_UNIX") as stranger:
         stranger.send_bytes(b"{")
@@ -329,8 +353,8 @@ def test_a_malformed_message_ends_only_its_own_connection(own, make_bundle: Make
 
 
 def test_a_lost_device_ends_the_owner_and_the_model_is_not_ready_until_another_runs(
-    own,
-    deploy,
+    own: Callable[..., Owner],
+    deploy: Callable[..., Bundle],
     models: Path,
     png: bytes,
     exits: list[int],
@@ -340,7 +364,7 @@ def test_a_lost_device_ends_the_owner_and_the_model_is_not_ready_until_another_r
     lose = Event()
 
     def losable(run: PredictFn) -> PredictFn:
-        def classify(pixels):
+        def classify(pixels: Any) -> Any:
             if lose.is_set():
                 raise DeviceLost("CUDA error: an illegal memory access was encountered")
             return run(pixels)
@@ -349,7 +373,7 @@ def test_a_lost_device_ends_the_owner_and_the_model_is_not_ready_until_another_r
 
     owner, metrics = own(losable), Metrics()
 
-    def load(bundle, deployed):
+    def load(bundle: Any, deployed: Any) -> Any:
         return load_served(
             bundle,
             deployed,
@@ -367,7 +391,7 @@ def test_a_lost_device_ends_the_owner_and_the_model_is_not_ready_until_another_r
     assert slot.refresh()
     client = create_app(SETTINGS, {"digits": slot}, metrics).test_client()
     assert client.post("/v1/classify", data=png).status_code == 200
-    assert client.get("/readyz").json["models"][0]["device"] == DEVICE
+    assert client.get("/readyz").get_json()["models"][0]["device"] == DEVICE
 
     lose.set()
     refused = client.post("/v1/classify", data=png)
@@ -384,7 +408,7 @@ def test_a_lost_device_ends_the_owner_and_the_model_is_not_ready_until_another_r
     owner.client._address = own(device="cpu").client._address  # the next owner finds no GPU
     assert slot.refresh()
     assert client.post("/v1/classify", data=png).status_code == 200
-    (ready,) = client.get("/readyz").json["models"]
+    (ready,) = client.get("/readyz").get_json()["models"]
     assert (ready["version"], ready["error"]) == (1, None)
     errors = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
     assert [text.partition(":")[0] for text in errors] == ["the GPU was lost", "digits"]

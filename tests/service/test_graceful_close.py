@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from service.server.graceful_close import reject_new_connections
+from service.server.sockets.graceful_close import reject_new_connections
 from tests.conftest import WAIT_TIMEOUT_S
 
 

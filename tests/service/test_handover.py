@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.server.handover import NEVER, SILENT_S, Handover, forget_worker
+from service.server.sockets.handover import NEVER, SILENT_S, Handover, forget_worker
 
 
 @pytest.fixture

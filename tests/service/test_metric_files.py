@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -16,7 +17,8 @@ from service.observability.metrics import Metrics
 
 def write(folder: Path, kind: str, pid: int, name: str, value: float) -> None:
     """Write one metric as the worker with that process id would."""
-    file = MmapedDict(str(folder / f"{kind}_{pid}.db"))
+    # Prometheus' client has no types for this class.
+    file: Any = MmapedDict(str(folder / f"{kind}_{pid}.db"))  # type: ignore[no-untyped-call]
     label = {"histogram": ["le"]}.get(kind, [])
     sample = {"counter": f"{name}_total", "histogram": f"{name}_bucket"}.get(
         kind.split("_")[0], name

@@ -1,20 +1,24 @@
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 from registry.core.errors import BundleInvalid, ModelNotReady, PlanUndecided
 from registry.delivery.deployment import deployment_file, version_folder
-from registry.model.bundle import WEIGHTS
+from registry.model.bundle import WEIGHTS, Bundle
 from registry.model.refs import ModelRef
+from service.inference.batcher import Prediction
 from service.inference.loaded_model import ServedModel
 from service.loading import deployment_watcher, version_loader
 from service.loading.model_slot import ModelSlot
 from tests.conftest import wait_for
 from tests.service.conftest import REF, load
+from training.data.sources import Dataset
 
 
 def test_without_a_deployment_a_model_is_not_ready_and_the_error_says_what_to_run(
@@ -25,7 +29,7 @@ def test_without_a_deployment_a_model_is_not_ready_and_the_error_says_what_to_ru
         slot.require()
 
 
-def test_a_deployment_is_loaded_once(slot: ModelSlot, deploy) -> None:
+def test_a_deployment_is_loaded_once(slot: ModelSlot, deploy: Callable[..., Bundle]) -> None:
     deploy(1)
     assert slot.refresh()
     served = slot.require().champion
@@ -35,7 +39,7 @@ def test_a_deployment_is_loaded_once(slot: ModelSlot, deploy) -> None:
 
 
 def test_a_new_deployment_takes_over_and_the_old_object_still_answers(
-    slot: ModelSlot, deploy, few_digits
+    slot: ModelSlot, deploy: Callable[..., Bundle], few_digits: Dataset
 ) -> None:
     deploy(1, seed=0)
     slot.refresh()
@@ -48,11 +52,16 @@ def test_a_new_deployment_takes_over_and_the_old_object_still_answers(
         each.batcher.wait(each.batcher.put([image], 5)[0])
         for each in (old, slot.require().champion)
     ]
-    assert not np.allclose(answers[0].row, answers[1].row)
+    before, after = (each.row for each in answers if isinstance(each, Prediction))
+    assert not np.allclose(before, after)
 
 
 def test_a_broken_version_is_logged_once_and_the_old_one_keeps_serving(
-    slot: ModelSlot, deploy, models: Path, caplog, monkeypatch: pytest.MonkeyPatch
+    slot: ModelSlot,
+    deploy: Callable[..., Bundle],
+    models: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     deploy(1)
     slot.refresh()
@@ -73,7 +82,9 @@ def test_a_broken_version_is_logged_once_and_the_old_one_keeps_serving(
     assert (slot.require().champion.version, slot.error) == (2, None)
 
 
-def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, deploy, models: Path) -> None:
+def test_a_failed_load_is_not_tried_again_at_once(
+    slot: ModelSlot, deploy: Callable[..., Bundle], models: Path
+) -> None:
     deploy(1)
     weights = version_folder(models, "digits", 1) / WEIGHTS
     good = weights.read_bytes()
@@ -84,7 +95,7 @@ def test_a_failed_load_is_not_tried_again_at_once(slot: ModelSlot, deploy, model
 
 
 def test_a_slot_follows_a_deployment_file_that_was_lost_and_came_back(
-    slot: ModelSlot, deploy, models: Path
+    slot: ModelSlot, deploy: Callable[..., Bundle], models: Path
 ) -> None:
     deploy(1)
     slot.refresh()
@@ -101,17 +112,19 @@ def test_a_slot_follows_a_deployment_file_that_was_lost_and_came_back(
     assert slot.require().champion.version == 2
 
 
-def test_a_request_loads_the_deployment_if_nothing_is_loaded_yet(slot: ModelSlot, deploy) -> None:
+def test_a_request_loads_the_deployment_if_nothing_is_loaded_yet(
+    slot: ModelSlot, deploy: Callable[..., Bundle]
+) -> None:
     with pytest.raises(ModelNotReady):
         slot.require()
     deploy(1)
     assert slot.require().champion.version == 1
 
 
-def test_many_first_requests_load_only_once(models: Path, deploy) -> None:
+def test_many_first_requests_load_only_once(models: Path, deploy: Callable[..., Bundle]) -> None:
     loads = []
 
-    def counted(bundle, deployed):
+    def counted(bundle: Any, deployed: Any) -> Any:
         loads.append(deployed.version)
         return load(bundle, deployed)
 
@@ -126,7 +139,7 @@ def test_many_first_requests_load_only_once(models: Path, deploy) -> None:
 
 
 def test_a_slot_follows_the_deployment_of_its_own_reference(
-    slot: ModelSlot, models: Path, deploy
+    slot: ModelSlot, models: Path, deploy: Callable[..., Bundle]
 ) -> None:
     deploy(2)
     pinned = ModelSlot(ModelRef("digits", version=1), models, load)
@@ -135,10 +148,13 @@ def test_a_slot_follows_the_deployment_of_its_own_reference(
     deploy(1, alias=None)
     assert pinned.refresh()
     assert slot.refresh()
-    assert (pinned.current.version, slot.current.version) == (1, 2)
+    current = [each.current.version if each.current else None for each in (pinned, slot)]
+    assert current == [1, 2]
 
 
-def test_a_deployment_file_with_another_version_is_refused(models: Path, deploy) -> None:
+def test_a_deployment_file_with_another_version_is_refused(
+    models: Path, deploy: Callable[..., Bundle]
+) -> None:
     deploy(1)
     pinned = ModelRef("digits", version=7)
     deployment_file(models, REF).rename(deployment_file(models, pinned))
@@ -148,7 +164,7 @@ def test_a_deployment_file_with_another_version_is_refused(models: Path, deploy)
 
 
 def test_a_damaged_deployment_file_does_not_stop_the_watcher(
-    slot: ModelSlot, deploy, models: Path, monkeypatch: pytest.MonkeyPatch
+    slot: ModelSlot, deploy: Callable[..., Bundle], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployment_watcher, "POLL_S", 0.005)
     monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
@@ -163,11 +179,13 @@ def test_a_damaged_deployment_file_does_not_stop_the_watcher(
     wait_for(lambda: set(threading.enumerate()) <= others)
 
 
-def test_on_switch_is_called_for_switches_and_failures(models: Path, deploy) -> None:
+def test_on_switch_is_called_for_switches_and_failures(
+    models: Path, deploy: Callable[..., Bundle]
+) -> None:
     events: list[tuple[int | None, int | None]] = []
 
     def note(name: str, before: ServedModel | None, after: ServedModel | None) -> None:
-        events.append((before and before.version, after and after.version))
+        events.append((before.version if before else None, after.version if after else None))
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, load, on_switch=note)
     slot.refresh()  # nothing is deployed: no version failed
@@ -179,17 +197,17 @@ def test_on_switch_is_called_for_switches_and_failures(models: Path, deploy) -> 
 
 
 def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_serves(
-    models: Path, deploy, slot: ModelSlot
+    models: Path, deploy: Callable[..., Bundle], slot: ModelSlot
 ) -> None:
     deploy(1)
     chosen: list[int] = []
 
-    def undecided(bundle, deployed):
+    def undecided(bundle: Any, deployed: Any) -> Any:
         if deployed.version not in chosen:
             raise PlanUndecided("no plan was chosen on this machine yet")
         return load(bundle, deployed)
 
-    def decide(bundle) -> None:
+    def decide(bundle: Any) -> None:
         serving = careful.current
         assert (serving.version if serving else None) == (chosen[-1] if chosen else None)
         chosen.append(1 if not chosen else 2)
@@ -205,20 +223,20 @@ def test_a_plan_is_chosen_before_a_version_is_loaded_and_meanwhile_the_old_one_s
 
 
 def test_no_version_is_refused_if_both_versions_of_a_canary_are_new(
-    models: Path, deploy_canary
+    models: Path, deploy_canary: Callable[..., tuple[Bundle, Bundle]]
 ) -> None:
     """Both plans have to be chosen, one after the other: the challenger is not at fault."""
     deploy_canary(share=0.5)
     chosen: set[int] = set()
     read: list[int] = []
 
-    def undecided(bundle, deployed):
+    def undecided(bundle: Any, deployed: Any) -> Any:
         read.append(deployed.version)
         if deployed.version not in chosen:
             raise PlanUndecided("no plan was chosen on this machine yet")
         return load(bundle, deployed)
 
-    def decide(bundle) -> None:
+    def decide(bundle: Any) -> None:
         number = int(bundle.folder.name)
         before = list(read)
         for _ in range(5):  # polls meanwhile must not read the bundles again
@@ -238,12 +256,12 @@ def test_no_version_is_refused_if_both_versions_of_a_canary_are_new(
 
 
 def test_a_plan_that_cannot_be_loaded_is_chosen_again_only_after_a_pause(
-    models: Path, deploy, clock: SimpleNamespace
+    models: Path, deploy: Callable[..., Bundle], clock: SimpleNamespace
 ) -> None:
     deploy(1)
-    decided = []
+    decided: list[Bundle] = []
 
-    def never(bundle, deployed):
+    def never(bundle: Any, deployed: Any) -> NoReturn:
         raise PlanUndecided("the chosen plan is damaged")
 
     slot = ModelSlot(ModelRef("digits", alias="champion"), models, never, decided.append)
@@ -256,15 +274,18 @@ def test_a_plan_that_cannot_be_loaded_is_chosen_again_only_after_a_pause(
 
 
 def test_a_version_that_no_plan_can_serve_is_tried_again_after_growing_pauses(
-    models: Path, deploy, caplog, clock: SimpleNamespace
+    models: Path,
+    deploy: Callable[..., Bundle],
+    caplog: pytest.LogCaptureFixture,
+    clock: SimpleNamespace,
 ) -> None:
     deploy(1)
     tried = []
 
-    def never(bundle, deployed):
+    def never(bundle: Any, deployed: Any) -> NoReturn:
         raise PlanUndecided("nothing was chosen")
 
-    def refuse(bundle) -> None:
+    def refuse(bundle: Any) -> None:
         tried.append(clock.now)
         raise BundleInvalid("no plan can serve it")
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from urllib.parse import urljoin
 
 import pytest
@@ -10,18 +11,19 @@ from flask.testing import FlaskClient
 
 from registry.delivery import deployment
 from registry.delivery.deployment import write_status
+from registry.model.bundle import Bundle
 from service.loading.model_slot import ModelSlot
 from tests.service.conftest import REF
 
 
 def test_models_are_listed_before_and_after_loading(
-    client: FlaskClient, slot: ModelSlot, deploy
+    client: FlaskClient, slot: ModelSlot, deploy: Callable[..., Bundle]
 ) -> None:
-    (before,) = client.get("/v1/models").json["models"]
+    (before,) = client.get("/v1/models").get_json()["models"]
     assert (before["ready"], before["version"], before["device"]) == (False, None, None)
     deploy(1)
     slot.refresh()
-    (after,) = client.get("/v1/models").json["models"]
+    (after,) = client.get("/v1/models").get_json()["models"]
     assert (after["ready"], after["version"], after["device"]) == (True, 1, "cpu")
     assert after["wanted"] == "models:/digits@champion"
 
@@ -29,7 +31,7 @@ def test_models_are_listed_before_and_after_loading(
 @pytest.mark.parametrize("path", ["", "/versions/1", "/aliases/champion"])
 def test_the_description_of_a_model_is_complete(ready: FlaskClient, path: str) -> None:
     response = ready.get(f"/v1/models/digits{path}")
-    body = response.json
+    body = response.get_json()
     assert body["labels"] == list("0123456789")
     assert body["preprocess"]["width_px"] == 8
     assert body["network"]["name"] == "dense"
@@ -50,24 +52,24 @@ def test_models_and_versions_that_are_not_served_are_404(ready: FlaskClient, pat
 
 
 def test_readiness_depends_on_loading_and_liveness_does_not(
-    client: FlaskClient, slot: ModelSlot, deploy
+    client: FlaskClient, slot: ModelSlot, deploy: Callable[..., Bundle]
 ) -> None:
     assert client.get("/livez").status_code == 200
     for path in ("/readyz", "/healthz"):
         response = client.get(path)
-        assert (response.status_code, response.json["ready"]) == (503, False)
+        assert (response.status_code, response.get_json()["ready"]) == (503, False)
     deploy(1)
     slot.refresh()
     for path in ("/readyz", "/healthz"):
         response = client.get(path)
-        assert (response.status_code, response.json["ready"]) == (200, True)
+        assert (response.status_code, response.get_json()["ready"]) == (200, True)
 
 
 def test_readiness_says_how_stale_the_registry_is(ready: FlaskClient, slot: ModelSlot) -> None:
-    assert ready.get("/readyz").json["models"][0]["registry_age_s"] is None
+    assert ready.get("/readyz").get_json()["models"][0]["registry_age_s"] is None
     write_status(slot._models_folder, REF, None)
     write_status(slot._models_folder, REF, "the registry is down")
-    (model,) = ready.get("/readyz").json["models"]
+    (model,) = ready.get("/readyz").get_json()["models"]
     assert 0 <= model["registry_age_s"] < 60
     assert model["registry_error"] == "the registry is down"
     assert "convoy_last_sync_timestamp_seconds{" in ready.get("/metrics").text
@@ -111,7 +113,7 @@ def test_clients_cannot_add_time_series(ready: FlaskClient, png: bytes) -> None:
 def test_the_openapi_document_has_every_route_and_no_other(app: Flask, client: FlaskClient) -> None:
     described = {
         (method.upper(), path)
-        for path, methods in client.get("/openapi.json").json["paths"].items()
+        for path, methods in client.get("/openapi.json").get_json()["paths"].items()
         for method in methods
     }
     pages = {"/", "/docs", "/openapi.json", "/static/<path:filename>"}
@@ -137,7 +139,7 @@ def test_the_openapi_document_has_every_route_and_no_other(app: Flask, client: F
 
 def test_every_reference_of_the_openapi_document_resolves(client: FlaskClient) -> None:
     text = client.get("/openapi.json").text
-    described = client.get("/openapi.json").json
+    described = client.get("/openapi.json").get_json()
     references = set(re.findall(r'"\$ref":"#/components/schemas/(\w+)"', text))
     assert references
     assert references <= set(described["components"]["schemas"])
@@ -146,7 +148,7 @@ def test_every_reference_of_the_openapi_document_resolves(client: FlaskClient) -
 def test_the_docs_show_every_path(client: FlaskClient) -> None:
     page = client.get("/docs")
     assert page.content_type.startswith("text/html")
-    paths = client.get("/openapi.json").json["paths"]
+    paths = client.get("/openapi.json").get_json()["paths"]
     assert all(path in page.text for path in paths)
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
 
@@ -154,7 +156,7 @@ def test_the_docs_show_every_path(client: FlaskClient) -> None:
 def test_the_page_loads_only_its_own_files(client: FlaskClient) -> None:
     with client.get("/") as page:
         assert "script-src 'self'" in page.headers["Content-Security-Policy"]
-        text = page.text
+        text = page.get_data(as_text=True)
     assert "<style" not in text
     files = re.findall(r'(?:src|href)="(static/[^"]+)"', text)
     assert len(files) == 2
@@ -169,7 +171,7 @@ def test_the_addresses_in_pages_stay_below_the_path_of_a_proxy(
 ) -> None:
     """The proxy serves the pages at https://host/convoy/…, and sends requests without /convoy."""
     with client.get(path) as page:
-        addresses = re.findall(r"""(?:src|href)=["']?([^"'> ]+)""", page.text)
+        addresses = re.findall(r"""(?:src|href)=["']?([^"'> ]+)""", page.get_data(as_text=True))
     fetched = [each for each in addresses if not each.startswith("data:")]
     assert len(fetched) >= 2
     for address in fetched:
@@ -178,7 +180,8 @@ def test_the_addresses_in_pages_stay_below_the_path_of_a_proxy(
         with client.get(below.removeprefix("https://host/convoy")) as answer:
             assert answer.status_code in (200, 503)
     with client.get("/static/page.js") as script:
-        assert re.findall(r'ask\("([^"]+)"', script.text) == ["v1/models", "v1/classify"]
+        text = script.get_data(as_text=True)
+    assert re.findall(r'ask\("([^"]+)"', text) == ["v1/models", "v1/classify"]
 
 
 def test_a_slash_at_the_end_is_the_same_route(ready: FlaskClient, png: bytes) -> None:
@@ -195,7 +198,7 @@ def test_registry_age_counts_from_the_last_agreement(
     write_status(slot._models_folder, REF, None)
     now = deployment.boot_s()
     monkeypatch.setattr(deployment, "boot_s", lambda: now + 100)
-    (model,) = ready.get("/readyz").json["models"]
+    (model,) = ready.get("/readyz").get_json()["models"]
     assert 99 <= model["registry_age_s"] <= 101
     assert model["stale"]
 
@@ -207,6 +210,6 @@ def test_a_clock_that_is_set_does_not_make_the_registry_stale(
     write_status(slot._models_folder, REF, None)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + jump_s)
-    (model,) = ready.get("/readyz").json["models"]
+    (model,) = ready.get("/readyz").get_json()["models"]
     assert model["registry_age_s"] < 60
     assert not model["stale"]

@@ -1,5 +1,6 @@
 """The service's pages at ``/`` and ``/docs``, in a real Chromium."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from playwright.sync_api import Browser
 
 from service.http.openapi import OPERATIONS, Operation
 from service.protocols.torchserve import TorchServe
 from service.protocols.v1 import V1
 from tests.browsing import assert_readable
-from tests.conftest import wait_for
+from tests.conftest import NewPage, wait_for
 
 PHONE = {"width": 390, "height": 844}
 DESCRIBED = [*V1.operations, *TorchServe.operations, *OPERATIONS]
@@ -31,7 +33,7 @@ def test_the_docs_show_a_command_an_answer_and_a_form_for_each_operation(
     client: FlaskClient,
 ) -> None:
     page = client.get("/docs").text
-    paths = client.get("/openapi.json").json["paths"]
+    paths = client.get("/openapi.json").get_json()["paths"]
     operations = [(method, path) for path, methods in paths.items() for method in methods]
     assert len(operations) == len(DESCRIBED)
     for method, path in operations:
@@ -40,7 +42,7 @@ def test_the_docs_show_a_command_an_answer_and_a_form_for_each_operation(
     url = "http://127.0.0.1:8080/v1/models/fashion/versions/1/classify?top_k=2"
     assert f"curl -s --data-binary @picture.png &#39;{url}&#39;" in page
     assert "Ankle boot" in page
-    for name in client.get("/openapi.json").json["components"]["schemas"]:
+    for name in client.get("/openapi.json").get_json()["components"]["schemas"]:
         assert f'id="schema-{name}"' in page
 
 
@@ -57,7 +59,7 @@ def try_operation(page: Any, method: str, path: str, *pictures: Path) -> Any:
 
 @pytest.mark.browser
 def test_the_docs_send_requests_and_show_their_answers(
-    new_page, url: str, png: bytes, tmp_path: Path
+    new_page: NewPage, url: str, png: bytes, tmp_path: Path
 ) -> None:
     page, faults = new_page(viewport=PHONE)
     page.goto(f"{url}/docs")
@@ -84,7 +86,7 @@ def test_the_docs_send_requests_and_show_their_answers(
 
 
 @pytest.mark.browser
-def test_the_docs_keep_a_token_in_memory_only(new_page, url: str, app: Flask) -> None:
+def test_the_docs_keep_a_token_in_memory_only(new_page: NewPage, url: str, app: Flask) -> None:
     page, faults = new_page()
     sent: list[str | None] = []
     page.on("request", lambda each: sent.append(each.headers.get("authorization")))
@@ -101,7 +103,7 @@ def test_the_docs_keep_a_token_in_memory_only(new_page, url: str, app: Flask) ->
 
 @pytest.mark.browser
 def test_the_page_classifies_several_files_and_names_the_one_that_is_not_a_picture(
-    new_page, url: str, png: bytes, tmp_path: Path
+    new_page: NewPage, url: str, png: bytes, tmp_path: Path
 ) -> None:
     page, faults = new_page(viewport=PHONE)
     page.goto(url)
@@ -131,7 +133,7 @@ def test_the_page_classifies_several_files_and_names_the_one_that_is_not_a_pictu
 
 @pytest.mark.browser
 def test_the_page_sends_at_most_four_pictures_at_a_time(
-    new_page, url: str, png: bytes, tmp_path: Path
+    new_page: NewPage, url: str, png: bytes, tmp_path: Path
 ) -> None:
     page, _ = new_page()
     held: list[Any] = []
@@ -140,8 +142,12 @@ def test_the_page_sends_at_most_four_pictures_at_a_time(
     (tmp_path / "digit.png").write_bytes(png)
     page.set_input_files("#file", [str(tmp_path / "digit.png")] * 7)
     wait_for(lambda: page.locator(".waiting").count() == 7)
+
+    def more_are_sent_than(answered: int) -> bool:
+        return page.locator(".waiting").count() > 0 and len(held) > answered
+
     for answered in range(7):
-        wait_for(lambda sent=answered: page.locator(".waiting").count() and len(held) > sent)
+        wait_for(partial(more_are_sent_than, answered))
         assert len(held) - answered <= 4
         held[answered].continue_()
         page.wait_for_selector(f"#status >> text={answered + 1} of 7 answered")
@@ -149,7 +155,7 @@ def test_the_page_sends_at_most_four_pictures_at_a_time(
 
 
 @pytest.mark.browser
-def test_the_docs_are_readable_without_javascript(browser, url: str) -> None:
+def test_the_docs_are_readable_without_javascript(browser: Browser, url: str) -> None:
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(f"{url}/docs")
     assert "curl -s" in page.locator(".curl").first.inner_text()
@@ -158,7 +164,7 @@ def test_the_docs_are_readable_without_javascript(browser, url: str) -> None:
 
 @pytest.mark.browser
 def test_no_page_scrolls_sideways_on_a_phone_or_is_hard_to_read(
-    new_page, url: str, png: bytes, tmp_path: Path
+    new_page: NewPage, url: str, png: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / ("a_long_name" * 12 + ".png")).write_bytes(png)
     (tmp_path / "notes.png").write_text("no picture")

@@ -93,9 +93,9 @@ def test_a_flood_of_addresses_does_not_get_an_honest_caller_refused(attackers: s
 def test_a_request_refused_for_its_site_does_not_count_for_its_network(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    now_ns = 10**12
     clock = SimpleNamespace(monotonic_ns=lambda: now_ns)
     monkeypatch.setattr("service.access.rate_limit.time", clock)
-    now_ns = 10**12
     limiter = RateLimiter(rate=1, burst=1)
     for network in range(SITE_CALLERS):
         assert limiter.take(f"2001:db8:0:{network + 1:x}::1") == 0

@@ -27,7 +27,7 @@ def test_what_is_no_address_is_said_at_once(text: str) -> None:
         service_addresses({"CONVOY_SERVICE_URL": text})
 
 
-def found(*hosts: str) -> list[tuple]:
+def found(*hosts: str) -> list[tuple[int, int, int, str, tuple[str, int]]]:
     return [
         (socket.AF_INET6 if ":" in host else socket.AF_INET, 1, 6, "", (host, 8080))
         for host in hosts

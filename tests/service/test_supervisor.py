@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from registry.core.errors import UsageError
 from service import supervisor
+from service.settings import MAX_PARENT_BYTES
 from service.supervisor import SupervisedProcess
 from tests.conftest import wait_for
 
@@ -45,7 +47,7 @@ def test_a_process_that_cannot_be_started_is_tried_again_and_raises_no_error(
     failures = iter([OSError(11, "Resource temporarily unavailable")])
     start = supervisor._start
 
-    def fail_once(*arguments, **named):
+    def fail_once(*arguments: Any, **named: Any) -> Any:
         for failure in failures:
             raise failure
         return start(*arguments, **named)
@@ -127,13 +129,13 @@ def test_the_folder_of_a_run_lies_in_tmpdir(
         assert parent(short) == short
     finally:
         short.rmdir()
-    long = tmp_path / ("x" * supervisor.MAX_PARENT_BYTES)
+    long = tmp_path / ("x" * MAX_PARENT_BYTES)
     long.mkdir()
     assert parent(long) == Path("/tmp")  # below ``long`` a socket's path would not fit
 
     def fail(*arguments: object, **named: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(supervisor.tempfile, "TemporaryDirectory", fail)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", fail)
     with pytest.raises(UsageError, match=r"Read-only file system.*TMPDIR"):
         supervisor._run_folder()

@@ -5,6 +5,7 @@ import time
 from itertools import pairwise
 from threading import Event
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def slot(running_s: float) -> SimpleNamespace:
+def slot(running_s: float) -> Any:
+    """Stands for a ``ModelSlot``."""
     return SimpleNamespace(ref=ModelRef("digits", 1), running_s=running_s)
 
 
@@ -143,7 +145,8 @@ def test_the_watchdog_continues_after_a_check_that_fails(monkeypatch: pytest.Mon
             return 0.0
 
     monkeypatch.setattr(watchdog, "POLL_INTERVAL_S", 0.01)
-    Watchdog((Slot(),), 30.0, end=end).start()
+    slots: Any = (Slot(),)
+    Watchdog(slots, 30.0, end=end).start()
     assert checked.wait(WAIT_TIMEOUT_S)
 
 

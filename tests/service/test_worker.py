@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 
-from service.server.connection import RawRequest
-from service.server.gunicorn_worker import PendingResponse
+from service.server.request_pools import PendingResponse
+from service.server.sockets.request_reader import RawRequest
 from tests.conftest import free_port
 
 APPLICATION = """
@@ -168,11 +168,12 @@ class Connection:
             self.closing |= line.lower().startswith(b"connection: close")
         return status, self.file.read(length)
 
-    def ask(self, body: bytes, **options: str) -> dict:
+    def ask(self, body: bytes, **options: str) -> dict[str, Any]:
         self.send(post(body, **options))
         status, data = self.answer()
         assert status == 200
-        return json.loads(data)
+        found: dict[str, Any] = json.loads(data)
+        return found
 
     def close(self) -> None:
         self.file.close()

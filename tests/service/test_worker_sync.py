@@ -6,13 +6,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from registry.canary.traffic_stats import WorkerReport
 from registry.delivery.deployment import DeployedVersion, Deployment, version_folder
-from registry.model.bundle import WEIGHTS
+from registry.model.bundle import WEIGHTS, Bundle
 from registry.model.refs import ModelRef
 from service.loading import version_loader, version_switch
 from service.loading.model_slot import ModelSlot
@@ -32,7 +33,9 @@ def version(slot: ModelSlot) -> int | None:
     return slot.current.version if slot.current else None
 
 
-def test_all_workers_switch_as_soon_as_the_last_one_has_prepared(worker, deploy) -> None:
+def test_all_workers_switch_as_soon_as_the_last_one_has_prepared(
+    worker: Callable[[], ModelSlot], deploy: Callable[..., Bundle]
+) -> None:
     one, two = worker(), worker()
     deploy(1)
     one.refresh()
@@ -44,13 +47,16 @@ def test_all_workers_switch_as_soon_as_the_last_one_has_prepared(worker, deploy)
     assert (version(one), version(two)) == (1, 1)
     one.refresh()
     assert (version(one), version(two)) == (2, 2)  # ``two`` has not polled since
-    assert sorted(each.version for each in one.workers()) == [1, 2]
+    assert sorted(each.version or 0 for each in one.workers()) == [1, 2]
     two.refresh()
     assert [each.version for each in one.workers()] == [2, 2]
 
 
 def test_a_worker_that_cannot_prepare_delays_the_switch_and_reports_why(
-    worker, deploy, models: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Callable[[], ModelSlot],
+    deploy: Callable[..., Bundle],
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(version_loader, "RETRY_S", 0.0)
     monkeypatch.setattr(version_switch, "WAITING_S", -1.0)
@@ -76,7 +82,7 @@ def test_a_worker_that_cannot_prepare_delays_the_switch_and_reports_why(
 
 
 def test_a_worker_that_starts_late_begins_with_the_version_of_the_others(
-    worker, deploy, models: Path
+    worker: Callable[[], ModelSlot], deploy: Callable[..., Bundle], models: Path
 ) -> None:
     one = worker()
     deploy(1)
@@ -90,7 +96,9 @@ def test_a_worker_that_starts_late_begins_with_the_version_of_the_others(
     assert "has sha256" in str(late.error)
 
 
-def test_a_deployment_that_is_replaced_before_all_have_it_never_serves(worker, deploy) -> None:
+def test_a_deployment_that_is_replaced_before_all_have_it_never_serves(
+    worker: Callable[[], ModelSlot], deploy: Callable[..., Bundle]
+) -> None:
     one, two = worker(), worker()
     deploy(1)
     for each in (one, two):
@@ -105,7 +113,7 @@ def test_a_deployment_that_is_replaced_before_all_have_it_never_serves(worker, d
 
 
 def test_the_switch_does_not_wait_for_a_worker_that_was_killed(
-    tmp_path: Path, worker, deploy
+    tmp_path: Path, worker: Callable[[], ModelSlot], deploy: Callable[..., Bundle]
 ) -> None:
     script = (
         "import sys\n"
@@ -191,11 +199,11 @@ def test_all_workers_see_a_report_and_a_switch_waits_for_all(tmp_path: Path) -> 
 
 
 def test_a_replaced_version_stays_in_memory_for_a_while(
-    models: Path, deploy, monkeypatch: pytest.MonkeyPatch
+    models: Path, deploy: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[int] = []
 
-    def counted(bundle, deployed):
+    def counted(bundle: Any, deployed: Any) -> Any:
         loads.append(deployed.version)
         return load(bundle, deployed)
 
@@ -209,10 +217,12 @@ def test_a_replaced_version_stays_in_memory_for_a_while(
         assert loads == expected
 
 
-def test_a_limited_number_of_replaced_versions_stays_in_memory(models: Path, deploy) -> None:
+def test_a_limited_number_of_replaced_versions_stays_in_memory(
+    models: Path, deploy: Callable[..., Bundle]
+) -> None:
     loads: list[int] = []
 
-    def counted(bundle, deployed):
+    def counted(bundle: Any, deployed: Any) -> Any:
         loads.append(deployed.version)
         return load(bundle, deployed)
 

@@ -36,7 +36,8 @@ from registry.delivery.deployment import (
 from registry.delivery.puller import Puller
 from registry.model.bundle import open_bundle
 from registry.model.refs import ModelRef, ModelVersion
-from registry.promotion.promotion import audit, promote
+from registry.promotion.decisions import audit
+from registry.promotion.promotion import promote
 from registry.store.mlflow_store import ModelStore
 from service.loading.model_slot import ModelSlot
 from tests.conftest import MakeBundle
@@ -246,11 +247,11 @@ def test_after_any_fault_in_a_promotion_the_next_one_repairs_the_aliases(
         other = 3 - champion
         with fault.at(REGISTRY), contextlib.suppress(OSError, ConvoyError):
             promote(store, "digits", other, force=True, reason="torture")
-        assert store.aliases("digits")["champion"] in (1, 2), fault.failed_call
+        assert store.aliases.read("digits")["champion"] in (1, 2), fault.failed_call
         # The audit log decides; the next promotion makes the alias agree with it.
         with contextlib.suppress(PromotionRefused):  # it is the champion already
             promote(store, "digits", other, force=True, reason="once more")
-        champion = store.aliases("digits")["champion"]
+        champion = store.aliases.read("digits")["champion"]
         assert champion == other, fault.failed_call
         count, faults = audit(store, "digits")
         assert not faults, (fault.failed_call, faults)

@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +70,9 @@ def test_accuracy_against_shift_starts_with_the_accuracy_without_a_shift(
         (ListedNetwork("resnet", {"widths": [4]}), {"first layer", "feature maps after conv1"}),
     ],
 )
-def test_a_run_is_drawn(few_digits: Dataset, tmp_path, spec: ListedNetwork, expected) -> None:
+def test_a_run_is_drawn(
+    few_digits: Dataset, tmp_path: Path, spec: ListedNetwork, expected: Any
+) -> None:
     torch.manual_seed(0)
     preprocessed = build_preprocessed(spec, few_digits.preprocess, 10).eval()
     evaluation = evaluate(eager_classifier(preprocessed, "cpu"), few_digits.test)

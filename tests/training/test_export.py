@@ -8,7 +8,7 @@ import pytest
 from registry.model.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH
 from registry.model.classifier import Classifier
 from registry.model.manifest import ListedNetwork
-from registry.model.plans.base import Source, find_plan
+from registry.model.plans.base import PlanContext, find_plan
 from registry.model.plans.openvino import import_openvino
 from registry.model.plans.torch_eager import eager_classifier
 from tests.conftest import CPU, TINY, tiny_model
@@ -49,7 +49,7 @@ def test_the_int8_graph_of_a_trained_network_scores_as_fp32_does(
         tmp_path,
         export_network(preprocessed, choose_calibration(digits.train)),
     )
-    run = find_plan("openvino-int8").load(Source(bundle))
+    run = find_plan("openvino-int8").load(PlanContext(bundle))
     int8 = evaluate(Classifier(run, "openvino-int8", "cpu"), digits.validation)
     assert heldout.accuracy > 0.9
     assert abs(int8.accuracy - heldout.accuracy) < 0.01

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,9 @@ def in_splits(tmp_path: Path) -> Path:
     "names",
     [("train", "val", "test"), ("training", "validation", "testing"), ("Train", "VALID", "Test")],
 )
-def test_a_folder_with_splits_keeps_its_splits(in_splits: Path, load, names) -> None:
+def test_a_folder_with_splits_keeps_its_splits(
+    in_splits: Path, load: Callable[[Path], Dataset], names: Any
+) -> None:
     for before, after in zip(("train", "val", "test"), names, strict=True):
         (in_splits / before).rename(in_splits / after)
     data = load(in_splits)
@@ -56,7 +59,7 @@ def test_a_folder_with_splits_keeps_its_splits(in_splits: Path, load, names) -> 
 
 
 def test_a_split_that_the_folder_lacks_is_taken_from_its_training_pictures(
-    in_splits: Path, load
+    in_splits: Path, load: Callable[[Path], Dataset]
 ) -> None:
     shutil.rmtree(in_splits / "val")
     shutil.rmtree(in_splits / "test")
@@ -69,7 +72,7 @@ def test_a_split_that_the_folder_lacks_is_taken_from_its_training_pictures(
 
 
 def test_a_picture_that_another_split_holds_out_is_removed_from_training(
-    in_splits: Path, load
+    in_splits: Path, load: Callable[[Path], Dataset]
 ) -> None:
     shutil.copy(in_splits / "val" / "cat" / "0.png", in_splits / "train" / "cat" / "copy.png")
     shutil.copy(in_splits / "test" / "dog" / "0.png", in_splits / "val" / "dog" / "copy.png")
@@ -80,7 +83,9 @@ def test_a_picture_that_another_split_holds_out_is_removed_from_training(
     assert set(data.problems) == {f"train/cat/copy.png: {reason}", f"val/dog/copy.png: {reason}"}
 
 
-def test_a_held_out_class_without_training_pictures_is_refused(in_splits: Path, load) -> None:
+def test_a_held_out_class_without_training_pictures_is_refused(
+    in_splits: Path, load: Callable[[Path], Dataset]
+) -> None:
     (in_splits / "train" / "cat").rename(in_splits / "train" / "kitten")
     with pytest.raises(UsageError, match="no training picture of class cat, which has held-out"):
         load(in_splits)
@@ -98,7 +103,7 @@ def test_a_held_out_class_without_training_pictures_is_refused(in_splits: Path, 
     ],
 )
 def test_a_layout_that_could_be_splits_or_classes_is_refused_with_the_folders_names(
-    tmp_path: Path, load, layout: tuple[str, ...], reason: str
+    tmp_path: Path, load: Callable[[Path], Dataset], layout: tuple[str, ...], reason: str
 ) -> None:
     for number, folder in enumerate(layout):
         pictures(tmp_path / "odd" / folder, 3, seed=number)
@@ -106,13 +111,17 @@ def test_a_layout_that_could_be_splits_or_classes_is_refused_with_the_folders_na
         load(tmp_path / "odd")
 
 
-def test_one_class_may_be_named_like_a_split(tmp_path: Path, load) -> None:
+def test_one_class_may_be_named_like_a_split(
+    tmp_path: Path, load: Callable[[Path], Dataset]
+) -> None:
     for number, vehicle in enumerate(("train", "bus", "car")):
         pictures(tmp_path / "vehicles" / vehicle, 20, seed=number)
     assert load(tmp_path / "vehicles").labels == ("bus", "car", "train")
 
 
-def test_a_split_folder_without_class_folders_is_left_out_by_name(in_splits: Path, load) -> None:
+def test_a_split_folder_without_class_folders_is_left_out_by_name(
+    in_splits: Path, load: Callable[[Path], Dataset]
+) -> None:
     shutil.rmtree(in_splits / "test")
     pictures(in_splits / "test", 4, seed=40)
     pictures(in_splits / "train" / "cat", 30, seed=41)
@@ -122,7 +131,7 @@ def test_a_split_folder_without_class_folders_is_left_out_by_name(in_splits: Pat
 
 
 def test_every_entry_that_is_neither_used_nor_hidden_is_named(
-    plain: Path, tmp_path: Path, load
+    plain: Path, tmp_path: Path, load: Callable[[Path], Dataset]
 ) -> None:
     picture(plain / "loose.png", 1)
     picture(tmp_path / "elsewhere" / "linked.png", 2)
@@ -156,12 +165,12 @@ def test_every_entry_that_is_neither_used_nor_hidden_is_named(
 
 
 def test_a_folder_that_cannot_be_read_is_named(
-    plain: Path, load, monkeypatch: pytest.MonkeyPatch
+    plain: Path, load: Callable[[Path], Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures(plain / "cat" / "private", 3, seed=9)
     original = Path.iterdir
 
-    def refuse(self: Path):
+    def refuse(self: Path) -> Any:
         if self.name == "private":
             raise PermissionError(13, "Permission denied")
         return original(self)
@@ -171,7 +180,7 @@ def test_a_folder_that_cannot_be_read_is_named(
     assert data.problems == ("cat/private: cannot be read: Permission denied",)
 
 
-def test_file_names_need_not_be_utf8(plain: Path, load) -> None:
+def test_file_names_need_not_be_utf8(plain: Path, load: Callable[[Path], Dataset]) -> None:
     (plain / "cat" / os.fsdecode(b"caf\xe9.txt")).write_text("not a picture")
     picture(plain / "cat" / "tea.png", 77)
     (plain / "cat" / "tea.png").rename(plain / "cat" / os.fsdecode(b"th\xe9.png"))
@@ -183,7 +192,7 @@ def test_file_names_need_not_be_utf8(plain: Path, load) -> None:
 
 @pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines"])
 def test_a_class_name_that_cannot_be_a_label_is_refused_before_reading(
-    plain: Path, load, name: bytes
+    plain: Path, load: Callable[[Path], Dataset], name: bytes
 ) -> None:
     (plain / "cat").rename(plain / os.fsdecode(name))
     with pytest.raises(UsageError, match="rename the folder") as caught:
@@ -191,7 +200,9 @@ def test_a_class_name_that_cannot_be_a_label_is_refused_before_reading(
     str(caught.value).encode()
 
 
-def test_a_hundred_classes_of_five_pictures_can_all_be_learnt(tmp_path: Path, load) -> None:
+def test_a_hundred_classes_of_five_pictures_can_all_be_learnt(
+    tmp_path: Path, load: Callable[[Path], Dataset]
+) -> None:
     for number in range(100):
         pictures(tmp_path / "many" / f"c{number:03}", 5, seed=number)
     data = load(tmp_path / "many")
@@ -199,14 +210,18 @@ def test_a_hundred_classes_of_five_pictures_can_all_be_learnt(tmp_path: Path, lo
     assert sum(data.counts.values()) == 500
 
 
-def test_classes_with_too_few_pictures_are_named(plain: Path, load) -> None:
+def test_classes_with_too_few_pictures_are_named(
+    plain: Path, load: Callable[[Path], Dataset]
+) -> None:
     picture(plain / "rare" / "1.png", 99)
     notes = "\n".join(load(plain).notes)
     assert "1 of 3 classes have only one picture: rare" in notes
     assert "no validation picture, so the gate cannot compare them: rare" in notes
 
 
-def test_new_pictures_do_not_move_old_ones_to_another_split(plain: Path, load) -> None:
+def test_new_pictures_do_not_move_old_ones_to_another_split(
+    plain: Path, load: Callable[[Path], Dataset]
+) -> None:
     before = load(plain)
     pictures(plain / "cat" / "new", 30, seed=50)
     pictures(plain / "bird", 30, seed=51)
@@ -222,7 +237,9 @@ def test_a_class_whose_pictures_are_all_held_out_trains_on_one() -> None:
     assert complete_split([low, lower, high], [0, 0, 0], [None] * 3) == ["test", "test", "train"]
 
 
-def test_validation_pictures_stay_readable_after_their_files_are_deleted(plain: Path, load) -> None:
+def test_validation_pictures_stay_readable_after_their_files_are_deleted(
+    plain: Path, load: Callable[[Path], Dataset]
+) -> None:
     data = load(plain)
     shutil.rmtree(plain)
     for index in range(len(data.validation)):
@@ -231,7 +248,7 @@ def test_validation_pictures_stay_readable_after_their_files_are_deleted(plain: 
 
 
 def test_a_colour_picture_after_grey_ones_gives_all_pictures_three_channels(
-    tmp_path: Path, load
+    tmp_path: Path, load: Callable[[Path], Dataset]
 ) -> None:
     for number in range(60):
         grey = number < 59
@@ -256,7 +273,7 @@ def test_rows_can_be_put_in_any_order_in_place() -> None:
 
 
 def test_a_data_set_that_does_not_fit_the_memory_is_refused_before_it_is_read(
-    plain: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, load: Callable[[Path], Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  9 kB\nMemAvailable:  40 kB\n")

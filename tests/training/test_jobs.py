@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import msgspec
@@ -25,12 +26,15 @@ from training.fitting.recipes import Recipe
 from training.publishing import publish, report
 from training.publishing.evaluate import Evaluation
 from training.publishing.publish import choose_golden, rescore
+from training.publishing.publish import publish as publish_version
 
 QUICK = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--set", "batch_size=64"]
 SMALL = ["--set", "filters=4", "--set", "hidden=16"]
 
 
-def test_training_ends_with_a_challenger_and_its_run(registry_paths: Paths, capsys) -> None:
+def test_training_ends_with_a_challenger_and_its_run(
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*QUICK, *SMALL, "--recipe", "cnn", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["model"], result["version"]) == ("digits", 1)
@@ -57,7 +61,7 @@ def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
 def test_the_summary_names_the_command_that_promotes_the_version(
-    registry_paths: Paths, capsys
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*QUICK, "--recipe", "dense", "--model", "mine"]) == 0
     out = capsys.readouterr().out
@@ -69,12 +73,12 @@ def test_the_summary_names_the_command_that_promotes_the_version(
 @pytest.mark.usefixtures("without_exports")
 @pytest.mark.slow
 def test_a_training_can_be_resumed_when_the_registry_fails_at_the_end(
-    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(*_: object) -> None:
         raise RegistryUnavailable("the registry went down meanwhile")
 
-    original = jobs.publish
+    original = publish_version
     monkeypatch.setattr(jobs, "publish", down)
     assert main([*QUICK, "--recipe", "dense"]) == 2
     assert "went down meanwhile" in capsys.readouterr().err
@@ -141,7 +145,7 @@ def test_a_drawing_that_fails_stops_neither_the_report_nor_the_publication(
     few_digits: Dataset,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
-    caplog,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(*_: object) -> None:
         raise ValueError("no such font")
@@ -166,12 +170,12 @@ def test_a_registry_that_does_not_answer_for_an_epoch_does_not_end_the_training(
     few_digits: Dataset,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
-    caplog,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     original = mlflow.log_metrics
     calls = 0
 
-    def fail_at_first(*arguments, **named):
+    def fail_at_first(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -222,7 +226,7 @@ def test_a_checkpoint_that_cannot_be_written_or_read_is_reported(
     few_digits: Dataset,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
-    caplog,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     file = checkpoint_file(registry_paths, few_digits, recipe, 0)
     file.mkdir(parents=True)  # cannot be replaced by a file
@@ -243,20 +247,22 @@ def test_a_version_is_published_even_if_its_pictures_are_deleted_while_it_trains
     folder = tmp_path / "pictures"
     pictures(folder / "cat", 30, seed=1)
     pictures(folder / "dog", 30, seed=2)
-    original = jobs.fit
+    original = fit
 
-    def delete_pictures(*arguments, **options):
+    def delete_pictures(*arguments: Any, **options: Any) -> Any:
         shutil.rmtree(folder)
         return original(*arguments, **options)
 
     monkeypatch.setattr(jobs, "fit", delete_pictures)
     words = ["--data", f"folder:{folder}", "--image-size", "16", *QUICK[2:], "--recipe", "dense"]
     assert main([*words, "--set", "epochs=1"]) == 0
-    assert ModelStore(registry_paths).aliases("pictures") == {"challenger": 1}
+    assert ModelStore(registry_paths).aliases.read("pictures") == {"challenger": 1}
 
 
 @pytest.mark.slow
-def test_the_defaults_train_on_digits(registry_paths: Paths, capsys) -> None:
+def test_the_defaults_train_on_digits(
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--data", "digits", "--device", "cpu", "--set", "epochs=1", "--no-register"]
     assert main(words) == 0
     assert "cnn on digits: validation accuracy" in capsys.readouterr().out
@@ -264,7 +270,7 @@ def test_the_defaults_train_on_digits(registry_paths: Paths, capsys) -> None:
 
 @pytest.mark.slow
 def test_recipes_are_compared_on_the_same_pictures(
-    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "SHIFTS_PX", range(5))
     arguments = ["compare", *QUICK, "--recipes", "dense", "--seeds", "2"]
@@ -286,11 +292,11 @@ def test_recipes_are_compared_on_the_same_pictures(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_comparison_without_counting_the_interrupted_training(
-    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = jobs.fit
+    original = fit
 
-    def interrupted(*arguments, **options):
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         return msgspec.structs.replace(original(*arguments, **options), interrupted=True)
 
     monkeypatch.setattr(jobs, "fit", interrupted)
@@ -319,7 +325,7 @@ def test_ctrl_c_ends_a_comparison_without_counting_the_interrupted_training(
     ],
 )
 def test_wrong_arguments_are_answered_with_an_error_of_one_line(
-    registry_paths: Paths, capsys, arguments: list[str], reason: str
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ) -> None:
     assert main(arguments) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -328,7 +334,7 @@ def test_wrong_arguments_are_answered_with_an_error_of_one_line(
 
 
 def test_the_message_after_ctrl_c_explains_how_to_continue(
-    registry_paths: Paths, capsys, monkeypatch: pytest.MonkeyPatch
+    registry_paths: Paths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

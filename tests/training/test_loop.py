@@ -13,6 +13,7 @@ from registry.model.manifest import ListedNetwork
 from tests.conftest import CPU
 from training.data.sources import Dataset, take
 from training.fitting import loop
+from training.fitting.augment import augment as augment_pixels
 from training.fitting.loop import Epoch, Trained, fit
 from training.fitting.recipes import Recipe
 from training.fitting.steps import Steps, announce_steps, plan_steps
@@ -140,7 +141,7 @@ def test_ctrl_c_between_batches_keeps_the_best_epoch_too(
 def interrupt_in_epoch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise KeyboardInterrupt while a batch of epoch ``number`` is being made."""
     calls = 0
-    original = loop.augment
+    original = augment_pixels
 
     def augment(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -153,7 +154,10 @@ def interrupt_in_epoch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_keeps_the_best_epoch_so_far(
-    few_digits: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog
+    few_digits: Dataset,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     interrupt_in_epoch(2, monkeypatch)
     trained = fit(recipe, few_digits, CPU, 0)
@@ -173,7 +177,7 @@ def test_ctrl_c_in_the_first_epoch_is_raised_to_the_caller(
 
 
 def test_training_stops_early_when_the_accuracy_does_not_rise(
-    few_digits: Dataset, recipe: Recipe, tmp_path: Path, caplog
+    few_digits: Dataset, recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     stuck = replace(recipe, epochs=20, learning_rate=1e-12, patience_epochs=2)
@@ -244,7 +248,7 @@ def test_an_epoch_uses_every_picture_once(
 ) -> None:
     data = some_of(digits, count)
     seen: list[torch.Tensor] = []
-    original = loop.augment
+    original = augment_pixels
 
     def augment(pixels: torch.Tensor, *others: Any) -> torch.Tensor:
         seen.append(pixels.clone())
@@ -258,7 +262,7 @@ def test_an_epoch_uses_every_picture_once(
 
 
 def test_too_few_steps_are_reported_before_training(
-    digits: Dataset, recipe: Recipe, caplog
+    digits: Dataset, recipe: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     announce_steps(replace(recipe, epochs=30), some_of(digits, 10))

@@ -25,7 +25,7 @@ def test_an_engine_that_crashes_while_it_is_measured_does_not_end_the_publisher(
     bundle = make_bundle(network=ListedNetwork("resnet", {"widths": [4, 8]}), export=True)
     real = subprocess.Popen
 
-    def crash(command, **options):
+    def crash(command: Any, **options: Any) -> Any:
         job = msgspec.json.decode(command[-1])
         if job["plan"] == "openvino-bf16":
             command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), 4)"]

@@ -14,7 +14,7 @@ from registry.model.bundle import WEIGHTS
 from registry.promotion.gate import compare
 from registry.promotion.promotion import promote
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import MakeBundle, load_eager, tiny_model
+from tests.conftest import MakeBundle, Publish, load_eager, tiny_model
 from training.data.sources import Dataset, take
 from training.publishing import records
 from training.publishing.evaluate import Evaluation
@@ -23,7 +23,7 @@ from training.publishing.records import ChampionScores, difference_hashes, score
 
 
 def test_the_champion_is_scored_on_the_held_out_pictures_of_the_next_version(
-    store: ModelStore, publish, make_bundle: MakeBundle, few_digits: Dataset
+    store: ModelStore, publish: Publish, make_bundle: MakeBundle, few_digits: Dataset
 ) -> None:
     assert score_champion(store, "digits", few_digits.validation, "cpu") is None  # no such model
     publish(seed=0)
@@ -65,7 +65,11 @@ def test_versions_without_a_common_picture_are_compared_by_these_scores(
 
 
 def test_a_champion_that_cannot_be_run_is_not_scored_and_does_not_end_the_training(
-    store: ModelStore, publish, registry_paths: Paths, few_digits: Dataset, caplog
+    store: ModelStore,
+    publish: Publish,
+    registry_paths: Paths,
+    few_digits: Dataset,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     publish(seed=0)
     promote(store, "digits", 1)

@@ -71,7 +71,7 @@ def test_the_gate_accepts_a_version_with_a_new_class_and_refuses_one_that_is_les
 
     assert promote(3, "--force", "--reason", "a drill") == 0
     assert "accuracy" in capsys.readouterr().out
-    entries = [line.entry for line in ModelStore(registry_paths).audit_log("pets").lines]
+    entries = [line.entry for line in ModelStore(registry_paths).audit_logs.read("pets").lines]
     actions = [(entry.action, entry.to_version) for entry in entries]
     assert actions == [
         ("promoted", 1),

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from registry.model.image.limits import TRUSTED_LIMITS
 from tests.training.pictures import picture
 from training.data import fashion_mnist
 from training.data.fashion_mnist import FILES, IdxFile
-from training.data.sources import channel_statistics, load_dataset
+from training.data.sources import Dataset, channel_statistics, load_dataset
 from training.data.split import split_by_digest
 
 
@@ -32,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_splits_of_digits_have_no_picture_in_common(digits) -> None:
+def test_the_splits_of_digits_have_no_picture_in_common(digits: Dataset) -> None:
     assert sum(digits.counts.values()) == 1797
     assert digits.preprocess.shape == (8, 8, 1)
     splits = [set(part.digests) for part in (digits.train, digits.validation, digits.test)]
@@ -130,7 +131,7 @@ def test_training_reads_pictures_that_are_larger_than_clients_may_send(
 
 
 def test_files_that_cannot_be_used_are_reported_and_left_out(
-    folder: Path, tmp_path: Path, caplog
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "cat" / "notes.txt").write_text("no picture")
     (folder / "cat" / ".hidden").write_text("never read")
@@ -146,6 +147,11 @@ def test_files_that_cannot_be_used_are_reported_and_left_out(
     assert "left out 4 entries in total" in caplog.text
 
 
+def one_picture_each(root: Path) -> None:
+    picture(root / "a" / "a.png", 0)
+    picture(root / "b" / "b.png", 1)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -159,13 +165,13 @@ def test_files_that_cannot_be_used_are_reported_and_left_out(
             "no picture that can be read",
         ),
         (
-            lambda root: [picture(root / c / f"{c}.png", n) for n, c in enumerate("ab")],
+            one_picture_each,
             "no training picture of class|too few",
         ),
     ],
 )
 def test_the_error_about_a_folder_that_cannot_be_trained_on_gives_the_reason(
-    tmp_path: Path, make, reason: str
+    tmp_path: Path, make: Any, reason: str
 ) -> None:
     make(tmp_path / "p")
     with pytest.raises(UsageError, match=reason):
@@ -340,7 +346,7 @@ def test_an_unreachable_publisher_is_reported(
         fashion_mnist.download_from_publisher(tmp_path)
 
 
-def test_the_data_sets_digest_changes_with_a_label(digits) -> None:
+def test_the_data_sets_digest_changes_with_a_label(digits: Dataset) -> None:
     labels = digits.test.labels.copy()
     labels[0] = (labels[0] + 1) % 10
     changed = msgspec.structs.replace(

@@ -24,7 +24,8 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     ``precision`` ``auto`` uses bf16 autocast if the device computes bf16 natively. It asks for the
     device's capability and times nothing, so that a run can be repeated.
-    ``training.fitting.parameters`` explains every field.
+    ``training.fitting.parameters`` explains every field. It has many fields because each is a
+    parameter that users may set.
     """
 
     name: str

@@ -28,7 +28,7 @@ from registry.model.classifier import replay_golden
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import TRUSTED_LIMITS
 from registry.model.manifest import SCHEMA_VERSION, DataRecord, Manifest, SourceRecord
-from registry.model.plans.base import Source, find_plan
+from registry.model.plans.base import PlanContext, find_plan
 from registry.model.plans.torch_eager import EAGER, eager_classifier
 from registry.model.preprocessed_model import PreprocessedModel
 from registry.model.refs import ModelVersion
@@ -211,7 +211,7 @@ def rescore(bundle: Bundle, examples: Examples, expected: Evaluation, device: st
     Raises:
         BundleInvalid: a probability differs from ``expected`` by more than 1e-4.
     """
-    classifier = eager_classifier(Source(bundle).preprocessed, device)
+    classifier = eager_classifier(PlanContext(bundle).preprocessed, device)
     replay_golden(bundle, classifier, find_plan(EAGER))
     spec = bundle.manifest.preprocess
     encoded = (examples.encode(position) for position in range(len(examples)))

@@ -15,7 +15,7 @@ from registry.model.bundle import CHAMPION_SCORES, HELDOUT, MAX_ARRAYS_BYTES, TR
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import TRUSTED_LIMITS
 from registry.model.manifest import PreprocessSpec
-from registry.model.plans.base import Source
+from registry.model.plans.base import PlanContext
 from registry.model.plans.torch_eager import eager_classifier
 from registry.model.refs import CHAMPION, ModelRef
 from registry.store.mlflow_store import ModelStore
@@ -101,7 +101,7 @@ def score_champion(
         champion = store.resolve(ModelRef(model, alias=CHAMPION))
         with tempfile.TemporaryDirectory(prefix="convoy-champion-") as folder:
             bundle = store.download(champion, Path(folder), lambda each: each.serving_files())
-            classifier = eager_classifier(Source(bundle).preprocessed, device)
+            classifier = eager_classifier(PlanContext(bundle).preprocessed, device)
         log.info(
             "scoring the champion, version %d, on the %d held-out pictures of this one",
             champion.version,

@@ -11,6 +11,7 @@ import mlflow
 import msgspec
 
 from registry.core.errors import ConvoyError, RegistryUnavailable
+from registry.store.experiments import open_experiment
 from registry.store.mlflow_store import ModelStore
 from training.data.sources import Dataset
 from training.fitting.loop import Epoch
@@ -36,7 +37,7 @@ class Run:
         settings = msgspec.to_builtins(recipe)
         network = settings.pop("network")
         arguments = {f"network.{key}": value for key, value in network["args"].items()}
-        with self._store.errors():
+        with self._store.connection.errors():
             mlflow.log_params({**settings, "network": network["name"], **arguments, "seed": seed})
             mlflow.log_params({f"data.{split}": count for split, count in data.counts.items()})
             mlflow.set_tags(
@@ -69,7 +70,7 @@ class Run:
             RegistryUnavailable: MLflow did not take them.
         """
         self._log_epochs()
-        with self._store.errors():
+        with self._store.connection.errors():
             mlflow.log_metrics(metrics)
 
     def log_report(self, folder: Path) -> None:
@@ -78,7 +79,7 @@ class Run:
         Raises:
             RegistryUnavailable: MLflow did not take them.
         """
-        with self._store.errors():
+        with self._store.connection.errors():
             mlflow.log_artifacts(str(folder), "report")
 
     def set_tag(self, key: str, value: Any) -> None:
@@ -87,13 +88,13 @@ class Run:
         Raises:
             RegistryUnavailable: MLflow did not take it.
         """
-        with self._store.errors():
+        with self._store.connection.errors():
             mlflow.set_tag(key, value)
 
     def _log_epochs(self) -> None:
         while self._unlogged:
             metrics = msgspec.to_builtins(self._unlogged[0])
-            with self._store.errors():
+            with self._store.connection.errors():
                 mlflow.log_metrics(metrics, step=metrics.pop("number"))
             self._unlogged.pop(0)
 
@@ -108,8 +109,8 @@ def start_run(store: ModelStore, experiment: str, name: str, nested: bool = Fals
     for variable in INHERITED:
         if value := os.environ.pop(variable, None):
             log.warning("%s=%s is ignored: each training starts its own run", variable, value)
-    experiment_id = store.experiment(experiment)
-    with store.errors():
+    experiment_id = open_experiment(store.connection, experiment)
+    with store.connection.errors():
         active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=nested)
     status = "FAILED"
     try:
@@ -120,7 +121,7 @@ def start_run(store: ModelStore, experiment: str, name: str, nested: bool = Fals
         raise
     finally:
         try:
-            with store.errors():
+            with store.connection.errors():
                 mlflow.end_run(status)
         except ConvoyError as error:  # must not hide an error of the body
             log.warning("run %s cannot be marked %s: %s", active.info.run_id, status, error)

@@ -58,7 +58,7 @@ PredictFn = Callable[[Pixels], Outputs]
 """A forward pass over uint8 (N, H, W, C), N ≥ 1. Not safe for calls from two threads at once."""
 
 
-class Source:
+class PlanContext:
     """The bundle, device and threads for which a plan loads a network."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
@@ -105,8 +105,8 @@ class Plan(ABC):
         return f"not installed: {', '.join(missing)}" if missing else None
 
     @abstractmethod
-    def load(self, source: Source) -> PredictFn:
-        """The forward pass of ``source``'s network. It needs torch only if the engine is torch."""
+    def load(self, context: PlanContext) -> PredictFn:
+        """The forward pass of ``context``'s network. It needs torch only if the engine is torch."""
 
 
 def catalogue() -> dict[str, Plan]:

@@ -25,7 +25,7 @@ from msgspec import Struct
 from registry.core.process_lifetime import end_with_parent
 from registry.model.bundle import Bundle, open_bundle
 from registry.model.classifier import Classifier, replay_golden
-from registry.model.plans.base import Source, find_plan
+from registry.model.plans.base import PlanContext, find_plan
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +146,10 @@ def main() -> int:
     answer = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     bundle = open_bundle(Path(job.bundle), job.manifest_sha256)
-    source = Source(bundle, job.device, job.threads)
+    context = PlanContext(bundle, job.device, job.threads)
     signal.alarm(job.limit_s)
     try:
-        result = _try(source, job) if job.step == "try" else _score(source, job)
+        result = _try(context, job) if job.step == "try" else _score(context, job)
     except Exception as error:  # noqa: BLE001 - an engine may raise anything; its plan is rejected
         text = str(error).strip().splitlines() or [""]
         result = PlanResult(plan=job.plan, reason=f"{type(error).__name__}: {text[0][:300]}")
@@ -168,27 +168,27 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most // 2, most // 2))
 
 
-def _try(source: Source, job: Job) -> PlanResult:
+def _try(context: PlanContext, job: Job) -> PlanResult:
     """Prove the plan as serving does, time it, and measure the memory that a worker needs."""
-    classifier = _load(source, job)
-    difference = replay_golden(source.bundle, classifier, find_plan(job.plan))
-    batch_ms = {size: time_batch(classifier, source.bundle, size) for size in BATCHES}
+    classifier = _load(context, job)
+    difference = replay_golden(context.bundle, classifier, find_plan(job.plan))
+    batch_ms = {size: time_batch(classifier, context.bundle, size) for size in BATCHES}
     return PlanResult(
         plan=job.plan, max_difference=difference, batch_ms=batch_ms, peak_mb=peak_mb()
     )
 
 
-def _score(source: Source, job: Job) -> PlanResult:
+def _score(context: PlanContext, job: Job) -> PlanResult:
     """Measure the plan's accuracy on the held-out pictures."""
     folder = Path(str(job.heldout))
     pixels = np.load(folder / HELDOUT_PIXELS, mmap_mode="c")  # torch needs writable arrays
     labels = np.load(folder / HELDOUT_LABELS)
-    predicted = _load(source, job).classify(pixels).argmax(axis=1)
+    predicted = _load(context, job).classify(pixels).argmax(axis=1)
     return PlanResult(plan=job.plan, accuracy=float((predicted == labels).mean()))
 
 
-def _load(source: Source, job: Job) -> Classifier:
-    return Classifier(find_plan(job.plan).load(source), job.plan, job.device)
+def _load(context: PlanContext, job: Job) -> Classifier:
+    return Classifier(find_plan(job.plan).load(context), job.plan, job.device)
 
 
 def time_batch(classifier: Classifier, bundle: Bundle, size: int) -> float:

@@ -5,7 +5,7 @@ from typing import ClassVar
 from registry.model.bundle import ONNX_GRAPH
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Outputs, Plan, PredictFn, Source
+from registry.model.plans.base import Outputs, Plan, PlanContext, PredictFn
 
 
 class OnnxRuntime(Plan):
@@ -16,10 +16,10 @@ class OnnxRuntime(Plan):
     packages = ("onnxruntime",)
     exports = (ONNX_GRAPH,)
 
-    def load(self, source: Source) -> PredictFn:
+    def load(self, context: PlanContext) -> PredictFn:
         """The forward pass of the bundle's ONNX graph.
 
-        Without ``source.threads``, ONNX Runtime chooses the number of threads.
+        Without ``context.threads``, ONNX Runtime chooses the number of threads.
 
         Raises:
             BundleInvalid: the graph is missing or damaged, or may refer to another file.
@@ -27,12 +27,12 @@ class OnnxRuntime(Plan):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = source.threads or 0
+        options.intra_op_num_threads = context.threads or 0
         options.inter_op_num_threads = 1
         # Otherwise a file with "ORTM" in the right place is read as ONNX Runtime's own format.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         session = onnxruntime.InferenceSession(
-            source.bundle.graph(ONNX_GRAPH), options, providers=["CPUExecutionProvider"]
+            context.bundle.graph(ONNX_GRAPH), options, providers=["CPUExecutionProvider"]
         )
 
         def predict(pixels: Pixels) -> Outputs:

@@ -13,7 +13,7 @@ from registry.core.errors import DeviceUnavailable
 from registry.model.bundle import INT8_GRAPH, INT8_WEIGHTS, ONNX_GRAPH, Bundle
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Outputs, Plan, PredictFn, Source
+from registry.model.plans.base import Outputs, Plan, PlanContext, PredictFn
 
 
 class OpenVino(Plan):
@@ -24,7 +24,7 @@ class OpenVino(Plan):
     packages = ("openvino",)
     exports: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
 
-    def load(self, source: Source) -> PredictFn:
+    def load(self, context: PlanContext) -> PredictFn:
         """The forward pass of the bundle's graph, compiled for this CPU.
 
         The arrays that it returns are copies: the next call does not change them.
@@ -41,9 +41,9 @@ class OpenVino(Plan):
             # Otherwise every worker of a machine pins its forward passes to the same first core.
             "ENABLE_CPU_PINNING": False,
         }
-        if source.threads is not None:
-            options["INFERENCE_NUM_THREADS"] = source.threads
-        compiled = core.compile_model(self.read_model(openvino, source.bundle), "CPU", options)
+        if context.threads is not None:
+            options["INFERENCE_NUM_THREADS"] = context.threads
+        compiled = core.compile_model(self.read_model(openvino, context.bundle), "CPU", options)
         computed = compiled.get_property("INFERENCE_PRECISION_HINT")
         if self.precision == "bf16" and computed != openvino.Type.bf16:
             raise DeviceUnavailable("OpenVINO has no bf16 kernels for this CPU; use openvino-fp32")

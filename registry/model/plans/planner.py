@@ -35,7 +35,7 @@ from registry.core.names import sha256_hex
 from registry.model.bundle import Bundle
 from registry.model.classifier import Classifier, load_classifier
 from registry.model.manifest import ListedNetwork, Manifest
-from registry.model.plans.base import Plan, Source, catalogue, find_plan
+from registry.model.plans.base import Plan, PlanContext, catalogue, find_plan
 from registry.model.plans.benchmark_process import KILLED, PlanResult, run_benchmark
 from registry.model.plans.torch_eager import EAGER
 
@@ -139,8 +139,8 @@ class Planner:
         fallback = None
         if self.device != "cpu":
             eager = find_plan(EAGER)
-            fallback = load_classifier(Source(bundle, "cpu", self._threads), eager)
-        return load_classifier(Source(bundle, self.device, self._threads), plan, fallback)
+            fallback = load_classifier(PlanContext(bundle, "cpu", self._threads), eager)
+        return load_classifier(PlanContext(bundle, self.device, self._threads), plan, fallback)
 
     def _entry(self, root: Path, bundle: Bundle) -> Path:
         """The cache's file for ``bundle``. Its name is a digest of all that decides the choice."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from registry.core.devices import device_errors
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Outputs, Plan, PredictFn, Source
+from registry.model.plans.base import Outputs, Plan, PlanContext, PredictFn
 from registry.model.plans.torch_eager import fold
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class CudaFp16(Plan):
     device = "cuda"
     batch_sizes = BUCKETS
 
-    def load(self, source: Source) -> PredictFn:
+    def load(self, context: PlanContext) -> PredictFn:
         """The forward pass with a CUDA graph for each size of ``BUCKETS``, captured now.
 
         The forward pass splits a larger batch than the largest of them. It raises the same GPU
@@ -41,10 +41,10 @@ class CudaFp16(Plan):
         """
         import torch
 
-        device = torch.device(source.device)
+        device = torch.device(context.device)
         with device_errors():
-            preprocessed = fold(source.preprocessed, self.precision).to(device)
-            shape = source.bundle.manifest.preprocess.shape
+            preprocessed = fold(context.preprocessed, self.precision).to(device)
+            shape = context.bundle.manifest.preprocess.shape
             pool = torch.cuda.graph_pool_handle()
             graphs = {
                 size: _capture(preprocessed, (size, *shape), device, pool) for size in BUCKETS

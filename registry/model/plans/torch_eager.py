@@ -12,7 +12,7 @@ from registry.core.devices import BF16_FLAGS, describe_device, device_errors
 from registry.model.classifier import Classifier
 from registry.model.image.decode import Pixels
 from registry.model.manifest import Precision
-from registry.model.plans.base import Outputs, Plan, PredictFn, Source
+from registry.model.plans.base import Outputs, Plan, PlanContext, PredictFn
 
 if TYPE_CHECKING:
     import torch
@@ -80,20 +80,20 @@ class TorchEager(Plan):
     precision: ClassVar[Precision] = "fp32"
     device = "any"
 
-    def load(self, source: Source) -> PredictFn:
-        """The forward pass in torch, on ``source.device``.
+    def load(self, context: PlanContext) -> PredictFn:
+        """The forward pass in torch, on ``context.device``.
 
-        ``source.threads``, if given, is set for all of torch in this process. On a GPU, the forward
-        pass raises ``DeviceOutOfMemory`` and ``DeviceLost``.
+        ``context.threads``, if given, is set for all of torch in this process. On a GPU, the
+        forward pass raises ``DeviceOutOfMemory`` and ``DeviceLost``.
 
         Raises:
             BundleInvalid: the weights do not fit the network, or the network is an ONNX graph.
         """
         import torch
 
-        if source.threads is not None:
-            torch.set_num_threads(source.threads)
-        return torch_predict(self.prepare(source.preprocessed), source.device)
+        if context.threads is not None:
+            torch.set_num_threads(context.threads)
+        return torch_predict(self.prepare(context.preprocessed), context.device)
 
     def prepare(self, preprocessed: "PreprocessedModel") -> "PreprocessedModel":
         """The model that runs; subclasses change its weights here."""

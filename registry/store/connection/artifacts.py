@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import requests
 
 from registry.core.errors import BundleInvalid, RegistryUnavailable
-from registry.store.mlflow_connection import MlflowConnection, mlflow_errors
-from registry.store.mlflow_rest import MlflowRest
+from registry.store.connection.mlflow_connection import MlflowConnection, mlflow_errors
+from registry.store.connection.mlflow_rest import MlflowRest
 
 BLOCK_BYTES = 64 * 1024
 # A place of artefacts that the tracking server serves itself, under the path that follows.
@@ -50,6 +52,15 @@ class Artifacts:
                 response.raise_for_status()
                 _write(response.iter_content(BLOCK_BYTES), uri, target, max_bytes)
             return
+        if uri.startswith("file:"):
+            source = Path(url2pathname(urlsplit(uri).path))
+            if source.exists() and not source.is_file():  # MLflow would copy a folder
+                raise BundleInvalid(f"{uri} is not a file")
+            if (size_bytes := source.stat().st_size) > max_bytes:
+                raise _too_long(uri, f"{size_bytes:,} bytes long", max_bytes)
+            with source.open("rb") as file:
+                _write(iter(lambda: file.read(BLOCK_BYTES), b""), uri, target, max_bytes)
+            return
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
         from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
         from mlflow.utils.credentials import get_default_host_creds
@@ -83,7 +94,7 @@ def _check_size(repository: Any, uri: str, name: str, max_bytes: int) -> None:
         size_bytes = listed.file_size
         if Path(listed.path).name == name and (size_bytes is None or size_bytes > max_bytes):
             what = "of unknown size" if size_bytes is None else f"{size_bytes:,} bytes long"
-            raise BundleInvalid(f"{uri} is {what}; at most {max_bytes:,} bytes are fetched")
+            raise _too_long(uri, what, max_bytes)
 
 
 def _write(blocks: Iterable[bytes], uri: str, target: Path, max_bytes: int) -> None:
@@ -96,5 +107,9 @@ def _write(blocks: Iterable[bytes], uri: str, target: Path, max_bytes: int) -> N
         for block in blocks:
             received += len(block)
             if received > max_bytes:
-                raise BundleInvalid(f"{uri} is longer; at most {max_bytes:,} bytes are fetched")
+                raise _too_long(uri, "longer", max_bytes)
             file.write(block)
+
+
+def _too_long(uri: str, what: str, max_bytes: int) -> BundleInvalid:
+    return BundleInvalid(f"{uri} is {what}; at most {max_bytes:,} bytes are fetched")

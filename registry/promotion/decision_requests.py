@@ -100,8 +100,8 @@ class CanaryStop(Struct, forbid_unknown_fields=True, kw_only=True):
         )
 
 
-Decision = Promotion | RollBack | CanaryStart | CanaryStop
-BODIES: dict[str, type[Decision]] = {
+DecisionRequest = Promotion | RollBack | CanaryStart | CanaryStop
+BODIES: dict[str, type[DecisionRequest]] = {
     "promote": Promotion,
     "roll-back": RollBack,
     "canary/start": CanaryStart,

@@ -26,7 +26,8 @@ import requests
 
 from registry.core.errors import RegistryUnavailable, VersionNotFound
 from registry.core.paths import Paths
-from registry.store.mlflow_rest import MlflowRest, RestError, is_supported
+from registry.store.connection import mlflow_rest, mlflow_sqlite
+from registry.store.connection.entities import RegistryError
 
 log = logging.getLogger(__name__)
 logging.getLogger("alembic").setLevel(logging.WARNING)  # MLflow's migrations, step by step
@@ -41,16 +42,15 @@ PLACES = (
     ("model_versions", "storage_location"),
     ("experiments", "artifact_location"),
 )
-BUSY_TIMEOUT_S = 20
 
 
 def mlflow_errors() -> tuple[type[Exception], ...]:
     """The exceptions that say that MLflow refused a call: our client's, and MLflow's own."""
     if "mlflow" not in sys.modules:
-        return (RestError,)
+        return (RegistryError,)
     from mlflow.exceptions import MlflowException
 
-    return RestError, MlflowException
+    return RegistryError, MlflowException
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
@@ -70,10 +70,24 @@ class MlflowConnection:
         self.uri = paths.tracking_uri
         self.artifacts = paths.artifacts
         with self.errors():
-            self.client = MlflowRest(self.uri) if is_supported(self.uri) else self._open(paths)
+            self.client = self._open(paths)
 
-    def _open(self, paths: Paths) -> Any:
-        """MLflow's own client."""
+    def _open(self, paths: Paths) -> mlflow_rest.MlflowRest | mlflow_sqlite.MlflowSqlite:
+        """Our own client if it can speak to this registry, else MLflow's."""
+        if mlflow_rest.is_supported(self.uri):
+            return mlflow_rest.MlflowRest(self.uri)
+        database = Path(self.uri.removeprefix(SQLITE))
+        is_file = self.uri.startswith(SQLITE)
+        if is_file and mlflow_sqlite.is_supported(database, os.environ.get("MLFLOW_WORKSPACE")):
+            if database.parent == paths.root:
+                _relocate(database, self.artifacts.as_uri())
+            return mlflow_sqlite.MlflowSqlite(database)
+        # The methods that Convoy calls are the same, so MLflow's client has the type of ours.
+        client: mlflow_sqlite.MlflowSqlite = self._open_mlflow(paths)
+        return client
+
+    def _open_mlflow(self, paths: Paths) -> Any:
+        """MLflow's own client, which makes the tables if there are none."""
         import mlflow
 
         mlflow.set_tracking_uri(self.uri)
@@ -165,7 +179,10 @@ def _relocate(database: Path, artifacts: str) -> None:
     MLflow has no call for it: it writes absolute places into the database, and new runs would go
     on writing to the old one.
     """
-    with closing(sqlite3.connect(database, timeout=BUSY_TIMEOUT_S)) as connection, connection:
+    with (
+        closing(sqlite3.connect(database, timeout=mlflow_sqlite.BUSY_TIMEOUT_S)) as connection,
+        connection,
+    ):
         former = connection.execute(
             "SELECT DISTINCT artifact_location FROM experiments JOIN experiment_tags"
             " USING (experiment_id) WHERE key = ? AND artifact_location != ?",

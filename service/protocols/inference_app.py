@@ -17,7 +17,7 @@ from werkzeug.exceptions import MethodNotAllowed
 from service.http import problems
 from service.http.openapi import Operation
 from service.http.request_context import answer_headers, identify
-from service.inference.pipeline import Images, Job, Result
+from service.inference.pipeline import ImageStream, Job, Result
 from service.inference.pipeline import Request as PipelineRequest
 from service.server.protocol import IN_LOOP, WAITING, Postpone
 from service.state import State
@@ -52,7 +52,7 @@ class InferenceProtocol(Protocol):
     def match(self, path: str) -> Target | None:
         """The target that ``path`` names; None if it is not a path of this protocol."""
 
-    def read(self, environ: "WSGIEnvironment") -> tuple[Images, int]:
+    def read(self, environ: "WSGIEnvironment") -> tuple[ImageStream, int]:
         """The images of a request, and how many classes to answer with for each.
 
         Raises:

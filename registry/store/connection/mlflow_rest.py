@@ -11,13 +11,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import quote
 
 import requests
-from msgspec import Struct
 from requests.auth import AuthBase, HTTPBasicAuth
 from requests.utils import get_auth_from_url
+
+from registry.store.connection.entities import (
+    Page,
+    RegisteredModel,
+    RegisteredVersion,
+    RegistryError,
+)
 
 API = "/api/2.0/mlflow"
 ARTIFACTS_API = "/api/2.0/mlflow-artifacts/artifacts"
@@ -29,51 +35,17 @@ MAX_PAGE = 200
 OWN_CLIENT = ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 
 
-class RestError(Exception):
-    """The server's answer is an error; ``error_code`` is MLflow's."""
-
-    def __init__(self, text: str, error_code: str) -> None:
-        super().__init__(text)
-        self.error_code = error_code
-
-
-class RegisteredModel(Struct, frozen=True):
-    """As ``mlflow.entities.model_registry.RegisteredModel``; the time is in milliseconds."""
-
-    name: str
-    creation_timestamp: int
-    tags: dict[str, str]
-    aliases: dict[str, int]
-
-
-class RegisteredVersion(Struct, frozen=True):
-    """As ``mlflow.entities.model_registry.ModelVersion``; the time is in milliseconds."""
-
-    name: str
-    version: int
-    creation_timestamp: int
-    tags: dict[str, str]
-    run_id: str | None
-
-
-Entity = TypeVar("Entity")
-
-
-class Page(list[Entity], Generic[Entity]):
-    """One page of a search; ``token`` asks for the next, and is empty after the last."""
-
-    def __init__(self, rows: list[Entity], token: str) -> None:
-        super().__init__(rows)
-        self.token = token
-
-
 def is_supported(uri: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this client can speak to ``uri`` with the credentials of ``environment``."""
     return uri.startswith(("http://", "https://")) and not any(map(environment.get, OWN_CLIENT))
 
 
 class MlflowRest:
-    """One MLflow server. Its methods raise ``RestError`` and ``requests.RequestException``."""
+    """One MLflow server. Its methods raise ``RegistryError`` and ``requests.RequestException``.
+
+    It has many methods because each call of MLflow's API that Convoy uses is one of them. They have
+    the names and arguments of MLflow's own client, which takes its place for a database.
+    """
 
     def __init__(self, uri: str, environment: Mapping[str, str] = os.environ) -> None:
         self._uri = uri.rstrip("/")
@@ -106,7 +78,7 @@ class MlflowRest:
         """The model with its tags and aliases.
 
         Raises:
-            RestError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model.
+            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model.
         """
         return _model(_member(self._get("registered-models/get", name=name), "registered_model"))
 
@@ -116,7 +88,7 @@ class MlflowRest:
         """The new model, which has no version yet.
 
         Raises:
-            RestError: ``RESOURCE_ALREADY_EXISTS`` if the name is taken.
+            RegistryError: ``RESOURCE_ALREADY_EXISTS`` if the name is taken.
         """
         body = {"name": name, "tags": _pairs(tags), "description": description}
         found = self._send("POST", "registered-models/create", body)
@@ -165,7 +137,7 @@ class MlflowRest:
         """The version with the number ``version``, which MLflow's client takes as a string.
 
         Raises:
-            RestError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model or version.
+            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model or version.
         """
         found = self._get("model-versions/get", name=name, version=version)
         return _version(_member(found, "model_version"))
@@ -286,23 +258,23 @@ def _decode(response: requests.Response, endpoint: str) -> dict[str, Any]:
         return body
     if isinstance(body, dict) and "error_code" in body:
         code = str(body["error_code"])
-        raise RestError(f"{code}: {body.get('message', '')}", code)
-    raise RestError(f"{endpoint}: {response.status_code} {response.reason}", "INTERNAL_ERROR")
+        raise RegistryError(f"{code}: {body.get('message', '')}", code)
+    raise RegistryError(f"{endpoint}: {response.status_code} {response.reason}", "INTERNAL_ERROR")
 
 
 def _member(answer: dict[str, Any], name: str) -> Any:
     if name not in answer:
-        raise RestError(f"the answer has no {name}: this is not an MLflow server", "BAD_ANSWER")
+        raise RegistryError(f"the answer has no {name}: this is not an MLflow server", "BAD_ANSWER")
     return answer[name]
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Turn an entity that is not as MLflow's into a ``RestError``."""
+    """Turn an entity that is not as MLflow's into a ``RegistryError``."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RestError(f"an entity is not as MLflow's: {error!r}", "BAD_ANSWER") from error
+        raise RegistryError(f"an entity is not as MLflow's: {error!r}", "BAD_ANSWER") from error
 
 
 def _pairs(tags: dict[str, str]) -> list[dict[str, str]]:

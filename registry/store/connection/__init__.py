@@ -1,0 +1,4 @@
+"""Speaks to an MLflow database or server, and fetches artefacts.
+
+Imports ``registry.core`` and ``registry.model``. Knows no rule about champions or audit logs.
+"""

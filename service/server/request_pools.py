@@ -1,0 +1,177 @@
+"""``PendingResponse``: a request whose answer is being made; and the threads for those that wait.
+
+The loop answers most requests itself. ``RequestPools`` has the threads for the others: a few for
+long work, as many for large bodies, and two for pages and metrics.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from gunicorn.http import wsgi
+from gunicorn.workers.gthread import PollableMethodQueue
+from msgspec import Struct
+
+from service.server.protocol import Postpone
+from service.server.sockets.connection import Connection
+from service.server.sockets.request_reader import RawRequest
+
+# The threads for metrics and pages; together they use at most this share of one core.
+BACKGROUND_THREADS = 2
+BACKGROUND_SHARE = 0.25
+MAX_PAUSE_S = 1.0
+MAX_WAITING = 512
+# Longer bodies have their own threads, because decoding them would delay other requests.
+LARGE_POOL_BYTES = 1024 * 1024
+
+
+class Written(list[bytes]):
+    """Collects an answer; gunicorn's response takes it for a socket.
+
+    gunicorn sends an answer's head and body with two calls. Here, one ``send`` sends both. This is
+    not part of ``PendingResponse``, because that would make a cycle of references, and request
+    bodies would stay in memory until the next garbage collection.
+    """
+
+    def sendall(self, data: bytes) -> None:
+        """Keep a copy of ``data``; nothing is sent yet."""
+        self.append(bytes(data))
+
+
+class PendingResponse:
+    """A request whose answer is being made."""
+
+    __slots__ = (
+        "body",
+        "connection",
+        "environ",
+        "is_upload",
+        "queues",
+        "response",
+        "size",
+        "written",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        request: Any,
+        environ: dict[str, Any],
+        cfg: Any,
+        raw: RawRequest,
+    ) -> None:
+        self.connection = connection
+        self.size = len(raw.body)
+        self.is_upload = raw.is_upload
+        self.queues = False
+        self.environ = environ
+        self.written = Written()
+        self.response = wsgi.Response(request, self.written, cfg)
+        self.body: Iterable[bytes] = ()
+
+    def call(self, application: Any) -> None:
+        """The first half: call the application."""
+        self.body = application(self.environ, self.response.start_response)
+
+    def iterate(self) -> None:
+        """The second half: collect what the application answers."""
+        try:
+            for part in self.body:
+                self.response.write(part)
+            self.response.close()
+        finally:
+            if hasattr(self.body, "close"):
+                self.body.close()
+
+
+Finish = Callable[[PendingResponse, BaseException | None], None]
+"""Called with a request whose answer is complete, and the error that ended it, if one did."""
+
+
+def failure(work: Callable[[], None]) -> BaseException | None:
+    """Run ``work``, and return the exception that it raised, or None."""
+    try:
+        work()
+    except BaseException as error:  # noqa: BLE001 - the loop answers it, or raises it again
+        return error
+    return None
+
+
+class RequestPool(Struct):
+    """The threads for one kind of request.
+
+    ``count`` requests wait or are worked on, and their bodies have ``size`` bytes in total. While
+    more than one waits, each thread works for only ``share`` of the time.
+    """
+
+    threads: ThreadPoolExecutor
+    share: float = 1.0
+    count: int = 0
+    size: int = 0
+
+
+class RequestPools:
+    """The threads for postponed requests. The loop's thread uses it, and reads ``done``."""
+
+    def __init__(self, threads: int) -> None:
+        """Prepare the pools for long work and for large bodies with ``threads`` threads each."""
+        self._postponed = RequestPool(ThreadPoolExecutor(threads, "work"))
+        self._large = RequestPool(ThreadPoolExecutor(threads, "large"))
+        background = ThreadPoolExecutor(BACKGROUND_THREADS, "background")
+        self._background = RequestPool(background, BACKGROUND_SHARE / BACKGROUND_THREADS)
+        self.queued = 0
+        """Requests for which later ones will wait (``Postpone.queues``)."""
+        self.done = PollableMethodQueue()
+        self.done.init()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a thread or have one, without pages and metrics."""
+        return self._postponed.count + self._large.count
+
+    @property
+    def size(self) -> int:
+        """The bytes of the bodies of all requests that wait or are worked on."""
+        return sum(pool.size for pool in (self._postponed, self._large, self._background))
+
+    def choose(self, size: int, postponed: Postpone) -> RequestPool | None:
+        """The pool for a postponed request with a body of ``size`` bytes; None if it is full."""
+        pool = self._large if size > LARGE_POOL_BYTES else self._postponed
+        if postponed.background:
+            pool = self._background
+        return pool if pool.count < MAX_WAITING else None
+
+    def submit(
+        self, pending: PendingResponse, pool: RequestPool, application: Any, finish: Finish
+    ) -> None:
+        """Have a thread call the WSGI ``application``; the loop then calls ``finish``."""
+        size, queues = pending.size, pending.queues
+        pool.count += 1
+        pool.size += size
+        self.queued += queues
+
+        def answer() -> None:
+            pending.call(application)
+            pending.iterate()
+
+        def done(error: BaseException | None) -> None:
+            pool.count -= 1
+            pool.size -= size
+            self.queued -= queues
+            finish(pending, error)
+
+        def work() -> None:
+            began = time.thread_time()
+            error = failure(answer)
+            self.done.defer(done, error)
+            if pool.share < 1 and pool.count > 1:
+                used_s = time.thread_time() - began
+                time.sleep(min(MAX_PAUSE_S, used_s / pool.share - used_s))
+
+        pool.threads.submit(work)
+
+    def stop(self) -> None:
+        """Start no further request; threads that work go on."""
+        for pool in (self._postponed, self._large, self._background):
+            pool.threads.shutdown(wait=False, cancel_futures=True)
