@@ -8,9 +8,9 @@ from typing import Any
 
 from service.server import gunicorn_worker, request_loop
 from service.server.gunicorn_worker import LoopWorker
+from service.server.pending_response import PendingResponse, failure
 from service.server.request_loop import RequestLoop
 from service.server.request_parser import HeaderCache
-from service.server.request_pools import PendingResponse, failure
 from service.server.sockets.connection import Connection
 from service.server.sockets.request_reader import RawRequest
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def open_store() -> "ModelStore":
-    """The registry of ``CONVOY_HOME`` or ``MLFLOW_TRACKING_URI``; the import takes seconds."""
+    """The registry of ``CONVOY_HOME`` or ``MLFLOW_TRACKING_URI``."""
     from registry.store.mlflow_store import ModelStore
 
     return ModelStore(convoy_paths())

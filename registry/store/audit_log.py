@@ -7,7 +7,7 @@ result. No lock is needed, and no compare-and-set, which the registry's aliases 
 
 The line numbers show that a line is missing. They do not show that a line was rewritten: an account
 that may write to the registry can rewrite the log (SECURITY.md). This module only reads lines;
-``ModelStore`` knows where they are kept.
+``AuditLogStore`` knows where they are kept.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,7 @@
 """``ModelStore``: versions, aliases and files in an MLflow registry.
 
-MLflow's loose types stop here, its exceptions in ``registry.store.connection``. MLflow itself is
-imported only where it is needed: to publish, for a registry that is a database, and for artefacts
-that the MLflow server does not serve. That takes seconds and 170 MB.
+MLflow's loose types stop here, its exceptions in ``registry.store.connection``. MLflow itself takes
+seconds and 170 MB: it is imported only to publish, and where our own clients cannot be used.
 """
 
 import re

@@ -4,6 +4,7 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
+from mmap import mmap
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,10 @@ from multipart import MultipartError, MultipartSegment, ParserLimitReached, Push
 from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError, ImageTooLarge, InvalidImage, UnsupportedEncoding
-from service.http.request_context import body_buffer, body_length, read_body
 from service.server.protocol import IN_LOOP, Postpone
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from mmap import mmap
-
     from _typeshed.wsgi import InputStream, WSGIEnvironment
 
 CHUNK_BYTES = 64 * 1024
@@ -38,6 +36,7 @@ LARGE_JSON_BYTES = 256 * 1024
 MIN_BYTES_PER_ESCAPE = 8
 MAX_FREE_ESCAPES = 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LENGTH = re.compile(r"[0-9]{1,15}")
 
 # By default, curl --data-binary sends x-www-form-urlencoded, and S3 sends binary/octet-stream.
 _RAW = {
@@ -106,11 +105,11 @@ class BodyImages:
         if kind == "application/json":
             limit = min(settings.max_json_bytes, settings.max_body_bytes)
             advice = "; send larger images as the body itself or as multipart/form-data"
-            return self._json(body_buffer(stream, body_length(self._environ, limit, advice)))
-        length = body_length(self._environ, settings.max_body_bytes)
+            return self._json(_body_buffer(stream, _body_length(self._environ, limit, advice)))
+        length = _body_length(self._environ, settings.max_body_bytes)
         if kind == "multipart/form-data":
             return self._multipart(stream, length, content_type)
-        return iter((self._limited(read_body(stream, length)),))
+        return iter((self._limited(_read_body(stream, length)),))
 
     def _multipart(
         self, stream: "InputStream", length: int, content_type: str
@@ -130,7 +129,7 @@ class BodyImages:
         if not count:
             abort(400, "the multipart body has no part named 'image', 'images', 'file' or 'files'")
 
-    def _json(self, body: "bytes | mmap") -> Iterator[bytes | ConvoyError]:
+    def _json(self, body: bytes | mmap) -> Iterator[bytes | ConvoyError]:
         # msgspec checks a list only after decoding all of it, and holds the interpreter meanwhile.
         # So bodies with too many strings (two quotes each, also for names), other values or escapes
         # are refused before.
@@ -212,7 +211,7 @@ def _paced(size: int) -> contextlib.AbstractContextManager[None]:
     return _one_large if size > LARGE_JSON_BYTES else contextlib.nullcontext()
 
 
-def _count(body: "bytes | mmap", character: bytes, limit: int) -> int:
+def _count(body: bytes | mmap, character: bytes, limit: int) -> int:
     """How often ``character`` occurs in ``body``, at most ``limit``: each one costs a search."""
     count, at = 0, body.find(character, 0)
     while at >= 0 and count < limit:
@@ -347,3 +346,38 @@ class _Form:
             abort(
                 413, f"the multipart body has more than {MAX_OTHER_BYTES:,} bytes outside of images"
             )
+
+
+def _body_length(environ: "WSGIEnvironment", limit: int, advice: str = "") -> int:
+    """The Content-Length of the request, checked before the body is read.
+
+    ``advice`` is added to the text of the 413.
+
+    Raises:
+        HTTPException: 411 if the body is chunked, so its length is unknown; 413 if it is longer
+            than ``limit``; 400 if there is no body.
+    """
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        abort(411, "send a Content-Length; chunked bodies are not accepted")
+    text = environ.get("CONTENT_LENGTH", "")
+    if not _LENGTH.fullmatch(text):
+        abort(400, "the body is empty; send the bytes of an image")
+    length = int(text)
+    if length > limit:
+        abort(413, f"the body has {length:,} bytes; at most {limit:,} are accepted{advice}")
+    return length
+
+
+def _read_body(stream: "InputStream", length: int) -> bytes:
+    """The complete body; answers 400 if it is empty or shorter than ``length``."""
+    body: bytes = stream.read(length)
+    if len(body) != length:
+        abort(400, f"the body ended after {len(body):,} of {length:,} bytes; send all of it")
+    if not body:
+        abort(400, "the body is empty; send the bytes of an image")
+    return body
+
+
+def _body_buffer(stream: "InputStream | mmap", length: int) -> bytes | mmap:
+    """As ``_read_body``, but without a copy if the worker keeps the body in memory pages."""
+    return stream if isinstance(stream, mmap) else _read_body(stream, length)

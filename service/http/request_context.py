@@ -1,20 +1,18 @@
-"""Gives every request an id, checks its body's length, and sets the headers of every answer.
+"""Gives every request an id, and sets the headers of every answer.
 
 It reads the WSGI environment itself, because classification requests do not pass through Flask.
 """
 
 import random
 import re
-from mmap import mmap
 from typing import TYPE_CHECKING
 
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import abort
 
 from service.state import state
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import InputStream, WSGIEnvironment
+    from _typeshed.wsgi import WSGIEnvironment
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # https://www.w3.org/TR/trace-context/: version-traceid-parentid-flags
@@ -25,7 +23,6 @@ _TRACEPARENT = re.compile(
 _random = random.Random()  # noqa: S311
 # For answers that are not pages: a browser must not load anything for them or put them in a frame.
 DENY_ALL_POLICY = "default-src 'none'; frame-ancestors 'none'"
-_LENGTH = re.compile(r"[0-9]{1,15}")
 
 
 def init_app(app: Flask) -> None:
@@ -54,41 +51,6 @@ def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]
     if version is not None:
         headers.append(("X-Model-Version", str(version)))
     return headers
-
-
-def body_length(environ: "WSGIEnvironment", limit: int, advice: str = "") -> int:
-    """The Content-Length of the request, checked before the body is read.
-
-    ``advice`` is added to the text of the 413.
-
-    Raises:
-        HTTPException: 411 if the body is chunked, so its length is unknown; 413 if it is longer
-            than ``limit``; 400 if there is no body.
-    """
-    if "HTTP_TRANSFER_ENCODING" in environ:
-        abort(411, "send a Content-Length; chunked bodies are not accepted")
-    text = environ.get("CONTENT_LENGTH", "")
-    if not _LENGTH.fullmatch(text):
-        abort(400, "the body is empty; send the bytes of an image")
-    length = int(text)
-    if length > limit:
-        abort(413, f"the body has {length:,} bytes; at most {limit:,} are accepted{advice}")
-    return length
-
-
-def read_body(stream: "InputStream", length: int) -> bytes:
-    """The complete body; answers 400 if it is empty or shorter than ``length``."""
-    body: bytes = stream.read(length)
-    if len(body) != length:
-        abort(400, f"the body ended after {len(body):,} of {length:,} bytes; send all of it")
-    if not body:
-        abort(400, "the body is empty; send the bytes of an image")
-    return body
-
-
-def body_buffer(stream: "InputStream | mmap", length: int) -> bytes | mmap:
-    """As ``read_body``, but without a copy if the worker keeps the body in memory pages."""
-    return stream if isinstance(stream, mmap) else read_body(stream, length)
 
 
 def _begin() -> None:

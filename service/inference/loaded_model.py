@@ -76,8 +76,8 @@ class Slot(Protocol):
     """One model of this service, whichever version of it is loaded."""
 
     @property
-    def current(self) -> ServedModel | None:
-        """The champion; None while nothing is loaded."""
+    def serving(self) -> ActiveVersions | None:
+        """The versions that serve; None while nothing is loaded."""
 
     def require(self) -> ActiveVersions:
         """The versions that serve; raises ``ModelNotReady`` while there are none."""

@@ -172,17 +172,25 @@ class Pipeline:
         self._decoder = Decoder(settings)
 
     def find(
-        self, name: str | None = None, version: int | None = None, alias: str | None = None
+        self,
+        name: str | None = None,
+        version: int | None = None,
+        alias: str | None = None,
+        in_loop: bool = False,
     ) -> tuple[ServedModel, ActiveVersions]:
         """The loaded version that a request asks for, and all that serve at this moment.
 
         Raises:
+            Postpone: the server's loop calls (``in_loop``), and no version is loaded yet.
             ModelNotFound, VersionNotFound: this service does not serve it.
             ModelNotReady: no version is loaded yet, or this worker is about to end.
         """
         if reason := self._why_unready():
             raise ModelNotReady(reason)
-        serving = find_slot(self._slots, name).require()
+        slot = find_slot(self._slots, name)
+        serving = slot.serving if in_loop else slot.require()
+        if serving is None:
+            raise Postpone  # ``require`` may have to load the model first
         served = serving.find(version, alias)
         if served is None:
             wanted = f"version {version}" if alias is None else f"alias {alias!r}"
@@ -207,10 +215,8 @@ class Pipeline:
         """
         request = job.request
         in_loop = request.loop_bytes is not None
-        if in_loop and find_slot(self._slots, request.name).current is None:
-            raise Postpone  # ``find`` may have to load the model first
         # Find the version once, so that all images of a request get the same one.
-        job.served, serving = self.find(request.name, request.version, request.alias)
+        job.served, serving = self.find(request.name, request.version, request.alias, in_loop)
         # Check before decoding, which costs more than the check.
         job.served.batcher.check_room(request.waiting)
         if in_loop and _is_slow(job.served.batcher):

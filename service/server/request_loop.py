@@ -20,10 +20,11 @@ from typing import Any, Protocol
 
 from gunicorn.http import errors as http_errors
 
+from service.server.pending_response import PendingResponse, failure
 from service.server.protocol import ENDING, IN_LOOP, WAITING, Postpone, ServerOptions
 from service.server.refusals import REFUSALS_PER_S, RefusalQueue
 from service.server.request_parser import HeaderCache
-from service.server.request_pools import PendingResponse, RequestPools, failure
+from service.server.request_pools import RequestPools
 from service.server.sockets.client_sockets import ClientSockets
 from service.server.sockets.connection import Connection, ConnectionState
 from service.server.sockets.handover import NEVER, Handover

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 
-from service.server.request_pools import PendingResponse
+from service.server.pending_response import PendingResponse
 from service.server.sockets.request_reader import RawRequest
 from tests.conftest import free_port
 
