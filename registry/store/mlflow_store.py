@@ -164,14 +164,14 @@ class ModelStore:
         with self.connection.errors():
             source = self._client.get_model_version_download_uri(version.name, str(version.version))
         folder.mkdir(parents=True, exist_ok=True)
-        self._artifacts.fetch(f"{source}/{BUNDLE_PATH}/{MANIFEST}", folder, MAX_MANIFEST_BYTES)
+        self._artifacts.fetch(source, f"{BUNDLE_PATH}/{MANIFEST}", folder, MAX_MANIFEST_BYTES)
         bundle = open_bundle(folder, version.manifest_sha256)
         names = list(wanted(bundle))
         for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             size_bytes = bundle.entry(name).size_bytes
-            self._artifacts.fetch(f"{source}/{BUNDLE_PATH}/{name}", target.parent, size_bytes)
+            self._artifacts.fetch(source, f"{BUNDLE_PATH}/{name}", target.parent, size_bytes)
         bundle.verify(names)
         return bundle
 

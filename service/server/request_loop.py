@@ -81,7 +81,7 @@ class RequestLoop:
         pools: RequestPools,
         handover: Handover | None,
     ) -> None:
-        """Prepare the loop of a gunicorn ``worker`` that has loaded its application."""
+        """Prepare the loop of a gunicorn ``worker``, which loads its application before a turn."""
         self._worker = worker
         self._sockets = sockets
         self._pools = pools

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from registry.core.errors import RegistryUnavailable
+from registry.core.errors import BundleInvalid, RegistryUnavailable
 from registry.core.paths import Paths
 from registry.model.refs import ModelRef, ModelVersion
 from registry.store.experiments import open_experiment
@@ -129,3 +129,16 @@ def test_runs_of_the_shell_are_not_taken_over(
     assert mlflow.MlflowClient(store.connection.uri).get_run(run.id).info.status == "FINISHED"
     assert f"MLFLOW_RUN_ID={'0' * 32} is ignored" in caplog.text
     assert "MLFLOW_EXPERIMENT_ID=777 is ignored" in caplog.text
+
+
+def test_names_of_artefacts_are_not_decoded_as_urls(store: ModelStore, tmp_path: Path) -> None:
+    source, down = tmp_path / "a place", tmp_path / "down"
+    source.mkdir()
+    down.mkdir()
+    (tmp_path / "secret").write_bytes(b"secret")
+    (source / "q?x#y%2f").write_bytes(b"odd")
+    store._artifacts.fetch(source.as_uri(), "q?x#y%2f", down, 1000)
+    assert (down / "q?x#y%2f").read_bytes() == b"odd"
+    for name in ("..%2fsecret", "%2e%2e/secret", "q?x#y%2f/x"):
+        with pytest.raises(BundleInvalid, match="is missing"):
+            store._artifacts.fetch(source.as_uri(), name, down, 1000)

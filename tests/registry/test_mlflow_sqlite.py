@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from registry.core.errors import VersionNotFound
+from registry.core.errors import RegistryUnavailable, VersionNotFound
 from registry.core.paths import Paths
 from registry.model.refs import Canary, ModelRef
 from registry.promotion.promotion import promote, start_canary
@@ -46,6 +46,7 @@ def database(store: ModelStore, publish: Publish, registry_paths: Paths) -> Path
 
 
 def test_it_reads_what_mlflows_client_reads(database: Path) -> None:
+    mlflow.genai.register_prompt(name="greeting", template="Hello {{name}}")  # not a model
     mlflows = mlflow.MlflowClient()
     ours = MlflowSqlite(database)
     for name in ("digits", "digits.ledger"):
@@ -134,6 +135,38 @@ def test_what_is_missing_or_deleted_is_refused(database: Path, name: str, versio
         assert refused.value.error_code == "RESOURCE_DOES_NOT_EXIST"
     with pytest.raises(RegistryError):
         ours.get_registered_model("unknown")
+
+
+def test_a_reader_restores_the_file_after_a_writer_was_killed(database: Path) -> None:
+    """A killed writer leaves a journal, which only a connection that may write can roll back."""
+    script = (
+        "import os, sqlite3, sys\n"
+        "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "connection.execute('PRAGMA cache_size = 2')\n"
+        "connection.execute('BEGIN IMMEDIATE')\n"
+        "for number in range(3000):\n"
+        "    connection.execute('INSERT INTO registered_model_tags (key, value, name, workspace)'\n"
+        "        ' VALUES (?, ?, ?, ?)', (str(number), 'x' * 500, 'digits', 'default'))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    ours = MlflowSqlite(database)
+    before = ours.get_registered_model("digits")
+    ended = subprocess.run([sys.executable, "-c", script, str(database)], check=False)
+    assert ended.returncode == -9
+    assert database.with_name("mlflow.db-journal").exists()
+    assert ours.get_registered_model("digits") == before
+
+
+def test_names_that_sqlite_cannot_store_are_refused(store: ModelStore) -> None:
+    with pytest.raises(RegistryUnavailable):
+        store.aliases.read("\udcff")
+
+
+def test_models_that_mlflow_keeps_elsewhere_are_left_to_mlflow(
+    registry_paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{registry_paths.root}/other.db")
+    assert not isinstance(ModelStore(registry_paths).connection.client, MlflowSqlite)
 
 
 def test_a_store_reads_with_it_and_says_what_is_missing(

@@ -25,27 +25,27 @@ class Artifacts:
     def __init__(self, connection: MlflowConnection) -> None:
         self._connection = connection
 
-    def fetch(self, uri: str, folder: Path, max_bytes: int) -> None:
-        """Fetch the file at ``uri`` into ``folder``.
+    def fetch(self, source: str, name: str, folder: Path, max_bytes: int) -> None:
+        """Fetch the file ``name`` of the artefacts at the URI ``source`` into ``folder``.
 
         Raises:
             BundleInvalid: it is missing, or larger than ``max_bytes``.
             RegistryUnavailable: it could not be fetched.
         """
-        root, _, name = uri.rpartition("/")
+        uri = f"{source}/{name}"
         with self._connection.errors():
             try:
-                self._fetch(uri, root, folder / name, max_bytes)
+                self._fetch(source, name, folder / Path(name).name, max_bytes)
             except _fetch_errors() as error:
-                if isinstance(error, FileNotFoundError) or any(
+                if isinstance(error, FileNotFoundError | NotADirectoryError) or any(
                     sign in str(error) for sign in MISSING
                 ):
                     raise BundleInvalid(f"{uri} is missing from the artefacts") from error
                 reason = self._connection.last_line(error)
                 raise RegistryUnavailable(f"{uri} could not be fetched: {reason}") from error
 
-    def _fetch(self, uri: str, root: str, target: Path, max_bytes: int) -> None:
-        client = self._connection.client
+    def _fetch(self, place: str, name: str, target: Path, max_bytes: int) -> None:
+        client, uri = self._connection.client, f"{place}/{name}"
         if isinstance(client, MlflowRest) and uri.startswith(SERVED) and "://" not in uri:
             response = client.open_artifact(uri.removeprefix(SERVED))
             with response:
@@ -53,7 +53,8 @@ class Artifacts:
                 _write(response.iter_content(BLOCK_BYTES), uri, target, max_bytes)
             return
         if uri.startswith("file:"):
-            source = Path(url2pathname(urlsplit(uri).path))
+            # ``name`` is not part of the URL: "%2e%2e" in it must not become "..".
+            source = Path(url2pathname(urlsplit(place).path)) / name
             if source.exists() and not source.is_file():  # MLflow would copy a folder
                 raise BundleInvalid(f"{uri} is not a file")
             if (size_bytes := source.stat().st_size) > max_bytes:
@@ -66,6 +67,7 @@ class Artifacts:
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request
 
+        root = uri.rpartition("/")[0]
         repository = get_artifact_repository(root, tracking_uri=self._connection.uri)
         if isinstance(repository, HttpArtifactRepository):
             credentials = get_default_host_creds(repository.artifact_uri)

@@ -74,10 +74,12 @@ class MlflowConnection:
 
     def _open(self, paths: Paths) -> mlflow_rest.MlflowRest | mlflow_sqlite.MlflowSqlite:
         """Our own client if it can speak to this registry, else MLflow's."""
-        if mlflow_rest.is_supported(self.uri):
+        # MLflow's functions would keep the models elsewhere, so our clients must not look here.
+        is_whole = os.environ.get("MLFLOW_REGISTRY_URI") in (None, "", self.uri)
+        if is_whole and mlflow_rest.is_supported(self.uri):
             return mlflow_rest.MlflowRest(self.uri)
         database = Path(self.uri.removeprefix(SQLITE))
-        is_file = self.uri.startswith(SQLITE)
+        is_file = is_whole and self.uri.startswith(SQLITE)
         if is_file and mlflow_sqlite.is_supported(database, os.environ.get("MLFLOW_WORKSPACE")):
             if database.parent == paths.root:
                 _relocate(database, self.artifacts.as_uri())

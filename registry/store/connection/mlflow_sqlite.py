@@ -8,6 +8,7 @@ the same names, arguments, results and changes to the tables. Source: MLflow 3.1
 ``mlflow/store/model_registry/sqlalchemy_store.py``.
 """
 
+import os
 import re
 import sqlite3
 import time
@@ -29,7 +30,10 @@ REVISION = "dc11669786a5"  # pragma: allowlist secret
 BUSY_TIMEOUT_S = 20
 _NAME_FILTER = re.compile(r"name = '([^']*)'")
 # Without workspaces, which are a setting of MLflow, everything is in the workspace "default".
-_MODELS = "SELECT name FROM registered_models WHERE workspace = 'default' ORDER BY name"
+# MLflow keeps prompts as registered models with this tag; its searches leave them out.
+_MODELS = """SELECT name FROM registered_models WHERE workspace = 'default' AND name NOT IN
+    (SELECT name FROM registered_model_tags WHERE workspace = 'default'
+     AND key = 'mlflow.prompt.is_prompt' AND value = 'true') ORDER BY name"""
 _MODEL = """SELECT creation_time FROM registered_models
     WHERE workspace = 'default' AND name = :name"""
 _MODEL_TAGS = """SELECT key, value FROM registered_model_tags
@@ -118,7 +122,8 @@ class MlflowSqlite:
         named = _NAME_FILTER.fullmatch(filter_string)
         assert named is not None, filter_string
         with _reading(self._database) as run:
-            return Page(_versions(run, named[1], limit=max_results))
+            known = (named[1],) in run(_MODELS)
+            return Page(_versions(run, named[1], limit=max_results) if known else [])
 
     def get_model_version(self, name: str, version: str) -> RegisteredVersion:
         """The version with the number ``version``.
@@ -203,27 +208,35 @@ class MlflowSqlite:
 @contextmanager
 def _reading(database: Path) -> Iterator[Run]:
     """Runs queries that all see the same state of ``database``."""
-    with _opened(database, "ro", "BEGIN") as run:
+    with _opened(database, "BEGIN") as run:
         yield run
 
 
 @contextmanager
 def _writing(database: Path) -> Iterator[Run]:
     """Runs statements that other processes see all at once, or not at all after an error."""
-    with _opened(database, "rw", "BEGIN IMMEDIATE") as run:
+    with _opened(database, "BEGIN IMMEDIATE") as run:
         yield run
         run("COMMIT")
 
 
 @contextmanager
-def _opened(database: Path, mode: str, begin: str) -> Iterator[Run]:
-    uri = f"file:{quote(str(database))}?mode={mode}"
+def _opened(database: Path, begin: str) -> Iterator[Run]:
+    # Readers open the file for writing, too: the first one after a writer was killed restores it.
+    uri = f"file:{quote(os.fsencode(database))}?mode=rw"
     # With ``isolation_level`` None, Python begins no transaction of its own.
     options: dict[str, Any] = {"uri": True, "timeout": BUSY_TIMEOUT_S, "isolation_level": None}
     with closing(sqlite3.connect(uri, **options)) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(begin)
-        yield lambda statement, **values: connection.execute(statement, values).fetchall()
+
+        def run(statement: str, **values: str | int | None) -> list[tuple[Any, ...]]:
+            try:
+                return list(connection.execute(statement, values))
+            except (UnicodeEncodeError, OverflowError) as error:  # not of ``sqlite3.Error``
+                raise RegistryError(str(error), "INVALID_PARAMETER_VALUE") from error
+
+        yield run
 
 
 def _model(run: Run, name: str) -> RegisteredModel:

@@ -163,9 +163,9 @@ class ClientSockets:
         for connection in nsmallest(room, closable, key=by_loss):
             self.close(connection)
         if not closable:
-            held = (c for c in self.connections if c.state is ConnectionState.HELD)
-            if refused := next(held, None):
-                self.close(refused)
+            held = [c for c in self.connections if c.state is ConnectionState.HELD]
+            if held:  # the one that has waited for its error for longest
+                self.close(min(held, key=lambda each: each.closing_order(now)))
 
     def _write(self, connection: Connection) -> None:
         """Send as much as the client takes now; after the last byte, wait for its next request."""
