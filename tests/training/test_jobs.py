@@ -107,8 +107,8 @@ def test_a_run_without_a_version_does_not_check_the_model_or_the_labels(
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ModelStore(registry_paths)
-    mlflow.MlflowClient().create_registered_model("digits")  # its log is missing
+    client = mlflow.MlflowClient(ModelStore(registry_paths).connection.uri)
+    client.create_registered_model("digits")  # its log is missing
     twins = msgspec.structs.replace(few_digits, labels=("1", *few_digits.labels[1:]))
     monkeypatch.setattr("registry.store.model_names.CLAIM_TIMEOUT_S", 0.0)
     train = functools.partial(jobs.train_and_publish, twins, recipe, "digits", registry_paths)
