@@ -23,7 +23,6 @@ import pytest
 import requests
 import torch
 from mlflow import MlflowClient
-from mlflow.store.artifact import artifact_repository_registry
 
 from registry.core.errors import ConvoyError, PromotionRefused
 from registry.core.paths import Paths
@@ -38,6 +37,8 @@ from registry.model.bundle import open_bundle
 from registry.model.refs import ModelRef, ModelVersion
 from registry.promotion.decisions import audit
 from registry.promotion.promotion import promote
+from registry.store.connection import artifacts
+from registry.store.connection.mlflow_sqlite import MlflowSqlite
 from registry.store.mlflow_store import ModelStore
 from service.loading.model_slot import ModelSlot
 from tests.conftest import MakeBundle
@@ -59,10 +60,11 @@ FILES = [
     *((os, name) for name in ("open", "fsync", "replace", "ftruncate")),
 ]
 REGISTRY = [
-    (artifact_repository_registry, "get_artifact_repository"),
+    (artifacts, "_write"),
     *(
-        (MlflowClient, name)
-        for name, _ in inspect.getmembers(MlflowClient, inspect.isfunction)
+        (client, name)
+        for client in (MlflowClient, MlflowSqlite)
+        for name, _ in inspect.getmembers(client, inspect.isfunction)
         if not name.startswith("_")
     ),
 ]
