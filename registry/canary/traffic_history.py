@@ -65,9 +65,8 @@ class TrafficHistory:
             now = monotonic()
             failed_at, failure = self._failures.get(name, (0.0, ""))
             if failure and now - failed_at < SAMPLE_INTERVAL_S:
-                raise ModelNotReady(
-                    failure
-                )  # callers must not wait in turn for a service that is away
+                # Callers must not wait in turn for a service that is away.
+                raise ModelNotReady(failure)
             if rows and now - rows[-1][0] > MAX_GAP_S:
                 rows.clear()  # a chart would draw a line through the time without measurements
             if not rows or now - rows[-1][0] >= SAMPLE_INTERVAL_S:

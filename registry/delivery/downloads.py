@@ -48,9 +48,9 @@ class Downloads:
         return total
 
     @property
-    def exceeds_manifest(self) -> bool:
-        """Whether the present download is larger than its manifest permits."""
-        return self.arrived_bytes > self.expected_bytes + MAX_EXTRA_BYTES
+    def max_bytes(self) -> int:
+        """The size that the present download may have."""
+        return self.expected_bytes + MAX_EXTRA_BYTES
 
     def has(self, folder: Path, version: ModelVersion) -> bool:
         """Whether ``folder`` has a complete copy; it is verified again if a file has changed."""
@@ -92,7 +92,7 @@ class Downloads:
         names = bundle.serving_files()
         self.expected_bytes = sum(bundle.manifest.files[name].size_bytes for name in names)
         free = shutil.disk_usage(self._models).free
-        if free < self.expected_bytes + MAX_EXTRA_BYTES:
+        if free < self.max_bytes:
             needed = f"{self.expected_bytes:,} bytes and {MAX_EXTRA_BYTES:,} in reserve"
             raise OSError(
                 errno.ENOSPC, f"{needed} are needed, {free:,} are free", str(self._models)

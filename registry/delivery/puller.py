@@ -203,7 +203,7 @@ class Puller:
             why = None
             if started is not None and now - since > STALL_TIMEOUT_S:
                 why = f"the registry has sent next to nothing for {STALL_TIMEOUT_S:.0f} s"
-            elif self._downloads.exceeds_manifest:
+            elif arrived > self._downloads.max_bytes:
                 why = (
                     f"the registry has sent {arrived:,} bytes, the manifest announced "
                     f"{self._downloads.expected_bytes:,}"

@@ -188,7 +188,7 @@ class GateRunner:
             evaluated_unix_s=time.time(),
         )
         try:
-            new = self._store.download(challenger, folder / "challenger", _needed)
+            new = self._store.download(challenger, folder / "challenger", _needed_of_challenger)
             if champion is None:
                 return msgspec.structs.replace(
                     result, accepted=True, summary="there was no champion to compare with"
@@ -215,8 +215,13 @@ class GateRunner:
 
 def _needed(bundle: Bundle) -> list[str]:
     """The files that the comparison reads, and those that serving needs."""
+    return [HELDOUT, TRAINING, *bundle.serving_files()]
+
+
+def _needed_of_challenger(bundle: Bundle) -> list[str]:
+    """As ``_needed``, with the champion's scores on its pictures, and small copies of these."""
     optional = (name for name in (CHAMPION_SCORES, THUMBNAILS) if name in bundle.manifest.files)
-    return [HELDOUT, TRAINING, *optional, *bundle.serving_files()]
+    return [*_needed(bundle), *optional]
 
 
 def _foreign_champion(champion: ForeignVersion, challenger: ModelVersion) -> GateResult:

@@ -78,7 +78,7 @@ class MlflowRest:
         """The model with its tags and aliases.
 
         Raises:
-            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model.
+            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if the model does not exist.
         """
         return _model(_member(self._get("registered-models/get", name=name), "registered_model"))
 
@@ -137,7 +137,7 @@ class MlflowRest:
         """The version with the number ``version``, which MLflow's client takes as a string.
 
         Raises:
-            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model or version.
+            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if the model or the version does not exist.
         """
         found = self._get("model-versions/get", name=name, version=version)
         return _version(_member(found, "model_version"))

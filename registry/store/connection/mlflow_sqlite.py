@@ -30,10 +30,12 @@ REVISION = "dc11669786a5"  # pragma: allowlist secret
 BUSY_TIMEOUT_S = 20
 _NAME_FILTER = re.compile(r"name = '([^']*)'")
 # Without workspaces, which are a setting of MLflow, everything is in the workspace "default".
-# MLflow keeps prompts as registered models with this tag; its searches leave them out.
+# MLflow keeps prompts as registered models; they and their versions have this tag, and MLflow's
+# searches leave them out.
+PROMPT_TAG = "mlflow.prompt.is_prompt"
 _MODELS = """SELECT name FROM registered_models WHERE workspace = 'default' AND name NOT IN
     (SELECT name FROM registered_model_tags WHERE workspace = 'default'
-     AND key = 'mlflow.prompt.is_prompt' AND value = 'true') ORDER BY name"""
+     AND key = :prompt_tag AND value = 'true') ORDER BY name"""
 _MODEL = """SELECT creation_time FROM registered_models
     WHERE workspace = 'default' AND name = :name"""
 _MODEL_TAGS = """SELECT key, value FROM registered_model_tags
@@ -92,13 +94,13 @@ class MlflowSqlite:
     def search_registered_models(self, *, page_token: str | None = None) -> Page[RegisteredModel]:
         """All models, on one page."""
         with _reading(self._database) as run:
-            return Page([_model(run, name) for (name,) in run(_MODELS)])
+            return Page([_model(run, name) for (name,) in run(_MODELS, prompt_tag=PROMPT_TAG)])
 
     def get_registered_model(self, name: str) -> RegisteredModel:
         """The model with its tags and aliases, all of one moment.
 
         Raises:
-            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model.
+            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if the model does not exist.
         """
         with _reading(self._database) as run:
             return _model(run, name)
@@ -122,14 +124,14 @@ class MlflowSqlite:
         named = _NAME_FILTER.fullmatch(filter_string)
         assert named is not None, filter_string
         with _reading(self._database) as run:
-            known = (named[1],) in run(_MODELS)
-            return Page(_versions(run, named[1], limit=max_results) if known else [])
+            found = _versions(run, named[1], limit=max_results)
+        return Page([each for each in found if each.tags.get(PROMPT_TAG) != "true"])
 
     def get_model_version(self, name: str, version: str) -> RegisteredVersion:
         """The version with the number ``version``.
 
         Raises:
-            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if there is no such model or version.
+            RegistryError: ``RESOURCE_DOES_NOT_EXIST`` if the model or the version does not exist.
         """
         with _reading(self._database) as run:
             return _version(run, name, int(version))
