@@ -20,6 +20,10 @@ class InvalidImage(ConvoyError):
     """The bytes begin like an image of an accepted type, but cannot be decoded."""
 
 
+class InvalidTensor(ConvoyError):
+    """A picture that the client has decoded has another form than the version takes."""
+
+
 class UnsupportedImageType(ConvoyError):
     """The bytes are not an image of an accepted type."""
 

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 # Error → (status, outcome in the metrics).
 TABLE: dict[type[domain.ConvoyError], tuple[int, str]] = {
     domain.InvalidImage: (422, "client_error"),
+    domain.InvalidTensor: (400, "client_error"),
     domain.UnsupportedImageType: (415, "client_error"),
     domain.UnsupportedEncoding: (415, "client_error"),
     domain.ImageTooLarge: (413, "client_error"),
@@ -62,7 +63,7 @@ def describe(error: Exception, request_id: str) -> Problem:
     elif isinstance(error, domain.ConvoyError) and type(error) in TABLE:
         status, _ = TABLE[type(error)]
         title = type(error).title()
-        detail = str(error)
+        detail = ": ".join([*getattr(error, "__notes__", ()), str(error)])
     else:
         log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
         status, title = 500, "internal error"

@@ -5,7 +5,9 @@ from threading import Semaphore
 from registry.core.errors import ConvoyError, ImageTooLarge, Overloaded
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.structure import check_parts
+from registry.model.image.tensors import pixels_of
 from registry.model.manifest import PreprocessSpec
+from service.inference.requests import InputImage
 from service.malloc import trim_heap
 from service.server.protocol import Postpone
 from service.settings import Settings
@@ -27,7 +29,7 @@ class Decoder:
         self._large_or_waiting = Semaphore(max(1, settings.threads - FREE_THREADS))
 
     def decode(
-        self, image: bytes | ConvoyError, spec: PreprocessSpec, in_loop: bool
+        self, image: InputImage | ConvoyError, spec: PreprocessSpec, in_loop: bool
     ) -> Pixels | Exception:
         """The image's pixels, uint8 (H, W, C), or the error that it has instead.
 
@@ -38,10 +40,13 @@ class Decoder:
             return image
         limits = self._loop_limits if in_loop else self._common_limits
         try:
+            if not isinstance(image, bytes):
+                return pixels_of(image, spec)
             return decode_image(image, spec, limits)
         except ImageTooLarge as error:
             if in_loop:
                 raise Postpone from error
+            assert isinstance(image, bytes)
             return self._decode_large(image, spec)
         except ConvoyError as error:
             return _without_frames(error)

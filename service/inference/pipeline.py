@@ -1,4 +1,4 @@
-"""``Pipeline``: the only way from encoded images to predictions.
+"""``Pipeline``: the only way from images to probabilities.
 
 It chooses the version, decodes the images, queues them, waits for the scores, counts, and sends
 copies to the shadow. It knows no HTTP: a protocol module makes a ``Request`` and writes the
@@ -8,137 +8,38 @@ before it finishes the first gets them into one batch.
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
-from msgspec import Struct
 
-from registry.core.errors import ConvoyError, ModelNotReady, VersionNotFound
+from registry.core.errors import ConvoyError, InvalidTensor, ModelNotReady, VersionNotFound
 from registry.model.image.decode import Pixels
-from registry.model.manifest import ClassScore
 from registry.model.refs import Canary
-from service.inference.batcher import MicroBatcher, Prediction, QueuedImage
+from service.inference.batcher import MicroBatcher, Prediction
 from service.inference.decoding import Decoder
 from service.inference.loaded_model import ActiveVersions, ServedModel, Slot, find_slot
+from service.inference.requests import (
+    AnsweredRequest,
+    Counters,
+    InputImage,
+    Job,
+    Result,
+    Timings,
+)
 from service.inference.traffic_split import routes_to_canary
 from service.server.protocol import Postpone
 from service.settings import Settings
 from service.shadow.client import Sample, ShadowFeed
 
-DEFAULT_TOP_K = 5
+Answer = TypeVar("Answer")
+
 # The longest that a worker's loop may spend on reading and decoding the images of one request.
 LOOP_DECODE_S = 0.01
 LOOP_BYTES = 64 * 1024
 # While a slower network computes, the loop could neither answer probes nor refuse requests.
 LOOP_IMAGE_MS = 2.0
 LOOP_WAIT_S = 0.02
-
-
-class ImageStream(Protocol):
-    """The encoded images of a request, one after the other as they arrive.
-
-    ``many``: whether the client sent a list; known once all images have arrived.
-    """
-
-    many: bool
-
-    def __iter__(self) -> Iterator[bytes | ConvoyError]:
-        """The bytes of each image, or the error that occurred when it was read."""
-        ...
-
-
-class Request(Struct, frozen=True, kw_only=True):
-    """A client's request, in no protocol's terms.
-
-    Attributes:
-        images: the encoded images.
-        name: the model's name; None for the default model.
-        version: its number. If ``version`` and ``alias`` are None, the champion or the canary
-            answers.
-        session: requests with the same session get the same version during a canary.
-        top_k: how many classes to return for each image.
-        loop_bytes: the size of the body if the server's loop submits the request, which must not
-            take long; None if a thread does.
-        waiting: how many requests the server has postponed and will submit later.
-        started: when the request arrived, by ``time.perf_counter``.
-    """
-
-    images: ImageStream
-    name: str | None = None
-    version: int | None = None
-    alias: str | None = None
-    session: str | None = None
-    top_k: int = DEFAULT_TOP_K
-    loop_bytes: int | None = None
-    waiting: int = 0
-    started: float
-
-
-class Timings(Struct, frozen=True):
-    """Milliseconds of the stages. For several images, the longest queue and forward time."""
-
-    decode: float
-    queue: float
-    forward: float
-    total: float
-
-
-class Result(Struct, frozen=True, kw_only=True):
-    """The answer to a request, for a protocol module to write.
-
-    Attributes:
-        served: the version that answered.
-        images: for each image its most probable classes, best first, or its error.
-        many: whether the client sent a list.
-        timings_ms: how long each stage of the request took.
-        batch_size: the size of the largest batch that held one of the images.
-    """
-
-    served: ServedModel
-    images: list[list[ClassScore] | Exception]
-    many: bool
-    timings_ms: Timings
-    batch_size: int
-
-
-class AnsweredRequest(Struct, frozen=True):
-    """Seconds of each stage of one request. ``queue_s`` is the longest of its images."""
-
-    images: int
-    read_s: float
-    decode_s: float
-    queue_s: float
-    encode_s: float
-    total_s: float
-    confidences: list[float]  # the probability of the best class of each image
-
-
-class Counters(Protocol):
-    """Where requests are counted."""
-
-    def answered(self, name: str, version: int, request: AnsweredRequest) -> None:
-        """Count a request that got predictions; ``version`` is the one that made them."""
-
-    def refused(self, name: str, version: int | None, outcome: str) -> None:
-        """Count a request that failed; ``outcome`` is one of the metrics' ``OUTCOMES``.
-
-        ``name`` is "" and ``version`` None if they are not known.
-        """
-
-
-class Job:
-    """The state of one request between ``submit`` and ``finish``."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.served: ServedModel | None = None
-        self.read_s = 0.0
-        self.decode_s = 0.0
-        self.queued_images: list[QueuedImage | Exception] = []
-        # For the shadow: the challenger, and for each image its pixels, encoded bytes or error.
-        self.challenger: ServedModel | None = None
-        self.samples: list[Pixels | bytes | Exception] = []
 
 
 class Pipeline:
@@ -224,8 +125,8 @@ class Pipeline:
         if request.loop_bytes is not None and request.loop_bytes > LOOP_BYTES:
             raise Postpone
         decoded = self._decode_all(job, serving)
-        if isinstance(decoded[0], Exception) and not request.images.many:
-            raise decoded[0]
+        if not request.images.alone:
+            _raise_first(decoded)
         left_s = self._deadline_s - (time.perf_counter() - request.started)
         pixels = [each for each in decoded if not isinstance(each, Exception)]
         queued_images = iter(job.served.batcher.put(pixels, left_s) if pixels else ())
@@ -233,11 +134,14 @@ class Pipeline:
             each if isinstance(each, Exception) else next(queued_images) for each in decoded
         ]
 
-    def finish(self, job: Job, write: Callable[[Result], bytes]) -> bytes:
+    def finish(self, job: Job, write: Callable[[Result], Answer]) -> Answer:
         """The second phase: wait for the scores, encode them with ``write``, and count.
 
+        Returns:
+            What ``write`` returned.
+
         Raises:
-            Exception: the request has one image, not in a list, and that image failed.
+            Exception: an image failed, and the request's ``ImageStream.alone`` is not set.
         """
         served, request = job.served, job.request
         assert served is not None
@@ -245,37 +149,46 @@ class Pipeline:
             each if isinstance(each, Exception) else served.batcher.wait(each)
             for each in job.queued_images
         ]
-        if not request.images.many and isinstance(scored[0], Exception):
-            raise scored[0]
+        if not request.images.alone:
+            failed = next((each for each in scored if isinstance(each, Exception)), None)
+            if failed is not None:
+                raise failed
         encoding = time.perf_counter()
         result = _result(job, served, scored)
-        body = write(result)
+        answer = write(result)
         done = time.perf_counter()
-        best = [None if isinstance(each, Exception) else each[0] for each in result.images]
+        best = [
+            None if isinstance(each, Exception) else int(each.argmax()) for each in result.images
+        ]
         failures = filter(None, (self._failure(each) for each in scored))
         # A list counts as one request: it failed if one of its images did.
         if failure := next(failures, None):
-            self._counters.refused(served.name, served.version, failure)
+            self._counters.refused(served.name, served.version, request.protocol, failure)
         else:
             answered = AnsweredRequest(
+                protocol=request.protocol,
                 images=sum(each is not None for each in best),
                 read_s=job.read_s,
                 decode_s=job.decode_s,
                 queue_s=result.timings_ms.queue / 1000,
                 encode_s=done - encoding,
                 total_s=done - request.started,
-                confidences=[each.probability for each in best if each],
+                confidences=[
+                    float(each.max()) for each in result.images if not isinstance(each, Exception)
+                ],
             )
             self._counters.answered(served.name, served.version, answered)
         if job.challenger:
             self._send_to_shadow(job.challenger, job.samples, best)
-        return body
+        return answer
 
-    def refuse(self, name: str | None, version: int | None, error: Exception) -> None:
+    def refuse(
+        self, name: str | None, version: int | None, protocol: str, error: Exception
+    ) -> None:
         """Count a request for ``name``, or the default model, that failed with ``error``."""
         name = name or next(iter(self._slots))
         known = name if name in self._slots else ""
-        self._counters.refused(known, version, self._outcome(error))
+        self._counters.refused(known, version, protocol, self._outcome(error))
 
     def _decode_all(self, job: Job, serving: ActiveVersions) -> list[Pixels | Exception]:
         """The pixels or the error of each image; the first image's bytes may choose the version."""
@@ -298,7 +211,7 @@ class Pipeline:
             decoded.append(self._decoder.decode(image, spec, in_loop))
             if job.challenger is not None:
                 alike = job.challenger.manifest.preprocess == spec
-                job.samples.append(decoded[-1] if alike else image)
+                job.samples.append(decoded[-1] if alike else _encoded(image))
             reading = time.perf_counter()
             job.decode_s += reading - decoding
         return decoded
@@ -311,15 +224,18 @@ class Pipeline:
     def _send_to_shadow(
         self,
         challenger: ServedModel,
-        samples: Iterable[Pixels | bytes | Exception],
-        best: list[ClassScore | None],
+        samples: Sequence[Pixels | bytes | Exception],
+        best: Sequence[int | None],
     ) -> None:
-        """Send the images that the champion answered to the shadow, without waiting for it."""
-        for image, answered in zip(samples, best, strict=True):
-            if answered is not None and not isinstance(image, Exception):
+        """Send the images that the champion answered to the shadow, without waiting for it.
+
+        ``best`` are the indices of the champion's most probable classes.
+        """
+        for image, index in zip(samples, best, strict=True):
+            if index is not None and not isinstance(image, Exception):
                 data = image if isinstance(image, bytes) else image.tobytes()
                 self._shadow.send(
-                    Sample(challenger.name, challenger.version, answered.index, data is image, data)
+                    Sample(challenger.name, challenger.version, index, data is image, data)
                 )
 
 
@@ -329,48 +245,52 @@ def _is_slow(batcher: MicroBatcher) -> bool:
 
 
 def _choose_side(
-    job: Job, canary: Canary, challenger: ServedModel | None, image: bytes | ConvoyError
+    job: Job, canary: Canary, challenger: ServedModel | None, image: InputImage | ConvoyError
 ) -> None:
     """Choose by the client's session, or else the first image, which version answers.
 
     If the champion does, choose at random whether the challenger scores the images as a shadow.
     """
     session = job.request.session
-    key = session.encode() if session else b"" if isinstance(image, ConvoyError) else image
+    if session:
+        key = session.encode()
+    elif isinstance(image, ConvoyError):
+        key = b""
+    else:
+        key = image if isinstance(image, bytes) else image.tobytes()
     if routes_to_canary(canary, key):
         job.served = challenger
     elif random.random() < canary.shadow:  # noqa: S311 - a sample, not a secret
         job.challenger = challenger
 
 
+def _encoded(image: InputImage | ConvoyError) -> bytes | ConvoyError:
+    """The image for a challenger that preprocesses differently, or the reason why it gets none."""
+    if isinstance(image, np.ndarray):
+        return InvalidTensor("the challenger takes tensors of another form")
+    return image
+
+
+def _raise_first(decoded: Sequence[Pixels | Exception]) -> None:
+    """Raise the first error; if there are several images, its text gets the image's position."""
+    for position, each in enumerate(decoded):
+        if isinstance(each, Exception):
+            if len(decoded) > 1:
+                each.add_note(f"image {position}")
+            raise each
+
+
 def _result(job: Job, served: ServedModel, scored: list[Prediction | Exception]) -> Result:
-    request = job.request
     good = [each for each in scored if isinstance(each, Prediction)]
-    images = [
-        each if isinstance(each, Exception) else _predictions(each, served, request.top_k)
-        for each in scored
-    ]
     timings = Timings(
         round(job.decode_s * 1000, 3),
         round(max((each.queue_ms for each in good), default=0.0), 3),
         round(max((each.forward_ms for each in good), default=0.0), 3),
-        round((time.perf_counter() - request.started) * 1000, 3),
+        round((time.perf_counter() - job.request.started) * 1000, 3),
     )
-    batch_size = max((each.batch_size for each in good), default=0)
     return Result(
         served=served,
-        images=images,
-        many=request.images.many,
+        images=[each if isinstance(each, Exception) else each.row for each in scored],
         timings_ms=timings,
-        batch_size=batch_size,
+        batch_size=max((each.batch_size for each in good), default=0),
     )
-
-
-def _predictions(scored: Prediction, served: ServedModel, top_k: int) -> list[ClassScore]:
-    """The ``top_k`` most probable classes, best first; ties are in label order."""
-    probabilities, labels = scored.row, served.manifest.labels
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [
-        ClassScore(labels[index], index, value)
-        for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
-    ]

@@ -5,6 +5,7 @@ The label values are a closed set, so no client can add a time series.
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+PROTOCOLS = ("v1", "v2", "mlflow", "torchserve")
 OUTCOMES = ("ok", "client_error", "overload", "unavailable", "server_error")
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BUCKETS_PROBABILITY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -17,8 +18,9 @@ class Families:
         version = ("model_name", "model_version")
         self.requests = Counter(
             "convoy_requests",
-            f"Classification requests by outcome ({', '.join(OUTCOMES)}).",
-            (*version, "outcome"),
+            f"Classification requests by protocol ({', '.join(PROTOCOLS)}) and outcome "
+            f"({', '.join(OUTCOMES)}).",
+            (*version, "protocol", "outcome"),
             registry=registry,
         )
         self.images = Counter("convoy_images", "Images classified.", version, registry=registry)

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Lock, Thread
@@ -15,14 +15,14 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
 
 from registry.canary.traffic_stats import VersionTraffic
-from service.observability.metric_families import OUTCOMES, Families
+from service.observability.metric_families import OUTCOMES, PROTOCOLS, Families
 from service.observability.metric_files import AllProcesses
 from service.observability.traffic_accumulator import TrafficAccumulator
 
 if TYPE_CHECKING:
     from service.inference.batcher import OnBatch
     from service.inference.loaded_model import ServedModel
-    from service.inference.pipeline import AnsweredRequest
+    from service.inference.requests import AnsweredRequest
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,9 @@ class Metrics:
 
         Prometheus sees no increase if the first value that it reads is already 1.
         """
-        for outcome in OUTCOMES:
-            self.families.requests.labels(name, version, outcome)
+        for protocol in PROTOCOLS:
+            for outcome in OUTCOMES:
+                self.families.requests.labels(name, version, protocol, outcome)
         for outcome in ("ok", "failed"):
             self.families.version_switches.labels(name, outcome)
 
@@ -103,9 +104,10 @@ class Metrics:
         """Note a request that was answered."""
         self._buffer(name, version).requests.append(request)
 
-    def refused(self, name: str, version: int | None, outcome: str) -> None:
+    def refused(self, name: str, version: int | None, protocol: str, outcome: str) -> None:
         """Count a request that failed; ``name`` is "" if the service does not have the model."""
-        self.families.requests.labels(name, "" if version is None else str(version), outcome).inc()
+        number = "" if version is None else str(version)
+        self.families.requests.labels(name, number, protocol, outcome).inc()
 
     def on_batch(self, name: str, version: int) -> "OnBatch":
         """The function that the version's batcher calls after each batch."""
@@ -189,7 +191,8 @@ Row = TypeVar("Row")
 
 def _write(families: Families, name: str, version: str, buffer: "MetricBuffer") -> None:
     if requests := _drain(buffer.requests):
-        families.requests.labels(name, version, "ok").inc(len(requests))
+        for protocol, count in Counter(each.protocol for each in requests).items():
+            families.requests.labels(name, version, protocol, "ok").inc(count)
         families.images.labels(name, version).inc(sum(each.images for each in requests))
         confidences = [value for each in requests for value in each.confidences]
         _observe(families.confidence.labels(name, version), confidences)

@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from flask import Response
 from msgspec import Struct
 from werkzeug.exceptions import MethodNotAllowed
 
-from service.http import problems
 from service.http.openapi import Operation
 from service.http.request_context import answer_headers, identify
-from service.inference.pipeline import ImageStream, Job, Result
-from service.inference.pipeline import Request as PipelineRequest
+from service.inference.requests import ImageStream, Job, Result
+from service.inference.requests import Request as PipelineRequest
 from service.server.protocol import IN_LOOP, WAITING, Postpone
 from service.state import State
 
@@ -42,9 +42,30 @@ class Target(Struct, frozen=True):
     alias: str | None = None
 
 
+class Answer(Struct, frozen=True):
+    """What a protocol answers to a request that succeeded; ``headers`` are further headers."""
+
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class ProtocolRequest(Protocol):
+    """One request of a protocol: its images, and how its answer is written."""
+
+    @property
+    def images(self) -> ImageStream:
+        """The images; the body is read while they are iterated."""
+
+    def write(self, result: Result, request_id: str) -> Answer:
+        """The answer that the client gets."""
+
+
 class InferenceProtocol(Protocol):
     """Translates between the bytes of one protocol and the pipeline; decides nothing."""
 
+    name: str
+    """The protocol's name in the metrics."""
     methods: tuple[str, ...]
     operations: tuple[Operation, ...]
     """The protocol's part of the OpenAPI description."""
@@ -52,15 +73,15 @@ class InferenceProtocol(Protocol):
     def match(self, path: str) -> Target | None:
         """The target that ``path`` names; None if it is not a path of this protocol."""
 
-    def read(self, environ: "WSGIEnvironment") -> tuple[ImageStream, int]:
-        """The images of a request, and how many classes to answer with for each.
+    def read(self, environ: "WSGIEnvironment") -> ProtocolRequest:
+        """The request of ``environ``, before its body is read.
 
         Raises:
             HTTPException: the request is malformed.
         """
 
-    def write(self, result: Result, request_id: str) -> bytes:
-        """The body of the answer, JSON."""
+    def refuse(self, error: Exception, request_id: str) -> Response:
+        """The answer to a request that failed with ``error``."""
 
 
 class InferenceApp:
@@ -120,6 +141,7 @@ class _Call:
         self._target = target
         self._environ = environ
         self._id, self._trace_id = identify(environ)
+        self._request: ProtocolRequest | None = None
         self._job: Job | None = None
         self._result: Result | None = None
 
@@ -135,15 +157,15 @@ class _Call:
             raise MethodNotAllowed(self._protocol.methods)
         self._state.access_control.admit(environ, again=CALLED in environ)
         started = environ.setdefault(CALLED, self._arrived_at)
-        images, top_k = self._protocol.read(environ)
+        self._request = self._protocol.read(environ)
         self._job = Job(
             PipelineRequest(
-                images=images,
+                images=self._request.images,
+                protocol=self._protocol.name,
                 name=target.name,
                 version=target.version,
                 alias=target.alias,
                 session=session,
-                top_k=top_k,
                 loop_bytes=environ.get(IN_LOOP),
                 waiting=environ.get(WAITING, 0),
                 started=started,
@@ -155,21 +177,26 @@ class _Call:
         """Wait for the predictions, and yield the body; starts when it is first iterated."""
         assert self._job is not None
         try:
-            body = self._state.pipeline.finish(self._job, self._write)
+            answer = self._state.pipeline.finish(self._job, self._write)
         except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
             yield from self.refuse(error, start_response)
             return
         if self._result is not None and log.isEnabledFor(logging.DEBUG):
             self._log(self._result)
-        headers = answer_headers(self._id, self._version)
-        length = ("Content-Length", str(len(body)))
-        start_response("200 OK", [("Content-Type", "application/json"), length, *headers])
-        yield body
+        headers = [
+            ("Content-Type", answer.content_type),
+            ("Content-Length", str(len(answer.body))),
+            *answer.headers,
+            *answer_headers(self._id, self._version),
+        ]
+        start_response("200 OK", headers)
+        yield answer.body
 
     def refuse(self, error: Exception, start_response: "StartResponse") -> Iterable[bytes]:
         """Count ``error`` in the metrics, and answer with it."""
-        self._state.pipeline.refuse(self._target.name, self._version, error)
-        response = problems.answer(error, self._id)
+        name, protocol = self._target.name, self._protocol
+        self._state.pipeline.refuse(name, self._version, protocol.name, error)
+        response = protocol.refuse(error, self._id)
         error.__traceback__ = None  # its frames hold the request's body, and may hold the error
         response.headers.update(answer_headers(self._id, self._version))
         method = self._environ["REQUEST_METHOD"]
@@ -181,9 +208,10 @@ class _Call:
         served = self._job.served if self._job else None
         return served.version if served else None
 
-    def _write(self, result: Result) -> bytes:
+    def _write(self, result: Result) -> Answer:
+        assert self._request is not None
         self._result = result
-        return self._protocol.write(result, self._id)
+        return self._request.write(result, self._id)
 
     def _log(self, result: Result) -> None:
         log.debug(

@@ -9,13 +9,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from flask import Response
+from msgspec import Struct
 
-from registry.model.manifest import ClassScore
 from service.http import problems
-from service.http.bodies import IMAGE_NAME, BodyImages
+from service.http.bodies.body_images import IMAGE_NAME, BodyImages
 from service.http.openapi import FAILURES, Operation
-from service.inference.pipeline import DEFAULT_TOP_K, Result
-from service.protocols.inference_app import Target
+from service.inference.requests import DEFAULT_TOP_K, Probabilities, Result, top_classes
+from service.protocols.inference_app import Answer, Target
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class TorchServe:
     TorchServe takes one image a request. Here a client may send several, and gets a list.
     """
 
+    name = "torchserve"
     methods: tuple[str, ...] = ("POST", "PUT")
     operations: tuple[Operation, ...] = tuple(
         Operation(
@@ -58,20 +60,33 @@ class TorchServe:
             return None
         return Target(found["name"], int(found["version"]) if found["version"] else None)
 
-    def read(self, environ: "WSGIEnvironment") -> tuple[BodyImages, int]:
-        """The images, whose body is read when they are iterated, and ``DEFAULT_TOP_K``."""
-        return BodyImages(environ, self._settings, _PART_NAME), DEFAULT_TOP_K
+    def read(self, environ: "WSGIEnvironment") -> "TorchServeRequest":
+        """The request, whose body is read when its images are iterated."""
+        return TorchServeRequest(BodyImages(environ, self._settings, _PART_NAME))
 
-    def write(self, result: Result, request_id: str) -> bytes:
+    def refuse(self, error: Exception, request_id: str) -> Response:
+        """Problem JSON."""
+        return problems.answer(error, request_id)
+
+
+class TorchServeRequest(Struct, frozen=True):
+    """One request: its images."""
+
+    images: BodyImages
+
+    def write(self, result: Result, request_id: str) -> Answer:
         """JSON in UTF-8: probabilities by label for one image, a list of these for several.
 
         In a list, an image that failed has an object with the member ``error`` instead.
         """
-        items = [_item(each, request_id) for each in result.images]
-        return msgspec.json.encode(items if result.many else items[0])
+        labels = result.served.manifest.labels
+        items = [_item(each, labels, request_id) for each in result.images]
+        return Answer(msgspec.json.encode(items if self.images.many else items[0]))
 
 
-def _item(image: list[ClassScore] | Exception, request_id: str) -> dict[str, object]:
+def _item(
+    image: Probabilities | Exception, labels: tuple[str, ...], request_id: str
+) -> dict[str, object]:
     if isinstance(image, Exception):
         return {"error": problems.as_item(image, request_id)}
-    return {each.label: each.probability for each in image}
+    return {each.label: each.probability for each in top_classes(image, labels, DEFAULT_TOP_K)}

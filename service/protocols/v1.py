@@ -5,14 +5,22 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 import msgspec
+from flask import Response
 from msgspec import Struct
 from werkzeug.exceptions import abort
 
 from registry.model.manifest import ClassScore
 from service.http import problems
-from service.http.bodies import BodyImages
+from service.http.bodies.body_images import BodyImages
 from service.http.openapi import FAILURES, Operation
-from service.inference.pipeline import DEFAULT_TOP_K, Result, Timings
+from service.inference.requests import (
+    DEFAULT_TOP_K,
+    Probabilities,
+    Result,
+    Timings,
+    top_classes,
+)
+from service.protocols import inference_app as http
 from service.protocols.inference_app import Target
 from service.settings import Settings
 
@@ -69,6 +77,7 @@ _EXAMPLE = Answer(
 class V1:
     """Translates ``/v1/classify``; see docs/api.md."""
 
+    name = "v1"
     methods: tuple[str, ...] = ("POST",)
     operations: tuple[Operation, ...] = tuple(
         Operation(
@@ -100,38 +109,50 @@ class V1:
         name, version, alias = found.groups()
         return Target(name, int(version) if version else None, alias)
 
-    def read(self, environ: "WSGIEnvironment") -> tuple[BodyImages, int]:
-        """The images, whose body is read when they are iterated, and the query's ``top_k``.
+    def read(self, environ: "WSGIEnvironment") -> "V1Request":
+        """The request, whose body is read when its images are iterated.
 
         Raises:
             HTTPException: 400, ``top_k`` is not a whole number from 1 to 10,000.
         """
         query = environ.get("QUERY_STRING")
-        return BodyImages(environ, self._settings), _top_k(query) if query else DEFAULT_TOP_K
+        top_k = _top_k(query) if query else DEFAULT_TOP_K
+        return V1Request(BodyImages(environ, self._settings), top_k)
 
-    def write(self, result: Result, request_id: str) -> bytes:
+    def refuse(self, error: Exception, request_id: str) -> Response:
+        """Problem JSON."""
+        return problems.answer(error, request_id)
+
+
+class V1Request(Struct, frozen=True):
+    """One request: its images, and how many classes the client wants for each."""
+
+    images: BodyImages
+    top_k: int
+
+    def write(self, result: Result, request_id: str) -> http.Answer:
         """An ``Answer`` as JSON in UTF-8.
 
         One image has its classes in ``predictions``. Several have one item each in ``results``, in
         the order of the request: classes, or an ``error``.
         """
-        served = result.served
-        items = [_item(each, request_id) for each in result.images]
-        return _encode(
-            Answer(
-                model=ModelName(served.name, served.version, served.alias),
-                predictions=None if result.many else items[0].predictions,
-                results=items if result.many else None,
-                request_id=request_id,
-                timings_ms=result.timings_ms,
-            )
+        served, many = result.served, self.images.many
+        items = [self._item(each, served.manifest.labels, request_id) for each in result.images]
+        answer = Answer(
+            model=ModelName(served.name, served.version, served.alias),
+            predictions=None if many else items[0].predictions,
+            results=items if many else None,
+            request_id=request_id,
+            timings_ms=result.timings_ms,
         )
+        return http.Answer(_encode(answer))
 
-
-def _item(image: list[ClassScore] | Exception, request_id: str) -> Item:
-    if isinstance(image, Exception):
-        return Item(error=problems.as_item(image, request_id))
-    return Item(predictions=image)
+    def _item(
+        self, image: Probabilities | Exception, labels: tuple[str, ...], request_id: str
+    ) -> Item:
+        if isinstance(image, Exception):
+            return Item(error=problems.as_item(image, request_id))
+        return Item(predictions=top_classes(image, labels, self.top_k))
 
 
 def _top_k(query: str) -> int:

@@ -14,7 +14,8 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, TestResponse
 
-from service.http import bodies
+from service.http.bodies import body_images
+from service.http.bodies.form import CHUNK_BYTES, EPILOGUE_BYTES
 from service.inference import pipeline
 from service.server.protocol import IN_LOOP, Postpone
 from tests.service.conftest import Head
@@ -154,7 +155,7 @@ def test_reading_stops_at_too_many_parts_of_a_form(ready: FlaskClient, name: str
     response = send(ready, body, len(body.getvalue()), FORM)
     assert response.status_code == 413
     assert "more than" in response.get_json()["detail"]
-    assert body.taken <= bodies.CHUNK_BYTES + bodies.EPILOGUE_BYTES
+    assert body.taken <= CHUNK_BYTES + EPILOGUE_BYTES
 
 
 @pytest.mark.parametrize(
@@ -194,10 +195,10 @@ def test_slow_parsing_in_the_loop_postpones_a_request_as_slow_decoding_does(
 
     for limit in ("LOOP_IMAGE_MS", "LOOP_DECODE_S"):
         monkeypatch.setattr(pipeline, limit, 1e9)  # a busy machine may be slow
-    monkeypatch.setattr(bodies, "LOOP_PARSE_S", 1e9)
+    monkeypatch.setattr(body_images, "LOOP_PARSE_S", 1e9)
     empty_parts = form(*[part("note", b"")] * 6, part("image", png))
     assert send_in_loop(empty_parts, FORM) == send_in_loop(png, "image/png") == 200
-    monkeypatch.setattr(bodies, "LOOP_PARSE_S", 0.0)
+    monkeypatch.setattr(body_images, "LOOP_PARSE_S", 0.0)
     with pytest.raises(Postpone):
         send_in_loop(empty_parts, FORM)
     monkeypatch.setattr(pipeline, "LOOP_DECODE_S", 0.0)  # reading alone takes longer

@@ -276,7 +276,7 @@ def test_overloads_and_defects_have_their_status_and_outcome(
     if logged:
         assert vars(logged[0])["request_id"] == response.headers["X-Request-Id"]
     metrics = ready.get("/metrics").text
-    labels = f'model_name="digits",model_version="1",outcome="{outcome}"'
+    labels = f'model_name="digits",model_version="1",outcome="{outcome}",protocol="v1"'
     assert f"convoy_requests_total{{{labels}}} 1.0" in metrics
 
 

@@ -74,8 +74,9 @@ def test_metrics_are_rendered_again_only_when_they_are_too_old() -> None:
     for metrics in (kept, fresh):
         metrics.expect("digits", "1")
         metrics.render()
-        metrics.refused("digits", 1, "overload")
-    line = b'convoy_requests_total{model_name="digits",model_version="1",outcome="overload"} %s'
+        metrics.refused("digits", 1, "v1", "overload")
+    labels = b'model_name="digits",model_version="1",outcome="overload",protocol="v1"'
+    line = b"convoy_requests_total{" + labels + b"} %s"
     assert line % b"0.0" in kept.render()
     assert line % b"1.0" in fresh.render()
 

@@ -80,8 +80,8 @@ def test_metrics_count_what_happened(ready: FlaskClient, png: bytes) -> None:
         ready.post("/v1/classify", data=body, content_type="image/png")
     text = ready.get("/metrics").text
     labels = 'model_name="digits",model_version="1"'
-    assert f'convoy_requests_total{{{labels},outcome="ok"}} 2.0' in text
-    assert f'convoy_requests_total{{{labels},outcome="client_error"}} 1.0' in text
+    assert f'convoy_requests_total{{{labels},outcome="ok",protocol="v1"}} 2.0' in text
+    assert f'convoy_requests_total{{{labels},outcome="client_error",protocol="v1"}} 1.0' in text
     assert f"convoy_images_total{{{labels}}} 2.0" in text
     assert f"convoy_request_seconds_count{{{labels}}} 2.0" in text
     for stage in ("decode", "queue", "forward"):
@@ -94,7 +94,9 @@ def test_counters_that_alarms_use_exist_before_the_first_event(ready: FlaskClien
     for version in ("", "1"):
         labels = f'model_name="digits",model_version="{version}"'
         for outcome in ("server_error", "overload"):
-            assert f'convoy_requests_total{{{labels},outcome="{outcome}"}} 0.0' in text
+            assert (
+                f'convoy_requests_total{{{labels},outcome="{outcome}",protocol="v2"}} 0.0' in text
+            )
     assert 'convoy_version_switches_total{model_name="digits",outcome="failed"} 0.0' in text
 
 

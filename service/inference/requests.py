@@ -1,0 +1,141 @@
+"""What enters the pipeline and what leaves it, in no protocol's terms."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from registry.core.errors import ConvoyError
+from registry.model.image.decode import Pixels
+from registry.model.manifest import ClassScore
+from service.inference.batcher import QueuedImage
+from service.inference.loaded_model import ServedModel
+
+DEFAULT_TOP_K = 5
+
+InputImage = bytes | NDArray[Any]
+"""An encoded picture; or one that the client has decoded (``registry.model.image.tensors``)."""
+
+Probabilities = NDArray[np.float32]
+"""The probability of each class, float32 (classes,), in the order of the manifest's labels."""
+
+
+class ImageStream(Protocol):
+    """The images of a request, one after the other as they arrive."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether an image that fails leaves the others' answers valid.
+
+        If not, the whole request fails. The value is final once all images have arrived.
+        """
+
+    def __iter__(self) -> Iterator[InputImage | ConvoyError]:
+        """Each image, or the error that occurred when it was read."""
+        ...
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """A client's request.
+
+    Attributes:
+        images: the images to classify.
+        protocol: the name of the protocol that the client speaks, for the metrics.
+        name: the model's name; None for the default model.
+        version: its number. If ``version`` and ``alias`` are None, the champion or the canary
+            answers.
+        session: requests with the same session get the same version during a canary.
+        loop_bytes: the size of the body if the server's loop submits the request, which must not
+            take long; None if a thread does.
+        waiting: how many requests the server has postponed and will submit later.
+        started: when the request arrived, by ``time.perf_counter``.
+    """
+
+    images: ImageStream
+    protocol: str
+    name: str | None = None
+    version: int | None = None
+    alias: str | None = None
+    session: str | None = None
+    loop_bytes: int | None = None
+    waiting: int = 0
+    started: float
+
+
+class Job:
+    """The state of one request between the pipeline's ``submit`` and ``finish``."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.served: ServedModel | None = None
+        self.read_s = 0.0
+        self.decode_s = 0.0
+        self.queued_images: list[QueuedImage | Exception] = []
+        # For the shadow: the challenger, and for each image its pixels, encoded bytes or error.
+        self.challenger: ServedModel | None = None
+        self.samples: list[Pixels | bytes | Exception] = []
+
+
+class Timings(Struct, frozen=True):
+    """Milliseconds of the stages. For several images, the longest queue and forward time."""
+
+    decode: float
+    queue: float
+    forward: float
+    total: float
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """The answer to a request, for a protocol module to write.
+
+    Attributes:
+        served: the version that answered.
+        images: the probabilities of each image, or its error. Errors occur only if the request's
+            ``ImageStream.alone`` is set.
+        timings_ms: how long each stage of the request took.
+        batch_size: the size of the largest batch that held one of the images.
+    """
+
+    served: ServedModel
+    images: list[Probabilities | Exception]
+    timings_ms: Timings
+    batch_size: int
+
+
+class AnsweredRequest(Struct, frozen=True):
+    """Seconds of each stage of one request. ``queue_s`` is the longest of its images."""
+
+    protocol: str
+    images: int
+    read_s: float
+    decode_s: float
+    queue_s: float
+    encode_s: float
+    total_s: float
+    confidences: list[float]  # the probability of the best class of each image
+
+
+class Counters(Protocol):
+    """Where requests are counted."""
+
+    def answered(self, name: str, version: int, request: AnsweredRequest) -> None:
+        """Count a request that got predictions; ``version`` is the one that made them."""
+
+    def refused(self, name: str, version: int | None, protocol: str, outcome: str) -> None:
+        """Count a request that failed; ``outcome`` is one of the metrics' ``OUTCOMES``.
+
+        ``name`` is "" and ``version`` None if they are not known.
+        """
+
+
+def top_classes(
+    probabilities: Probabilities, labels: tuple[str, ...], top_k: int
+) -> list[ClassScore]:
+    """The ``top_k`` most probable classes, best first; ties are in label order."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [
+        ClassScore(labels[index], index, value)
+        for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
+    ]
