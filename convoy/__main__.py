@@ -5,7 +5,6 @@ Imports nothing before the verb is known: ``convoy --help`` answers at once.
 
 import difflib
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -60,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if verb == "--version":
-        print(f"convoy {_version()}")
+        from registry.core.version import convoy_version
+
+        print(f"convoy {convoy_version()}")
         return 0
     modules = {name: module for verbs in VERBS.values() for name, (module, _) in verbs.items()}
     if verb not in modules:
@@ -74,13 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: convoy {verb} needs the package {error.name}", file=sys.stderr)
         return 2
     return int(module.main(arguments, prog="convoy"))
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("convoy")
-    except importlib.metadata.PackageNotFoundError:  # an image has the files only
-        return "(not installed as a package)"
 
 
 def usage() -> str:

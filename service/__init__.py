@@ -43,6 +43,8 @@ def create_app(
     from service.loading.watchdog import Watchdog
     from service.observability.metrics import Metrics
     from service.protocols.inference_app import InferenceApp, InferenceProtocol
+    from service.protocols.openinference import routes as openinference
+    from service.protocols.openinference.protocol import OpenInference
     from service.protocols.torchserve import TorchServe
     from service.protocols.v1 import V1
     from service.settings import Settings
@@ -74,9 +76,13 @@ def create_app(
     )
     request_context.init_app(app)
     problems.init_app(app)
-    for module in (models, health, page):
+    for module in (models, health, page, openinference):
         app.register_blueprint(module.blueprint)
-    protocols: list[InferenceProtocol] = [V1(settings), TorchServe(settings)]
+    protocols: list[InferenceProtocol] = [
+        V1(settings),
+        OpenInference(settings),
+        TorchServe(settings),
+    ]
     docs.init_app(app, [each for protocol in protocols for each in protocol.operations])
     app.wsgi_app = InferenceApp(app.wsgi_app, state, protocols)  # type: ignore[method-assign]
     if origins := settings.cors_origin_list:

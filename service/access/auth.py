@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 
 # The routes that need no token. If access control is on, all others do.
 PUBLIC = frozenset(
-    {"docs.docs", "docs.openapi", "health.livez", "health.readyz", "page.page", "static"}
+    {
+        *("docs.docs", "docs.openapi", "page.page", "static"),
+        *("health.livez", "health.readyz"),
+        *("openinference.live", "openinference.ready", "openinference.model_ready"),
+        "openinference.show_server",
+    }
 )
+# The routes that a client reads before it classifies; others than these and ``PUBLIC`` need the
+# right to view.
+FOR_CLIENTS = frozenset({"openinference.show_model", "openinference.show_config"})
 
 
 class AccessControl:
@@ -66,7 +74,9 @@ class AccessControl:
         sent = _sent_token(environ)
         if sha256_hex(sent.encode()) == self._service_digest:
             return  # comparing digests, so that the time taken reveals nothing about the key
-        require(self._tokens.find(sent), "view")
+        token = self._tokens.find(sent)
+        if not (endpoint in FOR_CLIENTS and token and token.may("classify")):
+            require(token, "view")
 
     def _address(self, environ: "WSGIEnvironment") -> str:
         """The client's address; behind a trusted proxy, the last entry of X-Forwarded-For."""

@@ -67,11 +67,18 @@ def readyz() -> Response:
     The answer has for each model how long ago the puller last agreed with the registry. A version
     that still serves while the registry is down is ready, and after ``CONVOY_STALE_S`` also stale.
     """
+    body = readiness()
+    return Response(
+        msgspec.json.encode(body), 200 if body.ready else 503, mimetype="application/json"
+    )
+
+
+def readiness() -> Readiness:
+    """Whether the service that handles this request can answer classification requests."""
     slots = state().slots.values()
     ending = state().watchdog.reason or ("shutting down" if ENDING in request.environ else None)
     ready = ending is None and all(slot.current is not None for slot in slots)
-    body = Readiness(ready=ready, ending=ending, models=[_describe(slot) for slot in slots])
-    return Response(msgspec.json.encode(body), 200 if ready else 503, mimetype="application/json")
+    return Readiness(ready=ready, ending=ending, models=[_describe(slot) for slot in slots])
 
 
 @blueprint.get("/metrics")

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
@@ -13,6 +13,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
+from prometheus_client.samples import Sample
 
 from registry.canary.traffic_stats import VersionTraffic
 from service.observability.metric_families import OUTCOMES, PROTOCOLS, Families
@@ -164,15 +165,20 @@ class Metrics:
     def traffic(self, name: str) -> tuple[VersionTraffic, ...]:
         """The traffic of each version of ``name``, in all workers, since the service started."""
         found: dict[int, TrafficAccumulator] = {}
+        for sample in self.samples(name):
+            accumulator = found.setdefault(
+                int(sample.labels["model_version"]), TrafficAccumulator()
+            )
+            accumulator.add(sample.name, sample.labels, sample.value)
+        return tuple(found[version].traffic(version) for version in sorted(found))
+
+    def samples(self, name: str) -> Iterator[Sample]:
+        """The samples of all versions of ``name``, in all workers, since the service started."""
         for family in self._all_workers().collect():
             for sample in family.samples:
                 labels = sample.labels
                 if labels.get("model_name") == name and labels.get("model_version"):
-                    accumulator = found.setdefault(
-                        int(labels["model_version"]), TrafficAccumulator()
-                    )
-                    accumulator.add(sample.name, labels, sample.value)
-        return tuple(found[version].traffic(version) for version in sorted(found))
+                    yield sample
 
     def _all_workers(self) -> Snapshot:
         """The metrics of all workers, at most ``max_age_s`` old."""

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # The loop answers these itself, so that many requests for other routes do not delay them.
-PROBES = {"/livez", "/readyz", "/healthz"}
+PROBES = {
+    "/livez",
+    "/readyz",
+    "/healthz",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/ping",
+    "/health",
+}
 # In a request's environment, when it arrived. The server calls the application a second time for a
 # postponed request; this key keeps it from being counted twice.
 CALLED = "convoy.called"

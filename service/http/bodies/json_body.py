@@ -58,6 +58,11 @@ def check_structure(body: bytes | mmap, max_images: int, strings_per_image: int 
     max_commas = 2 * max_strings  # a data URL contains a comma, too
     if count(body, b",", max_commas + 1) > max_commas:
         abort(400, f"the JSON body has too many values; send at most {max_images} images")
+    return check_escapes(body)
+
+
+def check_escapes(body: bytes | mmap) -> bool:
+    """Whether a JSON body has escapes; answers 400 if it has more than base64 could need."""
     has_escapes = body.find(b"\\", 0) >= 0
     max_escapes = len(body) // MIN_BYTES_PER_ESCAPE + MAX_FREE_ESCAPES
     if has_escapes and body[:].count(b"\\") > max_escapes:

@@ -1,0 +1,219 @@
+"""``InferRequest``: one inference request, from its body to its images and the wanted outputs."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from mmap import mmap
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+from werkzeug.exceptions import abort
+
+from registry.core.errors import ConvoyError, InvalidTensor
+from service.http.bodies.base64_text import count, first_byte, paced
+from service.http.bodies.body_images import json_buffer
+from service.http.bodies.json_body import check_escapes, images_of, is_text, parse
+from service.http.bodies.reading import body_buffer, body_length, check_coding
+from service.inference.requests import InputImage, Result
+from service.protocols.inference_app import Answer
+from service.protocols.openinference.infer_response import WantedOutput, wanted_outputs, write
+from service.protocols.openinference.tensors import (
+    ENCODED,
+    TensorHead,
+    checked_head,
+    images_from_bytes,
+    images_from_values,
+)
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+# The JSON members that are not image data.
+MAX_MEMBER_BYTES = 16 * 1024
+MAX_SHAPE_BYTES = 128
+MAX_ID_CHARACTERS = 1024
+HEADER_LENGTH = "HTTP_INFERENCE_HEADER_CONTENT_LENGTH"
+_LENGTH = re.compile(r"[0-9]{1,9}")
+_NOTHING = msgspec.Raw(b"null")
+# From nested lists of a tensor to one flat list.
+_BRACKETS_AND_SPACE = b"[] \t\r\n"
+
+
+class InputTensor(Struct, frozen=True):
+    """The one input of a request. Its name is not used: the datatype says what the tensor is.
+
+    ``data`` is missing if the tensor follows the JSON in binary form.
+    """
+
+    name: str
+    datatype: str
+    shape: msgspec.Raw
+    data: msgspec.Raw = _NOTHING
+    parameters: msgspec.Raw = _NOTHING
+
+
+class RequestedOutput(Struct, frozen=True):
+    """One output that the client wants; by default it gets all of them."""
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class InferBody(Struct, frozen=True):
+    """The JSON of an inference request.
+
+    Members that could be long are parsed only after a look at their length.
+    """
+
+    inputs: tuple[InputTensor]
+    outputs: msgspec.Raw = _NOTHING
+    id: str = ""
+    parameters: msgspec.Raw = _NOTHING
+
+
+class InferRequest:
+    """One request. Its body is read when its images are iterated; ``write`` may follow that."""
+
+    alone = False
+    """An error of one image fails the whole request: the protocol has no error for one image."""
+
+    def __init__(self, environ: "WSGIEnvironment", settings: Settings) -> None:
+        self._environ = environ
+        self._settings = settings
+        self._id = ""
+        self._wanted: list[WantedOutput] = []
+
+    @property
+    def images(self) -> "InferRequest":
+        """The images; iterating over them reads the body."""
+        return self
+
+    def __iter__(self) -> Iterator[InputImage | ConvoyError]:
+        check_coding(self._environ)
+        head, binary = self._split()
+        body = parse(head, InferBody, "an inference request of the Open Inference Protocol")
+        if len(body.id) > MAX_ID_CHARACTERS:
+            abort(400, f"the id has more than {MAX_ID_CHARACTERS} characters")
+        parameters = _member(body.parameters, dict[str, Any], "parameters") or {}
+        outputs = _member(body.outputs, list[RequestedOutput], "outputs") or []
+        self._id = body.id
+        self._wanted = wanted_outputs(
+            [(each.name, each.parameters) for each in outputs], parameters
+        )
+        return self._images_of(body.inputs[0], binary)
+
+    def write(self, result: Result, request_id: str) -> Answer:
+        """The wanted outputs, as JSON or in the binary form."""
+        return write(result, self._wanted, self._id)
+
+    def _split(self) -> tuple[bytes | mmap | memoryview, memoryview]:
+        """The JSON of the body, and the tensor in binary form after it.
+
+        Raises:
+            HTTPException: the header Inference-Header-Content-Length is wrong (400), or the body
+                is too long (413).
+        """
+        text = self._environ.get(HEADER_LENGTH)
+        if text is None:
+            return json_buffer(self._environ, self._settings), memoryview(b"")
+        length = body_length(self._environ, self._settings.max_body_bytes)
+        if not _LENGTH.fullmatch(text) or int(text) > length:
+            abort(
+                400,
+                f"Inference-Header-Content-Length is {text[:20]!r}; it must be a number of bytes, "
+                f"and the body has {length:,}",
+            )
+        if int(text) > self._settings.max_json_bytes:
+            abort(413, f"the JSON has {text} bytes; {self._settings.max_json_bytes:,} are accepted")
+        body = memoryview(body_buffer(self._environ["wsgi.input"], length))
+        return body[: int(text)], body[int(text) :]
+
+    def _images_of(
+        self, tensor: InputTensor, binary: memoryview
+    ) -> Iterator[InputImage | ConvoyError]:
+        shape = _member(tensor.shape, list[int], "shape", MAX_SHAPE_BYTES)
+        head = checked_head(tensor.datatype, shape or [], self._settings.max_batch)
+        parameters = _member(tensor.parameters, dict[str, Any], "parameters of an input") or {}
+        refuse_shared_memory(parameters)
+        limit = self._settings.max_image_bytes
+        if (size := parameters.get("binary_data_size")) is not None:
+            if size != binary.nbytes:
+                raise InvalidTensor(
+                    f"binary_data_size is {size!r}, and {binary.nbytes:,} bytes follow the JSON"
+                )
+            return images_from_bytes(head, binary, limit)
+        if binary.nbytes:
+            raise InvalidTensor(
+                f"{binary.nbytes:,} bytes follow the JSON, and the input has no binary_data_size"
+            )
+        if head.datatype == ENCODED:
+            return images_of(*_texts(head, tensor.data), limit)
+        return iter(images_from_values(head, _numbers(head, tensor.data)))
+
+
+def refuse_shared_memory(parameters: dict[str, Any]) -> None:
+    """Raise ``InvalidTensor`` if a tensor should lie in memory that the client shares."""
+    if "shared_memory_region" in parameters:
+        raise InvalidTensor("shared memory is not supported; send the tensor in the body")
+
+
+def _member(raw: msgspec.Raw, kind: type[Any], name: str, max_bytes: int = MAX_MEMBER_BYTES) -> Any:
+    """A member of the JSON as an object of type ``kind``, or None if it is null or missing."""
+    size = memoryview(raw).nbytes
+    if size > max_bytes:
+        abort(400, f"the {name} have {size:,} bytes of JSON; at most {max_bytes:,} are accepted")
+    try:
+        return msgspec.json.decode(raw, type=kind | None)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        abort(400, f"the {name} cannot be read: {error}")
+
+
+def _texts(head: TensorHead, data: msgspec.Raw) -> tuple[list[msgspec.Raw], bool]:
+    """The strings of a ``BYTES`` tensor in JSON, and whether they have escapes.
+
+    Raises:
+        InvalidTensor: there are more or fewer strings than the shape says, or other values.
+    """
+    text = bytes(data)
+    has_escapes = check_escapes(text)
+    # Escaped quotes are counted, too; base64 has none.
+    strings = count(text, b'"', 2 * head.images + 1) // 2
+    commas = count(text, b",", 2 * head.images)  # a data URL contains a comma
+    if strings == head.images and commas < 2 * head.images:
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            found = [_only(each) for each in msgspec.json.decode(text, type=list[msgspec.Raw])]
+            if len(found) == head.images and all(map(is_text, found)):
+                return found, has_escapes
+    raise InvalidTensor(
+        f"the data of the BYTES tensor are not {head.images} strings, as its shape "
+        f"{list(head.shape)} says; send base64 of each image"
+    )
+
+
+def _only(value: msgspec.Raw) -> msgspec.Raw:
+    """The one element of a JSON list, or ``value`` itself if it is not a list."""
+    if first_byte(value) == b"[":
+        (element,) = msgspec.json.decode(value, type=tuple[msgspec.Raw])
+        return element
+    return value
+
+
+def _numbers(head: TensorHead, data: msgspec.Raw) -> list[float]:
+    """The numbers of a tensor in JSON, nested or flat.
+
+    Raises:
+        InvalidTensor: there are more or fewer values than the shape says, or other ones.
+    """
+    flat = bytes(data).translate(None, _BRACKETS_AND_SPACE)
+    number = flat.count(b",") + 1
+    if number != head.values:
+        raise InvalidTensor(
+            f"the tensor has {number:,} values; its shape {list(head.shape)} needs {head.values:,}"
+        )
+    with paced(len(flat)):
+        try:
+            return msgspec.json.decode(b"[" + flat + b"]", type=list[float])
+        except msgspec.MsgspecError as error:
+            raise InvalidTensor(f"a value of the tensor is not a number: {error}") from error

@@ -1,0 +1,73 @@
+"""``OpenInference``: ``POST /v2/models/{name}[/versions/{version}]/infer``."""
+
+import re
+from typing import TYPE_CHECKING
+
+from flask import Response
+
+from service.http import problems
+from service.http.openapi import FAILURES, Operation
+from service.protocols.inference_app import Target
+from service.protocols.openinference.infer_request import InferRequest
+from service.protocols.openinference.infer_response import InferAnswer, OutputTensor
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+_PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer/?")
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_EXAMPLE = InferAnswer(
+    model_name="fashion",
+    model_version="1",
+    id="42",
+    outputs=[
+        OutputTensor("probabilities", "FP32", (1, 2), [0.0001, 0.9999]),
+        OutputTensor("labels", "BYTES", (1, 1), ["Ankle boot"]),
+    ],
+)
+
+
+class OpenInference:
+    """Translates inference requests; see docs/api.md."""
+
+    name = "v2"
+    methods: tuple[str, ...] = ("POST",)
+    operations: tuple[Operation, ...] = tuple(
+        Operation(
+            method="post",
+            path=f"/v2/models/{{name}}{version}/infer",
+            summary="Classify by the Open Inference Protocol: encoded images or tensors.",
+            answer=InferAnswer,
+            example=_EXAMPLE,
+            takes_images=True,
+            failures=FAILURES,
+        )
+        for version in ("", "/versions/{version}")
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def match(self, path: str) -> Target | None:
+        """The target of an inference request; None for other paths.
+
+        A version that is not a number is an alias.
+        """
+        found = _PATH.fullmatch(path) if path.startswith("/v2/models/") else None
+        return target(found["name"], found["version"]) if found else None
+
+    def read(self, environ: "WSGIEnvironment") -> InferRequest:
+        """The request, whose body is read when its images are iterated."""
+        return InferRequest(environ, self._settings)
+
+    def refuse(self, error: Exception, request_id: str) -> Response:
+        """Problem JSON, which has the member ``error`` that the protocol asks for."""
+        return problems.answer(error, request_id)
+
+
+def target(name: str, version: str | None) -> Target:
+    """The model and the version or alias that a client named; empty stands for the default."""
+    if version and _NUMBER.fullmatch(version):
+        return Target(name, int(version))
+    return Target(name, alias=version or None)
