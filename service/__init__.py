@@ -43,6 +43,8 @@ def create_app(
     from service.loading.watchdog import Watchdog
     from service.observability.metrics import Metrics
     from service.protocols.inference_app import InferenceApp, InferenceProtocol
+    from service.protocols.mlflow_scoring import routes as mlflow_scoring
+    from service.protocols.mlflow_scoring.protocol import MlflowScoring
     from service.protocols.openinference import routes as openinference
     from service.protocols.openinference.protocol import OpenInference
     from service.protocols.torchserve import TorchServe
@@ -78,9 +80,11 @@ def create_app(
     problems.init_app(app)
     for module in (models, health, page, openinference):
         app.register_blueprint(module.blueprint)
+    mlflow_scoring.init_app(app, settings.health_route)
     protocols: list[InferenceProtocol] = [
         V1(settings),
         OpenInference(settings),
+        MlflowScoring(settings),
         TorchServe(settings),
     ]
     docs.init_app(app, [each for protocol in protocols for each in protocol.operations])

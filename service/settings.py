@@ -35,6 +35,7 @@ MIN_DRAIN_S = 3.0
 # A picture that needs more than this to decode is decoded alone: each may take 260 MB.
 LARGE_BYTES = 6_000_000
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
+Route = Annotated[str, Meta(pattern=r"^/[A-Za-z0-9._~:/-]+$", max_length=200)]
 
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
@@ -47,7 +48,10 @@ MAX_PARENT_BYTES = 60
 # Environment variable → field; docs/operations.md has the same table with the reasons.
 VARIABLES = {
     "CONVOY_HOST": "host",
+    "AIP_HTTP_PORT": "port",  # CONVOY_PORT counts if both are set
     "CONVOY_PORT": "port",
+    "AIP_HEALTH_ROUTE": "health_route",
+    "AIP_PREDICT_ROUTE": "predict_route",
     "CONVOY_DEVICE": "device",
     "CONVOY_PLAN": "plan",
     "CONVOY_WORKERS": "workers",
@@ -88,6 +92,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     Attributes:
         models: the models to serve; the first is the default model.
+        health_route: a further path that answers whether the service is ready, for Vertex AI.
+        predict_route: a further path that classifies with the default model, for Vertex AI.
         max_batch: the most images in one forward pass, and in one request.
         max_batch_compute_ms: the longest that a forward pass should take.
         keep_warm_s: how long a replaced version stays in memory.
@@ -108,6 +114,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     plans_folder: Path = Path("var/plans")
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    health_route: Route | None = None
+    predict_route: Route | None = None
     device: str = "auto"
     plan: str = "auto"
     workers: Count = CORES
@@ -257,7 +265,8 @@ class Settings(Struct, frozen=True, kw_only=True):
                 )
             return settings
         except msgspec.ValidationError as error:
-            raise UsageError(unusable(error, VARIABLES, values)) from error
+            used = {name: field for name, field in VARIABLES.items() if environment.get(name)}
+            raise UsageError(unusable(error, dict(reversed(used.items())), values)) from error
 
 
 def run_parent() -> str:

@@ -34,7 +34,7 @@ class ImageModel:
 
         Args:
             model_input: a frame whose column ``image`` (or, without one, its first column) holds
-                the bytes of image files, or their base64 text; or any sequence of such.
+                the bytes of image files, or their base64 as text or bytes; or any sequence of such.
             params: unused; MLflow passes it.
 
         Returns:
@@ -72,9 +72,15 @@ def _load_pyfunc(path: str) -> ImageModel:
 
 
 def _as_bytes(item: Any) -> bytes:
-    if isinstance(item, str):
-        try:
-            return base64.b64decode(item, validate=True)
-        except ValueError as error:
+    """The image in ``item``: bytes, or base64 as text or as bytes.
+
+    MLflow's scoring server decodes base64 in tables, and passes it on as bytes in its forms
+    ``inputs`` and ``instances``. An encoded image never consists of base64's characters only.
+    """
+    data = item.encode() if isinstance(item, str) else bytes(item)
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        if isinstance(item, str):
             raise InvalidImage(f"the text is not base64 ({error}); send bytes or base64") from error
-    return bytes(item)
+    return data

@@ -18,6 +18,7 @@ PUBLIC = frozenset(
     {
         *("docs.docs", "docs.openapi", "page.page", "static"),
         *("health.livez", "health.readyz"),
+        *("mlflow_scoring.ping", "mlflow_scoring.health", "mlflow_scoring.version"),
         *("openinference.live", "openinference.ready", "openinference.model_ready"),
         "openinference.show_server",
     }

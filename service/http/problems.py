@@ -46,7 +46,12 @@ def init_app(app: Flask) -> None:
 
 def answer(error: Exception, request_id: str) -> Response:
     """The response for ``error``: 500 if it is not in ``TABLE``, and then it is logged."""
-    response = describe(error, request_id).answer(error)
+    return respond(describe(error, request_id), error)
+
+
+def respond(problem: Problem, error: Exception) -> Response:
+    """The response with the ``problem`` of ``error``, and the headers that it needs."""
+    response = problem.answer(error)
     retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(type(error))
     if retry_after_s:
         response.headers["Retry-After"] = str(retry_after_s)

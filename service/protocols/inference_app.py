@@ -29,13 +29,8 @@ log = logging.getLogger(__name__)
 
 # The loop answers these itself, so that many requests for other routes do not delay them.
 PROBES = {
-    "/livez",
-    "/readyz",
-    "/healthz",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/ping",
-    "/health",
+    *("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"),
+    *("/ping", "/health"),
 }
 # In a request's environment, when it arrived. The server calls the application a second time for a
 # postponed request; this key keeps it from being counted twice.
@@ -101,6 +96,7 @@ class InferenceApp:
         self._app = app
         self._state = state
         self._protocols = protocols
+        self._probes = PROBES | {state.settings.health_route or "/livez"}
         self._session = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
 
     def __call__(
@@ -120,7 +116,7 @@ class InferenceApp:
                 call = _Call(self._state, protocol, target, environ)
                 break
         else:
-            is_probe = path in PROBES and method in ("GET", "HEAD")
+            is_probe = path in self._probes and method in ("GET", "HEAD")
             if IN_LOOP in environ and not is_probe:
                 raise Postpone(background=True)
             return self._app(environ, start_response)

@@ -1,0 +1,182 @@
+"""``MlflowScoring``: ``POST /invocations`` and ``POST /v1/models/{name}/invocations``."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+from flask import Response
+from msgspec import Struct
+from werkzeug.exceptions import abort
+
+from registry.core.errors import ConvoyError, InvalidImage, UnsupportedImageType
+from service.http import problems
+from service.http.bodies.base64_text import too_large
+from service.http.bodies.body_images import json_buffer
+from service.http.bodies.json_body import images_of
+from service.http.bodies.reading import body_length, check_coding, media_type, read_body
+from service.http.openapi import FAILURES, Operation
+from service.inference.requests import Result
+from service.protocols.inference_app import Answer, Target
+from service.protocols.mlflow_scoring.tables import texts_in_csv, texts_in_json
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+_PATH = re.compile(
+    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
+    r"/invocations/?"
+)
+# SageMaker's clients send a picture as it is, most with application/x-image.
+_RAW = {"application/octet-stream", "application/x-image"}
+# HTTP status → error code, as MLflow's REST API has them.
+_CODES = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "RESOURCE_DOES_NOT_EXIST",
+    429: "REQUEST_LIMIT_EXCEEDED",
+    500: "INTERNAL_ERROR",
+    503: "TEMPORARILY_UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+_encode = msgspec.json.Encoder().encode
+
+
+class ScoredImage(Struct, frozen=True):
+    """One row of an answer; ``probabilities`` are in the order of the version's labels."""
+
+    label: str
+    index: int
+    probability: float
+    probabilities: list[float]
+
+
+class Predictions(Struct, frozen=True):
+    """The body of an answer: one row for each image, in the order of the request."""
+
+    predictions: list[ScoredImage]
+
+
+class ScoringError(Struct, frozen=True):
+    """The body of an error."""
+
+    error_code: str
+    message: str
+    request_id: str
+
+
+class MlflowScoring:
+    """Translates ``/invocations``; ``predict_route`` is a further path for the default model."""
+
+    name = "mlflow"
+    methods: tuple[str, ...] = ("POST",)
+    operations: tuple[Operation, ...] = tuple(
+        Operation(
+            method="post",
+            path=f"{prefix}/invocations",
+            summary="Classify as MLflow's scoring server does: tables of base64, JSON or CSV.",
+            answer=Predictions,
+            example=Predictions([ScoredImage("Ankle boot", 1, 0.9999, [0.0001, 0.9999])]),
+            takes_images=True,
+            failures=FAILURES,
+        )
+        for prefix in (
+            "",
+            "/v1/models/{name}",
+            "/v1/models/{name}/versions/{version}",
+            "/v1/models/{name}/aliases/{alias}",
+        )
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def match(self, path: str) -> Target | None:
+        """The target of a path that ends in ``/invocations``; None for other paths."""
+        if path == self._settings.predict_route:
+            return Target()
+        found = _PATH.fullmatch(path) if "/invocations" in path else None
+        if found is None:
+            return None
+        name, version, alias = found.groups()
+        return Target(name, int(version) if version else None, alias)
+
+    def read(self, environ: "WSGIEnvironment") -> "ScoringRequest":
+        """The request, whose body is read when its images are iterated."""
+        return ScoringRequest(environ, self._settings)
+
+    def refuse(self, error: Exception, request_id: str) -> Response:
+        """A ``ScoringError``; an image that cannot be used is 400, as every input of MLflow."""
+        problem = problems.describe(error, request_id)
+        response = problems.respond(problem, error)
+        if isinstance(error, InvalidImage | UnsupportedImageType):
+            response.status_code = 400
+        default = "BAD_REQUEST" if response.status_code < 500 else "INTERNAL_ERROR"
+        code = _CODES.get(response.status_code, default)
+        response.data = _encode(ScoringError(code, problem.detail, request_id))
+        response.mimetype = "application/json"
+        return response
+
+
+class ScoringRequest:
+    """One request. Its body is read when its images are iterated."""
+
+    alone = False
+    """An error of one image fails the whole request, as on MLflow's server."""
+
+    def __init__(self, environ: "WSGIEnvironment", settings: Settings) -> None:
+        self._environ = environ
+        self._settings = settings
+
+    @property
+    def images(self) -> "ScoringRequest":
+        """The images; iterating over them reads the body."""
+        return self
+
+    def __iter__(self) -> Iterator[bytes | ConvoyError]:
+        environ, settings = self._environ, self._settings
+        check_coding(environ)
+        kind = media_type(environ)
+        if kind in _RAW or kind.startswith("image/"):
+            length = body_length(environ, settings.max_body_bytes)
+            return iter((self._limited(read_body(environ["wsgi.input"], length)),))
+        _check_parameters(environ["CONTENT_TYPE"] if kind else "")
+        body = json_buffer(environ, settings)
+        if kind == "application/json":
+            texts, has_escapes = texts_in_json(body, settings.max_batch)
+        elif kind == "text/csv":
+            texts, has_escapes = texts_in_csv(body, settings.max_batch), False
+        else:
+            abort(
+                415,
+                f"Content-Type {kind[:80]!r} is not accepted; send application/json, text/csv, or "
+                "the image itself (image/* or application/octet-stream)",
+            )
+        return images_of(texts, has_escapes, settings.max_image_bytes)
+
+    def write(self, result: Result, request_id: str) -> Answer:
+        """The rows that the version's python_function gives, under ``predictions``."""
+        labels = result.served.manifest.labels
+        rows = []
+        for each in result.images:
+            if isinstance(each, Exception):
+                raise each
+            best = int(each.argmax())
+            rows.append(ScoredImage(labels[best], best, float(each[best]), each.tolist()))
+        return Answer(_encode(Predictions(rows)))
+
+    def _limited(self, image: bytes) -> bytes | ConvoyError:
+        limit = self._settings.max_image_bytes
+        return image if len(image) <= limit else too_large(len(image), limit)
+
+
+def _check_parameters(content_type: str) -> None:
+    """Answer 415 if the Content-Type has another parameter than ``charset=utf-8``."""
+    for parameter in content_type.split(";")[1:]:
+        name, _, value = parameter.strip().partition("=")
+        if name.lower() != "charset" or value.strip('"').lower() != "utf-8":
+            abort(
+                415,
+                f"the Content-Type has {parameter.strip()[:40]!r}; only charset=utf-8 is accepted",
+            )

@@ -1,0 +1,155 @@
+"""Finds the images in a body of MLflow's scoring protocol: JSON in four forms, or CSV."""
+
+import csv
+import io
+import sys
+from mmap import mmap
+
+import msgspec
+from msgspec import Struct
+from werkzeug.exceptions import abort
+
+from service.http.bodies.base64_text import first_byte, paced
+from service.http.bodies.json_body import check_count, check_structure, is_text, parse
+
+COLUMN = "image"
+FORMS = ("dataframe_records", "dataframe_split", "inputs", "instances")
+# A row may have further columns, which are ignored as MLflow's server ignores them.
+STRINGS_PER_IMAGE = 16
+# Of an instance that is an object, the member with the image: Vertex AI names it "b64".
+_MEMBERS = (COLUMN, "b64")
+_MISSING = msgspec.Raw(b"null")
+
+# The module's own limit is less than a picture in base64. A body has a limit of its own.
+csv.field_size_limit(sys.maxsize)
+
+
+class ScoringBody(Struct, frozen=True):
+    """The JSON of a request, which has one of the four forms. Other members are ignored."""
+
+    dataframe_records: msgspec.Raw = _MISSING
+    dataframe_split: msgspec.Raw = _MISSING
+    inputs: msgspec.Raw = _MISSING
+    instances: msgspec.Raw = _MISSING
+
+
+class SplitTable(Struct, frozen=True, forbid_unknown_fields=True):
+    """A table as ``pandas.DataFrame.to_dict(orient="split")`` writes it."""
+
+    data: list[list[msgspec.Raw]]
+    columns: list[str] = []
+    index: msgspec.Raw = _MISSING
+
+
+def texts_in_json(body: bytes | mmap, max_images: int) -> tuple[list[msgspec.Raw], bool]:
+    """The JSON strings of the images, and whether they have escapes.
+
+    Raises:
+        HTTPException: 400, the body has none of the forms, or two, or no image; 413, it has more
+            than ``max_images``.
+    """
+    has_escapes = check_structure(body, max_images, STRINGS_PER_IMAGE)
+    parsed = parse(body, ScoringBody, f"an object with one of {', '.join(FORMS)}")
+    present = [name for name in FORMS if getattr(parsed, name) is not _MISSING]
+    if len(present) != 1:
+        abort(
+            400,
+            f"the JSON body has {' and '.join(present) or 'none of the inputs'}; it must have "
+            f"exactly one of {', '.join(FORMS)}",
+        )
+    (form,) = present
+    try:
+        texts = _COLUMNS[form](getattr(parsed, form))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        abort(400, f"{form} cannot be read: {error}")
+    return _checked(texts, max_images), has_escapes
+
+
+def texts_in_csv(body: bytes | mmap, max_images: int) -> list[msgspec.Raw]:
+    """The images of a CSV table with a header line, as JSON strings.
+
+    Raises:
+        HTTPException: 400, the body is not such a table in UTF-8, or has no image; 413, it has
+            more than ``max_images``.
+    """
+    texts: list[msgspec.Raw] = []
+    try:
+        with paced(len(body)):
+            rows = csv.reader(io.StringIO(bytes(body).decode("utf-8-sig"), newline=""), strict=True)
+            place = _place(next(rows, []))
+            for row in rows:
+                if row:  # pandas skips empty lines, too
+                    check_count(len(texts) + 1, max_images)
+                    texts.append(_as_json(row[place]))
+    except (UnicodeDecodeError, csv.Error, IndexError) as error:
+        abort(400, f"the body is not a CSV table in UTF-8: {error}")
+    return _checked(texts, max_images)
+
+
+def _records(raw: msgspec.Raw) -> list[msgspec.Raw]:
+    rows = msgspec.json.decode(raw, type=list[dict[str, msgspec.Raw]])
+    for row in rows:
+        if COLUMN not in row:
+            _place(list(row))
+    return [row[COLUMN] for row in rows]
+
+
+def _split(raw: msgspec.Raw) -> list[msgspec.Raw]:
+    table = msgspec.json.decode(raw, type=SplitTable)
+    place = _place(table.columns)
+    if any(len(row) != len(table.columns) for row in table.data):
+        abort(400, f"a row of dataframe_split has not {len(table.columns)} values, as its columns")
+    return [row[place] for row in table.data]
+
+
+def _values(raw: msgspec.Raw) -> list[msgspec.Raw]:
+    """The images of ``inputs`` or ``instances``: one, a list, or a column of a table."""
+    if first_byte(raw) == b"{":
+        raw = _member(raw)
+    if is_text(raw):
+        return [raw]
+    return [_member(each) for each in msgspec.json.decode(raw, type=list[msgspec.Raw])]
+
+
+_COLUMNS = {
+    "dataframe_records": _records,
+    "dataframe_split": _split,
+    "inputs": _values,
+    "instances": _values,
+}
+
+
+def _member(raw: msgspec.Raw) -> msgspec.Raw:
+    """The image of a JSON object, by the member's name; any other value unchanged."""
+    for _ in range(2):  # {"image": {"b64": "…"}}
+        if first_byte(raw) != b"{":
+            break
+        members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        name = next((each for each in _MEMBERS if each in members), None)
+        if name is None:
+            _place(list(members))
+        raw = members[str(name)]
+    return raw
+
+
+def _place(columns: list[str]) -> int:
+    """The place of the column with the images; answers 400 if it is missing."""
+    if COLUMN not in columns:
+        found = ", ".join(repr(each[:40]) for each in columns[:8]) or "none"
+        abort(400, f"the input has no column {COLUMN!r}; its columns: {found}")
+    return columns.index(COLUMN)
+
+
+def _checked(texts: list[msgspec.Raw], max_images: int) -> list[msgspec.Raw]:
+    if not texts:
+        abort(400, "the input has no image; send at least one")
+    check_count(len(texts), max_images)
+    for position, each in enumerate(texts):
+        if not is_text(each):
+            abort(400, f"image {position} is not a string; send the image as base64")
+    return texts
+
+
+def _as_json(text: str) -> msgspec.Raw:
+    """``text`` as a JSON string, whose characters are base64 or are refused as such later."""
+    return msgspec.Raw(b'"' + text.encode() + b'"')
