@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if verb == "--version":
-        from registry.core.version import convoy_version
+        from registry.core.names import convoy_version
 
         print(f"convoy {convoy_version()}")
         return 0

@@ -1,6 +1,7 @@
-"""Model names, digests, and functions that make outside text safe for terminals, logs and tags."""
+"""Model names, digests, Convoy's version, and functions that make outside text safe to print."""
 
 import hashlib
+import importlib.metadata
 import re
 from collections.abc import Mapping
 from typing import Annotated
@@ -67,3 +68,11 @@ def unusable(
     for name, field in variables.items():
         text = text.replace(f"`$.{field}`", f"{name}={values.get(field)!r}")
     return f"a setting cannot be used: {text}"
+
+
+def convoy_version() -> str:
+    """The number of the installed version; images have Convoy's files, and no installed package."""
+    try:
+        return importlib.metadata.version("convoy")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed as a package)"

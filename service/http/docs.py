@@ -59,7 +59,7 @@ def docs() -> BaseResponse:
     return response
 
 
-def curl_line(path: str, method: str, operation: dict[str, Any]) -> str:
+def curl_line(path: str, operation: dict[str, Any]) -> str:
     """The curl command that sends the request with the examples of its parameters."""
     parameters = operation.get("parameters", [])
     for each in parameters:
@@ -68,15 +68,13 @@ def curl_line(path: str, method: str, operation: dict[str, Any]) -> str:
         f"{each['name']}={each['example']}" for each in parameters if each["in"] == "query"
     )
     url = f"{BASE}{path}?{query}" if query else f"{BASE}{path}"
-    if "requestBody" not in operation:
-        return f"curl -s '{url}'"
-    send = "-T picture.png" if method == "put" else "--data-binary @picture.png"
-    return f"curl -s {send} '{url}'"
+    command, _ = operation.get("x-convoy-send", ("curl -s", ""))
+    return f"{command} '{url}'"
 
 
 def _page(described: dict[str, Any]) -> str:
     operations = [
-        (method, path, operation, curl_line(path, method, operation))
+        (method, path, operation, curl_line(path, operation))
         for path, methods in described["paths"].items()
         for method, operation in methods.items()
     ]

@@ -37,8 +37,16 @@ FAILURES = {
     "504": "The image was not scored before its deadline.",
 }
 ABOUT_MODELS = ("401", "403", "404", "503")
-_BINARY = {"type": "string", "format": "binary"}
+BINARY = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
+_JSON_IMAGES = (
+    {"type": "object", "required": ["image"], "properties": {"image": _BASE64}},
+    {
+        "type": "object",
+        "required": ["images"],
+        "properties": {"images": {"type": "array", "items": _BASE64}},
+    },
+)
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "name": {
         "description": "Name of a served model.",
@@ -58,6 +66,20 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
+class Body(Struct, frozen=True, kw_only=True):
+    """What an operation takes.
+
+    Attributes:
+        content: media type → the type of its record, or its JSON schema.
+        command: the start of a command line that sends ``picture.png``; the address follows.
+        maker: the function of ``static/docs.js`` that makes such a body of pictures.
+    """
+
+    content: dict[str, Any]
+    command: str = "curl -s --data-binary @picture.png"
+    maker: str = "images"
+
+
 class Operation(Struct, frozen=True, kw_only=True):
     """One method of one path.
 
@@ -66,7 +88,7 @@ class Operation(Struct, frozen=True, kw_only=True):
         answer: the type of the JSON in a 200; None for text.
         example: an answer of the type ``answer``, or text if that is None.
         method: the HTTP method in lower case.
-        takes_images: whether the body has images, in any form that Convoy reads.
+        body: what the request's body is; None without one.
         query: the parameters of the query, as OpenAPI describes them.
         failures: further statuses, with problem details as their body.
         failure_answers: further statuses, with the same type of answer as a 200.
@@ -77,11 +99,26 @@ class Operation(Struct, frozen=True, kw_only=True):
     example: Any
     answer: Any = None
     method: str = "get"
-    takes_images: bool = False
+    body: Body | None = None
     query: tuple[dict[str, Any], ...] = ()
     failures: Iterable[str] = ()
     failure_answers: tuple[str, ...] = ()
 
+
+IMAGES = Body(
+    content={
+        "application/octet-stream": BINARY,
+        "image/*": BINARY,
+        "multipart/form-data": {
+            "type": "object",
+            "properties": {"image": {"type": "array", "items": BINARY}},
+        },
+        "application/json": {
+            "oneOf": [{**each, "additionalProperties": False} for each in _JSON_IMAGES]
+        },
+    }
+)
+"""Images in any form that Convoy's own protocol reads."""
 
 _ONE_MODEL = (
     "/v1/models/{name}",
@@ -135,15 +172,14 @@ OPERATIONS = (
 def document(protocol_operations: Iterable[Operation]) -> dict[str, Any]:
     """The description as plain data: the protocols' operations, then those of every service."""
     operations = [*protocol_operations, *OPERATIONS]
-    answers = [each.answer for each in operations if each.answer is not None]
+    records = [Problem, *(record for each in operations for record in _records(each))]
     schemas, components = msgspec.json.schema_components(
-        [*answers, Problem], ref_template="#/components/schemas/{name}"
+        records, ref_template="#/components/schemas/{name}"
     )
-    by_answer = iter(schemas)
+    schema_of = {id(record): schema for record, schema in zip(records, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
     for each in operations:
-        schema = next(by_answer) if each.answer is not None else None
-        paths.setdefault(each.path, {})[each.method] = _operation(each, schema)
+        paths.setdefault(each.path, {})[each.method] = _operation(each, schema_of)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -161,11 +197,20 @@ def document(protocol_operations: Iterable[Operation]) -> dict[str, Any]:
     }
 
 
-def _operation(operation: Operation, schema: dict[str, Any] | None) -> dict[str, Any]:
+def _records(operation: Operation) -> list[Any]:
+    """The types whose schemas the description of ``operation`` needs."""
+    bodies = operation.body.content.values() if operation.body else ()
+    answer = [] if operation.answer is None else [operation.answer]
+    return [*answer, *(each for each in bodies if not isinstance(each, dict))]
+
+
+def _operation(operation: Operation, schema_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """One operation; ``schema_of`` has the schema of each type, by its ``id``."""
     example = {"example": msgspec.to_builtins(operation.example)}
-    content = (
-        {"application/json": {"schema": schema, **example}} if schema else {"text/plain": example}
-    )
+    if operation.answer is None:
+        content = {"text/plain": example}
+    else:
+        content = {"application/json": {"schema": schema_of[id(operation.answer)], **example}}
     path_parameters = re.findall(r"{(\w+)}", operation.path)
     described = {
         "summary": operation.summary,
@@ -185,24 +230,13 @@ def _operation(operation: Operation, schema: dict[str, Any] | None) -> dict[str,
             },
         },
     }
-    if operation.takes_images:
-        described["requestBody"] = _images()
+    if operation.body:
+        described["requestBody"] = {
+            "required": True,
+            "content": {
+                media_type: {"schema": each if isinstance(each, dict) else schema_of[id(each)]}
+                for media_type, each in operation.body.content.items()
+            },
+        }
+        described["x-convoy-send"] = [operation.body.command, operation.body.maker]
     return described
-
-
-def _images() -> dict[str, Any]:
-    one = {"type": "object", "required": ["image"], "properties": {"image": _BASE64}}
-    list_of = {"type": "array", "items": _BASE64}
-    many = {"type": "object", "required": ["images"], "properties": {"images": list_of}}
-    parts = {"image": {"type": "array", "items": _BINARY}}
-    form = {"type": "object", "properties": parts}
-    either = {"oneOf": [{**each, "additionalProperties": False} for each in (one, many)]}
-    return {
-        "required": True,
-        "content": {
-            "application/octet-stream": {"schema": _BINARY},
-            "image/*": {"schema": _BINARY},
-            "multipart/form-data": {"schema": form},
-            "application/json": {"schema": either},
-        },
-    }

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from flask import Response
 from msgspec import Struct
+from msgspec.structs import replace
 
 from service.http import problems
 from service.http.bodies.body_images import IMAGE_NAME, BodyImages
-from service.http.openapi import FAILURES, Operation
+from service.http.openapi import FAILURES, IMAGES, Operation
 from service.inference.requests import DEFAULT_TOP_K, Probabilities, Result, top_classes
 from service.protocols.inference_app import Answer, Target
 from service.settings import Settings
@@ -26,6 +27,7 @@ _PATH = re.compile(r"/predictions/(?P<name>[^/]+)(?:/(?P<version>[0-9]{1,9}))?/?
 
 # TorchServe's handlers read the parts `data` and `body`.
 _PART_NAME = re.compile(rf"data|body|{IMAGE_NAME.pattern}", re.ASCII)
+_PUT = replace(IMAGES, command="curl -s -T picture.png")
 
 
 class TorchServe:
@@ -43,7 +45,7 @@ class TorchServe:
             summary="Classify one image as TorchServe does: an object of labels.",
             answer=dict[str, float] | list[dict[str, Any]],
             example={"Ankle boot": 0.9999, "Sneaker": 0.0001},
-            takes_images=True,
+            body=IMAGES if method == "post" else _PUT,
             failures=FAILURES,
         )
         for path in ("/predictions/{name}", "/predictions/{name}/{version}")

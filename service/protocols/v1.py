@@ -12,7 +12,7 @@ from werkzeug.exceptions import abort
 from registry.model.manifest import ClassScore
 from service.http import problems
 from service.http.bodies.body_images import BodyImages
-from service.http.openapi import FAILURES, Operation
+from service.http.openapi import FAILURES, IMAGES, Operation
 from service.inference.requests import (
     DEFAULT_TOP_K,
     Probabilities,
@@ -86,7 +86,7 @@ class V1:
             summary="Classify one image or several. Answers the most probable classes, best first.",
             answer=Answer,
             example=_EXAMPLE,
-            takes_images=True,
+            body=IMAGES,
             query=(TOP_K,),
             failures=FAILURES,
         )

@@ -16,13 +16,31 @@ function address(form) {
   return query.size ? `${path}?${query}` : path;
 }
 
-// One picture is the body; several pictures are parts of a form.
-function body(files) {
-  if (files.length === 1) return { body: files[0], type: "application/octet-stream" };
-  const parts = new FormData();
-  for (const file of files) parts.append("image", file);
-  return { body: parts };
+async function base64(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  let text = "";
+  for (let at = 0; at < bytes.length; at += 8192) text += String.fromCharCode(...bytes.subarray(at, at + 8192));
+  return btoa(text);
 }
+
+async function json(files, make) {
+  const texts = await Promise.all([...files].map(base64));
+  return { body: JSON.stringify(make(texts)), type: "application/json" };
+}
+
+// How each protocol takes pictures.
+const makers = {
+  // One picture is the body; several pictures are parts of a form.
+  images(files) {
+    if (files.length === 1) return { body: files[0], type: "application/octet-stream" };
+    const parts = new FormData();
+    for (const file of files) parts.append("image", file);
+    return { body: parts };
+  },
+  tensor: (files) =>
+    json(files, (data) => ({ inputs: [{ name: "image", datatype: "BYTES", shape: [data.length], data }] })),
+  scoring: (files) => json(files, (inputs) => ({ inputs })),
+};
 
 function element(name, text, className = "") {
   const made = document.createElement(name);
@@ -41,7 +59,7 @@ async function send(form) {
   const options = { method: form.dataset.method, headers: authorization() };
   const files = form.querySelector("input[type=file]")?.files;
   if (files) {
-    const { body: sent, type } = body(files);
+    const { body: sent, type } = await makers[form.dataset.maker](files);
     options.body = sent;
     if (type) options.headers["Content-Type"] = type;
   }

@@ -118,24 +118,27 @@ def test_the_openapi_document_has_every_route_and_no_other(app: Flask, client: F
         for path, methods in client.get("/openapi.json").get_json()["paths"].items()
         for method in methods
     }
-    pages = {"/", "/docs", "/openapi.json", "/static/<path:filename>"}
+    refused = "/v2/<path:rest>"
+    pages = {"/", "/docs", "/openapi.json", "/static/<path:filename>", refused}
     routes = {
         (method, re.sub(r"<(?:int:)?(\w+)>", r"{\1}", rule.rule))
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) & {"GET", "POST"}
         if rule.rule not in pages
     }
+    named = (
+        "/v1/models/{name}",
+        "/v1/models/{name}/versions/{version}",
+        "/v1/models/{name}/aliases/{alias}",
+    )
     before_flask = {
-        ("POST", f"{prefix}/classify")
-        for prefix in (
-            "/v1",
-            "/v1/models/{name}",
-            "/v1/models/{name}/versions/{version}",
-            "/v1/models/{name}/aliases/{alias}",
-        )
+        *(("POST", f"{prefix}/classify") for prefix in ("/v1", *named)),
+        *(("POST", f"{prefix}/invocations") for prefix in ("", *named)),
     }
     for path in ("/predictions/{name}", "/predictions/{name}/{version}"):
         before_flask |= {("POST", path), ("PUT", path)}
+    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
+        before_flask |= {("POST", path)}
     assert described == routes | before_flask
 
 

@@ -11,13 +11,16 @@ from flask.testing import FlaskClient
 from playwright.sync_api import Browser
 
 from service.http.openapi import OPERATIONS, Operation
+from service.protocols.mlflow_scoring.protocol import MlflowScoring
+from service.protocols.openinference.protocol import OpenInference
 from service.protocols.torchserve import TorchServe
 from service.protocols.v1 import V1
 from tests.browsing import assert_readable
 from tests.conftest import NewPage, wait_for
 
 PHONE = {"width": 390, "height": 844}
-DESCRIBED = [*V1.operations, *TorchServe.operations, *OPERATIONS]
+PROTOCOLS = (V1, OpenInference, MlflowScoring, TorchServe)
+DESCRIBED = [*(each for protocol in PROTOCOLS for each in protocol.operations), *OPERATIONS]
 
 
 @pytest.mark.parametrize("operation", DESCRIBED, ids=lambda each: f"{each.method} {each.path}")
@@ -77,9 +80,14 @@ def test_the_docs_send_requests_and_show_their_answers(
     assert '"status": 415' in answer
     path = "/v1/models/{name}/versions/{version}/classify"
     assert try_operation(page, "POST", path, picture).inner_text().startswith("200 OK")
+    for path in ("/v2/models/{name}/infer", "/invocations"):
+        answer = try_operation(page, "POST", path, picture, picture).inner_text()
+        assert answer.startswith("200 OK"), path
+        assert '"probabilities"' in answer
     path = "/predictions/{name}"
     assert try_operation(page, "PUT", path, picture).inner_text().startswith("200 OK")
-    for path in ("/v1/models", "/v1/models/{name}", "/livez", "/readyz", "/metrics"):
+    paths = ("/v1/models", "/v1/models/{name}", "/livez", "/readyz", "/metrics", "/v2", "/ping")
+    for path in (*paths, "/v2/models/{name}", "/v2/models/{name}/stats"):
         assert try_operation(page, "GET", path).inner_text().startswith("200 OK"), path
     assert url in page.locator(".curl").first.inner_text()
     assert faults == []

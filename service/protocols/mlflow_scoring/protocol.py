@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from flask import Response
-from msgspec import Struct
 from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError, InvalidImage, UnsupportedImageType
@@ -15,9 +14,11 @@ from service.http.bodies.base64_text import too_large
 from service.http.bodies.body_images import json_buffer
 from service.http.bodies.json_body import images_of
 from service.http.bodies.reading import body_length, check_coding, media_type, read_body
-from service.http.openapi import FAILURES, Operation
+from service.http.openapi import Operation
 from service.inference.requests import Result
 from service.protocols.inference_app import Answer, Target
+from service.protocols.mlflow_scoring.answers import Predictions, ScoredImage, ScoringError
+from service.protocols.mlflow_scoring.operations import OPERATIONS
 from service.protocols.mlflow_scoring.tables import texts_in_csv, texts_in_json
 from service.settings import Settings
 
@@ -43,51 +44,12 @@ _CODES = {
 _encode = msgspec.json.Encoder().encode
 
 
-class ScoredImage(Struct, frozen=True):
-    """One row of an answer; ``probabilities`` are in the order of the version's labels."""
-
-    label: str
-    index: int
-    probability: float
-    probabilities: list[float]
-
-
-class Predictions(Struct, frozen=True):
-    """The body of an answer: one row for each image, in the order of the request."""
-
-    predictions: list[ScoredImage]
-
-
-class ScoringError(Struct, frozen=True):
-    """The body of an error."""
-
-    error_code: str
-    message: str
-    request_id: str
-
-
 class MlflowScoring:
     """Translates ``/invocations``; ``predict_route`` is a further path for the default model."""
 
     name = "mlflow"
     methods: tuple[str, ...] = ("POST",)
-    operations: tuple[Operation, ...] = tuple(
-        Operation(
-            method="post",
-            path=f"{prefix}/invocations",
-            summary="Classify as MLflow's scoring server does: tables of base64, JSON or CSV.",
-            answer=Predictions,
-            example=Predictions([ScoredImage("Ankle boot", 1, 0.9999, [0.0001, 0.9999])]),
-            takes_images=True,
-            failures=FAILURES,
-        )
-        for prefix in (
-            "",
-            "/v1/models/{name}",
-            "/v1/models/{name}/versions/{version}",
-            "/v1/models/{name}/aliases/{alias}",
-        )
-    )
+    operations: tuple[Operation, ...] = OPERATIONS
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

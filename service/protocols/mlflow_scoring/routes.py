@@ -30,10 +30,10 @@ def ping() -> Response:
 @blueprint.get("/health")
 def health() -> Response:
     """200 and an empty line when the service is ready."""
-    return Response("\n", 200 if readiness().ready else 503, mimetype="application/json")
+    return Response("\n", 200 if readiness().ready else 503, mimetype="text/plain")
 
 
 @blueprint.get("/version")
 def version() -> Response:
     """The version of MLflow whose scoring protocol this is."""
-    return Response(PROTOCOL_OF, mimetype="application/json")
+    return Response(PROTOCOL_OF, mimetype="text/plain")

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Struct
 from prometheus_client.samples import Sample
 
-from registry.core.version import convoy_version
+from registry.core.names import convoy_version
 from registry.model.manifest import PreprocessSpec
 from service.inference.loaded_model import ActiveVersions, ServedModel
 from service.protocols.openinference.tensors import TensorSpec, input_specs, output_specs

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from flask import Response
 
 from service.http import problems
-from service.http.openapi import FAILURES, Operation
+from service.http.openapi import Operation
 from service.protocols.inference_app import Target
 from service.protocols.openinference.infer_request import InferRequest
-from service.protocols.openinference.infer_response import InferAnswer, OutputTensor
+from service.protocols.openinference.operations import OPERATIONS
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
 _PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer/?")
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_EXAMPLE = InferAnswer(
-    model_name="fashion",
-    model_version="1",
-    id="42",
-    outputs=[
-        OutputTensor("probabilities", "FP32", (1, 2), [0.0001, 0.9999]),
-        OutputTensor("labels", "BYTES", (1, 1), ["Ankle boot"]),
-    ],
-)
 
 
 class OpenInference:
@@ -33,18 +24,7 @@ class OpenInference:
 
     name = "v2"
     methods: tuple[str, ...] = ("POST",)
-    operations: tuple[Operation, ...] = tuple(
-        Operation(
-            method="post",
-            path=f"/v2/models/{{name}}{version}/infer",
-            summary="Classify by the Open Inference Protocol: encoded images or tensors.",
-            answer=InferAnswer,
-            example=_EXAMPLE,
-            takes_images=True,
-            failures=FAILURES,
-        )
-        for version in ("", "/versions/{version}")
-    )
+    operations: tuple[Operation, ...] = OPERATIONS
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
