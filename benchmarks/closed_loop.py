@@ -3,7 +3,7 @@
     load(port, connections, seconds, questions)    # in a process of its own
 
 An answer is *right* if it has status 200 and names an expected label for every picture of the
-request. Requests/s count right answers only. Every other outcome is counted by its kind and marks
+request, in the form of the request's protocol. Requests/s count right answers only. Every other outcome is counted by its kind and marks
 the row (``failures``). The client waits for requests that are still open at the end, and counts
 their time, so that a server cannot hide that it stalled.
 
@@ -15,6 +15,7 @@ import errno
 import re
 import select
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -32,16 +33,18 @@ RECONNECT_S = 0.1  # a pause, so that clients do not reconnect to a dead server 
 READ_BYTES = 262_144
 FAILURES = ("refused", "wrong", "errors", "lost", "not_connected")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_BINARY_SIZE = re.compile(rb'"binary_data_size":(\d+)')
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 Figures = dict[str, float]
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One request, and the right labels for each of its pictures."""
+    """One request, the right labels for each of its pictures, and the ``READERS`` of its answer."""
 
     data: bytes
     right: tuple[frozenset[str], ...]
+    reader: str = "v1"
 
 
 class _Prediction(msgspec.Struct):
@@ -57,6 +60,54 @@ class _Answer(msgspec.Struct):
     results: list[_Predictions] | None = None
 
 
+class _Tensor(msgspec.Struct):
+    name: str
+    data: list[str | float] = []
+
+
+class _Outputs(msgspec.Struct):
+    outputs: list[_Tensor]
+
+
+def _best_of_v1(body: bytes) -> list[str]:
+    answer = msgspec.json.decode(body, type=_Answer)
+    if answer.results is not None:
+        return [each.predictions[0].label for each in answer.results]
+    return [each.label for each in (answer.predictions or [])[:1]]
+
+
+def _best_of_tensors(body: bytes) -> list[str]:
+    """The labels of the Open Inference Protocol; in binary form they are the last tensor."""
+    if sizes := _BINARY_SIZE.findall(body):
+        labels, found = body[-int(sizes[-1]) :], []
+        while labels:
+            (length,) = struct.unpack_from("<I", labels)
+            found.append(labels[4 : 4 + length].decode())
+            labels = labels[4 + length :]
+        return found
+    outputs = msgspec.json.decode(body, type=_Outputs).outputs
+    return [str(label) for each in outputs if each.name == "labels" for label in each.data]
+
+
+def _best_of_rows(body: bytes) -> list[str]:
+    """The labels of MLflow's scoring protocol."""
+    return [each.label for each in msgspec.json.decode(body, type=_Predictions).predictions]
+
+
+def _best_of_object(body: bytes) -> list[str]:
+    """The first label of TorchServe's answer."""
+    return list(msgspec.json.decode(body, type=dict[str, float]))[:1]
+
+
+READERS = {
+    "v1": _best_of_v1,
+    "tensors": _best_of_tensors,
+    "rows": _best_of_rows,
+    "object": _best_of_object,
+}
+"""By name: from the body of an answer to the best label of each picture."""
+
+
 class _Load(msgspec.Struct):
     port: int
     connections: int
@@ -69,28 +120,24 @@ def post(
     right: Iterable[frozenset[str]],
     content_type: str = "application/octet-stream",
     path: str = "/v1/classify",
+    reader: str = "v1",
+    header: str = "",
 ) -> Question:
-    """A POST of ``body``, with the right labels for each of its pictures."""
+    """A POST of ``body``, with the right labels for each of its pictures; ``header`` is a line."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"{header}Content-Length: {len(body)}\r\n\r\n"
     )
-    return Question(head.encode() + body, tuple(right))
+    return Question(head.encode() + body, tuple(right), reader)
 
 
-def is_right(body: bytes, right: tuple[frozenset[str], ...]) -> bool:
-    """Whether the best label of every picture in the JSON answer is one of the right ones."""
+def is_right(body: bytes, right: tuple[frozenset[str], ...], reader: str = "v1") -> bool:
+    """Whether the best label of every picture in the answer is one of the right ones."""
     try:
-        answer = msgspec.json.decode(body, type=_Answer)
-    except msgspec.MsgspecError:
+        best = READERS[reader](body)
+    except (msgspec.MsgspecError, IndexError, struct.error, UnicodeDecodeError):
         return False
-    if answer.results is not None:
-        best = [each.predictions[:1] for each in answer.results]
-    else:
-        best = [answer.predictions[:1]] if answer.predictions else []
-    return len(best) == len(right) and all(
-        bool(first) and first[0].label in labels for first, labels in zip(best, right, strict=True)
-    )
+    return len(best) == len(right) and all(map(frozenset.__contains__, right, best))
 
 
 def failures(row: Figures) -> dict[str, int]:
@@ -254,7 +301,7 @@ class _Loop:
             outcome = "refused"
         elif status != 200:
             outcome = "errors"
-        elif is_right(bytes(connection.received[end + 4 :]), question.right):
+        elif is_right(bytes(connection.received[end + 4 :]), question.right, question.reader):
             outcome = "right"
             self.right_ms.append(1000 * (now - connection.asked))
             self.right_in_time += now <= self._end

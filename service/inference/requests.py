@@ -134,6 +134,9 @@ def top_classes(
     probabilities: Probabilities, labels: tuple[str, ...], top_k: int
 ) -> list[ClassScore]:
     """The ``top_k`` most probable classes, best first; ties are in label order."""
+    if top_k == 1:  # the usual case of some protocols; sorting takes longer
+        best = int(probabilities.argmax())
+        return [ClassScore(labels[best], best, float(probabilities[best]))]
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [
         ClassScore(labels[index], index, value)

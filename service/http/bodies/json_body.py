@@ -36,6 +36,9 @@ class JsonBody(Struct, forbid_unknown_fields=True):
     images: list[msgspec.Raw] | None = None
 
 
+_JSON_BODY = msgspec.json.Decoder(JsonBody)
+
+
 def check_structure(body: bytes | mmap, max_images: int, strings_per_image: int = 1) -> bool:
     """Check how many strings, values and escapes a JSON body has, before it is parsed.
 
@@ -70,17 +73,19 @@ def check_escapes(body: bytes | mmap) -> bool:
     return has_escapes
 
 
-def parse(body: bytes | mmap | memoryview, kind: type[Record], expected: str) -> Record:
-    """The record of type ``kind`` in a JSON body, which may begin with a byte order mark.
+def parse(
+    body: bytes | mmap | memoryview, decoder: "msgspec.json.Decoder[Record]", expected: str
+) -> Record:
+    """The record in a JSON body, which may begin with a byte order mark.
 
     Raises:
-        HTTPException: 400, the body is not such a record; the text says what was ``expected``.
+        HTTPException: 400, ``decoder`` cannot parse it; the text says what was ``expected``.
     """
     mark = len(BYTE_ORDER_MARK)
-    start = mark if bytes(body[:mark]) == BYTE_ORDER_MARK else 0
+    start = mark if body[:mark] == BYTE_ORDER_MARK else 0
     try:
         with paced(len(body)):
-            return msgspec.json.decode(memoryview(body)[start:], type=kind)
+            return decoder.decode(memoryview(body)[start:])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         abort(400, f"the JSON body is not {expected}: {error}")
 
@@ -112,7 +117,7 @@ def v1_texts(body: bytes | mmap, max_images: int) -> tuple[list[msgspec.Raw], bo
         HTTPException: the body is not a ``JsonBody`` (400), or has too many images (413).
     """
     has_escapes = check_structure(body, max_images)
-    parsed = parse(body, JsonBody, '{"image": …} or {"images": […]}')
+    parsed = parse(body, _JSON_BODY, '{"image": …} or {"images": […]}')
     is_one = first_byte(parsed.image) != b"n"  # not null
     if is_one == (parsed.images is not None):
         abort(400, "the JSON body needs exactly one of 'image' and 'images'")

@@ -41,6 +41,13 @@ class SplitTable(Struct, frozen=True, forbid_unknown_fields=True):
     index: msgspec.Raw = _MISSING
 
 
+_BODY = msgspec.json.Decoder(ScoringBody)
+_ROWS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_SPLIT = msgspec.json.Decoder(SplitTable)
+_VALUES = msgspec.json.Decoder(list[msgspec.Raw])
+_MEMBERS_OF = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
 def texts_in_json(body: bytes | mmap, max_images: int) -> tuple[list[msgspec.Raw], bool]:
     """The JSON strings of the images, and whether they have escapes.
 
@@ -49,7 +56,7 @@ def texts_in_json(body: bytes | mmap, max_images: int) -> tuple[list[msgspec.Raw
             than ``max_images``.
     """
     has_escapes = check_structure(body, max_images, STRINGS_PER_IMAGE)
-    parsed = parse(body, ScoringBody, f"an object with one of {', '.join(FORMS)}")
+    parsed = parse(body, _BODY, f"an object with one of {', '.join(FORMS)}")
     present = [name for name in FORMS if getattr(parsed, name) is not _MISSING]
     if len(present) != 1:
         abort(
@@ -87,7 +94,7 @@ def texts_in_csv(body: bytes | mmap, max_images: int) -> list[msgspec.Raw]:
 
 
 def _records(raw: msgspec.Raw) -> list[msgspec.Raw]:
-    rows = msgspec.json.decode(raw, type=list[dict[str, msgspec.Raw]])
+    rows = _ROWS.decode(raw)
     for row in rows:
         if COLUMN not in row:
             _place(list(row))
@@ -95,7 +102,7 @@ def _records(raw: msgspec.Raw) -> list[msgspec.Raw]:
 
 
 def _split(raw: msgspec.Raw) -> list[msgspec.Raw]:
-    table = msgspec.json.decode(raw, type=SplitTable)
+    table = _SPLIT.decode(raw)
     place = _place(table.columns)
     if any(len(row) != len(table.columns) for row in table.data):
         abort(400, f"a row of dataframe_split has not {len(table.columns)} values, as its columns")
@@ -108,7 +115,7 @@ def _values(raw: msgspec.Raw) -> list[msgspec.Raw]:
         raw = _member(raw)
     if is_text(raw):
         return [raw]
-    return [_member(each) for each in msgspec.json.decode(raw, type=list[msgspec.Raw])]
+    return [_member(each) for each in _VALUES.decode(raw)]
 
 
 _COLUMNS = {
@@ -124,7 +131,7 @@ def _member(raw: msgspec.Raw) -> msgspec.Raw:
     for _ in range(2):  # {"image": {"b64": "…"}}
         if first_byte(raw) != b"{":
             break
-        members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        members = _MEMBERS_OF.decode(raw)
         name = next((each for each in _MEMBERS if each in members), None)
         if name is None:
             _place(list(members))

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from mmap import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -36,6 +36,7 @@ MAX_SHAPE_BYTES = 128
 MAX_ID_CHARACTERS = 1024
 HEADER_LENGTH = "HTTP_INFERENCE_HEADER_CONTENT_LENGTH"
 _LENGTH = re.compile(r"[0-9]{1,9}")
+Member = TypeVar("Member")
 _NOTHING = msgspec.Raw(b"null")
 # From nested lists of a tensor to one flat list.
 _BRACKETS_AND_SPACE = b"[] \t\r\n"
@@ -73,6 +74,16 @@ class InferBody(Struct, frozen=True):
     parameters: msgspec.Raw = _NOTHING
 
 
+_BODY = msgspec.json.Decoder(InferBody)
+# None stands for a member that is null.
+_SHAPE = msgspec.json.Decoder(list[int])
+_PARAMETERS = msgspec.json.Decoder(dict[str, Any] | None)
+_OUTPUTS = msgspec.json.Decoder(list[RequestedOutput] | None)
+_NUMBERS = msgspec.json.Decoder(list[float])
+_VALUES = msgspec.json.Decoder(list[msgspec.Raw])
+_ONE_VALUE = msgspec.json.Decoder(tuple[msgspec.Raw])
+
+
 class InferRequest:
     """One request. Its body is read when its images are iterated; ``write`` may follow that."""
 
@@ -93,11 +104,11 @@ class InferRequest:
     def __iter__(self) -> Iterator[InputImage | ConvoyError]:
         check_coding(self._environ)
         head, binary = self._split()
-        body = parse(head, InferBody, "an inference request of the Open Inference Protocol")
+        body = parse(head, _BODY, "an inference request of the Open Inference Protocol")
         if len(body.id) > MAX_ID_CHARACTERS:
             abort(400, f"the id has more than {MAX_ID_CHARACTERS} characters")
-        parameters = _member(body.parameters, dict[str, Any], "parameters") or {}
-        outputs = _member(body.outputs, list[RequestedOutput], "outputs") or []
+        parameters = _member(body.parameters, _PARAMETERS, "parameters") or {}
+        outputs = _member(body.outputs, _OUTPUTS, "outputs") or []
         self._id = body.id
         self._wanted = wanted_outputs(
             [(each.name, each.parameters) for each in outputs], parameters
@@ -133,9 +144,9 @@ class InferRequest:
     def _images_of(
         self, tensor: InputTensor, binary: memoryview
     ) -> Iterator[InputImage | ConvoyError]:
-        shape = _member(tensor.shape, list[int], "shape", MAX_SHAPE_BYTES)
-        head = checked_head(tensor.datatype, shape or [], self._settings.max_batch)
-        parameters = _member(tensor.parameters, dict[str, Any], "parameters of an input") or {}
+        shape = _member(tensor.shape, _SHAPE, "shape", MAX_SHAPE_BYTES) or []
+        head = checked_head(tensor.datatype, shape, self._settings.max_batch)
+        parameters = _member(tensor.parameters, _PARAMETERS, "parameters of an input") or {}
         refuse_shared_memory(parameters)
         limit = self._settings.max_image_bytes
         if (size := parameters.get("binary_data_size")) is not None:
@@ -159,13 +170,24 @@ def refuse_shared_memory(parameters: dict[str, Any]) -> None:
         raise InvalidTensor("shared memory is not supported; send the tensor in the body")
 
 
-def _member(raw: msgspec.Raw, kind: type[Any], name: str, max_bytes: int = MAX_MEMBER_BYTES) -> Any:
-    """A member of the JSON as an object of type ``kind``, or None if it is null or missing."""
+def _member(
+    raw: msgspec.Raw,
+    decoder: "msgspec.json.Decoder[Member]",
+    name: str,
+    max_bytes: int = MAX_MEMBER_BYTES,
+) -> Member | None:
+    """A member of the JSON, parsed by ``decoder``; None if it is missing.
+
+    Raises:
+        HTTPException: 400, it is longer than ``max_bytes``, or cannot be parsed.
+    """
+    if raw is _NOTHING:
+        return None
     size = memoryview(raw).nbytes
     if size > max_bytes:
         abort(400, f"the {name} have {size:,} bytes of JSON; at most {max_bytes:,} are accepted")
     try:
-        return msgspec.json.decode(raw, type=kind | None)
+        return decoder.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         abort(400, f"the {name} cannot be read: {error}")
 
@@ -183,7 +205,7 @@ def _texts(head: TensorHead, data: msgspec.Raw) -> tuple[list[msgspec.Raw], bool
     commas = count(text, b",", 2 * head.images)  # a data URL contains a comma
     if strings == head.images and commas < 2 * head.images:
         with contextlib.suppress(msgspec.MsgspecError, RecursionError):
-            found = [_only(each) for each in msgspec.json.decode(text, type=list[msgspec.Raw])]
+            found = [_only(each) for each in _VALUES.decode(text)]
             if len(found) == head.images and all(map(is_text, found)):
                 return found, has_escapes
     raise InvalidTensor(
@@ -195,7 +217,7 @@ def _texts(head: TensorHead, data: msgspec.Raw) -> tuple[list[msgspec.Raw], bool
 def _only(value: msgspec.Raw) -> msgspec.Raw:
     """The one element of a JSON list, or ``value`` itself if it is not a list."""
     if first_byte(value) == b"[":
-        (element,) = msgspec.json.decode(value, type=tuple[msgspec.Raw])
+        (element,) = _ONE_VALUE.decode(value)
         return element
     return value
 
@@ -214,6 +236,6 @@ def _numbers(head: TensorHead, data: msgspec.Raw) -> list[float]:
         )
     with paced(len(flat)):
         try:
-            return msgspec.json.decode(b"[" + flat + b"]", type=list[float])
+            return _NUMBERS.decode(b"[" + flat + b"]")
         except msgspec.MsgspecError as error:
             raise InvalidTensor(f"a value of the tensor is not a number: {error}") from error

@@ -3,7 +3,6 @@
 from typing import Any
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from registry.core.errors import InvalidTensor
@@ -147,7 +146,7 @@ def _tensor(
         if not wanted.binary:
             values = [value for row in rows for value in row.tolist()]
             return OutputTensor(PROBABILITIES, NORMALISED, shape, values), b""
-        data = np.concatenate(rows).astype("<f4", copy=False).tobytes()
+        data = b"".join(row.astype("<f4", copy=False).tobytes() for row in rows)
         return OutputTensor(PROBABILITIES, NORMALISED, shape, parameters=_size(data)), data
     texts = texts_of(wanted, rows, labels)
     shape = len(rows), len(texts) // len(rows)
