@@ -10,6 +10,8 @@ BIN := .venv/bin
 # Two stamps of .venv: Convoy and its dependencies are installed; so are the developers' tools.
 INSTALLED := .venv/.installed
 DEV := .venv/.dev
+# Other projects' clients, which the end-to-end tests run unmodified.
+CLIENTS := .venv-clients/.installed
 INSTALL := $(BIN)/python deploy/install.py
 COMPOSE ?= docker-compose
 
@@ -31,6 +33,12 @@ $(DEV): $(INSTALLED)
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
+$(CLIENTS): tests/e2e/programs/requirements.txt
+	@echo "Installing the clients of other projects into .venv-clients, once."
+	@$(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 demo: $(INSTALLED) ## train, promote, serve, classify one picture (CONVOY_DEMO_ONCE=1: then stop)
 	@$(BIN)/python deploy/demo.py
 
@@ -46,7 +54,7 @@ serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
 test: $(DEV) ## run all tests except the slow ones, one process per core (at most 4)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-all: $(DEV) ## run also the slow and the end-to-end tests, as CI does
+test-all: $(DEV) $(CLIENTS) ## run also the slow and the end-to-end tests, as CI does
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
 	    -m 'not torture and not containers' $(ARGS)
 
@@ -127,4 +135,4 @@ test-containers: $(DEV) ## test real containers; starts an engine and makes base
 	$(BIN)/python -m pytest -m containers tests/containers $(ARGS)
 
 clean: ## remove .venv and caches; trained models stay in var/
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info
+	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info

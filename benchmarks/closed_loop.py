@@ -3,9 +3,9 @@
     load(port, connections, seconds, questions)    # in a process of its own
 
 An answer is *right* if it has status 200 and names an expected label for every picture of the
-request, in the form of the request's protocol. Requests/s count right answers only. Every other outcome is counted by its kind and marks
-the row (``failures``). The client waits for requests that are still open at the end, and counts
-their time, so that a server cannot hide that it stalled.
+request, in the form of the request's protocol. Requests/s count right answers only. Every other
+outcome is counted by its kind and marks the row (``failures``). The client waits for requests that
+are still open at the end, and counts their time, so that a server cannot hide that it stalled.
 
 The client is a single loop over ``epoll``, because it shares the cores with the servers. The row's
 ``client_cores`` is the number of cores that it used.

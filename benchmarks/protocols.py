@@ -142,7 +142,7 @@ def compare(workload: str, arguments: Any) -> dict[str, Any]:
             requests = {name: requests[name] for name in ("v1", *arguments.forms.split(","))}
         runs: dict[str, list[Figures]] = {name: [] for name in requests}
         order = random.Random(0)
-        for name, sent in requests.items():
+        for sent in requests.values():
             measure(server, arguments.connections, 0.5, sent)  # warms up
         for _ in tqdm(range(arguments.repetitions), unit="repetition", disable=None):
             for name in order.sample(list(requests), len(requests)):

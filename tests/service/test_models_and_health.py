@@ -133,7 +133,7 @@ def test_the_openapi_document_has_every_route_and_no_other(app: Flask, client: F
     )
     before_flask = {
         *(("POST", f"{prefix}/classify") for prefix in ("/v1", *named)),
-        *(("POST", f"{prefix}/invocations") for prefix in ("", *named)),
+        *(("POST", f"{prefix}/invocations") for prefix in ("", "/endpoints/{name}", *named)),
     }
     for path in ("/predictions/{name}", "/predictions/{name}/{version}"):
         before_flask |= {("POST", path), ("PUT", path)}

@@ -43,6 +43,7 @@ _BODY = Body(
 )
 _PREFIXES = (
     "",
+    "/endpoints/{name}",
     "/v1/models/{name}",
     "/v1/models/{name}/versions/{version}",
     "/v1/models/{name}/aliases/{alias}",

@@ -25,9 +25,10 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+# Clients of ``mlflow.deployments`` send to /endpoints/NAME/invocations.
 _PATH = re.compile(
-    r"(?:/v1/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?"
-    r"/invocations/?"
+    r"(?:/endpoints/(?P<endpoint>[^/]+)|/v1/models/(?P<name>[^/]+)"
+    r"(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?/invocations/?"
 )
 # SageMaker's clients send a picture as it is, most with application/x-image.
 _RAW = {"application/octet-stream", "application/x-image"}
@@ -61,8 +62,8 @@ class MlflowScoring:
         found = _PATH.fullmatch(path) if "/invocations" in path else None
         if found is None:
             return None
-        name, version, alias = found.groups()
-        return Target(name, int(version) if version else None, alias)
+        endpoint, name, version, alias = found.groups()
+        return Target(endpoint or name, int(version) if version else None, alias)
 
     def read(self, environ: "WSGIEnvironment") -> "ScoringRequest":
         """The request, whose body is read when its images are iterated."""

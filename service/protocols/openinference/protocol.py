@@ -42,8 +42,18 @@ class OpenInference:
         return InferRequest(environ, self._settings)
 
     def refuse(self, error: Exception, request_id: str) -> Response:
-        """Problem JSON, which has the member ``error`` that the protocol asks for."""
-        return problems.answer(error, request_id)
+        """As ``error_answer``."""
+        return error_answer(error, request_id)
+
+
+def error_answer(error: Exception, request_id: str) -> Response:
+    """Problem JSON, which has the member ``error`` that the protocol asks for.
+
+    KServe's client reads it only if the Content-Type is application/json.
+    """
+    response = problems.answer(error, request_id)
+    response.mimetype = "application/json"
+    return response
 
 
 def target(name: str, version: str | None) -> Target:

@@ -16,7 +16,7 @@ from service.protocols.openinference.metadata import (
     server_metadata,
     statistics,
 )
-from service.protocols.openinference.protocol import target
+from service.protocols.openinference.protocol import error_answer, target
 from service.state import state
 
 blueprint = Blueprint("openinference", __name__)
@@ -30,6 +30,12 @@ _WHY_NOT = {
     "trace": "trace settings are not supported",
     "logging": "log settings are not supported; CONVOY_LOG_LEVEL sets the level",
 }
+
+
+@blueprint.errorhandler(Exception)
+def answer_error(error: Exception) -> Response:
+    """The answer to a request of this module that failed."""
+    return error_answer(error, g.request_id)
 
 
 @blueprint.get("/v2")

@@ -184,6 +184,8 @@ def test_ping_health_and_version_answer_as_mlflows_server_does(
     [
         ("/v1/models/digits/invocations", 200, None),
         ("/v1/models/digits/versions/1/invocations", 200, None),
+        ("/endpoints/digits/invocations", 200, None),
+        ("/endpoints/other/invocations", 404, "RESOURCE_DOES_NOT_EXIST"),
         ("/v1/models/digits/aliases/champion/invocations", 200, None),
         ("/v1/models/other/invocations", 404, "RESOURCE_DOES_NOT_EXIST"),
         ("/v1/models/digits/versions/7/invocations", 404, "RESOURCE_DOES_NOT_EXIST"),

@@ -80,6 +80,7 @@ def elements(data: bytes) -> list[str]:
 
 def refusal(answer: TestResponse, status: int) -> str:
     assert answer.status_code == status, answer.text
+    assert answer.content_type == JSON
     assert answer.get_json()["error"] == answer.get_json()["detail"]
     return str(answer.get_json()["error"])
 
