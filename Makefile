@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python deploy/install.py
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train promote serve test test-all coverage check torture torture-short chaos sbom bench up down update upgrade backup restore test-containers clean
+.PHONY: help demo train promote serve test test-all coverage check torture torture-short chaos proto sbom bench up down update upgrade backup restore test-containers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -78,6 +78,10 @@ torture-short: $(DEV) ## torture with some of the calls, as CI does (a minute)
 chaos: $(DEV) ## run all failure scenarios of docs/reliability.md (over an hour)
 	@$(INSTALL) -e '.[bench,chaos]'
 	$(BIN)/python -m benchmarks.chaos all --json benchmarks/results/chaos --picture docs/pictures
+
+proto: $(DEV) ## write the Python modules of the gRPC messages
+	$(BIN)/python -m grpc_tools.protoc -I service/protocols/grpc_v2 --python_out=service/protocols/grpc_v2 \
+	    --pyi_out=service/protocols/grpc_v2 service/protocols/grpc_v2/inference.proto
 
 sbom: $(DEV) ## list the installed packages as CycloneDX: build/sbom.cdx.json
 	@mkdir -p build

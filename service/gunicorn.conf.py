@@ -12,7 +12,7 @@ from registry.core.problem_details import Problem
 from service.malloc import share_heap
 from service.observability.logging import logging_config
 from service.running_time import RunningTime
-from service.server.protocol import ServerOptions
+from service.server.protocol import Companion, ServerOptions
 from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
 
 settings = Settings.from_environment()
@@ -71,7 +71,17 @@ def post_fork(server: Any, worker: Any) -> None:
         shutdown_delay_s=settings.shutdown_delay_s,
         max_connections_per_address=settings.max_connections_per_address,
         handover_folder=run_folder / HANDOVER,
+        companion=_grpc_server,
     )
+
+
+def _grpc_server(app: Any) -> Companion | None:
+    """The gRPC server of a worker with this application, if the settings ask for one."""
+    if settings.grpc_port is None:
+        return None
+    from service.protocols.grpc_v2.server import GrpcServer
+
+    return GrpcServer(app.extensions["convoy"])
 
 
 def child_exit(server: Any, worker: Any) -> None:

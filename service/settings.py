@@ -52,6 +52,9 @@ VARIABLES = {
     "CONVOY_PORT": "port",
     "AIP_HEALTH_ROUTE": "health_route",
     "AIP_PREDICT_ROUTE": "predict_route",
+    "CONVOY_GRPC_PORT": "grpc_port",
+    "CONVOY_GRPC_CERTIFICATE": "grpc_certificate",
+    "CONVOY_GRPC_KEY": "grpc_key",
     "CONVOY_DEVICE": "device",
     "CONVOY_PLAN": "plan",
     "CONVOY_WORKERS": "workers",
@@ -92,6 +95,9 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     Attributes:
         models: the models to serve; the first is the default model.
+        grpc_port: the port of the Open Inference Protocol over gRPC; None for none.
+        grpc_certificate: a file with the server's certificates in PEM form, for gRPC with TLS.
+        grpc_key: the file with the private key of ``grpc_certificate``.
         health_route: a further path that answers whether the service is ready, for Vertex AI.
         predict_route: a further path that classifies with the default model, for Vertex AI.
         max_batch: the most images in one forward pass, and in one request.
@@ -114,6 +120,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     plans_folder: Path = Path("var/plans")
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    grpc_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    grpc_certificate: Path | None = None
+    grpc_key: Path | None = None
     health_route: Route | None = None
     predict_route: Route | None = None
     device: str = "auto"
@@ -257,6 +266,8 @@ class Settings(Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(values, cls, strict=False)
             # Check these now, rather than when the first worker starts.
             _ = settings.proxy_networks, settings.cors_origin_list
+            if (settings.grpc_certificate is None) != (settings.grpc_key is None):
+                raise UsageError("set CONVOY_GRPC_CERTIFICATE and CONVOY_GRPC_KEY both, or neither")
             if settings.shutdown_delay_s > max(0.0, settings.graceful_timeout_s - MIN_DRAIN_S):
                 raise UsageError(
                     f"CONVOY_SHUTDOWN_DELAY_S={settings.shutdown_delay_s:g} leaves no time to "

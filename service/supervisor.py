@@ -140,7 +140,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
     Raises:
         UsageError: the port cannot be used, or the process that owns the GPU hangs.
     """
-    _check_port(settings)
+    _check_ports(settings)
     if pull and importlib.util.find_spec("mlflow") is None:
         log.warning("MLflow is not installed: serving the versions in %s", settings.models_folder)
         pull = False
@@ -224,18 +224,26 @@ def _on_end_signals(handler: Callable[[int, FrameType | None], object]) -> None:
         signal.signal(number, handler)
 
 
-def _check_port(settings: Settings) -> None:
+def _check_ports(settings: Settings) -> None:
+    """Raise ``UsageError`` if a port cannot be used, or gRPC's packages are missing."""
+    _check_port(settings, settings.port, "CONVOY_PORT")
+    if settings.grpc_port is not None:
+        if importlib.util.find_spec("grpc_health") is None:
+            raise UsageError("CONVOY_GRPC_PORT needs more packages: pip install 'convoy[grpc]'")
+        _check_port(settings, settings.grpc_port, "CONVOY_GRPC_PORT")
+
+
+def _check_port(settings: Settings, port: int, variable: str) -> None:
     """Raise ``UsageError`` if the port cannot be used; gunicorn would retry five times first."""
     with socket.socket(settings.family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.host, settings.port))
+            probe.bind((settings.host, port))
         except OSError as error:
             taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
-            advice = "choose another with CONVOY_PORT" if taken else "is CONVOY_HOST right?"
+            advice = f"choose another with {variable}" if taken else "is CONVOY_HOST right?"
             raise UsageError(
-                f"cannot listen on {settings.host} port {settings.port} "
-                f"({error.strerror}); {advice}"
+                f"cannot listen on {settings.host} port {port} ({error.strerror}); {advice}"
             ) from error
 
 

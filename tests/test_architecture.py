@@ -56,7 +56,7 @@ MAY_IMPORT = {
     },
     "service.protocols": {
         *(SETTINGS, "service.http", "service.state", "service.server.protocol", INFERENCE),
-        *OFFERED_TO_SERVICE,
+        *(OBSERVABILITY, "service.loading.model_slot", *OFFERED_TO_SERVICE),
     },
     "service": {"service", *OFFERED_TO_SERVICE},
     "convoy": {"registry", "training", "service"},

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from registry.auth.bearer import bearer_token, require
-from registry.auth.tokens import Tokens
+from registry.auth.tokens import Right, Tokens
 from registry.core.errors import RateExceeded
 from registry.core.names import sha256_hex
 from service.access.rate_limit import RateLimiter, parse_address
@@ -19,12 +19,13 @@ PUBLIC = frozenset(
         *("docs.docs", "docs.openapi", "page.page", "static"),
         *("health.livez", "health.readyz"),
         *("mlflow_scoring.ping", "mlflow_scoring.health", "mlflow_scoring.version"),
-        *("openinference.live", "openinference.ready", "openinference.model_ready"),
+        *("openinference.live", "openinference.server_ready", "openinference.model_ready"),
         "openinference.show_server",
     }
 )
-# The routes that a client reads before it classifies; others than these and ``PUBLIC`` need the
-# right to view.
+# The routes that a client reads before it classifies need either right. Others than these and
+# ``PUBLIC`` need the right to view.
+BOTH: tuple[Right, ...] = ("view", "classify")
 FOR_CLIENTS = frozenset({"openinference.show_model", "openinference.show_config"})
 
 
@@ -70,14 +71,23 @@ class AccessControl:
         Raises:
             TokenMissing, TokenInsufficient, TokensUnavailable: as ``admit``.
         """
-        if not self._requires_token or endpoint is None or endpoint in PUBLIC:
+        if endpoint is not None and endpoint not in PUBLIC:
+            self.admit_with(environ, BOTH if endpoint in FOR_CLIENTS else ("view",))
+
+    def admit_with(self, environ: "WSGIEnvironment", rights: tuple[Right, ...]) -> None:
+        """Admit a request that needs one of the ``rights``; all callers if there are none.
+
+        Raises:
+            TokenMissing, TokenInsufficient, TokensUnavailable: as ``admit``.
+        """
+        if not self._requires_token or not rights:
             return
         sent = _sent_token(environ)
         if sha256_hex(sent.encode()) == self._service_digest:
             return  # comparing digests, so that the time taken reveals nothing about the key
         token = self._tokens.find(sent)
-        if not (endpoint in FOR_CLIENTS and token and token.may("classify")):
-            require(token, "view")
+        if not (token and any(token.may(right) for right in rights)):
+            require(token, rights[0])
 
     def _address(self, environ: "WSGIEnvironment") -> str:
         """The client's address; behind a trusted proxy, the last entry of X-Forwarded-For."""

@@ -9,7 +9,7 @@ from msgspec import Struct
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import CONTENT_TYPE
 from service.server.protocol import ENDING
-from service.state import state
+from service.state import State, state
 
 blueprint = Blueprint("health", __name__)
 
@@ -67,18 +67,31 @@ def readyz() -> Response:
     The answer has for each model how long ago the puller last agreed with the registry. A version
     that still serves while the registry is down is ready, and after ``CONVOY_STALE_S`` also stale.
     """
-    body = readiness()
+    body = readiness(state(), ENDING in request.environ)
     return Response(
         msgspec.json.encode(body), 200 if body.ready else 503, mimetype="application/json"
     )
 
 
-def readiness() -> Readiness:
-    """Whether the service that handles this request can answer classification requests."""
-    slots = state().slots.values()
-    ending = state().watchdog.reason or ("shutting down" if ENDING in request.environ else None)
-    ready = ending is None and all(slot.current is not None for slot in slots)
-    return Readiness(ready=ready, ending=ending, models=[_describe(slot) for slot in slots])
+def readiness(current: State, ending: bool) -> Readiness:
+    """Whether this worker can answer classification requests, and how each model is.
+
+    Args:
+        current: the worker's state.
+        ending: whether the worker received SIGTERM.
+    """
+    slots = current.slots.values()
+    reason = current.watchdog.reason or ("shutting down" if ending else None)
+    ready = reason is None and all(slot.current is not None for slot in slots)
+    stale_s = current.settings.stale_s
+    return Readiness(
+        ready=ready, ending=reason, models=[_describe(each, stale_s) for each in slots]
+    )
+
+
+def is_ready() -> bool:
+    """Whether the worker that handles this Flask request can answer classification requests."""
+    return readiness(state(), ENDING in request.environ).ready
 
 
 @blueprint.get("/metrics")
@@ -93,7 +106,7 @@ def metrics() -> Response:
     return Response(current.metrics.render(), content_type=CONTENT_TYPE)
 
 
-def _describe(slot: ModelSlot) -> ModelState:
+def _describe(slot: ModelSlot, stale_s: float) -> ModelState:
     served, status = slot.current, slot.pull_status()
     age_s = status.age_s
     return ModelState(
@@ -103,6 +116,6 @@ def _describe(slot: ModelSlot) -> ModelState:
         plan=served.plan if served else None,
         error=slot.error,
         registry_age_s=None if age_s is None else round(age_s, 1),
-        stale=age_s is not None and age_s > state().settings.stale_s,
+        stale=age_s is not None and age_s > stale_s,
         registry_error=status.error,
     )

@@ -52,12 +52,16 @@ def answer(error: Exception, request_id: str) -> Response:
 def respond(problem: Problem, error: Exception) -> Response:
     """The response with the ``problem`` of ``error``, and the headers that it needs."""
     response = problem.answer(error)
-    retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(type(error))
-    if retry_after_s:
-        response.headers["Retry-After"] = str(retry_after_s)
+    if (after_s := retry_after_s(error)) is not None:
+        response.headers["Retry-After"] = str(after_s)
     if isinstance(error, domain.UnsupportedEncoding):
         response.headers["Accept-Encoding"] = "identity"  # RFC 9110, section 15.5.16
     return response
+
+
+def retry_after_s(error: Exception) -> int | None:
+    """After how many seconds a retry may succeed; None if the error does not depend on time."""
+    return getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(type(error))
 
 
 def describe(error: Exception, request_id: str) -> Problem:

@@ -5,7 +5,7 @@ The label values are a closed set, so no client can add a time series.
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-PROTOCOLS = ("v1", "v2", "mlflow", "torchserve")
+PROTOCOLS = ("v1", "v2", "grpc", "mlflow", "torchserve")
 OUTCOMES = ("ok", "client_error", "overload", "unavailable", "server_error")
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BUCKETS_PROBABILITY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

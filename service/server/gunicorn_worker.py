@@ -19,7 +19,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 from msgspec.structs import replace
 
-from service.server.protocol import ServerOptions
+from service.server.protocol import Companion, ServerOptions
 from service.server.request_loop import POLL_INTERVAL_S, RequestLoop
 from service.server.request_pools import RequestPools
 from service.server.sockets.client_sockets import ClientSockets
@@ -62,6 +62,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if self._handover:
             clients.call_on_input(self._handover.sock, self._take_over)
             self._handover.load = 0
+        self._companion = self.options.companion(self.wsgi)
+        if self._companion:
+            self._start(self._companion)
         while self.alive and os.getppid() == self.ppid:
             self._loop.turn()
         self._drain(own)
@@ -97,6 +100,13 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self.log.info("listening on %s port %d", host, port)
         return listener
 
+    def _start(self, companion: Companion) -> None:
+        try:
+            companion.start()
+        except OSError as error:
+            self.log.error("cannot listen: %s", error)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
     def _take_over(self, sock: socket.socket) -> None:
         """Take the connections that other workers have passed on."""
         assert self._handover is not None
@@ -112,6 +122,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         now = time.monotonic()
         ends = now + self.cfg.graceful_timeout - 1
         self._loop.ending = True
+        if self._companion:
+            delay_s = self.options.shutdown_delay_s
+            self._companion.end(delay_s, ends - now - delay_s)
         self._turn_until(now + self.options.shutdown_delay_s)
         if self._handover:
             self._handover.load = NEVER
@@ -135,6 +148,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._loop.turn()
             if now > idle_until:
                 self._clients.close_idle()
+        if self._companion:
+            self._companion.join()
 
     def _turn_until(self, end: float, wait_s: float = POLL_INTERVAL_S) -> None:
         while time.monotonic() < end:

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -57,6 +58,28 @@ class Limits(Struct, frozen=True):
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
+class Companion(Protocol):
+    """Another server in the worker's process, with threads of its own."""
+
+    def start(self) -> None:
+        """Listen; called once the worker has loaded the application.
+
+        Raises:
+            OSError: the port cannot be used.
+        """
+
+    def end(self, delay_s: float, grace_s: float) -> None:
+        """Begin to end, and return at once.
+
+        Args:
+            delay_s: how long the server still accepts calls, while it says that it is not ready.
+            grace_s: how long the calls then have to end.
+        """
+
+    def join(self) -> None:
+        """Wait until the server has ended."""
+
+
 class ServerOptions(Struct, frozen=True, kw_only=True):
     """The options of a worker, which gunicorn's hook ``post_fork`` sets before it starts.
 
@@ -69,6 +92,7 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         shutdown_delay_s: how long an ending worker still accepts connections while /readyz fails.
         max_connections_per_address: None for three quarters of the worker's connections.
         handover_folder: where the workers of a service find each other; None for no handover.
+        companion: returns another server that answers with the same loaded application, or None.
     """
 
     address: tuple[str, int]
@@ -78,3 +102,4 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     shutdown_delay_s: float = 0.0
     max_connections_per_address: int | None = None
     handover_folder: Path | None = None
+    companion: Callable[[Any], Companion | None] = lambda application: None

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from registry.model.image.decode import decode_image
 from registry.model.refs import Canary
 from registry.promotion.promotion import promote, start_canary
 from registry.store.mlflow_store import ModelStore
-from tests.conftest import WAIT_TIMEOUT_S, wait_for
+from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
 from tests.e2e.processes import Service
 from tests.service.protocols.tensors import forms, normalised
 from training.data.sources import Dataset
@@ -59,6 +60,25 @@ def folder(pictures: list[bytes], digits: Dataset, tmp_path: Path) -> Path:
     floats = normalised(pixels, digits.preprocess)
     np.savez(folder / "arrays.npz", pixels=pixels, normalised=floats)
     return folder
+
+
+@pytest.fixture
+def with_grpc(paths: Path) -> Iterator[tuple[Service, int]]:
+    """A service, and the port on which it also speaks gRPC."""
+    port = free_port()
+    service = Service(paths, CONVOY_GRPC_PORT=str(port))
+    try:
+        wait_for(service.is_ready, "the service did not become ready")
+        yield service, port
+    finally:
+        if service.process.is_running():
+            service.stop()
+
+
+def requests_of(service: Service, version: int) -> int:
+    """How many requests the version has answered."""
+    traffic = service.ask("GET", "/v1/models/digits/traffic")[1]["versions"]
+    return sum(each["requests"] for each in traffic if each["version"] == version)
 
 
 def address(service: Service) -> str:
@@ -132,6 +152,40 @@ def test_kserves_client_gets_health_and_answers(
     assert len(found["probabilities"]) == 6
     assert found["refused"]["status"] == 404
     assert "no model 'other'" in found["refused"]["message"]
+
+
+@needs_clients
+def test_tritonclient_and_kserves_client_get_the_same_answers_over_grpc(
+    with_grpc: tuple[Service, int], folder: Path, pictures: list[bytes]
+) -> None:
+    service, port = with_grpc
+    expected = probabilities(service, pictures)
+    order = np.argsort(-expected, kind="stable")
+    found = answers(PYTHON, PROGRAMS / "triton_grpc.py", f"127.0.0.1:{port}", folder)
+    assert (found["live"], found["ready"], found["model_ready"]) == (True, True, True)
+    assert_equal(found["probabilities"], expected)
+    assert_equal({"async": found["async"], "aio": found["aio"]}, expected)
+    assert len(found["probabilities"]) == 4
+    assert found["labels"] == [str(row[0]) for row in order]
+    for texts, places in zip(found["classification"], order, strict=True):
+        assert [text.split(":")[1:] for text in texts] == [[str(p), str(p)] for p in places[:3]]
+    assert found["config"]["config"]["max_batch_size"] == 32
+    assert found["index"]["models"] == [{"name": "digits", "version": "1", "state": "READY"}]
+    assert found["statistics"]["model_stats"][0]["version"] == "1"
+    assert {name: each["status"] for name, each in found["refused"].items()} == {
+        "load": "StatusCode.UNIMPLEMENTED",
+        "unknown": "StatusCode.NOT_FOUND",
+        "version": "StatusCode.NOT_FOUND",
+        "sequence": "StatusCode.INVALID_ARGUMENT",
+        "shape": "StatusCode.INVALID_ARGUMENT",
+    }
+    found = answers(PYTHON, PROGRAMS / "kserve_grpc.py", f"127.0.0.1:{port}", folder)
+    assert (found["live"], found["ready"], found["model_ready"]) == (True, True, True)
+    assert_equal(found["probabilities"], expected)
+    assert len(found["probabilities"]) == 5
+    health = [found[name] for name in ("health", "health inference.GRPCInferenceService")]
+    assert health == [1, 1]  # SERVING
+    assert found["health other"] == "NOT_FOUND"
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
@@ -222,31 +276,37 @@ def test_200_pictures_get_the_same_answer_from_every_protocol_and_form(
         assert (status, next(iter(answer))) == (200, str(row.argmax()))
 
 
+@contextmanager
+def load_of(protocol: str, port: int, folder: Path) -> "Iterator[subprocess.Popen[str]]":
+    """tritonclient sends requests until the load's input ends; then it prints what it got."""
+    command = [PYTHON, PROGRAMS / "triton_load.py", protocol, f"127.0.0.1:{port}", folder]
+    with subprocess.Popen(
+        list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as load:
+        try:
+            yield load
+        finally:
+            load.kill()
+
+
 @needs_clients
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_canary_and_a_promotion_fail_no_request_of_tritonclient(
-    paths: Path, service: Service, folder: Path
+    paths: Path, with_grpc: tuple[Service, int], folder: Path, protocol: str
 ) -> None:
     store = ModelStore(Paths(paths))
-    program = [str(PYTHON), str(PROGRAMS / "triton_load.py"), f"127.0.0.1:{service.port}"]
-    with subprocess.Popen(
-        [*program, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as load:
-
-        def requests_of(version: int) -> int:
-            assert load.poll() is None, "the load has ended"
-            traffic = service.ask("GET", "/v1/models/digits/traffic")[1]["versions"]
-            return sum(each["requests"] for each in traffic if each["version"] == version)
-
-        wait_for(lambda: requests_of(1) > 50, "version 1 does not answer")
+    service, grpc_port = with_grpc
+    with load_of(protocol, grpc_port if protocol == "grpc" else service.port, folder) as load:
+        wait_for(lambda: requests_of(service, 1) > 50, "version 1 does not answer")
         start_canary(store, "digits", Canary(version=2, share=0.5), "to see")
-        wait_for(lambda: requests_of(2) > 50, "the canary does not answer")
+        wait_for(lambda: requests_of(service, 2) > 50, "the canary does not answer")
         promote(store, "digits", 2)
         wait_for(
             lambda: service.ask("GET", "/v1/models/digits")[1]["version"] == 2,
             "version 2 does not serve",
         )
-        before = requests_of(2)
-        wait_for(lambda: requests_of(2) > before + 200, "version 2 does not answer alone")
+        before = requests_of(service, 2)
+        wait_for(lambda: requests_of(service, 2) > before + 200, "version 2 does not answer alone")
         printed, _ = load.communicate("", timeout=WAIT_TIMEOUT_S)
     found = json.loads(printed)
     assert found["errors"] == []

@@ -2,7 +2,7 @@
 
 from flask import Blueprint, Flask, Response
 
-from service.http.health import readiness
+from service.http.health import is_ready
 
 blueprint = Blueprint("mlflow_scoring", __name__)
 
@@ -21,16 +21,16 @@ def init_app(app: Flask, health_route: str | None) -> None:
 @blueprint.get("/ping")
 def ping() -> Response:
     """200 when the service is ready, with TorchServe's body; SageMaker reads the status only."""
-    is_ready = readiness().ready
-    status = "Healthy" if is_ready else "Unhealthy"
+    healthy = is_ready()
+    status = "Healthy" if healthy else "Unhealthy"
     body = f'{{"status": "{status}"}}\n'
-    return Response(body, 200 if is_ready else 503, mimetype="application/json")
+    return Response(body, 200 if healthy else 503, mimetype="application/json")
 
 
 @blueprint.get("/health")
 def health() -> Response:
     """200 and an empty line when the service is ready."""
-    return Response("\n", 200 if readiness().ready else 503, mimetype="text/plain")
+    return Response("\n", 200 if is_ready() else 503, mimetype="text/plain")
 
 
 @blueprint.get("/version")

@@ -1,5 +1,6 @@
 """Writes the answer to an inference request: the wanted outputs, as JSON or in binary form."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -57,7 +58,7 @@ class InferAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def wanted_outputs(
-    requested: list[tuple[str, dict[str, Any] | None]], parameters: dict[str, Any]
+    requested: Sequence[tuple[str, dict[str, Any] | None]], parameters: dict[str, Any]
 ) -> list[WantedOutput]:
     """The outputs that a request wants; both, if it names none.
 
@@ -101,6 +102,33 @@ def _number(parameters: dict[str, Any], name: str, default: int) -> int:
     return int(value)
 
 
+class Output(Struct, frozen=True):
+    """One output of an answer: ``texts`` if its datatype is BYTES, otherwise ``rows`` of FP32."""
+
+    wanted: WantedOutput
+    datatype: str
+    shape: tuple[int, int]
+    texts: list[str] = []
+    rows: list[Probabilities] = []
+
+    def binary(self) -> bytes:
+        """The tensor in binary form."""
+        if self.datatype == ENCODED:
+            return bytes_tensor(text.encode() for text in self.texts)
+        return b"".join(row.astype("<f4", copy=False).tobytes() for row in self.rows)
+
+    def plain(self) -> list[Any]:
+        """The values in row-major order."""
+        return self.texts or [value for row in self.rows for value in row.tolist()]
+
+
+def outputs_of(result: Result, wanted: list[WantedOutput]) -> list[Output]:
+    """The ``wanted`` outputs; raises the error of the first image that failed."""
+    rows = [_probabilities(each) for each in result.images]
+    labels = result.served.manifest.labels
+    return [_output(each, rows, labels) for each in wanted]
+
+
 def write(result: Result, wanted: list[WantedOutput], request_id: str) -> Answer:
     """The answer with the ``wanted`` outputs; ``request_id`` is the client's own, or empty.
 
@@ -108,11 +136,14 @@ def write(result: Result, wanted: list[WantedOutput], request_id: str) -> Answer
         Exception: the error of an image.
     """
     tensors, blobs = [], []
-    rows = probability_rows(result)
-    for each in wanted:
-        tensor, blob = _tensor(each, rows, result.served.manifest.labels)
+    for each in outputs_of(result, wanted):
+        if each.wanted.binary:
+            blobs.append(each.binary())
+            size = {"binary_data_size": len(blobs[-1])}
+            tensor = OutputTensor(each.wanted.name, each.datatype, each.shape, parameters=size)
+        else:
+            tensor = OutputTensor(each.wanted.name, each.datatype, each.shape, each.plain())
         tensors.append(tensor)
-        blobs.append(blob)
     head = _encode(
         InferAnswer(
             model_name=result.served.name,
@@ -121,51 +152,27 @@ def write(result: Result, wanted: list[WantedOutput], request_id: str) -> Answer
             outputs=tensors,
         )
     )
-    if not any(each.binary for each in wanted):
+    if not blobs:
         return Answer(head)
     length = ("Inference-Header-Content-Length", str(len(head)))
     return Answer(b"".join((head, *blobs)), "application/octet-stream", (length,))
 
 
-def probability_rows(result: Result) -> list[Probabilities]:
-    """The probabilities of all images; raises the error of the first image that failed."""
-    rows = []
-    for each in result.images:
-        if isinstance(each, Exception):
-            raise each
-        rows.append(each)
-    return rows
+def _probabilities(image: Probabilities | Exception) -> Probabilities:
+    if isinstance(image, Exception):
+        raise image
+    return image
 
 
-def _tensor(
-    wanted: WantedOutput, rows: list[Probabilities], labels: tuple[str, ...]
-) -> tuple[OutputTensor, bytes]:
-    """One output, and its binary form; that is empty if the client wants JSON."""
-    if wanted.name == PROBABILITIES and not wanted.classification:
-        shape = len(rows), len(labels)
-        if not wanted.binary:
-            values = [value for row in rows for value in row.tolist()]
-            return OutputTensor(PROBABILITIES, NORMALISED, shape, values), b""
-        data = b"".join(row.astype("<f4", copy=False).tobytes() for row in rows)
-        return OutputTensor(PROBABILITIES, NORMALISED, shape, parameters=_size(data)), data
-    texts = texts_of(wanted, rows, labels)
-    shape = len(rows), len(texts) // len(rows)
-    if not wanted.binary:
-        return OutputTensor(wanted.name, ENCODED, shape, texts), b""
-    data = bytes_tensor(text.encode() for text in texts)
-    return OutputTensor(wanted.name, ENCODED, shape, parameters=_size(data)), data
-
-
-def texts_of(wanted: WantedOutput, rows: list[Probabilities], labels: tuple[str, ...]) -> list[str]:
-    """The labels, or the texts "probability:index:label", of each image, best first."""
+def _output(wanted: WantedOutput, rows: list[Probabilities], labels: tuple[str, ...]) -> Output:
     if wanted.name == LABELS:
-        return [each.label for row in rows for each in top_classes(row, labels, wanted.top_k)]
-    return [
-        f"{each.probability:f}:{each.index}:{each.label}"
-        for row in rows
-        for each in top_classes(row, labels, wanted.classification)
-    ]
-
-
-def _size(data: bytes) -> dict[str, int]:
-    return {"binary_data_size": len(data)}
+        texts = [each.label for row in rows for each in top_classes(row, labels, wanted.top_k)]
+    elif wanted.classification:
+        texts = [
+            f"{each.probability:f}:{each.index}:{each.label}"
+            for row in rows
+            for each in top_classes(row, labels, wanted.classification)
+        ]
+    else:
+        return Output(wanted, NORMALISED, (len(rows), len(labels)), rows=rows)
+    return Output(wanted, ENCODED, (len(rows), len(texts) // len(rows)), texts)

@@ -1,6 +1,6 @@
 """What the protocol tells about the server and its models: metadata, configuration, statistics."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,6 +10,8 @@ from prometheus_client.samples import Sample
 from registry.core.names import convoy_version
 from registry.model.manifest import PreprocessSpec
 from service.inference.loaded_model import ActiveVersions, ServedModel
+from service.loading.model_slot import ModelSlot
+from service.observability.metrics import Metrics
 from service.protocols.openinference.tensors import TensorSpec, input_specs, output_specs
 
 EXTENSIONS = (
@@ -175,10 +177,23 @@ def model_config(served: ServedModel, max_batch: int) -> ModelConfig:
     )
 
 
-def statistics(name: str, samples: Iterable[Sample]) -> list[VersionStatistics]:
-    """The statistics of each version of the model ``name``, from the samples of its metrics."""
+def index(slots: Mapping[str, ModelSlot]) -> list[IndexEntry]:
+    """The versions that serve, and the models for which none does."""
+    entries = []
+    for name, slot in slots.items():
+        if (serving := slot.serving) is None:
+            reason = slot.error or "no version is deployed"
+            entries.append(IndexEntry(name, "", "UNAVAILABLE", reason))
+        else:
+            versions = (serving.champion, serving.challenger)
+            entries += [IndexEntry(name, str(each.version), "READY") for each in versions if each]
+    return entries
+
+
+def statistics(name: str, metrics: Metrics) -> list[VersionStatistics]:
+    """The statistics of each version of the model ``name``, in all workers."""
     found: dict[str, _Sums] = {}
-    for sample in samples:
+    for sample in metrics.samples(name):
         found.setdefault(sample.labels["model_version"], _Sums()).add(sample)
     return [found[version].statistics(name, version) for version in sorted(found, key=int)]
 

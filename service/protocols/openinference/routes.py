@@ -6,11 +6,11 @@ import msgspec
 from flask import Blueprint, Response, g
 from werkzeug.exceptions import abort
 
-from service.http.health import readiness
+from service.http.health import is_ready
 from service.inference.loaded_model import ActiveVersions, ServedModel
 from service.protocols.openinference.metadata import (
-    IndexEntry,
     Statistics,
+    index,
     model_config,
     model_metadata,
     server_metadata,
@@ -51,10 +51,10 @@ def live() -> Response:
 
 
 @blueprint.get("/v2/health/ready")
-def ready() -> Response:
+def server_ready() -> Response:
     """200 when every model has a version that is loaded, warmed up and proved; else 503."""
-    is_ready = readiness().ready
-    return _json({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+    ready = is_ready()
+    return _json({"live": True, "ready": ready}, 200 if ready else 503)
 
 
 @blueprint.get(_NAMED[0])
@@ -87,7 +87,7 @@ def show_statistics(name: str | None = None, version: str | None = None) -> Resp
     """Counts and times of all versions of all models, of one model, or of one version."""
     current = state()
     names = [current.slot(name).ref.name] if name else list(current.slots)
-    found = [each for one in names for each in statistics(one, current.metrics.samples(one))]
+    found = [each for one in names for each in statistics(one, current.metrics)]
     if name and version:
         number = str(_find(name, version)[0].version)
         found = [each for each in found if each.version == number]
@@ -97,15 +97,7 @@ def show_statistics(name: str | None = None, version: str | None = None) -> Resp
 @blueprint.post("/v2/repository/index")
 def show_index() -> Response:
     """The versions that serve, and the models for which none does."""
-    entries = []
-    for name, slot in state().slots.items():
-        if (serving := slot.serving) is None:
-            reason = slot.error or "no version is deployed"
-            entries.append(IndexEntry(name, "", "UNAVAILABLE", reason))
-        else:
-            versions = (serving.champion, serving.challenger)
-            entries += [IndexEntry(name, str(each.version), "READY") for each in versions if each]
-    return _json(entries)
+    return _json(index(state().slots))
 
 
 @blueprint.route("/v2/<path:rest>", methods=["GET", "POST"])

@@ -1,4 +1,4 @@
-"""Load by ``tritonclient.http``: ``triton_load.py HOST:PORT FOLDER`` until its input ends.
+"""Load by ``tritonclient``: ``triton_load.py http|grpc HOST:PORT FOLDER`` until its input ends.
 
 Prints one JSON object: how many answers each version gave, and the errors.
 """
@@ -7,16 +7,18 @@ import json
 import sys
 import threading
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import tritonclient.http as triton
 
 CLIENTS = 3
 
 
 def main() -> None:
-    url, folder = sys.argv[1], Path(sys.argv[2])
+    protocol, url, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    triton = import_module(f"tritonclient.{protocol}")
     pictures = [file.read_bytes() for file in sorted(folder.glob("*.png"))]
     stop = threading.Event()
     versions: Counter[str] = Counter()
@@ -30,9 +32,9 @@ def main() -> None:
             image.set_data_from_numpy(np.array([pictures[number % len(pictures)]], dtype=object))
             number += 1
             try:
-                versions[client.infer("digits", [image]).get_response()["model_version"]] += 1
+                versions[version_of(client.infer("digits", [image]).get_response())] += 1
             except Exception as error:  # noqa: BLE001 - every failure counts
-                errors.append(repr(error))
+                errors.append(f"{error!r} {error}")
 
     threads = [threading.Thread(target=ask, args=(first,)) for first in range(CLIENTS)]
     for thread in threads:
@@ -42,6 +44,12 @@ def main() -> None:
     for thread in threads:
         thread.join()
     print(json.dumps({"versions": versions, "errors": errors}))
+
+
+def version_of(response: Any) -> str:
+    if isinstance(response, dict):
+        return str(response["model_version"])
+    return str(response.model_version)
 
 
 if __name__ == "__main__":
