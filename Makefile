@@ -11,6 +11,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEV := .venv/.dev
 INSTALL := $(BIN)/python deploy/install.py
+# The client is a distribution of its own in this repository; no index has it.
+CLIENT := -e clients/python
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
@@ -19,16 +21,16 @@ COMPOSE ?= docker-compose
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml clients/python/pyproject.toml constraints.txt
 	@echo "Installing Convoy into .venv, once: torch, then a hundred smaller packages."
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
-	@$(INSTALL) -e '.[service,training,onnxruntime]'
+	@$(INSTALL) $(CLIENT) -e '.[service,training,onnxruntime]'
 	@touch $@
 
 $(DEV): $(INSTALLED)
 	@echo "Installing the developers' tools into .venv, once."
-	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) $(CLIENT) -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## train, promote, serve, classify one picture (CONVOY_DEMO_ONCE=1: then stop)
@@ -58,7 +60,7 @@ check: $(DEV) ## check formatting, lint, types, English and secrets
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python deploy/check_english.py
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive convoy registry service training
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive convoy registry service training clients/python
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-lines 'secret_file = '
 
 torture: $(DEV) ## fail every call to the registry, the disk and torch in turn (long)
@@ -68,7 +70,7 @@ torture-short: $(DEV) ## torture with some of the calls, as CI does (a minute)
 	TORTURE=short $(BIN)/python -m pytest -m torture tests/torture $(ARGS)
 
 chaos: $(DEV) ## run all failure scenarios of docs/reliability.md (over an hour)
-	@$(INSTALL) -e '.[bench,chaos]'
+	@$(INSTALL) $(CLIENT) -e '.[bench,chaos]'
 	$(BIN)/python -m benchmarks.chaos all --json benchmarks/results/chaos --picture docs/pictures
 
 sbom: $(DEV) ## list the installed packages as CycloneDX: build/sbom.cdx.json
@@ -76,7 +78,7 @@ sbom: $(DEV) ## list the installed packages as CycloneDX: build/sbom.cdx.json
 	$(BIN)/cyclonedx-py environment $(BIN)/python --output-format JSON -o build/sbom.cdx.json
 
 bench: $(INSTALLED) ## measure start-up, new deployments, and speed against other servers
-	@$(INSTALL) -e '.[bench]'
+	@$(INSTALL) $(CLIENT) -e '.[bench]'
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
 	$(BIN)/python -m benchmarks.served_accuracy --json benchmarks/results/served_accuracy.json
 	$(BIN)/python -m benchmarks.swap_under_load --json benchmarks/results/swap_under_load.json
@@ -127,4 +129,4 @@ test-containers: $(DEV) ## test real containers; starts an engine and makes base
 	$(BIN)/python -m pytest -m containers tests/containers $(ARGS)
 
 clean: ## remove .venv and caches; trained models stay in var/
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info clients/python/*.egg-info
