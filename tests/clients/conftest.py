@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from threading import Event
 from typing import Any
 
 import httpx
@@ -38,7 +39,7 @@ class FakeTime:
         self.waits: list[float] = []
         self.clock = Clock(lambda: self.now_s, lambda: 1_800_000_000 + self.now_s, lambda: 0.5)
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, ended: Event | None = None) -> None:
         self.waits.append(seconds)
         self.now_s += seconds
 

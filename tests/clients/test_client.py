@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import FrozenInstanceError
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -265,10 +266,8 @@ def sent(handler_client: Callable[[httpx.MockTransport], object]) -> httpx.Reque
         ("http://a", {"model": "m", "alias": "ä"}, "/v1/models/m/aliases/%C3%A4/classify?top_k=5"),
     ],
 )
-def test_names_are_quoted_and_a_proxys_path_is_kept(
-    url: str, options: dict[str, object], target: str
-) -> None:
-    request = sent(lambda transport: Client(url, transport=transport).classify(b"x", **options))  # type: ignore[arg-type]
+def test_names_are_quoted_and_a_proxys_path_is_kept(url: str, options: Any, target: str) -> None:
+    request = sent(lambda transport: Client(url, transport=transport).classify(b"x", **options))
     assert request.url.raw_path.decode() == target
     assert request.method == "POST"
     assert request.read() == b"x"
@@ -304,17 +303,23 @@ def test_an_address_that_cannot_be_used_is_refused_at_once(url: str) -> None:
 
 
 def test_arguments_that_cannot_be_used_are_refused_at_once() -> None:
-    for options in ({"timeout_s": 0}, {"deadline_s": -1}, {"retries": -1}, {"concurrency": 0}):
+    cases: list[dict[str, Any]] = [
+        {"timeout_s": 0},
+        {"deadline_s": -1},
+        {"retries": -1},
+        {"concurrency": 0},
+    ]
+    for options in cases:
         (name,) = options
         with pytest.raises(ValueError, match=name):
-            Client(**options)  # type: ignore[arg-type]
+            Client(**options)
         with pytest.raises(ValueError, match=name):
-            AsyncClient(**options)  # type: ignore[arg-type]
+            AsyncClient(**options)
     with pytest.raises(ValueError, match="token must be printable") as raised:
         Client(token="secret\r\nX-Other: 1")
     assert "secret" not in str(raised.value)
     client = Client()
-    for wrong in (
+    cases = [
         {"version": 1},
         {"alias": "champion"},
         {"model": "m", "version": 1, "alias": "a"},
@@ -322,11 +327,12 @@ def test_arguments_that_cannot_be_used_are_refused_at_once() -> None:
         {"model": ""},
         {"model": "m", "alias": "."},
         {"session": "a\nb"},
-    ):
+    ]
+    for wrong in cases:
         with pytest.raises(ValueError):  # noqa: PT011 - the messages differ
-            client.classify(b"x", **wrong)  # type: ignore[arg-type]
+            client.classify(b"x", **wrong)
         with pytest.raises(ValueError):  # noqa: PT011
-            client.classify_many([b"x"], **wrong)  # type: ignore[arg-type]
+            client.classify_many([b"x"], **wrong)
 
 
 def test_an_error_of_the_callers_own_iterable_ends_the_run(connect: MakeClient) -> None:

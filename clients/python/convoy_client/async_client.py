@@ -2,7 +2,14 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+)
 from types import TracebackType
 from typing import Self
 
@@ -174,7 +181,7 @@ class AsyncClient:
         alias: str | None = None,
         top_k: int = 5,
         session: str | None = None,
-    ) -> AsyncIterator[Result]:
+    ) -> AsyncGenerator[Result, None]:
         """Classify pictures, ``concurrency`` at once, and yield one result for each, in order.
 
         A picture that gets no classification yields a ``Failure`` and does not end the run. At most
@@ -229,7 +236,7 @@ class AsyncClient:
         path: str,
         top_k: int,
         session: str | None,
-    ) -> AsyncIterator[Result]:
+    ) -> AsyncGenerator[Result, None]:
         waiting: deque[asyncio.Task[Result]] = deque()
         try:
             async for image in _as_async(images):

@@ -1,9 +1,10 @@
 """``Client``: waits for each answer. ``AsyncClient`` has the same methods for asyncio."""
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Event
 from types import TracebackType
 from typing import Self
 
@@ -34,6 +35,11 @@ from convoy_client.results import (
 from convoy_client.retries import SYSTEM_CLOCK, Attempts, Clock, RetryPolicy
 
 
+def _wait(seconds: float, ended: Event) -> None:
+    """Wait for ``seconds``, or until ``ended`` is set."""
+    ended.wait(seconds)
+
+
 class _Connection:
     """Sends requests to one service, each as often as the policy says."""
 
@@ -42,22 +48,25 @@ class _Connection:
         http: httpx.Client,
         url: str,
         policy: RetryPolicy,
-        sleep: Callable[[float], object],
+        sleep: Callable[[float, Event], object],
     ) -> None:
         self.http = http
         self._url = url
         self._policy = policy
         self._sleep = sleep
 
-    def send(self, call: Call) -> Reply:
-        """The answer to ``call``, which may be sent again; raises ``ConvoyError``."""
+    def send(self, call: Call, ended: Event | None = None) -> Reply:
+        """The answer to ``call``, sent again while ``ended`` is not set; raises ``ConvoyError``."""
+        ended = ended or Event()
         attempts = self._policy.begin(self._url)
         while True:
             try:
                 return self.send_once(call, attempts)
             except ConvoyError as failure:
                 wait_s = attempts.wait_after_s(failure)
-            self._sleep(wait_s)
+                self._sleep(wait_s, ended)
+                if ended.is_set():
+                    raise
 
     def send_once(self, call: Call, attempts: Attempts | None = None) -> Reply:
         """As ``send``, without a retry."""
@@ -94,7 +103,7 @@ class Client:
         concurrency: int = 8,
         transport: httpx.BaseTransport | None = None,
         clock: Clock = SYSTEM_CLOCK,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float, Event], object] = _wait,
     ) -> None:
         """Connect at the first request, not now.
 
@@ -108,7 +117,7 @@ class Client:
             concurrency: how many pictures ``classify_many`` sends at once.
             transport: sends the requests instead of the network, for tests.
             clock: tests pass their own.
-            sleep: waits for some seconds; tests pass their own.
+            sleep: waits for some seconds, or until an event is set; tests pass their own.
 
         Raises:
             ValueError: an argument cannot be used; the message says what would work.
@@ -164,7 +173,8 @@ class Client:
             ConvoyError: one of its subclasses says why there is no classification.
             ValueError: ``model``, ``version``, ``alias`` and ``session`` cannot be sent together.
         """
-        return self._classify(image, model_path(model, version, alias), top_k, session)
+        call = self._call(image, model_path(model, version, alias), top_k, session)
+        return read_classification(self._connection.send(call).body)
 
     def classify_many(
         self,
@@ -175,12 +185,13 @@ class Client:
         alias: str | None = None,
         top_k: int = 5,
         session: str | None = None,
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """Classify pictures, ``concurrency`` at once, and yield one result for each, in order.
 
         A picture that gets no classification yields a ``Failure`` and does not end the run. At most
         ``concurrency`` pictures are taken from ``images`` before their results are consumed.
-        If the caller stops early, requests that are under way end in the background.
+        If the caller closes the iterator early, requests that are under way end in the background,
+        and none is sent again.
 
         Args:
             images: pictures as ``classify`` takes them. This thread iterates over them.
@@ -226,28 +237,28 @@ class Client:
 
     def _results(
         self, images: Iterable[ImageInput], path: str, top_k: int, session: str | None
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="convoy-client")
         waiting: deque[Future[Result]] = deque()
+        ended = Event()
         try:
             for image in images:
-                waiting.append(pool.submit(self._result, image, path, top_k, session))
-                del image  # the window alone decides how many pictures are in memory
+                call = partial(self._call, image, path, top_k, session)
+                waiting.append(pool.submit(self._result, call, ended))
+                del image, call  # the window alone decides how many pictures are in memory
                 while waiting and (len(waiting) >= self._concurrency or waiting[0].done()):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _result(self, image: ImageInput, path: str, top_k: int, session: str | None) -> Result:
+    def _result(self, call: Callable[[], Call], ended: Event) -> Result:
         try:
-            return self._classify(image, path, top_k, session)
+            return read_classification(self._connection.send(call(), ended).body)
         except ConvoyError as error:
             return Failure(error)
 
-    def _classify(
-        self, image: ImageInput, path: str, top_k: int, session: str | None
-    ) -> Classification:
-        call = self._endpoint.classify(path, encoded(image), top_k, session)
-        return read_classification(self._connection.send(call).body)
+    def _call(self, image: ImageInput, path: str, top_k: int, session: str | None) -> Call:
+        return self._endpoint.classify(path, encoded(image), top_k, session)
