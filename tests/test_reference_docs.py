@@ -58,7 +58,7 @@ def test_each_row_has_an_example_and_says_when_to_use_it(cells: list[str]) -> No
 
 
 def test_the_operations_page_lists_exactly_the_settings_that_the_code_reads() -> None:
-    folders = ("convoy", "service", "registry", "training", "deploy")
+    folders = ("convoy", "clients", "service", "registry", "training", "deploy")
     files = [file for each in folders for file in (ROOT / each).rglob("*.*")]
     text = "\n".join(file.read_text() for file in files if file.suffix in (".py", ".sh"))
     read = set(re.findall(r"(?:[\"']|\$\{)(CONVOY_[A-Z_]+)(?=[\"':}])", text))

@@ -51,6 +51,57 @@ class _Known(NamedTuple):
     answered: bool
 
 
+class KnownRows:
+    """What the rows of a file say about each picture; its last row counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, _Known] = {}
+        self._models: set[str] = set()
+        self.count = 0
+        """All rows, also those that no longer count."""
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def note(self, row: Row) -> None:
+        """Take note of the next row of the file."""
+        answered = not row.error
+        self._known[row.uri] = _Known(self.count, row.sha256, row.version, answered)
+        if answered:
+            self._models.add(row.model)
+        self.count += 1
+
+    def counts(self, number: int, row: Row) -> bool:
+        """Whether ``row``, which is row ``number`` of the file, is the last one of its picture."""
+        return self._known[row.uri].number == number
+
+    def check_made_by(self, served: Served) -> None:
+        """Refuse to mix the answers of several models, or of versions that no longer serve.
+
+        Raises:
+            UsageError: the answers in the file are another model's or another version's.
+        """
+        versions = {known.version for known in self._known.values() if known.answered}
+        others = self._models - {served.model} if served.model is not None else set()
+        if others:
+            raise UsageError(
+                f"{self._path} has answers of {min(others)}, not {served.model}; {ADVICE}"
+            )
+        if versions and served.versions is not None and not versions & served.versions:
+            raise UsageError(
+                f"{self._path} has answers of version {_listed(versions)}, and now version "
+                f"{_listed(served.versions)} answers; {ADVICE}"
+            )
+
+    def is_answered(self, uri: str, sha256: str, served: Served) -> bool:
+        """Whether the file has an answer for this content, by a version that may answer now."""
+        known = self._known.get(uri)
+        if known is None or not known.answered or known.sha256 != sha256:
+            return False
+        return served.versions is None or known.version in served.versions
+
+
 class AnswerFile:
     """Rows by picture. Open it as a context manager; one process at a time can."""
 
@@ -73,9 +124,7 @@ class AnswerFile:
         for each in (path, self._rows_path):
             if each.exists() and not (each.is_file() and os.access(each, os.W_OK)):
                 raise UsageError(f"{each} is not a file that can be written")
-        self._known: dict[str, _Known] = {}
-        self._models: set[str] = set()
-        self._count = 0
+        self.known = KnownRows(path)
         self._file: BinaryIO
 
     def __enter__(self) -> Self:
@@ -85,7 +134,7 @@ class AnswerFile:
             UsageError: another process writes the file, or it is not one of this command's.
         """
         if not self._restart and self.path.exists() and not self._rows_path.exists():
-            self._copy_parquet()
+            _copy_parquet(self.path, self._rows_path)
         self._file = self._rows_path.open("r+b" if self._rows_path.exists() else "w+b")
         try:
             self._lock()
@@ -105,48 +154,18 @@ class AnswerFile:
     ) -> None:
         self._file.close()
 
-    @property
-    def has_answers(self) -> bool:
-        """Whether an earlier run left answers."""
-        return bool(self._models)
-
-    def check_made_by(self, served: Served) -> None:
-        """Refuse to mix the answers of several models, or of versions that no longer serve.
-
-        Raises:
-            UsageError: the answers in the file are another model's or another version's.
-        """
-        versions = {known.version for known in self._known.values() if known.answered}
-        others = self._models - {served.model} if served.model is not None else set()
-        if others:
-            raise UsageError(
-                f"{self.path} has answers of {min(others)}, not {served.model}; {ADVICE}"
-            )
-        if versions and served.versions is not None and not versions & served.versions:
-            raise UsageError(
-                f"{self.path} has answers of version {_listed(versions)}, and now version "
-                f"{_listed(served.versions)} answers; {ADVICE}"
-            )
-
-    def is_answered(self, uri: str, sha256: str, served: Served) -> bool:
-        """Whether the file has an answer for this content, by a version that may answer now."""
-        known = self._known.get(uri)
-        if known is None or not known.answered or known.sha256 != sha256:
-            return False
-        return served.versions is None or known.version in served.versions
-
     def append(self, row: Row) -> None:
         """Write a row at once; it replaces an earlier one of the same picture."""
         self._file.write(self._format.encode(row))
         self._file.flush()
-        self._note(row)
+        self.known.note(row)
 
     def finish(self) -> None:
         """Leave one row for each picture in the file that the user named."""
         if self._is_parquet:
             self._write_parquet()
             self._rows_path.unlink()
-        elif self._count > len(self._known):
+        elif self.known.count > len(self.known):
             with _replacement(self.path) as temporary, temporary.open("wb") as target:
                 target.write(self._format.head.encode())
                 target.writelines(map(self._format.encode, self._rows_that_count()))
@@ -177,44 +196,20 @@ class AnswerFile:
         end = len(self._format.head)
         try:
             for position, row in self._format.records(self._file):
-                self._note(row)
+                self.known.note(row)
                 end = position
         except ValueError as error:
-            raise self._refusal(f"row {self._count + 1}: {error}") from error
+            raise self._refusal(f"row {self.known.count + 1}: {error}") from error
         return end
 
     def _refusal(self, reason: str) -> UsageError:
         return UsageError(f"{self._rows_path} cannot be continued: {reason}; {ADVICE}")
 
-    def _note(self, row: Row) -> None:
-        answered = not row.error
-        self._known[row.uri] = _Known(self._count, row.sha256, row.version, answered)
-        if answered:
-            self._models.add(row.model)
-        self._count += 1
-
     def _rows_that_count(self) -> Iterator[Row]:
         with self._rows_path.open("rb") as file:
             for number, (_, row) in enumerate(self._format.records(file)):
-                if self._known[row.uri].number == number:
+                if self.known.counts(number, row):
                     yield row
-
-    def _copy_parquet(self) -> None:
-        """Begin with the rows of a finished Parquet file."""
-        parquet = import_pyarrow().parquet
-        try:
-            with (
-                parquet.ParquetFile(self.path) as file,
-                _replacement(self._rows_path) as temporary,
-                temporary.open("wb") as target,
-            ):
-                if tuple(file.schema_arrow.names) != COLUMNS:
-                    raise ValueError("it has other columns")
-                for batch in file.iter_batches(ROW_GROUP):
-                    rows = map(from_arrow, batch.to_pylist())
-                    target.writelines(map(self._format.encode, rows))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.path} cannot be continued: {error}; {ADVICE}") from error
 
     def _write_parquet(self) -> None:
         arrow = import_pyarrow()
@@ -239,6 +234,24 @@ def _checked_format(path: Path) -> Format:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"the folder of --output, {folder}, cannot be written")
     return found
+
+
+def _copy_parquet(path: Path, target_path: Path) -> None:
+    """Write the rows of a finished Parquet file as JSON lines; raises ``UsageError``."""
+    parquet = import_pyarrow().parquet
+    try:
+        with (
+            parquet.ParquetFile(path) as file,
+            _replacement(target_path) as temporary,
+            temporary.open("wb") as target,
+        ):
+            if tuple(file.schema_arrow.names) != COLUMNS:
+                raise ValueError("it has other columns")
+            for batch in file.iter_batches(ROW_GROUP):
+                rows = map(from_arrow, batch.to_pylist())
+                target.writelines(map(JsonLines().encode, rows))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be continued: {error}; {ADVICE}") from error
 
 
 def _listed(versions: Any) -> str:

@@ -79,7 +79,7 @@ def _unanswered(
     """The pictures without an answer in ``file``, read one at a time."""
     for picture in pictures:
         found = read_picture(picture)
-        if file.is_answered(found.uri, found.sha256, served):
+        if file.known.is_answered(found.uri, found.sha256, served):
             summary.answered_before += 1
             progress.advance()
         else:

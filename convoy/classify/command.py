@@ -124,7 +124,7 @@ def _write(arguments: argparse.Namespace) -> int:
         if text := skipped_text(listing.skipped):
             print(text, file=sys.stderr)
         with answers:
-            answers.check_made_by(served)
+            answers.known.check_made_by(served)
             try:
                 summary = classify_into(answers, source, served, listing)
             except ConvoyError as error:
@@ -164,11 +164,12 @@ def _source(arguments: argparse.Namespace) -> Iterator["Source"]:
         return
     is_bulk = arguments.output is not None
     try:
-        from convoy.classify.http_source import HttpSource, open_client
+        from convoy.classify.http_source import open_http
     except ModuleNotFoundError as error:
         raise UsageError(
             f"convoy classify needs the package {error.name} to ask a service; install "
             "convoy-client, or use --local"
         ) from error
-    with open_client(arguments.url, arguments.concurrency, is_bulk=is_bulk) as client:
-        yield HttpSource(client, arguments.model, arguments.top_k, is_bulk=is_bulk)
+    names = arguments.url, arguments.model, arguments.top_k, arguments.concurrency
+    with open_http(*names, is_bulk=is_bulk) as source:
+        yield source

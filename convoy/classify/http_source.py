@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import convoy_client
 from convoy.classify.answer_file import Served
@@ -12,10 +13,11 @@ from convoy_client import Classification, Client, Failure
 from registry.core.errors import UsageError
 from registry.model.manifest import ClassScore
 
-# Many pictures: a restart of the service, or a rate limit, only makes the run pause.
-PATIENT = {"retries": 100, "deadline_s": 120.0}
-# A few pictures: their user waits at the terminal.
-BRIEF = {"retries": 2, "deadline_s": 30.0}
+# (retries, deadline_s) of a picture in a run into a file: a restart of the service, or a rate
+# limit, only makes the run pause.
+PATIENT = (100, 120.0)
+# Those of all other requests, whose user waits at the terminal.
+BRIEF = (2, 30.0)
 # These hold for all pictures.
 FATAL = (
     convoy_client.Unauthorized,
@@ -29,18 +31,20 @@ class HttpSource:
     """Asks one service, several pictures at once, and answers in order."""
 
     def __init__(
-        self, client: Client, model: str | None, top_k: int, *, is_bulk: bool = False
+        self, client: Client, brief: Client, model: str | None, top_k: int, *, is_bulk: bool
     ) -> None:
-        """Ask with ``client``; the caller closes it.
+        """Ask with the two clients of one service; the caller closes them.
 
         Args:
-            client: of the service.
+            client: sends the pictures.
+            brief: sends all other requests, and gives up soon.
             model: its name; None for the service's default model.
             top_k: how many classes to ask for.
             is_bulk: whether the answers name their plan, which needs further requests, and whether
                 an error that holds for all pictures ends the run.
         """
         self._client = client
+        self._brief = brief
         self._model = model
         self._top_k = top_k
         self._is_bulk = is_bulk
@@ -56,8 +60,8 @@ class HttpSource:
                 version loaded.
         """
         try:
-            name = self._model or self._client.models()[0].name
-            details = self._client.model(name)
+            name = self._model or self._brief.models()[0].name
+            details = self._brief.model(name)
         except convoy_client.Forbidden:
             return Served(self._model, None)
         except convoy_client.ConvoyError as error:
@@ -107,7 +111,7 @@ class HttpSource:
 
     def _is_ready(self) -> bool:
         try:
-            return self._client.ready()
+            return self._brief.ready()
         except convoy_client.ConvoyError:  # another server answers at this address now
             return False
 
@@ -128,27 +132,33 @@ class HttpSource:
         """The plan that runs a version, read once; empty if the service does not tell."""
         if (model, version) not in self._plans:
             try:
-                plan = self._client.model(model, version=version).plan or ""
+                plan = self._brief.model(model, version=version).plan or ""
             except convoy_client.ConvoyError:  # the token may not read it, or it serves no longer
                 plan = ""
             self._plans[model, version] = plan
         return self._plans[model, version]
 
 
-def open_client(url: str, concurrency: int, *, is_bulk: bool) -> Client:
-    """A client of the service at ``url``.
+@contextmanager
+def open_http(
+    url: str, model: str | None, top_k: int, concurrency: int, *, is_bulk: bool
+) -> Iterator[HttpSource]:
+    """A source that asks the service at ``url``; see ``HttpSource``.
 
     Raises:
         UsageError: the address, the token or ``concurrency`` cannot be used.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request at INFO
-    limits = PATIENT if is_bulk else BRIEF
+    with (
+        _client(url, concurrency, PATIENT if is_bulk else BRIEF) as client,
+        _client(url, 1, BRIEF) as brief,
+    ):
+        yield HttpSource(client, brief, model, top_k, is_bulk=is_bulk)
+
+
+def _client(url: str, concurrency: int, limits: tuple[int, float]) -> Client:
+    retries, deadline_s = limits
     try:
-        return Client(
-            url,
-            concurrency=concurrency,
-            retries=int(limits["retries"]),
-            deadline_s=limits["deadline_s"],
-        )
+        return Client(url, concurrency=concurrency, retries=retries, deadline_s=deadline_s)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import convoy_client
-from convoy.classify.rows import COLUMNS
+from convoy.classify import bulk
+from convoy.classify.rows import COLUMNS, row_of
+from convoy_client import client as sync_client
+from convoy_client.images import encoded
 from registry.model.bundle import Bundle
 from service.loading.model_slot import ModelSlot
 from tests.classify.conftest import Run, other_picture
@@ -50,13 +53,12 @@ class Killed(BaseException):
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The pictures that are sent, in the order in which they are encoded."""
     found: list[bytes] = []
-    encoded = convoy_client.client.encoded
 
     def counted(image: Any) -> bytes:
         found.append(image)
         return encoded(image)
 
-    monkeypatch.setattr(convoy_client.client, "encoded", counted)
+    monkeypatch.setattr(sync_client, "encoded", counted)
     return found
 
 
@@ -93,19 +95,17 @@ def test_a_run_that_was_killed_goes_on_where_it_ended(
     sent: list[bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from convoy.classify import bulk
-
-    output, true = f"answers.{suffix}", bulk.row_of
+    output = f"answers.{suffix}"
     left = iter(range(3))
 
-    def row_of(*arguments: Any) -> Any:
+    def dying(*arguments: Any) -> Any:
         if next(left, None) is None:
             raise Killed
-        return true(*arguments)
+        return row_of(*arguments)
 
     words = (pictures, "--output", output, "--url", url, "--concurrency", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(bulk, "row_of", row_of)
+        patch.setattr(bulk, "row_of", dying)
         with pytest.raises(Killed):
             run(*words)
     partial = Path(f"{output}.partial.jsonl" if suffix == "parquet" else output)
@@ -152,17 +152,15 @@ def test_errors_and_changed_pictures_are_classified_again(
 def test_ctrl_c_keeps_the_rows_and_says_how_to_go_on(
     url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convoy.classify import bulk
+    left = iter(range(2))
 
-    true, left = bulk.row_of, iter(range(2))
-
-    def row_of(*arguments: Any) -> Any:
+    def dying(*arguments: Any) -> Any:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return true(*arguments)
+        return row_of(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bulk, "row_of", row_of)
+        patch.setattr(bulk, "row_of", dying)
         status, out, err = run(pictures, "--output", "answers.csv", "--url", url)
     assert status == 130
     assert "2 answered" in out
@@ -178,19 +176,17 @@ def test_a_promotion_during_the_run_is_visible_in_the_rows(
     deploy: Callable[..., Bundle],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from convoy.classify import bulk
+    count = iter(range(100))
 
-    true, count = bulk.row_of, iter(range(100))
-
-    def row_of(*arguments: Any) -> Any:
+    def dying(*arguments: Any) -> Any:
         if next(count) == 2:
             deploy(2, seed=1)
             assert slot.refresh()
-        return true(*arguments)
+        return row_of(*arguments)
 
     words = (pictures, "--output", "answers.csv", "--url", url, "--concurrency", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(bulk, "row_of", row_of)
+        patch.setattr(bulk, "row_of", dying)
         status, out, _ = run(*words)
     versions = [row["version"] for row in read("answers.csv")]
     assert status == 0
@@ -248,11 +244,8 @@ def test_a_canary_counts_as_a_version_that_serves(
 
 
 def test_nothing_is_written_if_the_service_cannot_answer(
-    url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    url: str, pictures: Path, run: Run
 ) -> None:
-    from convoy.classify import http_source
-
-    monkeypatch.setattr(http_source, "PATIENT", {"retries": 0, "deadline_s": 5.0})
     status, _, err = run(pictures, "--output", "a.csv", "--url", "http://127.0.0.1:9")
     assert status == 2
     assert "no answer from http://127.0.0.1:9" in err
@@ -265,9 +258,6 @@ def test_nothing_is_written_if_the_service_cannot_answer(
 def test_a_service_that_ends_during_the_run_ends_the_run(
     url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convoy.classify import http_source
-
-    monkeypatch.setattr(http_source, "PATIENT", {"retries": 0, "deadline_s": 5.0})
     true, count = convoy_client.Client.classify_many, iter(range(100))
 
     def classify_many(client: convoy_client.Client, images: Any, **options: Any) -> Any:

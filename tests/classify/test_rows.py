@@ -112,7 +112,7 @@ def test_a_file_of_another_program_is_refused_and_kept(
     assert path.read_text() == content
     assert [each.name for each in tmp_path.iterdir()] == [name]
     with AnswerFile(path, restart=True) as file:
-        assert not file.has_answers
+        assert len(file.known) == 0
 
 
 def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_last_row_of_a_picture_counts(tmp_path: Path) -> None:
     with AnswerFile(path) as file:
         file.append(Row(uri="a", sha256="1", error="overloaded"))
         file.append(Row(uri="b", sha256="1", **good))  # type: ignore[arg-type]
-        assert not file.is_answered("a", "1", served)
+        assert not file.known.is_answered("a", "1", served)
         file.append(Row(uri="a", sha256="1", **good))  # type: ignore[arg-type]
         for uri, sha256, by, answered in (
             ("a", "1", served, True),
@@ -140,6 +140,6 @@ def test_the_last_row_of_a_picture_counts(tmp_path: Path) -> None:
             ("a", "1", Served("m", frozenset({3})), False),
             ("a", "1", Served(None, None), True),
         ):
-            assert file.is_answered(uri, sha256, by) == answered
+            assert file.known.is_answered(uri, sha256, by) == answered
         file.finish()
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["uri", "b", "a"]

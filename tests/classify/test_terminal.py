@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import socket
 import threading
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.classify.conftest import Run
+from tests.conftest import Publish
 
 
 def test_files_are_shown_as_a_table(url: str, picture: str, run: Run, tmp_path: Path) -> None:
@@ -170,3 +173,22 @@ def test_the_token_comes_from_the_environment(
     status, _, err = run(picture, "--url", url)
     assert status == 2
     assert "the token must be printable ASCII" in err
+
+
+def test_the_documented_commands_run(
+    url: str, pictures: Path, run: Run, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block of docs/api.md, with the test's model instead of ``fashion``."""
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    block = re.search(r"## From the command line\n\n```\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    publish(seed=0)
+    monkeypatch.setenv("CONVOY_PLAN", "torch-eager")
+    (pictures / "0.png").rename("picture.png")
+    Path("list.csv").write_text("path\npicture.png\n")
+    commands = (
+        block[1].replace("fashion@champion", "digits@challenger").replace("fashion", "digits")
+    )
+    for command in commands.splitlines():
+        words = shlex.split(command)[2:]
+        assert run(*words, *(() if "--local" in words else ("--url", url)))[0] == 0, command

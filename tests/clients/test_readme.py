@@ -52,3 +52,9 @@ def test_the_version_is_that_of_the_distribution() -> None:
     main = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())["project"]
     assert main["optional-dependencies"]["client"] == [f"{project['name']}=={project['version']}"]
     assert (FOLDER / "LICENSE").read_text() == (FOLDER.parents[1] / "LICENSE").read_text()
+
+
+def test_the_example_of_the_api_page_runs(url: str, png: bytes, tmp_path: Path) -> None:
+    page = (FOLDER.parents[1] / "docs" / "api.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    test_an_example_runs(url, png, tmp_path, example)
