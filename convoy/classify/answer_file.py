@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -152,7 +153,9 @@ class AnswerFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        # If a row could not be written, closing tries again, and the first error says more.
+        with contextlib.suppress(*(() if error is None else (OSError,))):
+            self._file.close()
 
     def append(self, row: Row) -> None:
         """Write a row at once; it replaces an earlier one of the same picture."""
@@ -198,7 +201,7 @@ class AnswerFile:
             for position, row in self._format.records(self._file):
                 self.known.note(row)
                 end = position
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._refusal(f"row {self.known.count + 1}: {error}") from error
         return end
 
@@ -272,9 +275,12 @@ def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
     """A new file that replaces ``path`` when the block ends; nothing changes if the block fails."""
+    path = path.resolve()  # a symbolic link stays, and what it leads to is replaced
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -15,7 +15,9 @@ from registry.core.names import one_line
 from registry.core.service_address import DEFAULT_PORT, local_address
 
 if TYPE_CHECKING:
+    from convoy.classify.answer_file import AnswerFile, Served
     from convoy.classify.bulk import Source, Summary
+    from convoy.classify.inputs import Listing
 
 MAX_TOP_K = 10_000
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "convoy") -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def command_parser(prog: str) -> argparse.ArgumentParser:
@@ -106,9 +111,8 @@ def _print(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-    """Classify into the file of ``--output``. Whatever can be checked is checked first."""
+    """Classify into the file of ``--output``, after checking all that can be checked before."""
     from convoy.classify.answer_file import AnswerFile
-    from convoy.classify.bulk import classify_into
     from convoy.classify.inputs import list_pictures
     from convoy.classify.printing import skipped_text
 
@@ -123,16 +127,25 @@ def _write(arguments: argparse.Namespace) -> int:
         listing = list_pictures(arguments.paths)
         if text := skipped_text(listing.skipped):
             print(text, file=sys.stderr)
-        with answers:
-            answers.known.check_made_by(served)
-            try:
-                summary = classify_into(answers, source, served, listing)
-            except ConvoyError as error:
-                raise UsageError(f"{error}; {_resume(output)}") from error
-            except OSError as error:
-                reason = f"{output} cannot be written: {error.strerror}"
-                raise UsageError(f"{reason}; {_resume(output)}") from error
+        try:
+            with answers:
+                answers.known.check_made_by(served)
+                summary = _go_on(answers, source, served, listing)
+        except OSError as error:
+            reason = f"{output} cannot be written: {error.strerror or error}"
+            raise UsageError(f"{reason}; {_resume(output)}") from error
     return _report(summary, output, as_json=arguments.json)
+
+
+def _go_on(
+    answers: "AnswerFile", source: "Source", served: "Served", listing: "Listing"
+) -> "Summary":
+    from convoy.classify.bulk import classify_into
+
+    try:
+        return classify_into(answers, source, served, listing)
+    except ConvoyError as error:
+        raise UsageError(f"{error}; {_resume(answers.path)}") from error
 
 
 def _report(summary: "Summary", output: Path, *, as_json: bool) -> int:

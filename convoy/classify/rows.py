@@ -49,15 +49,15 @@ def row_of(uri: str, sha256: str, answer: Answer | str) -> Row:
     """The row of a picture with its answer, or with the text of an error."""
     if isinstance(answer, str):
         return Row(uri=uri, sha256=sha256, error=one_line(answer))
-    best = answer.predictions[0]
+    best = answer.predictions[0] if answer.predictions else None
     return Row(
         uri=uri,
         sha256=sha256,
         model=answer.model,
         version=answer.version,
         plan=answer.plan,
-        label=best.label,
-        probability=best.probability,
+        label=best.label if best else "",
+        probability=best.probability if best else None,
         top_k=tuple((each.label, each.probability) for each in answer.predictions),
     )
 

@@ -1,5 +1,6 @@
 """Rows survive CSV, JSON lines and Parquet, also a file that was torn at any byte."""
 
+import resource
 from io import BytesIO
 from pathlib import Path
 
@@ -143,3 +144,33 @@ def test_the_last_row_of_a_picture_counts(tmp_path: Path) -> None:
             assert file.known.is_answered(uri, sha256, by) == answered
         file.finish()
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["uri", "b", "a"]
+
+
+def test_a_row_that_does_not_fit_the_disk_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with AnswerFile(path) as file:
+        file.append(Row(uri="a", sha256="1"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"), AnswerFile(path) as file:
+            file.append(Row(uri="b" * 1_000_000, sha256="1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with AnswerFile(path) as file:
+        assert len(file.known) == 1
+    assert path.read_bytes() == (Csv.head + "a,1,,,,,,,\n").encode()
+
+
+def test_a_link_and_the_mode_of_a_file_are_kept(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.csv", tmp_path / "link.csv"
+    link.symlink_to(path)
+    path.touch()
+    path.chmod(0o640)
+    with AnswerFile(link) as file:
+        for sha256 in ("1", "2"):
+            file.append(Row(uri="a", sha256=sha256))
+        file.finish()
+    assert link.is_symlink()
+    assert path.read_text().splitlines()[1:] == ["a,2,,,,,,,"]
+    assert path.stat().st_mode & 0o777 == 0o640

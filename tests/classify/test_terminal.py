@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -192,3 +194,13 @@ def test_the_documented_commands_run(
     for command in commands.splitlines():
         words = shlex.split(command)[2:]
         assert run(*words, *(() if "--local" in words else ("--url", url)))[0] == 0, command
+
+
+def test_a_reader_that_ends_early_is_not_an_error_with_a_traceback(
+    url: str, pictures: Path
+) -> None:
+    command = f"{sys.executable} -m convoy classify pictures pictures --url {url} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert "pictures/0.png" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

@@ -28,7 +28,7 @@ from convoy_client import (
 from registry.model.bundle import Bundle
 from service.loading.model_slot import ModelSlot
 from tests.clients.conftest import ANSWER, MakeClient
-from tests.conftest import WAIT_TIMEOUT_S
+from tests.conftest import WAIT_TIMEOUT_S, wait_for
 
 
 def test_every_kind_of_picture_gets_the_same_predictions(
@@ -349,3 +349,27 @@ def test_a_service_that_is_down_fails_each_picture(connect: MakeClient) -> None:
     client = connect(lambda request: httpx.Response(503), retries=1)
     results = client.classify_many([b"x", b"y"])
     assert [type(each.error) for each in results] == [Unavailable, Unavailable]
+
+
+def test_a_run_that_ends_early_sends_nothing_again() -> None:
+    """Else Ctrl-C would wait for the retries of a service that is down."""
+    asked = threading.Event()
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.set()
+        raise httpx.ConnectError("refused")
+
+    def interrupted() -> Iterator[bytes]:
+        yield b"x"
+        assert asked.wait(WAIT_TIMEOUT_S)
+        raise KeyboardInterrupt
+
+    transport = httpx.MockTransport(refuse)
+    with Client("http://a", retries=10_000, deadline_s=10_000, transport=transport) as client:
+        with pytest.raises(KeyboardInterrupt):
+            list(client.classify_many(interrupted()))
+        wait_for(
+            lambda: (
+                not any(thread.name.startswith("convoy-client") for thread in threading.enumerate())
+            )
+        )

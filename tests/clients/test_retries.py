@@ -1,13 +1,17 @@
 """Which requests are sent again, after which waits. Time is not real here."""
 
 import itertools
+import json
 import random
+import socket
+import threading
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from convoy_client import (
+    Client,
     ConvoyError,
     Forbidden,
     InvalidAnswer,
@@ -112,8 +116,6 @@ def test_the_deadline_holds_for_all_tries_together(connect: MakeClient, time: Fa
 
 
 def test_an_answer_that_arrives_too_slowly_is_given_up(time: FakeTime) -> None:
-    from convoy_client import Client
-
     def handle(request: httpx.Request) -> httpx.Response:
         def trickle() -> Iterator[bytes]:
             for _ in range(100):
@@ -213,3 +215,27 @@ def test_an_error_can_be_pickled() -> None:
 
     error = ServiceUnreachable("gone", request_id="id-7")
     assert copy.copy(error).request_id == "id-7"
+
+
+def test_connections_that_break_are_recognised_on_a_real_socket() -> None:
+    """httpx tells them apart by its text only, which a newer httpx may change."""
+    body = json.dumps(ANSWER).encode()
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    replies = iter([b"", head + body[:20], head[:9], head + body])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for reply in replies:
+                peer, _ = server.accept()
+                with peer:
+                    peer.recv(100_000)
+                    peer.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        waits: list[float] = []
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with Client(url, sleep=lambda seconds, ended: waits.append(seconds)) as client:
+            assert client.classify(b"picture").request_id == "abc"
+        thread.join()
+    assert len(waits) == 3

