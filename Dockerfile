@@ -2,7 +2,7 @@
 # - registry: MLflow server, puller, control plane and command line. It has OpenVINO, so that the gate
 #   times versions as workers will serve them, and no torch.
 # - service: OpenVINO, and neither torch nor MLflow.
-# - trainer.
+# - trainer. It also has the client, so that `convoy classify` can ask a service.
 # - service-torch: for GPUs, and for networks that only torch can run.
 # Each image copies its packages from a build stage, which is not part of the image. The stages are
 # in this order because older builders build every stage before the target. To build on exactly the
@@ -32,6 +32,7 @@ FROM base AS packages
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY pyproject.toml constraints.txt deploy/requirements.py deploy/hashes.txt ./
+COPY clients/python/pyproject.toml clients/python/
 # The pip of the base image cannot read hashes from a constraints file.
 RUN python -m venv /opt/venv \
     && grep '^pip==' hashes.txt >pip.txt && pip install --no-deps --require-hashes -r pip.txt
@@ -85,6 +86,7 @@ COPY --from=trainer-packages /opt/venv /opt/venv
 COPY convoy/ convoy/
 COPY registry/ registry/
 COPY training/ training/
+COPY clients/python/convoy_client/ convoy_client/
 USER 10001
 CMD ["python", "-m", "training"]
 

@@ -11,8 +11,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEV := .venv/.dev
 # Other projects' clients, which the end-to-end tests run unmodified.
-CLIENTS := .venv-clients/.installed
+OTHER_CLIENTS := .venv-clients/.installed
 INSTALL := $(BIN)/python deploy/install.py
+# The client is a distribution of its own in this repository; no index has it.
+CLIENT := -e clients/python
 COMPOSE ?= docker-compose
 
 .DEFAULT_GOAL := help
@@ -21,19 +23,19 @@ COMPOSE ?= docker-compose
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml clients/python/pyproject.toml constraints.txt
 	@echo "Installing Convoy into .venv, once: torch, then a hundred smaller packages."
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
-	@$(INSTALL) -e '.[service,training,onnxruntime]'
+	@$(INSTALL) $(CLIENT) -e '.[service,training,onnxruntime]'
 	@touch $@
 
 $(DEV): $(INSTALLED)
 	@echo "Installing the developers' tools into .venv, once."
-	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) $(CLIENT) -e '.[dev]'
 	@touch $@
 
-$(CLIENTS): tests/e2e/programs/requirements.txt
+$(OTHER_CLIENTS): tests/e2e/programs/requirements.txt
 	@echo "Installing the clients of other projects into .venv-clients, once."
 	@$(PYTHON) -m venv .venv-clients
 	@.venv-clients/bin/pip install --quiet --disable-pip-version-check -r $<
@@ -54,7 +56,7 @@ serve: $(INSTALLED) ## follow the registry and serve on http://127.0.0.1:8080
 test: $(DEV) ## run all tests except the slow ones, one process per core (at most 4)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-all: $(DEV) $(CLIENTS) ## run also the slow and the end-to-end tests, as CI does
+test-all: $(DEV) $(OTHER_CLIENTS) ## run also the slow and the end-to-end tests, as CI does
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
 	    -m 'not torture and not containers' $(ARGS)
 
@@ -66,7 +68,7 @@ check: $(DEV) ## check formatting, lint, types, English and secrets
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python deploy/check_english.py
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive convoy registry service training
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive convoy registry service training clients/python
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-lines 'secret_file = '
 
 torture: $(DEV) ## fail every call to the registry, the disk and torch in turn (long)
@@ -76,7 +78,7 @@ torture-short: $(DEV) ## torture with some of the calls, as CI does (a minute)
 	TORTURE=short $(BIN)/python -m pytest -m torture tests/torture $(ARGS)
 
 chaos: $(DEV) ## run all failure scenarios of docs/reliability.md (over an hour)
-	@$(INSTALL) -e '.[bench,chaos]'
+	@$(INSTALL) $(CLIENT) -e '.[bench,chaos]'
 	$(BIN)/python -m benchmarks.chaos all --json benchmarks/results/chaos --picture docs/pictures
 
 proto: $(DEV) ## write the Python modules of the gRPC messages
@@ -88,7 +90,7 @@ sbom: $(DEV) ## list the installed packages as CycloneDX: build/sbom.cdx.json
 	$(BIN)/cyclonedx-py environment $(BIN)/python --output-format JSON -o build/sbom.cdx.json
 
 bench: $(INSTALLED) ## measure start-up, new deployments, and speed against other servers
-	@$(INSTALL) -e '.[bench]'
+	@$(INSTALL) $(CLIENT) -e '.[bench]'
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
 	$(BIN)/python -m benchmarks.served_accuracy --json benchmarks/results/served_accuracy.json
 	$(BIN)/python -m benchmarks.swap_under_load --json benchmarks/results/swap_under_load.json
@@ -139,4 +141,4 @@ test-containers: $(DEV) ## test real containers; starts an engine and makes base
 	$(BIN)/python -m pytest -m containers tests/containers $(ARGS)
 
 clean: ## remove .venv and caches; trained models stay in var/
-	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info
+	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info clients/python/*.egg-info

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 TRAINING, REGISTRY, SERVICE = "training.__main__", "registry.cli.main", "service.__main__"
+CLASSIFY = "convoy.classify.command"
 
 # Heading → verb → the module that has it, and what it does.
 VERBS: dict[str, dict[str, tuple[str, str]]] = {
@@ -35,7 +36,7 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Serve": {
         "serve": (SERVICE, "serve models over HTTP"),
-        "classify": (SERVICE, "classify files with a running service"),
+        "classify": (CLASSIFY, "classify pictures, on the terminal or into a file"),
         "pull": (REGISTRY, "download and deploy the versions to serve"),
         "control": (REGISTRY, "run the control plane: an API and pages for operators"),
     },

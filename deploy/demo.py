@@ -46,7 +46,7 @@ def main() -> int:
         say("starting the service …")
         wait_for(f"{service_url}/readyz", service, paths.root / "demo-service.log")
         say(f"classifying a test picture of class {label}, which was not used for training:\n")
-        command = [sys.executable, "-m", "service", "classify", str(picture)]
+        command = [sys.executable, "-m", "convoy", "classify", str(picture)]
         subprocess.run([*command, "--url", service_url], check=True)
         answer = subprocess.run(
             [*command, "--url", service_url, "--json"], check=True, capture_output=True, text=True

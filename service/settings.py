@@ -266,8 +266,6 @@ class Settings(Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(values, cls, strict=False)
             # Check these now, rather than when the first worker starts.
             _ = settings.proxy_networks, settings.cors_origin_list
-            if (settings.grpc_certificate is None) != (settings.grpc_key is None):
-                raise UsageError("set CONVOY_GRPC_CERTIFICATE and CONVOY_GRPC_KEY both, or neither")
             if settings.shutdown_delay_s > max(0.0, settings.graceful_timeout_s - MIN_DRAIN_S):
                 raise UsageError(
                     f"CONVOY_SHUTDOWN_DELAY_S={settings.shutdown_delay_s:g} leaves no time to "

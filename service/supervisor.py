@@ -230,6 +230,8 @@ def _check_ports(settings: Settings) -> None:
     if settings.grpc_port is not None:
         if importlib.util.find_spec("grpc_health") is None:
             raise UsageError("CONVOY_GRPC_PORT needs more packages: pip install 'convoy[grpc]'")
+        if (settings.grpc_certificate is None) != (settings.grpc_key is None):
+            raise UsageError("set CONVOY_GRPC_CERTIFICATE and CONVOY_GRPC_KEY both, or neither")
         _check_port(settings, settings.grpc_port, "CONVOY_GRPC_PORT")
 
 

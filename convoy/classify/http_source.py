@@ -1,0 +1,164 @@
+"""``HttpSource``: a running service answers the pictures."""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import convoy_client
+from convoy.classify.answer_file import Served
+from convoy.classify.inputs import ReadPicture
+from convoy.classify.rows import Answer
+from convoy_client import Classification, Client, Failure
+from registry.core.errors import UsageError
+from registry.model.manifest import ClassScore
+
+# (retries, deadline_s) of a picture in a run into a file: a restart of the service, or a rate
+# limit, only makes the run pause.
+PATIENT = (100, 120.0)
+# Those of all other requests, whose user waits at the terminal.
+BRIEF = (2, 30.0)
+# These hold for all pictures.
+FATAL = (
+    convoy_client.Unauthorized,
+    convoy_client.Forbidden,
+    convoy_client.NotFound,
+    convoy_client.InvalidAnswer,
+)
+
+
+class HttpSource:
+    """Asks one service, several pictures at once, and answers in order."""
+
+    def __init__(
+        self, client: Client, brief: Client, model: str | None, top_k: int, *, is_bulk: bool
+    ) -> None:
+        """Ask with the two clients of one service; the caller closes them.
+
+        Args:
+            client: sends the pictures.
+            brief: sends all other requests, and gives up soon.
+            model: its name; None for the service's default model.
+            top_k: how many classes to ask for.
+            is_bulk: whether the answers name their plan, which needs further requests, and whether
+                an error that holds for all pictures ends the run.
+        """
+        self._client = client
+        self._brief = brief
+        self._model = model
+        self._top_k = top_k
+        self._is_bulk = is_bulk
+        self._plans: dict[tuple[str, int], str] = {}
+
+    def check(self) -> Served:
+        """The model that will answer, and its versions that may: the champion and a canary.
+
+        A token that may only classify cannot read them, so they are not known then.
+
+        Raises:
+            UsageError: the service cannot be reached, does not know the model or token, or has no
+                version loaded.
+        """
+        try:
+            name = self._model or self._brief.models()[0].name
+            details = self._brief.model(name)
+        except convoy_client.Forbidden:
+            return Served(self._model, None)
+        except convoy_client.ConvoyError as error:
+            raise UsageError(error.detail) from error
+        except IndexError as error:
+            raise UsageError("the service has no model") from error
+        canary = details.canary
+        versions = {details.version, canary.version if canary and canary.share else None}
+        return Served(name, frozenset(each for each in versions if each is not None))
+
+    def answers(
+        self, pictures: Iterable[ReadPicture]
+    ) -> Iterator[tuple[ReadPicture, Answer | str]]:
+        """Each picture with its answer, or with the text of an error.
+
+        Raises:
+            UsageError: no further picture would be answered.
+        """
+        waiting: deque[ReadPicture] = deque()
+
+        def contents() -> Iterator[bytes]:
+            for picture in pictures:
+                waiting.append(picture._replace(content=b""))
+                yield picture.content  # if it has none, the client reports that and sends nothing
+
+        results = self._client.classify_many(contents(), model=self._model, top_k=self._top_k)
+        for result in results:
+            picture = waiting.popleft()
+            if picture.problem:
+                yield picture, picture.problem
+            elif isinstance(result, Failure):
+                self._check_fatal(result.error)
+                yield picture, result.error.detail
+            else:
+                yield picture, self._answer(result)
+
+    def _check_fatal(self, error: convoy_client.ConvoyError) -> None:
+        """Raise ``UsageError`` if the next picture would fail, too."""
+        if isinstance(error, convoy_client.InvalidImage):
+            return
+        is_unanswered = error.status is None
+        if self._is_bulk:
+            is_down = error.is_transient and not self._is_ready()
+            is_unanswered = is_down or isinstance(error, FATAL)
+        if is_unanswered:
+            raise UsageError(error.detail) from error
+
+    def _is_ready(self) -> bool:
+        try:
+            return self._brief.ready()
+        except convoy_client.ConvoyError:  # another server answers at this address now
+            return False
+
+    def _answer(self, found: Classification) -> Answer:
+        return Answer(
+            model=found.model,
+            version=found.version,
+            alias=found.alias,
+            plan=self._plan(found.model, found.version) if self._is_bulk else "",
+            predictions=tuple(
+                ClassScore(each.label, each.index, each.probability) for each in found.predictions
+            ),
+            request_id=found.request_id,
+            timings_ms=dict(found.timings_ms),
+        )
+
+    def _plan(self, model: str, version: int) -> str:
+        """The plan that runs a version, read once; empty if the service does not tell."""
+        if (model, version) not in self._plans:
+            try:
+                plan = self._brief.model(model, version=version).plan or ""
+            except convoy_client.ConvoyError:  # the token may not read it, or it serves no longer
+                plan = ""
+            self._plans[model, version] = plan
+        return self._plans[model, version]
+
+
+@contextmanager
+def open_http(
+    url: str, model: str | None, top_k: int, concurrency: int, *, is_bulk: bool
+) -> Iterator[HttpSource]:
+    """A source that asks the service at ``url``; see ``HttpSource``.
+
+    Raises:
+        UsageError: the address, the token or ``concurrency`` cannot be used.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request at INFO
+    with (
+        _client(url, concurrency, PATIENT if is_bulk else BRIEF) as client,
+        _client(url, 1, BRIEF) as brief,
+    ):
+        yield HttpSource(client, brief, model, top_k, is_bulk=is_bulk)
+
+
+def _client(url: str, concurrency: int, limits: tuple[int, float]) -> Client:
+    retries, deadline_s = limits
+    try:
+        return Client(url, concurrency=concurrency, retries=retries, deadline_s=deadline_s)
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,167 @@
+"""``LocalSource``: a version of the registry answers the pictures in this process."""
+
+import itertools
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from convoy.classify.answer_file import Served
+from convoy.classify.inputs import ReadPicture
+from convoy.classify.rows import Answer
+from registry.core.devices import choose_device, forward_threads
+from registry.core.errors import BundleInvalid, ConvoyError, PlanUndecided
+from registry.core.paths import Paths, convoy_paths
+from registry.delivery.deployment import version_folder
+from registry.delivery.signing import TrustedKeys, check_expiry
+from registry.model.bundle import Bundle, open_bundle
+from registry.model.classifier import Classifier
+from registry.model.image.decode import Pixels, decode_image
+from registry.model.image.limits import DecodeLimits
+from registry.model.manifest import ClassScore, Manifest
+from registry.model.plans.planner import AUTO, Planner
+from registry.model.refs import ModelVersion, parse_model_ref
+from registry.store.mlflow_store import ModelStore
+
+log = logging.getLogger(__name__)
+
+BATCH = 32
+DECODE_THREADS = 2
+
+Decoded = list[Pixels | str]
+
+
+class _Loaded(Struct, frozen=True):
+    """A version that was loaded and proved on its golden images."""
+
+    version: int
+    alias: str | None
+    manifest: Manifest
+    classifier: Classifier
+
+
+class LocalSource:
+    """Decodes the next batch while the present one is classified."""
+
+    def __init__(self, loaded: _Loaded, top_k: int) -> None:
+        self._loaded = loaded
+        self._top_k = top_k
+        self._limits = DecodeLimits.from_environment()
+
+    def check(self) -> Served:
+        """The model and its version, which was loaded before."""
+        return Served(self._loaded.manifest.model, frozenset({self._loaded.version}))
+
+    def answers(
+        self, pictures: Iterable[ReadPicture]
+    ) -> Iterator[tuple[ReadPicture, Answer | str]]:
+        """Each picture with its answer, or with the text of an error."""
+        source, present = iter(pictures), None
+        with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
+            while batch := list(itertools.islice(source, BATCH)):
+                following = batch, pool.map(self._decode, batch)
+                if present is not None:
+                    yield from self._classify(present[0], list(present[1]))
+                present = following
+            if present is not None:
+                yield from self._classify(present[0], list(present[1]))
+
+    def _decode(self, picture: ReadPicture) -> Pixels | str:
+        if picture.problem:
+            return picture.problem
+        try:
+            return decode_image(picture.content, self._loaded.manifest.preprocess, self._limits)
+        except ConvoyError as error:
+            return str(error)
+
+    def _classify(
+        self, batch: list[ReadPicture], decoded: Decoded
+    ) -> Iterator[tuple[ReadPicture, Answer | str]]:
+        started = time.perf_counter()
+        good = [each for each in decoded if not isinstance(each, str)]
+        scores = iter(self._loaded.classifier.classify(np.stack(good)) if good else ())
+        image_ms = round((time.perf_counter() - started) * 1000 / max(1, len(good)), 3)
+        for picture, each in zip(batch, decoded, strict=True):
+            yield picture, each if isinstance(each, str) else self._answer(next(scores), image_ms)
+
+    def _answer(self, probabilities: NDArray[np.float32], image_ms: float) -> Answer:
+        """The most probable classes; ties are in label order, as in the service."""
+        loaded = self._loaded
+        order = np.argsort(-probabilities, kind="stable")[: self._top_k]
+        return Answer(
+            model=loaded.manifest.model,
+            version=loaded.version,
+            alias=loaded.alias,
+            plan=loaded.classifier.plan,
+            predictions=tuple(
+                ClassScore(loaded.manifest.labels[index], index, value)
+                for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
+            ),
+            request_id="",
+            timings_ms={"total": image_ms},
+        )
+
+
+@contextmanager
+def open_local(text: str, top_k: int) -> Iterator[LocalSource]:
+    """Load the version that ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` means now.
+
+    Raises:
+        UsageError: the reference has another form.
+        VersionNotFound: the registry has no such version.
+        BundleInvalid: the version is damaged, not signed, or no plan gives its published answers.
+    """
+    ref, paths = parse_model_ref(text), convoy_paths()
+    store = ModelStore(paths)
+    version = store.resolve(ref)
+    _check_signature(version)
+    with tempfile.TemporaryDirectory(prefix="convoy-classify-") as folder:
+        bundle = _verified_bundle(store, version, paths, Path(folder) / "bundle")
+        classifier = _load(bundle, paths)
+        yield LocalSource(_Loaded(version.version, ref.alias, bundle.manifest, classifier), top_k)
+
+
+def _check_signature(version: ModelVersion) -> None:
+    """Refuse a version that no trusted key has signed, as the puller does."""
+    if trust := TrustedKeys.from_environment():
+        names = version.signature, version.name, version.version, version.manifest_sha256
+        check_expiry(trust.check(*names), time.time())
+
+
+def _verified_bundle(
+    store: ModelStore, version: ModelVersion, paths: Paths, folder: Path
+) -> Bundle:
+    """The bundle as the puller has it on this machine, or else downloaded into ``folder``."""
+    try:
+        pulled = version_folder(paths.models, version.name, version.version)
+        bundle = open_bundle(pulled, version.manifest_sha256)
+        bundle.verify(bundle.serving_files())
+    except BundleInvalid:
+        bundle = store.download(version, folder, lambda found: found.serving_files())
+    if bundle.manifest.model != version.name:
+        raise BundleInvalid(
+            f"{version.name} version {version.version} has the bundle of the model "
+            f"{bundle.manifest.model!r}; publish it again under its own name"
+        )
+    return bundle
+
+
+def _load(bundle: Bundle, paths: Paths) -> Classifier:
+    """The classifier, by the fastest plan that was proved here with all cores for one pass."""
+    device = choose_device(os.environ.get("CONVOY_DEVICE") or "auto")
+    wanted = os.environ.get("CONVOY_PLAN") or AUTO
+    planner = Planner(paths.plans, device, forward_threads(workers=1), wanted)
+    try:
+        return planner.load(bundle)
+    except PlanUndecided:
+        log.info("choosing the fastest plan on this machine, once; this may take a minute")
+        planner.choose(bundle)
+        return planner.load(bundle)

@@ -1,0 +1,74 @@
+"""Prints answers on the terminal: as a table, or as JSON lines."""
+
+import json
+import sys
+from collections.abc import Iterable
+
+from convoy.classify.bulk import Source, Summary
+from convoy.classify.inputs import Picture, read_picture
+from convoy.classify.rows import Answer
+from registry.core.names import one_line
+
+BAR_WIDTH = 24
+
+
+def print_answers(source: Source, pictures: Iterable[Picture], *, as_json: bool) -> int:
+    """Print the answer for each picture; returns the number of pictures that failed.
+
+    Args:
+        source: what answers.
+        pictures: they are read one at a time.
+        as_json: print one JSON object a line, not a table. Errors of a table go to standard error.
+
+    Raises:
+        ConvoyError: as ``source.answers``.
+    """
+    failed = 0
+    for picture, answer in source.answers(map(read_picture, pictures)):
+        failed += isinstance(answer, str)
+        if as_json:
+            print(json.dumps({"file": picture.uri, **_record(answer)}), flush=True)
+        elif isinstance(answer, str):
+            print(f"{one_line(picture.uri)}: {one_line(answer)}", file=sys.stderr)
+        else:
+            _print_table(picture.uri, answer)
+    return failed
+
+
+def summary_text(summary: Summary, output: str) -> str:
+    """What a run into a file says at its end."""
+    parts = [f"{summary.answered:,} answered"]
+    if summary.answered_before:
+        parts.append(f"{summary.answered_before:,} answered before")
+    if summary.failed:
+        parts.append(f"{summary.failed:,} failed (column error)")
+    by = f" by {', '.join(summary.versions)}" if summary.versions else ""
+    return f"{summary.pictures:,} pictures: {', '.join(parts)}{by}; see {output}"
+
+
+def skipped_text(skipped: dict[str, int]) -> str:
+    """The entries that are not classified, by reason; empty if there are none."""
+    parts = [f"{number:,} {reason}" for reason, number in skipped.items() if number]
+    return f"skipped: {', '.join(parts)}" if parts else ""
+
+
+def _record(answer: Answer | str) -> dict[str, object]:
+    if isinstance(answer, str):
+        return {"error": answer}
+    return {
+        "model": {"name": answer.model, "version": answer.version, "alias": answer.alias},
+        "predictions": [
+            {"label": each.label, "index": each.index, "probability": each.probability}
+            for each in answer.predictions
+        ],
+        "request_id": answer.request_id,
+        "timings_ms": answer.timings_ms,
+    }
+
+
+def _print_table(name: str, answer: Answer) -> None:
+    took_ms = answer.timings_ms.get("total", 0.0)
+    print(f"{one_line(name)}  ({answer.model} version {answer.version}, {took_ms:.1f} ms)")
+    for each in answer.predictions:
+        bar = "█" * round(each.probability * BAR_WIDTH)
+        print(f"  {each.probability:7.2%}  {bar:<{BAR_WIDTH}}  {one_line(each.label)}", flush=True)

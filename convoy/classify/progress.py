@@ -1,0 +1,64 @@
+"""Shows how far a run is: a bar on a terminal, a line every few seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+INTERVAL_S = 5.0
+
+
+class Progress:
+    """Counts pictures and shows the count on standard error."""
+
+    def __init__(
+        self,
+        total: int,
+        stream: TextIO | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total
+        self._stream = stream or sys.stderr
+        self._monotonic = monotonic
+        self._started_s = self._shown_s = monotonic()
+        self._done = 0
+        self._failed = 0
+        self._bar = _bar(total, self._stream) if self._stream.isatty() else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, *, failed: bool = False) -> None:
+        """Count one picture."""
+        self._done += 1
+        self._failed += failed
+        if self._bar is not None:
+            if failed:
+                self._bar.set_postfix(failed=self._failed, refresh=False)
+            self._bar.update()
+        elif self._monotonic() - self._shown_s >= INTERVAL_S:
+            self._shown_s = self._monotonic()
+            print(self._line(), file=self._stream, flush=True)
+
+    def _line(self) -> str:
+        rate = self._done / max(0.001, self._shown_s - self._started_s)
+        return f"{self._done:,} of {self._total:,} pictures, {self._failed:,} failed, {rate:,.0f}/s"
+
+
+def _bar(total: int, stream: TextIO) -> Any:
+    """A bar of tqdm; None if that is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, unit="img", desc="classifying", file=stream)

@@ -1,0 +1,176 @@
+"""Rows survive CSV, JSON lines and Parquet, also a file that was torn at any byte."""
+
+import resource
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from convoy.classify.answer_file import AnswerFile, Served
+from convoy.classify.rows import (
+    Csv,
+    Format,
+    JsonLines,
+    Row,
+    from_arrow,
+    import_pyarrow,
+    row_of,
+    to_arrow,
+)
+from registry.core.errors import UsageError
+
+TEXT = st.text(min_size=1, max_size=8)
+SHARE = st.floats(0, 1)
+ROWS = st.builds(
+    Row,
+    uri=TEXT,
+    sha256=TEXT,
+    model=st.text(max_size=4),
+    version=st.none() | st.integers(1, 9),
+    plan=st.just("torch-eager"),
+    label=st.text(max_size=4),
+    probability=st.none() | SHARE,
+    top_k=st.lists(st.tuples(TEXT, SHARE), max_size=3).map(tuple),
+    error=st.text(max_size=4),
+)
+FORMATS = pytest.mark.parametrize("form", [Csv(), JsonLines()], ids=["csv", "jsonl"])
+
+
+@FORMATS
+@given(rows=st.lists(ROWS, max_size=4))
+def test_rows_are_read_as_they_were_written(form: Format, rows: list[Row]) -> None:
+    content = form.head.encode() + b"".join(map(form.encode, rows))
+    found = list(form.records(BytesIO(content)))
+    assert [row for _, row in found] == rows
+    assert [end for end, _ in found][-1:] == [len(content)][: len(rows)]
+
+
+@FORMATS
+@given(rows=st.lists(ROWS, min_size=1, max_size=3), data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_torn_anywhere_keeps_its_complete_rows(
+    form: Format, rows: list[Row], data: st.DataObject, tmp_path: Path
+) -> None:
+    parts = [form.head.encode(), *map(form.encode, rows)]
+    content = b"".join(parts)
+    torn = data.draw(st.integers(0, len(content)))
+    path = tmp_path / ("answers.csv" if isinstance(form, Csv) else "answers.jsonl")
+    path.write_bytes(content[:torn])
+    complete = max(n for n in range(len(parts) + 1) if len(b"".join(parts[:n])) <= torn)
+    with AnswerFile(path) as file:
+        file.append(Row(uri="new", sha256="1"))
+    whole = b"".join(parts[: max(1, complete)]) + form.encode(Row(uri="new", sha256="1"))
+    assert path.read_bytes() == whole
+
+
+def test_parquet_keeps_rows_and_has_a_list_for_the_classes() -> None:
+    arrow = import_pyarrow()
+    top_k = (("x", 0.5), ("y", 0.25))
+    answered = {"plan": "p", "label": "x", "probability": 0.5, "top_k": top_k}
+    rows = [
+        Row(uri="a", sha256="1", model="m", version=2, **answered),  # type: ignore[arg-type]
+        row_of("b", "", "it is\nbroken"),
+    ]
+    table = to_arrow(rows, arrow)
+    assert str(table.schema.field("top_k").type).startswith("list<")
+    assert table["error"].to_pylist() == [None, "it is\\x0abroken"]
+    assert [from_arrow(record) for record in table.to_pylist()] == rows
+
+
+def test_the_name_of_a_file_that_is_not_utf8_is_kept() -> None:
+    row = Row(uri="a\udcff.png", sha256="1", label="ä")
+    for form in (Csv(), JsonLines()):
+        content = form.head.encode() + form.encode(row)
+        assert [found for _, found in form.records(BytesIO(content))] == [row]
+    assert to_arrow([row], import_pyarrow())["uri"].to_pylist() == ["a?.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "name,label\na,b\n"),
+        ("a.csv", "hello"),
+        ("a.jsonl", '{"name": "a"}\n'),
+        ("a.jsonl", "[1]\n"),
+        ("a.jsonl", "hello\n"),
+        ("a.jsonl", "hello"),
+        ("a.csv", Csv.head + "a,b\n" + "c,d\n"),
+        ("a.csv", Csv.head + "a,1,m,two,p,l,0.5,[],\n"),
+        ("a.csv", Csv.head + 'a,1,m,2,p,l,0.5,"[1]",\n'),
+        ("a.csv", Csv.head + 'a,"1"x,m,2,p,l,0.5,,\n' * 3),
+        ("a.parquet", "hello"),
+    ],
+)
+def test_a_file_of_another_program_is_refused_and_kept(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"cannot be continued.*--restart"), AnswerFile(path):
+        pass
+    assert path.read_text() == content
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    with AnswerFile(path, restart=True) as file:
+        assert len(file.known) == 0
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
+    with (
+        AnswerFile(tmp_path / "a.csv"),
+        pytest.raises(UsageError, match="another convoy classify"),
+        AnswerFile(tmp_path / "a.csv"),
+    ):
+        pass
+
+
+def test_the_last_row_of_a_picture_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    served = Served("m", frozenset({2}))
+    good = {"model": "m", "version": 2, "label": "x", "probability": 1.0}
+    with AnswerFile(path) as file:
+        file.append(Row(uri="a", sha256="1", error="overloaded"))
+        file.append(Row(uri="b", sha256="1", **good))  # type: ignore[arg-type]
+        assert not file.known.is_answered("a", "1", served)
+        file.append(Row(uri="a", sha256="1", **good))  # type: ignore[arg-type]
+        for uri, sha256, by, answered in (
+            ("a", "1", served, True),
+            ("a", "2", served, False),
+            ("c", "1", served, False),
+            ("a", "1", Served("m", frozenset({3})), False),
+            ("a", "1", Served(None, None), True),
+        ):
+            assert file.known.is_answered(uri, sha256, by) == answered
+        file.finish()
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["uri", "b", "a"]
+
+
+def test_a_row_that_does_not_fit_the_disk_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with AnswerFile(path) as file:
+        file.append(Row(uri="a", sha256="1"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"), AnswerFile(path) as file:
+            file.append(Row(uri="b" * 1_000_000, sha256="1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with AnswerFile(path) as file:
+        assert len(file.known) == 1
+    assert path.read_bytes() == (Csv.head + "a,1,,,,,,,\n").encode()
+
+
+def test_a_link_and_the_mode_of_a_file_are_kept(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.csv", tmp_path / "link.csv"
+    link.symlink_to(path)
+    path.touch()
+    path.chmod(0o640)
+    with AnswerFile(link) as file:
+        for sha256 in ("1", "2"):
+            file.append(Row(uri="a", sha256=sha256))
+        file.finish()
+    assert link.is_symlink()
+    assert path.read_text().splitlines()[1:] == ["a,2,,,,,,,"]
+    assert path.stat().st_mode & 0o777 == 0o640
