@@ -257,6 +257,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
             if environment.get(name):
                 values[field] = Path(environment[name])
+        for field in ("grpc_certificate", "grpc_key"):
+            if field in values:
+                values[field] = Path(values[field])
         values["log_level"] = values.get("log_level", "INFO").upper()
         if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise UsageError(

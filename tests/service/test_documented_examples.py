@@ -1,4 +1,4 @@
-"""The examples of docs/api.md, executed: each command, and the form of its answer."""
+"""The examples of docs/api.md and docs/clients.md, executed: commands, and their answers' form."""
 
 import json
 import re
@@ -12,8 +12,13 @@ from service.loading.model_slot import ModelSlot
 from tests.conftest import WAIT_TIMEOUT_S
 from tests.service.conftest import REF
 
-PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-EXAMPLES = re.findall(r"```sh\n(.*?)```\n```json\n(.*?)```", PAGE, re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [(DOCS / name).read_text() for name in ("api.md", "clients.md")]
+EXAMPLES = [
+    example
+    for page in PAGES
+    for example in re.findall(r"```sh\n(.*?)```\n```json\n(.*?)```", page, re.DOTALL)
+]
 
 
 def form(value: Any) -> Any:
@@ -26,8 +31,9 @@ def form(value: Any) -> Any:
 
 
 def test_every_command_on_the_page_has_an_answer() -> None:
-    assert len(EXAMPLES) >= 8
-    assert PAGE.count("```sh") == PAGE.count("```json") == len(EXAMPLES)
+    assert len(EXAMPLES) >= 13
+    for count in (lambda page: page.count("```sh"), lambda page: page.count("```json")):
+        assert sum(map(count, PAGES)) == len(EXAMPLES)
 
 
 @pytest.mark.parametrize(("command", "answer"), EXAMPLES)
