@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "service.protocols": {
         *(SETTINGS, "service.http", "service.state", "service.server.protocol", INFERENCE),
         *(OBSERVABILITY, "service.loading.model_slot", *OFFERED_TO_SERVICE),
+        "service.server.sockets.graceful_close",
     },
     "service": {"service", *OFFERED_TO_SERVICE},
     "convoy": {"registry", "training", "service", "convoy_client"},

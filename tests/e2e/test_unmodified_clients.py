@@ -188,6 +188,20 @@ def test_tritonclient_and_kserves_client_get_the_same_answers_over_grpc(
     assert found["health other"] == "NOT_FOUND"
 
 
+@needs_clients
+def test_a_service_that_ends_fails_no_call_that_a_client_has_sent(
+    with_grpc: tuple[Service, int], folder: Path
+) -> None:
+    service, port = with_grpc
+    with load_of("grpc", port, folder) as load:
+        wait_for(lambda: requests_of(service, 1) > 200, "no call was answered")
+        assert service.stop() == 0
+        printed, _ = load.communicate("", timeout=WAIT_TIMEOUT_S)
+    # A call after the end finds no server. Each call that reached one is answered.
+    errors = {error for error in json.loads(printed)["errors"] if "Connection refused" not in error}
+    assert errors == set()
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_nodes_fetch_gets_the_same_answers_from_every_protocol(
     service: Service, folder: Path, pictures: list[bytes]

@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from service.protocols.grpc_v2.call_threads import CallThreads
+from service.protocols.grpc_v2.drain import drain
 from service.protocols.grpc_v2.service import SERVICE, InferenceService
 from service.settings import Settings
 from service.state import State
@@ -21,6 +22,8 @@ MAX_CALLS = 256
 # Of one client's connection.
 MAX_STREAMS = 64
 MAX_CONNECTIONS = 1000
+# A worker that ends waits for its connections to reach their age, within the graceful time-out.
+AGE_SHARE = 0.4
 # A message is an image or a tensor of at most this size, and a few kilobytes.
 HEAD_BYTES = 64 * 1024
 
@@ -68,8 +71,12 @@ class GrpcServer:
         self._service.ending = True
 
         def stop() -> None:
+            began = time.monotonic()
             time.sleep(delay_s)
-            self._server.stop(grace_s).wait()
+            assert self._settings.grpc_port is not None
+            drain(self._settings.grpc_port, grace_s)
+            left_s = began + delay_s + grace_s - time.monotonic()
+            self._server.stop(max(0.0, left_s)).wait()
             self._ended.set()
 
         threading.Thread(target=stop, name="grpc-end", daemon=True).start()
@@ -115,7 +122,7 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
-    age_ms = int(1000 * settings.max_connection_age_s)
+    age_s = min(settings.max_connection_age_s, AGE_SHARE * settings.graceful_timeout_s)
     return [
         ("grpc.so_reuseport", 1),
         (
@@ -126,7 +133,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         # Clients connect again after this time, and so find workers that have started since. It
         # also ends clients that send a message slowly.
-        ("grpc.max_connection_age_ms", age_ms),
+        ("grpc.max_connection_age_ms", int(1000 * age_s)),
         ("grpc.max_connection_age_grace_ms", 1000 * settings.graceful_timeout_s),
         # A client that has vanished is noticed within two minutes.
         ("grpc.keepalive_time_ms", 90_000),

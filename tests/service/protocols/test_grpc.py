@@ -294,7 +294,7 @@ def test_calls_that_have_begun_are_answered_before_the_end(
 ) -> None:
     deploy(1)
     assert slot.refresh()
-    caller, server, app = serve()
+    caller, server, app = serve(graceful_timeout_s=5)  # connections end after 2 s
     pipeline = app.extensions["convoy"].pipeline
     begun, go_on = threading.Event(), threading.Event()
     finish = type(pipeline).finish
