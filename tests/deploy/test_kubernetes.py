@@ -206,6 +206,22 @@ def test_gpu_values_request_a_gpu_and_the_nodes_that_have_one(tmp_path: Path) ->
     assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
 
 
+def test_grpc_has_a_port_in_pods_services_and_the_network_policy(tmp_path: Path) -> None:
+    done = template("service: {grpc: {enabled: true}}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    documents = [each for each in yaml.safe_load_all(done.stdout) if each]
+    container = pods(documents)["prod-service"]["containers"][0]
+    assert {"name": "CONVOY_GRPC_PORT", "value": "8001"} in container["env"]
+    assert {"name": "grpc", "containerPort": 8001} in container["ports"]
+    for each in documents:
+        if each["metadata"]["name"] in ("prod-service", "prod-replicas"):
+            if each["kind"] == "Service":
+                assert [port["port"] for port in each["spec"]["ports"]][1] == 8001
+            if each["kind"] == "NetworkPolicy":
+                assert {"protocol": "TCP", "port": 8001} in each["spec"]["ingress"][0]["ports"]
+    assert "8001" not in template("", tmp_path).stdout
+
+
 def test_scaling_follows_the_load_of_the_service_container(tmp_path: Path) -> None:
     documents = render("everything", tmp_path)
     (scaler,) = [each for each in documents if each["kind"] == "HorizontalPodAutoscaler"]
@@ -256,3 +272,4 @@ def test_the_kserve_example_has_the_same_probes_and_security_as_the_chart(tmp_pa
             if probe in in_chart:
                 assert in_example[probe]["httpGet"]["path"] == in_chart[probe]["httpGet"]["path"]
     assert example["volumes"] == chart["volumes"]
+    assert {"name": "PROTOCOL", "value": "v2"} in example["containers"][0]["env"]
