@@ -49,7 +49,8 @@ def _check_shape(tensor: NDArray[Any], wanted: tuple[int, int, int], meaning: st
 def _denormalised(tensor: NDArray[np.float32], spec: PreprocessSpec) -> Pixels:
     """The nearest levels (height, width, channels) of normalised values."""
     mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (spec.mean, spec.std))
-    levels = (tensor * std + mean) * np.float32(255)
+    with np.errstate(over="ignore", invalid="ignore"):  # such values are refused below
+        levels = (tensor * std + mean) * np.float32(255)
     lowest, highest = float(levels.min()), float(levels.max())
     if not (lowest >= -HALF_A_LEVEL and highest <= 255 + HALF_A_LEVEL):  # also if one is NaN
         raise InvalidTensor(
