@@ -26,6 +26,7 @@ from registry.model.image.limits import (
     PixelCount,
 )
 from registry.model.refs import ModelRef, parse_model_refs
+from service.observability.tracing.options import TracingOptions
 from service.server.protocol import Limits
 
 Network = IPv4Network | IPv6Network
@@ -82,6 +83,7 @@ VARIABLES = {
     "CONVOY_TRUSTED_PROXIES": "trusted_proxies",
     "CONVOY_CORS_ORIGINS": "cors_origins",
     "CONVOY_LOG_LEVEL": "log_level",
+    "CONVOY_ACCESS_LOG": "access_log",
 }
 
 
@@ -105,6 +107,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         trusted_proxies: networks, separated by commas. On a connection from one of them, the last
             address in X-Forwarded-For is the client's.
         cors_origins: origins, separated by commas, whose pages may send requests.
+        access_log: with ``on``, each request has a line in the log.
+        tracing: how requests are traced; None if they are not.
         gpu_socket: the socket of the process that owns the GPU.
         run_folder: files that the processes of this service share while they run.
     """
@@ -148,6 +152,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     trusted_proxies: str = ""
     cors_origins: str = ""
     log_level: str = "INFO"
+    access_log: Literal["off", "on"] = "off"
+    tracing: TracingOptions | None = None
     gpu_socket: Path | None = None
     run_folder: Path | None = None
 
@@ -248,6 +254,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
             if environment.get(name):
                 values[field] = Path(environment[name])
+        values["tracing"] = TracingOptions.from_environment(environment)
         values["log_level"] = values.get("log_level", "INFO").upper()
         if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise UsageError(
