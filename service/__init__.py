@@ -71,7 +71,7 @@ def create_app(
     shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
     access_control = AccessControl(settings)
     dropped = metrics.families.traces_dropped.inc
-    tracer = Tracer(settings.tracing, dropped) if settings.tracing else None
+    tracer = Tracer(settings.tracing, dropped, settings.spans_socket) if settings.tracing else None
     access_log = AccessLog() if settings.access_log == "on" else None
     has_records = tracer is not None or access_log is not None
     state = app.extensions["convoy"] = State(

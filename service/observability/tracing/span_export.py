@@ -7,10 +7,9 @@ times as much (docs/decisions/0023).
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from threading import Event, Thread
+from threading import Thread
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
@@ -50,9 +49,9 @@ class SpanExport:
         ``OTEL_RESOURCE_ATTRIBUTES``.
         """
         _log_at_most_once_a_minute()
-        own = Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME, "process.pid": os.getpid()})
+        own = Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME})
         wanted = own.merge(OTELResourceDetector().detect())
-        self._resource = Resource.create(wanted.attributes)
+        self._resource = OwnResource(Resource.create(wanted.attributes).attributes)
         self._scope = InstrumentationScope("convoy")
         self._ids = RandomIdGenerator()
         self._dropped = dropped
@@ -65,7 +64,6 @@ class SpanExport:
         self._max_queue = options.max_queue
         self._handed = 0
         self._waits_until = math.inf
-        self._ending = Event()
 
     def send(self, records: Sequence[RequestRecord]) -> None:
         """Hand the spans of ``records`` to the SDK; waits while its queue is full.
@@ -85,7 +83,6 @@ class SpanExport:
     def wait_until(self, end: float) -> None:
         """From ``end`` on, a time of ``time.monotonic``, ``send`` waits no longer."""
         self._waits_until = end
-        self._ending.set()
 
     def close(self, timeout_s: float) -> None:
         """Send what the SDK has, for at most ``timeout_s``."""
@@ -142,6 +139,19 @@ class SpanExport:
         yield server
         for stage, started, ended in record.answered.stages() if record.answered else ():
             yield span(stage, server.context, (started, ended))
+
+
+class OwnResource(Resource):
+    """The resource of all spans.
+
+    The exporter takes its hash for every span, which costs 6 microseconds with the SDK's class.
+    """
+
+    def __hash__(self) -> int:
+        return hash(id(self))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class CountingExporter(SpanExporter):
