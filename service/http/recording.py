@@ -13,6 +13,7 @@ from service.http.openapi import Operation
 from service.inference.requests import Job
 from service.observability.request_record import Attributes, FinishedRequest
 from service.observability.request_recorder import RequestRecorder
+from service.observability.tracing.trace_context import TraceContext
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -35,7 +36,6 @@ class Exchange(Struct, frozen=True, kw_only=True):
         protocol: the name in the metrics; empty if this was not a classification.
         model_name: the model that the path names.
         job: that of the pipeline, if the request got that far.
-        is_traced: whether the request may have a span.
     """
 
     environ: "WSGIEnvironment"
@@ -45,21 +45,27 @@ class Exchange(Struct, frozen=True, kw_only=True):
     protocol: str = ""
     model_name: str | None = None
     job: Job | None = None
-    is_traced: bool = True
 
 
 def record(
     recorder: RequestRecorder,
+    trace: TraceContext,
     exchange: Exchange,
     status: int,
     response_bytes: int,
     error: Exception | None = None,
 ) -> None:
-    """Record ``exchange`` if it is sampled or the access log is on; ``error`` is why it failed."""
+    """Record ``exchange``.
+
+    Args:
+        recorder: the service's.
+        trace: what its method ``select`` returned.
+        exchange: the request.
+        status: of the answer.
+        response_bytes: the size of the body of the answer.
+        error: why the request failed, if it did.
+    """
     environ = exchange.environ
-    trace = recorder.select(environ, exchange.request_id, exchange.is_traced)
-    if trace is None:
-        return
     method, length = environ["REQUEST_METHOD"], environ.get("CONTENT_LENGTH") or ""
     attributes = _attributes(environ, exchange.route, status) if trace.sampled else {}
     known = attributes.get("http.request.method", "")

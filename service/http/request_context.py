@@ -80,14 +80,16 @@ def _record(response: Response) -> None:
     recorder, rule = state().recorder, request.url_rule
     if recorder is None or (rule is not None and _is_probe(rule.rule)):
         return
+    may_trace = request.method != "OPTIONS" and request.endpoint not in UNTRACED
+    if (trace := recorder.select(request.environ, g.request_id, may_trace)) is None:
+        return
     exchange = Exchange(
         environ=request.environ,
         request_id=g.request_id,
         route=rule.rule if rule else None,
         started=g.started,
-        is_traced=request.method != "OPTIONS" and request.endpoint not in UNTRACED,
     )
-    record(recorder, exchange, response.status_code, response.content_length or 0)
+    record(recorder, trace, exchange, response.status_code, response.content_length or 0)
 
 
 def _is_probe(rule: str) -> bool:

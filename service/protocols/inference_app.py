@@ -199,8 +199,7 @@ class _Call:
             *answer_headers(self._id, self._version),
         ]
         start_response("200 OK", headers)
-        if self._state.recorder is not None:
-            self._record(200, len(answer.body))
+        self._record(200, len(answer.body))
         yield answer.body
 
     def refuse(self, error: Exception, start_response: "StartResponse") -> Iterable[bytes]:
@@ -210,8 +209,7 @@ class _Call:
         response = protocol.refuse(error, self._id)
         error.__traceback__ = None  # its frames hold the request's body, and may hold the error
         response.headers.update(answer_headers(self._id, self._version))
-        if self._state.recorder is not None:
-            self._record(response.status_code, response.content_length or 0, error)
+        self._record(response.status_code, response.content_length or 0, error)
         method = self._environ["REQUEST_METHOD"]
         return response({"REQUEST_METHOD": method}, start_response)
 
@@ -227,9 +225,10 @@ class _Call:
         return self._request.write(result, self._id)
 
     def _record(self, status: int, response_bytes: int, error: Exception | None = None) -> None:
-        """Record this request, whose answer is made."""
+        """Record this request, whose answer is made, if it is sampled or all are logged."""
         environ, recorder = self._environ, self._state.recorder
-        assert recorder is not None
+        if recorder is None or (trace := recorder.select(environ, self._id)) is None:
+            return
         exchange = Exchange(
             environ=environ,
             request_id=self._id,
@@ -239,7 +238,7 @@ class _Call:
             model_name=self._target.name,
             job=self._job,
         )
-        record(recorder, exchange, status, response_bytes, error)
+        record(recorder, trace, exchange, status, response_bytes, error)
 
     def _log(self, result: Result) -> None:
         log.debug(

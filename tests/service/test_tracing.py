@@ -464,6 +464,62 @@ def test_an_endpoint_without_the_packages_stops_the_start_and_names_the_extra() 
     assert printed.endswith("2")
 
 
+# The process that makes the spans
+
+
+def start_process(address: Path, endpoint: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.observability.tracing.process", str(address)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+    )
+
+
+def test_records_reach_the_collector_through_the_process_even_if_it_starts_late(
+    traced: Traced, collector: Collector, png: bytes, tmp_path: Path
+) -> None:
+    address = tmp_path / "spans"
+    client = traced(changes={"spans_socket": address})
+    for _ in range(3):
+        client.post("/v1/classify", data=png, **RAW)
+    process = start_process(address, collector.endpoint)
+    wait_for(address.exists)
+    for _ in range(3):
+        client.post("/v1/classify", data=png, headers={"traceparent": SAMPLED}, **RAW)
+    recorder_of(client.application).close(60)
+    assert process.stdin is not None
+    process.terminate()  # the supervisor sends that, too; workers may still send records
+    process.stdin.close()
+    assert process.wait(60) == 0
+    continued = [each for each in collector.servers() if each.trace_id.hex() == TRACE]
+    assert len(continued) == 3
+    assert all(len(collector.children(each)) == 4 for each in continued)
+    assert process.stderr is not None
+    with process.stderr:
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_records_are_dropped_and_counted_while_the_process_does_not_run(
+    traced: Traced, metrics: Metrics, png: bytes, tmp_path: Path
+) -> None:
+    client = traced(changes={"spans_socket": tmp_path / "no process"})
+    for _ in range(3):
+        assert client.post("/v1/classify", data=png, **RAW).status_code == 200
+    recorder_of(client.application).close(0.2)
+    wait_for(lambda: float(metrics.families.traces_dropped._value.get()) == 3)
+
+
+def test_a_worker_with_that_process_does_not_import_the_sdk(tmp_path: Path) -> None:
+    code = (
+        "import sys; from service import create_app; app = create_app(); "
+        "print('opentelemetry.sdk.trace' in sys.modules, app.extensions['convoy'].recorder is None)"
+    )
+    printed = in_a_fresh_process(code, **ENDPOINT, CONVOY_SPANS_SOCKET=str(tmp_path / "spans"))
+    assert printed == "False False"
+
+
 # The queue
 
 
