@@ -23,6 +23,9 @@ METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 )
 SERVER_ERROR = 500
+# A client's text is cut, so that 16 records fit into a datagram (``tracing.feed``).
+MAX_PATH_BYTES = 2_000
+MAX_NAME_CHARACTERS = 200
 
 
 class Exchange(Struct, frozen=True, kw_only=True):
@@ -80,14 +83,14 @@ def record(
             request_id=exchange.request_id,
             name=f"{'HTTP' if known == '_OTHER' else known} {exchange.route or ''}".strip(),
             method=method,
-            path=environ["PATH_INFO"],
+            path=environ["PATH_INFO"][:MAX_PATH_BYTES],
             status=status,
             attributes=attributes,
             started=exchange.started,
             request_bytes=int(length) if length.isdecimal() else 0,
             response_bytes=response_bytes,
             protocol=exchange.protocol,
-            model_name=exchange.model_name,
+            model_name=exchange.model_name and exchange.model_name[:MAX_NAME_CHARACTERS],
             error=failure,
         ),
     )

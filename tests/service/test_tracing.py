@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
@@ -27,12 +28,13 @@ from registry.model.bundle import Bundle
 from service import create_app
 from service.loading.model_slot import ModelSlot
 from service.observability.access_log import MAX_PATH_CHARACTERS, AccessLog, line_of
-from service.observability.background_queue import BackgroundQueue
+from service.observability.background_queue import CHUNK, BackgroundQueue
 from service.observability.metrics import Metrics
 from service.observability.request_record import FinishedRequest, RequestRecord
 from service.observability.request_recorder import RequestRecorder
 from service.observability.tracing import span_export
 from service.observability.tracing.options import SAMPLERS, TracingOptions
+from service.observability.tracing.process import receiver_at
 from service.observability.tracing.trace_context import (
     Sampling,
     TraceContext,
@@ -499,6 +501,24 @@ def test_records_reach_the_collector_through_the_process_even_if_it_starts_late(
     assert process.stderr is not None
     with process.stderr:
         assert b"Traceback" not in process.stderr.read()
+
+
+def test_sixteen_requests_with_the_longest_texts_fit_into_a_datagram(
+    slot: ModelSlot, settings: Settings, metrics: Metrics, tmp_path: Path
+) -> None:
+    options = TracingOptions(endpoint="http://127.0.0.1:9")
+    changed = replace(settings, tracing=options, spans_socket=tmp_path / "spans")
+    with receiver_at(tmp_path / "spans") as receiver:
+        app = create_app(changed, {"digits": slot}, metrics)
+        headers = {"traceparent": SAMPLED, "tracestate": "a=" + "x" * 30_000}
+        for _ in range(CHUNK):
+            path = f"/v1/models/{'ö' * 15_000}/classify"
+            assert app.test_client().post(path, headers=headers).status_code == 404
+        recorder_of(app).close(60)
+        received = 0
+        while received < CHUNK:
+            received += len(msgspec.msgpack.decode(receiver.recv(400_000)))
+    assert metrics.families.traces_dropped._value.get() == 0
 
 
 def test_records_are_dropped_and_counted_while_the_process_does_not_run(

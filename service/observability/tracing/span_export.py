@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 DEFAULT_SERVICE_NAME = "convoy"
 ROOM_INTERVAL_S = 0.05
 LOG_INTERVAL_S = 60.0
-MAX_STATE_CHARACTERS = 512  # what W3C's Trace Context asks a service to pass on at least
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
@@ -205,9 +204,8 @@ def _parent(trace: TraceContext, state: TraceState) -> SpanContext | None:
 
 
 def _trace_state(header: str) -> TraceState:
-    """The caller's ``tracestate``; empty if it is malformed or too long."""
-    short = bool(header) and len(header) <= MAX_STATE_CHARACTERS
-    return TraceState.from_header([header]) if short else TraceState()
+    """The caller's ``tracestate``; empty if it is malformed."""
+    return TraceState.from_header([header]) if header else TraceState()
 
 
 def _log_at_most_once_a_minute() -> None:

@@ -14,6 +14,8 @@ _TRACEPARENT = re.compile(
 )
 _SAMPLED = 1
 _RATIO_BITS = 64
+# Trace Context asks a service to pass on as many characters of ``tracestate``; more are left out.
+MAX_STATE_CHARACTERS = 512
 # Trace ids are not secret, so they need no system call for secure random numbers.
 _random = random.Random()  # noqa: S311
 
@@ -76,4 +78,5 @@ class Sampling:
             sampled = int(trace_id[16:], 16) < self._bound
         if not sampled:
             return None
-        return TraceContext(trace_id=trace_id, parent_id=parent_id, state=tracestate, sampled=True)
+        state = tracestate if len(tracestate) <= MAX_STATE_CHARACTERS else ""
+        return TraceContext(trace_id=trace_id, parent_id=parent_id, state=state, sampled=True)
