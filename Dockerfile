@@ -62,7 +62,7 @@ HEALTHCHECK --interval=5s --timeout=3s --start-period=120s CMD \
 CMD ["python", "-m", "service", "--no-pull"]
 
 FROM packages AS service-packages
-RUN python requirements.py service grpc signing openvino >wanted \
+RUN python requirements.py service grpc signing tracing openvino >wanted \
     && pip install --require-hashes -c hashes.txt -r wanted
 COPY deploy/prune.sh ./
 RUN sh prune.sh
@@ -94,7 +94,7 @@ FROM packages AS torch-packages
 # PyTorch's index of CPU builds saves gigabytes. If this is empty, the image gets the CUDA build.
 ARG TORCH_INDEX_URL=
 RUN apt-get update && apt-get install -y --no-install-recommends binutils
-RUN python requirements.py service grpc signing >wanted \
+RUN python requirements.py service grpc signing tracing >wanted \
     && pip install --require-hashes -c hashes.txt -r wanted \
     && python requirements.py torch >wanted \
     && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} -r wanted

@@ -16,7 +16,7 @@ from typing import Any
 from deploy.requirements import requirements
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ["server", "s3", "service", "grpc", "signing", "openvino", "training"]
+EXTRAS = ["server", "s3", "service", "grpc", "signing", "tracing", "openvino", "training"]
 PIP = "pip==26.3"
 MACHINES = ("x86_64", "aarch64")
 # The platforms that the C library of Debian 12 supports.

@@ -41,7 +41,10 @@ def create_app(
     from service.inference.pipeline import Pipeline
     from service.loading.open_slots import open_slots
     from service.loading.watchdog import Watchdog
+    from service.observability.access_log import AccessLog
     from service.observability.metrics import Metrics
+    from service.observability.request_recorder import RequestRecorder
+    from service.observability.tracing.tracer import Tracer
     from service.protocols.inference_app import InferenceApp, InferenceProtocol
     from service.protocols.mlflow_scoring import routes as mlflow_scoring
     from service.protocols.mlflow_scoring.protocol import MlflowScoring
@@ -66,12 +69,20 @@ def create_app(
     app = Flask(__name__)
     app.url_map.strict_slashes = False
     shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
+    access_control = AccessControl(settings)
+    dropped = metrics.families.traces_dropped.inc
+    tracer = Tracer(settings.tracing, dropped, settings.spans_socket) if settings.tracing else None
+    access_log = AccessLog() if settings.access_log == "on" else None
+    has_records = tracer is not None or access_log is not None
     state = app.extensions["convoy"] = State(
         settings=settings,
         slots=slots,
         metrics=metrics,
         watchdog=watchdog,
-        access_control=AccessControl(settings),
+        access_control=access_control,
+        recorder=RequestRecorder(tracer, access_log, access_control.describe)
+        if has_records
+        else None,
         pipeline=Pipeline(
             slots, settings, metrics, shadow, problems.outcome, lambda: watchdog.reason
         ),

@@ -16,6 +16,9 @@ from service.server.protocol import Companion, ServerOptions
 from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
 
 settings = Settings.from_environment()
+# A worker that ends waits for its last spans this long, so a collector that hangs delays a stop
+# by no more.
+RECORDS_TIMEOUT_S = 2.0
 
 wsgi_app = "service:create_app()"
 # Each worker binds a socket of its own once it has loaded (service.server.gunicorn_worker), and the
@@ -68,6 +71,7 @@ def post_fork(server: Any, worker: Any) -> None:
         family=settings.family,
         limits=settings.limits,
         describe_error=lambda *facts: msgspec.json.encode(Problem.of(*facts)),
+        on_refusal=_log_refusal if settings.access_log == "on" else None,
         shutdown_delay_s=settings.shutdown_delay_s,
         max_connections_per_address=settings.max_connections_per_address,
         handover_folder=run_folder / HANDOVER,
@@ -82,6 +86,18 @@ def _grpc_server(app: Any) -> Companion | None:
     from service.protocols.grpc_v2.server import GrpcServer
 
     return GrpcServer(app.extensions["convoy"])
+
+
+def _log_refusal(app: Any, client: str, status: int, size: int, request_id: str) -> None:
+    """Write a line into the access log for a request that the worker answered itself."""
+    app.extensions["convoy"].recorder.access_log.refused(client, status, size, request_id)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """After a worker has drained, write the lines and send the spans that still wait."""
+    app = getattr(worker, "wsgi", None)  # there is none if the worker could not load it
+    if app is not None and (recorder := app.extensions["convoy"].recorder):
+        recorder.close(RECORDS_TIMEOUT_S)
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -26,6 +26,7 @@ from registry.model.image.limits import (
     PixelCount,
 )
 from registry.model.refs import ModelRef, parse_model_refs
+from service.observability.tracing.options import TracingOptions
 from service.server.protocol import Limits
 
 Network = IPv4Network | IPv6Network
@@ -41,6 +42,7 @@ _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 # Not for operators: ``python -m service`` sets these for the processes that it starts.
 GPU_SOCKET = "CONVOY_GPU_SOCKET"
+SPANS_SOCKET = "CONVOY_SPANS_SOCKET"
 RUN_FOLDER = "CONVOY_RUN_FOLDER"
 METRICS, HANDOVER = "metrics", "handover"  # sub-folders of the run folder
 # Linux allows 107 bytes for a socket's path. The run folder's and the socket's names need the rest.
@@ -85,6 +87,7 @@ VARIABLES = {
     "CONVOY_TRUSTED_PROXIES": "trusted_proxies",
     "CONVOY_CORS_ORIGINS": "cors_origins",
     "CONVOY_LOG_LEVEL": "log_level",
+    "CONVOY_ACCESS_LOG": "access_log",
 }
 
 
@@ -111,7 +114,10 @@ class Settings(Struct, frozen=True, kw_only=True):
         trusted_proxies: networks, separated by commas. On a connection from one of them, the last
             address in X-Forwarded-For is the client's.
         cors_origins: origins, separated by commas, whose pages may send requests.
+        access_log: with ``on``, each request has a line in the log.
+        tracing: how requests are traced; None if they are not.
         gpu_socket: the socket of the process that owns the GPU.
+        spans_socket: the socket of the process that makes spans.
         run_folder: files that the processes of this service share while they run.
     """
 
@@ -157,7 +163,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     trusted_proxies: str = ""
     cors_origins: str = ""
     log_level: str = "INFO"
+    access_log: Literal["off", "on"] = "off"
+    tracing: TracingOptions | None = None
     gpu_socket: Path | None = None
+    spans_socket: Path | None = None
     run_folder: Path | None = None
 
     @property
@@ -254,12 +263,17 @@ class Settings(Struct, frozen=True, kw_only=True):
         paths = convoy_paths(environment)
         values["models_folder"], values["plans_folder"] = paths.models, paths.plans
         values["tokens"], values["service_key"] = paths.tokens, environment.get(SERVICE_KEY) or None
-        for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
+        for name, field in (
+            (GPU_SOCKET, "gpu_socket"),
+            (SPANS_SOCKET, "spans_socket"),
+            (RUN_FOLDER, "run_folder"),
+        ):
             if environment.get(name):
                 values[field] = Path(environment[name])
         for field in ("grpc_certificate", "grpc_key"):
             if field in values:
                 values[field] = Path(values[field])
+        values["tracing"] = TracingOptions.from_environment(environment)
         values["log_level"] = values.get("log_level", "INFO").upper()
         if values["log_level"] not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise UsageError(

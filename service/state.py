@@ -10,6 +10,7 @@ from service.loading.model_slot import ModelSlot
 from service.loading.open_slots import Slots
 from service.loading.watchdog import Watchdog
 from service.observability.metrics import Metrics
+from service.observability.request_recorder import RequestRecorder
 from service.settings import Settings
 
 
@@ -22,6 +23,8 @@ class State(Struct, frozen=True, kw_only=True):
     watchdog: Watchdog
     access_control: AccessControl
     pipeline: Pipeline
+    recorder: RequestRecorder | None = None
+    """What keeps spans and lines of requests; None if neither is asked for."""
 
     def slot(self, name: str) -> ModelSlot:
         """The slot of the model ``name``; raises ``ModelNotFound``."""

@@ -1,9 +1,10 @@
 """``convoy serve``: starts and stops gunicorn together with the processes that it needs.
 
 These are the puller; if there may be a GPU, the process that owns it
-(``service.loading.gpu_process``); and while a challenger is a shadow, the process that scores for
-it (``service.shadow.process``). The supervisor starts each of them again when it ends. In
-containers the puller has a container of its own.
+(``service.loading.gpu_process``); with traces, the process that makes the spans
+(``service.observability.tracing.process``); and while a challenger is a shadow, the process that
+scores for it (``service.shadow.process``). The supervisor starts each of them again when it ends.
+In containers the puller has a container of its own.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from service.settings import (
     MAX_PARENT_BYTES,
     METRICS,
     RUN_FOLDER,
+    SPANS_SOCKET,
     Settings,
     run_parent,
 )
@@ -53,6 +55,7 @@ GUNICORN = [
 ]
 PULLER = [sys.executable, "-m", "registry", "pull", "--watch"]
 GPU = [sys.executable, "-m", "service.loading.gpu_process"]
+SPANS = [sys.executable, "-m", "service.observability.tracing.process"]
 SHADOW = [sys.executable, "-m", "service.shadow.process"]
 
 
@@ -170,6 +173,10 @@ def serve(settings: Settings, pull: bool = True) -> int:
             if (status := owner.wait_for(address)) is not None:
                 return status  # the process has printed the reason
             environment[GPU_SOCKET] = str(address)
+        if settings.tracing:
+            environment[SPANS_SOCKET] = str(folder / "spans")
+            # It ends after gunicorn, and sends what the last requests left.
+            accompany("the spans' process", [*SPANS, environment[SPANS_SOCKET]])
         gunicorn = _start(GUNICORN, env=environment)
         stack.callback(_end, gunicorn, settings.graceful_timeout_s + 5)
 

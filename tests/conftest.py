@@ -75,9 +75,12 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Start every test without CONVOY_ and MLflow variables, with a home folder of its own."""
+    """Start every test with a home folder of its own, and without variables of the services."""
     for name in list(os.environ):
-        if name.startswith("CONVOY_") or name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        if name.startswith(("CONVOY_", "OTEL_")) or name in (
+            "MLFLOW_TRACKING_URI",
+            "MLFLOW_REGISTRY_URI",
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
 

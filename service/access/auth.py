@@ -1,11 +1,13 @@
 """Access control: which callers may use the service (tokens), and how often (rate limits)."""
 
+import contextlib
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from registry.auth.bearer import bearer_token, require
 from registry.auth.tokens import Right, Tokens
-from registry.core.errors import RateExceeded
+from registry.core.errors import RateExceeded, TokensUnavailable
 from registry.core.names import sha256_hex
 from service.access.rate_limit import RateLimiter, parse_address
 from service.settings import Settings
@@ -89,7 +91,7 @@ class AccessControl:
         if not (token and any(token.may(right) for right in rights)):
             require(token, rights[0])
 
-    def _address(self, environ: "WSGIEnvironment") -> str:
+    def _address(self, environ: Mapping[str, Any]) -> str:
         """The client's address; behind a trusted proxy, the last entry of X-Forwarded-For."""
         peer: str = environ.get("REMOTE_ADDR", "")
         if self._proxies and (address := parse_address(peer)):
@@ -99,6 +101,14 @@ class AccessControl:
                 return str(client)
         return peer
 
+    def describe(self, environ: Mapping[str, Any]) -> tuple[str, str | None]:
+        """A client's address and its token's name, for the access log; None without a token."""
+        token = None
+        if self._requires_token:
+            with contextlib.suppress(TokensUnavailable):
+                token = self._tokens.find(_sent_token(environ))
+        return self._address(environ), token.name if token else None
 
-def _sent_token(environ: "WSGIEnvironment") -> str:
+
+def _sent_token(environ: Mapping[str, Any]) -> str:
     return bearer_token(environ.get("HTTP_AUTHORIZATION", ""))

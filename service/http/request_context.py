@@ -5,24 +5,31 @@ It reads the WSGI environment itself, because classification requests do not pas
 
 import random
 import re
+import time
 from typing import TYPE_CHECKING
 
 from flask import Flask, Response, g, request
 
+from service.http.recording import Exchange, record
+from service.observability.tracing.trace_context import parse_traceparent
 from service.state import state
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# https://www.w3.org/TR/trace-context/: version-traceid-parentid-flags
-_TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}.*"
-)
 # Request ids are not secret, so they need no system call for secure random numbers.
 _random = random.Random()  # noqa: S311
 # For answers that are not pages: a browser must not load anything for them or put them in a frame.
 DENY_ALL_POLICY = "default-src 'none'; frame-ancestors 'none'"
+# The routes that ask whether the service is alive or ready. They are not recorded, because
+# orchestrators call them every few seconds.
+PROBES = {
+    *("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"),
+    *("/ping", "/health"),
+}
+# These are in the access log, but have no spans.
+UNTRACED = frozenset({"health.metrics", "static"})
 
 
 def init_app(app: Flask) -> None:
@@ -37,8 +44,8 @@ def identify(environ: "WSGIEnvironment") -> tuple[str, str | None]:
     The client may choose the request id: 1 to 64 letters, digits, ".", "_" or "-". Otherwise it is
     the trace id or a random one.
     """
-    trace = _TRACEPARENT.fullmatch(environ.get("HTTP_TRACEPARENT", ""))
-    trace_id = trace[1] if trace else None
+    caller = parse_traceparent(environ.get("HTTP_TRACEPARENT", ""))
+    trace_id = caller[0] if caller else None
     request_id = environ.get("HTTP_X_REQUEST_ID", "")
     if not _VALID_ID.fullmatch(request_id):
         request_id = trace_id or f"{_random.getrandbits(128):032x}"
@@ -54,6 +61,7 @@ def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]
 
 
 def _begin() -> None:
+    g.started = time.perf_counter()
     g.request_id, g.trace_id = identify(request.environ)
     state().access_control.admit_to_route(request.endpoint, request.environ)
 
@@ -63,4 +71,28 @@ def _finish(response: Response) -> Response:
     response.headers.update(answer_headers(g.request_id, served.version if served else None))
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers.setdefault("Content-Security-Policy", DENY_ALL_POLICY)
+    _record(response)
     return response
+
+
+def _record(response: Response) -> None:
+    """Record the request unless it is a probe."""
+    recorder, rule = state().recorder, request.url_rule
+    if recorder is None or (rule is not None and _is_probe(rule.rule)):
+        return
+    may_trace = request.method != "OPTIONS" and request.endpoint not in UNTRACED
+    if (trace := recorder.select(request.environ, g.request_id, may_trace)) is None:
+        return
+    exchange = Exchange(
+        environ=request.environ,
+        request_id=g.request_id,
+        route=rule.rule if rule else None,
+        started=g.started,
+    )
+    record(recorder, trace, exchange, response.status_code, response.content_length or 0)
+
+
+def _is_probe(rule: str) -> bool:
+    """Whether a route asks for the health of the service or of one version."""
+    is_own = rule == state().settings.health_route
+    return is_own or rule in PROBES or (rule.startswith("/v2/models/") and rule.endswith("/ready"))

@@ -127,7 +127,8 @@ class Pipeline:
         decoded = self._decode_all(job, serving)
         if not request.images.alone:
             _raise_first(decoded)
-        left_s = self._deadline_s - (time.perf_counter() - request.started)
+        job.queued = time.perf_counter()
+        left_s = self._deadline_s - (job.queued - request.started)
         pixels = [each for each in decoded if not isinstance(each, Exception)]
         queued_images = iter(job.served.batcher.put(pixels, left_s) if pixels else ())
         job.queued_images = [
@@ -160,24 +161,13 @@ class Pipeline:
         best = [
             None if isinstance(each, Exception) else int(each.argmax()) for each in result.images
         ]
+        job.answered = _answered(job, result, encoding, done)
         failures = filter(None, (self._failure(each) for each in scored))
         # A list counts as one request: it failed if one of its images did.
         if failure := next(failures, None):
             self._counters.refused(served.name, served.version, request.protocol, failure)
         else:
-            answered = AnsweredRequest(
-                protocol=request.protocol,
-                images=sum(each is not None for each in best),
-                read_s=job.read_s,
-                decode_s=job.decode_s,
-                queue_s=result.timings_ms.queue / 1000,
-                encode_s=done - encoding,
-                total_s=done - request.started,
-                confidences=[
-                    float(each.max()) for each in result.images if not isinstance(each, Exception)
-                ],
-            )
-            self._counters.answered(served.name, served.version, answered)
+            self._counters.answered(served.name, served.version, job.answered)
         if job.challenger:
             self._send_to_shadow(job.challenger, job.samples, best)
         return answer
@@ -204,6 +194,7 @@ class Pipeline:
                     raise Postpone(queues=True)  # the challenger is too slow for the loop
             assert job.served is not None
             decoding = time.perf_counter()
+            job.decode_started = job.decode_started or decoding
             job.read_s += decoding - reading
             if in_loop and job.read_s + job.decode_s > LOOP_DECODE_S:
                 raise Postpone
@@ -214,6 +205,7 @@ class Pipeline:
                 job.samples.append(decoded[-1] if alike else _encoded(image))
             reading = time.perf_counter()
             job.decode_s += reading - decoding
+        job.decode_ended = reading
         return decoded
 
     def _failure(self, scored: Prediction | Exception) -> str | None:
@@ -278,6 +270,27 @@ def _raise_first(decoded: Sequence[Pixels | Exception]) -> None:
             if len(decoded) > 1:
                 each.add_note(f"image {position}")
             raise each
+
+
+def _answered(job: Job, result: Result, encoding: float, done: float) -> AnsweredRequest:
+    """The figures of a request whose answer was written between ``encoding`` and ``done``."""
+    good = [each for each in result.images if not isinstance(each, Exception)]
+    return AnsweredRequest(
+        protocol=job.request.protocol,
+        images=len(good),
+        batch_size=result.batch_size,
+        read_s=job.read_s,
+        decode_s=job.decode_s,
+        queue_s=result.timings_ms.queue / 1000,
+        forward_s=result.timings_ms.forward / 1000,
+        encode_s=done - encoding,
+        total_s=done - job.request.started,
+        confidences=[float(each.max()) for each in good],
+        started=job.request.started,
+        decode_started=job.decode_started,
+        decode_ended=job.decode_ended,
+        queued=job.queued,
+    )
 
 
 def _result(job: Job, served: ServedModel, scored: list[Prediction | Exception]) -> Result:

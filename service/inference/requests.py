@@ -65,13 +65,19 @@ class Request(Struct, frozen=True, kw_only=True):
 
 
 class Job:
-    """The state of one request between the pipeline's ``submit`` and ``finish``."""
+    """The state of one request between the pipeline's ``submit`` and ``finish``.
+
+    It has many attributes because ``finish`` reports what ``submit`` did, and when.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.served: ServedModel | None = None
         self.read_s = 0.0
         self.decode_s = 0.0
+        # Times of ``time.perf_counter``, for the request's trace.
+        self.decode_started = self.decode_ended = self.queued = 0.0
+        self.answered: AnsweredRequest | None = None
         self.queued_images: list[QueuedImage | Exception] = []
         # For the shadow: the challenger, and for each image its pixels, encoded bytes or error.
         self.challenger: ServedModel | None = None
@@ -104,17 +110,60 @@ class Result(Struct, frozen=True, kw_only=True):
     batch_size: int
 
 
-class AnsweredRequest(Struct, frozen=True):
-    """Seconds of each stage of one request. ``queue_s`` is the longest of its images."""
+class AnsweredRequest(Struct, frozen=True, kw_only=True):
+    """How one request was answered, for the metrics and its trace.
+
+    It has many fields because each stage has its times.
+
+    Attributes:
+        protocol: the name of the client's protocol.
+        images: how many images got predictions.
+        batch_size: the size of the largest batch that held one of them.
+        read_s: seconds that reading the images took.
+        decode_s: seconds that decoding them took.
+        queue_s: seconds in the queue, the longest of the images.
+        forward_s: seconds of the forward pass, the longest of the images.
+        encode_s: seconds that writing the answer took.
+        total_s: seconds since the request arrived.
+        confidences: the probability of the best class of each image.
+        started: when the request arrived; this and the next three are times of
+            ``time.perf_counter``.
+        decode_started: when the first image began to be decoded.
+        decode_ended: when the last image was decoded.
+        queued: when the images were queued.
+    """
 
     protocol: str
     images: int
+    batch_size: int
     read_s: float
     decode_s: float
     queue_s: float
+    forward_s: float
     encode_s: float
     total_s: float
-    confidences: list[float]  # the probability of the best class of each image
+    confidences: list[float]
+    started: float
+    decode_started: float
+    decode_ended: float
+    queued: float
+
+    def stages(self) -> tuple[tuple[str, float, float], ...]:
+        """Name, start and end of each stage, in order, by ``time.perf_counter``.
+
+        With several images, ``decode`` lasts from the first to the last, and includes reading in
+        between. The image that waited longest has ``queue`` and ``forward``.
+        """
+        ended = self.started + self.total_s
+        encode_started = ended - self.encode_s
+        forward_started = min(self.queued + self.queue_s, encode_started)
+        forward_ended = min(forward_started + self.forward_s, encode_started)
+        return (
+            ("decode", self.decode_started, self.decode_ended),
+            ("queue", self.queued, forward_started),
+            ("forward", forward_started, forward_ended),
+            ("encode", encode_started, ended),
+        )
 
 
 class Counters(Protocol):

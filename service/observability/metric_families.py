@@ -85,6 +85,11 @@ class Families:
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self.traces_dropped = Counter(
+            "convoy_traces_dropped",
+            "Traced requests whose spans were not sent: too many waited, or the collector failed.",
+            registry=registry,
+        )
         self.last_sync_timestamp_seconds = Gauge(
             "convoy_last_sync_timestamp_seconds",
             "When the puller last agreed with the registry, in seconds since 1970.",

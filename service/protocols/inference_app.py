@@ -16,7 +16,8 @@ from msgspec import Struct
 from werkzeug.exceptions import MethodNotAllowed
 
 from service.http.openapi import Operation
-from service.http.request_context import answer_headers, identify
+from service.http.recording import Exchange, RouteTemplates, record
+from service.http.request_context import PROBES, answer_headers, identify
 from service.inference.requests import ImageStream, Job, Result
 from service.inference.requests import Request as PipelineRequest
 from service.server.protocol import IN_LOOP, WAITING, Postpone
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The loop answers these itself, so that many requests for other routes do not delay them.
-PROBES = {
-    *("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"),
-    *("/ping", "/health"),
-}
 # In a request's environment, when it arrived. The server calls the application a second time for a
 # postponed request; this key keeps it from being counted twice.
 CALLED = "convoy.called"
@@ -96,8 +92,12 @@ class InferenceApp:
         self._app = app
         self._state = state
         self._protocols = protocols
+        # The loop answers these itself, so that many requests for other routes do not delay them.
         self._probes = PROBES | {state.settings.health_route or "/livez"}
         self._session = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
+        operations = [each for protocol in protocols for each in protocol.operations]
+        others = filter(None, [state.settings.predict_route])
+        self._routes = RouteTemplates(operations, others)
 
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
@@ -113,7 +113,7 @@ class InferenceApp:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         for protocol in self._protocols:
             if target := protocol.match(path):
-                call = _Call(self._state, protocol, target, environ)
+                call = _Call(self._state, protocol, target, environ, self._routes)
                 break
         else:
             is_probe = path in self._probes and method in ("GET", "HEAD")
@@ -130,7 +130,10 @@ class InferenceApp:
 
 
 class _Call:
-    """One classification request: ``submit`` is the first part, ``answer`` the second."""
+    """One classification request: ``submit`` is the first part, ``answer`` the second.
+
+    It has many attributes because both parts need what the first has found out.
+    """
 
     def __init__(
         self,
@@ -138,12 +141,14 @@ class _Call:
         protocol: InferenceProtocol,
         target: Target,
         environ: "WSGIEnvironment",
+        routes: RouteTemplates,
     ) -> None:
         self._arrived_at = time.perf_counter()
         self._state = state
         self._protocol = protocol
         self._target = target
         self._environ = environ
+        self._routes = routes
         self._id, self._trace_id = identify(environ)
         self._request: ProtocolRequest | None = None
         self._job: Job | None = None
@@ -194,6 +199,7 @@ class _Call:
             *answer_headers(self._id, self._version),
         ]
         start_response("200 OK", headers)
+        self._record(200, len(answer.body))
         yield answer.body
 
     def refuse(self, error: Exception, start_response: "StartResponse") -> Iterable[bytes]:
@@ -203,6 +209,7 @@ class _Call:
         response = protocol.refuse(error, self._id)
         error.__traceback__ = None  # its frames hold the request's body, and may hold the error
         response.headers.update(answer_headers(self._id, self._version))
+        self._record(response.status_code, response.content_length or 0, error)
         method = self._environ["REQUEST_METHOD"]
         return response({"REQUEST_METHOD": method}, start_response)
 
@@ -216,6 +223,22 @@ class _Call:
         assert self._request is not None
         self._result = result
         return self._request.write(result, self._id)
+
+    def _record(self, status: int, response_bytes: int, error: Exception | None = None) -> None:
+        """Record this request, whose answer is made, if it is sampled or all are logged."""
+        environ, recorder = self._environ, self._state.recorder
+        if recorder is None or (trace := recorder.select(environ, self._id)) is None:
+            return
+        exchange = Exchange(
+            environ=environ,
+            request_id=self._id,
+            route=self._routes.find(environ["PATH_INFO"]),
+            started=environ.get(CALLED, self._arrived_at),
+            protocol=self._protocol.name,
+            model_name=self._target.name,
+            job=self._job,
+        )
+        record(recorder, trace, exchange, status, response_bytes, error)
 
     def _log(self, result: Result) -> None:
         log.debug(

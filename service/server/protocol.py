@@ -89,6 +89,8 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         limits: of each connection.
         describe_error: makes the problem JSON for an error that the worker answers itself, from
             the status, the title, the detail and the id of the request.
+        on_refusal: called when the worker has answered a request itself, with the application,
+            the client's address, the status, the bytes of the body, and the id of the request.
         shutdown_delay_s: how long an ending worker still accepts connections while /readyz fails.
         max_connections_per_address: None for three quarters of the worker's connections.
         handover_folder: where the workers of a service find each other; None for no handover.
@@ -99,6 +101,7 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     family: socket.AddressFamily
     limits: Limits
     describe_error: Callable[[int, str, str, str], bytes]
+    on_refusal: Callable[[Any, str, int, int, str], None] | None = None
     shutdown_delay_s: float = 0.0
     max_connections_per_address: int | None = None
     handover_folder: Path | None = None

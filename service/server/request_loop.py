@@ -347,4 +347,7 @@ class RequestLoop:
             self._hold(connection, head.encode() + body, size)
         else:
             self._sockets.send(connection, head.encode() + body)
+        if on_refusal := self._worker.options.on_refusal:
+            client = connection.client[0] if connection.client else ""
+            on_refusal(self._worker.wsgi, client, status, len(body), request_id)
         return request_id

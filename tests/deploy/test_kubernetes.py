@@ -113,6 +113,23 @@ def test_only_one_container_writes_the_choices_of_plans(
     assert mounted.count("plans") == 1
 
 
+def test_the_service_may_reach_the_collector_of_its_traces(tmp_path: Path) -> None:
+    values = """
+        networkPolicy: {enabled: true}
+        service: {settings: {OTEL_EXPORTER_OTLP_ENDPOINT: "http://otel:4318"}}
+    """
+    ended = template(values, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (policy,) = [
+        each
+        for each in yaml.safe_load_all(ended.stdout)
+        if each
+        and each["kind"] == "NetworkPolicy"
+        and each["metadata"]["name"].endswith("-service")
+    ]
+    assert {"ports": [{"protocol": "TCP", "port": 4318}]} in policy["spec"]["egress"]
+
+
 def test_every_mount_selector_and_claim_names_something_that_exists(
     documents: list[dict[str, Any]],
 ) -> None:

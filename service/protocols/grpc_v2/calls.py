@@ -1,16 +1,25 @@
 """What each gRPC call has in common with an HTTP request: headers, access, id, and errors."""
 
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import Message
 
 from service.http import problems
+from service.http.recording import MAX_NAME_CHARACTERS
 from service.http.request_context import identify
+from service.inference.requests import Job
+from service.observability.request_record import FinishedRequest
+from service.observability.request_recorder import RequestRecorder
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+SERVICE = "inference.GRPCInferenceService"
+PROTOCOL = "grpc"
+PROBES = {"ServerLive", "ServerReady", "ModelReady"}
 # HTTP status of the table of errors → gRPC's status; by default INVALID_ARGUMENT for 4xx.
 _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -24,34 +33,86 @@ _CODES = {
 
 
 class Call:
-    """One call: its metadata as an HTTP server would have them, and its request id."""
+    """One call: its metadata as an HTTP server would have them, its request id, and its record."""
 
-    def __init__(self, context: grpc.ServicerContext) -> None:
+    def __init__(
+        self, name: str, context: grpc.ServicerContext, recorder: RequestRecorder | None
+    ) -> None:
+        """Begin the call ``name``; the ``recorder`` gets it when it ends."""
+        self._name = name
         self._context = context
+        self._recorder = recorder
+        self._started = time.perf_counter()
         self.environ = environ_of(context)
-        self.request_id, self.trace_id = identify(self.environ)
+        self.request_id, _ = identify(self.environ)
+        self.job: Job | None = None
+        """That of the pipeline, if the call got that far."""
 
-    def fail(self, error: Exception) -> NoReturn:
+    def fail(self, error: Exception, message: Message) -> NoReturn:
         """End the call with the status for ``error``, as HTTP would answer it.
 
         Raises:
             Exception: always; grpcio stops the call with it.
         """
         problem = problems.describe(error, self.request_id)
-        default = grpc.StatusCode.INVALID_ARGUMENT
+        code = _CODES.get(problem.status, grpc.StatusCode.INVALID_ARGUMENT)
         trailers = [("x-request-id", self.request_id)]
         if (retry_after_s := problems.retry_after_s(error)) is not None:
             trailers.append(("retry-after", str(retry_after_s)))
         self._context.set_trailing_metadata(tuple(trailers))
+        failed = type(error).__name__ if problem.status >= 500 else None
+        self._record(code, message, None, failed)
         error.__traceback__ = None  # its frames hold the request, and may hold the error
-        self._context.abort(_CODES.get(problem.status, default), problem.detail)
+        self._context.abort(code, problem.detail)
 
-    def succeed(self, version: int | None) -> None:
-        """Set the metadata of an answer; ``version`` is the one that made it, if any."""
+    def succeed(self, message: Message, answer: Message) -> None:
+        """Set the metadata of the ``answer`` to ``message``."""
         sent = [("x-request-id", self.request_id)]
-        if version is not None:
-            sent.append(("x-model-version", str(version)))
+        if self.job and self.job.served:
+            sent.append(("x-model-version", str(self.job.served.version)))
         self._context.set_trailing_metadata(tuple(sent))
+        self._record(grpc.StatusCode.OK, message, answer, None)
+
+    def _record(
+        self,
+        code: grpc.StatusCode,
+        message: Message,
+        answer: Message | None,
+        failed: str | None,
+    ) -> None:
+        """Record the call, by OpenTelemetry's conventions for gRPC; probes are not recorded."""
+        if self._recorder is None or self._name in PROBES:
+            return
+        trace = self._recorder.select(self.environ, self.request_id)
+        if trace is None:
+            return
+        method = f"{SERVICE}/{self._name}"
+        number = int(code.value[0])
+        model_name = getattr(message, "model_name", None) or getattr(message, "name", None)
+        self._recorder.record(
+            trace,
+            self.environ,
+            self.job,
+            FinishedRequest(
+                request_id=self.request_id,
+                name=method,
+                method=self._name,
+                path=f"/{method}",
+                status=number,
+                attributes={
+                    "rpc.system": "grpc",
+                    "rpc.service": SERVICE,
+                    "rpc.method": self._name,
+                    "rpc.grpc.status_code": number,
+                },
+                started=self._started,
+                request_bytes=message.ByteSize(),
+                response_bytes=answer.ByteSize() if answer else 0,
+                protocol=PROTOCOL if self._name == "ModelInfer" else "",
+                model_name=model_name[:MAX_NAME_CHARACTERS] if model_name else None,
+                error=failed,
+            ),
+        )
 
 
 def environ_of(context: grpc.ServicerContext) -> "WSGIEnvironment":

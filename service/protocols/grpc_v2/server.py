@@ -9,8 +9,9 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from service.protocols.grpc_v2.call_threads import CallThreads
+from service.protocols.grpc_v2.calls import SERVICE
 from service.protocols.grpc_v2.drain import drain
-from service.protocols.grpc_v2.service import SERVICE, InferenceService
+from service.protocols.grpc_v2.service import InferenceService
 from service.settings import Settings
 from service.state import State
 

@@ -13,7 +13,7 @@ from service.http.health import readiness
 from service.inference.requests import Job, Request, Result
 from service.protocols.grpc_v2 import inference_pb2 as pb
 from service.protocols.grpc_v2.call_threads import CallThreads
-from service.protocols.grpc_v2.calls import Call
+from service.protocols.grpc_v2.calls import PROTOCOL, SERVICE, Call
 from service.protocols.grpc_v2.infer import InferImages
 from service.protocols.openinference.metadata import (
     Statistics,
@@ -27,8 +27,6 @@ from service.protocols.openinference.protocol import target
 from service.state import State
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
-SERVICE = "inference.GRPCInferenceService"
-PROTOCOL = "grpc"
 
 
 class InferenceService:
@@ -60,7 +58,7 @@ class InferenceService:
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
-                self._guarded(call, rights),
+                self._guarded(name, call, rights),
                 request_deserializer=request.FromString,
                 response_serializer=_serialized,
             )
@@ -79,18 +77,18 @@ class InferenceService:
         return readiness(self._state, self.ending).ready
 
     def _guarded(
-        self, call: Callable[[Any], Message], rights: tuple[Right, ...]
+        self, name: str, call: Callable[[Any], Message], rights: tuple[Right, ...]
     ) -> Callable[[Any, grpc.ServicerContext], Message]:
         """``call`` for clients with one of the ``rights``, with errors as gRPC has them."""
 
         def answer(message: Any, context: grpc.ServicerContext) -> Message:
-            current = Call(context)
+            current = Call(name, context, self._state.recorder)
             try:
                 self._state.access_control.admit_with(current.environ, rights)
                 found = call(message)
             except Exception as error:  # noqa: BLE001 - the edge of a call
-                current.fail(error)
-            current.succeed(None)
+                current.fail(error, message)
+            current.succeed(message, found)
             return found
 
         return answer
@@ -98,25 +96,25 @@ class InferenceService:
     def _model_infer(
         self, message: pb.ModelInferRequest, context: grpc.ServicerContext
     ) -> pb.ModelInferResponse:
-        current, state = Call(context), self._state
-        job: Job | None = None
+        state = self._state
+        current = Call("ModelInfer", context, state.recorder)
         images = InferImages(message, state.settings)
         try:
             state.access_control.admit(current.environ)
             wanted = images.wanted()
-            job = self._job(message, images, current)
-            state.pipeline.submit(job)
+            current.job = self._job(message, images, current)
+            state.pipeline.submit(current.job)
 
             def write(result: Result) -> pb.ModelInferResponse:
                 return images.answer(result, wanted)
 
-            answer = state.pipeline.finish(job, write)
+            answer = state.pipeline.finish(current.job, write)
         except Exception as error:  # noqa: BLE001 - the edge of a call
-            served = job.served if job else None
+            served = current.job.served if current.job else None
             version = served.version if served else None
             state.pipeline.refuse(message.model_name or None, version, PROTOCOL, error)
-            current.fail(error)
-        current.succeed(int(answer.model_version))
+            current.fail(error, message)
+        current.succeed(message, answer)
         return answer
 
     def _job(

@@ -21,10 +21,12 @@ from registry.model.image.decode import decode_image
 from service import create_app
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
+from service.observability.tracing.options import TracingOptions
 from service.protocols.grpc_v2 import inference_pb2 as pb
 from service.protocols.grpc_v2.server import GrpcServer
 from service.settings import Settings
-from tests.conftest import WAIT_TIMEOUT_S, free_port
+from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
+from tests.otlp_receiver import attributes, running_collector
 from tests.service.protocols.tensors import bytes_tensor, normalised
 from training.data.sources import Dataset
 
@@ -378,3 +380,32 @@ def test_a_client_over_its_rate_learns_when_to_retry(
     error: Any = raised.value
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(error.trailing_metadata())["retry-after"] == "100"
+
+
+def test_a_call_has_a_span_that_continues_the_callers_trace(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    trace, parent = "4b" * 16, "0f" * 8
+    with running_collector() as collector:
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
+        caller, _, app = serve(tracing=TracingOptions.from_environment(variables))
+        traceparent = {"traceparent": f"00-{trace}-{parent}-01"}
+        caller.call("ServerReady", pb.ServerReadyRequest(), **traceparent)
+        caller.infer(request(raw=bytes_tensor(images[:1])), **traceparent)
+        caller.refusal("ModelInfer", request(raw=b"", model="other"), **traceparent)
+        wait_for(lambda: len(collector.servers()) == 2, "the spans did not come")
+        app.extensions["convoy"].recorder.close(5)
+    answered, refused = collector.servers()
+    for span, code in ((answered, 0), (refused, 5)):
+        assert span.name == "inference.GRPCInferenceService/ModelInfer"
+        assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
+        found = attributes(span.attributes)
+        assert (found["rpc.system"], found["rpc.grpc.status_code"]) == ("grpc", code)
+        assert found["convoy.protocol"] == "grpc"
+    stages = [each.name for each in collector.children(answered)]
+    assert stages == ["decode", "queue", "forward", "encode"]
+    assert collector.children(refused) == []

@@ -1,0 +1,100 @@
+"""``RequestRecorder``: what a service keeps of each finished request, beside the metrics.
+
+A protocol describes a finished request, after its answer is made. The recorder then queues one
+record for the spans of its trace, and for its line in the access log. Threads write both.
+
+    recorder = state.recorder  # None if the service records nothing
+    if recorder and (trace := recorder.select(environ, request_id)):
+        recorder.record(trace, environ, job, FinishedRequest(…))
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from service.inference.requests import Job
+from service.observability.access_log import AccessLog
+from service.observability.request_record import FinishedRequest, RequestRecord
+from service.observability.tracing.trace_context import TraceContext, parse_traceparent
+from service.observability.tracing.tracer import Tracer
+
+
+class RequestRecorder:
+    """Records requests for the tracer and the access log. Any thread may call any method."""
+
+    def __init__(
+        self,
+        tracer: Tracer | None,
+        access_log: AccessLog | None,
+        describe_client: Callable[[Mapping[str, Any]], tuple[str, str | None]],
+    ) -> None:
+        """Record for the ``tracer`` and the ``access_log``, of which each may be None.
+
+        ``describe_client`` returns the address of the client that sent a request, and the name of
+        its token if it sent a known one.
+        """
+        self.tracer = tracer
+        self.access_log = access_log
+        self._describe_client = describe_client
+
+    def select(
+        self, environ: Mapping[str, Any], request_id: str, may_trace: bool = True
+    ) -> TraceContext | None:
+        """The trace of a request that is to be recorded; None if it is not.
+
+        Args:
+            environ: the request's headers and ``REMOTE_ADDR`` by their names in CGI (RFC 3875).
+            request_id: if the service made it at random, it is the trace's id, too.
+            may_trace: whether the request may have spans.
+        """
+        traceparent = environ.get("HTTP_TRACEPARENT", "")
+        if self.tracer is not None and may_trace:
+            own_id = None if traceparent or "HTTP_X_REQUEST_ID" in environ else request_id
+            state = environ.get("HTTP_TRACESTATE", "")
+            if context := self.tracer.sampling.context(traceparent, state, own_id):
+                return context
+        if self.access_log is None:
+            return None
+        caller = parse_traceparent(traceparent)
+        return TraceContext(trace_id=caller[0] if caller else None)
+
+    def record(
+        self,
+        trace: TraceContext,
+        environ: Mapping[str, Any],
+        job: Job | None,
+        request: FinishedRequest,
+    ) -> None:
+        """Queue the request's spans and its line.
+
+        Args:
+            trace: what ``select`` returned.
+            environ: as for ``select``.
+            job: that of the pipeline, if the request got that far.
+            request: the request with its answer.
+        """
+        served = job.served if job else None
+        client, token = self._describe_client(environ) if self.access_log else ("", None)
+        record = RequestRecord(
+            request=request,
+            ended=time.perf_counter(),
+            trace=trace,
+            client=client,
+            token=token,
+            model_name=served.name if served else request.model_name,
+            model_version=served.version if served else None,
+            plan=served.plan if served else None,
+            answered=job.answered if job else None,
+        )
+        if self.tracer is not None and trace.sampled:
+            self.tracer.queue.put(record)
+        if self.access_log is not None:
+            self.access_log.queue.put(record)
+
+    def close(self, timeout_s: float) -> None:
+        """Write the lines and send the spans that wait, for at most ``timeout_s``."""
+        ends = time.monotonic() + timeout_s
+        if self.access_log is not None:
+            self.access_log.queue.close(timeout_s)
+        if self.tracer is not None:
+            self.tracer.close(max(0.0, ends - time.monotonic()))

@@ -1,0 +1,73 @@
+"""The process that makes the spans of all workers, and sends them to the collector.
+
+A worker's own thread would need a quarter of the worker's time if every request were sampled, and
+would hold the interpreter while the loop waits for it (docs/decisions/0023).
+"""
+
+import contextlib
+import logging.config
+import os
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+
+from registry.core.errors import UsageError
+from service.observability.logging import logging_config
+from service.observability.metrics import Metrics
+from service.observability.request_record import RequestRecord
+from service.observability.tracing.feed import BUFFER_BYTES
+from service.observability.tracing.options import TracingOptions
+from service.observability.tracing.span_export import SpanExport
+
+# The supervisor kills this process 5 s after it has closed its standard input.
+END_TIMEOUT_S = 3.0
+_decode = msgspec.msgpack.Decoder(list[RequestRecord]).decode
+
+
+def main(address: str) -> None:
+    """Send the spans of the records that arrive at ``address`` until standard input ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # workers that end send records until the end
+    logging.config.dictConfig(
+        logging_config((os.environ.get("CONVOY_LOG_LEVEL") or "INFO").upper())
+    )
+    options = TracingOptions.from_environment(os.environ)
+    if options is None:
+        raise UsageError("this process needs OTEL_EXPORTER_OTLP_ENDPOINT")
+    export = SpanExport(options, Metrics().families.traces_dropped.inc)
+    with receiver_at(Path(address)) as receiver:
+        relay(receiver, sys.stdin.fileno(), export)
+    export.close(END_TIMEOUT_S)
+    sys.stdout.flush()
+    os._exit(0)  # a thread of the SDK may still wait for a collector that hangs
+
+
+def receiver_at(address: Path) -> socket.socket:
+    """A datagram socket at ``address``, in place of that of an earlier process."""
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.setblocking(False)
+    address.unlink(missing_ok=True)
+    receiver.bind(str(address))
+    return receiver
+
+
+def relay(receiver: socket.socket, standard_input: int, export: SpanExport) -> None:
+    """Hand the records of all datagrams to ``export``; return when standard input has ended.
+
+    The workers have ended by then, and what they have sent is in the socket.
+    """
+    ended = False
+    while not ended:
+        ready, _, _ = select.select([receiver.fileno(), standard_input], [], [])
+        ended = standard_input in ready and not os.read(standard_input, 1)
+        with contextlib.suppress(BlockingIOError):
+            while data := receiver.recv(BUFFER_BYTES):
+                export.send(_decode(data))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
