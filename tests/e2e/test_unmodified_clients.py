@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -62,17 +62,46 @@ def folder(pictures: list[bytes], digits: Dataset, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def with_grpc(paths: Path) -> Iterator[tuple[Service, int]]:
-    """A service, and the port on which it also speaks gRPC."""
+class GrpcService(NamedTuple):
+    """A running service, and the port on which it speaks gRPC."""
+
+    service: Service
+    grpc_port: int
+
+
+@contextmanager
+def running(paths: Path) -> Iterator[GrpcService]:
+    """A service that speaks gRPC, too; ended with the context."""
     port = free_port()
     service = Service(paths, CONVOY_GRPC_PORT=str(port))
     try:
         wait_for(service.is_ready, "the service did not become ready")
-        yield service, port
+        yield GrpcService(service, port)
     finally:
         if service.process.is_running():
             service.stop()
+
+
+@pytest.fixture(scope="module")
+def with_grpc(
+    trained_paths: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GrpcService]:
+    """One service for all tests that neither change the registry nor end the service."""
+    paths = shutil.copytree(trained_paths, tmp_path_factory.mktemp("shared") / "home")
+    with running(paths) as found:
+        yield found
+
+
+@pytest.fixture
+def service(with_grpc: GrpcService) -> Service:
+    return with_grpc.service
+
+
+@pytest.fixture
+def own(paths: Path) -> Iterator[GrpcService]:
+    """A service for one test."""
+    with running(paths) as found:
+        yield found
 
 
 def requests_of(service: Service, version: int) -> int:
@@ -156,7 +185,7 @@ def test_kserves_client_gets_health_and_answers(
 
 @needs_clients
 def test_tritonclient_and_kserves_client_get_the_same_answers_over_grpc(
-    with_grpc: tuple[Service, int], folder: Path, pictures: list[bytes]
+    with_grpc: GrpcService, folder: Path, pictures: list[bytes]
 ) -> None:
     service, port = with_grpc
     expected = probabilities(service, pictures)
@@ -190,9 +219,9 @@ def test_tritonclient_and_kserves_client_get_the_same_answers_over_grpc(
 
 @needs_clients
 def test_a_service_that_ends_fails_no_call_that_a_client_has_sent(
-    with_grpc: tuple[Service, int], folder: Path
+    own: GrpcService, folder: Path
 ) -> None:
-    service, port = with_grpc
+    service, port = own
     with load_of("grpc", port, folder) as load:
         wait_for(lambda: requests_of(service, 1) > 200, "no call was answered")
         assert service.stop() == 0
@@ -306,10 +335,10 @@ def load_of(protocol: str, port: int, folder: Path) -> "Iterator[subprocess.Pope
 @needs_clients
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_canary_and_a_promotion_fail_no_request_of_tritonclient(
-    paths: Path, with_grpc: tuple[Service, int], folder: Path, protocol: str
+    paths: Path, own: GrpcService, folder: Path, protocol: str
 ) -> None:
     store = ModelStore(Paths(paths))
-    service, grpc_port = with_grpc
+    service, grpc_port = own
     with load_of(protocol, grpc_port if protocol == "grpc" else service.port, folder) as load:
         wait_for(lambda: requests_of(service, 1) > 50, "version 1 does not answer")
         start_canary(store, "digits", Canary(version=2, share=0.5), "to see")

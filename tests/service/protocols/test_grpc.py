@@ -3,12 +3,19 @@
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from flask import Flask
 from flask.testing import FlaskClient
 from google.protobuf.message import Message
@@ -36,8 +43,13 @@ SERVICE = "inference.GRPCInferenceService"
 class Caller:
     """Calls the server by the names of its calls, as any client would."""
 
-    def __init__(self, port: int) -> None:
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    def __init__(self, port: int, credentials: grpc.ChannelCredentials | None = None) -> None:
+        address = f"127.0.0.1:{port}"
+        self._channel = (
+            grpc.secure_channel(address, credentials)
+            if credentials
+            else grpc.insecure_channel(address)
+        )
 
     def call(
         self, name: str, message: Message, service: str = SERVICE, **metadata: str
@@ -380,6 +392,45 @@ def test_a_client_over_its_rate_learns_when_to_retry(
     error: Any = raised.value
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(error.trailing_metadata())["retry-after"] == "100"
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """The files of a certificate for 127.0.0.1, which signs itself, and of its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "convoy")])
+    now = datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name)
+    builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + timedelta(days=1))
+    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    files = folder / "tls.crt", folder / "tls.key"
+    files[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    files[1].write_bytes(pem)
+    return files
+
+
+def test_with_a_certificate_only_clients_with_tls_are_answered(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+    tmp_path: Path,
+) -> None:
+    certificate, key = self_signed(tmp_path)
+    plain, _, app = serve(grpc_certificate=certificate, grpc_key=key)
+    assert plain.refusal("ServerLive", pb.ServerLiveRequest())[0] == "UNAVAILABLE"
+    port = app.extensions["convoy"].settings.grpc_port
+    secure = Caller(port, grpc.ssl_channel_credentials(certificate.read_bytes()))
+    assert secure.infer(request(raw=bytes_tensor(images[:1]))).model_version == "1"
+    secure.close()
+
+
+def test_a_certificate_that_cannot_be_read_stops_the_start(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]], tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="missing"):
+        serve(grpc_certificate=tmp_path / "missing.crt", grpc_key=tmp_path / "missing.key")
 
 
 def test_a_call_has_a_span_that_continues_the_callers_trace(
