@@ -74,7 +74,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 @pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Start every test with a home folder of its own, and without variables of the services."""
     for name in list(os.environ):
         if name.startswith(("CONVOY_", "OTEL_")) or name in (
@@ -83,6 +83,9 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    yield
+    # MLflow writes the last registry into the environment; the next session fixture would use it.
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture
