@@ -70,7 +70,13 @@ def mlflow_server(bundle: Bundle) -> Iterator[Server]:
                 *(sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"),
                 *("--model-uri", str(path), "--port", str(port), "--workers", str(WORKERS)),
             ],
-            env={**os.environ, "CONVOY_HOME": str(HOME), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "CONVOY_HOME": str(HOME),
+                "OMP_NUM_THREADS": "1",
+                # MLflow starts uvicorn by its name.
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -83,8 +89,8 @@ def mlflow_server(bundle: Bundle) -> Iterator[Server]:
                 time.sleep(0.2)
             yield Server(port, process)
         finally:
-            for each in (*process.children(recursive=True), process):
-                with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for each in (*process.children(recursive=True), process):
                     each.terminate()
             process.wait(60)
 

@@ -11,7 +11,7 @@ from tests.containers.stack import ROOT, Stack, load, say
 
 pytestmark = pytest.mark.containers
 
-# gRPC takes 22 MB of the service, OpenTelemetry 14.
+# gRPC takes 22 MB of the service, OpenTelemetry 7.
 MAX_BYTES = {"service": 380_000_000, "registry": 1_000_000_000}
 
 
