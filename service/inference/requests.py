@@ -109,6 +109,15 @@ class Result(Struct, frozen=True, kw_only=True):
     timings_ms: Timings
     batch_size: int
 
+    def rows(self) -> list[Probabilities]:
+        """The probabilities of all images; raises the error of the first image that failed."""
+        found = []
+        for each in self.images:
+            if isinstance(each, Exception):
+                raise each
+            found.append(each)
+        return found
+
 
 class AnsweredRequest(Struct, frozen=True, kw_only=True):
     """How one request was answered, for the metrics and its trace.

@@ -60,6 +60,11 @@ def too_large(size: int, limit: int) -> ImageTooLarge:
     return ImageTooLarge(f"the image has {size:,} bytes; at most {limit:,} are accepted")
 
 
+def within(image: bytes, limit: int) -> bytes | ImageTooLarge:
+    """The encoded ``image``, or the error that it has more than ``limit`` bytes."""
+    return image if len(image) <= limit else too_large(len(image), limit)
+
+
 def first_byte(value: msgspec.Raw) -> bytes:
     """The first byte of a JSON value, which determines its type."""
     return bytes(memoryview(value)[:1])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError
-from service.http.bodies.base64_text import too_large
+from service.http.bodies.base64_text import within
 from service.http.bodies.form import Form, image_parts
 from service.http.bodies.json_body import check_count, images_of, v1_texts
 from service.http.bodies.reading import (
@@ -84,7 +84,7 @@ class BodyImages:
         length = body_length(self._environ, settings.max_body_bytes)
         if kind == "multipart/form-data":
             return self._multipart(stream, length, self._environ["CONTENT_TYPE"])
-        return iter((self._limited(read_body(stream, length)),))
+        return iter((within(read_body(stream, length), settings.max_image_bytes),))
 
     def _multipart(
         self, stream: "InputStream", length: int, content_type: str
@@ -107,10 +107,6 @@ class BodyImages:
     def _json(self, body: bytes | mmap) -> Iterator[bytes | ConvoyError]:
         texts, self.many, has_escapes = v1_texts(body, self._settings.max_batch)
         return images_of(texts, has_escapes, self._settings.max_image_bytes)
-
-    def _limited(self, image: bytes) -> bytes | ConvoyError:
-        limit = self._settings.max_image_bytes
-        return image if len(image) <= limit else too_large(len(image), limit)
 
 
 def json_buffer(environ: "WSGIEnvironment", settings: Settings) -> bytes | mmap:

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from registry.core.errors import ConvoyError, InvalidTensor
-from service.http.bodies.base64_text import too_large
+from service.http.bodies.base64_text import within
 from service.inference.requests import InputImage, Result
 from service.protocols.grpc_v2 import inference_pb2 as pb
-from service.protocols.openinference.infer_request import refuse_shared_memory
 from service.protocols.openinference.infer_response import (
     Output,
     WantedOutput,
     outputs_of,
+    refuse_shared_memory,
     wanted_outputs,
 )
 from service.protocols.openinference.tensors import (
@@ -88,10 +88,7 @@ def _typed(
             f"the tensor has {len(contents.bytes_contents)} bytes_contents; its shape "
             f"{list(head.shape)} needs {head.images}"
         )
-    return (
-        each if len(each) <= max_bytes else too_large(len(each), max_bytes)
-        for each in contents.bytes_contents
-    )
+    return (within(each, max_bytes) for each in contents.bytes_contents)
 
 
 def _tensor(output: Output, is_raw: bool) -> pb.ModelInferResponse.InferOutputTensor:

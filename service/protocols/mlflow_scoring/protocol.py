@@ -10,7 +10,7 @@ from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError, InvalidImage, UnsupportedImageType
 from service.http import problems
-from service.http.bodies.base64_text import too_large
+from service.http.bodies.base64_text import within
 from service.http.bodies.body_images import json_buffer
 from service.http.bodies.json_body import images_of
 from service.http.bodies.reading import body_length, check_coding, media_type, read_body
@@ -103,7 +103,8 @@ class ScoringRequest:
         kind = media_type(environ)
         if kind in _RAW or kind.startswith("image/"):
             length = body_length(environ, settings.max_body_bytes)
-            return iter((self._limited(read_body(environ["wsgi.input"], length)),))
+            image = read_body(environ["wsgi.input"], length)
+            return iter((within(image, settings.max_image_bytes),))
         _check_parameters(environ["CONTENT_TYPE"] if kind else "")
         body = json_buffer(environ, settings)
         if kind == "application/json":
@@ -122,16 +123,10 @@ class ScoringRequest:
         """The rows that the version's python_function gives, under ``predictions``."""
         labels = result.served.manifest.labels
         rows = []
-        for each in result.images:
-            if isinstance(each, Exception):
-                raise each
+        for each in result.rows():
             best = int(each.argmax())
             rows.append(ScoredImage(labels[best], best, float(each[best]), each.tolist()))
         return Answer(_encode(Predictions(rows)))
-
-    def _limited(self, image: bytes) -> bytes | ConvoyError:
-        limit = self._settings.max_image_bytes
-        return image if len(image) <= limit else too_large(len(image), limit)
 
 
 def _check_parameters(content_type: str) -> None:

@@ -17,7 +17,12 @@ from service.http.bodies.json_body import check_escapes, images_of, is_text, par
 from service.http.bodies.reading import body_buffer, body_length, check_coding
 from service.inference.requests import InputImage, Result
 from service.protocols.inference_app import Answer
-from service.protocols.openinference.infer_response import WantedOutput, wanted_outputs, write
+from service.protocols.openinference.infer_response import (
+    WantedOutput,
+    refuse_shared_memory,
+    wanted_outputs,
+    write,
+)
 from service.protocols.openinference.tensors import (
     ENCODED,
     TensorHead,
@@ -162,12 +167,6 @@ class InferRequest:
         if head.datatype == ENCODED:
             return images_of(*_texts(head, tensor.data), limit)
         return iter(images_from_values(head, _numbers(head, tensor.data)))
-
-
-def refuse_shared_memory(parameters: dict[str, Any]) -> None:
-    """Raise ``InvalidTensor`` if a tensor should lie in memory that the client shares."""
-    if "shared_memory_region" in parameters:
-        raise InvalidTensor("shared memory is not supported; send the tensor in the body")
 
 
 def _member(

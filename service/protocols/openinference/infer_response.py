@@ -83,12 +83,17 @@ def _wanted(name: str, parameters: dict[str, Any], binary: bool, top_k: int) -> 
         raise InvalidTensor(
             f"there is no output {name[:40]!r}; there are {PROBABILITIES} and {LABELS}"
         )
-    if "shared_memory_region" in parameters:
-        raise InvalidTensor("shared memory is not supported; receive the tensor in the answer")
+    refuse_shared_memory(parameters)
     classification = _number(parameters, "classification", default=0)
     if classification and name == LABELS:
         raise InvalidTensor(f"{LABELS} has no classification; ask for it on {PROBABILITIES}")
     return WantedOutput(name, parameters.get("binary_data", binary) is True, top_k, classification)
+
+
+def refuse_shared_memory(parameters: dict[str, Any]) -> None:
+    """Raise ``InvalidTensor`` if a tensor should lie in memory that the client shares."""
+    if "shared_memory_region" in parameters:
+        raise InvalidTensor("shared memory is not supported; send and receive tensors in bodies")
 
 
 def _number(parameters: dict[str, Any], name: str, default: int) -> int:
@@ -124,7 +129,7 @@ class Output(Struct, frozen=True):
 
 def outputs_of(result: Result, wanted: list[WantedOutput]) -> list[Output]:
     """The ``wanted`` outputs; raises the error of the first image that failed."""
-    rows = [_probabilities(each) for each in result.images]
+    rows = result.rows()
     labels = result.served.manifest.labels
     return [_output(each, rows, labels) for each in wanted]
 
@@ -156,12 +161,6 @@ def write(result: Result, wanted: list[WantedOutput], request_id: str) -> Answer
         return Answer(head)
     length = ("Inference-Header-Content-Length", str(len(head)))
     return Answer(b"".join((head, *blobs)), "application/octet-stream", (length,))
-
-
-def _probabilities(image: Probabilities | Exception) -> Probabilities:
-    if isinstance(image, Exception):
-        raise image
-    return image
 
 
 def _output(wanted: WantedOutput, rows: list[Probabilities], labels: tuple[str, ...]) -> Output:
