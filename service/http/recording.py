@@ -23,6 +23,8 @@ METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 )
 SERVER_ERROR = 500
+# Python's int raises ValueError for thousands of digits, which a client may send.
+_LENGTH = re.compile(r"[0-9]{1,15}")
 # A client's text is cut, so that 16 records fit into a datagram (``tracing.feed``).
 MAX_PATH_BYTES = 2_000
 MAX_NAME_CHARACTERS = 200
@@ -87,7 +89,7 @@ def record(
             status=status,
             attributes=attributes,
             started=exchange.started,
-            request_bytes=int(length) if length.isdecimal() else 0,
+            request_bytes=int(length) if _LENGTH.fullmatch(length) else 0,
             response_bytes=response_bytes,
             protocol=exchange.protocol,
             model_name=exchange.model_name and exchange.model_name[:MAX_NAME_CHARACTERS],

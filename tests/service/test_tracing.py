@@ -627,6 +627,17 @@ def logged(
     return make
 
 
+def test_a_length_of_thousands_of_digits_is_400_and_has_a_line(
+    logged: Callable[..., tuple[FlaskClient, Written]], png: bytes
+) -> None:
+    client, written = logged()
+    lengths = {"CONTENT_LENGTH": "9" * 5000}
+    response = client.post("/v1/classify", data=png, environ_overrides=lengths, **RAW)
+    assert response.status_code == 400
+    (line,) = written.lines()
+    assert (line["status"], line["request_bytes"]) == (400, 0)
+
+
 def test_each_request_but_a_probe_has_a_line(
     logged: Callable[..., tuple[FlaskClient, Written]], png: bytes
 ) -> None:
