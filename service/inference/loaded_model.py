@@ -95,5 +95,5 @@ def find_slot(slots: Mapping[str, AnySlot], name: str | None = None) -> AnySlot:
     if name is None:
         return next(iter(slots.values()))
     if name not in slots:
-        raise ModelNotFound(f"there is no model {name!r} here; there are: {', '.join(slots)}")
+        raise ModelNotFound(f"there is no model {name[:80]!r} here; there are: {', '.join(slots)}")
     return slots[name]

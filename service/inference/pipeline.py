@@ -94,7 +94,7 @@ class Pipeline:
             raise Postpone  # ``require`` may have to load the model first
         served = serving.find(version, alias)
         if served is None:
-            wanted = f"version {version}" if alias is None else f"alias {alias!r}"
+            wanted = f"version {version}" if alias is None else f"alias {alias[:80]!r}"
             here = " and ".join(
                 f"version {each.version}" + (f", alias {each.alias!r}" if each.alias else "")
                 for each in (serving.champion, serving.challenger)

@@ -71,8 +71,11 @@ class BackgroundQueue(Generic[Row]):
             self._attempt([self._rows.popleft() for _ in range(count)])
             time.sleep(0)
         if lost := self._lost:
+            try:
+                self._dropped(lost)
+            except Exception:  # noqa: BLE001 - the edge of a thread: the next round tries again
+                return
             self._lost -= lost
-            self._dropped(lost)
 
     def _attempt(self, rows: list[Row]) -> None:
         try:

@@ -764,3 +764,26 @@ def test_the_sdk_logs_at_most_one_line_a_minute(caplog: pytest.LogCaptureFixture
     for _ in range(5):
         logging.getLogger("opentelemetry.exporter.otlp").warning("failed")
     assert [each.getMessage() for each in caplog.records] == ["cannot send spans: failed"]
+
+
+def test_an_error_while_lost_rows_are_reported_does_not_end_the_thread() -> None:
+    handled: list[int] = []
+    full = Event()
+
+    def handle(rows: list[int]) -> None:
+        if not full.is_set():
+            raise OSError("the disk is full")
+        handled.extend(rows)
+
+    def dropped(count: int) -> None:
+        if not full.is_set():
+            full.set()
+            raise OSError("the disk is full")
+        handled.append(-count)
+
+    queue = BackgroundQueue("rows", handle, 10, dropped)
+    queue.put(1)
+    wait_for(full.is_set, "no row was lost")
+    queue.put(2)
+    queue.close(60)
+    assert handled == [2, -1]

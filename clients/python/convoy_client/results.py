@@ -178,7 +178,10 @@ def _whole(record: dict[str, Any], name: str) -> int:
 
 def _number(record: dict[str, Any], name: str) -> float:
     value = _field(record, name)
-    return float(value if isinstance(value, float) else _checked(value, int, name))
+    try:
+        return float(value if isinstance(value, float) else _checked(value, int, name))
+    except OverflowError as error:
+        raise InvalidAnswer(f"{name} is a number of too many digits") from error
 
 
 def _list(record: dict[str, Any], name: str) -> list[Any]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SERVICE = "inference.GRPCInferenceService"
 PROTOCOL = "grpc"
 PROBES = {"ServerLive", "ServerReady", "ModelReady"}
+# gRPC sends the details as metadata, which have a limit of 8 KB.
+MAX_DETAIL_CHARACTERS = 1000
 # HTTP status of the table of errors → gRPC's status; by default INVALID_ARGUMENT for 4xx.
 _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -42,7 +44,7 @@ class Call:
         self._name = name
         self._context = context
         self._recorder = recorder
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         self.environ = environ_of(context)
         self.request_id, _ = identify(self.environ)
         self.job: Job | None = None
@@ -63,7 +65,7 @@ class Call:
         failed = type(error).__name__ if problem.status >= 500 else None
         self._record(code, message, None, failed)
         error.__traceback__ = None  # its frames hold the request, and may hold the error
-        self._context.abort(code, problem.detail)
+        self._context.abort(code, problem.detail[:MAX_DETAIL_CHARACTERS])
 
     def succeed(self, message: Message, answer: Message) -> None:
         """Set the metadata of the ``answer`` to ``message``."""
@@ -105,7 +107,7 @@ class Call:
                     "rpc.method": self._name,
                     "rpc.grpc.status_code": number,
                 },
-                started=self._started,
+                started=self.started,
                 request_bytes=message.ByteSize(),
                 response_bytes=answer.ByteSize() if answer else 0,
                 protocol=PROTOCOL if self._name == "ModelInfer" else "",
@@ -119,8 +121,10 @@ def environ_of(context: grpc.ServicerContext) -> "WSGIEnvironment":
     """The call's metadata under the names that CGI gives to headers (RFC 3875, 4.1.18)."""
     environ: dict[str, Any] = {"REMOTE_ADDR": _address(context.peer())}
     for key, value in context.invocation_metadata():
-        if isinstance(value, str):
-            environ["HTTP_" + key.upper().replace("-", "_")] = value
+        # "x_forwarded_for" would get the name of "x-forwarded-for", which only a proxy may set.
+        if isinstance(value, str) and "_" not in key:
+            name = "HTTP_" + key.upper().replace("-", "_")
+            environ[name] = f"{environ[name]},{value}" if name in environ else value
     return environ
 
 

@@ -8,6 +8,7 @@ from service.http.bodies.base64_text import within
 from service.inference.requests import InputImage, Result
 from service.protocols.grpc_v2 import inference_pb2 as pb
 from service.protocols.openinference.infer_response import (
+    MAX_OUTPUTS,
     Output,
     WantedOutput,
     outputs_of,
@@ -52,6 +53,11 @@ class InferImages:
                 )
             raw = memoryview(message.raw_input_contents[0])
             return images_from_bytes(head, raw, self._settings.max_image_bytes)
+        if head.datatype != ENCODED and head.values > self._settings.max_json_bytes // 2:
+            # As many as JSON could hold. Python makes an object of each, and raw bytes need none.
+            raise InvalidTensor(
+                f"the tensor has {head.values:,} typed values; send it as raw_input_contents"
+            )
         return _typed(head, tensor.contents, self._settings.max_image_bytes)
 
     def wanted(self) -> list[WantedOutput]:
@@ -60,7 +66,8 @@ class InferImages:
         Raises:
             InvalidTensor: an output does not exist, or a parameter has an impossible value.
         """
-        requested = [(each.name, _plain(each.parameters)) for each in self._message.outputs]
+        outputs = self._message.outputs[: MAX_OUTPUTS + 1]  # one more is refused
+        requested = [(each.name, _plain(each.parameters)) for each in outputs]
         return wanted_outputs(requested, _plain(self._message.parameters))
 
     def answer(self, result: Result, wanted: list[WantedOutput]) -> pb.ModelInferResponse:

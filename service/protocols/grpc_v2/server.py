@@ -4,20 +4,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health_pb2
 
-from service.protocols.grpc_v2.call_threads import CallThreads
 from service.protocols.grpc_v2.calls import SERVICE
 from service.protocols.grpc_v2.drain import drain
 from service.protocols.grpc_v2.service import InferenceService
+from service.protocols.grpc_v2.turns import Turns
 from service.settings import Settings
 from service.state import State
 
 log = logging.getLogger(__name__)
 
-THREADS = 4
+# More calls at work would only compete for the interpreter.
+AT_WORK = 4
 # Calls that have arrived and are not answered; grpcio refuses further ones with RESOURCE_EXHAUSTED.
 MAX_CALLS = 256
 # Of one client's connection.
@@ -35,10 +37,11 @@ class GrpcServer:
     def __init__(self, state: State) -> None:
         """Prepare the server; it listens after ``start``."""
         self._settings = state.settings
-        threads = CallThreads(THREADS)
-        self._service = InferenceService(state, threads)
+        self._service = InferenceService(state, Turns(AT_WORK))
         self._server = grpc.server(
-            threads,
+            # grpcio waits in such a thread until the message of a call has arrived. With fewer
+            # threads, a few clients that send slowly would keep out all others and the probes.
+            ThreadPoolExecutor(MAX_CALLS, "grpc"),
             handlers=[self._service.handlers(), health_handlers(lambda: self._service.is_ready)],
             options=_options(state.settings),
             maximum_concurrent_rpcs=MAX_CALLS,
@@ -78,9 +81,14 @@ class GrpcServer:
             drain(self._settings.grpc_port, grace_s)
             left_s = began + delay_s + grace_s - time.monotonic()
             self._server.stop(max(0.0, left_s)).wait()
-            self._ended.set()
 
-        threading.Thread(target=stop, name="grpc-end", daemon=True).start()
+        def end() -> None:
+            try:
+                stop()
+            finally:
+                self._ended.set()
+
+        threading.Thread(target=end, name="grpc-end", daemon=True).start()
 
     def join(self) -> None:
         """Wait until the server has ended."""
@@ -135,7 +143,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         # Clients connect again after this time, and so find workers that have started since. It
         # also ends clients that send a message slowly.
         ("grpc.max_connection_age_ms", int(1000 * age_s)),
-        ("grpc.max_connection_age_grace_ms", 1000 * settings.graceful_timeout_s),
+        ("grpc.max_connection_age_grace_ms", int(1000 * settings.deadline_s)),
         # A client that has vanished is noticed within two minutes.
         ("grpc.keepalive_time_ms", 90_000),
         ("grpc.keepalive_timeout_ms", 20_000),

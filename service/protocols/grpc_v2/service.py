@@ -12,9 +12,9 @@ from registry.auth.tokens import Right
 from service.http.health import readiness
 from service.inference.requests import Job, Request, Result
 from service.protocols.grpc_v2 import inference_pb2 as pb
-from service.protocols.grpc_v2.call_threads import CallThreads
 from service.protocols.grpc_v2.calls import PROTOCOL, SERVICE, Call
 from service.protocols.grpc_v2.infer import InferImages
+from service.protocols.grpc_v2.turns import Turns
 from service.protocols.openinference.metadata import (
     Statistics,
     index,
@@ -32,10 +32,10 @@ AnyMessage = TypeVar("AnyMessage", bound=Message)
 class InferenceService:
     """The calls. It has many methods because each call of the protocol is one of them."""
 
-    def __init__(self, state: State, threads: CallThreads) -> None:
-        """Answer with the models of ``state``, in ``threads``."""
+    def __init__(self, state: State, turns: Turns) -> None:
+        """Answer with the models of ``state``; inference takes ``turns``."""
         self._state = state
-        self._threads = threads
+        self._turns = turns
         self.ending = False
         """Whether the worker ends soon; clients then see that the server is not ready."""
 
@@ -102,13 +102,14 @@ class InferenceService:
         try:
             state.access_control.admit(current.environ)
             wanted = images.wanted()
-            current.job = self._job(message, images, current)
-            state.pipeline.submit(current.job)
 
             def write(result: Result) -> pb.ModelInferResponse:
                 return images.answer(result, wanted)
 
-            answer = state.pipeline.finish(current.job, write)
+            with self._turns:
+                current.job = self._job(message, images, current)
+                state.pipeline.submit(current.job)
+                answer = state.pipeline.finish(current.job, write)
         except Exception as error:  # noqa: BLE001 - the edge of a call
             served = current.job.served if current.job else None
             version = served.version if served else None
@@ -133,8 +134,8 @@ class InferenceService:
                 version=wanted.version,
                 alias=wanted.alias,
                 session=current.environ.get(f"HTTP_{session}"),
-                waiting=self._threads.waiting,
-                started=self._threads.arrived,
+                waiting=self._turns.waiting,
+                started=current.started,
             )
         )
 

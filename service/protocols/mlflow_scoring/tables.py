@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 from werkzeug.exceptions import abort
 
-from service.http.bodies.base64_text import first_byte, paced
+from service.http.bodies.base64_text import count, first_byte, paced
 from service.http.bodies.json_body import check_count, check_structure, is_text, parse
 
 COLUMN = "image"
@@ -80,6 +80,9 @@ def texts_in_csv(body: bytes | mmap, max_images: int) -> list[msgspec.Raw]:
             more than ``max_images``.
     """
     texts: list[msgspec.Raw] = []
+    max_commas = (max_images + 1) * STRINGS_PER_IMAGE
+    if count(body, b",", max_commas + 1) > max_commas:
+        abort(413, f"the CSV table has more than {max_commas} values; send fewer images or columns")
     try:
         with paced(len(body)):
             rows = csv.reader(io.StringIO(bytes(body).decode("utf-8-sig"), newline=""), strict=True)

@@ -75,7 +75,7 @@ class InferBody(Struct, frozen=True):
 
     inputs: tuple[InputTensor]
     outputs: msgspec.Raw = _NOTHING
-    id: str = ""
+    id: str | None = None
     parameters: msgspec.Raw = _NOTHING
 
 
@@ -110,11 +110,11 @@ class InferRequest:
         check_coding(self._environ)
         head, binary = self._split()
         body = parse(head, _BODY, "an inference request of the Open Inference Protocol")
-        if len(body.id) > MAX_ID_CHARACTERS:
+        self._id = body.id or ""
+        if len(self._id) > MAX_ID_CHARACTERS:
             abort(400, f"the id has more than {MAX_ID_CHARACTERS} characters")
         parameters = _member(body.parameters, _PARAMETERS, "parameters") or {}
         outputs = _member(body.outputs, _OUTPUTS, "outputs") or []
-        self._id = body.id
         self._wanted = wanted_outputs(
             [(each.name, each.parameters) for each in outputs], parameters
         )

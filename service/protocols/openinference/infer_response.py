@@ -18,6 +18,7 @@ from service.protocols.openinference.tensors import (
 )
 
 MAX_TOP_K = 10_000
+MAX_OUTPUTS = 2
 _encode = msgspec.json.Encoder().encode
 
 
@@ -67,8 +68,11 @@ def wanted_outputs(
         parameters: those of the request.
 
     Raises:
-        InvalidTensor: an output does not exist, or a parameter has an impossible value.
+        InvalidTensor: an output does not exist or is named twice, or a parameter has an impossible
+            value.
     """
+    if len(requested) > MAX_OUTPUTS or len({name for name, _ in requested}) < len(requested):
+        raise InvalidTensor(f"name each output once; there are {PROBABILITIES} and {LABELS}")
     if parameters.get("sequence_id"):
         raise InvalidTensor("sequences are not supported; send each request alone")
     top_k = _number(parameters, "top_k", default=1)

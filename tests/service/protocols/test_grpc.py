@@ -66,6 +66,13 @@ class Caller:
         answer, call = send.with_call(message, timeout=WAIT_TIMEOUT_S, metadata=pairs)
         return answer, {key: str(value) for key, value in call.trailing_metadata() or ()}
 
+    def begin(
+        self, name: str, messages: Iterator[bytes], metadata: tuple[tuple[str, str], ...] = ()
+    ) -> Any:
+        """A call whose messages are sent as ``messages`` yields them."""
+        send: Any = self._channel.stream_unary(f"/{SERVICE}/{name}")
+        return send.future(messages, timeout=WAIT_TIMEOUT_S, metadata=metadata)
+
     def infer(self, message: pb.ModelInferRequest, **metadata: str) -> pb.ModelInferResponse:
         answer: pb.ModelInferResponse = self.call("ModelInfer", message, **metadata)[0]
         return answer
@@ -194,6 +201,9 @@ TWO_RAW = request(raw=b"")
 TWO_RAW.raw_input_contents.append(b"")
 OTHER_OUTPUT = request(raw=b"")
 OTHER_OUTPUT.outputs.add(name="logits")
+MANY_OUTPUTS = request(raw=b"")
+for _ in range(5_000):
+    MANY_OUTPUTS.outputs.add(name="labels")
 SEQUENCE = request(raw=b"")
 SEQUENCE.parameters["sequence_id"].uint64_param = 3
 
@@ -206,6 +216,10 @@ SEQUENCE.parameters["sequence_id"].uint64_param = 3
         (SHARED, "INVALID_ARGUMENT", "shared memory"),
         (TWO_RAW, "INVALID_ARGUMENT", "2 raw_input_contents"),
         (OTHER_OUTPUT, "INVALID_ARGUMENT", "no output 'logits'"),
+        (MANY_OUTPUTS, "INVALID_ARGUMENT", "each output once"),
+        (request("UINT8", (1, 2000, 2000, 1)), "INVALID_ARGUMENT", "raw_input_contents"),
+        (request(raw=b"", model="x" * 20_000), "NOT_FOUND", "no model 'xxx"),
+        (request(raw=b"", model_version="x" * 20_000), "NOT_FOUND", "alias 'xxx"),
         (SEQUENCE, "INVALID_ARGUMENT", "sequences are not supported"),
         (request("INT64", (1,), b""), "INVALID_ARGUMENT", "'INT64'"),
         (request("BYTES", (10**6,), b""), "INVALID_ARGUMENT", "1 to 4"),
@@ -374,6 +388,41 @@ def test_each_role_may_do_only_what_it_permits(
     for name in ("ServerLive", "ServerReady", "ServerMetadata"):
         assert status(name, getattr(pb, f"{name}Request")()) == "OK"
     assert status("ModelReady", pb.ModelReadyRequest(name="digits")) == "OK"
+
+
+def test_clients_that_never_send_their_message_do_not_block_the_others(
+    caller: Caller, images: list[bytes]
+) -> None:
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(WAIT_TIMEOUT_S)
+        yield from ()
+
+    half_sent = [caller.begin("ModelInfer", nothing()) for _ in range(20)]
+    try:
+        assert caller.call("ServerLive", pb.ServerLiveRequest())[0].live
+        assert caller.infer(request(raw=bytes_tensor(images[:1]))).model_version == "1"
+    finally:
+        over.set()
+        for each in half_sent:
+            each.cancel()
+
+
+def test_metadata_with_underscores_do_not_replace_what_a_proxy_sets(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+) -> None:
+    caller, _, _ = serve(rate_limit=0.01, burst=1, trusted_proxies="127.0.0.0/8")
+    message = request(raw=bytes_tensor(images[:1]))
+    caller.infer(message, **{"x-forwarded-for": "192.0.2.1"})
+    for forged in ("198.51.100.1", "198.51.100.2"):
+        pairs = (("x-forwarded-for", "192.0.2.1"), ("x_forwarded_for", forged))
+        with pytest.raises(grpc.RpcError) as raised:
+            caller.begin("ModelInfer", iter([message.SerializeToString()]), pairs).result()
+        error: Any = raised.value
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_a_client_over_its_rate_learns_when_to_retry(

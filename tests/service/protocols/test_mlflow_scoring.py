@@ -203,3 +203,8 @@ def test_too_many_images_are_413_before_they_are_decoded(ask: Ask) -> None:
         status, answer = ask(*body)
         assert status == 413, body
         assert "more than 4 images" in answer["message"]
+
+
+def test_a_csv_table_of_many_columns_is_413_before_it_is_parsed(ask: Ask) -> None:
+    status, answer = ask("image" + ",a" * 100_000 + "\n", CSV)
+    assert (status, "values" in answer["message"]) == (413, True)

@@ -119,6 +119,12 @@ def test_the_answer_has_the_requests_id_and_only_the_wanted_outputs(
     assert "id" not in ready.post(URL, **only).get_json()
 
 
+def test_members_that_are_null_count_as_missing(ready: FlaskClient, images: list[bytes]) -> None:
+    nulls = dict.fromkeys(("id", "outputs", "parameters"))
+    answer = ready.post(URL, **in_binary("BYTES", [4], bytes_tensor(images), **nulls))
+    assert set(outputs(answer)) == {"probabilities", "labels"}
+
+
 @pytest.mark.parametrize("members", [{}, ALL_BINARY])
 def test_classification_and_top_k_are_best_first(
     ready: FlaskClient, images: list[bytes], expected: Any, members: dict[str, Any]
@@ -178,6 +184,14 @@ BAD_JSON = {
     "other output": (
         {"inputs": [tensor("BYTES", [1], data=["a"])], "outputs": [{"name": "logits"}]},
         "no output 'logits'",
+    ),
+    "an output twice": (
+        {"inputs": [tensor("BYTES", [1], data=["a"])], "outputs": [{"name": "labels"}] * 2},
+        "each output once",
+    ),
+    "hundreds of outputs": (
+        {"inputs": [tensor("BYTES", [1], data=["a"])], "outputs": [{"name": "labels"}] * 500},
+        "each output once",
     ),
     "labels have no classification": (
         {
