@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from registry.core.problem_details import Problem
-from service.malloc import share_heap
+from service.memory import share_heap
 from service.observability.logging import logging_config
 from service.running_time import RunningTime
 from service.server.protocol import Companion, ServerOptions

@@ -47,12 +47,12 @@ MAY_IMPORT = {
     "service.server": set(),
     "service.access": {SETTINGS, *OFFERED_TO_SERVICE},
     INFERENCE: {
-        *(SETTINGS, "service.malloc", "service.server.protocol", "service.shadow.client"),
+        *(SETTINGS, "service.memory", "service.server.protocol", "service.shadow.client"),
         *OFFERED_TO_SERVICE,
     },
     OBSERVABILITY: {INFERENCE, *OFFERED_TO_SERVICE},
     "service.loading": {
-        *(SETTINGS, INFERENCE, OBSERVABILITY, "service.malloc", "service.running_time"),
+        *(SETTINGS, INFERENCE, OBSERVABILITY, "service.memory", "service.running_time"),
         *OFFERED_TO_SERVICE,
     },
     "service.shadow": {SETTINGS, "service.loading", OBSERVABILITY, *OFFERED_TO_SERVICE},
@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "service.protocols": {
         *(SETTINGS, "service.http", "service.state", "service.server.protocol", INFERENCE),
         *(OBSERVABILITY, "service.loading.model_slot", *OFFERED_TO_SERVICE),
-        "service.server.sockets.graceful_close",
+        *("service.server.sockets.graceful_close", "service.memory"),
     },
     "service": {"service", *OFFERED_TO_SERVICE},
     "convoy": {"registry", "training", "service", "convoy_client"},

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from service import create_app
-from service.malloc import share_heap
+from service.memory import share_heap
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication

@@ -8,7 +8,7 @@ from registry.model.image.structure import check_parts
 from registry.model.image.tensors import pixels_of
 from registry.model.manifest import PreprocessSpec
 from service.inference.requests import InputImage
-from service.malloc import trim_heap
+from service.memory import trim_heap
 from service.server.protocol import Postpone
 from service.settings import Settings
 

@@ -21,7 +21,7 @@ from registry.delivery.deployment import (
 )
 from registry.model.bundle import Bundle, open_bundle
 from service.inference.loaded_model import ActiveVersions, ServedModel
-from service.malloc import trim_heap
+from service.memory import trim_heap
 
 RETRY_S = 5.0
 # Choosing a plan again, in vain, takes the cores from the version that serves.

@@ -13,11 +13,10 @@ import random
 import signal
 import time
 from collections.abc import Callable, Collection
-from pathlib import Path
 from threading import Thread
 
 from service.loading.model_slot import ModelSlot
-from service.malloc import trim_heap
+from service.memory import rss_mb, trim_heap
 from service.running_time import RunningTime
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,6 @@ JITTER_S = 60.0
 # Returning memory and taking it again costs time: with an interval of 5 s, unusual pictures raised
 # the p99 of other requests.
 TRIM_S = 30.0
-_STATM = Path("/proc/self/statm")
 
 
 class Watchdog:
@@ -109,9 +107,3 @@ class Watchdog:
         else:
             log.warning("%s: the forward pass has ended; this worker continues", slot.ref.name)
             self.reason = None
-
-
-def rss_mb() -> int:
-    """This process's resident memory, in MiB."""
-    pages = int(_STATM.read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20

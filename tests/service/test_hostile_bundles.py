@@ -20,7 +20,7 @@ from registry.model.preprocessed_model import load_preprocessed
 from registry.model.refs import ModelRef, ModelVersion
 from service.loading.model_slot import ModelSlot
 from service.loading.open_slots import load_served
-from service.loading.watchdog import rss_mb
+from service.memory import rss_mb
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import MakeBundle

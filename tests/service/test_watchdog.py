@@ -11,7 +11,8 @@ import pytest
 
 from registry.model.refs import ModelRef
 from service.loading import watchdog
-from service.loading.watchdog import Watchdog, rss_mb
+from service.loading.watchdog import Watchdog
+from service.memory import rss_mb
 from tests.conftest import WAIT_TIMEOUT_S
 
 

@@ -1,25 +1,28 @@
 """What each gRPC call has in common with an HTTP request: headers, access, id, and errors."""
 
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
+from registry.core.errors import InvalidTensor
 from service.http import problems
 from service.http.recording import MAX_NAME_CHARACTERS
 from service.http.request_context import identify
 from service.inference.requests import Job
 from service.observability.request_record import FinishedRequest
-from service.observability.request_recorder import RequestRecorder
+from service.state import State
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
 SERVICE = "inference.GRPCInferenceService"
 PROTOCOL = "grpc"
-PROBES = {"ServerLive", "ServerReady", "ModelReady"}
+PROBES = {"Check", "ServerLive", "ServerReady", "ModelReady"}
 # gRPC sends the details as metadata, which have a limit of 8 KB.
 MAX_DETAIL_CHARACTERS = 1000
 # HTTP status of the table of errors → gRPC's status; by default INVALID_ARGUMENT for 4xx.
@@ -37,20 +40,45 @@ _CODES = {
 class Call:
     """One call: its metadata as an HTTP server would have them, its request id, and its record."""
 
-    def __init__(
-        self, name: str, context: grpc.ServicerContext, recorder: RequestRecorder | None
-    ) -> None:
-        """Begin the call ``name``; the ``recorder`` gets it when it ends."""
+    def __init__(self, name: str, context: grpc.ServicerContext, state: State) -> None:
+        """Begin the call ``name``; the recorder of the ``state`` gets it when it ends."""
         self._name = name
         self._context = context
-        self._recorder = recorder
+        self._recorder = state.recorder
+        self._received_bytes = 0
         self.started = time.perf_counter()
         self.environ = environ_of(context)
         self.request_id, _ = identify(self.environ)
+        self.model_name: str | None = None
+        """What the message says, as soon as it has arrived."""
         self.job: Job | None = None
         """That of the pipeline, if the call got that far."""
 
-    def fail(self, error: Exception, message: Message) -> NoReturn:
+    def parse(self, kind: type[AnyMessage], data: bytes) -> AnyMessage:
+        """The call's message.
+
+        Raises:
+            InvalidTensor: ``data`` is not a message of this ``kind``.
+        """
+        self._received_bytes = len(data)
+        try:
+            message = kind.FromString(data)
+        except DecodeError as error:
+            raise InvalidTensor(f"the message is not a {kind.__name__}: {error}") from None
+        name = getattr(message, "model_name", None) or getattr(message, "name", None)
+        self.model_name = name or None
+        return message
+
+    def check_client_waits(self) -> None:
+        """Return if the client still waits for the answer.
+
+        Raises:
+            grpc.RpcError: it has given the call up.
+        """
+        if not self._context.is_active():
+            raise grpc.RpcError
+
+    def fail(self, error: Exception) -> NoReturn:
         """End the call with the status for ``error``, as HTTP would answer it.
 
         Raises:
@@ -63,25 +91,21 @@ class Call:
             trailers.append(("retry-after", str(retry_after_s)))
         self._context.set_trailing_metadata(tuple(trailers))
         failed = type(error).__name__ if problem.status >= 500 else None
-        self._record(code, message, None, failed)
+        self._record(code, 0, failed)
         error.__traceback__ = None  # its frames hold the request, and may hold the error
         self._context.abort(code, problem.detail[:MAX_DETAIL_CHARACTERS])
 
-    def succeed(self, message: Message, answer: Message) -> None:
-        """Set the metadata of the ``answer`` to ``message``."""
+    def succeed(self, message: Message) -> bytes:
+        """The answer ``message`` as bytes, with its metadata set."""
         sent = [("x-request-id", self.request_id)]
         if self.job and self.job.served:
             sent.append(("x-model-version", str(self.job.served.version)))
         self._context.set_trailing_metadata(tuple(sent))
-        self._record(grpc.StatusCode.OK, message, answer, None)
+        answer = message.SerializeToString()
+        self._record(grpc.StatusCode.OK, len(answer), None)
+        return answer
 
-    def _record(
-        self,
-        code: grpc.StatusCode,
-        message: Message,
-        answer: Message | None,
-        failed: str | None,
-    ) -> None:
+    def _record(self, code: grpc.StatusCode, response_bytes: int, failed: str | None) -> None:
         """Record the call, by OpenTelemetry's conventions for gRPC; probes are not recorded."""
         if self._recorder is None or self._name in PROBES:
             return
@@ -90,7 +114,6 @@ class Call:
             return
         method = f"{SERVICE}/{self._name}"
         number = int(code.value[0])
-        model_name = getattr(message, "model_name", None) or getattr(message, "name", None)
         self._recorder.record(
             trace,
             self.environ,
@@ -108,10 +131,10 @@ class Call:
                     "rpc.grpc.status_code": number,
                 },
                 started=self.started,
-                request_bytes=message.ByteSize(),
-                response_bytes=answer.ByteSize() if answer else 0,
+                request_bytes=self._received_bytes,
+                response_bytes=response_bytes,
                 protocol=PROTOCOL if self._name == "ModelInfer" else "",
-                model_name=model_name[:MAX_NAME_CHARACTERS] if model_name else None,
+                model_name=self.model_name[:MAX_NAME_CHARACTERS] if self.model_name else None,
                 error=failed,
             ),
         )

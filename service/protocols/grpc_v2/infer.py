@@ -37,9 +37,13 @@ class InferImages:
     def __init__(self, message: pb.ModelInferRequest, settings: Settings) -> None:
         self._message = message
         self._settings = settings
+        self._wanted: list[WantedOutput] = []
 
     def __iter__(self) -> Iterator[InputImage | ConvoyError]:
         message = self._message
+        outputs = message.outputs[: MAX_OUTPUTS + 1]  # one more is refused
+        requested = [(each.name, _plain(each.parameters)) for each in outputs]
+        self._wanted = wanted_outputs(requested, _plain(message.parameters))
         if len(message.inputs) != 1:
             raise InvalidTensor(f"the request has {len(message.inputs)} inputs; send exactly one")
         tensor = message.inputs[0]
@@ -60,19 +64,9 @@ class InferImages:
             )
         return _typed(head, tensor.contents, self._settings.max_image_bytes)
 
-    def wanted(self) -> list[WantedOutput]:
-        """The outputs that the message wants.
-
-        Raises:
-            InvalidTensor: an output does not exist, or a parameter has an impossible value.
-        """
-        outputs = self._message.outputs[: MAX_OUTPUTS + 1]  # one more is refused
-        requested = [(each.name, _plain(each.parameters)) for each in outputs]
-        return wanted_outputs(requested, _plain(self._message.parameters))
-
-    def answer(self, result: Result, wanted: list[WantedOutput]) -> pb.ModelInferResponse:
+    def answer(self, result: Result) -> pb.ModelInferResponse:
         """The answer: raw if the message's input was raw, otherwise with typed contents."""
-        outputs = outputs_of(result, wanted)
+        outputs = outputs_of(result, self._wanted)
         is_raw = bool(self._message.raw_input_contents)
         return pb.ModelInferResponse(
             model_name=result.served.name,

@@ -3,14 +3,14 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import grpc
-from grpc_health.v1 import health_pb2
 
-from service.protocols.grpc_v2.calls import SERVICE
+from service.protocols.grpc_v2.call_threads import CallThreads
 from service.protocols.grpc_v2.drain import drain
+from service.protocols.grpc_v2.receiving import Receiver
 from service.protocols.grpc_v2.service import InferenceService
 from service.protocols.grpc_v2.turns import Turns
 from service.settings import Settings
@@ -22,13 +22,15 @@ log = logging.getLogger(__name__)
 AT_WORK = 4
 # Calls that have arrived and are not answered; grpcio refuses further ones with RESOURCE_EXHAUSTED.
 MAX_CALLS = 256
+# Calls whose clients send their message slowly.
+MAX_SLOW = 192
+# All messages that have arrived and are not answered.
+MAX_RECEIVED_BYTES = 256 * 1024 * 1024
 # Of one client's connection.
 MAX_STREAMS = 64
 MAX_CONNECTIONS = 1000
 # A worker that ends waits for its connections to reach their age, within the graceful time-out.
 AGE_SHARE = 0.4
-# A message is an image or a tensor of at most this size, and a few kilobytes.
-HEAD_BYTES = 64 * 1024
 
 
 class GrpcServer:
@@ -37,16 +39,16 @@ class GrpcServer:
     def __init__(self, state: State) -> None:
         """Prepare the server; it listens after ``start``."""
         self._settings = state.settings
-        self._service = InferenceService(state, Turns(AT_WORK))
+        threads = CallThreads(AT_WORK)
+        receiver = Receiver(threads, MAX_SLOW, MAX_RECEIVED_BYTES)
+        self._service = InferenceService(state, receiver, Turns(AT_WORK))
         self._server = grpc.server(
-            # grpcio waits in such a thread until the message of a call has arrived. With fewer
-            # threads, a few clients that send slowly would keep out all others and the probes.
-            ThreadPoolExecutor(MAX_CALLS, "grpc"),
-            handlers=[self._service.handlers(), health_handlers(lambda: self._service.is_ready)],
+            # grpcio only calls ``submit``.
+            cast("ThreadPoolExecutor", threads),
+            handlers=self._service.handlers(),
             options=_options(state.settings),
             maximum_concurrent_rpcs=MAX_CALLS,
         )
-        self._ended = threading.Event()
 
     def start(self) -> None:
         """Listen on the port that all workers share.
@@ -73,49 +75,22 @@ class GrpcServer:
         ``grace_s`` is how long the calls have to end after that.
         """
         self._service.ending = True
-
-        def stop() -> None:
-            began = time.monotonic()
-            time.sleep(delay_s)
-            assert self._settings.grpc_port is not None
-            drain(self._settings.grpc_port, grace_s)
-            left_s = began + delay_s + grace_s - time.monotonic()
-            self._server.stop(max(0.0, left_s)).wait()
-
-        def end() -> None:
-            try:
-                stop()
-            finally:
-                self._ended.set()
-
-        threading.Thread(target=end, name="grpc-end", daemon=True).start()
+        self._end = threading.Thread(
+            target=self._stop, args=(delay_s, grace_s), name="grpc-end", daemon=True
+        )
+        self._end.start()
 
     def join(self) -> None:
-        """Wait until the server has ended."""
-        self._ended.wait()
+        """Wait until the server has ended; call ``end`` before."""
+        self._end.join()
 
-
-def health_handlers(is_ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
-    """GRPC's health checking protocol, for the server and the inference service.
-
-    Source: github.com/grpc/grpc, doc/health-checking.md. ``Watch`` is not implemented.
-    """
-
-    def check(
-        request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
-        if request.service not in ("", SERVICE):
-            context.set_code(grpc.StatusCode.NOT_FOUND)
-            context.set_details(f"there is no service {request.service[:80]!r}")
-        status = "SERVING" if is_ready() else "NOT_SERVING"
-        return health_pb2.HealthCheckResponse(status=status)
-
-    handler = grpc.unary_unary_rpc_method_handler(
-        check,
-        request_deserializer=health_pb2.HealthCheckRequest.FromString,
-        response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
-    )
-    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
+    def _stop(self, delay_s: float, grace_s: float) -> None:
+        began = time.monotonic()
+        time.sleep(delay_s)
+        assert self._settings.grpc_port is not None
+        drain(self._settings.grpc_port, grace_s)
+        left_s = began + delay_s + grace_s - time.monotonic()
+        self._server.stop(max(0.0, left_s)).wait()
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
@@ -134,10 +109,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     age_s = min(settings.max_connection_age_s, AGE_SHARE * settings.graceful_timeout_s)
     return [
         ("grpc.so_reuseport", 1),
-        (
-            "grpc.max_receive_message_length",
-            min(settings.max_body_bytes, settings.max_image_bytes + HEAD_BYTES),
-        ),
+        ("grpc.max_receive_message_length", settings.max_body_bytes),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         # Clients connect again after this time, and so find workers that have started since. It

@@ -1,19 +1,22 @@
 """``InferenceService``: the calls of the protocol's gRPC service."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
 import msgspec
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
 
 from registry.auth.tokens import Right
+from registry.core.errors import ModelNotFound
 from service.http.health import readiness
-from service.inference.requests import Job, Request, Result
+from service.inference.requests import Job, Request
 from service.protocols.grpc_v2 import inference_pb2 as pb
 from service.protocols.grpc_v2.calls import PROTOCOL, SERVICE, Call
 from service.protocols.grpc_v2.infer import InferImages
+from service.protocols.grpc_v2.receiving import Receiver
 from service.protocols.grpc_v2.turns import Turns
 from service.protocols.openinference.metadata import (
     Statistics,
@@ -27,20 +30,27 @@ from service.protocols.openinference.protocol import target
 from service.state import State
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
+Answer = Callable[[Iterator[bytes], grpc.ServicerContext], bytes]
+HEALTH_SERVICE = "grpc.health.v1.Health"
 
 
 class InferenceService:
-    """The calls. It has many methods because each call of the protocol is one of them."""
+    """The calls. It has many methods because each call of the protocol is one of them.
 
-    def __init__(self, state: State, turns: Turns) -> None:
+    Sources: the protocol's ``inference.proto``; for ``Check``, github.com/grpc/grpc,
+    doc/health-checking.md. Its ``Watch`` is not implemented.
+    """
+
+    def __init__(self, state: State, receiver: Receiver, turns: Turns) -> None:
         """Answer with the models of ``state``; inference takes ``turns``."""
         self._state = state
+        self._receiver = receiver
         self._turns = turns
         self.ending = False
         """Whether the worker ends soon; clients then see that the server is not ready."""
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """The calls by name, for ``grpc.Server.add_generic_rpc_handlers``."""
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        """The calls of the protocol, and the call of gRPC's health checks, for ``grpc.server``."""
         # Name → the call, the class of its request, and the rights of which its token needs one.
         calls: dict[str, tuple[Callable[..., Message], Any, tuple[Right, ...]]] = {
             "ServerLive": (self._server_live, pb.ServerLiveRequest, ()),
@@ -56,20 +66,10 @@ class InferenceService:
             "ModelStatistics": (self._model_statistics, pb.ModelStatisticsRequest, ("view",)),
             "RepositoryIndex": (self._repository_index, pb.RepositoryIndexRequest, ("view",)),
         }
-        handlers = {
-            name: grpc.unary_unary_rpc_method_handler(
-                self._guarded(name, call, rights),
-                request_deserializer=request.FromString,
-                response_serializer=_serialized,
-            )
-            for name, (call, request, rights) in calls.items()
-        }
-        handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
-            self._model_infer,
-            request_deserializer=pb.ModelInferRequest.FromString,
-            response_serializer=_serialized,
-        )
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+        answers = {name: self._guarded(name, *each) for name, each in calls.items()}
+        answers["ModelInfer"] = self._model_infer
+        check = self._guarded("Check", self._check, health_pb2.HealthCheckRequest, ())
+        return [_handlers(SERVICE, answers), _handlers(HEALTH_SERVICE, {"Check": check})]
 
     @property
     def is_ready(self) -> bool:
@@ -77,67 +77,68 @@ class InferenceService:
         return readiness(self._state, self.ending).ready
 
     def _guarded(
-        self, name: str, call: Callable[[Any], Message], rights: tuple[Right, ...]
-    ) -> Callable[[Any, grpc.ServicerContext], Message]:
+        self, name: str, call: Callable[[Any], Message], kind: Any, rights: tuple[Right, ...]
+    ) -> Answer:
         """``call`` for clients with one of the ``rights``, with errors as gRPC has them."""
 
-        def answer(message: Any, context: grpc.ServicerContext) -> Message:
-            current = Call(name, context, self._state.recorder)
+        def answer(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            current = Call(name, context, self._state)
             try:
                 self._state.access_control.admit_with(current.environ, rights)
-                found = call(message)
+                with self._receiver.message(messages, context.cancel) as data:
+                    found = call(current.parse(kind, data))
+            except grpc.RpcError:
+                raise  # the client has given the call up
             except Exception as error:  # noqa: BLE001 - the edge of a call
-                current.fail(error, message)
-            current.succeed(message, found)
-            return found
+                current.fail(error)
+            return current.succeed(found)
 
         return answer
 
-    def _model_infer(
-        self, message: pb.ModelInferRequest, context: grpc.ServicerContext
-    ) -> pb.ModelInferResponse:
+    def _model_infer(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         state = self._state
-        current = Call("ModelInfer", context, state.recorder)
-        images = InferImages(message, state.settings)
+        current = Call("ModelInfer", context, state)
         try:
             state.access_control.admit(current.environ)
-            wanted = images.wanted()
-
-            def write(result: Result) -> pb.ModelInferResponse:
-                return images.answer(result, wanted)
-
-            with self._turns:
-                current.job = self._job(message, images, current)
-                state.pipeline.submit(current.job)
-                answer = state.pipeline.finish(current.job, write)
+            with self._receiver.message(messages, context.cancel) as data:
+                answer = self._infer(current.parse(pb.ModelInferRequest, data), current)
+        except grpc.RpcError:
+            raise  # the client has given the call up
         except Exception as error:  # noqa: BLE001 - the edge of a call
             served = current.job.served if current.job else None
             version = served.version if served else None
-            state.pipeline.refuse(message.model_name or None, version, PROTOCOL, error)
-            current.fail(error, message)
-        current.succeed(message, answer)
-        return answer
+            state.pipeline.refuse(current.model_name, version, PROTOCOL, error)
+            current.fail(error)
+        return current.succeed(answer)
 
-    def _job(
-        self,
-        message: pb.ModelInferRequest,
-        images: InferImages,
-        current: Call,
-    ) -> Job:
+    def _infer(self, message: pb.ModelInferRequest, current: Call) -> pb.ModelInferResponse:
         wanted = target(message.model_name, message.model_version)
-        session = self._state.settings.sticky_header.upper().replace("-", "_")
-        return Job(
-            Request(
-                images=images,
-                protocol=PROTOCOL,
-                name=wanted.name or None,
-                version=wanted.version,
-                alias=wanted.alias,
-                session=current.environ.get(f"HTTP_{session}"),
-                waiting=self._turns.waiting,
-                started=current.started,
+        settings, pipeline = self._state.settings, self._state.pipeline
+        session = settings.sticky_header.upper().replace("-", "_")
+        images = InferImages(message, settings)
+        with self._turns:
+            current.check_client_waits()
+            current.job = Job(
+                Request(
+                    images=images,
+                    protocol=PROTOCOL,
+                    name=wanted.name or None,
+                    version=wanted.version,
+                    alias=wanted.alias,
+                    session=current.environ.get(f"HTTP_{session}"),
+                    waiting=self._turns.waiting,
+                    started=current.started,
+                )
             )
-        )
+            pipeline.submit(current.job)
+            return pipeline.finish(current.job, images.answer)
+
+    def _check(self, message: health_pb2.HealthCheckRequest) -> Message:
+        if message.service not in ("", SERVICE):
+            raise ModelNotFound(f"there is no service {message.service[:80]!r}")
+        status = "SERVING" if self.is_ready else "NOT_SERVING"
+        answer: Message = health_pb2.HealthCheckResponse(status=status)
+        return answer
 
     def _server_live(self, message: pb.ServerLiveRequest) -> Message:
         return pb.ServerLiveResponse(live=True)
@@ -179,8 +180,16 @@ class InferenceService:
         return self._state.pipeline.find(wanted.name, wanted.version, wanted.alias)
 
 
-def _serialized(message: Message) -> bytes:
-    return message.SerializeToString()
+def _handlers(service: str, answers: dict[str, Answer]) -> grpc.GenericRpcHandler:
+    """The calls of one service.
+
+    Their clients send one message. As grpcio's calls with a stream of messages, they read it
+    themselves: after the checks of the call's metadata, and by the ``Receiver``.
+    """
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        name: grpc.stream_unary_rpc_method_handler(answer) for name, answer in answers.items()
+    }
+    return grpc.method_handlers_generic_handler(service, handlers)
 
 
 def _message(record: Any, empty: AnyMessage) -> AnyMessage:

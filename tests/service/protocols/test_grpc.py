@@ -30,7 +30,8 @@ from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.observability.tracing.options import TracingOptions
 from service.protocols.grpc_v2 import inference_pb2 as pb
-from service.protocols.grpc_v2.server import GrpcServer
+from service.protocols.grpc_v2.server import AT_WORK, GrpcServer
+from service.protocols.grpc_v2.service import HEALTH_SERVICE
 from service.settings import Settings
 from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
 from tests.otlp_receiver import attributes, running_collector
@@ -48,7 +49,7 @@ class Caller:
         self._channel = (
             grpc.secure_channel(address, credentials)
             if credentials
-            else grpc.insecure_channel(address)
+            else grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
         )
 
     def call(
@@ -67,10 +68,14 @@ class Caller:
         return answer, {key: str(value) for key, value in call.trailing_metadata() or ()}
 
     def begin(
-        self, name: str, messages: Iterator[bytes], metadata: tuple[tuple[str, str], ...] = ()
+        self,
+        name: str,
+        messages: Iterator[bytes],
+        metadata: tuple[tuple[str, str], ...] = (),
+        service: str = SERVICE,
     ) -> Any:
         """A call whose messages are sent as ``messages`` yields them."""
-        send: Any = self._channel.stream_unary(f"/{SERVICE}/{name}")
+        send: Any = self._channel.stream_unary(f"/{service}/{name}")
         return send.future(messages, timeout=WAIT_TIMEOUT_S, metadata=metadata)
 
     def infer(self, message: pb.ModelInferRequest, **metadata: str) -> pb.ModelInferResponse:
@@ -242,7 +247,10 @@ def test_a_malformed_request_has_a_status_and_a_reason(
     assert reason in details
 
 
-def test_a_message_over_the_limit_is_refused(caller: Caller) -> None:
+def test_a_message_over_the_limit_is_refused(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]], ready: FlaskClient
+) -> None:
+    caller, _, _ = serve(max_body_bytes=400_000)
     message = request(raw=bytes_tensor([b"x" * 400_000]))
     assert caller.refusal("ModelInfer", message)[0] == "RESOURCE_EXHAUSTED"
     image = request(raw=bytes_tensor([b"x" * 100_001]))
@@ -297,7 +305,7 @@ def test_readiness_follows_the_models_and_the_end(
     def states() -> tuple[bool, bool, str]:
         ready, _ = caller.call("ServerReady", pb.ServerReadyRequest())
         live, _ = caller.call("ServerLive", pb.ServerLiveRequest())
-        health = caller.call("Check", health_pb2.HealthCheckRequest(), "grpc.health.v1.Health")
+        health = caller.call("Check", health_pb2.HealthCheckRequest(), HEALTH_SERVICE)
         status = health_pb2.HealthCheckResponse.ServingStatus.Name(health[0].status)
         return live.live, ready.ready, status
 
@@ -390,23 +398,98 @@ def test_each_role_may_do_only_what_it_permits(
     assert status("ModelReady", pb.ModelReadyRequest(name="digits")) == "OK"
 
 
+@pytest.mark.parametrize(
+    ("path", "number"), [("ModelInfer", 20), ("ModelInfer", 300), ("Check", 300)]
+)
 def test_clients_that_never_send_their_message_do_not_block_the_others(
-    caller: Caller, images: list[bytes]
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+    path: str,
+    number: int,
 ) -> None:
+    caller, _, app = serve()
     over = threading.Event()
 
     def nothing() -> Iterator[bytes]:
         over.wait(WAIT_TIMEOUT_S)
         yield from ()
 
-    half_sent = [caller.begin("ModelInfer", nothing()) for _ in range(20)]
+    def answers() -> bool:
+        try:
+            assert caller.call("ServerLive", pb.ServerLiveRequest())[0].live
+            answer = caller.infer(request(raw=bytes_tensor(images[:1])))
+        except grpc.RpcError as error:  # 256 calls are there, until those waiting too long end
+            refused: Any = error
+            assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            return False
+        return answer.model_version == "1"
+
+    port = app.extensions["convoy"].settings.grpc_port
+    clients = [Caller(port) for _ in range(number // 50 + 1)]
+    service = HEALTH_SERVICE if path == "Check" else SERVICE
+    for index in range(number):
+        clients[index // 50].begin(path, nothing(), service=service)
     try:
-        assert caller.call("ServerLive", pb.ServerLiveRequest())[0].live
-        assert caller.infer(request(raw=bytes_tensor(images[:1]))).model_version == "1"
+        wait_for(answers)
     finally:
         over.set()
-        for each in half_sent:
-            each.cancel()
+        for each in clients:
+            each.close()
+
+
+def test_a_call_without_a_token_is_refused_before_its_message_arrives(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    tmp_path: Path,
+) -> None:
+    caller, _, _ = serve(auth="required", tokens=tmp_path / "tokens.json")
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(WAIT_TIMEOUT_S)
+        yield from ()
+
+    call = caller.begin("ModelInfer", nothing())
+    try:
+        assert call.code() is grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        over.set()
+
+
+def test_a_call_that_its_client_has_given_up_is_not_classified(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caller, _, app = serve()
+    pipeline = type(app.extensions["convoy"].pipeline)
+    begun, go_on = threading.Semaphore(0), threading.Event()
+    submitted: list[Any] = []
+    submit = pipeline.submit
+
+    def slow(self: Any, job: Any) -> Any:
+        submitted.append(job)
+        begun.release()
+        assert go_on.wait(WAIT_TIMEOUT_S)
+        return submit(self, job)
+
+    monkeypatch.setattr(pipeline, "submit", slow)
+    message = request(raw=bytes_tensor(images[:1])).SerializeToString()
+    at_work = [caller.begin("ModelInfer", iter([message])) for _ in range(AT_WORK)]
+    for _ in at_work:
+        assert begun.acquire(timeout=WAIT_TIMEOUT_S)
+    given_up = caller.begin("ModelInfer", iter([message]))
+    assert caller.call("ServerLive", pb.ServerLiveRequest())[0].live  # it has arrived, too
+    given_up.cancel()
+    with pytest.raises(grpc.FutureCancelledError):
+        given_up.result()
+    go_on.set()
+    for each in at_work:
+        each.result()
+    caller.infer(request(raw=bytes_tensor(images[:1])))
+    assert len(submitted) == AT_WORK + 1
 
 
 def test_metadata_with_underscores_do_not_replace_what_a_proxy_sets(

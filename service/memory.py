@@ -1,6 +1,8 @@
-"""Makes glibc's allocator return freed memory to the kernel."""
+"""The memory of this process: its size, and glibc's allocator."""
 
 import ctypes
+import os
+from pathlib import Path
 
 try:
     _libc: ctypes.CDLL | None = ctypes.CDLL("libc.so.6")
@@ -10,6 +12,13 @@ except OSError:  # the C library is not glibc
 # From malloc.h.
 M_ARENA_MAX = -8
 ARENAS = 2
+_STATM = Path("/proc/self/statm")
+
+
+def rss_mb() -> int:
+    """This process's resident memory, in MiB (``man 5 proc_pid_statm``)."""
+    pages = int(_STATM.read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 def share_heap() -> None:
