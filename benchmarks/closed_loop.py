@@ -105,7 +105,7 @@ READERS = {
     "rows": _best_of_rows,
     "object": _best_of_object,
 }
-"""By name: from the body of an answer to the best label of each picture."""
+"""By name: functions that read the best label of each picture from the body of an answer."""
 
 
 class _Load(msgspec.Struct):
@@ -123,7 +123,7 @@ def post(
     reader: str = "v1",
     header: str = "",
 ) -> Question:
-    """A POST of ``body``, with the right labels for each of its pictures; ``header`` is a line."""
+    """A POST of ``body``, with the right labels for each picture; ``header`` is one more line."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\n"
         f"{header}Content-Length: {len(body)}\r\n\r\n"
