@@ -48,7 +48,7 @@ class Call:
         self.environ = environ_of(context)
         self.request_id, _ = identify(self.environ)
         self.job: Job | None = None
-        """That of the pipeline, if the call got that far."""
+        """The pipeline's job, if the call got that far."""
 
     def fail(self, error: Exception, message: Message) -> NoReturn:
         """End the call with the status for ``error``, as HTTP would answer it.
