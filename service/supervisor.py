@@ -175,7 +175,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
             environment[GPU_SOCKET] = str(address)
         if settings.tracing:
             environment[SPANS_SOCKET] = str(folder / "spans")
-            # It ends after gunicorn, and sends what the last requests left.
+            # It ends after gunicorn, so that it can send the spans of the last requests.
             accompany("the spans' process", [*SPANS, environment[SPANS_SOCKET]])
         gunicorn = _start(GUNICORN, env=environment)
         stack.callback(_end, gunicorn, settings.graceful_timeout_s + 5)
