@@ -1,7 +1,8 @@
 """Print the requirements of pyproject.toml, with some of its extras, for the images to install.
 
 Images copy Convoy's own code in a later step, so that a change of the code does not download all
-packages again. That goes for the client, too: what is printed for it is what it requires.
+packages again. The images copy the client's code, too, so this prints the client's
+requirements in its place.
 """
 
 import re
