@@ -79,7 +79,7 @@ class Endpoint:
         self.url = url
         address = _checked_address(url)
         host = address.netloc.rpartition("@")[2]
-        # A proxy may serve the service below a path of its own.
+        # A proxy may serve the service below its own path.
         self._base = f"{address.scheme}://{host}{quote(address.path.rstrip('/'), safe='/%')}"
         self.is_local = address.hostname in ("127.0.0.1", "::1", "localhost")
         self._headers = {"User-Agent": f"convoy-client/{VERSION}", "Accept-Encoding": "identity"}
