@@ -4,7 +4,7 @@ These are the puller; if there may be a GPU, the process that owns it
 (``service.loading.gpu_process``); with traces, the process that makes the spans
 (``service.observability.tracing.process``); and while a challenger is a shadow, the process that
 scores for it (``service.shadow.process``). The supervisor starts each of them again when it ends.
-In containers the puller has a container of its own.
+In containers the puller has its own container.
 """
 
 import contextlib
