@@ -1,6 +1,6 @@
 """A closed-loop load: each connection sends its next request after an answer, which is checked.
 
-    load(port, connections, seconds, questions)    # in a process of its own
+    load(port, connections, seconds, questions)    # in a separate process
 
 An answer is *right* if it has status 200 and names an expected label for every picture of the
 request, in the form of the request's protocol. Requests/s count right answers only. Every other

@@ -60,7 +60,7 @@ def attributes(pairs: Any) -> dict[str, Any]:
 
 @contextmanager
 def running_collector() -> Iterator[Collector]:
-    """A collector on a port of its own."""
+    """A collector on a free port."""
     collector = Collector()
 
     class Handler(BaseHTTPRequestHandler):
