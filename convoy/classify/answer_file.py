@@ -2,8 +2,8 @@
 
 A picture that is classified again gets a second row, and the last one counts. So a run only
 appends, and a kill at any moment loses at most the row that was being written. A run that ends
-rewrites the file without the rows that no longer count. Parquet cannot grow, so a run
-collects its rows in JSON lines beside it until the run ends.
+rewrites the file without the rows that no longer count. Parquet cannot grow, so a run collects its
+rows in JSON lines beside it until the run ends.
 """
 
 import contextlib
