@@ -13,7 +13,7 @@ DEV := .venv/.dev
 # Other projects' clients, which the end-to-end tests run unmodified.
 OTHER_CLIENTS := .venv-clients/.installed
 INSTALL := $(BIN)/python deploy/install.py
-# The client is a distribution of its own in this repository; no index has it.
+# The client is a separate distribution in this repository; no package index has it.
 CLIENT := -e clients/python
 COMPOSE ?= docker-compose
 

@@ -1,6 +1,6 @@
 """A closed-loop load: each connection sends its next request after an answer, which is checked.
 
-    load(port, connections, seconds, questions)    # in a process of its own
+    load(port, connections, seconds, questions)    # in a separate process
 
 An answer is *right* if it has status 200 and names an expected label for every picture of the
 request, in the form of the request's protocol. Requests/s count right answers only. Every other
@@ -105,7 +105,7 @@ READERS = {
     "rows": _best_of_rows,
     "object": _best_of_object,
 }
-"""By name: from the body of an answer to the best label of each picture."""
+"""By name: functions that read the best label of each picture from the body of an answer."""
 
 
 class _Load(msgspec.Struct):
@@ -123,7 +123,7 @@ def post(
     reader: str = "v1",
     header: str = "",
 ) -> Question:
-    """A POST of ``body``, with the right labels for each of its pictures; ``header`` is a line."""
+    """A POST of ``body``, with the right labels for each picture; ``header`` is one more line."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\n"
         f"{header}Content-Length: {len(body)}\r\n\r\n"

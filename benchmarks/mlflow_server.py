@@ -7,10 +7,11 @@ The workloads W1 and W2 are those of ``benchmarks.serving``. The servers are
 
 - ``mlflow``: ``mlflow models serve`` with two workers, which runs the version's python_function;
 - ``convoy``: Convoy's ``/invocations`` with two workers and the plan that it chooses here;
-- ``convoy_eager``: the same with the plan ``torch-eager``, by which the python_function runs.
+- ``convoy_eager``: the same with the plan ``torch-eager``, which the python_function uses.
 
-All get ``dataframe_split`` with one picture in base64, and run all the time. The load goes to one
-server after another, in another order in each repetition. Figures are medians of the repetitions.
+Each server gets ``dataframe_split`` with one picture in base64. All servers run all the time. The
+load goes to one server after another, in a different order in each repetition. Figures are medians
+of the repetitions.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ COLUMNS = ("rps", "p50_ms", "p99_ms", "cpu_ms", "client_cores", "other_cores")
 
 @contextmanager
 def mlflow_server(bundle: Bundle) -> Iterator[Server]:
-    """``mlflow models serve`` with the bundle; ended with the context."""
+    """``mlflow models serve`` with the bundle; it ends with the context."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         path = Path(folder, "model")
         mlflow.pyfunc.save_model(

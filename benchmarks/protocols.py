@@ -4,12 +4,12 @@
                                    [--connections 32] [--repetitions 5] [--seconds 3]
 
 The workloads W1 and W2 are those of ``benchmarks.serving``. One service with two workers answers
-all forms. The load goes to one form after another, in another order in each repetition. The figures
-are medians of the repetitions. ``ratio`` is the median, over the repetitions, of a form's pictures
-a second divided by those of ``v1`` in the same repetition. ``cpu_ms`` is the CPU time of the
-service's processes per request, ``client_cores`` how many cores the load used.
+all forms. The load goes to one form after another, in a different order in each repetition. The
+figures are medians of the repetitions. ``ratio`` is the median, over the repetitions, of a form's
+pictures a second divided by those of ``v1`` in the same repetition. ``cpu_ms`` is the CPU time of
+the service's processes per request. ``client_cores`` is how many cores the load used.
 
-``…_32`` has 32 pictures in one request; the ratio is of pictures.
+Forms named ``…_32`` send 32 pictures in one request; their ratio, too, compares pictures.
 """
 
 import base64

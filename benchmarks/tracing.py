@@ -3,10 +3,10 @@
     python -m benchmarks.tracing [--workload w1] [--connections 32] [--repetitions 9] [--seconds 2]
                                  [--json FILE]
 
-One service for each form runs all the time, with two workers: without traces (twice, which shows
-the noise), with traces of which none, one in a hundred or all are sampled, and with the access log.
-The load goes to one service after another, in another order in each repetition. A process that
-takes spans and discards them is the collector; its CPU time is not counted.
+Each form has a service with two workers, which runs all the time. The forms are: without traces
+(twice, which shows the noise); with traces, of which none, one in a hundred or all are sampled; and
+with the access log. The load goes to one service after another, in a different order in each
+repetition. The collector is a process that discards the spans; its CPU time is not counted.
 
 ``cpu_ms`` is the CPU time of all processes of the service for each request, ``workers_ms`` that of
 the workers alone, without the process that makes the spans. ``ratio`` is the median, over the
@@ -106,7 +106,7 @@ def workers_cpu_s(service: RunningService) -> float:
 
 
 def medians(name: str, runs: dict[str, list[Figures]]) -> Figures:
-    """The medians of a form's figures, with the ratio of its CPU time and the interval of that."""
+    """The medians of a form's figures, and the ratio of its CPU time with its interval."""
     ratios = [
         a["workers_ms"] / b["workers_ms"] for a, b in zip(runs[name], runs["off"], strict=True)
     ]

@@ -1,7 +1,7 @@
 """Print the requirements of pyproject.toml, with some of its extras, for the images to install.
 
 Images copy Convoy's own code in a later step, so that a change of the code does not download all
-packages again. That goes for the client, too: what is printed for it is what it requires.
+packages again. Images copy the client's code, too, so the client's requirements replace its name.
 """
 
 import re

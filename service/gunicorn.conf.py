@@ -16,8 +16,8 @@ from service.server.protocol import Companion, ServerOptions
 from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
 
 settings = Settings.from_environment()
-# A worker that ends waits for its last spans this long, so a collector that hangs delays a stop
-# by no more.
+# A worker that ends waits at most this long for its last spans, so a collector that hangs cannot
+# delay the stop for longer.
 RECORDS_TIMEOUT_S = 2.0
 
 wsgi_app = "service:create_app()"

@@ -24,7 +24,7 @@ class State(Struct, frozen=True, kw_only=True):
     access_control: AccessControl
     pipeline: Pipeline
     recorder: RequestRecorder | None = None
-    """What keeps spans and lines of requests; None if neither is asked for."""
+    """Records requests for traces and the access log; None if both are off."""
 
     def slot(self, name: str) -> ModelSlot:
         """The slot of the model ``name``; raises ``ModelNotFound``."""

@@ -4,7 +4,7 @@ These are the puller; if there may be a GPU, the process that owns it
 (``service.loading.gpu_process``); with traces, the process that makes the spans
 (``service.observability.tracing.process``); and while a challenger is a shadow, the process that
 scores for it (``service.shadow.process``). The supervisor starts each of them again when it ends.
-In containers the puller has a container of its own.
+In containers the puller has its own container.
 """
 
 import contextlib
@@ -175,7 +175,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
             environment[GPU_SOCKET] = str(address)
         if settings.tracing:
             environment[SPANS_SOCKET] = str(folder / "spans")
-            # It ends after gunicorn, and sends what the last requests left.
+            # It ends after gunicorn, so that it can send the spans of the last requests.
             accompany("the spans' process", [*SPANS, environment[SPANS_SOCKET]])
         gunicorn = _start(GUNICORN, env=environment)
         stack.callback(_end, gunicorn, settings.graceful_timeout_s + 5)

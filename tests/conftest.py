@@ -75,7 +75,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Start every test with a home folder of its own, and without variables of the services."""
+    """Start every test with its own home folder, and without variables of the services."""
     for name in list(os.environ):
         if name.startswith(("CONVOY_", "OTEL_")) or name in (
             "MLFLOW_TRACKING_URI",

@@ -93,7 +93,7 @@ def mutants(good: list[Posted], count: int, seed: int = 0) -> Iterator[Posted]:
 
 
 def _change(body: bytearray, good: list[Posted], chance: random.Random) -> None:
-    """Change ``body`` at a place by chance: a byte, a splice, a cut, a repetition, another body."""
+    """Change ``body`` at a random place: a byte, a splice, a cut, a repetition, another body."""
     at = chance.randrange(len(body) + 1)
     kind = chance.randrange(6)
     if kind == 0 and at < len(body):

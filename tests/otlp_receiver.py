@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector of these tests: it keeps the spans that it receives by OTLP/HTTP."""
+"""An OpenTelemetry collector for tests: it keeps the spans that it receives by OTLP/HTTP."""
 
 import gzip
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Collector:
         self.resources: list[dict[str, Any]] = []
         self.status = 200
         self.released = Event()
-        """While it is not set, the receiver answers nothing, as a collector that hangs."""
+        """While it is not set, the receiver does not answer, like a collector that hangs."""
         self.released.set()
         self.asked = Event()
 
@@ -60,7 +60,7 @@ def attributes(pairs: Any) -> dict[str, Any]:
 
 @contextmanager
 def running_collector() -> Iterator[Collector]:
-    """A collector on a port of its own."""
+    """A collector on a free port."""
     collector = Collector()
 
     class Handler(BaseHTTPRequestHandler):

@@ -140,7 +140,7 @@ def test_no_package_imports_tests_benchmarks_or_tools() -> None:
 
 
 def test_the_client_needs_httpx_only() -> None:
-    """It is a distribution of its own; numpy comes with a caller's array."""
+    """It is a separate distribution; numpy comes with a caller's array."""
     modules = {name: path for name, path in sources().items() if is_in(name, "convoy_client")}
     packages = {each.partition(".")[0] for path in modules.values() for each in imported(path)}
     assert packages - sys.stdlib_module_names == {"convoy_client", "httpx", "numpy"}

@@ -2,8 +2,8 @@
 
 A picture that is classified again gets a second row, and the last one counts. So a run only
 appends, and a kill at any moment loses at most the row that was being written. A run that ends
-rewrites the file without the rows that no longer count. For Parquet, which cannot grow, the rows
-are collected in JSON lines beside it until the run ends.
+rewrites the file without the rows that no longer count. Parquet cannot grow, so a run collects its
+rows in JSON lines beside it until the run ends.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ FORMATS: dict[str, Format] = {".csv": Csv(), ".jsonl": JsonLines(), ".parquet": 
 PARTIAL = ".partial.jsonl"
 ROW_GROUP = 10_000
 MAX_LINE_BYTES = 2**26
-ADVICE = "name another file, or begin anew with --restart"
+ADVICE = "name another file, or start again with --restart"
 
 
 class Served(NamedTuple):
-    """The model that answers, and the versions that may; None where that cannot be known."""
+    """The model that answers, and the versions that may answer; None if they are unknown."""
 
     model: str | None
     versions: frozenset[int] | None
@@ -60,7 +60,7 @@ class KnownRows:
         self._known: dict[str, _Known] = {}
         self._models: set[str] = set()
         self.count = 0
-        """All rows, also those that no longer count."""
+        """The number of all rows, including those that no longer count."""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -81,7 +81,7 @@ class KnownRows:
         """Refuse to mix the answers of several models, or of versions that no longer serve.
 
         Raises:
-            UsageError: the answers in the file are another model's or another version's.
+            UsageError: another model or another version gave the answers in the file.
         """
         versions = {known.version for known in self._known.values() if known.answered}
         others = self._models - {served.model} if served.model is not None else set()
@@ -104,14 +104,14 @@ class KnownRows:
 
 
 class AnswerFile:
-    """Rows by picture. Open it as a context manager; one process at a time can."""
+    """Rows by picture. Open it as a context manager; only one process at a time can do that."""
 
     def __init__(self, path: Path, *, restart: bool = False) -> None:
         """Check that ``path`` can be written, and write nothing yet.
 
         Args:
             path: its suffix is ``.csv``, ``.jsonl`` or ``.parquet``; its folder exists.
-            restart: whether to begin anew instead of going on with an existing file.
+            restart: whether to replace an existing file instead of continuing it.
 
         Raises:
             UsageError: the path cannot be used; the message says why.
@@ -132,7 +132,7 @@ class AnswerFile:
         """Read the rows of an earlier run, and cut off a last row that is not complete.
 
         Raises:
-            UsageError: another process writes the file, or it is not one of this command's.
+            UsageError: another process writes the file, or this command did not write it.
         """
         if not self._restart and self.path.exists() and not self._rows_path.exists():
             _copy_parquet(self.path, self._rows_path)
@@ -177,7 +177,9 @@ class AnswerFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"another convoy classify writes {self._rows_path} now") from error
+            raise UsageError(
+                f"another convoy classify is writing {self._rows_path}; wait until it ends"
+            ) from error
 
     def _read_rows(self) -> None:
         self._file.seek(0)
@@ -186,7 +188,7 @@ class AnswerFile:
         if first.endswith(b"\n"):
             end = self._read_records()
         elif not self._format.begins(first):
-            raise self._refusal("it is not a file of convoy classify")
+            raise self._refusal("convoy classify did not write it")
         self._file.seek(end)
         self._file.truncate()
         if end == 0:
@@ -194,7 +196,7 @@ class AnswerFile:
             self._file.flush()
 
     def _read_records(self) -> int:
-        """Take note of all complete rows; returns the position behind the last one."""
+        """Take note of all complete rows; returns the position after the last one."""
         self._file.seek(0)
         end = len(self._format.head)
         try:
@@ -235,7 +237,7 @@ def _checked_format(path: Path) -> Format:
     if not folder.is_dir():
         raise UsageError(f"the folder of --output, {folder}, does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"the folder of --output, {folder}, cannot be written")
+        raise UsageError(f"the folder of --output, {folder}, cannot be written; choose another")
     return found
 
 
@@ -275,7 +277,7 @@ def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
     """A new file that replaces ``path`` when the block ends; nothing changes if the block fails."""
-    path = path.resolve()  # a symbolic link stays, and what it leads to is replaced
+    path = path.resolve()  # keeps a symbolic link, and replaces the file that it leads to
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         yield temporary

@@ -15,7 +15,7 @@ class Source(Protocol):
     """Answers pictures: a service, or a version in this process."""
 
     def check(self) -> Served:
-        """What will answer; raises ``ConvoyError`` if nothing can."""
+        """The model and versions that will answer; raises ``ConvoyError`` if none can."""
 
     def answers(
         self, pictures: Iterable[ReadPicture]
@@ -45,7 +45,7 @@ def classify_into(file: AnswerFile, source: Source, served: Served, listing: Lis
 
     Args:
         file: opened, and checked against ``served``.
-        source: what answers.
+        source: answers the pictures.
         served: from ``source.check``.
         listing: the pictures.
 

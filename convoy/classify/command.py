@@ -61,11 +61,11 @@ def command_parser(prog: str) -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write one row for each picture to a .csv, .jsonl or .parquet file; if it exists, go "
-        "on with it",
+        help="write one row for each picture to a .csv, .jsonl or .parquet file; if the "
+        "file exists, continue it",
     )
     classify.add_argument(
-        "--restart", action="store_true", help="begin the file of --output anew, and lose its rows"
+        "--restart", action="store_true", help="replace the --output file, and lose its rows"
     )
     host = os.environ.get("CONVOY_HOST") or "127.0.0.1"
     classify.add_argument(
@@ -78,7 +78,7 @@ def command_parser(prog: str) -> argparse.ArgumentParser:
     where.add_argument(
         "--local",
         metavar="MODEL",
-        help="load models:/NAME@ALIAS or models:/NAME/NUMBER here; ask no service",
+        help="load models:/NAME@ALIAS or models:/NAME/NUMBER in this process, without a service",
     )
     classify.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show (5)")
     classify.add_argument("--json", action="store_true", help="print JSON, one object a line")
@@ -111,7 +111,7 @@ def _print(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-    """Classify into the file of ``--output``, after checking all that can be checked before."""
+    """Classify into the file of ``--output``, after checking the arguments and the source."""
     from convoy.classify.answer_file import AnswerFile
     from convoy.classify.inputs import list_pictures
     from convoy.classify.printing import skipped_text

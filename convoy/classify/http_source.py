@@ -13,12 +13,12 @@ from convoy_client import Classification, Client, Failure
 from registry.core.errors import UsageError
 from registry.model.manifest import ClassScore
 
-# (retries, deadline_s) of a picture in a run into a file: a restart of the service, or a rate
-# limit, only makes the run pause.
+# (retries, deadline_s) of a picture in a run into a file: if the service restarts, or limits the
+# rate, the run only pauses.
 PATIENT = (100, 120.0)
-# Those of all other requests, whose user waits at the terminal.
+# (retries, deadline_s) of all other requests: a user waits for them at the terminal.
 BRIEF = (2, 30.0)
-# These hold for all pictures.
+# The next picture would get these errors, too.
 FATAL = (
     convoy_client.Unauthorized,
     convoy_client.Forbidden,
@@ -33,7 +33,7 @@ class HttpSource:
     def __init__(
         self, client: Client, brief: Client, model: str | None, top_k: int, *, is_bulk: bool
     ) -> None:
-        """Ask with the two clients of one service; the caller closes them.
+        """Ask one service through two clients; the caller closes them.
 
         Args:
             client: sends the pictures.
@@ -51,9 +51,9 @@ class HttpSource:
         self._plans: dict[tuple[str, int], str] = {}
 
     def check(self) -> Served:
-        """The model that will answer, and its versions that may: the champion and a canary.
+        """The model that will answer, and the versions that may: the champion and a canary.
 
-        A token that may only classify cannot read them, so they are not known then.
+        With a token that may only classify, the versions are unknown.
 
         Raises:
             UsageError: the service cannot be reached, does not know the model or token, or has no
@@ -129,11 +129,11 @@ class HttpSource:
         )
 
     def _plan(self, model: str, version: int) -> str:
-        """The plan that runs a version, read once; empty if the service does not tell."""
+        """The plan that runs a version, read once; empty if the service does not say."""
         if (model, version) not in self._plans:
             try:
                 plan = self._brief.model(model, version=version).plan or ""
-            except convoy_client.ConvoyError:  # the token may not read it, or it serves no longer
+            except convoy_client.ConvoyError:  # not permitted, or no longer served
                 plan = ""
             self._plans[model, version] = plan
         return self._plans[model, version]

@@ -17,7 +17,8 @@ from registry.core.errors import UsageError
 from registry.core.names import sha256_hex
 from registry.model.image.limits import MAX_FILE_BYTES
 
-# In folders, the names of pictures end like this. A file that is named itself may have any name.
+# A file in a folder is a picture if its name ends like this. A file that the user names may have
+# any name.
 JPEG, NETPBM = (".jfif", ".jpe", ".jpeg", ".jpg"), (".pbm", ".pgm", ".pnm", ".ppm")
 SUFFIXES = frozenset({".bmp", ".gif", ".png", ".tif", ".tiff", ".webp", *JPEG, *NETPBM})
 TABLES = (".csv", ".parquet")
@@ -27,7 +28,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class Picture(NamedTuple):
-    """A picture: ``uri`` as its user names it, the ``path`` of its file, why it cannot be read."""
+    """A picture: ``uri`` as the user names it, the ``path`` of its file, why it is unreadable."""
 
     uri: str
     path: str

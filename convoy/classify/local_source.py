@@ -49,7 +49,7 @@ class _Loaded(Struct, frozen=True):
 
 
 class LocalSource:
-    """Decodes the next batch while the present one is classified."""
+    """Decodes the next batch while the network classifies the current one."""
 
     def __init__(self, loaded: _Loaded, top_k: int) -> None:
         self._loaded = loaded
@@ -57,7 +57,7 @@ class LocalSource:
         self._limits = DecodeLimits.from_environment()
 
     def check(self) -> Served:
-        """The model and its version, which was loaded before."""
+        """The model and the version that this process has loaded."""
         return Served(self._loaded.manifest.model, frozenset({self._loaded.version}))
 
     def answers(
@@ -139,7 +139,7 @@ def _check_signature(version: ModelVersion) -> None:
 def _verified_bundle(
     store: ModelStore, version: ModelVersion, paths: Paths, folder: Path
 ) -> Bundle:
-    """The bundle as the puller has it on this machine, or else downloaded into ``folder``."""
+    """The puller's copy of the bundle on this machine, or else a download into ``folder``."""
     try:
         pulled = version_folder(paths.models, version.name, version.version)
         bundle = open_bundle(pulled, version.manifest_sha256)
@@ -155,7 +155,7 @@ def _verified_bundle(
 
 
 def _load(bundle: Bundle, paths: Paths) -> Classifier:
-    """The classifier, by the fastest plan that was proved here with all cores for one pass."""
+    """The classifier, with the fastest plan that was proved here with all cores for one pass."""
     device = choose_device(os.environ.get("CONVOY_DEVICE") or "auto")
     wanted = os.environ.get("CONVOY_PLAN") or AUTO
     planner = Planner(paths.plans, device, forward_threads(workers=1), wanted)

@@ -17,7 +17,7 @@ def print_answers(source: Source, pictures: Iterable[Picture], *, as_json: bool)
 
     Args:
         source: what answers.
-        pictures: they are read one at a time.
+        pictures: read one at a time.
         as_json: print one JSON object a line, not a table. Errors of a table go to standard error.
 
     Raises:
@@ -36,7 +36,7 @@ def print_answers(source: Source, pictures: Iterable[Picture], *, as_json: bool)
 
 
 def summary_text(summary: Summary, output: str) -> str:
-    """What a run into a file says at its end."""
+    """The text that a run into a file prints at its end."""
     parts = [f"{summary.answered:,} answered"]
     if summary.answered_before:
         parts.append(f"{summary.answered_before:,} answered before")

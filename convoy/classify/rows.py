@@ -63,7 +63,7 @@ def row_of(uri: str, sha256: str, answer: Answer | str) -> Row:
 
 
 class Csv:
-    """RFC 4180, in UTF-8. An empty field stands for a value that is not there."""
+    """RFC 4180, in UTF-8. An empty field stands for a missing value."""
 
     head = ",".join(COLUMNS) + "\n"
 
@@ -73,7 +73,7 @@ class Csv:
         values = {name: _or_null(getattr(row, name)) for name in COLUMNS}
         if row.top_k:
             values["top_k"] = json.dumps(row.top_k, ensure_ascii=False)
-        # Python 3.11 does not quote a carriage return by itself.
+        # With QUOTE_MINIMAL, Python 3.11 does not quote a field with a carriage return.
         quote_all = any("\r" in str(value) for value in values.values())
         quoting: Literal[0, 1] = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
         csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(values.values())
@@ -84,7 +84,7 @@ class Csv:
         return self.head.encode().startswith(text)
 
     def records(self, file: BinaryIO) -> Iterator[tuple[int, Row]]:
-        """Each complete row, with the position behind it. A torn last record is left out.
+        """Each complete row, with the position after it. A torn last record is left out.
 
         Raises:
             ValueError: a record that is not the last cannot be read.
@@ -97,12 +97,12 @@ class Csv:
             for record in reader:
                 yield lines.position, _from_csv(record)
         except csv.Error as error:
-            if not lines.ended:  # else a line break in quotes is the last thing before the tear
+            if not lines.ended:  # otherwise the last record was torn inside quotes
                 raise ValueError(str(error)) from error
 
 
 class JsonLines:
-    """One JSON object a line; null stands for a value that is not there."""
+    """One JSON object a line; null stands for a missing value."""
 
     head = ""
 
@@ -133,7 +133,7 @@ Format = Csv | JsonLines
 
 
 class _CompleteLines:
-    """The lines of a file that end with a line break. ``position`` is behind the last one."""
+    """The lines of a file that end with a line break. ``position`` is after the last one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -201,7 +201,7 @@ def parquet_schema(arrow: Any) -> Any:
 
 
 def to_arrow(rows: Sequence[Row], arrow: Any) -> Any:
-    """A table of ``rows``. Parquet holds UTF-8 only: bytes of a name that are not become ``?``."""
+    """A table of ``rows``. Parquet holds UTF-8 only: other bytes of a name become ``?``."""
     records = [{name: _or_null(getattr(row, name)) for name in COLUMNS} for row in rows]
     for record in records:
         record["uri"] = record["uri"].encode("utf-8", "replace").decode()

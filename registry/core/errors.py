@@ -21,7 +21,7 @@ class InvalidImage(ConvoyError):
 
 
 class InvalidTensor(ConvoyError):
-    """A picture that the client has decoded has another form than the version takes."""
+    """The form of a picture that the client has decoded is not the one that the version takes."""
 
 
 class UnsupportedImageType(ConvoyError):

@@ -71,7 +71,7 @@ def unusable(
 
 
 def convoy_version() -> str:
-    """The number of the installed version; images have Convoy's files, and no installed package."""
+    """The number of the installed version. Images have Convoy's files, but no installed package."""
     try:
         return importlib.metadata.version("convoy")
     except importlib.metadata.PackageNotFoundError:

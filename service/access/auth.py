@@ -25,8 +25,8 @@ PUBLIC = frozenset(
         "openinference.show_server",
     }
 )
-# The routes that a client reads before it classifies need either right. Others than these and
-# ``PUBLIC`` need the right to view.
+# The routes that a client reads before it classifies need either right. Routes that are neither
+# here nor in ``PUBLIC`` need the right to view.
 BOTH: tuple[Right, ...] = ("view", "classify")
 FOR_CLIENTS = frozenset({"openinference.show_model", "openinference.show_config"})
 
@@ -102,7 +102,7 @@ class AccessControl:
         return peer
 
     def describe(self, environ: Mapping[str, Any]) -> tuple[str, str | None]:
-        """A client's address and its token's name, for the access log; None without a token."""
+        """A client's address, and its token's name or None, for the access log."""
         token = None
         if self._requires_token:
             with contextlib.suppress(TokensUnavailable):

@@ -74,7 +74,7 @@ def readyz() -> Response:
 
 
 def readiness(current: State, ending: bool) -> Readiness:
-    """Whether this worker can answer classification requests, and how each model is.
+    """Whether this worker can answer classification requests, and the state of each model.
 
     Args:
         current: the worker's state.

@@ -72,7 +72,7 @@ class Body(Struct, frozen=True, kw_only=True):
     Attributes:
         content: media type → the type of its record, or its JSON schema.
         command: the start of a command line that sends ``picture.png``; the address follows.
-        maker: the function of ``static/docs.js`` that makes such a body of pictures.
+        maker: the function of ``static/docs.js`` that makes such a body from pictures.
     """
 
     content: dict[str, Any]

@@ -31,7 +31,7 @@ MAX_NAME_CHARACTERS = 200
 
 
 class Exchange(Struct, frozen=True, kw_only=True):
-    """An HTTP request whose answer is made.
+    """An HTTP request with a finished answer.
 
     Attributes:
         environ: the WSGI environment.
@@ -40,7 +40,7 @@ class Exchange(Struct, frozen=True, kw_only=True):
         started: when it arrived, by ``time.perf_counter``.
         protocol: the name in the metrics; empty if this was not a classification.
         model_name: the model that the path names.
-        job: that of the pipeline, if the request got that far.
+        job: the pipeline's job, if the request got that far.
     """
 
     environ: "WSGIEnvironment"
@@ -63,10 +63,10 @@ def record(
     """Record ``exchange``.
 
     Args:
-        recorder: the service's.
+        recorder: the service's recorder.
         trace: what its method ``select`` returned.
         exchange: the request.
-        status: of the answer.
+        status: the status of the answer.
         response_bytes: the size of the body of the answer.
         error: why the request failed, if it did.
     """

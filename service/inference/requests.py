@@ -161,7 +161,7 @@ class AnsweredRequest(Struct, frozen=True, kw_only=True):
         """Name, start and end of each stage, in order, by ``time.perf_counter``.
 
         With several images, ``decode`` lasts from the first to the last, and includes reading in
-        between. The image that waited longest has ``queue`` and ``forward``.
+        between. ``queue`` and ``forward`` are those of the image that waited longest.
         """
         ended = self.started + self.total_s
         encode_started = ended - self.encode_s
@@ -176,7 +176,7 @@ class AnsweredRequest(Struct, frozen=True, kw_only=True):
 
 
 class Counters(Protocol):
-    """Where requests are counted."""
+    """Counts requests."""
 
     def answered(self, name: str, version: int, request: AnsweredRequest) -> None:
         """Count a request that got predictions; ``version`` is the one that made them."""

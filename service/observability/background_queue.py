@@ -11,7 +11,7 @@ Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.2
-# The thread gives up the interpreter after so many rows, which take it about a millisecond: the
+# The thread gives up the interpreter after this many rows, about a millisecond of work: the
 # worker's loop would otherwise wait for the interpreter's switch interval, 5 ms.
 CHUNK = 16
 ERROR_INTERVAL_S = 60.0
@@ -32,7 +32,7 @@ class BackgroundQueue(Generic[Row]):
         Args:
             name: of the thread.
             handle: called in the thread, with at most ``CHUNK`` rows.
-            max_rows: while so many rows wait, further ones are dropped.
+            max_rows: while this many rows wait, further ones are dropped.
             dropped: called in the thread, with how many rows were dropped since the last call.
         """
         self._handle = handle
@@ -57,7 +57,7 @@ class BackgroundQueue(Generic[Row]):
             self._lost += 1  # two threads that do this at once may count one row
 
     def close(self, timeout_s: float) -> None:
-        """Have the rows that wait handled, for at most ``timeout_s``, and end the thread."""
+        """Handle the rows that still wait, for at most ``timeout_s``, and end the thread."""
         self._ending.set()
         self._thread.join(timeout_s)
 

@@ -1,4 +1,4 @@
-"""What is kept of a finished request until a thread has written its spans and its line."""
+"""Records of finished requests, which wait until a thread writes their spans and lines."""
 
 from msgspec import Struct
 
@@ -12,16 +12,16 @@ class FinishedRequest(Struct, frozen=True, kw_only=True):
     """A request with its answer, as its protocol describes it.
 
     It holds no body, no pixels and no headers, because it may wait in a queue. It has many fields
-    because the span and the line have them.
+    because the span and the line need them.
 
     Attributes:
         request_id: the id that the client got.
-        name: of the server span. It has no text of a client in it: ``POST /v1/classify``, or
+        name: the name of the server span, without any text of a client: ``POST /v1/classify``, or
             ``inference.GRPCInferenceService/ModelInfer``.
-        method: of HTTP, or the call's name.
-        path: as the client sent it.
-        status: the number that the client got; of HTTP, or of gRPC.
-        attributes: of the server span, by the semantic conventions of the protocol.
+        method: the HTTP method, or the call's name.
+        path: the path as the client sent it.
+        status: the HTTP or gRPC status code that the client got.
+        attributes: the server span's, by the semantic conventions of the protocol.
         started: when the request arrived, by ``time.perf_counter``.
         request_bytes: the size of its body.
         response_bytes: the size of the body of the answer.
@@ -49,13 +49,13 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
 
     Attributes:
         request: as its protocol described it.
-        ended: when that was, by ``time.perf_counter``.
-        trace: to which trace it belongs.
+        ended: when the request ended, by ``time.perf_counter``.
+        trace: the trace that it belongs to.
         client: the address of the client.
         token: the name of its token, if it sent a known one.
-        model_name: that of the version that the pipeline chose, or else the one asked for.
-        model_version: of the version that the pipeline chose; None if it chose none.
-        plan: of the same version.
+        model_name: the name of the model that the pipeline chose, or else the one asked for.
+        model_version: the version that the pipeline chose; None if it chose none.
+        plan: the plan of that version.
         answered: the times of its stages, if it got predictions.
     """
 

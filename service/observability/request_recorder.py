@@ -1,4 +1,4 @@
-"""``RequestRecorder``: what a service keeps of each finished request, beside the metrics.
+"""``RequestRecorder``: records each finished request for its trace and the access log.
 
 A protocol describes a finished request, after its answer is made. The recorder then queues one
 record for the spans of its trace, and for its line in the access log. Threads write both.
@@ -28,7 +28,7 @@ class RequestRecorder:
         access_log: AccessLog | None,
         describe_client: Callable[[Mapping[str, Any]], tuple[str, str | None]],
     ) -> None:
-        """Record for the ``tracer`` and the ``access_log``, of which each may be None.
+        """Record for the ``tracer`` and the ``access_log``; either may be None.
 
         ``describe_client`` returns the address of the client that sent a request, and the name of
         its token if it sent a known one.
@@ -40,7 +40,7 @@ class RequestRecorder:
     def select(
         self, environ: Mapping[str, Any], request_id: str, may_trace: bool = True
     ) -> TraceContext | None:
-        """The trace of a request that is to be recorded; None if it is not.
+        """The trace of a request to record; None if the request is not recorded.
 
         Args:
             environ: the request's headers and ``REMOTE_ADDR`` by their names in CGI (RFC 3875).
@@ -70,7 +70,7 @@ class RequestRecorder:
         Args:
             trace: what ``select`` returned.
             environ: as for ``select``.
-            job: that of the pipeline, if the request got that far.
+            job: the pipeline's job, if the request got that far.
             request: the request with its answer.
         """
         served = job.served if job else None

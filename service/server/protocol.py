@@ -59,7 +59,7 @@ class Limits(Struct, frozen=True):
 
 
 class Companion(Protocol):
-    """Another server in the worker's process, with threads of its own."""
+    """Another server in the worker's process, with its own threads."""
 
     def start(self) -> None:
         """Listen; called once the worker has loaded the application.

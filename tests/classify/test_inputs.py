@@ -32,7 +32,7 @@ def test_a_folder_is_listed_in_order_with_its_sub_folders(folder: Path) -> None:
     assert listing.skipped == {"hidden": 2, "not pictures by their names": 1}
 
 
-def test_links_in_a_circle_end(folder: Path) -> None:
+def test_a_folder_that_links_reach_again_is_listed_once(folder: Path) -> None:
     (folder / "sub" / "up").symlink_to(folder)
     (folder / "twin").symlink_to(folder / "sub")
     (folder / "broken.png").symlink_to("nowhere")

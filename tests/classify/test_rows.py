@@ -1,4 +1,4 @@
-"""Rows survive CSV, JSON lines and Parquet, also a file that was torn at any byte."""
+"""Rows survive CSV, JSON lines and Parquet, and a tear of the file at any byte."""
 
 import resource
 from io import BytesIO

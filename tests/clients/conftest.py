@@ -78,7 +78,7 @@ class Sync:
 
 
 class Async:
-    """As ``Sync``, for ``AsyncClient``."""
+    """Like ``Sync``, for ``AsyncClient``."""
 
     def __init__(self, handler: Handler, time: FakeTime, **options: Any) -> None:
         self._client = AsyncClient(

@@ -160,7 +160,7 @@ def test_no_more_pictures_are_taken_than_are_sent_at_once() -> None:
     ]
 
 
-def test_many_pictures_of_asyncio_are_sent_at_once_too() -> None:
+def test_the_asyncio_client_sends_many_pictures_at_once_too() -> None:
     async def run() -> None:
         taken, running, most = 0, 0, 0
         full, release = asyncio.Event(), asyncio.Event()
@@ -220,7 +220,7 @@ def test_a_caller_may_stop_early(url: str, png: bytes) -> None:
     asyncio.run(run())
 
 
-def test_the_canary_answers_the_sessions_that_it_has_drawn(
+def test_during_a_canary_each_session_gets_one_version(
     ready: object,
     url: str,
     slot: ModelSlot,
@@ -352,7 +352,7 @@ def test_a_service_that_is_down_fails_each_picture(connect: MakeClient) -> None:
 
 
 def test_a_run_that_ends_early_sends_nothing_again() -> None:
-    """Else Ctrl-C would wait for the retries of a service that is down."""
+    """Otherwise Ctrl-C would wait for the retries of a service that is down."""
     asked = threading.Event()
 
     def refuse(request: httpx.Request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Which requests are sent again, after which waits. Time is not real here."""
+"""Which requests the clients send again, and after which waits. The clock is not real."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ from tests.clients.conftest import ANSWER, FakeTime, MakeClient, in_turn, proble
         httpx.Response(502, text="<h1>bad gateway</h1>"),
     ],
 )
-def test_a_failure_that_may_pass_is_tried_again(
+def test_a_transient_failure_is_tried_again(
     failure: httpx.Response | httpx.TransportError, connect: MakeClient, time: FakeTime
 ) -> None:
     assert connect(in_turn(failure, failure)).classify(b"picture").version == 1

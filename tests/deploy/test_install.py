@@ -47,7 +47,7 @@ def test_targets_for_users_do_not_install_the_developers_tools(verb: str) -> Non
 
 
 def test_every_installation_of_convoy_has_the_client_beside_it() -> None:
-    """No index has it, so pip would not find what the extra ``client`` wants."""
+    """No package index has it, so pip would not find what the extra ``client`` requires."""
     installations = re.findall(r"\$\(INSTALL\) .*-e '\.\[.*", MAKEFILE)
     assert len(installations) == 4
     assert all("$(INSTALL) $(CLIENT) -e" in each for each in installations)

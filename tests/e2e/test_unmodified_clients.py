@@ -1,7 +1,7 @@
 """Clients from PyPI and npm's Node, unmodified, against a real service.
 
-``tritonclient`` and ``kserve`` run in an environment of their own, which ``make test-all`` makes in
-``.venv-clients``; without it, their tests are skipped and say so.
+``tritonclient`` and ``kserve`` run in a separate environment, which ``make test-all`` makes in
+``.venv-clients``. Without it, their tests are skipped and say so.
 """
 
 import base64
@@ -71,7 +71,7 @@ class GrpcService(NamedTuple):
 
 @contextmanager
 def running(paths: Path) -> Iterator[GrpcService]:
-    """A service that speaks gRPC, too; ended with the context."""
+    """A service that speaks gRPC, too; it ends with the context."""
     port = free_port()
     service = Service(paths, CONVOY_GRPC_PORT=str(port))
     try:

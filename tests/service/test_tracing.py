@@ -1,4 +1,4 @@
-"""Traces, received by a collector of these tests, and the access log."""
+"""Traces, received by the tests' own collector, and the access log."""
 
 import json
 import logging

@@ -41,7 +41,7 @@ def _wait(seconds: float, ended: Event) -> None:
 
 
 class _Connection:
-    """Sends requests to one service, each as often as the policy says."""
+    """Sends requests to one service, each as often as the policy allows."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class _Connection:
         self._sleep = sleep
 
     def send(self, call: Call, ended: Event | None = None) -> Reply:
-        """The answer to ``call``, sent again while ``ended`` is not set; raises ``ConvoyError``."""
+        """The answer to ``call``; raises ``ConvoyError``. Retries end when ``ended`` is set."""
         ended = ended or Event()
         attempts = self._policy.begin(self._url)
         while True:
@@ -69,7 +69,7 @@ class _Connection:
                     raise
 
     def send_once(self, call: Call, attempts: Attempts | None = None) -> Reply:
-        """As ``send``, without a retry."""
+        """Like ``send``, without a retry."""
         current = (attempts or self._policy.begin(self._url)).begin_try()
         try:
             with self.http.stream(
@@ -109,14 +109,14 @@ class Client:
 
         Args:
             url: address of the service; a path of a proxy may follow the host.
-            token: sent with each request; None takes the variable ``CONVOY_TOKEN`` if it is set.
+            token: sent with each request; None means the variable ``CONVOY_TOKEN``, if it is set.
             timeout_s: seconds for one try of a request.
             deadline_s: seconds for all tries of a request and the waits between them.
-            retries: how often a request is sent again after a failure that may pass: no
-                connection, a broken connection, a time-out, and status 429, 502, 503 or 504.
+            retries: how often a request is sent again after a transient failure: no connection,
+                a broken connection, a time-out, and status 429, 502, 503 or 504.
             concurrency: how many pictures ``classify_many`` sends at once.
             transport: sends the requests instead of the network, for tests.
-            clock: tests pass their own.
+            clock: gives the time and random numbers; tests pass their own.
             sleep: waits for some seconds, or until an event is set; tests pass their own.
 
         Raises:
@@ -127,7 +127,7 @@ class Client:
         http = httpx.Client(
             transport=transport,
             limits=connection_limits(concurrency),
-            # A proxy of the environment cannot reach this machine's own addresses.
+            # A proxy that the environment names cannot reach this machine's own addresses.
             trust_env=not self._endpoint.is_local,
         )
         policy = RetryPolicy(timeout_s, deadline_s, retries, clock)
@@ -161,7 +161,7 @@ class Client:
         """Classify one picture.
 
         Args:
-            image: a path, the bytes of an encoded picture, an array uint8 (H, W), (H, W, 1) or
+            image: a path, the bytes of an encoded picture, a uint8 array (H, W), (H, W, 1) or
                 (H, W, 3), or a PIL image.
             model: its name; None for the service's default model.
             version: the number of the version to ask.
@@ -195,7 +195,7 @@ class Client:
 
         Args:
             images: pictures as ``classify`` takes them. This thread iterates over them.
-            model: as in ``classify``, and so are the following.
+            model: as in ``classify``; so are the next four.
             version: the number of the version.
             alias: the alias of the version.
             top_k: how many classes.
@@ -218,7 +218,7 @@ class Client:
         """One version that serves; without ``version`` and ``alias``, the champion.
 
         Raises:
-            ConvoyError: it is not served here, or the service cannot be asked.
+            ConvoyError: the service does not serve it, or the request fails.
         """
         path = model_path(name, version, alias)
         return read_model(self._connection.send(self._endpoint.get(path)).body)

@@ -2,12 +2,12 @@
 
 
 class ConvoyError(Exception):
-    """Base of all errors that a service's answer, or the lack of one, leads to.
+    """Base of all errors that a service's answer, or a missing answer, causes.
 
     Attributes:
-        detail: what was wrong, for people.
+        detail: what was wrong, for a person to read.
         status: the HTTP status; None if there was no answer.
-        request_id: the service's log has it; None if there was no answer.
+        request_id: the id of the request in the service's log; None if there was no answer.
         retry_after_s: how long the service asks clients to wait; None if it does not say.
         is_transient: whether the same request may succeed a moment later. The client has already
             repeated such a request as often as its settings allow.

@@ -1,4 +1,4 @@
-"""What is sent, and what an answer means. No input or output happens here."""
+"""Builds requests and interprets answers. No input or output happens here."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Call:
 
     method: str
     url: str
-    headers: dict[str, str] = field(repr=False)  # they have the token
+    headers: dict[str, str] = field(repr=False)  # one is the token
     body: bytes | None = field(default=None, repr=False)
 
 
@@ -79,7 +79,7 @@ class Endpoint:
         self.url = url
         address = _checked_address(url)
         host = address.netloc.rpartition("@")[2]
-        # A proxy may serve the service below a path of its own.
+        # A proxy may serve the service below its own path.
         self._base = f"{address.scheme}://{host}{quote(address.path.rstrip('/'), safe='/%')}"
         self.is_local = address.hostname in ("127.0.0.1", "::1", "localhost")
         self._headers = {"User-Agent": f"convoy-client/{VERSION}", "Accept-Encoding": "identity"}
@@ -107,7 +107,7 @@ def model_path(model: str | None, version: int | None, alias: str | None) -> str
     """The path of a model, of one version or of an alias; ``/v1`` stands for the default model.
 
     Raises:
-        ValueError: the combination makes no sense, or a name is one that a path cannot have.
+        ValueError: the arguments contradict each other, or a path cannot have one of the names.
     """
     if model is None:
         if version is not None or alias is not None:
@@ -147,11 +147,12 @@ def failure_of(reply: Reply, url: str) -> ConvoyError | None:
 
 
 def failure_of_transport(error: httpx.RequestError, url: str) -> ConvoyError:
-    """What an error of httpx means."""
+    """The error of this package for an error of httpx."""
     text = str(error) or type(error).__name__
     if isinstance(error, httpx.TimeoutException):
         return Timeout(f"no answer from {url} in time ({type(error).__name__})")
-    # The peer closed the connection, in httpx's words. All other breaches of the protocol repeat.
+    # httpx tells only by its text that the peer closed the connection. Other protocol errors are
+    # not transient.
     closed = "disconnected" in text or "closed connection" in text
     if isinstance(error, httpx.TransportError) and (
         closed or not isinstance(error, httpx.ProtocolError)
@@ -191,7 +192,7 @@ def _checked_address(url: str) -> SplitResult:
         raise ValueError(f"{url!r} is not an address; write http://HOST:PORT")
     if address.query or address.fragment or "@" in address.netloc:
         raise ValueError(
-            f"an address has neither a user nor a query, but {address.hostname!r} came with one; "
+            f"the address of {address.hostname!r} has a user, a query or a fragment; "
             "write http://HOST:PORT or https://HOST/PATH"
         )
     return address

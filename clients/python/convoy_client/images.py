@@ -17,14 +17,14 @@ ORIENTATION_TAG = 0x0112
 
 @runtime_checkable
 class ArrayLike(Protocol):
-    """An array of numpy, or an object that numpy can turn into one."""
+    """A numpy array, or an object that numpy can turn into one."""
 
     def __array__(self, *arguments: Any, **options: Any) -> Any:
         """The array."""
 
 
 class PillowLike(Protocol):
-    """An image of Pillow."""
+    """A Pillow image."""
 
     @property
     def mode(self) -> str:
@@ -35,7 +35,7 @@ class PillowLike(Protocol):
 
 
 ImageInput = str | os.PathLike[str] | bytes | bytearray | memoryview | ArrayLike | PillowLike
-"""A path, an encoded picture, an array uint8 (H, W), (H, W, 1) or (H, W, 3), or a PIL image."""
+"""A path, an encoded picture, a uint8 array (H, W), (H, W, 1) or (H, W, 3), or a PIL image."""
 
 
 def encoded(image: ImageInput) -> bytes:
@@ -75,7 +75,7 @@ def _not_empty(content: bytes, message: str) -> bytes:
 
 
 def _is_pillow(image: object) -> bool:
-    """Whether ``image`` is one of Pillow's. Pillow is not imported: it is if there is an image."""
+    """Whether ``image`` is a Pillow image. If it is, the caller has already imported Pillow."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(image, module.Image)
 
@@ -97,7 +97,7 @@ def _encode_pillow(image: Any) -> bytes:
         OSError,
         ValueError,
         SyntaxError,
-    ) as error:  # the kinds that Pillow raises for bad files
+    ) as error:  # the types that Pillow raises for bad files
         raise InvalidImage(f"the PIL image cannot be encoded: {error}") from error
     return buffer.getvalue()
 

@@ -22,7 +22,7 @@ def encode_png(pixels: bytes, width_px: int, height_px: int, channels: int) -> b
     """
     header = struct.pack(">IIBBBBB", width_px, height_px, 8, COLOUR_TYPES[channels], 0, 0, 0)
     row_bytes = width_px * channels
-    # Each row begins with the number of its filter; 0 leaves the row as it is.
+    # Each row begins with the number of its filter; 0 leaves the row unchanged.
     rows = b"".join(
         b"\x00" + pixels[start : start + row_bytes] for start in range(0, len(pixels), row_bytes)
     )

@@ -30,10 +30,10 @@ class Classification:
     Attributes:
         model: the name of the model that answered.
         version: the number of its version.
-        alias: the alias by which the service has that version; None if it has none.
+        alias: the alias of that version in the service; None if it has none.
         predictions: the most probable classes, best first.
-        request_id: the service's log has it.
-        timings_ms: where the time went, in the service's own names.
+        request_id: the id of the request in the service's log.
+        timings_ms: milliseconds of each stage, under the service's names.
     """
 
     model: str
@@ -70,7 +70,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """A version that answers the part ``share`` of the requests, and scores ``shadow`` of them."""
+    """A version that answers the part ``share`` of the requests, and scores the part ``shadow``."""
 
     version: int
     share: float
@@ -181,7 +181,7 @@ def _number(record: dict[str, Any], name: str) -> float:
     try:
         return float(value if isinstance(value, float) else _checked(value, int, name))
     except OverflowError as error:
-        raise InvalidAnswer(f"{name} is a number of too many digits") from error
+        raise InvalidAnswer(f"the answer's {name} is a number with too many digits") from error
 
 
 def _list(record: dict[str, Any], name: str) -> list[Any]:

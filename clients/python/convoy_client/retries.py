@@ -16,7 +16,7 @@ MIN_TIMEOUT_S = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The time and chance that decisions use; tests pass their own."""
+    """The time and the random numbers that decisions use; tests pass their own."""
 
     monotonic: Callable[[], float] = time.monotonic
     unix: Callable[[], float] = time.time
@@ -71,9 +71,9 @@ class Attempts:
     def wait_after_s(self, failure: ConvoyError) -> float:
         """Seconds to wait before the next try.
 
-        Waits double from ``FIRST_WAIT_S`` to ``MAX_WAIT_S``, and chance takes a part of each, so
-        that clients which failed together do not come back together. What ``Retry-After`` asks
-        for is waited in addition.
+        Waits double from ``FIRST_WAIT_S`` to ``MAX_WAIT_S``. Each is multiplied by a random number
+        below 1, so that clients that failed together do not return together. The time that
+        ``Retry-After`` asks for is added.
 
         Raises:
             ConvoyError: ``failure``, if the request must not be sent again.
@@ -103,7 +103,7 @@ class Try:
 
         Raises:
             Timeout: the answer takes too long.
-            InvalidAnswer: the answer is longer than that of any service.
+            InvalidAnswer: the answer is longer than any answer of a service.
         """
         self._body += chunk
         if len(self._body) > MAX_ANSWER_BYTES:
@@ -112,10 +112,10 @@ class Try:
             raise Timeout(f"no answer from {self._url} in time (it arrives too slowly)")
 
     def reply(self, status: int, headers: Mapping[str, str]) -> Reply:
-        """The answer.
+        """The complete answer.
 
         Raises:
-            ConvoyError: the answer reports one.
+            ConvoyError: the answer reports an error.
         """
         lower = {name.lower(): value for name, value in headers.items()}
         reply = Reply(status, lower, bytes(self._body))

@@ -17,7 +17,7 @@ def pixels_of(tensor: NDArray[Any], spec: PreprocessSpec) -> Pixels:
     """The pixels of one picture that the client has decoded.
 
     Args:
-        tensor: uint8 pixels (height, width, channels), returned as they are; or float32 values
+        tensor: uint8 pixels (height, width, channels), returned unchanged; or float32 values
             (channels, height, width), normalised as ``spec`` says: (level / 255 - mean) / std.
         spec: the preprocessing of the version that will classify the pixels.
 

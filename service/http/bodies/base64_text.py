@@ -1,4 +1,4 @@
-"""Decodes base64 out of JSON: checks lengths first, and lets one thread at a time do long work."""
+"""Decodes base64 in JSON: checks lengths first, and lets one thread at a time do long work."""
 
 import contextlib
 import time
@@ -21,7 +21,7 @@ class _OneAtATime:
 
     A thread that had to wait sleeps for as long as the thread before it worked. Decoding JSON and
     base64 holds the interpreter. While eight clients posted 4 MB each, other clients waited for
-    0.9 s if all bodies were decoded at once, and for 64 ms if one after the other without a pause.
+    0.9 s if all bodies were decoded at once, and for 64 ms if one after the other without pauses.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def paced(size: int) -> contextlib.AbstractContextManager[None]:
 
 
 def count(body: bytes | mmap, character: bytes, limit: int) -> int:
-    """How often ``character`` occurs in ``body``, at most ``limit``: each one costs a search."""
+    """How often ``character`` occurs in ``body``, counted up to ``limit``: each costs a search."""
     found, at = 0, body.find(character, 0)
     while at >= 0 and found < limit:
         found, at = found + 1, body.find(character, at + 1)

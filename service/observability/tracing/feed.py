@@ -11,7 +11,7 @@ import msgspec
 from service.observability.request_record import RequestRecord
 
 BUFFER_BYTES = 400_000  # as much as Linux lets an unprivileged socket buffer
-# How long to try: that process may start at this moment, or be busy.
+# How long to try again: that process may be starting, or busy.
 RETRY_S = 1.0
 INTERVAL_S = 0.05
 _encode = msgspec.msgpack.encode
@@ -21,13 +21,13 @@ class SpanSink(Protocol):
     """Takes the records of sampled requests, in the thread that empties their queue."""
 
     def send(self, records: Sequence[RequestRecord]) -> None:
-        """Take ``records``; may wait a while, and drops and counts them if that does not help."""
+        """Take ``records``. May wait a while; then drops and counts those that it cannot send."""
 
     def wait_until(self, end: float) -> None:
         """From ``end`` on, a time of ``time.monotonic``, ``send`` waits no longer."""
 
     def close(self, timeout_s: float) -> None:
-        """Send what was taken, for at most ``timeout_s``."""
+        """Send the records that it has taken, for at most ``timeout_s``."""
 
 
 class SpanFeed:

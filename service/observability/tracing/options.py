@@ -82,7 +82,7 @@ class TracingOptions(Struct, frozen=True, kw_only=True):
 
 
 def _endpoint(environment: Mapping[str, str]) -> str | None:
-    """The URL for spans: the one for traces as it is, or the one of all signals with a path."""
+    """The URL for spans: that for traces unchanged, or that for all signals with a path added."""
     name = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
     url = environment.get(name, "").strip()
     if not url:
@@ -108,7 +108,7 @@ def _check_packages() -> None:
     for package in PACKAGES:
         try:
             found = importlib.util.find_spec(package)
-        except ModuleNotFoundError:  # a package above it is missing
+        except ModuleNotFoundError:  # a parent package is missing
             found = None
         if found is None:
             raise UsageError(

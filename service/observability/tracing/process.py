@@ -58,7 +58,7 @@ def receiver_at(address: Path) -> socket.socket:
 def relay(receiver: socket.socket, standard_input: int, export: SpanExport) -> None:
     """Hand the records of all datagrams to ``export``; return when standard input has ended.
 
-    The workers have ended by then, and what they have sent is in the socket.
+    The workers have ended by then, and the socket holds all records that they have sent.
     """
     ended = False
     while not ended:

@@ -42,7 +42,7 @@ class SpanExport:
     """Makes spans of records, and hands them to the SDK's ``BatchSpanProcessor``."""
 
     def __init__(self, options: TracingOptions, dropped: Callable[[int], None]) -> None:
-        """Start the SDK's thread. ``dropped`` is called with the requests that it could not send.
+        """Start the SDK's thread; ``dropped`` is called with how many requests it could not send.
 
         The SDK reads the other variables itself: ``OTEL_EXPORTER_OTLP_…``, ``OTEL_BSP_…`` and
         ``OTEL_RESOURCE_ATTRIBUTES``.
@@ -84,7 +84,7 @@ class SpanExport:
         self._waits_until = end
 
     def close(self, timeout_s: float) -> None:
-        """Send what the SDK has, for at most ``timeout_s``."""
+        """Send the spans that the SDK holds, for at most ``timeout_s``."""
         thread = Thread(target=self._processor.shutdown, name="last spans", daemon=True)
         thread.start()  # the SDK itself would wait up to 30 s
         thread.join(timeout_s)
@@ -154,7 +154,7 @@ class OwnResource(Resource):
 
 
 class CountingExporter(SpanExporter):
-    """An exporter that counts the spans which it has taken, and those that it could not send."""
+    """An exporter that counts the spans that it has taken, and those that it could not send."""
 
     def __init__(self, exporter: SpanExporter, dropped: Callable[[int], None]) -> None:
         self._exporter = exporter
@@ -185,7 +185,7 @@ def attributes_of(record: RequestRecord) -> Attributes:
     found: Attributes = {**request.attributes, "convoy.request_id": request.request_id}
     if request.protocol:
         found["convoy.protocol"] = request.protocol
-    if record.model_name and record.model_version is not None:  # else it is the client's text
+    if record.model_name and record.model_version is not None:  # else the name is the client's text
         found["convoy.model.name"] = record.model_name
         found["convoy.model.version"] = str(record.model_version)
         found["convoy.plan"] = record.plan or ""

@@ -14,7 +14,8 @@ _TRACEPARENT = re.compile(
 )
 _SAMPLED = 1
 _RATIO_BITS = 64
-# Trace Context asks a service to pass on as many characters of ``tracestate``; more are left out.
+# Trace Context asks a service to pass on at least this many characters of ``tracestate``. A longer
+# one is left out.
 MAX_STATE_CHARACTERS = 512
 # Trace ids are not secret, so they need no system call for secure random numbers.
 _random = random.Random()  # noqa: S311
@@ -48,14 +49,14 @@ def parse_traceparent(text: str) -> tuple[str, str, bool] | None:
 class Sampling:
     """Decides which requests are traced, as the samplers of OpenTelemetry's SDK do.
 
-    A service takes the decision on every request, so this does not call the SDK, whose sampler
-    takes a context object that costs more than the decision.
+    Every request needs this decision. This class does not call the SDK's sampler, which takes a
+    context object that costs more than the decision.
     """
 
     def __init__(self, options: TracingOptions) -> None:
         self._follows_caller = options.follows_caller
         self._continues_trace = options.continues_trace
-        # As TraceIdRatioBased: a trace is sampled if the lower half of its id is below this.
+        # Like TraceIdRatioBased: a trace is sampled if the lower half of its id is below this.
         self._bound = round(options.share * 2**_RATIO_BITS)
 
     def context(self, traceparent: str, tracestate: str, own_id: str | None) -> TraceContext | None:

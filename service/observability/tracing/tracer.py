@@ -23,7 +23,7 @@ class Tracer:
         """Start to send spans. A process that forks must make its tracer after the fork.
 
         Args:
-            options: where to, and for which requests.
+            options: where to send spans, and for which requests.
             dropped: called with how many requests' spans could not be sent.
             process_address: the socket of the process that makes the spans; without one, this
                 process makes them.

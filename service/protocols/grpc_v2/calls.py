@@ -52,7 +52,7 @@ class Call:
         self.model_name: str | None = None
         """What the message says, as soon as it has arrived."""
         self.job: Job | None = None
-        """That of the pipeline, if the call got that far."""
+        """The pipeline's job, if the call got that far."""
 
     def parse(self, kind: type[AnyMessage], data: bytes) -> AnyMessage:
         """The call's message.

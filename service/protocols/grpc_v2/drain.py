@@ -1,10 +1,10 @@
 """Ends a gRPC server without failing a call that a client has sent.
 
 ``grpc.Server.stop`` cancels the calls that have arrived and that no thread has taken yet: some
-clients saw ``CANCELLED`` in each of three ends under load. So the server first stops listening, and
-waits until its connections have ended. Each ends at its age (``grpc.max_connection_age_ms``), which
-fails no call. grpcio has no function for either, so this module finds the server's sockets in /proc
-(Linux).
+clients saw ``CANCELLED`` in each of three shutdowns under load. So the server first stops
+listening, and waits until its connections have ended. Each connection ends at its maximum age
+(``grpc.max_connection_age_ms``), which fails no call. grpcio has no function for either, so this
+module finds the server's sockets in /proc (Linux).
 """
 
 import contextlib
@@ -25,14 +25,14 @@ def drain(port: int, timeout_s: float) -> None:
     """Stop listening on ``port``, and wait until the connections to it have ended.
 
     Args:
-        port: of this process; other processes may listen on it, too.
+        port: a port of this process; other processes may listen on it, too.
         timeout_s: the longest wait.
     """
     ends = time.monotonic() + timeout_s
     for listener in _listeners(port):
         with listener:
             reject_new_connections(listener)
-            time.sleep(RECONCILE_TIMEOUT_S)  # the core accepts handshakes that were under way
+            time.sleep(RECONCILE_TIMEOUT_S)  # gRPC accepts clients that were connecting
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
     while time.monotonic() < ends and _inodes(port, _ESTABLISHED) & _own().keys():

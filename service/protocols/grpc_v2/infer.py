@@ -58,7 +58,7 @@ class InferImages:
             raw = memoryview(message.raw_input_contents[0])
             return images_from_bytes(head, raw, self._settings.max_image_bytes)
         if head.datatype != ENCODED and head.values > self._settings.max_json_bytes // 2:
-            # As many as JSON could hold. Python makes an object of each, and raw bytes need none.
+            # As many as JSON could hold. Python makes an object of each value; raw bytes need none.
             raise InvalidTensor(
                 f"the tensor has {head.values:,} typed values; send it as raw_input_contents"
             )

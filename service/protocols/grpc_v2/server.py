@@ -18,7 +18,7 @@ from service.state import State
 
 log = logging.getLogger(__name__)
 
-# More calls at work would only compete for the interpreter.
+# More calls at a time would only compete for the interpreter.
 AT_WORK = 4
 # Calls that have arrived and are not answered; grpcio refuses further ones with RESOURCE_EXHAUSTED.
 MAX_CALLS = 256
@@ -26,7 +26,7 @@ MAX_CALLS = 256
 MAX_SLOW = 192
 # All messages that have arrived and are not answered.
 MAX_RECEIVED_BYTES = 256 * 1024 * 1024
-# Of one client's connection.
+# Calls on one client's connection.
 MAX_STREAMS = 64
 MAX_CONNECTIONS = 1000
 # A worker that ends waits for its connections to reach their age, within the graceful time-out.

@@ -30,7 +30,7 @@ _PATH = re.compile(
     r"(?:/endpoints/(?P<endpoint>[^/]+)|/v1/models/(?P<name>[^/]+)"
     r"(?:/versions/(?P<version>[0-9]{1,9})|/aliases/(?P<alias>[^/]+))?)?/invocations/?"
 )
-# SageMaker's clients send a picture as it is, most with application/x-image.
+# SageMaker's clients send the bytes of a picture, most with application/x-image.
 _RAW = {"application/octet-stream", "application/x-image"}
 # HTTP status → error code, as MLflow's REST API has them.
 _CODES = {
@@ -70,7 +70,7 @@ class MlflowScoring:
         return ScoringRequest(environ, self._settings)
 
     def refuse(self, error: Exception, request_id: str) -> Response:
-        """A ``ScoringError``; an image that cannot be used is 400, as every input of MLflow."""
+        """A ``ScoringError``. A bad image gets 400, like any bad input to MLflow's server."""
         problem = problems.describe(error, request_id)
         response = problems.respond(problem, error)
         if isinstance(error, InvalidImage | UnsupportedImageType):

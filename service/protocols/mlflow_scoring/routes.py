@@ -1,4 +1,4 @@
-"""The routes of a scoring server beside ``/invocations``: ping, health and version."""
+"""The routes of a scoring server besides ``/invocations``: ping, health and version."""
 
 from flask import Blueprint, Flask, Response
 

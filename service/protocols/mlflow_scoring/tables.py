@@ -14,13 +14,13 @@ from service.http.bodies.json_body import check_count, check_structure, is_text,
 
 COLUMN = "image"
 FORMS = ("dataframe_records", "dataframe_split", "inputs", "instances")
-# A row may have further columns, which are ignored as MLflow's server ignores them.
+# A row may have further columns. They are ignored, as by MLflow's server.
 STRINGS_PER_IMAGE = 16
 # The names of an instance's member with the image. Vertex AI names it "b64".
 _MEMBERS = (COLUMN, "b64")
 _MISSING = msgspec.Raw(b"null")
 
-# The module's own limit is less than a picture in base64. A body has a limit of its own.
+# The csv module's limit is shorter than a picture in base64. The body's length has been checked.
 csv.field_size_limit(sys.maxsize)
 
 
@@ -108,7 +108,11 @@ def _split(raw: msgspec.Raw) -> list[msgspec.Raw]:
     table = _SPLIT.decode(raw)
     place = _place(table.columns)
     if any(len(row) != len(table.columns) for row in table.data):
-        abort(400, f"a row of dataframe_split has not {len(table.columns)} values, as its columns")
+        abort(
+            400,
+            f"each row of dataframe_split must have {len(table.columns)} values, "
+            "one for each column",
+        )
     return [row[place] for row in table.data]
 
 

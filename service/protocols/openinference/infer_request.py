@@ -35,7 +35,7 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-# The JSON members that are not image data.
+# Limits of the JSON members that are not image data.
 MAX_MEMBER_BYTES = 16 * 1024
 MAX_SHAPE_BYTES = 128
 MAX_ID_CHARACTERS = 1024
@@ -43,7 +43,7 @@ HEADER_LENGTH = "HTTP_INFERENCE_HEADER_CONTENT_LENGTH"
 _LENGTH = re.compile(r"[0-9]{1,9}")
 Member = TypeVar("Member")
 _NOTHING = msgspec.Raw(b"null")
-# From nested lists of a tensor to one flat list.
+# Without these, the nested lists of a tensor become one flat list.
 _BRACKETS_AND_SPACE = b"[] \t\r\n"
 
 
@@ -70,7 +70,7 @@ class RequestedOutput(Struct, frozen=True):
 class InferBody(Struct, frozen=True):
     """The JSON of an inference request.
 
-    Members that could be long are parsed only after a look at their length.
+    Members that could be long are parsed only after a check of their length.
     """
 
     inputs: tuple[InputTensor]
@@ -142,7 +142,7 @@ class InferRequest:
                 f"and the body has {length:,}",
             )
         if int(text) > self._settings.max_json_bytes:
-            abort(413, f"the JSON has {text} bytes; {self._settings.max_json_bytes:,} are accepted")
+            abort(413, f"the JSON has {text} bytes; send at most {self._settings.max_json_bytes:,}")
         body = memoryview(body_buffer(self._environ["wsgi.input"], length))
         return body[: int(text)], body[int(text) :]
 
@@ -157,12 +157,12 @@ class InferRequest:
         if (size := parameters.get("binary_data_size")) is not None:
             if size != binary.nbytes:
                 raise InvalidTensor(
-                    f"binary_data_size is {size!r}, and {binary.nbytes:,} bytes follow the JSON"
+                    f"binary_data_size is {size!r}, but {binary.nbytes:,} bytes follow the JSON"
                 )
             return images_from_bytes(head, binary, limit)
         if binary.nbytes:
             raise InvalidTensor(
-                f"{binary.nbytes:,} bytes follow the JSON, and the input has no binary_data_size"
+                f"{binary.nbytes:,} bytes follow the JSON, but the input has no binary_data_size"
             )
         if head.datatype == ENCODED:
             return images_of(*_texts(head, tensor.data), limit)

@@ -72,7 +72,7 @@ def wanted_outputs(
             value.
     """
     if len(requested) > MAX_OUTPUTS or len({name for name, _ in requested}) < len(requested):
-        raise InvalidTensor(f"name each output once; there are {PROBABILITIES} and {LABELS}")
+        raise InvalidTensor(f"name each output once; the outputs are {PROBABILITIES} and {LABELS}")
     if parameters.get("sequence_id"):
         raise InvalidTensor("sequences are not supported; send each request alone")
     top_k = _number(parameters, "top_k", default=1)
@@ -85,7 +85,7 @@ def wanted_outputs(
 def _wanted(name: str, parameters: dict[str, Any], binary: bool, top_k: int) -> WantedOutput:
     if name not in (PROBABILITIES, LABELS):
         raise InvalidTensor(
-            f"there is no output {name[:40]!r}; there are {PROBABILITIES} and {LABELS}"
+            f"there is no output {name[:40]!r}; the outputs are {PROBABILITIES} and {LABELS}"
         )
     refuse_shared_memory(parameters)
     classification = _number(parameters, "classification", default=0)
@@ -95,7 +95,7 @@ def _wanted(name: str, parameters: dict[str, Any], binary: bool, top_k: int) -> 
 
 
 def refuse_shared_memory(parameters: dict[str, Any]) -> None:
-    """Raise ``InvalidTensor`` if a tensor should lie in memory that the client shares."""
+    """Raise ``InvalidTensor`` if the client wants a tensor in shared memory."""
     if "shared_memory_region" in parameters:
         raise InvalidTensor("shared memory is not supported; send and receive tensors in bodies")
 

@@ -1,4 +1,4 @@
-"""What the protocol tells about the server and its models: metadata, configuration, statistics."""
+"""The protocol's records of the server and its models: metadata, configuration, statistics."""
 
 from collections.abc import Mapping
 from typing import Any

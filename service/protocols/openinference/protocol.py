@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class OpenInference:
-    """Translates inference requests; see docs/api.md."""
+    """Translates inference requests; see docs/clients.md."""
 
     name = "v2"
     methods: tuple[str, ...] = ("POST",)

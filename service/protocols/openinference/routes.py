@@ -1,4 +1,4 @@
-"""The protocol's routes beside inference: health, metadata, configuration, statistics, index."""
+"""The protocol's routes besides inference: health, metadata, configuration, statistics, index."""
 
 from typing import Any
 

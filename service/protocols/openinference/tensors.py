@@ -159,7 +159,7 @@ def _elements(number: int, data: memoryview, max_bytes: int) -> Iterator[bytes |
         at += _LENGTH.size
         if length > data.nbytes - at:
             raise InvalidTensor(
-                f"element {position} of the BYTES tensor has {length:,} bytes, and only "
+                f"element {position} of the BYTES tensor has {length:,} bytes, but only "
                 f"{data.nbytes - at:,} follow"
             )
         yield bytes(data[at : at + length]) if length <= max_bytes else too_large(length, max_bytes)

@@ -1,4 +1,4 @@
-// What Node's own `fetch` gets from a service: `node fetch.mjs URL FOLDER`. Prints one JSON object.
+// Asks a service with Node's own `fetch`: `node fetch.mjs URL FOLDER`. Prints one JSON object.
 import { readdirSync, readFileSync } from "node:fs";
 
 const [url, folder] = process.argv.slice(2);

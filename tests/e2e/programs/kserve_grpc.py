@@ -1,6 +1,6 @@
-"""What KServe's ``InferenceGRPCClient`` gets from a service: ``kserve_grpc.py HOST:PORT FOLDER``.
+"""Asks a service with KServe's ``InferenceGRPCClient``: ``kserve_grpc.py HOST:PORT FOLDER``.
 
-The folder is that of ``triton_http.py``. Prints one JSON object.
+The folder is that of ``triton_http.py``. Prints the answers as one JSON object.
 """
 
 import asyncio

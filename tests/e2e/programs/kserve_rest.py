@@ -1,6 +1,6 @@
-"""What KServe's ``InferenceRESTClient`` gets from a service: ``kserve_rest.py URL FOLDER``.
+"""Asks a service with KServe's ``InferenceRESTClient``: ``kserve_rest.py URL FOLDER``.
 
-The folder is that of ``triton_http.py``. Prints one JSON object.
+The folder is that of ``triton_http.py``. Prints the answers as one JSON object.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""What NVIDIA's ``tritonclient.grpc`` gets from a service: ``triton_grpc.py HOST:PORT FOLDER``.
+"""Asks a service with NVIDIA's ``tritonclient.grpc``: ``triton_grpc.py HOST:PORT FOLDER``.
 
-The folder is that of ``triton_http.py``. Prints one JSON object.
+The folder is that of ``triton_http.py``. Prints the answers as one JSON object.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
-"""What NVIDIA's ``tritonclient.http`` gets from a service: ``triton_http.py HOST:PORT FOLDER``.
+"""Asks a service with NVIDIA's ``tritonclient.http``: ``triton_http.py HOST:PORT FOLDER``.
 
 The folder has ``inputs.npz``: encoded pictures (object), their ``pixels`` uint8 (N, H, W, C), and
-``normalised`` float32 (N, C, H, W). Prints one JSON object.
+``normalised`` float32 (N, C, H, W). Prints the answers as one JSON
+object.
 """
 
 import asyncio

@@ -1,4 +1,6 @@
-"""Load by ``tritonclient``: ``triton_load.py http|grpc HOST:PORT FOLDER`` until its input ends.
+"""Sends requests with ``tritonclient`` until standard input ends.
+
+    triton_load.py http|grpc HOST:PORT FOLDER
 
 Prints one JSON object: how many answers each version gave, and the errors.
 """

@@ -125,7 +125,7 @@ def test_every_form_is_answered_as_by_mlflows_server(
         ('{"dataframe_split": {"data": [["aGk="]]}}', JSON, "no column 'image'"),
         ('{"dataframe_split": {"columns": ["image"]}}', JSON, "cannot be read"),
         ('{"dataframe_split": {"columns": ["image"], "data": [["a"]], "x": 1}}', JSON, "unknown"),
-        ('{"dataframe_split": {"columns": ["image"], "data": [["a", "b"]]}}', JSON, "not 1 values"),
+        ('{"dataframe_split": {"columns": ["image"], "data": [["a", "b"]]}}', JSON, "1 values"),
         ('{"inputs": []}', JSON, "no image"),
         ('{"inputs": 3}', JSON, "cannot be read"),
         ("picture\naGk=\n", CSV, "no column 'image'"),
