@@ -33,6 +33,7 @@ from service.observability.metrics import Metrics
 from service.observability.request_record import FinishedRequest, RequestRecord
 from service.observability.request_recorder import RequestRecorder
 from service.observability.tracing import span_export
+from service.observability.tracing.feed import BUFFER_BYTES, SpanFeed
 from service.observability.tracing.options import SAMPLERS, TracingOptions
 from service.observability.tracing.process import receiver_at
 from service.observability.tracing.trace_context import (
@@ -508,17 +509,24 @@ def test_sixteen_requests_with_the_longest_texts_fit_into_a_datagram(
 ) -> None:
     options = TracingOptions(endpoint="http://127.0.0.1:9")
     changed = replace(settings, tracing=options, spans_socket=tmp_path / "spans")
+    records: list[RequestRecord] = []
+    lost: list[int] = []
+    decode = msgspec.msgpack.Decoder(list[RequestRecord]).decode
     with receiver_at(tmp_path / "spans") as receiver:
+        receiver.settimeout(60)
         app = create_app(changed, {"digits": slot}, metrics)
         headers = {"traceparent": SAMPLED, "tracestate": "a=" + "x" * 30_000}
         for _ in range(CHUNK):
             path = f"/v1/models/{'ö' * 15_000}/classify"
             assert app.test_client().post(path, headers=headers).status_code == 404
-        recorder_of(app).close(60)
-        received = 0
-        while received < CHUNK:
-            received += len(msgspec.msgpack.decode(receiver.recv(400_000)))
-    assert metrics.families.traces_dropped._value.get() == 0
+            records += decode(receiver.recv(BUFFER_BYTES))
+        feed = SpanFeed(tmp_path / "spans", lost.append)
+        feed.send(records)
+        assert decode(receiver.recv(BUFFER_BYTES)) == records
+        feed.close(0)
+    recorder_of(app).close(60)
+    assert len(records) == CHUNK
+    assert not lost
 
 
 def test_records_are_dropped_and_counted_while_the_process_does_not_run(
