@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flask import Flask, Response, g, request
 
-from service.http.recording import Exchange, record
+from service.http.recording import finished
 from service.observability.tracing.trace_context import parse_traceparent
 from service.state import state
 
@@ -83,13 +83,10 @@ def _record(response: Response) -> None:
     may_trace = request.method != "OPTIONS" and request.endpoint not in UNTRACED
     if (trace := recorder.select(request.environ, g.request_id, may_trace)) is None:
         return
-    exchange = Exchange(
-        environ=request.environ,
-        request_id=g.request_id,
-        route=rule.rule if rule else None,
-        started=g.started,
-    )
-    record(recorder, trace, exchange, response.status_code, response.content_length or 0)
+    route = rule.rule if rule else None
+    status, size = response.status_code, response.content_length or 0
+    described = finished(request.environ, g.request_id, route, g.started, status, size)
+    recorder.record(trace, request.environ, None, described)
 
 
 def _is_probe(rule: str) -> bool:

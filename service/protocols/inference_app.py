@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from flask import Response
 from msgspec import Struct
+from msgspec.structs import replace
 from werkzeug.exceptions import MethodNotAllowed
 
 from service.http.openapi import Operation
-from service.http.recording import Exchange, RouteTemplates, record
+from service.http.recording import MAX_NAME_CHARACTERS, RouteTemplates, finished
 from service.http.request_context import PROBES, answer_headers, identify
 from service.inference.requests import ImageStream, Job, Result
 from service.inference.requests import Request as PipelineRequest
@@ -229,16 +230,14 @@ class _Call:
         environ, recorder = self._environ, self._state.recorder
         if recorder is None or (trace := recorder.select(environ, self._id)) is None:
             return
-        exchange = Exchange(
-            environ=environ,
-            request_id=self._id,
-            route=self._routes.find(environ["PATH_INFO"]),
-            started=environ.get(CALLED, self._arrived_at),
+        route, name = self._routes.find(environ["PATH_INFO"]), self._target.name
+        started = environ.get(CALLED, self._arrived_at)
+        described = replace(
+            finished(environ, self._id, route, started, status, response_bytes, error),
             protocol=self._protocol.name,
-            model_name=self._target.name,
-            job=self._job,
+            model_name=name and name[:MAX_NAME_CHARACTERS],
         )
-        record(recorder, trace, exchange, status, response_bytes, error)
+        recorder.record(trace, environ, self._job, described)
 
     def _log(self, result: Result) -> None:
         log.debug(
