@@ -38,18 +38,17 @@ def init_app(app: Flask) -> None:
     app.after_request(_finish)
 
 
-def identify(environ: "WSGIEnvironment") -> tuple[str, str | None]:
-    """The id of the request, and the id of its trace if it has one.
+def identify(environ: "WSGIEnvironment") -> str:
+    """The id of the request.
 
-    The client may choose the request id: 1 to 64 letters, digits, ".", "_" or "-". Otherwise it is
+    The client may choose it: 1 to 64 letters, digits, ".", "_" or "-". Otherwise it is
     the trace id or a random one.
     """
+    request_id: str = environ.get("HTTP_X_REQUEST_ID", "")
+    if _VALID_ID.fullmatch(request_id):
+        return request_id
     caller = parse_traceparent(environ.get("HTTP_TRACEPARENT", ""))
-    trace_id = caller[0] if caller else None
-    request_id = environ.get("HTTP_X_REQUEST_ID", "")
-    if not _VALID_ID.fullmatch(request_id):
-        request_id = trace_id or f"{_random.getrandbits(128):032x}"
-    return request_id, trace_id
+    return caller[0] if caller else f"{_random.getrandbits(128):032x}"
 
 
 def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]]:
@@ -62,7 +61,7 @@ def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]
 
 def _begin() -> None:
     g.started = time.perf_counter()
-    g.request_id, g.trace_id = identify(request.environ)
+    g.request_id = identify(request.environ)
     state().access_control.admit_to_route(request.endpoint, request.environ)
 
 

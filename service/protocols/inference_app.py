@@ -6,7 +6,6 @@ pipeline decodes and queues the images. When the server iterates over its answer
 predictions.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -26,8 +25,6 @@ from service.state import State
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-log = logging.getLogger(__name__)
 
 # In a request's environment, when it arrived. The server calls the application a second time for a
 # postponed request; this key keeps it from being counted twice.
@@ -150,10 +147,9 @@ class _Call:
         self._target = target
         self._environ = environ
         self._routes = routes
-        self._id, self._trace_id = identify(environ)
+        self._id = identify(environ)
         self._request: ProtocolRequest | None = None
         self._job: Job | None = None
-        self._result: Result | None = None
 
     def submit(self, session: str | None) -> None:
         """Admit the request, and queue its images.
@@ -185,14 +181,14 @@ class _Call:
 
     def answer(self, start_response: "StartResponse") -> Iterator[bytes]:
         """Wait for the predictions, and yield the body; starts when it is first iterated."""
-        assert self._job is not None
+        job, request = self._job, self._request
+        assert job is not None
+        assert request is not None
         try:
-            answer = self._state.pipeline.finish(self._job, self._write)
+            answer = self._state.pipeline.finish(job, lambda found: request.write(found, self._id))
         except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
             yield from self.refuse(error, start_response)
             return
-        if self._result is not None and log.isEnabledFor(logging.DEBUG):
-            self._log(self._result)
         headers = [
             ("Content-Type", answer.content_type),
             ("Content-Length", str(len(answer.body))),
@@ -220,11 +216,6 @@ class _Call:
         served = self._job.served if self._job else None
         return served.version if served else None
 
-    def _write(self, result: Result) -> Answer:
-        assert self._request is not None
-        self._result = result
-        return self._request.write(result, self._id)
-
     def _record(self, status: int, response_bytes: int, error: Exception | None = None) -> None:
         """Record this request, whose answer is made, if it is sampled or all are logged."""
         environ, recorder = self._environ, self._state.recorder
@@ -238,19 +229,3 @@ class _Call:
             model_name=name and name[:MAX_NAME_CHARACTERS],
         )
         recorder.record(trace, environ, self._job, described)
-
-    def _log(self, result: Result) -> None:
-        log.debug(
-            "classified",
-            extra={
-                "request_id": self._id,
-                "trace_id": self._trace_id,
-                "model_name": result.served.name,
-                "model_version": result.served.version,
-                "images": len(result.images),
-                "batch_size": result.batch_size,
-                "decode_ms": result.timings_ms.decode,
-                "queue_ms": result.timings_ms.queue,
-                "forward_ms": result.timings_ms.forward,
-            },
-        )

@@ -48,7 +48,7 @@ class Call:
         self._received_bytes = 0
         self.started = time.perf_counter()
         self.environ = environ_of(context)
-        self.request_id, _ = identify(self.environ)
+        self.request_id = identify(self.environ)
         self.model_name: str | None = None
         """What the message says, as soon as it has arrived."""
         self.job: Job | None = None
