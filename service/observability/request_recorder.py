@@ -56,7 +56,7 @@ class RequestRecorder:
         if self.access_log is None:
             return None
         caller = parse_traceparent(traceparent)
-        return TraceContext(trace_id=caller[0] if caller else None)
+        return TraceContext(trace_id=caller[0] if caller else "")
 
     def record(
         self,

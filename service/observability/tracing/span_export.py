@@ -102,7 +102,7 @@ class SpanExport:
     def _spans(self, record: RequestRecord, epoch_s: float) -> Iterator[ReadableSpan]:
         """The server span of a request, and a child for each of its stages."""
         state = _trace_state(record.trace.state)
-        trace_id = int(record.trace.trace_id or "0", 16)
+        trace_id = int(record.trace.trace_id, 16)
 
         def span(
             name: str,
@@ -198,7 +198,7 @@ def attributes_of(record: RequestRecord) -> Attributes:
 
 
 def _parent(trace: TraceContext, state: TraceState) -> SpanContext | None:
-    if trace.parent_id is None or trace.trace_id is None:
+    if not trace.parent_id:
         return None
     return SpanContext(int(trace.trace_id, 16), int(trace.parent_id, 16), True, _SAMPLED, state)
 
