@@ -99,7 +99,8 @@ def create_app(
         TorchServe(settings),
     ]
     docs.init_app(app, [each for protocol in protocols for each in protocol.operations])
-    app.wsgi_app = InferenceApp(app.wsgi_app, state, protocols)  # type: ignore[method-assign]
+    probes = request_context.probe_paths(app)
+    app.wsgi_app = InferenceApp(app.wsgi_app, state, protocols, probes)  # type: ignore[method-assign]
     if origins := settings.cors_origin_list:
         app.wsgi_app = Cors(app.wsgi_app, origins, settings.sticky_header)  # type: ignore[method-assign]
     return app

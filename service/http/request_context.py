@@ -22,13 +22,16 @@ _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _random = random.Random()  # noqa: S311
 # For answers that are not pages: a browser must not load anything for them or put them in a frame.
 DENY_ALL_POLICY = "default-src 'none'; frame-ancestors 'none'"
-# The routes that ask whether the service is alive or ready. They are not recorded, because
-# orchestrators call them every few seconds.
-PROBES = {
-    *("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"),
-    *("/ping", "/health"),
-}
-# These are in the access log, but have no spans.
+# The endpoints that tell whether the service or a version is alive or ready. Their requests are not
+# recorded, because orchestrators send them every few seconds.
+UNRECORDED = frozenset(
+    {
+        *("health.livez", "health.readyz"),
+        *("mlflow_scoring.ping", "mlflow_scoring.health"),
+        *("openinference.live", "openinference.server_ready", "openinference.model_ready"),
+    }
+)
+# Requests for these are in the access log, but have no spans.
 UNTRACED = frozenset({"health.metrics", "static"})
 
 
@@ -36,6 +39,12 @@ def init_app(app: Flask) -> None:
     """Give each Flask request an id, check its access, and set its answer's headers."""
     app.before_request(_begin)
     app.after_request(_finish)
+
+
+def probe_paths(app: Flask) -> frozenset[str]:
+    """The paths that answer whether the service is alive or ready."""
+    rules = (each for each in app.url_map.iter_rules() if each.endpoint in UNRECORDED)
+    return frozenset(each.rule for each in rules if not each.arguments)
 
 
 def identify(environ: "WSGIEnvironment") -> str:
@@ -77,7 +86,7 @@ def _finish(response: Response) -> Response:
 def _record(response: Response) -> None:
     """Record the request unless it is a probe."""
     recorder, rule = state().recorder, request.url_rule
-    if recorder is None or (rule is not None and _is_probe(rule.rule)):
+    if recorder is None or request.endpoint in UNRECORDED:
         return
     may_trace = request.method != "OPTIONS" and request.endpoint not in UNTRACED
     if (trace := recorder.select(request.environ, g.request_id, may_trace)) is None:
@@ -86,9 +95,3 @@ def _record(response: Response) -> None:
     status, size = response.status_code, response.content_length or 0
     described = finished(request.environ, g.request_id, route, g.started, status, size)
     recorder.record(trace, request.environ, None, described)
-
-
-def _is_probe(rule: str) -> bool:
-    """Whether a route asks for the health of the service or of one version."""
-    is_own = rule == state().settings.health_route
-    return is_own or rule in PROBES or (rule.startswith("/v2/models/") and rule.endswith("/ready"))

@@ -7,7 +7,7 @@ predictions.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from flask import Response
@@ -17,7 +17,7 @@ from werkzeug.exceptions import MethodNotAllowed
 
 from service.http.openapi import Operation
 from service.http.recording import MAX_NAME_CHARACTERS, RouteTemplates, finished
-from service.http.request_context import PROBES, answer_headers, identify
+from service.http.request_context import answer_headers, identify
 from service.inference.requests import ImageStream, Job, Result
 from service.inference.requests import Request as PipelineRequest
 from service.server.protocol import IN_LOOP, WAITING, Postpone
@@ -85,13 +85,18 @@ class InferenceApp:
     """Answers the requests of ``protocols``, and passes every other request to ``app``."""
 
     def __init__(
-        self, app: "WSGIApplication", state: State, protocols: Sequence[InferenceProtocol]
+        self,
+        app: "WSGIApplication",
+        state: State,
+        protocols: Sequence[InferenceProtocol],
+        probes: Collection[str],
     ) -> None:
+        """``probes`` are the paths of ``app`` that the server's loop answers itself."""
         self._app = app
         self._state = state
         self._protocols = protocols
-        # The loop answers these itself, so that many requests for other routes do not delay them.
-        self._probes = PROBES | {state.settings.health_route or "/livez"}
+        # Many requests for other routes must not delay these.
+        self._probes = probes
         self._session = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
         operations = [each for protocol in protocols for each in protocol.operations]
         others = filter(None, [state.settings.predict_route])
