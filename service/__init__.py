@@ -70,8 +70,10 @@ def create_app(
     app.url_map.strict_slashes = False
     shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
     access_control = AccessControl(settings)
-    dropped = metrics.families.traces_dropped.inc
-    tracer = Tracer(settings.tracing, dropped, settings.spans_socket) if settings.tracing else None
+    tracer = None
+    if settings.tracing and settings.spans_socket:
+        dropped = metrics.families.traces_dropped.inc
+        tracer = Tracer(settings.tracing, settings.spans_socket, dropped)
     access_log = AccessLog() if settings.access_log == "on" else None
     has_records = tracer is not None or access_log is not None
     state = app.extensions["convoy"] = State(

@@ -38,6 +38,8 @@ control_socket_disable = True
 forwarder_headers = ""
 logconfig_dict = logging_config(settings.log_level)
 
+if settings.tracing and settings.run_folder is None:
+    os.environ["OTEL_SDK_DISABLED"] = "true"  # the process that makes the spans does not run
 # A new folder for each run: metrics that an earlier run left behind would be counted again.
 run_folder = settings.run_folder or Path(tempfile.mkdtemp(prefix="convoy-run-", dir=run_parent()))
 os.environ[RUN_FOLDER] = str(run_folder)
@@ -49,11 +51,13 @@ os.environ["OMP_NUM_THREADS"] = str(settings.forward_threads)
 
 
 def on_starting(server: Any) -> None:
-    """After a stop, have gunicorn's arbiter wait one full time-out before it kills workers.
+    """Log if traces cannot be made, and have the arbiter kill no worker soon after a stop.
 
     `docker pause` stops the arbiter and its workers together. Afterwards the workers' heartbeats
-    are old, although the workers are well.
+    are old, although the workers are well. So the arbiter then waits one full time-out.
     """
+    if settings.tracing and settings.run_folder is None:
+        server.log.warning("no traces: only `convoy serve` starts the process that makes spans")
     murder_workers, running_time = server.murder_workers, RunningTime(interval_s=1.0)
 
     def spare_after_a_stop() -> None:

@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
@@ -33,7 +35,6 @@ from service.observability.metrics import Metrics
 from service.observability.request_record import FinishedRequest, RequestRecord
 from service.observability.request_recorder import RequestRecorder
 from service.observability.tracing import span_export
-from service.observability.tracing.feed import BUFFER_BYTES, SpanFeed
 from service.observability.tracing.options import SAMPLERS, TracingOptions
 from service.observability.tracing.process import receiver_at
 from service.observability.tracing.trace_context import (
@@ -41,10 +42,12 @@ from service.observability.tracing.trace_context import (
     TraceContext,
     parse_traceparent,
 )
+from service.observability.tracing.tracer import BUFFER_BYTES, SpanFeed
 from service.settings import Settings
 from service.state import State
 from tests.conftest import wait_for
 from tests.otlp_receiver import Collector, attributes, running_collector
+from tests.service.spans_process import spans_process
 from tests.service.test_classify import RAW, parts
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +55,6 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret
 PARENT = "00f067aa0ba902b7"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
-Traced = Callable[..., FlaskClient]
 
 
 @pytest.fixture
@@ -68,6 +70,38 @@ def recorder_of(app: Flask) -> RequestRecorder:
     return state.recorder
 
 
+class Traced:
+    """Makes clients of apps whose spans go to ``collector``, each by a process of its own."""
+
+    def __init__(
+        self, slot: ModelSlot, settings: Settings, metrics: Metrics, collector: Collector
+    ) -> None:
+        self._slot = slot
+        self._settings = settings
+        self._metrics = metrics
+        self._collector = collector
+        self._stack = ExitStack()
+
+    def __call__(self, *, changes: dict[str, Any] | None = None, **variables: str) -> FlaskClient:
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": self._collector.endpoint, **variables}
+        options = TracingOptions.from_environment(variables)
+        assert options is not None
+        folder = Path(self._stack.enter_context(TemporaryDirectory()))
+        changed = replace(
+            self._settings, **{"tracing": options, "run_folder": folder, **(changes or {})}
+        )
+        dropped = self._metrics.families.traces_dropped.inc
+        self._stack.enter_context(spans_process(folder / "spans", options, dropped))
+        app = create_app(changed, {"digits": self._slot}, self._metrics)
+        app.testing = False
+        self._stack.callback(lambda: recorder_of(app).close(60))
+        return app.test_client()
+
+    def end(self) -> None:
+        """End the apps, and then the processes; all spans have come afterwards."""
+        self._stack.close()
+
+
 @pytest.fixture
 def traced(
     slot: ModelSlot,
@@ -76,23 +110,13 @@ def traced(
     deploy: Callable[..., Bundle],
     collector: Collector,
 ) -> Iterator[Traced]:
-    """Makes a client of an app that serves version 1, and sends its spans to ``collector``."""
+    """Makes clients of apps that serve version 1, and send their spans to ``collector``."""
     deploy(1)
     assert slot.refresh()
-    apps: list[Flask] = []
-
-    def make(*, changes: dict[str, Any] | None = None, **variables: str) -> FlaskClient:
-        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, **variables}
-        changes = {"tracing": TracingOptions.from_environment(variables), **(changes or {})}
-        app = create_app(replace(settings, **changes), {"digits": slot}, metrics)
-        app.testing = False
-        apps.append(app)
-        return app.test_client()
-
-    yield make
+    traced = Traced(slot, settings, metrics, collector)
+    yield traced
     collector.released.set()
-    for app in apps:
-        recorder_of(app).close(5)
+    traced.end()
 
 
 def the_server(collector: Collector) -> Span:
@@ -149,13 +173,13 @@ def test_the_resource_is_named_by_the_environment(
     traced: Traced, collector: Collector, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced().post("/v1/classify", data=png, **RAW)
-    wait_for(lambda: collector.resources)
+    traced.end()
     assert collector.resources[0]["service.name"] == "convoy"
     collector.resources.clear()
     monkeypatch.setenv("OTEL_SERVICE_NAME", "shop")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     traced().post("/v1/classify", data=png, **RAW)
-    wait_for(lambda: collector.resources)
+    traced.end()
     found = collector.resources[0]
     assert (found["service.name"], found["deployment.environment.name"]) == ("shop", "test")
 
@@ -282,7 +306,7 @@ def test_a_collector_that_fails_loses_spans_and_no_answer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-    endpoint = {}
+    endpoint: dict[str, Any] = {}
     if fails == "is down":
         endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     elif fails == "hangs":
@@ -313,7 +337,7 @@ def test_closing_sends_the_spans_that_wait(
     client = traced()
     for _ in range(3):
         client.post("/v1/classify", data=png, **RAW)
-    recorder_of(client.application).close(60)
+    traced.end()
     assert len(collector.servers()) == 3
 
 
@@ -483,7 +507,7 @@ def test_records_reach_the_collector_through_the_process_even_if_it_starts_late(
     traced: Traced, collector: Collector, png: bytes, tmp_path: Path
 ) -> None:
     address = tmp_path / "spans"
-    client = traced(changes={"spans_socket": address})
+    client = traced(changes={"run_folder": tmp_path})
     for _ in range(3):
         client.post("/v1/classify", data=png, **RAW)
     process = start_process(address, collector.endpoint)
@@ -507,7 +531,7 @@ def test_sixteen_requests_with_the_longest_texts_fit_into_a_datagram(
     slot: ModelSlot, settings: Settings, metrics: Metrics, tmp_path: Path
 ) -> None:
     options = TracingOptions(endpoint="http://127.0.0.1:9")
-    changed = replace(settings, tracing=options, spans_socket=tmp_path / "spans")
+    changed = replace(settings, tracing=options, run_folder=tmp_path)
     records: list[RequestRecord] = []
     lost: list[int] = []
     decode = msgspec.msgpack.Decoder(list[RequestRecord]).decode
@@ -522,7 +546,7 @@ def test_sixteen_requests_with_the_longest_texts_fit_into_a_datagram(
         feed = SpanFeed(tmp_path / "spans", lost.append)
         feed.send(records)
         assert decode(receiver.recv(BUFFER_BYTES)) == records
-        feed.close(0)
+        feed.close()
     recorder_of(app).close(60)
     assert len(records) == CHUNK
     assert not lost
@@ -531,19 +555,19 @@ def test_sixteen_requests_with_the_longest_texts_fit_into_a_datagram(
 def test_records_are_dropped_and_counted_while_the_process_does_not_run(
     traced: Traced, metrics: Metrics, png: bytes, tmp_path: Path
 ) -> None:
-    client = traced(changes={"spans_socket": tmp_path / "no process"})
+    client = traced(changes={"run_folder": tmp_path / "no process"})
     for _ in range(3):
         assert client.post("/v1/classify", data=png, **RAW).status_code == 200
     recorder_of(client.application).close(0.2)
     wait_for(lambda: float(metrics.families.traces_dropped._value.get()) == 3)
 
 
-def test_a_worker_with_that_process_does_not_import_the_sdk(tmp_path: Path) -> None:
+def test_a_worker_with_traces_does_not_import_the_sdk(tmp_path: Path) -> None:
     code = (
         "import sys; from service import create_app; app = create_app(); "
         "print('opentelemetry.sdk.trace' in sys.modules, app.extensions['convoy'].recorder is None)"
     )
-    printed = in_a_fresh_process(code, **ENDPOINT, CONVOY_SPANS_SOCKET=str(tmp_path / "spans"))
+    printed = in_a_fresh_process(code, **ENDPOINT, CONVOY_RUN_FOLDER=str(tmp_path))
     assert printed == "False False"
 
 
@@ -759,6 +783,7 @@ def test_concurrent_requests_all_have_a_span_and_a_line(
         assert set(pool.map(ask, range(40))) == {200}
     expected = {f"number-{number}" for number in range(40)}
     assert {each["request_id"] for each in written.lines()} == expected
+    traced.end()
     assert {
         attributes(each.attributes)["convoy.request_id"] for each in collector.servers()
     } == expected

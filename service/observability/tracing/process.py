@@ -19,9 +19,9 @@ from registry.core.errors import UsageError
 from service.observability.logging import logging_config
 from service.observability.metrics import Metrics
 from service.observability.request_record import RequestRecord
-from service.observability.tracing.feed import BUFFER_BYTES
 from service.observability.tracing.options import TracingOptions
 from service.observability.tracing.span_export import SpanExport
+from service.observability.tracing.tracer import BUFFER_BYTES
 
 # The supervisor kills this process 5 s after it has closed its standard input.
 END_TIMEOUT_S = 3.0

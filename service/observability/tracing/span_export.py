@@ -6,7 +6,6 @@ times as much (docs/decisions/0023).
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
@@ -53,7 +52,6 @@ class SpanExport:
         self._resource = OwnResource(Resource.create(wanted.attributes).attributes)
         self._scope = InstrumentationScope("convoy")
         self._ids = RandomIdGenerator()
-        self._dropped = dropped
         self._exporter = CountingExporter(OTLPSpanExporter(endpoint=options.endpoint), dropped)
         self._processor = BatchSpanProcessor(
             self._exporter,
@@ -62,7 +60,6 @@ class SpanExport:
         )
         self._max_queue = options.max_queue
         self._handed = 0
-        self._waits_until = math.inf
 
     def send(self, records: Sequence[RequestRecord]) -> None:
         """Hand the spans of ``records`` to the SDK; waits while its queue is full.
@@ -72,16 +69,10 @@ class SpanExport:
         epoch_s = time.time() - time.perf_counter()
         for record in records:
             spans = list(self._spans(record, epoch_s))
-            if not self._wait_for_room(len(spans)):
-                self._dropped(1)
-                continue
+            self._wait_for_room(len(spans))
             self._handed += len(spans)
             for span in spans:
                 self._processor.on_end(span)
-
-    def wait_until(self, end: float) -> None:
-        """From ``end`` on, a time of ``time.monotonic``, ``send`` waits no longer."""
-        self._waits_until = end
 
     def close(self, timeout_s: float) -> None:
         """Send the spans that the SDK holds, for at most ``timeout_s``."""
@@ -89,15 +80,12 @@ class SpanExport:
         thread.start()  # the SDK itself would wait up to 30 s
         thread.join(timeout_s)
 
-    def _wait_for_room(self, count: int) -> bool:
-        """Whether the SDK's queue has room for ``count`` spans, perhaps after a while."""
+    def _wait_for_room(self, count: int) -> None:
+        """Return once the SDK's queue has room for ``count`` spans."""
         while (waiting := self._handed - self._exporter.taken) and (
             waiting + count > self._max_queue
         ):
-            if time.monotonic() >= self._waits_until:
-                return False
             time.sleep(ROOM_INTERVAL_S)
-        return True
 
     def _spans(self, record: RequestRecord, epoch_s: float) -> Iterator[ReadableSpan]:
         """The server span of a request, and a child for each of its stages."""
