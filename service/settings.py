@@ -182,6 +182,11 @@ class Settings(Struct, frozen=True, kw_only=True):
         return self.run_folder / "spans" if self.run_folder else None
 
     @property
+    def session_variable(self) -> str:
+        """The name of ``sticky_header`` in a WSGI environment (RFC 3875, 4.1.18)."""
+        return "HTTP_" + self.sticky_header.upper().replace("-", "_")
+
+    @property
     def address(self) -> str:
         """The URL at which a process on this machine reaches the service."""
         return local_address(self.host, self.port)

@@ -33,6 +33,7 @@ SCENARIOS: dict[str, Scenario] = {
     "soak": soak.soak,
     "access-control": protocol.access_control,
     "large-json": attacks.large_json,
+    "large-tensors": attacks.large_tensors,
     "empty-parts": attacks.empty_parts,
     "stalled-bodies": attacks.stalled_bodies,
     "many-scrapes": attacks.many_scrapes,

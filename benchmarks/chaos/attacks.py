@@ -1,4 +1,4 @@
-"""Scenarios 14 to 17: many connections that each send a few bytes, with default settings.
+"""Scenarios 14 to 17, and 19: many connections that each send a few bytes, with default settings.
 
 Honest clients send requests at a steady rate. Probes open a new connection each time, as a
 kubelet's do. The attackers run in a separate process, because their work would otherwise add to the
@@ -32,11 +32,17 @@ PART_CLIENTS = 64
 STALLED_CLIENTS = 1050
 METRICS_CLIENTS = 300
 BOUNDARY = "b"
+JSON = "application/json"
 
 
 def large_json(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
     """Eight clients post JSON of 64 MB, and of the largest accepted size, to two workers."""
     return _play(partial(_post_again, JSON_CLIENTS, _large_json_requests), seconds)
+
+
+def large_tensors(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
+    """Eight clients post large tensors and tables that fit no version, to two workers."""
+    return _play(partial(_post_again, JSON_CLIENTS, _large_tensor_requests), seconds)
 
 
 def empty_parts(seconds: int = SECONDS) -> tuple[dict[str, Any], Traffic]:
@@ -62,7 +68,38 @@ def _large_json_requests() -> list[bytes]:
         _json(allowed - 100, b'"ab"'),
         _json(allowed - 100, b'"' + b"A" * (allowed // 4 * 4 - 200) + b'"'),
     ]
-    return [_request("application/json", body) for body in bodies]
+    return [_request(JSON, body) for body in bodies]
+
+
+def _large_tensor_requests() -> list[bytes]:
+    infer, scoring = "/v2/models/digits/infer", "/invocations"
+    allowed = Settings().max_json_bytes - 1000
+    side = int((allowed / 2) ** 0.5)  # each value takes two bytes: "0,"
+    numbers = ",".join(["0"] * side**2)
+    floats = (
+        f'{{"inputs":[{{"name":"x","datatype":"FP32","shape":[1,1,{side},{side}],"data":[%s]}}]}}'
+    )
+    texts = '{"inputs":[{"name":"x","datatype":"BYTES","shape":[32],"data":[%s]}]}'
+    table = '{"dataframe_split":{"columns":["image","id"],"data":[%s]}}'
+    inputs = '{"inputs":[%s]}'
+    bodies = [
+        (infer, JSON, floats % numbers),
+        (infer, JSON, floats.replace("FP32", "UINT8") % numbers),
+        (infer, JSON, texts % ",".join(['"ab"'] * (allowed // 5))),
+        (scoring, JSON, table % ",".join(['["ab",1]'] * (allowed // 9))),
+        (scoring, JSON, inputs % ",".join(['"ab"'] * (allowed // 5))),
+        (scoring, "text/csv", "image\n" + "\n" * allowed),
+        (scoring, "text/csv", "image\n" + "ab\n" * (allowed // 3)),
+    ]
+    found = [_request(kind, text.encode(), path=path) for path, kind, text in bodies]
+    large = int((Settings().max_body_bytes - 1000) ** 0.5) // 2  # each value takes four bytes
+    tensor = (
+        '{"name":"x","datatype":"FP32","shape":[1,1,%d,%d],"parameters":{"binary_data_size":%d}}'
+    )
+    head = '{"inputs":[' + tensor % (large, large, 4 * large**2) + "]}"
+    more = f"Inference-Header-Content-Length: {len(head)}\r\n"
+    body = head.encode() + bytes(4 * large**2)
+    return [*found, _request("application/octet-stream", body, path=infer, more=more)]
 
 
 def _empty_part_requests() -> list[bytes]:
@@ -80,9 +117,15 @@ def _json(size: int, element: bytes) -> bytes:
     return b'{"images":[' + b",".join([element] * count) + b"]}"
 
 
-def _request(content_type: str, body: bytes, length: int | None = None) -> bytes:
+def _request(
+    content_type: str,
+    body: bytes,
+    length: int | None = None,
+    path: str = "/v1/classify",
+    more: str = "",
+) -> bytes:
     return (
-        f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n{more}"
         f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
     ).encode() + body
 

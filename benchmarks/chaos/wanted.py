@@ -95,6 +95,7 @@ WANTED: dict[str, tuple[Bound, ...]] = {
     ),
     "access-control": (Bound("opened"), Bound("decided")),
     "large-json": ATTACK,
+    "large-tensors": ATTACK,
     "empty-parts": ATTACK,
     "stalled-bodies": ATTACK,
     "many-scrapes": ATTACK,

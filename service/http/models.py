@@ -17,6 +17,7 @@ from registry.model.manifest import (
 )
 from registry.model.refs import Canary
 from service.inference.loaded_model import ServedModel
+from service.inference.requests import Target
 from service.loading.model_slot import ModelSlot
 from service.state import state
 
@@ -118,7 +119,7 @@ def show_model(name: str, version: int | None = None, alias: str | None = None) 
         ModelNotReady: no version is loaded yet, or this worker is about to end.
     """
     current = state()
-    served, serving = current.pipeline.find(name, version, alias)
+    served, serving = current.pipeline.find(Target(name, version, alias))
     g.served = served
     slot, manifest = current.slot(name), served.manifest
     return _json(

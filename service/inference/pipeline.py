@@ -25,6 +25,7 @@ from service.inference.requests import (
     InputImage,
     Job,
     Result,
+    Target,
     Timings,
 )
 from service.inference.traffic_split import routes_to_canary
@@ -72,13 +73,7 @@ class Pipeline:
         self._why_unready = why_unready
         self._decoder = Decoder(settings)
 
-    def find(
-        self,
-        name: str | None = None,
-        version: int | None = None,
-        alias: str | None = None,
-        in_loop: bool = False,
-    ) -> tuple[ServedModel, ActiveVersions]:
+    def find(self, target: Target, in_loop: bool = False) -> tuple[ServedModel, ActiveVersions]:
         """The loaded version that a request asks for, and all that serve at this moment.
 
         Raises:
@@ -88,13 +83,14 @@ class Pipeline:
         """
         if reason := self._why_unready():
             raise ModelNotReady(reason)
-        slot = find_slot(self._slots, name)
+        slot = find_slot(self._slots, target.name)
         serving = slot.serving if in_loop else slot.require()
         if serving is None:
             raise Postpone  # ``require`` may have to load the model first
-        served = serving.find(version, alias)
+        served = serving.find(target.version, target.alias)
         if served is None:
-            wanted = f"version {version}" if alias is None else f"alias {alias[:80]!r}"
+            alias = target.alias
+            wanted = f"version {target.version}" if alias is None else f"alias {alias[:80]!r}"
             here = " and ".join(
                 f"version {each.version}" + (f", alias {each.alias!r}" if each.alias else "")
                 for each in (serving.champion, serving.challenger)
@@ -117,7 +113,7 @@ class Pipeline:
         request = job.request
         in_loop = request.loop_bytes is not None
         # Find the version once, so that all images of a request get the same one.
-        job.served, serving = self.find(request.name, request.version, request.alias, in_loop)
+        job.served, serving = self.find(request.target, in_loop)
         # Check before decoding, which costs more than the check.
         job.served.batcher.check_room(request.waiting)
         if in_loop and _is_slow(job.served.batcher):
@@ -125,7 +121,7 @@ class Pipeline:
         if request.loop_bytes is not None and request.loop_bytes > LOOP_BYTES:
             raise Postpone
         decoded = self._decode_all(job, serving)
-        if not request.images.alone:
+        if not request.images.isolates_errors:
             _raise_first(decoded)
         job.queued = time.perf_counter()
         left_s = self._deadline_s - (job.queued - request.started)
@@ -142,7 +138,7 @@ class Pipeline:
             What ``write`` returned.
 
         Raises:
-            Exception: an image failed, and the request's ``ImageStream.alone`` is not set.
+            Exception: an image failed, and the request's images do not isolate errors.
         """
         served, request = job.served, job.request
         assert served is not None
@@ -150,7 +146,7 @@ class Pipeline:
             each if isinstance(each, Exception) else served.batcher.wait(each)
             for each in job.queued_images
         ]
-        if not request.images.alone:
+        if not request.images.isolates_errors:
             failed = next((each for each in scored if isinstance(each, Exception)), None)
             if failed is not None:
                 raise failed
@@ -183,7 +179,7 @@ class Pipeline:
     def _decode_all(self, job: Job, serving: ActiveVersions) -> list[Pixels | Exception]:
         """The pixels or the error of each image; the first image's bytes may choose the version."""
         request = job.request
-        canary = None if request.version or request.alias else serving.canary
+        canary = None if request.target.version or request.target.alias else serving.canary
         in_loop = request.loop_bytes is not None
         decoded: list[Pixels | Exception] = []
         reading = time.perf_counter()

@@ -22,11 +22,19 @@ Probabilities = NDArray[np.float32]
 """The probability of each class, float32 (classes,), in the order of the manifest's labels."""
 
 
+class Target(Struct, frozen=True):
+    """The model that a client names, and the version or alias; None for the default."""
+
+    name: str | None = None
+    version: int | None = None
+    alias: str | None = None
+
+
 class ImageStream(Protocol):
     """The images of a request, one after the other as they arrive."""
 
     @property
-    def alone(self) -> bool:
+    def isolates_errors(self) -> bool:
         """Whether an image that fails leaves the others' answers valid.
 
         If not, the whole request fails. The value is final once all images have arrived.
@@ -43,9 +51,7 @@ class Request(Struct, frozen=True, kw_only=True):
     Attributes:
         images: the images to classify.
         protocol: the name of the protocol that the client speaks, for the metrics.
-        name: the model's name; None for the default model.
-        version: its number. If ``version`` and ``alias`` are None, the champion or the canary
-            answers.
+        target: the model. If it has neither version nor alias, the champion or the canary answers.
         session: requests with the same session get the same version during a canary.
         loop_bytes: the size of the body if the server's loop submits the request, which must not
             take long; None if a thread does.
@@ -55,9 +61,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
     images: ImageStream
     protocol: str
-    name: str | None = None
-    version: int | None = None
-    alias: str | None = None
+    target: Target
     session: str | None = None
     loop_bytes: int | None = None
     waiting: int = 0
@@ -99,7 +103,7 @@ class Result(Struct, frozen=True, kw_only=True):
     Attributes:
         served: the version that answered.
         images: the probabilities of each image, or its error. Errors occur only if the request's
-            ``ImageStream.alone`` is set.
+            ``ImageStream.isolates_errors`` is set.
         timings_ms: how long each stage of the request took.
         batch_size: the size of the largest batch that held one of the images.
     """
@@ -110,13 +114,8 @@ class Result(Struct, frozen=True, kw_only=True):
     batch_size: int
 
     def rows(self) -> list[Probabilities]:
-        """The probabilities of all images; raises the error of the first image that failed."""
-        found = []
-        for each in self.images:
-            if isinstance(each, Exception):
-                raise each
-            found.append(each)
-        return found
+        """The probabilities of the images that did not fail."""
+        return [each for each in self.images if not isinstance(each, Exception)]
 
 
 class AnsweredRequest(Struct, frozen=True, kw_only=True):

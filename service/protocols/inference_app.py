@@ -18,7 +18,7 @@ from werkzeug.exceptions import MethodNotAllowed
 from service.http.openapi import Operation
 from service.http.recording import MAX_NAME_CHARACTERS, RouteTemplates, finished
 from service.http.request_context import answer_headers, identify
-from service.inference.requests import ImageStream, Job, Result
+from service.inference.requests import ImageStream, Job, Result, Target
 from service.inference.requests import Request as PipelineRequest
 from service.server.protocol import IN_LOOP, WAITING, Postpone
 from service.state import State
@@ -31,15 +31,7 @@ if TYPE_CHECKING:
 CALLED = "convoy.called"
 
 
-class Target(Struct, frozen=True):
-    """The model that a path names, and the version or alias; None for the default."""
-
-    name: str | None = None
-    version: int | None = None
-    alias: str | None = None
-
-
-class Answer(Struct, frozen=True):
+class HttpAnswer(Struct, frozen=True):
     """What a protocol answers to a request that succeeded; ``headers`` are further headers."""
 
     body: bytes
@@ -47,14 +39,10 @@ class Answer(Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-class ProtocolRequest(Protocol):
-    """One request of a protocol: its images, and how its answer is written."""
+class ProtocolRequest(ImageStream, Protocol):
+    """One request of a protocol: its images, whose iteration reads the body, and its answer."""
 
-    @property
-    def images(self) -> ImageStream:
-        """The images; the body is read while they are iterated."""
-
-    def write(self, result: Result, request_id: str) -> Answer:
+    def write(self, result: Result, request_id: str) -> HttpAnswer:
         """The answer that the client gets."""
 
 
@@ -97,7 +85,7 @@ class InferenceApp:
         self._protocols = protocols
         # Many requests for other routes must not delay these.
         self._probes = probes
-        self._session = "HTTP_" + state.settings.sticky_header.upper().replace("-", "_")
+        self._session = state.settings.session_variable
         operations = [each for protocol in protocols for each in protocol.operations]
         others = filter(None, [state.settings.predict_route])
         self._routes = RouteTemplates(operations, others)
@@ -163,7 +151,7 @@ class _Call:
             Postpone: the request is too slow for the server's loop.
             Exception: any error; the caller must answer it with ``refuse``.
         """
-        environ, target = self._environ, self._target
+        environ = self._environ
         if environ["REQUEST_METHOD"] not in self._protocol.methods:
             raise MethodNotAllowed(self._protocol.methods)
         self._state.access_control.admit(environ, again=CALLED in environ)
@@ -171,11 +159,9 @@ class _Call:
         self._request = self._protocol.read(environ)
         self._job = Job(
             PipelineRequest(
-                images=self._request.images,
+                images=self._request,
                 protocol=self._protocol.name,
-                name=target.name,
-                version=target.version,
-                alias=target.alias,
+                target=self._target,
                 session=session,
                 loop_bytes=environ.get(IN_LOOP),
                 waiting=environ.get(WAITING, 0),

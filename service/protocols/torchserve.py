@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from flask import Response
-from msgspec import Struct
 from msgspec.structs import replace
 
 from service.http import problems
 from service.http.bodies.body_images import IMAGE_NAME, BodyImages
 from service.http.openapi import FAILURES, IMAGES, Operation
-from service.inference.requests import DEFAULT_TOP_K, Probabilities, Result, top_classes
-from service.protocols.inference_app import Answer, Target
+from service.inference.requests import (
+    DEFAULT_TOP_K,
+    Probabilities,
+    Result,
+    Target,
+    top_classes,
+)
+from service.protocols.inference_app import HttpAnswer
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,26 +69,24 @@ class TorchServe:
 
     def read(self, environ: "WSGIEnvironment") -> "TorchServeRequest":
         """The request, whose body is read when its images are iterated."""
-        return TorchServeRequest(BodyImages(environ, self._settings, _PART_NAME))
+        return TorchServeRequest(environ, self._settings, _PART_NAME)
 
     def refuse(self, error: Exception, request_id: str) -> Response:
         """Problem JSON."""
         return problems.answer(error, request_id)
 
 
-class TorchServeRequest(Struct, frozen=True):
+class TorchServeRequest(BodyImages):
     """One request: its images."""
 
-    images: BodyImages
-
-    def write(self, result: Result, request_id: str) -> Answer:
+    def write(self, result: Result, request_id: str) -> HttpAnswer:
         """JSON in UTF-8: probabilities by label for one image, a list of these for several.
 
         In a list, an image that failed has an object with the member ``error`` instead.
         """
         labels = result.served.manifest.labels
         items = [_item(each, labels, request_id) for each in result.images]
-        return Answer(msgspec.json.encode(items if self.images.many else items[0]))
+        return HttpAnswer(msgspec.json.encode(items if self.many else items[0]))
 
 
 def _item(

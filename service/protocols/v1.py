@@ -17,11 +17,11 @@ from service.inference.requests import (
     DEFAULT_TOP_K,
     Probabilities,
     Result,
+    Target,
     Timings,
     top_classes,
 )
-from service.protocols import inference_app as http
-from service.protocols.inference_app import Target
+from service.protocols.inference_app import HttpAnswer
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -117,26 +117,27 @@ class V1:
         """
         query = environ.get("QUERY_STRING")
         top_k = _top_k(query) if query else DEFAULT_TOP_K
-        return V1Request(BodyImages(environ, self._settings), top_k)
+        return V1Request(environ, self._settings, top_k)
 
     def refuse(self, error: Exception, request_id: str) -> Response:
         """Problem JSON."""
         return problems.answer(error, request_id)
 
 
-class V1Request(Struct, frozen=True):
+class V1Request(BodyImages):
     """One request: its images, and how many classes the client wants for each."""
 
-    images: BodyImages
-    top_k: int
+    def __init__(self, environ: "WSGIEnvironment", settings: Settings, top_k: int) -> None:
+        super().__init__(environ, settings)
+        self._top_k = top_k
 
-    def write(self, result: Result, request_id: str) -> http.Answer:
+    def write(self, result: Result, request_id: str) -> HttpAnswer:
         """An ``Answer`` as JSON in UTF-8.
 
         One image has its classes in ``predictions``. Several have one item each in ``results``, in
         the order of the request: classes, or an ``error``.
         """
-        served, many = result.served, self.images.many
+        served, many = result.served, self.many
         items = [self._item(each, served.manifest.labels, request_id) for each in result.images]
         answer = Answer(
             model=ModelName(served.name, served.version, served.alias),
@@ -145,14 +146,14 @@ class V1Request(Struct, frozen=True):
             request_id=request_id,
             timings_ms=result.timings_ms,
         )
-        return http.Answer(_encode(answer))
+        return HttpAnswer(_encode(answer))
 
     def _item(
         self, image: Probabilities | Exception, labels: tuple[str, ...], request_id: str
     ) -> Item:
         if isinstance(image, Exception):
             return Item(error=problems.as_item(image, request_id))
-        return Item(predictions=top_classes(image, labels, self.top_k))
+        return Item(predictions=top_classes(image, labels, self._top_k))
 
 
 def _top_k(query: str) -> int:

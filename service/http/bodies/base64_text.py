@@ -8,7 +8,7 @@ from threading import Lock
 import msgspec
 import pybase64
 
-from registry.core.errors import ImageTooLarge
+from service.http.bodies.reading import too_large
 
 LARGE_JSON_BYTES = 256 * 1024
 MAX_DATA_URL_HEAD = 256
@@ -53,16 +53,6 @@ def count(body: bytes | mmap, character: bytes, limit: int) -> int:
     while at >= 0 and found < limit:
         found, at = found + 1, body.find(character, at + 1)
     return found
-
-
-def too_large(size: int, limit: int) -> ImageTooLarge:
-    """The error for an image of ``size`` bytes; at most ``limit`` bytes are accepted."""
-    return ImageTooLarge(f"the image has {size:,} bytes; at most {limit:,} are accepted")
-
-
-def within(image: bytes, limit: int) -> bytes | ImageTooLarge:
-    """The encoded ``image``, or the error that it has more than ``limit`` bytes."""
-    return image if len(image) <= limit else too_large(len(image), limit)
 
 
 def first_byte(value: msgspec.Raw) -> bytes:

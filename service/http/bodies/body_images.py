@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING
 from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError
-from service.http.bodies.base64_text import within
 from service.http.bodies.form import Form, image_parts
 from service.http.bodies.json_body import check_count, images_of, v1_texts
 from service.http.bodies.reading import (
-    body_buffer,
     body_length,
     check_coding,
+    json_buffer,
     media_type,
-    read_body,
+    raw_image,
 )
 from service.server.protocol import IN_LOOP
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import InputStream, WSGIEnvironment
+    from _typeshed.wsgi import WSGIEnvironment
 
 # The time that parsing a form may take in a worker's loop.
 LOOP_PARSE_S = 0.01
@@ -65,7 +64,7 @@ class BodyImages:
         """Whether the client sent a list, and so gets one; final after the iteration."""
 
     @property
-    def alone(self) -> bool:
+    def isolates_errors(self) -> bool:
         """Whether an image that fails leaves the others' answers valid: in a list it does."""
         return self.many
 
@@ -78,25 +77,23 @@ class BodyImages:
                 f"Content-Type {kind[:80]!r} is not accepted; send the image itself (image/* or "
                 "application/octet-stream), multipart/form-data or application/json",
             )
-        stream, settings = self._environ["wsgi.input"], self._settings
+        settings = self._settings
         if kind == "application/json":
             return self._json(json_buffer(self._environ, settings))
-        length = body_length(self._environ, settings.max_body_bytes)
         if kind == "multipart/form-data":
-            return self._multipart(stream, length, self._environ["CONTENT_TYPE"])
-        return iter((within(read_body(stream, length), settings.max_image_bytes),))
+            length = body_length(self._environ, settings.max_body_bytes)
+            return self._multipart(length)
+        return iter((raw_image(self._environ, settings),))
 
-    def _multipart(
-        self, stream: "InputStream", length: int, content_type: str
-    ) -> Iterator[bytes | ConvoyError]:
-        found = _BOUNDARY.search(content_type)
+    def _multipart(self, length: int) -> Iterator[bytes | ConvoyError]:
+        found = _BOUNDARY.search(self._environ["CONTENT_TYPE"])
         if found is None:
             abort(400, "the Content-Type has no boundary; a multipart body needs one")
         boundary = found[1] or found[2]
         count = 0
         ends = time.perf_counter() + LOOP_PARSE_S if IN_LOOP in self._environ else float("inf")
         form = Form(self._settings.max_image_bytes, self._part_name)
-        for image in image_parts(stream, length, boundary, form, ends):
+        for image in image_parts(self._environ["wsgi.input"], length, boundary, form, ends):
             count += 1
             self.many = count > 1
             check_count(count, self._settings.max_batch)
@@ -107,10 +104,3 @@ class BodyImages:
     def _json(self, body: bytes | mmap) -> Iterator[bytes | ConvoyError]:
         texts, self.many, has_escapes = v1_texts(body, self._settings.max_batch)
         return images_of(texts, has_escapes, self._settings.max_image_bytes)
-
-
-def json_buffer(environ: "WSGIEnvironment", settings: Settings) -> bytes | mmap:
-    """The complete body of a JSON request, which has a lower limit than other bodies."""
-    limit = min(settings.max_json_bytes, settings.max_body_bytes)
-    advice = "; send larger images as the body itself or as multipart/form-data"
-    return body_buffer(environ["wsgi.input"], body_length(environ, limit, advice))

@@ -9,7 +9,7 @@ from multipart import MultipartError, MultipartSegment, ParserLimitReached, Push
 from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError
-from service.http.bodies.base64_text import too_large
+from service.http.bodies.reading import too_large
 from service.server.protocol import Postpone
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from werkzeug.exceptions import abort
 
-from registry.core.errors import UnsupportedEncoding
+from registry.core.errors import ImageTooLarge, UnsupportedEncoding
+from service.settings import Settings
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, WSGIEnvironment
@@ -62,3 +63,26 @@ def read_body(stream: "InputStream", length: int) -> bytes:
 def body_buffer(stream: "InputStream | mmap", length: int) -> bytes | mmap:
     """As ``read_body``, but without a copy if the worker keeps the body in memory pages."""
     return stream if isinstance(stream, mmap) else read_body(stream, length)
+
+
+def json_buffer(environ: "WSGIEnvironment", settings: Settings) -> bytes | mmap:
+    """The complete body of a JSON request, which has a lower limit than other bodies."""
+    limit = min(settings.max_json_bytes, settings.max_body_bytes)
+    advice = "; send larger images as the body itself or as multipart/form-data"
+    return body_buffer(environ["wsgi.input"], body_length(environ, limit, advice))
+
+
+def raw_image(environ: "WSGIEnvironment", settings: Settings) -> bytes | ImageTooLarge:
+    """The complete body, which is an encoded image, or the error that it is too large."""
+    length = body_length(environ, settings.max_body_bytes)
+    return within(read_body(environ["wsgi.input"], length), settings.max_image_bytes)
+
+
+def too_large(size: int, limit: int) -> ImageTooLarge:
+    """The error for an image of ``size`` bytes; at most ``limit`` bytes are accepted."""
+    return ImageTooLarge(f"the image has {size:,} bytes; at most {limit:,} are accepted")
+
+
+def within(image: bytes, limit: int) -> bytes | ImageTooLarge:
+    """The encoded ``image``, or the error that it has more than ``limit`` bytes."""
+    return image if len(image) <= limit else too_large(len(image), limit)

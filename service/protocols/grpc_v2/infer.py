@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from registry.core.errors import ConvoyError, InvalidTensor
-from service.http.bodies.base64_text import within
+from service.http.bodies.reading import within
 from service.inference.requests import InputImage, Result
 from service.protocols.grpc_v2 import inference_pb2 as pb
 from service.protocols.openinference.infer_response import (
@@ -31,7 +31,7 @@ Parameters = Mapping[str, pb.InferParameter]
 class InferImages:
     """The images of a message, and the outputs that it wants."""
 
-    alone = False
+    isolates_errors = False
     """An error of one image fails the whole request: the protocol has no error for one image."""
 
     def __init__(self, message: pb.ModelInferRequest, settings: Settings) -> None:

@@ -19,12 +19,11 @@ from service.protocols.grpc_v2.infer import InferImages
 from service.protocols.grpc_v2.receiving import Receiver
 from service.protocols.grpc_v2.turns import Turns
 from service.protocols.openinference.metadata import (
-    Statistics,
     index,
     model_config,
     model_metadata,
+    model_statistics,
     server_metadata,
-    statistics,
 )
 from service.protocols.openinference.protocol import target
 from service.state import State
@@ -112,9 +111,7 @@ class InferenceService:
         return current.succeed(answer)
 
     def _infer(self, message: pb.ModelInferRequest, current: Call) -> pb.ModelInferResponse:
-        wanted = target(message.model_name, message.model_version)
         settings, pipeline = self._state.settings, self._state.pipeline
-        session = settings.sticky_header.upper().replace("-", "_")
         images = InferImages(message, settings)
         with self._turns:
             current.check_client_waits()
@@ -122,10 +119,8 @@ class InferenceService:
                 Request(
                     images=images,
                     protocol=PROTOCOL,
-                    name=wanted.name or None,
-                    version=wanted.version,
-                    alias=wanted.alias,
-                    session=current.environ.get(f"HTTP_{session}"),
+                    target=target(message.model_name, message.model_version),
+                    session=current.environ.get(settings.session_variable),
                     waiting=self._turns.waiting,
                     started=current.started,
                 )
@@ -162,22 +157,15 @@ class InferenceService:
         return pb.ModelConfigResponse(config=_message(config, pb.ModelConfig()))
 
     def _model_statistics(self, message: pb.ModelStatisticsRequest) -> Message:
-        names = [message.name] if message.name else list(self._state.slots)
-        found = [
-            each
-            for name in names
-            for each in statistics(self._state.slot(name).ref.name, self._state.metrics)
-            if message.version in ("", each.version)
-        ]
-        return _message(Statistics(found), pb.ModelStatisticsResponse())
+        found = model_statistics(self._state, target(message.name, message.version))
+        return _message(found, pb.ModelStatisticsResponse())
 
     def _repository_index(self, message: pb.RepositoryIndexRequest) -> Message:
         entries = index(self._state.slots)
         return _message({"models": entries}, pb.RepositoryIndexResponse())
 
     def _find(self, message: Any) -> Any:
-        wanted = target(message.name, message.version)
-        return self._state.pipeline.find(wanted.name, wanted.version, wanted.alias)
+        return self._state.pipeline.find(target(message.name, message.version))
 
 
 def _handlers(service: str, answers: dict[str, Answer]) -> grpc.GenericRpcHandler:

@@ -1,11 +1,10 @@
-"""The protocol's part of the OpenAPI description."""
+"""The protocol's records, and its part of the OpenAPI description."""
 
 from typing import Any
 
 from msgspec import Struct
 
 from service.http.openapi import BINARY, FAILURES, Body, Operation
-from service.protocols.mlflow_scoring.answers import Predictions, ScoredImage
 
 
 class ScoringInput(Struct, frozen=True, omit_defaults=True):
@@ -13,7 +12,7 @@ class ScoringInput(Struct, frozen=True, omit_defaults=True):
 
     ``dataframe_records`` has rows such as {"image": "…"}. ``dataframe_split`` has the members
     columns and data. ``inputs`` and ``instances`` have strings, or objects with the member image or
-    b64. ``params`` is accepted, and has no effect yet.
+    b64. Convoy ignores ``params``.
     """
 
     dataframe_records: list[dict[str, Any]] | None = None
@@ -21,6 +20,29 @@ class ScoringInput(Struct, frozen=True, omit_defaults=True):
     inputs: Any = None
     instances: Any = None
     params: dict[str, Any] | None = None
+
+
+class ScoredImage(Struct, frozen=True):
+    """One row of an answer; ``probabilities`` are in the order of the version's labels."""
+
+    label: str
+    index: int
+    probability: float
+    probabilities: list[float]
+
+
+class Predictions(Struct, frozen=True):
+    """The body of an answer: one row for each image, in the order of the request."""
+
+    predictions: list[ScoredImage]
+
+
+class ScoringError(Struct, frozen=True):
+    """The body of an error."""
+
+    error_code: str
+    message: str
+    request_id: str
 
 
 class Health(Struct, frozen=True):

@@ -10,15 +10,17 @@ from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError, InvalidImage, UnsupportedImageType
 from service.http import problems
-from service.http.bodies.base64_text import within
-from service.http.bodies.body_images import json_buffer
 from service.http.bodies.json_body import images_of
-from service.http.bodies.reading import body_length, check_coding, media_type, read_body
+from service.http.bodies.reading import check_coding, json_buffer, media_type, raw_image
 from service.http.openapi import Operation
-from service.inference.requests import Result
-from service.protocols.inference_app import Answer, Target
-from service.protocols.mlflow_scoring.answers import Predictions, ScoredImage, ScoringError
-from service.protocols.mlflow_scoring.operations import OPERATIONS
+from service.inference.requests import Result, Target
+from service.protocols.inference_app import HttpAnswer
+from service.protocols.mlflow_scoring.operations import (
+    OPERATIONS,
+    Predictions,
+    ScoredImage,
+    ScoringError,
+)
 from service.protocols.mlflow_scoring.tables import texts_in_csv, texts_in_json
 from service.settings import Settings
 
@@ -85,26 +87,19 @@ class MlflowScoring:
 class ScoringRequest:
     """One request. Its body is read when its images are iterated."""
 
-    alone = False
+    isolates_errors = False
     """An error of one image fails the whole request, as on MLflow's server."""
 
     def __init__(self, environ: "WSGIEnvironment", settings: Settings) -> None:
         self._environ = environ
         self._settings = settings
 
-    @property
-    def images(self) -> "ScoringRequest":
-        """The images; iterating over them reads the body."""
-        return self
-
     def __iter__(self) -> Iterator[bytes | ConvoyError]:
         environ, settings = self._environ, self._settings
         check_coding(environ)
         kind = media_type(environ)
         if kind in _RAW or kind.startswith("image/"):
-            length = body_length(environ, settings.max_body_bytes)
-            image = read_body(environ["wsgi.input"], length)
-            return iter((within(image, settings.max_image_bytes),))
+            return iter((raw_image(environ, settings),))
         _check_parameters(environ["CONTENT_TYPE"] if kind else "")
         body = json_buffer(environ, settings)
         if kind == "application/json":
@@ -119,14 +114,14 @@ class ScoringRequest:
             )
         return images_of(texts, has_escapes, settings.max_image_bytes)
 
-    def write(self, result: Result, request_id: str) -> Answer:
+    def write(self, result: Result, request_id: str) -> HttpAnswer:
         """The rows that the version's python_function gives, under ``predictions``."""
         labels = result.served.manifest.labels
         rows = []
         for each in result.rows():
             best = int(each.argmax())
             rows.append(ScoredImage(labels[best], best, float(each[best]), each.tolist()))
-        return Answer(_encode(Predictions(rows)))
+        return HttpAnswer(_encode(Predictions(rows)))
 
 
 def _check_parameters(content_type: str) -> None:

@@ -18,6 +18,7 @@ FORMS = ("dataframe_records", "dataframe_split", "inputs", "instances")
 STRINGS_PER_IMAGE = 16
 # The names of an instance's member with the image. Vertex AI names it "b64".
 _MEMBERS = (COLUMN, "b64")
+MAX_BLANK_LINES = 1000
 _MISSING = msgspec.Raw(b"null")
 
 # The csv module's limit is shorter than a picture in base64. The body's length has been checked.
@@ -87,10 +88,13 @@ def texts_in_csv(body: bytes | mmap, max_images: int) -> list[msgspec.Raw]:
         with paced(len(body)):
             rows = csv.reader(io.StringIO(bytes(body).decode("utf-8-sig"), newline=""), strict=True)
             place = _place(next(rows, []))
+            blank_lines = 0
             for row in rows:
-                if row:  # pandas skips empty lines, too
+                if row:
                     check_count(len(texts) + 1, max_images)
                     texts.append(_as_json(row[place]))
+                elif (blank_lines := blank_lines + 1) > MAX_BLANK_LINES:  # pandas skips them, too
+                    abort(400, f"the CSV table has more than {MAX_BLANK_LINES} blank lines")
     except (UnicodeDecodeError, csv.Error, IndexError) as error:
         abort(400, f"the body is not a CSV table in UTF-8: {error}")
     return _checked(texts, max_images)

@@ -12,11 +12,16 @@ from werkzeug.exceptions import abort
 
 from registry.core.errors import ConvoyError, InvalidTensor
 from service.http.bodies.base64_text import count, first_byte, paced
-from service.http.bodies.body_images import json_buffer
 from service.http.bodies.json_body import check_escapes, images_of, is_text, parse
-from service.http.bodies.reading import body_buffer, body_length, check_coding
+from service.http.bodies.reading import (
+    body_buffer,
+    body_length,
+    check_coding,
+    json_buffer,
+    raw_image,
+)
 from service.inference.requests import InputImage, Result
-from service.protocols.inference_app import Answer
+from service.protocols.inference_app import HttpAnswer
 from service.protocols.openinference.infer_response import (
     WantedOutput,
     refuse_shared_memory,
@@ -92,7 +97,7 @@ _ONE_VALUE = msgspec.json.Decoder(tuple[msgspec.Raw])
 class InferRequest:
     """One request. Its body is read when its images are iterated; ``write`` may follow that."""
 
-    alone = False
+    isolates_errors = False
     """An error of one image fails the whole request: the protocol has no error for one image."""
 
     def __init__(self, environ: "WSGIEnvironment", settings: Settings) -> None:
@@ -101,13 +106,11 @@ class InferRequest:
         self._id = ""
         self._wanted: list[WantedOutput] = []
 
-    @property
-    def images(self) -> "InferRequest":
-        """The images; iterating over them reads the body."""
-        return self
-
     def __iter__(self) -> Iterator[InputImage | ConvoyError]:
         check_coding(self._environ)
+        if self._environ.get(HEADER_LENGTH) == "0":  # Triton's raw binary request
+            self._wanted = wanted_outputs([], {"binary_data_output": True})
+            return iter((raw_image(self._environ, self._settings),))
         head, binary = self._split()
         body = parse(head, _BODY, "an inference request of the Open Inference Protocol")
         self._id = body.id or ""
@@ -120,7 +123,7 @@ class InferRequest:
         )
         return self._images_of(body.inputs[0], binary)
 
-    def write(self, result: Result, request_id: str) -> Answer:
+    def write(self, result: Result, request_id: str) -> HttpAnswer:
         """The wanted outputs, as JSON or in the binary form."""
         return write(result, self._wanted, self._id)
 
@@ -163,6 +166,10 @@ class InferRequest:
         if binary.nbytes:
             raise InvalidTensor(
                 f"{binary.nbytes:,} bytes follow the JSON, but the input has no binary_data_size"
+            )
+        if tensor.data is _NOTHING:
+            raise InvalidTensor(
+                "the input has no data; send data, or binary_data_size and the tensor after JSON"
             )
         if head.datatype == ENCODED:
             return images_of(*_texts(head, tensor.data), limit)
@@ -208,8 +215,8 @@ def _texts(head: TensorHead, data: msgspec.Raw) -> tuple[list[msgspec.Raw], bool
             if len(found) == head.images and all(map(is_text, found)):
                 return found, has_escapes
     raise InvalidTensor(
-        f"the data of the BYTES tensor are not {head.images} strings, as its shape "
-        f"{list(head.shape)} says; send base64 of each image"
+        f"data does not fit the shape {list(head.shape)} of the BYTES tensor; send one base64 "
+        "string for each image"
     )
 
 

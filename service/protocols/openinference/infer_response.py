@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from registry.core.errors import InvalidTensor
 from service.inference.requests import Probabilities, Result, top_classes
-from service.protocols.inference_app import Answer
+from service.protocols.inference_app import HttpAnswer
 from service.protocols.openinference.tensors import (
     ENCODED,
     LABELS,
@@ -132,18 +132,14 @@ class Output(Struct, frozen=True):
 
 
 def outputs_of(result: Result, wanted: list[WantedOutput]) -> list[Output]:
-    """The ``wanted`` outputs; raises the error of the first image that failed."""
+    """The ``wanted`` outputs."""
     rows = result.rows()
     labels = result.served.manifest.labels
     return [_output(each, rows, labels) for each in wanted]
 
 
-def write(result: Result, wanted: list[WantedOutput], request_id: str) -> Answer:
-    """The answer with the ``wanted`` outputs; ``request_id`` is the client's own, or empty.
-
-    Raises:
-        Exception: the error of an image.
-    """
+def write(result: Result, wanted: list[WantedOutput], body_id: str) -> HttpAnswer:
+    """The answer with the ``wanted`` outputs; ``body_id`` is the ``id`` of the request's body."""
     tensors, blobs = [], []
     for each in outputs_of(result, wanted):
         if each.wanted.binary:
@@ -157,14 +153,14 @@ def write(result: Result, wanted: list[WantedOutput], request_id: str) -> Answer
         InferAnswer(
             model_name=result.served.name,
             model_version=str(result.served.version),
-            id=request_id,
+            id=body_id,
             outputs=tensors,
         )
     )
     if not blobs:
-        return Answer(head)
+        return HttpAnswer(head)
     length = ("Inference-Header-Content-Length", str(len(head)))
-    return Answer(b"".join((head, *blobs)), "application/octet-stream", (length,))
+    return HttpAnswer(b"".join((head, *blobs)), "application/octet-stream", (length,))
 
 
 def _output(wanted: WantedOutput, rows: list[Probabilities], labels: tuple[str, ...]) -> Output:

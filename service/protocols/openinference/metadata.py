@@ -10,9 +10,11 @@ from prometheus_client.samples import Sample
 from registry.core.names import convoy_version
 from registry.model.manifest import PreprocessSpec
 from service.inference.loaded_model import ActiveVersions, ServedModel
+from service.inference.requests import Target
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.protocols.openinference.tensors import TensorSpec, input_specs, output_specs
+from service.state import State
 
 EXTENSIONS = (
     "binary_tensor_data",
@@ -188,6 +190,20 @@ def index(slots: Mapping[str, ModelSlot]) -> list[IndexEntry]:
             versions = (serving.champion, serving.challenger)
             entries += [IndexEntry(name, str(each.version), "READY") for each in versions if each]
     return entries
+
+
+def model_statistics(state: State, wanted: Target) -> Statistics:
+    """The statistics of all models, of one model, or of one version, in all workers.
+
+    Raises:
+        ModelNotFound, VersionNotFound, ModelNotReady: as ``Pipeline.find``.
+    """
+    if wanted.version is None and wanted.alias is None:
+        names = [state.slot(wanted.name).ref.name] if wanted.name else list(state.slots)
+        return Statistics([each for name in names for each in statistics(name, state.metrics)])
+    served, _ = state.pipeline.find(wanted)
+    found = statistics(served.name, state.metrics)
+    return Statistics([each for each in found if each.version == str(served.version)])
 
 
 def statistics(name: str, metrics: Metrics) -> list[VersionStatistics]:

@@ -7,7 +7,7 @@ from flask import Response
 
 from service.http import problems
 from service.http.openapi import Operation
-from service.protocols.inference_app import Target
+from service.inference.requests import Target
 from service.protocols.openinference.infer_request import InferRequest
 from service.protocols.openinference.operations import OPERATIONS
 from service.settings import Settings
@@ -59,5 +59,5 @@ def error_answer(error: Exception, request_id: str) -> Response:
 def target(name: str, version: str | None) -> Target:
     """The model and the version or alias that a client named; empty stands for the default."""
     if version and _NUMBER.fullmatch(version):
-        return Target(name, int(version))
-    return Target(name, alias=version or None)
+        return Target(name or None, int(version))
+    return Target(name or None, alias=version or None)

@@ -9,13 +9,13 @@ from werkzeug.exceptions import abort
 from service.http.health import is_ready
 from service.inference.loaded_model import ActiveVersions, ServedModel
 from service.protocols.openinference.metadata import (
-    Statistics,
     index,
     model_config,
     model_metadata,
+    model_statistics,
     server_metadata,
-    statistics,
 )
+from service.protocols.openinference.operations import Live, ModelReady, Ready
 from service.protocols.openinference.protocol import error_answer, target
 from service.state import state
 
@@ -47,14 +47,14 @@ def show_server() -> Response:
 @blueprint.get("/v2/health/live")
 def live() -> Response:
     """200 as long as this process answers."""
-    return _json({"live": True})
+    return _json(Live(live=True))
 
 
 @blueprint.get("/v2/health/ready")
 def server_ready() -> Response:
     """200 when every model has a version that is loaded, warmed up and proved; else 503."""
     ready = is_ready()
-    return _json({"live": True, "ready": ready}, 200 if ready else 503)
+    return _json(Ready(live=True, ready=ready), 200 if ready else 503)
 
 
 @blueprint.get(_NAMED[0])
@@ -69,7 +69,7 @@ def show_model(name: str, version: str | None = None) -> Response:
 def model_ready(name: str, version: str | None = None) -> Response:
     """200 when the version is loaded; 404 or 503 otherwise."""
     served, _ = _find(name, version)
-    return _json({"name": served.name, "ready": True})
+    return _json(ModelReady(served.name, ready=True))
 
 
 @blueprint.get(f"{_NAMED[0]}/config")
@@ -85,13 +85,7 @@ def show_config(name: str, version: str | None = None) -> Response:
 @blueprint.get(f"{_NAMED[1]}/stats")
 def show_statistics(name: str | None = None, version: str | None = None) -> Response:
     """Counts and times of all versions of all models, of one model, or of one version."""
-    current = state()
-    names = [current.slot(name).ref.name] if name else list(current.slots)
-    found = [each for one in names for each in statistics(one, current.metrics)]
-    if name and version:
-        number = str(_find(name, version)[0].version)
-        found = [each for each in found if each.version == number]
-    return _json(Statistics(found))
+    return _json(model_statistics(state(), target(name or "", version)))
 
 
 @blueprint.post("/v2/repository/index")
@@ -109,8 +103,7 @@ def refuse(rest: str) -> Response:
 
 def _find(name: str, version: str | None) -> tuple[ServedModel, ActiveVersions]:
     """The version that a path names, for the answer's headers too, and all that serve."""
-    wanted = target(name, version)
-    served, serving = state().pipeline.find(name, wanted.version, wanted.alias)
+    served, serving = state().pipeline.find(target(name, version))
     g.served = served
     return served, serving
 

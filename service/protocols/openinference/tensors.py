@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from registry.core.errors import ConvoyError, InvalidTensor
 from registry.model.manifest import PreprocessSpec
-from service.http.bodies.base64_text import too_large
+from service.http.bodies.reading import too_large
 from service.inference.requests import InputImage
 
 ENCODED, PIXELS, NORMALISED = "BYTES", "UINT8", "FP32"

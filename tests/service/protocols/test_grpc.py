@@ -274,6 +274,8 @@ def test_metadata_configuration_and_index_are_those_of_http(
     assert answer.config.max_batch_size == config["max_batch_size"]
     assert answer.config.parameters["labels"].string_value.startswith('["0"')
     assert pb.DataType.Name(answer.config.input[1].data_type) == "TYPE_UINT8"
+    default, _ = caller.call("ModelMetadata", pb.ModelMetadataRequest())
+    assert default.name == "digits"
     index, _ = caller.call("RepositoryIndex", pb.RepositoryIndexRequest())
     assert [(each.name, each.version, each.state) for each in index.models] == [
         ("digits", "1", "READY")
@@ -289,6 +291,10 @@ def test_statistics_and_metrics_count_calls(
     (found,) = answer.model_stats
     assert (found.inference_count, found.inference_stats.success.count) == (4, 1)
     assert found.inference_stats.fail.count == 1
+    alias = pb.ModelStatisticsRequest(name="digits", version="champion")
+    assert caller.call("ModelStatistics", alias)[0].model_stats[0].version == "1"
+    unknown = pb.ModelStatisticsRequest(name="digits", version="7")
+    assert caller.refusal("ModelStatistics", unknown)[0] == "NOT_FOUND"
     labels = 'model_name="digits",model_version="1"'
     for outcome in ("ok", "client_error"):
         line = f'convoy_requests_total{{{labels},outcome="{outcome}",protocol="grpc"}} 1.0'
@@ -482,8 +488,10 @@ def test_a_call_that_its_client_has_given_up_is_not_classified(
     for _ in at_work:
         assert begun.acquire(timeout=WAIT_TIMEOUT_S)
     given_up = caller.begin("ModelInfer", iter([message]))
-    assert caller.call("ServerLive", pb.ServerLiveRequest())[0].live  # it has arrived, too
+    live = pb.ServerLiveRequest()
+    assert caller.call("ServerLive", live)[0].live  # the call before has arrived, too
     given_up.cancel()
+    assert caller.call("ServerLive", live)[0].live  # and so has its end
     with pytest.raises(grpc.FutureCancelledError):
         given_up.result()
     go_on.set()

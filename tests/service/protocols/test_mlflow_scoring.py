@@ -142,6 +142,13 @@ def test_a_malformed_body_is_400_as_on_mlflows_server(
     assert reason in answer["message"]
 
 
+def test_csv_may_have_blank_lines_but_not_thousands(ask: Ask, png: bytes) -> None:
+    text = base64.b64encode(png).decode()
+    assert ask(f"image\n\n\n{text}\n\n", CSV)[0] == 200
+    status, answer = ask(f"image\n{text}\n" + "\n" * 1001, CSV)
+    assert (status, "1000 blank lines" in answer["message"]) == (400, True)
+
+
 @pytest.mark.parametrize(
     "content_type",
     ["text/plain", "application/json; charset=latin-1", "application/json; format=split"],

@@ -104,6 +104,18 @@ def test_outputs_are_the_same_in_json_and_in_binary(
     np.testing.assert_allclose(outputs(answer)["probabilities"], expected, atol=1e-6)
 
 
+def test_a_body_without_json_is_one_encoded_image(
+    ready: FlaskClient, images: list[bytes], expected: Any
+) -> None:
+    headers = {"Inference-Header-Content-Length": "0"}
+    answer = ready.post(URL, data=images[0], headers=headers)
+    assert answer.content_type == BINARY
+    np.testing.assert_allclose(outputs(answer)["probabilities"], expected[:1], atol=1e-6)
+    assert "not a JPEG" in refusal(ready.post(URL, data=b"picture", headers=headers), 415)
+    too_large = ready.post(URL, data=b"x" * 100_001, headers=headers)
+    assert "100,001 bytes" in refusal(too_large, 413)
+
+
 def test_the_answer_has_the_requests_id_and_only_the_wanted_outputs(
     ready: FlaskClient, images: list[bytes], expected: Any
 ) -> None:
@@ -159,12 +171,21 @@ BAD_JSON = {
     "two inputs": ({"inputs": [tensor("BYTES", [1], data=["aGk="])] * 2}, "length 1"),
     "no name": ({"inputs": [{"datatype": "BYTES", "shape": [1], "data": ["aGk="]}]}, "`name`"),
     "no shape": ({"inputs": [{"name": "x", "datatype": "BYTES", "data": ["a"]}]}, "`shape`"),
-    "no data": ({"inputs": [tensor("BYTES", [1])]}, "not 1 strings"),
+    "no data": ({"inputs": [tensor("BYTES", [1])]}, "has no data"),
     "another datatype": ({"inputs": [tensor("INT64", [1], data=[1])]}, "'INT64'"),
     "shape of BYTES": ({"inputs": [tensor("BYTES", [1, 2], data=["a"])]}, "[1, 2]"),
-    "more shape": ({"inputs": [tensor("BYTES", [2], data=["aGk="])]}, "not 2 strings"),
-    "less shape": ({"inputs": [tensor("BYTES", [1], data=["aGk=", "aGk="])]}, "not 1 strings"),
-    "numbers in BYTES": ({"inputs": [tensor("BYTES", [1], data=[1])]}, "not 1 strings"),
+    "more shape": (
+        {"inputs": [tensor("BYTES", [2], data=["aGk="])]},
+        "one base64 string for each image",
+    ),
+    "less shape": (
+        {"inputs": [tensor("BYTES", [1], data=["aGk=", "aGk="])]},
+        "one base64 string for each image",
+    ),
+    "numbers in BYTES": (
+        {"inputs": [tensor("BYTES", [1], data=[1])]},
+        "one base64 string for each image",
+    ),
     "shape of UINT8": ({"inputs": [tensor("UINT8", [64], data=[0] * 64)]}, "height, width"),
     "other size": ({"inputs": [tensor("UINT8", [1, 4, 4, 1], data=[0] * 16)]}, "(8, 8, 1)"),
     "too few values": ({"inputs": [tensor("UINT8", [1, 8, 8, 1], data=[0] * 63)]}, "63 values"),
@@ -255,7 +276,7 @@ def binary_with(**changes: Any) -> dict[str, Any]:
         ({"length": 10**6}, "must be a number of bytes"),
         ({"length": "-1"}, "must be a number of bytes"),
         ({"length": "x"}, "must be a number of bytes"),
-        ({"length": 0}, "not an inference request"),
+        ({"length": 1}, "not an inference request"),
         ({"length": 20}, "not an inference request"),
         ({"size": 3}, "binary_data_size is 3"),
         ({"size": "14"}, "binary_data_size is '14'"),
