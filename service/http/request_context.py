@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flask import Flask, Response, g, request
 
 from service.http.recording import finished
+from service.observability.request_record import FinishedRequest
 from service.observability.tracing.trace_context import parse_traceparent
 from service.state import state
 
@@ -88,10 +89,11 @@ def _record(response: Response) -> None:
     recorder, rule = state().recorder, request.url_rule
     if recorder is None or request.endpoint in UNRECORDED:
         return
+
+    def describe() -> FinishedRequest:
+        route, size = rule.rule if rule else None, response.content_length or 0
+        status = response.status_code
+        return finished(request.environ, g.request_id, route, g.started, status, size)
+
     may_trace = request.method != "OPTIONS" and request.endpoint not in UNTRACED
-    if (trace := recorder.select(request.environ, g.request_id, may_trace)) is None:
-        return
-    route = rule.rule if rule else None
-    status, size = response.status_code, response.content_length or 0
-    described = finished(request.environ, g.request_id, route, g.started, status, size)
-    recorder.record(trace, request.environ, None, described)
+    recorder.record(request.environ, g.request_id, None, describe, may_trace)

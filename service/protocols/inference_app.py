@@ -20,6 +20,7 @@ from service.http.recording import MAX_NAME_CHARACTERS, RouteTemplates, finished
 from service.http.request_context import answer_headers, identify
 from service.inference.requests import ImageStream, Job, Result, Target
 from service.inference.requests import Request as PipelineRequest
+from service.observability.request_record import FinishedRequest
 from service.server.protocol import IN_LOOP, WAITING, Postpone
 from service.state import State
 
@@ -209,14 +210,17 @@ class _Call:
 
     def _record(self, status: int, response_bytes: int, error: Exception | None = None) -> None:
         """Record this request, whose answer is made, if it is sampled or all are logged."""
-        environ, recorder = self._environ, self._state.recorder
-        if recorder is None or (trace := recorder.select(environ, self._id)) is None:
+        if (recorder := self._state.recorder) is None:
             return
-        route, name = self._routes.find(environ["PATH_INFO"]), self._target.name
-        started = environ.get(CALLED, self._arrived_at)
-        described = replace(
-            finished(environ, self._id, route, started, status, response_bytes, error),
-            protocol=self._protocol.name,
-            model_name=name and name[:MAX_NAME_CHARACTERS],
-        )
-        recorder.record(trace, environ, self._job, described)
+
+        def describe() -> FinishedRequest:
+            environ, name = self._environ, self._target.name
+            route = self._routes.find(environ["PATH_INFO"])
+            started = environ.get(CALLED, self._arrived_at)
+            return replace(
+                finished(environ, self._id, route, started, status, response_bytes, error),
+                protocol=self._protocol.name,
+                model_name=name and name[:MAX_NAME_CHARACTERS],
+            )
+
+        recorder.record(self._environ, self._id, self._job, describe)

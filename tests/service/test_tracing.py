@@ -28,6 +28,7 @@ from registry.auth.tokens import Tokens
 from registry.core.errors import Overloaded, UsageError
 from registry.model.bundle import Bundle
 from service import create_app
+from service.access.auth import AccessControl
 from service.loading.model_slot import ModelSlot
 from service.observability.access_log import MAX_PATH_CHARACTERS, AccessLog, line_of
 from service.observability.background_queue import CHUNK, BackgroundQueue
@@ -716,6 +717,25 @@ def test_the_line_has_the_tokens_name_and_never_its_text(
     assert "token" not in unknown
     assert text not in written.data.decode()
     assert b"convoy_wrong" not in written.data
+
+
+def test_an_error_while_a_request_is_recorded_does_not_reach_the_client(
+    logged: Callable[..., tuple[FlaskClient, Written]],
+    png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*arguments: object) -> tuple[str, str | None]:
+        raise ValueError("no client")
+
+    monkeypatch.setattr(AccessControl, "describe", fail)
+    client, written = logged()
+    assert client.post("/v1/classify", data=png, **RAW).status_code == 200
+    assert client.post("/v1/classify", data=b"no picture", **RAW).status_code == 415
+    assert client.get("/v1/models").status_code == 200
+    assert written.lines() == []
+    (line,) = [each for each in caplog.records if each.levelno >= logging.ERROR]
+    assert "cannot record request" in line.getMessage()
 
 
 def record(path: str) -> RequestRecord:

@@ -109,16 +109,10 @@ class Call:
         """Record the call, by OpenTelemetry's conventions for gRPC; probes are not recorded."""
         if self._recorder is None or self._name in PROBES:
             return
-        trace = self._recorder.select(self.environ, self.request_id)
-        if trace is None:
-            return
-        method = f"{SERVICE}/{self._name}"
-        number = int(code.value[0])
-        self._recorder.record(
-            trace,
-            self.environ,
-            self.job,
-            FinishedRequest(
+
+        def describe() -> FinishedRequest:
+            method, number = f"{SERVICE}/{self._name}", int(code.value[0])
+            return FinishedRequest(
                 request_id=self.request_id,
                 name=method,
                 method=self._name,
@@ -136,8 +130,9 @@ class Call:
                 protocol=PROTOCOL if self._name == "ModelInfer" else "",
                 model_name=self.model_name[:MAX_NAME_CHARACTERS] if self.model_name else None,
                 error=failed,
-            ),
-        )
+            )
+
+        self._recorder.record(self.environ, self.request_id, self.job, describe)
 
 
 def environ_of(context: grpc.ServicerContext) -> "WSGIEnvironment":

@@ -26,6 +26,7 @@ from registry.auth.tokens import Tokens
 from registry.model.bundle import Bundle
 from registry.model.image.decode import decode_image
 from service import create_app
+from service.access.auth import AccessControl
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.observability.tracing.options import TracingOptions
@@ -572,6 +573,22 @@ def test_a_certificate_that_cannot_be_read_stops_the_start(
 ) -> None:
     with pytest.raises(OSError, match="missing"):
         serve(grpc_certificate=tmp_path / "missing.crt", grpc_key=tmp_path / "missing.key")
+
+
+def test_an_error_while_a_call_is_recorded_does_not_reach_the_client(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object) -> tuple[str, str | None]:
+        raise ValueError("no client")
+
+    monkeypatch.setattr(AccessControl, "describe", fail)
+    caller, _, _ = serve(access_log="on")
+    assert caller.infer(request(raw=bytes_tensor(images[:1]))).model_version == "1"
+    status, _ = caller.refusal("ModelInfer", request(raw=b"", model="other"))
+    assert status == "NOT_FOUND"
 
 
 def test_a_call_has_a_span_that_continues_the_callers_trace(
