@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -760,6 +760,7 @@ def record(path: str) -> RequestRecord:
     )
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(max_codepoint=255), max_size=1_000))
 def test_no_path_can_forge_a_line(path: str) -> None:
     data: list[bytes] = []
