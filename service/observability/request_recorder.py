@@ -10,7 +10,7 @@ record for the spans of its trace, and for its line in the access log. Threads w
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from service.inference.requests import Job
@@ -31,7 +31,7 @@ class RequestRecorder:
         self,
         tracer: Tracer | None,
         access_log: AccessLog | None,
-        describe_client: Callable[[Mapping[str, Any]], tuple[str, str | None]],
+        describe_client: Callable[[dict[str, Any]], tuple[str, str | None]],
     ) -> None:
         """Record for the ``tracer`` and the ``access_log``; either may be None.
 
@@ -45,7 +45,7 @@ class RequestRecorder:
 
     def record(
         self,
-        environ: Mapping[str, Any],
+        environ: dict[str, Any],
         request_id: str,
         job: Job | None,
         describe: Callable[[], FinishedRequest],
@@ -72,7 +72,7 @@ class RequestRecorder:
                 log.exception("cannot record request %s", request_id)
 
     def _select(
-        self, environ: Mapping[str, Any], request_id: str, may_trace: bool
+        self, environ: dict[str, Any], request_id: str, may_trace: bool
     ) -> TraceContext | None:
         """The trace of a request to record; None if the request is not recorded."""
         traceparent = environ.get("HTTP_TRACEPARENT", "")
@@ -89,7 +89,7 @@ class RequestRecorder:
     def _queue(
         self,
         trace: TraceContext,
-        environ: Mapping[str, Any],
+        environ: dict[str, Any],
         job: Job | None,
         request: FinishedRequest,
     ) -> None:

@@ -8,6 +8,7 @@ predictions.
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 from flask import Response
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # In a request's environment, when it arrived. The server calls the application a second time for a
 # postponed request; this key keeps it from being counted twice.
 CALLED = "convoy.called"
+# How many paths are remembered. One has at most 4 KB (gunicorn's ``limit_request_line``).
+MAX_KNOWN_PATHS = 256
 
 
 class HttpAnswer(Struct, frozen=True):
@@ -83,13 +86,14 @@ class InferenceApp:
         """``probes`` are the paths of ``app`` that the server's loop answers itself."""
         self._app = app
         self._state = state
-        self._protocols = protocols
         # Many requests for other routes must not delay these.
         self._probes = probes
         self._session = state.settings.session_variable
         operations = [each for protocol in protocols for each in protocol.operations]
         others = filter(None, [state.settings.predict_route])
-        self._routes = RouteTemplates(operations, others)
+        routes = RouteTemplates(operations, others)
+        # Most clients send the same path again and again.
+        self._match = lru_cache(MAX_KNOWN_PATHS)(partial(_match, protocols, routes))
 
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
@@ -103,15 +107,13 @@ class InferenceApp:
             Postpone: the loop called this, and the request takes too long to answer there.
         """
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        for protocol in self._protocols:
-            if target := protocol.match(path):
-                call = _Call(self._state, protocol, target, environ, self._routes)
-                break
-        else:
+        found = self._match(path)
+        if found is None:
             is_probe = path in self._probes and method in ("GET", "HEAD")
             if IN_LOOP in environ and not is_probe:
                 raise Postpone(background=True)
             return self._app(environ, start_response)
+        call = _Call(self._state, found, environ)
         try:
             call.submit(environ.get(self._session))
         except Postpone:
@@ -121,26 +123,36 @@ class InferenceApp:
         return call.answer(start_response)
 
 
+class _Match(Struct, frozen=True):
+    """What a path means: ``route`` is its template, such as ``/v1/models/{name}/classify``."""
+
+    protocol: InferenceProtocol
+    target: Target
+    route: str | None
+
+
+def _match(
+    protocols: Sequence[InferenceProtocol], routes: RouteTemplates, path: str
+) -> _Match | None:
+    for protocol in protocols:
+        if target := protocol.match(path):
+            return _Match(protocol, target, routes.find(path))
+    return None
+
+
 class _Call:
     """One classification request: ``submit`` is the first part, ``answer`` the second.
 
     It has many attributes because both parts need what the first has found out.
     """
 
-    def __init__(
-        self,
-        state: State,
-        protocol: InferenceProtocol,
-        target: Target,
-        environ: "WSGIEnvironment",
-        routes: RouteTemplates,
-    ) -> None:
+    def __init__(self, state: State, found: _Match, environ: "WSGIEnvironment") -> None:
         self._arrived_at = time.perf_counter()
         self._state = state
-        self._protocol = protocol
-        self._target = target
+        self._protocol = found.protocol
+        self._target = found.target
+        self._route = found.route
         self._environ = environ
-        self._routes = routes
         self._id = identify(environ)
         self._request: ProtocolRequest | None = None
         self._job: Job | None = None
@@ -214,8 +226,7 @@ class _Call:
             return
 
         def describe() -> FinishedRequest:
-            environ, name = self._environ, self._target.name
-            route = self._routes.find(environ["PATH_INFO"])
+            environ, route, name = self._environ, self._route, self._target.name
             started = environ.get(CALLED, self._arrived_at)
             return replace(
                 finished(environ, self._id, route, started, status, response_bytes, error),

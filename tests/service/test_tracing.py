@@ -29,6 +29,7 @@ from registry.core.errors import Overloaded, UsageError
 from registry.model.bundle import Bundle
 from service import create_app
 from service.access.auth import AccessControl
+from service.http.recording import RouteTemplates
 from service.loading.model_slot import ModelSlot
 from service.observability.access_log import MAX_PATH_CHARACTERS, AccessLog, line_of
 from service.observability.background_queue import CHUNK, BackgroundQueue
@@ -44,6 +45,7 @@ from service.observability.tracing.trace_context import (
     parse_traceparent,
 )
 from service.observability.tracing.tracer import BUFFER_BYTES, SpanFeed
+from service.protocols.v1 import V1
 from service.settings import Settings
 from service.state import State
 from tests.conftest import wait_for
@@ -717,6 +719,54 @@ def test_the_line_has_the_tokens_name_and_never_its_text(
     assert "token" not in unknown
     assert text not in written.data.decode()
     assert b"convoy_wrong" not in written.data
+
+
+def test_a_token_is_looked_up_once_for_a_request_and_its_line(
+    logged: Callable[..., tuple[FlaskClient, Written]],
+    png: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = Tokens(tmp_path / "tokens.json").add("camera-7", "admin")
+    client, written = logged(auth="required", tokens=tmp_path / "tokens.json")
+    looked_up: list[str] = []
+    find = Tokens.find
+
+    def count(tokens: Tokens, text: str) -> Any:
+        looked_up.append(text)
+        return find(tokens, text)
+
+    monkeypatch.setattr(Tokens, "find", count)
+    headers = {"Authorization": f"Bearer {text}"}
+    assert client.post("/v1/classify", data=png, headers=headers, **RAW).status_code == 200
+    assert client.get("/v1/models", headers=headers).status_code == 200
+    assert looked_up == [text, text]
+    assert [each["token"] for each in written.lines()] == ["camera-7", "camera-7"]
+
+
+def test_a_path_is_matched_once_for_all_requests_and_lines(
+    logged: Callable[..., tuple[FlaskClient, Written]],
+    png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matched: list[str] = []
+    match, find = V1.match, RouteTemplates.find
+
+    def count_match(protocol: V1, path: str) -> Any:
+        matched.append("protocol")
+        return match(protocol, path)
+
+    def count_find(routes: RouteTemplates, path: str) -> Any:
+        matched.append("route")
+        return find(routes, path)
+
+    monkeypatch.setattr(V1, "match", count_match)
+    monkeypatch.setattr(RouteTemplates, "find", count_find)
+    client, written = logged()
+    for _ in range(3):
+        assert client.post("/v1/classify", data=png, **RAW).status_code == 200
+    assert len(written.lines()) == 3
+    assert matched == ["protocol", "route"]
 
 
 def test_an_error_while_a_request_is_recorded_does_not_reach_the_client(
