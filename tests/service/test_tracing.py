@@ -496,13 +496,13 @@ def test_an_endpoint_without_the_packages_stops_the_start_and_names_the_extra() 
 # The process that makes the spans
 
 
-def start_process(address: Path, endpoint: str) -> "subprocess.Popen[bytes]":
+def start_process(address: Path, endpoint: str, **variables: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", "service.observability.tracing.process", str(address)],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **variables},
     )
 
 
@@ -528,6 +528,29 @@ def test_records_reach_the_collector_through_the_process_even_if_it_starts_late(
     assert process.stderr is not None
     with process.stderr:
         assert b"Traceback" not in process.stderr.read()
+
+
+def test_the_process_ends_while_records_wait_for_a_collector_that_hangs(
+    traced: Traced, collector: Collector, png: bytes, tmp_path: Path
+) -> None:
+    collector.released.clear()
+    client = traced(changes={"run_folder": tmp_path})
+    variables = {"OTEL_BSP_MAX_QUEUE_SIZE": "10", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "5"}
+    process = start_process(
+        tmp_path / "spans", collector.endpoint, OTEL_EXPORTER_OTLP_TIMEOUT="3600", **variables
+    )
+    with process:
+        wait_for((tmp_path / "spans").exists)
+        for _ in range(20):  # 100 spans: more than the process may hold
+            assert client.post("/v1/classify", data=png, **RAW).status_code == 200
+        recorder_of(client.application).close(60)
+        wait_for(collector.asked.is_set)
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_sixteen_requests_with_the_longest_texts_fit_into_a_datagram(

@@ -52,6 +52,7 @@ class SpanExport:
         self._resource = OwnResource(Resource.create(wanted.attributes).attributes)
         self._scope = InstrumentationScope("convoy")
         self._ids = RandomIdGenerator()
+        self._dropped = dropped
         self._exporter = CountingExporter(OTLPSpanExporter(endpoint=options.endpoint), dropped)
         self._processor = BatchSpanProcessor(
             self._exporter,
@@ -61,15 +62,18 @@ class SpanExport:
         self._max_queue = options.max_queue
         self._handed = 0
 
-    def send(self, records: Sequence[RequestRecord]) -> None:
+    def send(self, records: Sequence[RequestRecord], gives_up: Callable[[], bool]) -> None:
         """Hand the spans of ``records`` to the SDK; waits while its queue is full.
 
-        Its queue would otherwise drop the oldest spans without counting them.
+        Its queue would otherwise drop the oldest spans without counting them. When ``gives_up()``
+        is true, this waits no longer: it drops the requests without room, and counts them.
         """
         epoch_s = time.time() - time.perf_counter()
         for record in records:
             spans = list(self._spans(record, epoch_s))
-            self._wait_for_room(len(spans))
+            if not self._wait_for_room(len(spans), gives_up):
+                self._dropped(1)
+                continue
             self._handed += len(spans)
             for span in spans:
                 self._processor.on_end(span)
@@ -80,12 +84,15 @@ class SpanExport:
         thread.start()  # the SDK itself would wait up to 30 s
         thread.join(timeout_s)
 
-    def _wait_for_room(self, count: int) -> None:
-        """Return once the SDK's queue has room for ``count`` spans."""
+    def _wait_for_room(self, count: int, gives_up: Callable[[], bool]) -> bool:
+        """Whether the SDK's queue has room for ``count`` spans, perhaps after a while."""
         while (waiting := self._handed - self._exporter.taken) and (
             waiting + count > self._max_queue
         ):
+            if gives_up():
+                return False
             time.sleep(ROOM_INTERVAL_S)
+        return True
 
     def _spans(self, record: RequestRecord, epoch_s: float) -> Iterator[ReadableSpan]:
         """The server span of a request, and a child for each of its stages."""
