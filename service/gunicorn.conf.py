@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from service.server.protocol import Companion, ServerOptions
 from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
 
 settings = Settings.from_environment()
-# A worker that ends waits at most this long for its last spans, so a collector that hangs cannot
-# delay the stop for longer.
+# A worker that ends waits at most this long for its last spans and lines. It keeps the rest of its
+# graceful time-out to exit.
 RECORDS_TIMEOUT_S = 2.0
+EXIT_S = 0.5
 
 wsgi_app = "service:create_app()"
 # Each worker binds a socket of its own once it has loaded (service.server.gunicorn_worker), and the
@@ -101,7 +103,8 @@ def worker_exit(server: Any, worker: Any) -> None:
     """After a worker has drained, write the lines and send the spans that still wait."""
     app = getattr(worker, "wsgi", None)  # there is none if the worker could not load it
     if app is not None and (recorder := app.extensions["convoy"].recorder):
-        recorder.close(RECORDS_TIMEOUT_S)
+        left_s = worker.killed_at - EXIT_S - time.monotonic()
+        recorder.close(min(RECORDS_TIMEOUT_S, max(0.0, left_s)))
 
 
 def child_exit(server: Any, worker: Any) -> None:

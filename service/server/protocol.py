@@ -76,8 +76,8 @@ class Companion(Protocol):
             grace_s: how long the calls then have to end.
         """
 
-    def join(self) -> None:
-        """Wait until the server has ended."""
+    def join(self, timeout_s: float) -> None:
+        """Wait until the server has ended, at most ``timeout_s``."""
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):

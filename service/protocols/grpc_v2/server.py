@@ -80,9 +80,9 @@ class GrpcServer:
         )
         self._end.start()
 
-    def join(self) -> None:
-        """Wait until the server has ended; call ``end`` before."""
-        self._end.join()
+    def join(self, timeout_s: float) -> None:
+        """Wait until the server has ended, at most ``timeout_s``; call ``end`` before."""
+        self._end.join(timeout_s)
 
     def _stop(self, delay_s: float, grace_s: float) -> None:
         began = time.monotonic()

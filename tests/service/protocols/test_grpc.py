@@ -114,7 +114,7 @@ def serve(
     for caller, server in started:
         caller.close()
         server.end(0, 0)
-        server.join()
+        server.join(WAIT_TIMEOUT_S)
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def test_calls_that_have_begun_are_answered_before_the_end(
     assert begun.wait(WAIT_TIMEOUT_S)
     server.end(0, WAIT_TIMEOUT_S)
     go_on.set()
-    server.join()
+    server.join(WAIT_TIMEOUT_S)
     thread.join()
     assert answers[0].model_version == "1"
     assert caller.refusal("ServerLive", pb.ServerLiveRequest())[0] == "UNAVAILABLE"
