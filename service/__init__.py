@@ -70,8 +70,10 @@ def create_app(
     app.url_map.strict_slashes = False
     shadow = ShadowFeed(settings.shadow_socket, metrics.shadowed)
     access_control = AccessControl(settings)
-    dropped = metrics.families.traces_dropped.inc
-    tracer = Tracer(settings.tracing, dropped, settings.spans_socket) if settings.tracing else None
+    tracer = None
+    if settings.tracing and settings.spans_socket:
+        dropped = metrics.families.traces_dropped.inc
+        tracer = Tracer(settings.tracing, settings.spans_socket, dropped)
     access_log = AccessLog() if settings.access_log == "on" else None
     has_records = tracer is not None or access_log is not None
     state = app.extensions["convoy"] = State(
@@ -99,7 +101,8 @@ def create_app(
         TorchServe(settings),
     ]
     docs.init_app(app, [each for protocol in protocols for each in protocol.operations])
-    app.wsgi_app = InferenceApp(app.wsgi_app, state, protocols)  # type: ignore[method-assign]
+    probes = request_context.probe_paths(app)
+    app.wsgi_app = InferenceApp(app.wsgi_app, state, protocols, probes)  # type: ignore[method-assign]
     if origins := settings.cors_origin_list:
         app.wsgi_app = Cors(app.wsgi_app, origins, settings.sticky_header)  # type: ignore[method-assign]
     return app

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from service.server.protocol import Companion, ServerOptions
 from service.settings import HANDOVER, METRICS, RUN_FOLDER, Settings, run_parent
 
 settings = Settings.from_environment()
-# A worker that ends waits at most this long for its last spans, so a collector that hangs cannot
-# delay the stop for longer.
+# A worker that ends waits at most this long for its last spans and lines. It keeps the rest of its
+# graceful time-out to exit.
 RECORDS_TIMEOUT_S = 2.0
+EXIT_S = 0.5
 
 wsgi_app = "service:create_app()"
 # Each worker binds a socket of its own once it has loaded (service.server.gunicorn_worker), and the
@@ -38,6 +40,8 @@ control_socket_disable = True
 forwarder_headers = ""
 logconfig_dict = logging_config(settings.log_level)
 
+if settings.tracing and settings.run_folder is None:
+    os.environ["OTEL_SDK_DISABLED"] = "true"  # the process that makes the spans does not run
 # A new folder for each run: metrics that an earlier run left behind would be counted again.
 run_folder = settings.run_folder or Path(tempfile.mkdtemp(prefix="convoy-run-", dir=run_parent()))
 os.environ[RUN_FOLDER] = str(run_folder)
@@ -49,11 +53,13 @@ os.environ["OMP_NUM_THREADS"] = str(settings.forward_threads)
 
 
 def on_starting(server: Any) -> None:
-    """After a stop, have gunicorn's arbiter wait one full time-out before it kills workers.
+    """Log if traces cannot be made, and have the arbiter kill no worker soon after a stop.
 
     `docker pause` stops the arbiter and its workers together. Afterwards the workers' heartbeats
-    are old, although the workers are well.
+    are old, although the workers are well. So the arbiter then waits one full time-out.
     """
+    if settings.tracing and settings.run_folder is None:
+        server.log.warning("no traces: only `convoy serve` starts the process that makes spans")
     murder_workers, running_time = server.murder_workers, RunningTime(interval_s=1.0)
 
     def spare_after_a_stop() -> None:
@@ -95,7 +101,8 @@ def worker_exit(server: Any, worker: Any) -> None:
     """After a worker has drained, write the lines and send the spans that still wait."""
     app = getattr(worker, "wsgi", None)  # there is none if the worker could not load it
     if app is not None and (recorder := app.extensions["convoy"].recorder):
-        recorder.close(RECORDS_TIMEOUT_S)
+        left_s = worker.killed_at - EXIT_S - time.monotonic()
+        recorder.close(min(RECORDS_TIMEOUT_S, max(0.0, left_s)))
 
 
 def child_exit(server: Any, worker: Any) -> None:

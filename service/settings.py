@@ -42,7 +42,6 @@ _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 # Not for operators: ``python -m service`` sets these for the processes that it starts.
 GPU_SOCKET = "CONVOY_GPU_SOCKET"
-SPANS_SOCKET = "CONVOY_SPANS_SOCKET"
 RUN_FOLDER = "CONVOY_RUN_FOLDER"
 METRICS, HANDOVER = "metrics", "handover"  # sub-folders of the run folder
 # Linux allows 107 bytes for a socket's path. The run folder's and the socket's names need the rest.
@@ -117,7 +116,6 @@ class Settings(Struct, frozen=True, kw_only=True):
         access_log: with ``on``, each request has a line in the log.
         tracing: how requests are traced; None if they are not.
         gpu_socket: the socket of the process that owns the GPU.
-        spans_socket: the socket of the process that makes spans.
         run_folder: files that the processes of this service share while they run.
     """
 
@@ -166,7 +164,6 @@ class Settings(Struct, frozen=True, kw_only=True):
     access_log: Literal["off", "on"] = "off"
     tracing: TracingOptions | None = None
     gpu_socket: Path | None = None
-    spans_socket: Path | None = None
     run_folder: Path | None = None
 
     @property
@@ -178,6 +175,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     def shadow_socket(self) -> Path | None:
         """Where workers send samples for the shadow; None without a run folder."""
         return self.run_folder / "shadow" if self.run_folder else None
+
+    @property
+    def spans_socket(self) -> Path | None:
+        """Where workers send records to make spans of; None without a run folder."""
+        return self.run_folder / "spans" if self.run_folder else None
 
     @property
     def session_variable(self) -> str:
@@ -268,11 +270,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         paths = convoy_paths(environment)
         values["models_folder"], values["plans_folder"] = paths.models, paths.plans
         values["tokens"], values["service_key"] = paths.tokens, environment.get(SERVICE_KEY) or None
-        for name, field in (
-            (GPU_SOCKET, "gpu_socket"),
-            (SPANS_SOCKET, "spans_socket"),
-            (RUN_FOLDER, "run_folder"),
-        ):
+        for name, field in ((GPU_SOCKET, "gpu_socket"), (RUN_FOLDER, "run_folder")):
             if environment.get(name):
                 values[field] = Path(environment[name])
         for field in ("grpc_certificate", "grpc_key"):

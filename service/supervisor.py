@@ -25,6 +25,8 @@ from threading import Event
 from types import FrameType
 from typing import Any
 
+from msgspec.structs import replace
+
 from registry.core.devices import may_use_gpu
 from registry.core.errors import UsageError
 from registry.core.process_lifetime import end_with_parent
@@ -35,7 +37,6 @@ from service.settings import (
     MAX_PARENT_BYTES,
     METRICS,
     RUN_FOLDER,
-    SPANS_SOCKET,
     Settings,
     run_parent,
 )
@@ -152,6 +153,7 @@ def serve(settings: Settings, pull: bool = True) -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(_run_folder()))
         (folder / METRICS).mkdir()
+        settings = replace(settings, run_folder=folder)
         environment = {
             **os.environ,
             RUN_FOLDER: str(folder),
@@ -174,9 +176,8 @@ def serve(settings: Settings, pull: bool = True) -> int:
                 return status  # the process has printed the reason
             environment[GPU_SOCKET] = str(address)
         if settings.tracing:
-            environment[SPANS_SOCKET] = str(folder / "spans")
             # It ends after gunicorn, so that it can send the spans of the last requests.
-            accompany("the spans' process", [*SPANS, environment[SPANS_SOCKET]])
+            accompany("the spans' process", [*SPANS, str(settings.spans_socket)])
         gunicorn = _start(GUNICORN, env=environment)
         stack.callback(_end, gunicorn, settings.graceful_timeout_s + 5)
 

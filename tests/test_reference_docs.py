@@ -17,7 +17,7 @@ from registry.core.devices import serving_threads
 from registry.model.image.limits import DecodeLimits
 from registry.model.networks import NETWORKS
 from registry.model.plans.base import find_plan
-from service.settings import GPU_SOCKET, RUN_FOLDER, SPANS_SOCKET, VARIABLES, Settings
+from service.settings import GPU_SOCKET, RUN_FOLDER, VARIABLES, Settings
 from training.__main__ import command_parser as training_parser
 from training.data.sources import DEFAULT_SIZE_PX
 from training.fitting.parameters import NETWORK, TRAINING, Parameter
@@ -62,7 +62,7 @@ def test_the_operations_page_lists_exactly_the_settings_that_the_code_reads() ->
     files = [file for each in folders for file in (ROOT / each).rglob("*.*")]
     text = "\n".join(file.read_text() for file in files if file.suffix in (".py", ".sh"))
     read = set(re.findall(r"(?:[\"']|\$\{)(CONVOY_[A-Z_]+)(?=[\"':}])", text))
-    assert set(OURS) == read - {GPU_SOCKET, RUN_FOLDER, SPANS_SOCKET}
+    assert set(OURS) == read - {GPU_SOCKET, RUN_FOLDER}
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from registry.auth.bearer import bearer_token, require
-from registry.auth.tokens import Right, Tokens
+from registry.auth.tokens import Right, Token, Tokens
 from registry.core.errors import RateExceeded, TokensUnavailable
 from registry.core.names import sha256_hex
 from service.access.rate_limit import RateLimiter, parse_address
@@ -29,6 +29,8 @@ PUBLIC = frozenset(
 # here nor in ``PUBLIC`` need the right to view.
 BOTH: tuple[Right, ...] = ("view", "classify")
 FOR_CLIENTS = frozenset({"openinference.show_model", "openinference.show_config"})
+# In a request's environment, once it was looked up: the token that the request sent, or None.
+TOKEN = "convoy.token"  # noqa: S105 - a key
 
 
 class AccessControl:
@@ -61,7 +63,7 @@ class AccessControl:
         """
         caller = self._address(environ)
         if self._requires_token:
-            token = require(self._tokens.find(_sent_token(environ)), "classify")
+            token = require(self._token(environ), "classify")
             caller = f"token {token.name}"
         if self._rates is not None and not again and (wait_s := self._rates.take(caller)):
             after_s = math.ceil(wait_s)
@@ -84,10 +86,9 @@ class AccessControl:
         """
         if not self._requires_token or not rights:
             return
-        sent = _sent_token(environ)
-        if sha256_hex(sent.encode()) == self._service_digest:
+        if sha256_hex(_sent_token(environ).encode()) == self._service_digest:
             return  # comparing digests, so that the time taken reveals nothing about the key
-        token = self._tokens.find(sent)
+        token = self._token(environ)
         if not (token and any(token.may(right) for right in rights)):
             require(token, rights[0])
 
@@ -101,13 +102,24 @@ class AccessControl:
                 return str(client)
         return peer
 
-    def describe(self, environ: Mapping[str, Any]) -> tuple[str, str | None]:
+    def describe(self, environ: "WSGIEnvironment") -> tuple[str, str | None]:
         """A client's address, and its token's name or None, for the access log."""
         token = None
         if self._requires_token:
             with contextlib.suppress(TokensUnavailable):
-                token = self._tokens.find(_sent_token(environ))
+                token = self._token(environ)
         return self._address(environ), token.name if token else None
+
+    def _token(self, environ: "WSGIEnvironment") -> Token | None:
+        """The token that a request sent, or None; looked up once for each request.
+
+        Raises:
+            TokensUnavailable: the file of tokens cannot be read.
+        """
+        if TOKEN not in environ:
+            environ[TOKEN] = self._tokens.find(_sent_token(environ))
+        token: Token | None = environ[TOKEN]
+        return token
 
 
 def _sent_token(environ: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Describes finished HTTP requests to the recorder, by OpenTelemetry's conventions for HTTP.
+"""Describes finished HTTP requests for the recorder, by OpenTelemetry's conventions for HTTP.
 
 Source: "Semantic conventions for HTTP spans" 1.37, status stable.
 """
@@ -7,13 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from service.http.openapi import Operation
-from service.inference.requests import Job
 from service.observability.request_record import Attributes, FinishedRequest
-from service.observability.request_recorder import RequestRecorder
-from service.observability.tracing.trace_context import TraceContext
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -30,71 +25,41 @@ MAX_PATH_BYTES = 2_000
 MAX_NAME_CHARACTERS = 200
 
 
-class Exchange(Struct, frozen=True, kw_only=True):
-    """An HTTP request with a finished answer.
-
-    Attributes:
-        environ: the WSGI environment.
-        request_id: the id that the client got.
-        route: the template of the path; None if the path is not a route.
-        started: when it arrived, by ``time.perf_counter``.
-        protocol: the name in the metrics; empty if this was not a classification.
-        model_name: the model that the path names.
-        job: the pipeline's job, if the request got that far.
-    """
-
-    environ: "WSGIEnvironment"
-    request_id: str
-    route: str | None
-    started: float
-    protocol: str = ""
-    model_name: str | None = None
-    job: Job | None = None
-
-
-def record(
-    recorder: RequestRecorder,
-    trace: TraceContext,
-    exchange: Exchange,
+def finished(
+    environ: "WSGIEnvironment",
+    request_id: str,
+    route: str | None,
+    started: float,
     status: int,
     response_bytes: int,
     error: Exception | None = None,
-) -> None:
-    """Record ``exchange``.
+) -> FinishedRequest:
+    """Describe a request whose answer is made; ``protocol`` and ``model_name`` are not set.
 
     Args:
-        recorder: the service's recorder.
-        trace: what its method ``select`` returned.
-        exchange: the request.
+        environ: the WSGI environment.
+        request_id: the id that the client got.
+        route: the template of the path; None if the path is not a route.
+        started: when the request arrived, by ``time.perf_counter``.
         status: the status of the answer.
         response_bytes: the size of the body of the answer.
         error: why the request failed, if it did.
     """
-    environ = exchange.environ
     method, length = environ["REQUEST_METHOD"], environ.get("CONTENT_LENGTH") or ""
-    attributes = _attributes(environ, exchange.route, status) if trace.sampled else {}
-    known = attributes.get("http.request.method", "")
     failure = None
     if status >= SERVER_ERROR:
         failure = str(status) if error is None else type(error).__name__
-    recorder.record(
-        trace,
-        environ,
-        exchange.job,
-        FinishedRequest(
-            request_id=exchange.request_id,
-            name=f"{'HTTP' if known == '_OTHER' else known} {exchange.route or ''}".strip(),
-            method=method,
-            path=environ["PATH_INFO"][:MAX_PATH_BYTES],
-            status=status,
-            attributes=attributes,
-            started=exchange.started,
-            request_bytes=int(length) if _LENGTH.fullmatch(length) else 0,
-            response_bytes=response_bytes,
-            protocol=exchange.protocol,
-            model_name=exchange.model_name and exchange.model_name[:MAX_NAME_CHARACTERS],
-            error=failure,
-        ),
+    return FinishedRequest(
+        request_id=request_id,
+        name=f"{method if method in METHODS else 'HTTP'} {route or ''}".strip(),
+        method=method,
+        path=environ["PATH_INFO"][:MAX_PATH_BYTES],
+        status=status,
+        attributes=_attributes(environ, route, status),
+        started=started,
+        request_bytes=int(length) if _LENGTH.fullmatch(length) else 0,
+        response_bytes=response_bytes,
+        error=failure,
     )
 
 

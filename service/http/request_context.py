@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from flask import Flask, Response, g, request
 
-from service.http.recording import Exchange, record
+from service.http.recording import finished
+from service.observability.request_record import FinishedRequest
 from service.observability.tracing.trace_context import parse_traceparent
 from service.state import state
 
@@ -22,13 +23,16 @@ _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _random = random.Random()  # noqa: S311
 # For answers that are not pages: a browser must not load anything for them or put them in a frame.
 DENY_ALL_POLICY = "default-src 'none'; frame-ancestors 'none'"
-# The routes that ask whether the service is alive or ready. They are not recorded, because
-# orchestrators call them every few seconds.
-PROBES = {
-    *("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"),
-    *("/ping", "/health"),
-}
-# These are in the access log, but have no spans.
+# The endpoints that tell whether the service or a version is alive or ready. Their requests are not
+# recorded, because orchestrators send them every few seconds.
+UNRECORDED = frozenset(
+    {
+        *("health.livez", "health.readyz"),
+        *("mlflow_scoring.ping", "mlflow_scoring.health"),
+        *("openinference.live", "openinference.server_ready", "openinference.model_ready"),
+    }
+)
+# Requests for these are in the access log, but have no spans.
 UNTRACED = frozenset({"health.metrics", "static"})
 
 
@@ -38,18 +42,23 @@ def init_app(app: Flask) -> None:
     app.after_request(_finish)
 
 
-def identify(environ: "WSGIEnvironment") -> tuple[str, str | None]:
-    """The id of the request, and the id of its trace if it has one.
+def probe_paths(app: Flask) -> frozenset[str]:
+    """The paths that answer whether the service is alive or ready."""
+    rules = (each for each in app.url_map.iter_rules() if each.endpoint in UNRECORDED)
+    return frozenset(each.rule for each in rules if not each.arguments)
 
-    The client may choose the request id: 1 to 64 letters, digits, ".", "_" or "-". Otherwise it is
+
+def identify(environ: "WSGIEnvironment") -> str:
+    """The id of the request.
+
+    The client may choose it: 1 to 64 letters, digits, ".", "_" or "-". Otherwise it is
     the trace id or a random one.
     """
+    request_id: str = environ.get("HTTP_X_REQUEST_ID", "")
+    if _VALID_ID.fullmatch(request_id):
+        return request_id
     caller = parse_traceparent(environ.get("HTTP_TRACEPARENT", ""))
-    trace_id = caller[0] if caller else None
-    request_id = environ.get("HTTP_X_REQUEST_ID", "")
-    if not _VALID_ID.fullmatch(request_id):
-        request_id = trace_id or f"{_random.getrandbits(128):032x}"
-    return request_id, trace_id
+    return caller[0] if caller else f"{_random.getrandbits(128):032x}"
 
 
 def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]]:
@@ -62,7 +71,7 @@ def answer_headers(request_id: str, version: int | None) -> list[tuple[str, str]
 
 def _begin() -> None:
     g.started = time.perf_counter()
-    g.request_id, g.trace_id = identify(request.environ)
+    g.request_id = identify(request.environ)
     state().access_control.admit_to_route(request.endpoint, request.environ)
 
 
@@ -78,21 +87,13 @@ def _finish(response: Response) -> Response:
 def _record(response: Response) -> None:
     """Record the request unless it is a probe."""
     recorder, rule = state().recorder, request.url_rule
-    if recorder is None or (rule is not None and _is_probe(rule.rule)):
+    if recorder is None or request.endpoint in UNRECORDED:
         return
+
+    def describe() -> FinishedRequest:
+        route, size = rule.rule if rule else None, response.content_length or 0
+        status = response.status_code
+        return finished(request.environ, g.request_id, route, g.started, status, size)
+
     may_trace = request.method != "OPTIONS" and request.endpoint not in UNTRACED
-    if (trace := recorder.select(request.environ, g.request_id, may_trace)) is None:
-        return
-    exchange = Exchange(
-        environ=request.environ,
-        request_id=g.request_id,
-        route=rule.rule if rule else None,
-        started=g.started,
-    )
-    record(recorder, trace, exchange, response.status_code, response.content_length or 0)
-
-
-def _is_probe(rule: str) -> bool:
-    """Whether a route asks for the health of the service or of one version."""
-    is_own = rule == state().settings.health_route
-    return is_own or rule in PROBES or (rule.startswith("/v2/models/") and rule.endswith("/ready"))
+    recorder.record(request.environ, g.request_id, None, describe, may_trace)

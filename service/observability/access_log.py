@@ -113,7 +113,7 @@ def line_of(record: RequestRecord) -> Line:
         client=record.client,
         token=record.token,
         request_id=request.request_id,
-        trace_id=record.trace.trace_id,
+        trace_id=record.trace.trace_id or None,
         timestamp=datetime.fromtimestamp(time.time() - since_s, UTC),
     )
 

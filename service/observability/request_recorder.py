@@ -4,12 +4,13 @@ A protocol describes a finished request, after its answer is made. The recorder 
 record for the spans of its trace, and for its line in the access log. Threads write both.
 
     recorder = state.recorder  # None if the service records nothing
-    if recorder and (trace := recorder.select(environ, request_id)):
-        recorder.record(trace, environ, job, FinishedRequest(…))
+    if recorder:
+        recorder.record(environ, request_id, job, lambda: FinishedRequest(…))
 """
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from service.inference.requests import Job
@@ -17,6 +18,10 @@ from service.observability.access_log import AccessLog
 from service.observability.request_record import FinishedRequest, RequestRecord
 from service.observability.tracing.trace_context import TraceContext, parse_traceparent
 from service.observability.tracing.tracer import Tracer
+
+log = logging.getLogger(__name__)
+
+ERROR_INTERVAL_S = 60.0
 
 
 class RequestRecorder:
@@ -26,7 +31,7 @@ class RequestRecorder:
         self,
         tracer: Tracer | None,
         access_log: AccessLog | None,
-        describe_client: Callable[[Mapping[str, Any]], tuple[str, str | None]],
+        describe_client: Callable[[dict[str, Any]], tuple[str, str | None]],
     ) -> None:
         """Record for the ``tracer`` and the ``access_log``; either may be None.
 
@@ -36,17 +41,40 @@ class RequestRecorder:
         self.tracer = tracer
         self.access_log = access_log
         self._describe_client = describe_client
+        self._next_error = 0.0
 
-    def select(
-        self, environ: Mapping[str, Any], request_id: str, may_trace: bool = True
-    ) -> TraceContext | None:
-        """The trace of a request to record; None if the request is not recorded.
+    def record(
+        self,
+        environ: dict[str, Any],
+        request_id: str,
+        job: Job | None,
+        describe: Callable[[], FinishedRequest],
+        may_trace: bool = True,
+    ) -> None:
+        """Queue the request's spans if it is sampled, and its line if there is an access log.
+
+        An exception does not reach the caller, who has an answer to send. It is logged, at most
+        once a minute.
 
         Args:
             environ: the request's headers and ``REMOTE_ADDR`` by their names in CGI (RFC 3875).
             request_id: if the service made it at random, it is the trace's id, too.
+            job: the pipeline's job, if the request got that far.
+            describe: returns the request with its answer; called if the request is recorded.
             may_trace: whether the request may have spans.
         """
+        try:
+            if trace := self._select(environ, request_id, may_trace):
+                self._queue(trace, environ, job, describe())
+        except Exception:  # the edge of a request, whose answer is made
+            if (now := time.monotonic()) >= self._next_error:
+                self._next_error = now + ERROR_INTERVAL_S
+                log.exception("cannot record request %s", request_id)
+
+    def _select(
+        self, environ: dict[str, Any], request_id: str, may_trace: bool
+    ) -> TraceContext | None:
+        """The trace of a request to record; None if the request is not recorded."""
         traceparent = environ.get("HTTP_TRACEPARENT", "")
         if self.tracer is not None and may_trace:
             own_id = None if traceparent or "HTTP_X_REQUEST_ID" in environ else request_id
@@ -56,23 +84,15 @@ class RequestRecorder:
         if self.access_log is None:
             return None
         caller = parse_traceparent(traceparent)
-        return TraceContext(trace_id=caller[0] if caller else None)
+        return TraceContext(trace_id=caller[0] if caller else "")
 
-    def record(
+    def _queue(
         self,
         trace: TraceContext,
-        environ: Mapping[str, Any],
+        environ: dict[str, Any],
         job: Job | None,
         request: FinishedRequest,
     ) -> None:
-        """Queue the request's spans and its line.
-
-        Args:
-            trace: what ``select`` returned.
-            environ: as for ``select``.
-            job: the pipeline's job, if the request got that far.
-            request: the request with its answer.
-        """
         served = job.served if job else None
         client, token = self._describe_client(environ) if self.access_log else ("", None)
         record = RequestRecord(

@@ -6,31 +6,33 @@ pipeline decodes and queues the images. When the server iterates over its answer
 predictions.
 """
 
-import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 from flask import Response
 from msgspec import Struct
+from msgspec.structs import replace
 from werkzeug.exceptions import MethodNotAllowed
 
 from service.http.openapi import Operation
-from service.http.recording import Exchange, RouteTemplates, record
-from service.http.request_context import PROBES, answer_headers, identify
+from service.http.recording import MAX_NAME_CHARACTERS, RouteTemplates, finished
+from service.http.request_context import answer_headers, identify
 from service.inference.requests import ImageStream, Job, Result, Target
 from service.inference.requests import Request as PipelineRequest
+from service.observability.request_record import FinishedRequest
 from service.server.protocol import IN_LOOP, WAITING, Postpone
 from service.state import State
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-log = logging.getLogger(__name__)
-
 # In a request's environment, when it arrived. The server calls the application a second time for a
 # postponed request; this key keeps it from being counted twice.
 CALLED = "convoy.called"
+# How many paths are remembered. One has at most 4 KB (gunicorn's ``limit_request_line``).
+MAX_KNOWN_PATHS = 256
 
 
 class HttpAnswer(Struct, frozen=True):
@@ -75,17 +77,23 @@ class InferenceApp:
     """Answers the requests of ``protocols``, and passes every other request to ``app``."""
 
     def __init__(
-        self, app: "WSGIApplication", state: State, protocols: Sequence[InferenceProtocol]
+        self,
+        app: "WSGIApplication",
+        state: State,
+        protocols: Sequence[InferenceProtocol],
+        probes: Collection[str],
     ) -> None:
+        """``probes`` are the paths of ``app`` that the server's loop answers itself."""
         self._app = app
         self._state = state
-        self._protocols = protocols
-        # The loop answers these itself, so that many requests for other routes do not delay them.
-        self._probes = PROBES | {state.settings.health_route or "/livez"}
+        # Many requests for other routes must not delay these.
+        self._probes = probes
         self._session = state.settings.session_variable
         operations = [each for protocol in protocols for each in protocol.operations]
         others = filter(None, [state.settings.predict_route])
-        self._routes = RouteTemplates(operations, others)
+        routes = RouteTemplates(operations, others)
+        # Most clients send the same path again and again.
+        self._match = lru_cache(MAX_KNOWN_PATHS)(partial(_match, protocols, routes))
 
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
@@ -99,15 +107,13 @@ class InferenceApp:
             Postpone: the loop called this, and the request takes too long to answer there.
         """
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        for protocol in self._protocols:
-            if target := protocol.match(path):
-                call = _Call(self._state, protocol, target, environ, self._routes)
-                break
-        else:
+        found = self._match(path)
+        if found is None:
             is_probe = path in self._probes and method in ("GET", "HEAD")
             if IN_LOOP in environ and not is_probe:
                 raise Postpone(background=True)
             return self._app(environ, start_response)
+        call = _Call(self._state, found, environ)
         try:
             call.submit(environ.get(self._session))
         except Postpone:
@@ -117,30 +123,39 @@ class InferenceApp:
         return call.answer(start_response)
 
 
+class _Match(Struct, frozen=True):
+    """What a path means: ``route`` is its template, such as ``/v1/models/{name}/classify``."""
+
+    protocol: InferenceProtocol
+    target: Target
+    route: str | None
+
+
+def _match(
+    protocols: Sequence[InferenceProtocol], routes: RouteTemplates, path: str
+) -> _Match | None:
+    for protocol in protocols:
+        if target := protocol.match(path):
+            return _Match(protocol, target, routes.find(path))
+    return None
+
+
 class _Call:
     """One classification request: ``submit`` is the first part, ``answer`` the second.
 
     It has many attributes because both parts need what the first has found out.
     """
 
-    def __init__(
-        self,
-        state: State,
-        protocol: InferenceProtocol,
-        target: Target,
-        environ: "WSGIEnvironment",
-        routes: RouteTemplates,
-    ) -> None:
+    def __init__(self, state: State, found: _Match, environ: "WSGIEnvironment") -> None:
         self._arrived_at = time.perf_counter()
         self._state = state
-        self._protocol = protocol
-        self._target = target
+        self._protocol = found.protocol
+        self._target = found.target
+        self._route = found.route
         self._environ = environ
-        self._routes = routes
-        self._id, self._trace_id = identify(environ)
+        self._id = identify(environ)
         self._request: ProtocolRequest | None = None
         self._job: Job | None = None
-        self._result: Result | None = None
 
     def submit(self, session: str | None) -> None:
         """Admit the request, and queue its images.
@@ -170,14 +185,14 @@ class _Call:
 
     def answer(self, start_response: "StartResponse") -> Iterator[bytes]:
         """Wait for the predictions, and yield the body; starts when it is first iterated."""
-        assert self._job is not None
+        job, request = self._job, self._request
+        assert job is not None
+        assert request is not None
         try:
-            answer = self._state.pipeline.finish(self._job, self._write)
+            answer = self._state.pipeline.finish(job, lambda found: request.write(found, self._id))
         except Exception as error:  # noqa: BLE001 - the edge of a request: every error is an answer
             yield from self.refuse(error, start_response)
             return
-        if self._result is not None and log.isEnabledFor(logging.DEBUG):
-            self._log(self._result)
         headers = [
             ("Content-Type", answer.content_type),
             ("Content-Length", str(len(answer.body))),
@@ -205,39 +220,18 @@ class _Call:
         served = self._job.served if self._job else None
         return served.version if served else None
 
-    def _write(self, result: Result) -> HttpAnswer:
-        assert self._request is not None
-        self._result = result
-        return self._request.write(result, self._id)
-
     def _record(self, status: int, response_bytes: int, error: Exception | None = None) -> None:
         """Record this request, whose answer is made, if it is sampled or all are logged."""
-        environ, recorder = self._environ, self._state.recorder
-        if recorder is None or (trace := recorder.select(environ, self._id)) is None:
+        if (recorder := self._state.recorder) is None:
             return
-        exchange = Exchange(
-            environ=environ,
-            request_id=self._id,
-            route=self._routes.find(environ["PATH_INFO"]),
-            started=environ.get(CALLED, self._arrived_at),
-            protocol=self._protocol.name,
-            model_name=self._target.name,
-            job=self._job,
-        )
-        record(recorder, trace, exchange, status, response_bytes, error)
 
-    def _log(self, result: Result) -> None:
-        log.debug(
-            "classified",
-            extra={
-                "request_id": self._id,
-                "trace_id": self._trace_id,
-                "model_name": result.served.name,
-                "model_version": result.served.version,
-                "images": len(result.images),
-                "batch_size": result.batch_size,
-                "decode_ms": result.timings_ms.decode,
-                "queue_ms": result.timings_ms.queue,
-                "forward_ms": result.timings_ms.forward,
-            },
-        )
+        def describe() -> FinishedRequest:
+            environ, route, name = self._environ, self._route, self._target.name
+            started = environ.get(CALLED, self._arrived_at)
+            return replace(
+                finished(environ, self._id, route, started, status, response_bytes, error),
+                protocol=self._protocol.name,
+                model_name=name and name[:MAX_NAME_CHARACTERS],
+            )
+
+        recorder.record(self._environ, self._id, self._job, describe)

@@ -7,6 +7,7 @@ It knows nothing about images. It builds on gunicorn 26's arbiter, parser and re
 access log, and ignores ``max_requests``, ``pre_request`` and ``post_request``.
 """
 
+import math
 import os
 import socket
 import sys
@@ -28,6 +29,8 @@ from service.server.sockets.handover import NEVER, Handover
 # A draining worker closes idle connections after this time. If a client sends a request before
 # that, the answer has "Connection: close".
 IDLE_S = 1.0
+# The drain ends this long before the graceful time-out. The hook ``worker_exit`` has the rest.
+RESERVE_S = 1.0
 # One address may have this share of a worker's connections. A trusted proxy may have all of them.
 ADDRESS_SHARE = 0.75
 
@@ -36,6 +39,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """The module's docstring describes it."""
 
     options: ServerOptions
+    killed_at: float = math.inf
+    """When the arbiter kills a worker that drains, by ``time.monotonic``."""
     alive: bool
     sockets: list[Any]
 
@@ -120,7 +125,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         worker. Then it accepts no new connections, and every answer has "Connection: close".
         """
         now = time.monotonic()
-        ends = now + self.cfg.graceful_timeout - 1
+        self.killed_at = now + self.cfg.graceful_timeout
+        ends = self.killed_at - RESERVE_S
         self._loop.ending = True
         if self._companion:
             delay_s = self.options.shutdown_delay_s
@@ -148,7 +154,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._loop.turn()
             if now > idle_until:
                 self._clients.close_idle()
-        while self._companion and not self._companion.join(POLL_INTERVAL_S):
+        while self._companion and time.monotonic() < ends:
+            if self._companion.join(POLL_INTERVAL_S):
+                break
             self.notify()
 
     def _turn_until(self, end: float, wait_s: float = POLL_INTERVAL_S) -> None:

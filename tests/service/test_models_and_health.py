@@ -8,11 +8,16 @@ from urllib.parse import urljoin
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from msgspec.structs import replace
 
 from registry.delivery import deployment
 from registry.delivery.deployment import write_status
 from registry.model.bundle import Bundle
+from service import create_app
 from service.loading.model_slot import ModelSlot
+from service.observability.metrics import Metrics
+from service.server.protocol import IN_LOOP, Postpone
+from service.settings import Settings
 from tests.service.conftest import REF
 
 
@@ -63,6 +68,19 @@ def test_readiness_depends_on_loading_and_liveness_does_not(
     for path in ("/readyz", "/healthz"):
         response = client.get(path)
         assert (response.status_code, response.get_json()["ready"]) == (200, True)
+
+
+def test_the_loop_answers_probes_itself_and_no_other_route(
+    slot: ModelSlot, settings: Settings, metrics: Metrics
+) -> None:
+    app = create_app(replace(settings, health_route="/own-health"), {"digits": slot}, metrics)
+    in_loop = {"environ_overrides": {IN_LOOP: 0}}
+    probes = ("/livez", "/readyz", "/healthz", "/ping", "/health", "/own-health")
+    for path in (*probes, "/v2/health/live", "/v2/health/ready"):
+        assert app.test_client().get(path, **in_loop).status_code in (200, 503), path
+    for path in ("/metrics", "/v1/models", "/v2", "/docs", "/nowhere"):
+        with pytest.raises(Postpone):
+            app.test_client().get(path, **in_loop)
 
 
 def test_readiness_says_how_stale_the_registry_is(ready: FlaskClient, slot: ModelSlot) -> None:

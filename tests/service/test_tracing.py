@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
@@ -16,7 +18,7 @@ import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -26,6 +28,8 @@ from registry.auth.tokens import Tokens
 from registry.core.errors import Overloaded, UsageError
 from registry.model.bundle import Bundle
 from service import create_app
+from service.access.auth import AccessControl
+from service.http.recording import RouteTemplates
 from service.loading.model_slot import ModelSlot
 from service.observability.access_log import MAX_PATH_CHARACTERS, AccessLog, line_of
 from service.observability.background_queue import CHUNK, BackgroundQueue
@@ -40,10 +44,13 @@ from service.observability.tracing.trace_context import (
     TraceContext,
     parse_traceparent,
 )
+from service.observability.tracing.tracer import BUFFER_BYTES, SpanFeed
+from service.protocols.v1 import V1
 from service.settings import Settings
 from service.state import State
 from tests.conftest import wait_for
 from tests.otlp_receiver import Collector, attributes, running_collector
+from tests.service.spans_process import spans_process
 from tests.service.test_classify import RAW, parts
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +58,6 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret
 PARENT = "00f067aa0ba902b7"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
-Traced = Callable[..., FlaskClient]
 
 
 @pytest.fixture
@@ -67,6 +73,38 @@ def recorder_of(app: Flask) -> RequestRecorder:
     return state.recorder
 
 
+class Traced:
+    """Makes clients of apps whose spans go to ``collector``, each by a process of its own."""
+
+    def __init__(
+        self, slot: ModelSlot, settings: Settings, metrics: Metrics, collector: Collector
+    ) -> None:
+        self._slot = slot
+        self._settings = settings
+        self._metrics = metrics
+        self._collector = collector
+        self._stack = ExitStack()
+
+    def __call__(self, *, changes: dict[str, Any] | None = None, **variables: str) -> FlaskClient:
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": self._collector.endpoint, **variables}
+        options = TracingOptions.from_environment(variables)
+        assert options is not None
+        folder = Path(self._stack.enter_context(TemporaryDirectory()))
+        changed = replace(
+            self._settings, **{"tracing": options, "run_folder": folder, **(changes or {})}
+        )
+        dropped = self._metrics.families.traces_dropped.inc
+        self._stack.enter_context(spans_process(folder / "spans", options, dropped))
+        app = create_app(changed, {"digits": self._slot}, self._metrics)
+        app.testing = False
+        self._stack.callback(lambda: recorder_of(app).close(60))
+        return app.test_client()
+
+    def end(self) -> None:
+        """End the apps, and then the processes; all spans have come afterwards."""
+        self._stack.close()
+
+
 @pytest.fixture
 def traced(
     slot: ModelSlot,
@@ -75,23 +113,13 @@ def traced(
     deploy: Callable[..., Bundle],
     collector: Collector,
 ) -> Iterator[Traced]:
-    """Makes a client of an app that serves version 1, and sends its spans to ``collector``."""
+    """Makes clients of apps that serve version 1, and send their spans to ``collector``."""
     deploy(1)
     assert slot.refresh()
-    apps: list[Flask] = []
-
-    def make(*, changes: dict[str, Any] | None = None, **variables: str) -> FlaskClient:
-        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, **variables}
-        changes = {"tracing": TracingOptions.from_environment(variables), **(changes or {})}
-        app = create_app(replace(settings, **changes), {"digits": slot}, metrics)
-        app.testing = False
-        apps.append(app)
-        return app.test_client()
-
-    yield make
+    traced = Traced(slot, settings, metrics, collector)
+    yield traced
     collector.released.set()
-    for app in apps:
-        recorder_of(app).close(5)
+    traced.end()
 
 
 def the_server(collector: Collector) -> Span:
@@ -148,13 +176,13 @@ def test_the_resource_is_named_by_the_environment(
     traced: Traced, collector: Collector, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced().post("/v1/classify", data=png, **RAW)
-    wait_for(lambda: collector.resources)
+    traced.end()
     assert collector.resources[0]["service.name"] == "convoy"
     collector.resources.clear()
     monkeypatch.setenv("OTEL_SERVICE_NAME", "shop")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     traced().post("/v1/classify", data=png, **RAW)
-    wait_for(lambda: collector.resources)
+    traced.end()
     found = collector.resources[0]
     assert (found["service.name"], found["deployment.environment.name"]) == ("shop", "test")
 
@@ -281,7 +309,7 @@ def test_a_collector_that_fails_loses_spans_and_no_answer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-    endpoint = {}
+    endpoint: dict[str, Any] = {}
     if fails == "is down":
         endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     elif fails == "hangs":
@@ -312,7 +340,7 @@ def test_closing_sends_the_spans_that_wait(
     client = traced()
     for _ in range(3):
         client.post("/v1/classify", data=png, **RAW)
-    recorder_of(client.application).close(60)
+    traced.end()
     assert len(collector.servers()) == 3
 
 
@@ -323,7 +351,6 @@ def test_a_share_of_new_traces_is_sampled_as_the_sdk_samples_them() -> None:
     for _ in range(300):
         context = made.context("", "", None)
         assert context is not None
-        assert context.trace_id is not None
         expected = sampler.should_sample(None, int(context.trace_id, 16), "").decision
         is_sampled = sampling.context("", "", context.trace_id) is not None
         assert is_sampled == (expected is Decision.RECORD_AND_SAMPLE)
@@ -351,7 +378,7 @@ def test_without_the_propagator_tracecontext_each_request_is_a_trace_of_its_own(
     context = Sampling(options).context(UNSAMPLED, "", None)
     assert context is not None
     assert context.trace_id != TRACE
-    assert context.parent_id is None
+    assert context.parent_id == ""
 
 
 @pytest.mark.parametrize(
@@ -469,13 +496,13 @@ def test_an_endpoint_without_the_packages_stops_the_start_and_names_the_extra() 
 # The process that makes the spans
 
 
-def start_process(address: Path, endpoint: str) -> "subprocess.Popen[bytes]":
+def start_process(address: Path, endpoint: str, **variables: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", "service.observability.tracing.process", str(address)],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **variables},
     )
 
 
@@ -483,7 +510,7 @@ def test_records_reach_the_collector_through_the_process_even_if_it_starts_late(
     traced: Traced, collector: Collector, png: bytes, tmp_path: Path
 ) -> None:
     address = tmp_path / "spans"
-    client = traced(changes={"spans_socket": address})
+    client = traced(changes={"run_folder": tmp_path})
     for _ in range(3):
         client.post("/v1/classify", data=png, **RAW)
     process = start_process(address, collector.endpoint)
@@ -503,40 +530,70 @@ def test_records_reach_the_collector_through_the_process_even_if_it_starts_late(
         assert b"Traceback" not in process.stderr.read()
 
 
+def test_the_process_ends_while_records_wait_for_a_collector_that_hangs(
+    traced: Traced, collector: Collector, png: bytes, tmp_path: Path
+) -> None:
+    collector.released.clear()
+    client = traced(changes={"run_folder": tmp_path})
+    variables = {"OTEL_BSP_MAX_QUEUE_SIZE": "10", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "5"}
+    process = start_process(
+        tmp_path / "spans", collector.endpoint, OTEL_EXPORTER_OTLP_TIMEOUT="3600", **variables
+    )
+    with process:
+        wait_for((tmp_path / "spans").exists)
+        for _ in range(20):  # 100 spans: more than the process may hold
+            assert client.post("/v1/classify", data=png, **RAW).status_code == 200
+        recorder_of(client.application).close(60)
+        wait_for(collector.asked.is_set)
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
 def test_sixteen_requests_with_the_longest_texts_fit_into_a_datagram(
     slot: ModelSlot, settings: Settings, metrics: Metrics, tmp_path: Path
 ) -> None:
     options = TracingOptions(endpoint="http://127.0.0.1:9")
-    changed = replace(settings, tracing=options, spans_socket=tmp_path / "spans")
+    changed = replace(settings, tracing=options, run_folder=tmp_path)
+    records: list[RequestRecord] = []
+    lost: list[int] = []
+    decode = msgspec.msgpack.Decoder(list[RequestRecord]).decode
     with receiver_at(tmp_path / "spans") as receiver:
+        receiver.settimeout(60)
         app = create_app(changed, {"digits": slot}, metrics)
         headers = {"traceparent": SAMPLED, "tracestate": "a=" + "x" * 30_000}
         for _ in range(CHUNK):
             path = f"/v1/models/{'ö' * 15_000}/classify"
             assert app.test_client().post(path, headers=headers).status_code == 404
-        recorder_of(app).close(60)
-        received = 0
-        while received < CHUNK:
-            received += len(msgspec.msgpack.decode(receiver.recv(400_000)))
-    assert metrics.families.traces_dropped._value.get() == 0
+            records += decode(receiver.recv(BUFFER_BYTES))
+        feed = SpanFeed(tmp_path / "spans", lost.append)
+        feed.send(records)
+        assert decode(receiver.recv(BUFFER_BYTES)) == records
+        feed.close()
+    recorder_of(app).close(60)
+    assert len(records) == CHUNK
+    assert not lost
 
 
 def test_records_are_dropped_and_counted_while_the_process_does_not_run(
     traced: Traced, metrics: Metrics, png: bytes, tmp_path: Path
 ) -> None:
-    client = traced(changes={"spans_socket": tmp_path / "no process"})
+    client = traced(changes={"run_folder": tmp_path / "no process"})
     for _ in range(3):
         assert client.post("/v1/classify", data=png, **RAW).status_code == 200
     recorder_of(client.application).close(0.2)
     wait_for(lambda: float(metrics.families.traces_dropped._value.get()) == 3)
 
 
-def test_a_worker_with_that_process_does_not_import_the_sdk(tmp_path: Path) -> None:
+def test_a_worker_with_traces_does_not_import_the_sdk(tmp_path: Path) -> None:
     code = (
         "import sys; from service import create_app; app = create_app(); "
         "print('opentelemetry.sdk.trace' in sys.modules, app.extensions['convoy'].recorder is None)"
     )
-    printed = in_a_fresh_process(code, **ENDPOINT, CONVOY_SPANS_SOCKET=str(tmp_path / "spans"))
+    printed = in_a_fresh_process(code, **ENDPOINT, CONVOY_RUN_FOLDER=str(tmp_path))
     assert printed == "False False"
 
 
@@ -687,6 +744,73 @@ def test_the_line_has_the_tokens_name_and_never_its_text(
     assert b"convoy_wrong" not in written.data
 
 
+def test_a_token_is_looked_up_once_for_a_request_and_its_line(
+    logged: Callable[..., tuple[FlaskClient, Written]],
+    png: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = Tokens(tmp_path / "tokens.json").add("camera-7", "admin")
+    client, written = logged(auth="required", tokens=tmp_path / "tokens.json")
+    looked_up: list[str] = []
+    find = Tokens.find
+
+    def count(tokens: Tokens, text: str) -> Any:
+        looked_up.append(text)
+        return find(tokens, text)
+
+    monkeypatch.setattr(Tokens, "find", count)
+    headers = {"Authorization": f"Bearer {text}"}
+    assert client.post("/v1/classify", data=png, headers=headers, **RAW).status_code == 200
+    assert client.get("/v1/models", headers=headers).status_code == 200
+    assert looked_up == [text, text]
+    assert [each["token"] for each in written.lines()] == ["camera-7", "camera-7"]
+
+
+def test_a_path_is_matched_once_for_all_requests_and_lines(
+    logged: Callable[..., tuple[FlaskClient, Written]],
+    png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matched: list[str] = []
+    match, find = V1.match, RouteTemplates.find
+
+    def count_match(protocol: V1, path: str) -> Any:
+        matched.append("protocol")
+        return match(protocol, path)
+
+    def count_find(routes: RouteTemplates, path: str) -> Any:
+        matched.append("route")
+        return find(routes, path)
+
+    monkeypatch.setattr(V1, "match", count_match)
+    monkeypatch.setattr(RouteTemplates, "find", count_find)
+    client, written = logged()
+    for _ in range(3):
+        assert client.post("/v1/classify", data=png, **RAW).status_code == 200
+    assert len(written.lines()) == 3
+    assert matched == ["protocol", "route"]
+
+
+def test_an_error_while_a_request_is_recorded_does_not_reach_the_client(
+    logged: Callable[..., tuple[FlaskClient, Written]],
+    png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*arguments: object) -> tuple[str, str | None]:
+        raise ValueError("no client")
+
+    monkeypatch.setattr(AccessControl, "describe", fail)
+    client, written = logged()
+    assert client.post("/v1/classify", data=png, **RAW).status_code == 200
+    assert client.post("/v1/classify", data=b"no picture", **RAW).status_code == 415
+    assert client.get("/v1/models").status_code == 200
+    assert written.lines() == []
+    (line,) = [each for each in caplog.records if each.levelno >= logging.ERROR]
+    assert "cannot record request" in line.getMessage()
+
+
 def record(path: str) -> RequestRecord:
     return RequestRecord(
         request=FinishedRequest(
@@ -709,6 +833,7 @@ def record(path: str) -> RequestRecord:
     )
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(max_codepoint=255), max_size=1_000))
 def test_no_path_can_forge_a_line(path: str) -> None:
     data: list[bytes] = []
@@ -752,6 +877,7 @@ def test_concurrent_requests_all_have_a_span_and_a_line(
         assert set(pool.map(ask, range(40))) == {200}
     expected = {f"number-{number}" for number in range(40)}
     assert {each["request_id"] for each in written.lines()} == expected
+    traced.end()
     assert {
         attributes(each.attributes)["convoy.request_id"] for each in collector.servers()
     } == expected

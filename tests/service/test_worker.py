@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import runpy
 import signal
 import socket
 import struct
@@ -94,6 +95,32 @@ def application(environ, start_response):
     return answer()
 """
 
+STUCK_COMPANION = """
+import os, runpy, threading
+from pathlib import Path
+from msgspec.structs import replace
+
+found = runpy.run_path("service/gunicorn.conf.py")
+globals().update(found)
+
+class Stuck:
+    def start(self):
+        pass
+
+    def end(self, delay_s, grace_s):
+        pass
+
+    def join(self, timeout_s=None):
+        threading.Event().wait(timeout_s)
+
+def post_fork(server, worker):
+    found["post_fork"](server, worker)
+    worker.options = replace(worker.options, companion=lambda application: Stuck())
+
+def worker_exit(server, worker):
+    Path(os.environ["REACHED"]).touch()
+"""
+
 GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "service/gunicorn.conf.py", "--workers", "1"]
 
 
@@ -103,13 +130,14 @@ OPENED: list["Connection | Server"] = []
 class Server:
     """gunicorn with one worker, which serves the small application."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
         (folder / "small_application.py").write_text(APPLICATION)
         self.port = free_port()
         command = [*GUNICORN, "--threads", "4", "--keep-alive", "4"]
         command += ["--bind", f"127.0.0.1:{self.port}", "--pythonpath", str(folder)]
         self.process = subprocess.Popen(
-            [*command, "small_application:application"], env={**os.environ, **environment}
+            [*command, *arguments, "small_application:application"],
+            env={**os.environ, **environment},
         )
         OPENED.append(self)
         deadline = time.monotonic() + 30
@@ -789,6 +817,31 @@ def test_clients_that_send_large_bodies_slowly_do_not_keep_out_others(tmp_path: 
     for each in (honest, *slow):
         each.close()
     server.stop()
+
+
+def test_a_companion_that_does_not_end_leaves_time_for_the_last_records(tmp_path: Path) -> None:
+    config, reached = tmp_path / "config.py", tmp_path / "reached"
+    config.write_text(STUCK_COMPANION)
+    more = {"CONVOY_GRACEFUL_TIMEOUT_S": "3", "REACHED": str(reached)}
+    server = Server(tmp_path, "-c", str(config), **more)
+    server.stop()
+    assert reached.exists()
+
+
+@pytest.mark.parametrize(("left_s", "at_most_s"), [(float("inf"), 2.0), (1.0, 0.5), (-1.0, 0.0)])
+def test_the_last_records_have_only_the_rest_of_the_graceful_time_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_s: float, at_most_s: float
+) -> None:
+    for name in ("CONVOY_RUN_FOLDER", "PROMETHEUS_MULTIPROC_DIR", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # the configuration sets them
+    monkeypatch.setenv("CONVOY_RUN_FOLDER", str(tmp_path))
+    timeouts_s: list[float] = []
+    recorder = SimpleNamespace(close=timeouts_s.append)
+    app = SimpleNamespace(extensions={"convoy": SimpleNamespace(recorder=recorder)})
+    worker = SimpleNamespace(wsgi=app, killed_at=time.monotonic() + left_s)
+    runpy.run_path("service/gunicorn.conf.py")["worker_exit"](None, worker)
+    (timeout_s,) = timeouts_s
+    assert 0 <= timeout_s <= at_most_s
 
 
 def test_a_port_in_use_ends_the_server(tmp_path: Path) -> None:

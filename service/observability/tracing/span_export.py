@@ -6,7 +6,6 @@ times as much (docs/decisions/0023).
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
@@ -62,26 +61,22 @@ class SpanExport:
         )
         self._max_queue = options.max_queue
         self._handed = 0
-        self._waits_until = math.inf
 
-    def send(self, records: Sequence[RequestRecord]) -> None:
+    def send(self, records: Sequence[RequestRecord], gives_up: Callable[[], bool]) -> None:
         """Hand the spans of ``records`` to the SDK; waits while its queue is full.
 
-        Its queue would otherwise drop the oldest spans without counting them.
+        Its queue would otherwise drop the oldest spans without counting them. When ``gives_up()``
+        is true, this waits no longer: it drops the requests without room, and counts them.
         """
         epoch_s = time.time() - time.perf_counter()
         for record in records:
             spans = list(self._spans(record, epoch_s))
-            if not self._wait_for_room(len(spans)):
+            if not self._wait_for_room(len(spans), gives_up):
                 self._dropped(1)
                 continue
             self._handed += len(spans)
             for span in spans:
                 self._processor.on_end(span)
-
-    def wait_until(self, end: float) -> None:
-        """From ``end`` on, a time of ``time.monotonic``, ``send`` waits no longer."""
-        self._waits_until = end
 
     def close(self, timeout_s: float) -> None:
         """Send the spans that the SDK holds, for at most ``timeout_s``."""
@@ -89,12 +84,12 @@ class SpanExport:
         thread.start()  # the SDK itself would wait up to 30 s
         thread.join(timeout_s)
 
-    def _wait_for_room(self, count: int) -> bool:
+    def _wait_for_room(self, count: int, gives_up: Callable[[], bool]) -> bool:
         """Whether the SDK's queue has room for ``count`` spans, perhaps after a while."""
         while (waiting := self._handed - self._exporter.taken) and (
             waiting + count > self._max_queue
         ):
-            if time.monotonic() >= self._waits_until:
+            if gives_up():
                 return False
             time.sleep(ROOM_INTERVAL_S)
         return True
@@ -102,7 +97,7 @@ class SpanExport:
     def _spans(self, record: RequestRecord, epoch_s: float) -> Iterator[ReadableSpan]:
         """The server span of a request, and a child for each of its stages."""
         state = _trace_state(record.trace.state)
-        trace_id = int(record.trace.trace_id or "0", 16)
+        trace_id = int(record.trace.trace_id, 16)
 
         def span(
             name: str,
@@ -198,7 +193,7 @@ def attributes_of(record: RequestRecord) -> Attributes:
 
 
 def _parent(trace: TraceContext, state: TraceState) -> SpanContext | None:
-    if trace.parent_id is None or trace.trace_id is None:
+    if not trace.parent_id:
         return None
     return SpanContext(int(trace.trace_id, 16), int(trace.parent_id, 16), True, _SAMPLED, state)
 

@@ -25,14 +25,14 @@ class TraceContext(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The trace of one request.
 
     Attributes:
-        trace_id: 32 hexadecimal digits; None if the request belongs to no trace.
-        parent_id: the caller's span, 16 hexadecimal digits; None if this service begins the trace.
+        trace_id: 32 hexadecimal digits; empty if the request belongs to no trace.
+        parent_id: the caller's span, 16 hexadecimal digits; empty if this service begins the trace.
         state: the caller's ``tracestate``.
         sampled: whether spans of the request are recorded.
     """
 
-    trace_id: str | None = None
-    parent_id: str | None = None
+    trace_id: str = ""
+    parent_id: str = ""
     state: str = ""
     sampled: bool = False
 

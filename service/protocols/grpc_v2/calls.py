@@ -51,7 +51,7 @@ class Call:
         self._received_bytes = 0
         self.started = self.received = time.perf_counter()
         self.environ = environ_of(context)
-        self.request_id, _ = identify(self.environ)
+        self.request_id = identify(self.environ)
         self.model_name: str | None = None
         """What the message says, as soon as it has arrived."""
         self.job: Job | None = None
@@ -124,16 +124,10 @@ class Call:
         recorder = self._state.recorder
         if recorder is None or self._name in PROBES:
             return
-        trace = recorder.select(self.environ, self.request_id)
-        if trace is None:
-            return
-        method = f"{SERVICE}/{self._name}"
-        number = int(code.value[0])
-        recorder.record(
-            trace,
-            self.environ,
-            self.job,
-            FinishedRequest(
+
+        def describe() -> FinishedRequest:
+            method, number = f"{SERVICE}/{self._name}", int(code.value[0])
+            return FinishedRequest(
                 request_id=self.request_id,
                 name=method,
                 method=self._name,
@@ -151,8 +145,9 @@ class Call:
                 protocol=PROTOCOL if self._name == "ModelInfer" else "",
                 model_name=self.model_name[:MAX_NAME_CHARACTERS] if self.model_name else None,
                 error=failed,
-            ),
-        )
+            )
+
+        recorder.record(self.environ, self.request_id, self.job, describe)
 
 
 def environ_of(context: grpc.ServicerContext) -> "WSGIEnvironment":

@@ -27,6 +27,7 @@ from registry.auth.tokens import Tokens
 from registry.model.bundle import Bundle
 from registry.model.image.decode import decode_image
 from service import create_app
+from service.access.auth import AccessControl
 from service.loading.model_slot import ModelSlot
 from service.observability.metrics import Metrics
 from service.observability.tracing.options import TracingOptions
@@ -37,6 +38,7 @@ from service.settings import Settings
 from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
 from tests.otlp_receiver import attributes, running_collector
 from tests.service.protocols.tensors import bytes_tensor, normalised
+from tests.service.spans_process import spans_process
 from training.data.sources import Dataset
 
 SERVICE = "inference.GRPCInferenceService"
@@ -614,23 +616,38 @@ def test_a_certificate_that_cannot_be_read_stops_the_start(
         serve(grpc_certificate=tmp_path / "missing.crt", grpc_key=tmp_path / "missing.key")
 
 
-def test_a_call_has_a_span_that_continues_the_callers_trace(
+def test_an_error_while_a_call_is_recorded_does_not_reach_the_client(
     serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
     ready: FlaskClient,
     images: list[bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    def fail(*arguments: object) -> tuple[str, str | None]:
+        raise ValueError("no client")
+
+    monkeypatch.setattr(AccessControl, "describe", fail)
+    caller, _, _ = serve(access_log="on")
+    assert caller.infer(request(raw=bytes_tensor(images[:1]))).model_version == "1"
+    status, _ = caller.refusal("ModelInfer", request(raw=b"", model="other"))
+    assert status == "NOT_FOUND"
+
+
+def test_a_call_has_a_span_that_continues_the_callers_trace(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+    tmp_path: Path,
+) -> None:
     trace, parent = "4b" * 16, "0f" * 8
     with running_collector() as collector:
-        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
-        caller, _, app = serve(tracing=TracingOptions.from_environment(variables))
+        options = TracingOptions(endpoint=f"{collector.endpoint}/v1/traces")
+        caller, _, app = serve(tracing=options, run_folder=tmp_path)
         traceparent = {"traceparent": f"00-{trace}-{parent}-01"}
-        caller.call("ServerReady", pb.ServerReadyRequest(), **traceparent)
-        caller.infer(request(raw=bytes_tensor(images[:1])), **traceparent)
-        caller.refusal("ModelInfer", request(raw=b"", model="other"), **traceparent)
-        wait_for(lambda: len(collector.servers()) == 2, "the spans did not come")
-        app.extensions["convoy"].recorder.close(5)
+        with spans_process(tmp_path / "spans", options):
+            caller.call("ServerReady", pb.ServerReadyRequest(), **traceparent)
+            caller.infer(request(raw=bytes_tensor(images[:1])), **traceparent)
+            caller.refusal("ModelInfer", request(raw=b"", model="other"), **traceparent)
+            app.extensions["convoy"].recorder.close(60)
     answered, refused = collector.servers()
     for span, code in ((answered, 0), (refused, 5)):
         assert span.name == "inference.GRPCInferenceService/ModelInfer"
