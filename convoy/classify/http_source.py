@@ -36,7 +36,7 @@ class HttpSource:
         """Ask one service through two clients; the caller closes them.
 
         Args:
-            client: sends the pictures.
+            client: sends the pictures, and asks for their plans.
             brief: sends all other requests, and gives up soon.
             model: its name; None for the service's default model.
             top_k: how many classes to ask for.
@@ -129,11 +129,17 @@ class HttpSource:
         )
 
     def _plan(self, model: str, version: int) -> str:
-        """The plan that runs a version, read once; empty if the service does not say."""
+        """The plan that runs a version, read once; empty if the version no longer serves.
+
+        Raises:
+            UsageError: the service does not answer.
+        """
         if (model, version) not in self._plans:
             try:
-                plan = self._brief.model(model, version=version).plan or ""
-            except convoy_client.ConvoyError:  # not permitted, or no longer served
+                plan = self._client.metadata(model, version=version).plan
+            except convoy_client.ConvoyError as error:
+                if error.is_transient:
+                    raise UsageError(error.detail) from error
                 plan = ""
             self._plans[model, version] = plan
         return self._plans[model, version]

@@ -331,18 +331,52 @@ def test_with_json_the_summary_is_json(url: str, pictures: Path, run: Run) -> No
     }
 
 
-def test_a_token_that_may_only_classify_is_enough(
+def test_a_token_that_may_only_classify_is_enough_and_reads_the_plan(
+    secured_url: str, pictures: Path, run: Run
+) -> None:
+    words = (pictures, "--output", "a.csv", "--url", secured_url)
+    assert run(*words)[0] == 0
+    assert {row["plan"] for row in read("a.csv")} == {"torch-eager"}
+    assert "7 answered before" in run(*words)[1]
+
+
+def test_the_plan_is_empty_if_its_version_no_longer_serves(
+    url: str,
+    pictures: Path,
+    run: Run,
+    slot: ModelSlot,
+    deploy: Callable[..., Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    true = convoy_client.Client.metadata
+
+    def metadata(client: convoy_client.Client, *names: Any, **options: Any) -> Any:
+        if options["version"] == 1:
+            deploy(2, seed=1)
+            assert slot.refresh()
+        return true(client, *names, **options)
+
+    monkeypatch.setattr(convoy_client.Client, "metadata", metadata)
+    assert run(pictures, "--output", "a.csv", "--url", url, "--concurrency", 1)[0] == 0
+    assert [(row["version"], row["plan"]) for row in read("a.csv")] == [
+        (1, None),
+        *[(2, "torch-eager")] * 6,
+    ]
+
+
+def test_a_service_that_ends_before_it_says_the_plan_ends_the_run(
     url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(*arguments: object, **options: object) -> None:
-        raise convoy_client.Forbidden("the role classify may not do this", status=403)
+    def metadata(*arguments: Any, **options: Any) -> Any:
+        raise convoy_client.ServiceUnreachable("no answer")
 
-    monkeypatch.setattr(convoy_client.Client, "models", forbidden)
-    monkeypatch.setattr(convoy_client.Client, "model", forbidden)
-    words = (pictures, "--output", "a.csv", "--url", url)
-    assert run(*words)[0] == 0
-    assert {row["plan"] for row in read("a.csv")} == {None}
-    assert "7 answered before" in run(*words)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(convoy_client.Client, "metadata", metadata)
+        status, _, err = run(pictures, "--output", "a.csv", "--url", url)
+    assert status == 2
+    assert "error: no answer; the rows of a.csv are kept" in err
+    assert run(pictures, "--output", "a.csv", "--url", url)[0] == 0
+    assert {row["plan"] for row in read("a.csv")} == {"torch-eager"}
 
 
 def test_parquet_without_pyarrow_is_refused_before_any_work(

@@ -121,6 +121,16 @@ def model_path(model: str | None, version: int | None, alias: str | None) -> str
     return path if alias is None else f"{path}/aliases/{_segment(alias)}"
 
 
+def metadata_path(model: str, version: int | None) -> str:
+    """The path of the metadata of one version, or of the champion.
+
+    Raises:
+        ValueError: a path cannot have that name.
+    """
+    path = f"/v2/models/{_segment(model)}"
+    return path if version is None else f"{path}/versions/{version:d}"
+
+
 def _segment(name: str) -> str:
     # "." and ".." would be removed from the path, and another model would answer.
     if name in ("", ".", ".."):
