@@ -15,7 +15,7 @@ from registry.core.names import one_line
 from registry.core.service_address import DEFAULT_PORT, local_address
 
 if TYPE_CHECKING:
-    from convoy.classify.answer_file import AnswerFile, Served
+    from convoy.classify.answer_file import AnswerFile
     from convoy.classify.bulk import Source, Summary
     from convoy.classify.inputs import Listing
 
@@ -123,27 +123,28 @@ def _write(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{output} is both an input and the output; name another output")
     answers = AnswerFile(output, restart=arguments.restart)
     with _source(arguments) as source:
-        served = source.check()
+        model = source.check()
         listing = list_pictures(arguments.paths)
         if text := skipped_text(listing.skipped):
             print(text, file=sys.stderr)
         try:
             with answers:
-                answers.known.check_made_by(served)
-                summary = _go_on(answers, source, served, listing)
+                answers.known.check_comparable(model, arguments.top_k, source.class_count)
+                summary = _go_on(answers, source, listing)
         except OSError as error:
             reason = f"{output} cannot be written: {error.strerror or error}"
             raise UsageError(f"{reason}; {_resume(output)}") from error
     return _report(summary, output, as_json=arguments.json)
 
 
-def _go_on(
-    answers: "AnswerFile", source: "Source", served: "Served", listing: "Listing"
-) -> "Summary":
+def _go_on(answers: "AnswerFile", source: "Source", listing: "Listing") -> "Summary":
+    from convoy.classify.answer_file import NotComparable
     from convoy.classify.bulk import classify_into
 
     try:
-        return classify_into(answers, source, served, listing)
+        return classify_into(answers, source, listing)
+    except NotComparable:
+        raise
     except ConvoyError as error:
         raise UsageError(f"{error}; {_resume(answers.path)}") from error
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import convoy_client
-from convoy.classify.answer_file import Served
 from convoy.classify.inputs import ReadPicture
 from convoy.classify.rows import Answer
 from convoy_client import Classification, Client, Failure
@@ -49,11 +48,12 @@ class HttpSource:
         self._top_k = top_k
         self._is_bulk = is_bulk
         self._plans: dict[tuple[str, int], str] = {}
+        self._answering: set[int | None] | None = None
 
-    def check(self) -> Served:
-        """The model that will answer, and the versions that may: the champion and a canary.
+    def check(self) -> str | None:
+        """The model that will answer.
 
-        With a token that may only classify, the versions are unknown.
+        With a token that may only classify, it is None if the caller named no model.
 
         Raises:
             UsageError: the service cannot be reached, does not know the model or token, or has no
@@ -63,14 +63,31 @@ class HttpSource:
             name = self._model or self._brief.models()[0].name
             details = self._brief.model(name)
         except convoy_client.Forbidden:
-            return Served(self._model, None)
+            return self._model
         except convoy_client.ConvoyError as error:
             raise UsageError(error.detail) from error
         except IndexError as error:
             raise UsageError("the service has no model") from error
         canary = details.canary
-        versions = {details.version, canary.version if canary and canary.share else None}
-        return Served(name, frozenset(each for each in versions if each is not None))
+        self._answering = {details.version, canary.version if canary and canary.share else None}
+        return name
+
+    def class_count(self, model: str, version: int) -> int | None:
+        """How many classes a version has; None if it is neither the champion nor a canary.
+
+        With a token that may only classify, a shadow counts as a canary.
+
+        Raises:
+            UsageError: the service does not answer.
+        """
+        if self._answering is not None and version not in self._answering:
+            return None
+        try:
+            return len(self._brief.metadata(model, version=version).labels)
+        except convoy_client.NotFound:
+            return None
+        except convoy_client.ConvoyError as error:
+            raise UsageError(error.detail) from error
 
     def answers(
         self, pictures: Iterable[ReadPicture]

@@ -14,7 +14,6 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from convoy.classify.answer_file import Served
 from convoy.classify.inputs import ReadPicture
 from convoy.classify.rows import Answer
 from registry.core.devices import choose_device, forward_threads
@@ -56,9 +55,15 @@ class LocalSource:
         self._top_k = top_k
         self._limits = DecodeLimits.from_environment()
 
-    def check(self) -> Served:
-        """The model and the version that this process has loaded."""
-        return Served(self._loaded.manifest.model, frozenset({self._loaded.version}))
+    def check(self) -> str:
+        """The model that this process has loaded."""
+        return self._loaded.manifest.model
+
+    def class_count(self, model: str, version: int) -> int | None:
+        """How many classes the version has that this process has loaded; None for others."""
+        manifest = self._loaded.manifest
+        is_loaded = (model, version) == (manifest.model, self._loaded.version)
+        return len(manifest.labels) if is_loaded else None
 
     def answers(
         self, pictures: Iterable[ReadPicture]

@@ -38,6 +38,11 @@ class Row(Struct, frozen=True, kw_only=True):
     top_k: tuple[tuple[str, float], ...] = ()
     error: str = ""
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether a version has answered."""
+        return self.version is not None and not self.error
+
 
 COLUMNS = Row.__struct_fields__
 DAMAGED = "it is not a row of convoy classify"

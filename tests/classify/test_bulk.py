@@ -214,10 +214,81 @@ def test_answers_of_other_versions_are_not_mixed_with_new_ones(
     assert slot.refresh()
     status, _, err = run(*words)
     assert status == 2
-    assert "answers of version 1, and now version 2 answers" in err
-    assert suffix == "parquet" or Path(output).read_bytes() == before
+    assert f"{output} has answers of digits version 1, which does not answer now" in err
+    assert Path(output).read_bytes() == before
+    assert [each.name for each in Path().glob("answers*")] == [output]
     assert run(*words, "--restart")[0] == 0
     assert {row["version"] for row in read(output)} == {2}
+
+
+@SUFFIXES
+def test_answers_for_another_top_k_are_not_mixed_with_new_ones(
+    suffix: str, url: str, pictures: Path, run: Run, sent: list[bytes]
+) -> None:
+    output = f"answers.{suffix}"
+    words = (pictures, "--output", output, "--url", url)
+    assert run(*words, "--top-k", 3)[0] == 0
+    before = Path(output).read_bytes()
+    (pictures / "new.png").write_bytes(other_picture())
+    sent.clear()
+    for top_k in (1, 5):
+        status, _, err = run(*words, "--top-k", top_k)
+        assert status == 2
+        assert f"{output} has answers for --top-k 3, not {top_k}; use --top-k 3, name" in err
+        assert "--restart" in err
+        assert "run the same command again" not in err
+    assert (sent, Path(output).read_bytes()) == ([], before)
+    assert [each.name for each in Path().glob("answers*")] == [output]
+    assert run(*words, "--top-k", 5, "--restart")[0] == 0
+    assert {len(row["top_k"]) for row in read(output)} == {5}
+
+
+@SUFFIXES
+def test_a_killed_run_is_not_continued_with_another_top_k(
+    suffix: str, url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(range(3))
+
+    def dying(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise Killed
+        return row_of(*arguments)
+
+    output = f"answers.{suffix}"
+    words = (pictures, "--output", output, "--url", url)
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "row_of", dying)
+        with pytest.raises(Killed):
+            run(*words)
+    status, _, err = run(*words, "--top-k", 4)
+    assert status == 2
+    assert "answers for --top-k 5, not 4" in err
+    assert "7 pictures: 4 answered, 3 answered before" in run(*words)[1]
+
+
+def test_a_top_k_beyond_the_classes_of_the_model_is_all_of_them(
+    url: str, pictures: Path, run: Run
+) -> None:
+    words = (pictures, "--output", "a.csv", "--url", url)
+    assert run(*words, "--top-k", 10)[0] == 0
+    assert "7 answered before" in run(*words, "--top-k", 50)[1]
+
+
+def test_a_token_that_may_only_classify_does_not_mix_answers_either(
+    secured_url: str,
+    pictures: Path,
+    run: Run,
+    slot: ModelSlot,
+    deploy: Callable[..., Bundle],
+) -> None:
+    words = (pictures, "--output", "a.csv", "--url", secured_url)
+    assert run(*words)[0] == 0
+    assert "answers for --top-k 5, not 7" in run(*words, "--top-k", 7)[2]
+    deploy(2, seed=1)
+    assert slot.refresh()
+    status, _, err = run(*words)
+    assert status == 2
+    assert "answers of digits version 1, which does not answer now" in err
 
 
 def test_answers_of_another_model_are_refused(url: str, pictures: Path, run: Run) -> None:

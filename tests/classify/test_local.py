@@ -72,6 +72,27 @@ def test_many_pictures_are_classified_in_batches_and_in_order(
     assert f"{2 * BATCH} answered before, 3 failed" in out
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_local_answers_of_another_version_or_top_k_are_not_mixed(
+    suffix: str, publish: Publish, pictures: Path, run: Run
+) -> None:
+    publish(seed=0)
+    publish(seed=1)
+    words = (pictures, "--output", f"a.{suffix}", "--local")
+    assert run(*words, "models:/digits/1")[0] == 0
+    before = Path(f"a.{suffix}").read_bytes()
+    for more, message in (
+        (("models:/digits/2",), "answers of digits version 1, which does not answer now"),
+        (("models:/digits/1", "--top-k", 2), "answers for --top-k 5, not 2"),
+    ):
+        status, _, err = run(*words, *more)
+        assert status == 2
+        assert message in err
+    assert Path(f"a.{suffix}").read_bytes() == before
+    assert [each.name for each in Path().glob("a.*")] == [f"a.{suffix}"]
+    assert "7 answered before" in run(*words, "models:/digits/1")[1]
+
+
 def test_a_version_that_was_pulled_is_not_downloaded_again(
     store: ModelStore,
     publish: Publish,
