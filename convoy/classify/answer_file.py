@@ -8,6 +8,7 @@ rows in JSON lines beside it until the run ends.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import secrets
 import shutil
@@ -261,8 +262,9 @@ class AnswerFile:
             _replacement(self.path) as temporary,
             arrow.parquet.ParquetWriter(temporary, parquet_schema(arrow)) as writer,
         ):
-            for rows in _groups(self._rows_that_count()):
-                writer.write_table(to_arrow(rows, arrow))
+            rows = self._rows_that_count()
+            while group := list(itertools.islice(rows, ROW_GROUP)):
+                writer.write_table(to_arrow(group, arrow))
 
 
 def _checked_format(path: Path) -> Format:
@@ -296,17 +298,6 @@ def _copy_parquet(path: Path, target_path: Path) -> None:
                 target.writelines(map(JsonLines().encode, rows))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be continued: {error}; {ADVICE}") from error
-
-
-def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == ROW_GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 @contextlib.contextmanager

@@ -100,12 +100,9 @@ def _classify(arguments: argparse.Namespace) -> int:
 
 
 def _print(arguments: argparse.Namespace) -> int:
-    from convoy.classify.inputs import list_pictures
-    from convoy.classify.printing import print_answers, skipped_text
+    from convoy.classify.printing import print_answers
 
-    listing = list_pictures(arguments.paths)
-    if text := skipped_text(listing.skipped):
-        print(text, file=sys.stderr)
+    listing = _listing(arguments)
     with _source(arguments) as source:
         return 1 if print_answers(source, listing.pictures, as_json=arguments.json) else 0
 
@@ -113,8 +110,6 @@ def _print(arguments: argparse.Namespace) -> int:
 def _write(arguments: argparse.Namespace) -> int:
     """Classify into the file of ``--output``, after checking the arguments and the source."""
     from convoy.classify.answer_file import AnswerFile
-    from convoy.classify.inputs import list_pictures
-    from convoy.classify.printing import skipped_text
 
     output: Path = arguments.output
     if output.exists() and any(
@@ -124,9 +119,7 @@ def _write(arguments: argparse.Namespace) -> int:
     answers = AnswerFile(output, restart=arguments.restart)
     with _source(arguments) as source:
         model = source.check()
-        listing = list_pictures(arguments.paths)
-        if text := skipped_text(listing.skipped):
-            print(text, file=sys.stderr)
+        listing = _listing(arguments)
         try:
             with answers:
                 answers.known.check_comparable(model, arguments.top_k, source.class_count)
@@ -135,6 +128,17 @@ def _write(arguments: argparse.Namespace) -> int:
             reason = f"{output} cannot be written: {error.strerror or error}"
             raise UsageError(f"{reason}; {_resume(output)}") from error
     return _report(summary, output, as_json=arguments.json)
+
+
+def _listing(arguments: argparse.Namespace) -> "Listing":
+    """The pictures; says on standard error what was skipped."""
+    from convoy.classify.inputs import list_pictures
+    from convoy.classify.printing import skipped_text
+
+    listing = list_pictures(arguments.paths)
+    if text := skipped_text(listing.skipped):
+        print(text, file=sys.stderr)
+    return listing
 
 
 def _go_on(answers: "AnswerFile", source: "Source", listing: "Listing") -> "Summary":

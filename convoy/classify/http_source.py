@@ -119,11 +119,11 @@ class HttpSource:
         """Raise ``UsageError`` if the next picture would fail, too."""
         if isinstance(error, convoy_client.InvalidImage):
             return
-        is_unanswered = error.status is None
         if self._is_bulk:
-            is_down = error.is_transient and not self._is_ready()
-            is_unanswered = is_down or isinstance(error, FATAL)
-        if is_unanswered:
+            is_fatal = isinstance(error, FATAL) or (error.is_transient and not self._is_ready())
+        else:
+            is_fatal = error.status is None
+        if is_fatal:
             raise UsageError(error.detail) from error
 
     def _is_ready(self) -> bool:

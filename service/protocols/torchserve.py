@@ -13,10 +13,11 @@ from flask import Response
 from msgspec import Struct
 from msgspec.structs import replace
 
+from registry.model.classifier import top_classes
 from service.http import problems
 from service.http.bodies.body_images import IMAGE_NAME, BodyImages
 from service.http.openapi import FAILURES, IMAGES, Operation
-from service.inference.requests import DEFAULT_TOP_K, Probabilities, Result, top_classes
+from service.inference.requests import DEFAULT_TOP_K, Probabilities, Result
 from service.protocols.inference_app import Answer, Target
 from service.settings import Settings
 

@@ -9,6 +9,7 @@ from flask import Response
 from msgspec import Struct
 from werkzeug.exceptions import abort
 
+from registry.model.classifier import top_classes
 from registry.model.manifest import ClassScore
 from service.http import problems
 from service.http.bodies.body_images import BodyImages
@@ -18,7 +19,6 @@ from service.inference.requests import (
     Probabilities,
     Result,
     Timings,
-    top_classes,
 )
 from service.protocols import inference_app as http
 from service.protocols.inference_app import Target

@@ -10,7 +10,6 @@ from collections.abc import (
     Callable,
     Iterable,
 )
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -136,12 +135,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
     async def close(self) -> None:

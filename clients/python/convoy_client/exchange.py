@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
@@ -56,10 +55,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer. The names in ``headers`` are in lower case."""
+    """A complete answer."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: httpx.Headers
     body: bytes
 
 
@@ -76,7 +75,6 @@ class Endpoint:
         Raises:
             ValueError: the URL or the token cannot be used.
         """
-        self.url = url
         address = _checked_address(url)
         host = address.netloc.rpartition("@")[2]
         # A proxy may serve the service below its own path.
