@@ -80,7 +80,13 @@ def command_parser(prog: str) -> argparse.ArgumentParser:
         metavar="MODEL",
         help="load models:/NAME@ALIAS or models:/NAME/NUMBER in this process, without a service",
     )
-    classify.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show (5)")
+    classify.add_argument(
+        "--top-k",
+        type=int,
+        default=5,
+        metavar="K",
+        help="classes to print, or with --output to store, for each picture (5)",
+    )
     classify.add_argument("--json", action="store_true", help="print JSON, one object a line")
     classify.add_argument(
         "--concurrency", type=int, default=8, metavar="N", help="pictures to send at once (8)"

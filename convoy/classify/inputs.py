@@ -115,7 +115,10 @@ def _expand_path(path: str, skipped: Counter[str]) -> Iterator[Picture]:
 
 
 def _in_folder(root: Path, skipped: Counter[str]) -> Iterator[Picture]:
-    """The pictures in a folder and below it, sorted by name. Each folder is entered once."""
+    """The pictures in a folder and below it, sorted by name. Each folder is entered once.
+
+    Hidden files and folders are skipped.
+    """
     seen: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:

@@ -130,7 +130,8 @@ def metadata_path(model: str, version: int | None) -> str:
 
 
 def _segment(name: str) -> str:
-    # "." and ".." would be removed from the path, and another model would answer.
+    # httpx removes the segments "." and ".." from a path (RFC 3986, section 5.2.4), and then the
+    # request would go to another model.
     if name in ("", ".", ".."):
         raise ValueError(f"{name!r} is not the name of a model or alias")
     return quote(name, safe="")
