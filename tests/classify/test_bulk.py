@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +148,19 @@ def test_errors_and_changed_pictures_are_classified_again(
     assert rows["pictures/2.png"]["sha256"] == rows["pictures/bad.png"]["sha256"]
     assert before["pictures/2.png"]["sha256"] != rows["pictures/2.png"]["sha256"]
     assert before["pictures/1.png"] == rows["pictures/1.png"]
+
+
+@SUFFIXES
+def test_a_picture_whose_name_is_not_utf8_has_one_row_after_two_runs(
+    suffix: str, url: str, pictures: Path, run: Run
+) -> None:
+    for name in (b"\xff.png", b"\xfe.png"):
+        (pictures / os.fsdecode(name)).write_bytes(other_picture())
+    words = (pictures, "--output", f"a.{suffix}", "--url", url)
+    assert run(*words)[0] == 0
+    assert "9 answered before" in run(*words)[1]
+    if suffix == "parquet":
+        assert len({row["uri"] for row in read("a.parquet")}) == len(read("a.parquet")) == 9
 
 
 def test_ctrl_c_keeps_the_rows_and_says_how_to_go_on(

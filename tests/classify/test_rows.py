@@ -87,7 +87,9 @@ def test_the_name_of_a_file_that_is_not_utf8_is_kept() -> None:
     for form in (Csv(), JsonLines()):
         content = form.head.encode() + form.encode(row)
         assert [found for _, found in form.records(BytesIO(content))] == [row]
-    assert to_arrow([row], import_pyarrow())["uri"].to_pylist() == ["a?.png"]
+    table = to_arrow([row], import_pyarrow())
+    assert table["uri"].to_pylist() == ["a\\udcff.png"]
+    assert from_arrow(table.to_pylist()[0]) == row
 
 
 @pytest.mark.parametrize(
