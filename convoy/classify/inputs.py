@@ -83,14 +83,15 @@ def read_picture(picture: Picture) -> ReadPicture:
         return ReadPicture(picture.uri, "", b"", picture.problem)
     try:
         with Path(picture.path).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            is_large = os.fstat(file.fileno()).st_size > MAX_FILE_BYTES
+            content = b"" if is_large else file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         return ReadPicture(picture.uri, "", b"", reason)
+    if is_large or len(content) > MAX_FILE_BYTES:  # a device has no size
+        return ReadPicture(picture.uri, "", b"", f"the file has over {MAX_FILE_BYTES:,} bytes")
     if not content:
         return ReadPicture(picture.uri, "", b"", "the file is empty")
-    if len(content) > MAX_FILE_BYTES:
-        return ReadPicture(picture.uri, "", b"", f"the file has over {MAX_FILE_BYTES:,} bytes")
     return ReadPicture(picture.uri, sha256_hex(content), content, "")
 
 

@@ -1,6 +1,5 @@
 """``LocalSource``: a version of the registry answers the pictures in this process."""
 
-import itertools
 import logging
 import os
 import tempfile
@@ -32,6 +31,8 @@ from registry.store.mlflow_store import ModelStore
 log = logging.getLogger(__name__)
 
 BATCH = 32
+# Two batches are in memory at a time.
+BATCH_BYTES = 64 * 1024 * 1024
 DECODE_THREADS = 2
 
 Decoded = list[Pixels | str]
@@ -68,9 +69,9 @@ class LocalSource:
         self, pictures: Iterable[ReadPicture]
     ) -> Iterator[tuple[ReadPicture, Answer | str]]:
         """Each picture with its answer, or with the text of an error."""
-        source, present = iter(pictures), None
+        present = None
         with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
-            while batch := list(itertools.islice(source, BATCH)):
+            for batch in batches(pictures):
                 following = batch, pool.map(self._decode, batch)
                 if present is not None:
                     yield from self._classify(present[0], list(present[1]))
@@ -107,6 +108,20 @@ class LocalSource:
             request_id="",
             timings_ms={"total": image_ms},
         )
+
+
+def batches(pictures: Iterable[ReadPicture]) -> Iterator[list[ReadPicture]]:
+    """Lists of ``BATCH`` pictures. A list ends early when its files have ``BATCH_BYTES``."""
+    batch: list[ReadPicture] = []
+    size_bytes = 0
+    for picture in pictures:
+        batch.append(picture)
+        size_bytes += len(picture.content)
+        if len(batch) == BATCH or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
 
 
 @contextmanager
