@@ -163,6 +163,7 @@ class AnswerFile:
 
         Raises:
             UsageError: another process writes the file, or this command did not write it.
+            OSError: the file cannot be read or written.
         """
         is_copy = not self._restart and self.path.exists() and not self._rows_path.exists()
         if is_copy:
@@ -283,7 +284,12 @@ def _checked_format(path: Path) -> Format:
 
 
 def _copy_parquet(path: Path, target_path: Path) -> None:
-    """Write the rows of a finished Parquet file as JSON lines; raises ``UsageError``."""
+    """Write the rows of a finished Parquet file as JSON lines.
+
+    Raises:
+        UsageError: this command did not write the Parquet file, or it is damaged.
+        OSError: a file cannot be read or written.
+    """
     parquet = import_pyarrow().parquet
     try:
         with (
@@ -297,7 +303,11 @@ def _copy_parquet(path: Path, target_path: Path) -> None:
                 rows = map(from_arrow, batch.to_pylist())
                 target.writelines(map(JsonLines().encode, rows))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be continued: {error}; {ADVICE}") from error
+        # pyarrow raises OSError without a number for a damaged file.
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} cannot be continued: {reason}; {ADVICE}") from error
 
 
 @contextlib.contextmanager

@@ -198,6 +198,38 @@ def test_a_row_that_does_not_fit_the_disk_leaves_the_others(tmp_path: Path) -> N
     assert path.read_bytes() == (Csv.head + "a,1,,,,,,,\n").encode()
 
 
+def test_parquet_rows_that_do_not_fit_the_disk_do_not_make_the_file_unusable(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.parquet"
+    with AnswerFile(path) as file:
+        file.append(Row(uri="a" * 1_000_000, sha256="1"))
+        file.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"), AnswerFile(path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
+    with AnswerFile(path) as file:
+        assert len(file.known) == 1
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    with AnswerFile(path) as file:
+        for number in range(100):
+            file.append(Row(uri=str(number), sha256="1"))
+        file.finish()
+    content = bytearray(path.read_bytes())
+    content[4:60] = bytes(56)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"cannot be continued.*--restart"), AnswerFile(path):
+        pass
+
+
 def test_a_link_and_the_mode_of_a_file_are_kept(tmp_path: Path) -> None:
     path, link = tmp_path / "a.csv", tmp_path / "link.csv"
     link.symlink_to(path)
