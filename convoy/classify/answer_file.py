@@ -165,17 +165,19 @@ class AnswerFile:
             UsageError: another process writes the file, or this command did not write it.
             OSError: the file cannot be read or written.
         """
-        is_copy = not self._restart and self.path.exists() and not self._rows_path.exists()
-        if is_copy:
-            _copy_parquet(self.path, self._rows_path)
-        self._file = self._rows_path.open("r+b" if self._rows_path.exists() else "w+b")
+        self._file = _locked(self._rows_path)
         try:
-            self._lock()
+            is_new = not os.fstat(self._file.fileno()).st_size
+            is_copy = is_new and self._is_parquet and self.path.exists() and not self._restart
+            if is_copy:
+                self._copy_parquet()
             if self._restart:
                 self._file.truncate(0)
             self._read_rows()
             self._copied_rows = self.known.count if is_copy else None
         except BaseException:
+            if not os.fstat(self._file.fileno()).st_size:
+                self._rows_path.unlink(missing_ok=True)
             self._file.close()
             raise
         return self
@@ -214,13 +216,13 @@ class AnswerFile:
                 target.write(self._format.head.encode())
                 target.writelines(map(self._format.encode, self._rows_that_count()))
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(
-                f"another convoy classify is writing {self._rows_path}; wait until it ends"
-            ) from error
+    def _copy_parquet(self) -> None:
+        """Begin the rows with those of the Parquet file, all or none."""
+        with _replacement(self._rows_path) as temporary:
+            _copy_parquet(self.path, temporary)
+            copy = _locked(temporary)
+        self._file.close()
+        self._file = copy
 
     def _read_rows(self) -> None:
         self._file.seek(0)
@@ -283,6 +285,28 @@ def _checked_format(path: Path) -> Format:
     return found
 
 
+def _locked(path: Path) -> BinaryIO:
+    """The file, made if it is missing, which only this process writes until it closes it.
+
+    Raises:
+        UsageError: another process has it.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise UsageError(
+                f"another convoy classify is writing {path}; wait until it ends"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # another process has replaced or removed it before this one locked it
+
+
 def _copy_parquet(path: Path, target_path: Path) -> None:
     """Write the rows of a finished Parquet file as JSON lines.
 
@@ -292,11 +316,7 @@ def _copy_parquet(path: Path, target_path: Path) -> None:
     """
     parquet = import_pyarrow().parquet
     try:
-        with (
-            parquet.ParquetFile(path) as file,
-            _replacement(target_path) as temporary,
-            temporary.open("wb") as target,
-        ):
+        with parquet.ParquetFile(path) as file, target_path.open("wb") as target:
             if tuple(file.schema_arrow.names) != COLUMNS:
                 raise ValueError("it has other columns")
             for batch in file.iter_batches(ROW_GROUP):

@@ -68,7 +68,7 @@ def list_pictures(arguments: Sequence[str]) -> Listing:
             other = found.setdefault(picture.uri, picture)
             if other is picture:
                 continue
-            if os.path.realpath(other.path) != os.path.realpath(picture.path):
+            if not _is_same(other.path, picture.path):
                 raise UsageError(
                     f"{picture.uri!r} names two files, {other.path} and {picture.path}; "
                     "classify them in two runs"
@@ -77,11 +77,21 @@ def list_pictures(arguments: Sequence[str]) -> Listing:
     return Listing(tuple(found.values()), dict(skipped))
 
 
+def _is_same(first: str, second: str) -> bool:
+    """Whether two paths lead to one file."""
+    try:
+        return os.path.realpath(first) == os.path.realpath(second)
+    except ValueError:  # a table may contain null bytes
+        return first == second
+
+
 def read_picture(picture: Picture) -> ReadPicture:
     """The content of a picture's file, or why it cannot be read."""
     if picture.problem:
         return ReadPicture(picture.uri, "", b"", picture.problem)
     try:
+        if _is_special(Path(picture.path)):
+            return ReadPicture(picture.uri, "", b"", "it is a pipe, a socket or a device")
         with Path(picture.path).open("rb") as file:
             is_large = os.fstat(file.fileno()).st_size > MAX_FILE_BYTES
             content = b"" if is_large else file.read(MAX_FILE_BYTES + 1)
@@ -147,7 +157,7 @@ def _in_folder(root: Path, skipped: Counter[str]) -> Iterator[Picture]:
 
 def _is_special(entry: Path) -> bool:
     """Whether reading could wait forever: a pipe, a socket or a device. A broken link is not."""
-    return entry.exists() and not entry.is_file()
+    return entry.exists() and not (entry.is_file() or entry.is_dir())
 
 
 def _in_table(path: Path, skipped: Counter[str]) -> Iterator[Picture]:
@@ -162,7 +172,10 @@ def _in_table(path: Path, skipped: Counter[str]) -> Iterator[Picture]:
 def _from_table(uri: str, folder: Path) -> Picture:
     """The picture that a table names: a path relative to the table's folder, or a file:// URI."""
     if uri.startswith("file://"):
-        return Picture(uri, unquote(urlsplit(uri).path))
+        try:
+            return Picture(uri, unquote(urlsplit(uri).path))
+        except ValueError as error:
+            return Picture(uri, uri, f"not a file:// URI ({error})")
     if scheme := SCHEME.match(uri):
         return Picture(uri, uri, f"only files can be read, and not {scheme[0]}…; download it first")
     return Picture(uri, str(folder / uri))

@@ -18,7 +18,10 @@ from service.observability.request_record import RequestRecord
 
 STDERR = 2
 MAX_LINES = 10_000
-MAX_PATH_CHARACTERS = 500
+# In a line, a control character takes six bytes. With the other members, a line has less than
+# ``PIPE_BUF`` bytes.
+MAX_PATH_BYTES = 1500
+MAX_NAME_BYTES = 600
 _encode = msgspec.json.Encoder().encode
 
 
@@ -102,12 +105,12 @@ def line_of(record: RequestRecord) -> Line:
         level="info",
         logger=__name__,
         method=request.method,
-        path=path[:MAX_PATH_CHARACTERS],
+        path=_within(path, MAX_PATH_BYTES),
         status=request.status,
         duration_ms=round((record.ended - request.started) * 1000, 3),
         request_bytes=request.request_bytes,
         response_bytes=request.response_bytes,
-        model_name=record.model_name,
+        model_name=record.model_name and _within(record.model_name, MAX_NAME_BYTES),
         model_version=record.model_version,
         protocol=request.protocol or None,
         client=record.client,
@@ -116,6 +119,13 @@ def line_of(record: RequestRecord) -> Line:
         trace_id=record.trace.trace_id or None,
         timestamp=datetime.fromtimestamp(time.time() - since_s, UTC),
     )
+
+
+def _within(text: str, size_bytes: int) -> str:
+    """The beginning of ``text`` that takes at most ``size_bytes`` as JSON."""
+    while len(_encode(text)) - len('""') > size_bytes:
+        text = text[: len(text) * 9 // 10]
+    return text
 
 
 def _write_to_stderr(data: bytes) -> None:

@@ -23,8 +23,9 @@ from tests.service.conftest import slot as slot
 from tests.service.conftest import url as url
 
 Handler = Callable[[httpx.Request], httpx.Response]
+MODEL = {"name": "digits", "version": 1, "alias": "champion"}
 ANSWER = {
-    "model": {"name": "digits", "version": 1, "alias": "champion"},
+    "model": MODEL,
     "predictions": [{"label": "7", "index": 7, "probability": 1}],
     "request_id": "abc",
     "timings_ms": {"decode": 0.3, "total": 2},

@@ -5,7 +5,8 @@ import json
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -26,7 +27,7 @@ from convoy_client import (
     Unavailable,
 )
 from convoy_client.retries import retry_after_s
-from tests.clients.conftest import ANSWER, FakeTime, MakeClient, in_turn, problem
+from tests.clients.conftest import ANSWER, MODEL, FakeTime, MakeClient, in_turn, problem
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,31 @@ def test_ready_asks_once(connect: MakeClient, time: FakeTime) -> None:
     assert time.waits == []
 
 
+def answer(**model: Any) -> httpx.Response:
+    """A good answer, but for some members of its model."""
+    body = json.dumps({**ANSWER, "model": {**MODEL, **model}})
+    return httpx.Response(200, text=body)
+
+
+def prediction(probability: float) -> httpx.Response:
+    body = {**ANSWER, "predictions": [{"label": "7", "index": 7, "probability": probability}]}
+    return httpx.Response(200, text=json.dumps(body))
+
+
+class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body that is sent as it is."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for each in self._chunks:
+            yield each
+
+
 @pytest.mark.parametrize(
     ("response", "message"),
     [
@@ -194,6 +220,15 @@ def test_ready_asks_once(connect: MakeClient, time: FakeTime) -> None:
         ),
         (httpx.Response(200, json={**ANSWER, "predictions": [{"label": "a"}]}), "no index"),
         (httpx.Response(301, headers={"Location": "https://a/"}), "redirects to https://a/"),
+        (answer(version=0), "version is 0"),
+        (answer(version=2**63), "version is 9223"),
+        (answer(name="\ud800"), "not Unicode"),
+        (prediction(float("nan")), "probability is nan"),
+        (prediction(1.5), "from 0 to 1"),
+        (
+            httpx.Response(200, headers={"Content-Encoding": "gzip"}, stream=Chunks(b"\x1f\x8b")),
+            "Content-Encoding 'gzip'",
+        ),
         (httpx.Response(200, content=b"x" * (16 * 1024 * 1024 + 1)), "16,777,216 bytes"),
     ],
 )

@@ -31,7 +31,7 @@ from service import create_app
 from service.access.auth import AccessControl
 from service.http.recording import RouteTemplates
 from service.loading.model_slot import ModelSlot
-from service.observability.access_log import MAX_PATH_CHARACTERS, AccessLog, line_of
+from service.observability.access_log import AccessLog, line_of
 from service.observability.background_queue import CHUNK, BackgroundQueue
 from service.observability.metrics import Metrics
 from service.observability.request_record import FinishedRequest, RequestRecord
@@ -844,7 +844,8 @@ def test_no_path_can_forge_a_line(path: str) -> None:
     first, second = map(json.loads, lines)
     assert second["path"] == "/next"
     expected = path.encode("latin-1").decode("utf-8", "replace")
-    assert first["path"] == expected[:MAX_PATH_CHARACTERS]
+    assert expected.startswith(first["path"])
+    assert first["path"] or not expected
     assert not any(byte < 32 for byte in lines[0])
     assert all(len(piece) <= 4096 and piece.endswith(b"\n") for piece in data)
 

@@ -71,16 +71,22 @@ class _Connection:
         """Like ``send``, without a retry."""
         current = (attempts or self._policy.begin(self._url)).begin_try()
         try:
-            async with self.http.stream(
-                call.method,
-                call.url,
-                content=call.body,
-                headers=call.headers,
-                timeout=current.timeout_s,
-            ) as response:
+            async with (
+                asyncio.timeout(current.timeout_s),
+                self.http.stream(
+                    call.method,
+                    call.url,
+                    content=call.body,
+                    headers=call.headers,
+                    timeout=current.timeout_s,
+                ) as response,
+            ):
+                current.begin_body(response.headers)
                 async for chunk in response.aiter_bytes():
                     current.add(chunk)
                 return current.reply(response.status_code, response.headers)
+        except TimeoutError as error:
+            raise Timeout(f"no answer from {self._url} in time") from error
         except httpx.RequestError as error:
             raise failure_of_transport(error, self._url) from error
 

@@ -80,6 +80,7 @@ class _Connection:
                 headers=call.headers,
                 timeout=current.timeout_s,
             ) as response:
+                current.begin_body(response.headers)
                 for chunk in response.iter_bytes():
                     current.add(chunk)
                 return current.reply(response.status_code, response.headers)

@@ -104,7 +104,7 @@ def read_classification(body: bytes) -> Classification:
     model = _object(_field(answer, "model"), "model")
     return Classification(
         model=_text(model, "name"),
-        version=_whole(model, "version"),
+        version=_version(model),
         alias=_optional(model, "alias", str),
         predictions=tuple(map(_prediction, _list(answer, "predictions"))),
         request_id=_text(answer, "request_id"),
@@ -127,7 +127,7 @@ def read_model(body: bytes) -> ModelDetails:
         **_summary(answer),
         canary=None
         if canary is None
-        else Canary(_whole(canary, "version"), _number(canary, "share"), _number(canary, "shadow")),
+        else Canary(_version(canary), _number(canary, "share"), _number(canary, "shadow")),
         labels=tuple(_checked(each, str, "labels") for each in _list(answer, "labels")),
         metrics=_numbers(answer, "metrics"),
         manifest_sha256=_text(answer, "manifest_sha256"),
@@ -149,9 +149,11 @@ def read_metadata(body: bytes) -> Metadata:
 
 def _prediction(value: Any) -> Prediction:
     record = _object(value, "predictions")
-    return Prediction(
-        _text(record, "label"), _whole(record, "index"), _number(record, "probability")
-    )
+    label, index = _text(record, "label"), _whole(record, "index")
+    probability = _number(record, "probability")
+    if not 0 <= probability <= 1:
+        raise InvalidAnswer(f"the answer's probability is {probability}, which is not from 0 to 1")
+    return Prediction(label, index, probability)
 
 
 def _summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +185,8 @@ def _checked(value: Any, kind: type[T], where: str) -> T:
         raise InvalidAnswer(
             f"the answer's {where} is {repr(value)[:40]}, which is not of type {kind.__name__}"
         )
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidAnswer(f"the answer's {where} is {value[:40]!a}, which is not Unicode text")
     return value
 
 
@@ -198,6 +202,13 @@ def _text(record: dict[str, Any], name: str) -> str:
 
 def _whole(record: dict[str, Any], name: str) -> int:
     return _checked(_field(record, name), int, name)
+
+
+def _version(record: dict[str, Any]) -> int:
+    version = _whole(record, "version")
+    if not 1 <= version < 2**63:
+        raise InvalidAnswer(f"the answer's version is {str(version)[:40]}, not a version's number")
+    return version
 
 
 def _number(record: dict[str, Any], name: str) -> float:

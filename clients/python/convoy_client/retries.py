@@ -100,6 +100,16 @@ class Try:
         self._ends_s = clock.monotonic() + timeout_s
         self._body = bytearray()
 
+    def begin_body(self, headers: httpx.Headers) -> None:
+        """Check the head of the answer before its body is read.
+
+        Raises:
+            InvalidAnswer: the body is compressed. A small one could become gigabytes.
+        """
+        coding = headers.get("content-encoding", "identity")
+        if coding != "identity":
+            raise InvalidAnswer(f"{self._url} answers with Content-Encoding {coding[:40]!r}")
+
     def add(self, chunk: bytes) -> None:
         """Take a part of the body. httpx alone would wait for ``timeout_s`` between any two parts.
 
