@@ -160,7 +160,8 @@ class AnsweredRequest(Struct, frozen=True, kw_only=True):
         """Name, start and end of each stage, in order, by ``time.perf_counter``.
 
         With several images, ``decode`` lasts from the first to the last, and includes reading in
-        between. ``queue`` and ``forward`` are those of the image that waited longest.
+        between. ``queue`` takes as long as the image that waited longest, and ``forward`` as long
+        as the longest forward pass, perhaps of another image. Both end before ``encode`` begins.
         """
         ended = self.started + self.total_s
         encode_started = ended - self.encode_s
