@@ -81,14 +81,12 @@ def post_fork(server: Any, worker: Any) -> None:
         shutdown_delay_s=settings.shutdown_delay_s,
         max_connections_per_address=settings.max_connections_per_address,
         handover_folder=run_folder / HANDOVER,
-        companion=_grpc_server,
+        companion=None if settings.grpc_port is None else _grpc_server,
     )
 
 
-def _grpc_server(app: Any) -> Companion | None:
-    """The gRPC server of a worker with this application, if the settings ask for one."""
-    if settings.grpc_port is None:
-        return None
+def _grpc_server(app: Any) -> Companion:
+    """The gRPC server of a worker with this application."""
     from service.protocols.grpc_v2.server import GrpcServer
 
     return GrpcServer(app.extensions["convoy"])

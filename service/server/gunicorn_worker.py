@@ -9,7 +9,6 @@ access log, and ignores ``max_requests``, ``pre_request`` and ``post_request``.
 
 import math
 import os
-import resource
 import socket
 import sys
 import time
@@ -20,7 +19,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 from msgspec.structs import replace
 
-from service.server.protocol import Companion, ServerOptions
+from service.server.protocol import Companion, ServerOptions, connections_of_each
 from service.server.request_loop import POLL_INTERVAL_S, RequestLoop
 from service.server.request_pools import RequestPools
 from service.server.sockets.client_sockets import ClientSockets
@@ -67,7 +66,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if self._handover:
             clients.call_on_input(self._handover.sock, self._take_over)
             self._handover.load = 0
-        self._companion = self.options.companion(self.wsgi)
+        companion = self.options.companion
+        self._companion = companion(self.wsgi) if companion else None
         if self._companion:
             self._start(self._companion)
         while self.alive and os.getppid() == self.ppid:
@@ -82,8 +82,8 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._pools.done.defer(lambda: None)  # wakes the loop
 
     def _client_sockets(self) -> ClientSockets:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        maximum = min(self.cfg.worker_connections, max(16, soft - 128))
+        servers = 2 if self.options.companion else 1
+        maximum = min(self.cfg.worker_connections, connections_of_each(servers))
         share = self.options.max_connections_per_address or max(1, int(ADDRESS_SHARE * maximum))
         limits = replace(self.options.limits, keep_alive_s=self.cfg.keepalive)
         return ClientSockets(limits, maximum, share, self.log)
@@ -154,8 +154,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._loop.turn()
             if now > idle_until:
                 self._clients.close_idle()
-        if self._companion:
-            self._companion.join(max(0.0, ends - time.monotonic()))
+        companion = self._companion
+        while companion and time.monotonic() < ends and not companion.join(POLL_INTERVAL_S):
+            self.notify()
 
     def _turn_until(self, end: float, wait_s: float = POLL_INTERVAL_S) -> None:
         while time.monotonic() < end:

@@ -1,5 +1,6 @@
 """What the worker and the application exchange in addition to WSGI."""
 
+import resource
 import socket
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network
@@ -58,6 +59,15 @@ class Limits(Struct, frozen=True):
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
+def connections_of_each(servers: int) -> int:
+    """How many connections each of the ``servers`` in this process may have, 16 or more.
+
+    The limit of open files permits so many; the process keeps 128 for everything else.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, (soft - 128) // servers)
+
+
 class Companion(Protocol):
     """Another server in the worker's process, with its own threads."""
 
@@ -76,8 +86,8 @@ class Companion(Protocol):
             grace_s: how long the calls then have to end.
         """
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until the server has ended, at most ``timeout_s``."""
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the server has ended, at most ``timeout_s``; returns whether it has."""
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):
@@ -94,7 +104,7 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         shutdown_delay_s: how long an ending worker still accepts connections while /readyz fails.
         max_connections_per_address: None for three quarters of the worker's connections.
         handover_folder: where the workers of a service find each other; None for no handover.
-        companion: returns another server that answers with the same loaded application, or None.
+        companion: makes another server that answers with the same loaded application.
     """
 
     address: tuple[str, int]
@@ -105,4 +115,4 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     shutdown_delay_s: float = 0.0
     max_connections_per_address: int | None = None
     handover_folder: Path | None = None
-    companion: Callable[[Any], Companion | None] = lambda application: None
+    companion: Callable[[Any], Companion] | None = None

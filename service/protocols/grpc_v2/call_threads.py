@@ -1,4 +1,4 @@
-"""``CallThreads``: the threads that answer gRPC calls."""
+"""``CallThreads``, which answer gRPC calls, and ``Turns``, which let a few of them classify."""
 
 import threading
 from collections.abc import Callable
@@ -44,8 +44,8 @@ class CallThreads(Executor):
         with self._lock:
             self._wanted = self._number + number
             while self._running < self._wanted:
-                self._running += 1
                 threading.Thread(target=self._answer_calls, name="grpc", daemon=True).start()
+                self._running += 1
 
     def _answer_calls(self) -> None:
         while True:
@@ -54,3 +54,24 @@ class CallThreads(Executor):
                 if self._running > self._wanted:
                     self._running -= 1
                     return
+
+
+class Turns:
+    """A context manager for the work of a call. Any thread may enter it."""
+
+    def __init__(self, number: int) -> None:
+        """Let ``number`` calls work at a time."""
+        self._free = threading.Semaphore(number)
+        self._counting = threading.Lock()
+        self.waiting = 0
+        """How many calls wait for their turn."""
+
+    def __enter__(self) -> None:
+        with self._counting:
+            self.waiting += 1
+        self._free.acquire()
+        with self._counting:
+            self.waiting -= 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._free.release()

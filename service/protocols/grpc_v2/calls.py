@@ -1,5 +1,6 @@
 """What each gRPC call has in common with an HTTP request: headers, access, id, and errors."""
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import unquote
@@ -13,6 +14,8 @@ from service.http.recording import MAX_NAME_CHARACTERS
 from service.http.request_context import identify
 from service.inference.requests import Job
 from service.observability.request_record import FinishedRequest
+from service.protocols.grpc_v2 import inference_pb2 as pb
+from service.protocols.grpc_v2.message_size import MAX_HEAD_BYTES, check_infer_request
 from service.state import State
 
 if TYPE_CHECKING:
@@ -44,9 +47,9 @@ class Call:
         """Begin the call ``name``; the recorder of the ``state`` gets it when it ends."""
         self._name = name
         self._context = context
-        self._recorder = state.recorder
+        self._state = state
         self._received_bytes = 0
-        self.started = time.perf_counter()
+        self.started = self.received = time.perf_counter()
         self.environ = environ_of(context)
         self.request_id = identify(self.environ)
         self.model_name: str | None = None
@@ -61,6 +64,11 @@ class Call:
             InvalidTensor: ``data`` is not a message of this ``kind``.
         """
         self._received_bytes = len(data)
+        self.received = time.perf_counter()
+        if kind is pb.ModelInferRequest:
+            check_infer_request(data, self._state.settings.max_json_bytes)
+        elif len(data) > MAX_HEAD_BYTES:
+            raise InvalidTensor(f"the message has more than {MAX_HEAD_BYTES:,} bytes")
         try:
             message = kind.FromString(data)
         except DecodeError as error:
@@ -76,7 +84,13 @@ class Call:
             grpc.RpcError: it has given the call up.
         """
         if not self._context.is_active():
+            with contextlib.suppress(Exception):  # without it, grpcio would log what is raised here
+                self._context.abort(grpc.StatusCode.CANCELLED, "")
             raise grpc.RpcError
+
+    def give_up(self) -> None:
+        """Record that the client has given the call up."""
+        self._record(grpc.StatusCode.CANCELLED, 0, None)
 
     def fail(self, error: Exception) -> NoReturn:
         """End the call with the status for ``error``, as HTTP would answer it.
@@ -107,7 +121,8 @@ class Call:
 
     def _record(self, code: grpc.StatusCode, response_bytes: int, failed: str | None) -> None:
         """Record the call, by OpenTelemetry's conventions for gRPC; probes are not recorded."""
-        if self._recorder is None or self._name in PROBES:
+        recorder = self._state.recorder
+        if recorder is None or self._name in PROBES:
             return
 
         def describe() -> FinishedRequest:
@@ -132,7 +147,7 @@ class Call:
                 error=failed,
             )
 
-        self._recorder.record(self.environ, self.request_id, self.job, describe)
+        recorder.record(self.environ, self.request_id, self.job, describe)
 
 
 def environ_of(context: grpc.ServicerContext) -> "WSGIEnvironment":

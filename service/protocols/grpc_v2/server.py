@@ -8,24 +8,29 @@ from typing import cast
 
 import grpc
 
-from service.protocols.grpc_v2.call_threads import CallThreads
+from service.protocols.grpc_v2.call_threads import CallThreads, Turns
 from service.protocols.grpc_v2.drain import drain
 from service.protocols.grpc_v2.receiving import Receiver
 from service.protocols.grpc_v2.service import InferenceService
-from service.protocols.grpc_v2.turns import Turns
+from service.server.protocol import connections_of_each
 from service.settings import Settings
 from service.state import State
 
 log = logging.getLogger(__name__)
+# It logs a traceback for each value of metadata that is not ASCII, before any check of the client.
+logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 
 # More calls at a time would only compete for the interpreter.
 AT_WORK = 4
 # Calls that have arrived and are not answered; grpcio refuses further ones with RESOURCE_EXHAUSTED.
-MAX_CALLS = 256
+MAX_CALLS = 1024
 # Calls whose clients send their message slowly.
 MAX_SLOW = 192
 # All messages that have arrived and are not answered.
 MAX_RECEIVED_BYTES = 256 * 1024 * 1024
+# By how much a worker may grow while messages arrive slowly: as much as the bodies of HTTP requests
+# may take (``MAX_RECEIVED_BYTES`` of the loop), and as much again.
+MAX_GROWTH_BYTES = 512 * 1024 * 1024
 # Calls on one client's connection.
 MAX_STREAMS = 64
 MAX_CONNECTIONS = 1000
@@ -40,7 +45,7 @@ class GrpcServer:
         """Prepare the server; it listens after ``start``."""
         self._settings = state.settings
         threads = CallThreads(AT_WORK)
-        receiver = Receiver(threads, MAX_SLOW, MAX_RECEIVED_BYTES)
+        receiver = Receiver(threads, MAX_SLOW, MAX_RECEIVED_BYTES, MAX_GROWTH_BYTES)
         self._service = InferenceService(state, receiver, Turns(AT_WORK))
         self._server = grpc.server(
             # grpcio only calls ``submit``.
@@ -80,9 +85,10 @@ class GrpcServer:
         )
         self._end.start()
 
-    def join(self, timeout_s: float) -> None:
+    def join(self, timeout_s: float) -> bool:
         """Wait until the server has ended, at most ``timeout_s``; call ``end`` before."""
         self._end.join(timeout_s)
+        return not self._end.is_alive()
 
     def _stop(self, delay_s: float, grace_s: float) -> None:
         began = time.monotonic()
@@ -110,8 +116,13 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 1),
         ("grpc.max_receive_message_length", settings.max_body_bytes),
+        # Only "identity": a compressed message grows before anything counts it.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
-        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        (
+            "grpc.max_allowed_incoming_connections",
+            min(MAX_CONNECTIONS, connections_of_each(servers=2)),
+        ),
         # Clients connect again after this time, and so find workers that have started since. It
         # also ends clients that send a message slowly.
         ("grpc.max_connection_age_ms", int(1000 * age_s)),

@@ -14,10 +14,10 @@ from registry.core.errors import ModelNotFound
 from service.http.health import readiness
 from service.inference.requests import Job, Request
 from service.protocols.grpc_v2 import inference_pb2 as pb
+from service.protocols.grpc_v2.call_threads import Turns
 from service.protocols.grpc_v2.calls import PROTOCOL, SERVICE, Call
 from service.protocols.grpc_v2.infer import InferImages
 from service.protocols.grpc_v2.receiving import Receiver
-from service.protocols.grpc_v2.turns import Turns
 from service.protocols.openinference.metadata import (
     index,
     model_config,
@@ -87,7 +87,8 @@ class InferenceService:
                 with self._receiver.message(messages, context.cancel) as data:
                     found = call(current.parse(kind, data))
             except grpc.RpcError:
-                raise  # the client has given the call up
+                current.give_up()
+                raise
             except Exception as error:  # noqa: BLE001 - the edge of a call
                 current.fail(error)
             return current.succeed(found)
@@ -102,7 +103,8 @@ class InferenceService:
             with self._receiver.message(messages, context.cancel) as data:
                 answer = self._infer(current.parse(pb.ModelInferRequest, data), current)
         except grpc.RpcError:
-            raise  # the client has given the call up
+            current.give_up()
+            raise
         except Exception as error:  # noqa: BLE001 - the edge of a call
             served = current.job.served if current.job else None
             version = served.version if served else None
@@ -122,7 +124,7 @@ class InferenceService:
                     target=target(message.model_name, message.model_version),
                     session=current.environ.get(settings.session_variable),
                     waiting=self._turns.waiting,
-                    started=current.started,
+                    started=current.received,
                 )
             )
             pipeline.submit(current.job)

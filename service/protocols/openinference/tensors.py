@@ -75,14 +75,14 @@ def checked_head(datatype: str, shape: Iterable[int], max_images: int) -> Tensor
     if datatype == ENCODED:
         if (len(head.shape) == 2 and head.shape[1] != 1) or len(head.shape) not in (1, 2):
             raise InvalidTensor(
-                f"the shape of a BYTES tensor is {list(head.shape)}; send [N] or [N, 1], with one "
-                "encoded image for each element"
+                f"the shape of a BYTES tensor is {list(head.shape[:8])}; send [N] or [N, 1], with "
+                "one encoded image for each element"
             )
     elif datatype in DTYPES:
         if len(head.shape) != 4:
             layout = "height, width, channels" if datatype == PIXELS else "channels, height, width"
             raise InvalidTensor(
-                f"the shape of a {datatype} tensor is {list(head.shape)}; send [N, {layout}]"
+                f"the shape of a {datatype} tensor is {list(head.shape[:8])}; send [N, {layout}]"
             )
     else:
         raise InvalidTensor(

@@ -2,6 +2,7 @@
 
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -47,7 +48,7 @@ class Caller:
     """Calls the server by the names of its calls, as any client would."""
 
     def __init__(self, port: int, credentials: grpc.ChannelCredentials | None = None) -> None:
-        address = f"127.0.0.1:{port}"
+        self.address = address = f"127.0.0.1:{port}"
         self._channel = (
             grpc.secure_channel(address, credentials)
             if credentials
@@ -79,6 +80,12 @@ class Caller:
         """A call whose messages are sent as ``messages`` yields them."""
         send: Any = self._channel.stream_unary(f"/{service}/{name}")
         return send.future(messages, timeout=WAIT_TIMEOUT_S, metadata=metadata)
+
+    def compressing(self, name: str) -> Any:
+        """A function that sends its message compressed."""
+        address = self.address
+        channel = grpc.insecure_channel(address, compression=grpc.Compression.Gzip)
+        return channel.unary_unary(f"/{SERVICE}/{name}")
 
     def infer(self, message: pb.ModelInferRequest, **metadata: str) -> pb.ModelInferResponse:
         answer: pb.ModelInferResponse = self.call("ModelInfer", message, **metadata)[0]
@@ -114,7 +121,7 @@ def serve(
     for caller, server in started:
         caller.close()
         server.end(0, 0)
-        server.join(WAIT_TIMEOUT_S)
+        assert server.join(WAIT_TIMEOUT_S)
 
 
 @pytest.fixture
@@ -356,7 +363,7 @@ def test_calls_that_have_begun_are_answered_before_the_end(
     assert begun.wait(WAIT_TIMEOUT_S)
     server.end(0, WAIT_TIMEOUT_S)
     go_on.set()
-    server.join(WAIT_TIMEOUT_S)
+    assert server.join(WAIT_TIMEOUT_S)
     thread.join()
     assert answers[0].model_version == "1"
     assert caller.refusal("ServerLive", pb.ServerLiveRequest())[0] == "UNAVAILABLE"
@@ -444,6 +451,40 @@ def test_clients_that_never_send_their_message_do_not_block_the_others(
         over.set()
         for each in clients:
             each.close()
+
+
+def test_a_compressed_message_is_refused(caller: Caller, images: list[bytes]) -> None:
+    send = caller.compressing("ModelInfer")
+    message = request(raw=bytes_tensor(images[:1] * 4), shape=(4,)).SerializeToString()
+    with pytest.raises(grpc.RpcError) as raised:
+        send(message, timeout=WAIT_TIMEOUT_S)
+    error: Any = raised.value
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_time_that_a_message_takes_to_arrive_does_not_count_as_waiting(
+    serve: Callable[..., tuple[Caller, GrpcServer, Flask]],
+    ready: FlaskClient,
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caller, _, app = serve()
+    pipeline = type(app.extensions["convoy"].pipeline)
+    submit, started, sent = pipeline.submit, [], []
+
+    def noted(self: Any, job: Any) -> Any:
+        started.append(job.request.started)
+        return submit(self, job)
+
+    monkeypatch.setattr(pipeline, "submit", noted)
+
+    def slowly() -> Iterator[bytes]:
+        caller.call("ServerLive", pb.ServerLiveRequest())  # the call's head has arrived, too
+        sent.append(time.perf_counter())
+        yield request(raw=bytes_tensor(images[:1])).SerializeToString()
+
+    caller.begin("ModelInfer", slowly()).result()
+    assert started[0] >= sent[0]
 
 
 def test_a_call_without_a_token_is_refused_before_its_message_arrives(
