@@ -8,13 +8,14 @@ rows in JSON lines beside it until the run ends.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
 from convoy.classify.rows import (
     COLUMNS,
@@ -36,20 +37,20 @@ MAX_LINE_BYTES = 2**26
 ADVICE = "name another file, or start again with --restart"
 
 
-class Served(NamedTuple):
-    """The model that answers, and the versions that may answer; None if they are unknown."""
-
-    model: str | None
-    versions: frozenset[int] | None
+class NotComparable(UsageError):
+    """The rows of a file could not be compared with the rows of this run."""
 
 
 class _Known(NamedTuple):
-    """The row of a picture that counts. ``number`` is its place among all rows."""
+    """The row of a picture that counts. ``number`` is its place among all rows.
+
+    ``version`` answered with ``classes`` classes; it is None if there is no answer.
+    """
 
     number: int
     sha256: str
     version: int | None
-    answered: bool
+    classes: int
 
 
 class KnownRows:
@@ -59,6 +60,7 @@ class KnownRows:
         self._path = path
         self._known: dict[str, _Known] = {}
         self._models: set[str] = set()
+        self._answering: set[int] = set()
         self.count = 0
         """The number of all rows, including those that no longer count."""
 
@@ -67,9 +69,9 @@ class KnownRows:
 
     def note(self, row: Row) -> None:
         """Take note of the next row of the file."""
-        answered = not row.error
-        self._known[row.uri] = _Known(self.count, row.sha256, row.version, answered)
-        if answered:
+        version = row.version if row.is_answered else None
+        self._known[row.uri] = _Known(self.count, row.sha256, version, len(row.top_k))
+        if row.is_answered:
             self._models.add(row.model)
         self.count += 1
 
@@ -77,30 +79,57 @@ class KnownRows:
         """Whether ``row``, which is row ``number`` of the file, is the last one of its picture."""
         return self._known[row.uri].number == number
 
-    def check_made_by(self, served: Served) -> None:
-        """Refuse to mix the answers of several models, or of versions that no longer serve.
+    def check_comparable(
+        self, model: str | None, top_k: int, class_count: Callable[[str, int], int | None]
+    ) -> None:
+        """Refuse to add rows that cannot be compared with the answers in the file.
+
+        Args:
+            model: will answer; None if that is unknown.
+            top_k: how many classes each answer will have, if the version has so many.
+            class_count: returns how many classes a version has, or None if it does not answer now.
 
         Raises:
-            UsageError: another model or another version gave the answers in the file.
+            NotComparable: another model gave the answers in the file, or only versions that do not
+                answer now, or they have another number of classes.
         """
-        versions = {known.version for known in self._known.values() if known.answered}
-        others = self._models - {served.model} if served.model is not None else set()
-        if others:
-            raise UsageError(
-                f"{self._path} has answers of {min(others)}, not {served.model}; {ADVICE}"
+        if not self._models:
+            return
+        model = model or min(self._models)
+        self.check_model(model)
+        found = {
+            (each.version, each.classes)
+            for each in self._known.values()
+            if each.version is not None
+        }
+        counts = {version: class_count(model, version) for version, _ in found}
+        self._answering = {version for version, count in counts.items() if count is not None}
+        if found and not self._answering:
+            versions = " or ".join(map(str, sorted(counts)))
+            raise NotComparable(
+                f"{self._path} has answers of {model} version {versions}, which does not answer "
+                f"now; {ADVICE}"
             )
-        if versions and served.versions is not None and not versions & served.versions:
-            raise UsageError(
-                f"{self._path} has answers of version {_listed(versions)}, and now version "
-                f"{_listed(served.versions)} answers; {ADVICE}"
-            )
+        for version, classes in sorted(found):
+            count = counts[version]
+            if count is not None and classes != min(top_k, count):
+                raise NotComparable(
+                    f"{self._path} has answers for --top-k {classes}, not {top_k}; "
+                    f"use --top-k {classes}, {ADVICE}"
+                )
 
-    def is_answered(self, uri: str, sha256: str, served: Served) -> bool:
-        """Whether the file has an answer for this content, by a version that may answer now."""
+    def check_model(self, model: str) -> None:
+        """Raise ``NotComparable`` if another model than ``model`` gave answers in the file."""
+        if others := self._models - {model}:
+            raise NotComparable(f"{self._path} has answers of {min(others)}, not {model}; {ADVICE}")
+
+    def is_answered(self, uri: str, sha256: str) -> bool:
+        """Whether the file has an answer for this content, by a version that answers now.
+
+        ``check_comparable`` finds out which versions do.
+        """
         known = self._known.get(uri)
-        if known is None or not known.answered or known.sha256 != sha256:
-            return False
-        return served.versions is None or known.version in served.versions
+        return known is not None and known.sha256 == sha256 and known.version in self._answering
 
 
 class AnswerFile:
@@ -126,6 +155,7 @@ class AnswerFile:
             if each.exists() and not (each.is_file() and os.access(each, os.W_OK)):
                 raise UsageError(f"{each} is not a file that can be written")
         self.known = KnownRows(path)
+        self._copied_rows: int | None = None
         self._file: BinaryIO
 
     def __enter__(self) -> Self:
@@ -133,8 +163,10 @@ class AnswerFile:
 
         Raises:
             UsageError: another process writes the file, or this command did not write it.
+            OSError: the file cannot be read or written.
         """
-        if not self._restart and self.path.exists() and not self._rows_path.exists():
+        is_copy = not self._restart and self.path.exists() and not self._rows_path.exists()
+        if is_copy:
             _copy_parquet(self.path, self._rows_path)
         self._file = self._rows_path.open("r+b" if self._rows_path.exists() else "w+b")
         try:
@@ -142,6 +174,7 @@ class AnswerFile:
             if self._restart:
                 self._file.truncate(0)
             self._read_rows()
+            self._copied_rows = self.known.count if is_copy else None
         except BaseException:
             self._file.close()
             raise
@@ -153,12 +186,20 @@ class AnswerFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._copied_rows == self.known.count:
+            self._rows_path.unlink(missing_ok=True)  # the Parquet file has all of its rows
         # If a row could not be written, closing tries again, and the first error says more.
         with contextlib.suppress(*(() if error is None else (OSError,))):
             self._file.close()
 
     def append(self, row: Row) -> None:
-        """Write a row at once; it replaces an earlier one of the same picture."""
+        """Write a row at once; it replaces an earlier one of the same picture.
+
+        Raises:
+            NotComparable: another model gave the answers in the file.
+        """
+        if row.is_answered:
+            self.known.check_model(row.model)
         self._file.write(self._format.encode(row))
         self._file.flush()
         self.known.note(row)
@@ -222,8 +263,9 @@ class AnswerFile:
             _replacement(self.path) as temporary,
             arrow.parquet.ParquetWriter(temporary, parquet_schema(arrow)) as writer,
         ):
-            for rows in _groups(self._rows_that_count()):
-                writer.write_table(to_arrow(rows, arrow))
+            rows = self._rows_that_count()
+            while group := list(itertools.islice(rows, ROW_GROUP)):
+                writer.write_table(to_arrow(group, arrow))
 
 
 def _checked_format(path: Path) -> Format:
@@ -242,7 +284,12 @@ def _checked_format(path: Path) -> Format:
 
 
 def _copy_parquet(path: Path, target_path: Path) -> None:
-    """Write the rows of a finished Parquet file as JSON lines; raises ``UsageError``."""
+    """Write the rows of a finished Parquet file as JSON lines.
+
+    Raises:
+        UsageError: this command did not write the Parquet file, or it is damaged.
+        OSError: a file cannot be read or written.
+    """
     parquet = import_pyarrow().parquet
     try:
         with (
@@ -256,22 +303,11 @@ def _copy_parquet(path: Path, target_path: Path) -> None:
                 rows = map(from_arrow, batch.to_pylist())
                 target.writelines(map(JsonLines().encode, rows))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be continued: {error}; {ADVICE}") from error
-
-
-def _listed(versions: Any) -> str:
-    return " or ".join(str(each) for each in sorted(versions))
-
-
-def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == ROW_GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
+        # pyarrow raises OSError without a number for a damaged file.
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} cannot be continued: {reason}; {ADVICE}") from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from convoy.classify.answer_file import AnswerFile, Served
+from convoy.classify.answer_file import AnswerFile
 from convoy.classify.inputs import Listing, Picture, ReadPicture, read_picture
 from convoy.classify.progress import Progress
 from convoy.classify.rows import Answer, row_of
@@ -14,8 +14,15 @@ from convoy.classify.rows import Answer, row_of
 class Source(Protocol):
     """Answers pictures: a service, or a version in this process."""
 
-    def check(self) -> Served:
-        """The model and versions that will answer; raises ``ConvoyError`` if none can."""
+    def check(self) -> str | None:
+        """The model that will answer, if it is known; raises ``ConvoyError`` if none can."""
+
+    def class_count(self, model: str, version: int) -> int | None:
+        """How many classes a version has; None if it does not answer now.
+
+        Raises:
+            ConvoyError: this cannot be found out.
+        """
 
     def answers(
         self, pictures: Iterable[ReadPicture]
@@ -38,24 +45,24 @@ class Summary(Struct, kw_only=True):
     interrupted: bool = False
 
 
-def classify_into(file: AnswerFile, source: Source, served: Served, listing: Listing) -> Summary:
+def classify_into(file: AnswerFile, source: Source, listing: Listing) -> Summary:
     """Add a row for each picture that ``file`` has no answer for.
 
     Ctrl-C ends the run early, and so does an error that holds for all pictures; the rows stay.
 
     Args:
-        file: opened, and checked against ``served``.
+        file: opened, and checked by ``check_comparable``.
         source: answers the pictures.
-        served: from ``source.check``.
         listing: the pictures.
 
     Raises:
+        NotComparable: another model than the one of the rows in the file answers.
         ConvoyError: as ``source.answers``.
         OSError: a row cannot be written.
     """
     summary = Summary(pictures=len(listing.pictures))
     with Progress(len(listing.pictures)) as progress:
-        unanswered = _unanswered(file, served, listing.pictures, summary, progress)
+        unanswered = _unanswered(file, listing.pictures, summary, progress)
         try:
             for picture, answer in source.answers(unanswered):
                 file.append(row_of(picture.uri, picture.sha256, answer))
@@ -70,16 +77,12 @@ def classify_into(file: AnswerFile, source: Source, served: Served, listing: Lis
 
 
 def _unanswered(
-    file: AnswerFile,
-    served: Served,
-    pictures: Iterable[Picture],
-    summary: Summary,
-    progress: Progress,
+    file: AnswerFile, pictures: Iterable[Picture], summary: Summary, progress: Progress
 ) -> Iterator[ReadPicture]:
     """The pictures without an answer in ``file``, read one at a time."""
     for picture in pictures:
         found = read_picture(picture)
-        if file.known.is_answered(found.uri, found.sha256, served):
+        if file.known.is_answered(found.uri, found.sha256):
             summary.answered_before += 1
             progress.advance()
         else:

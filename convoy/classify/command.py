@@ -15,7 +15,7 @@ from registry.core.names import one_line
 from registry.core.service_address import DEFAULT_PORT, local_address
 
 if TYPE_CHECKING:
-    from convoy.classify.answer_file import AnswerFile, Served
+    from convoy.classify.answer_file import AnswerFile
     from convoy.classify.bulk import Source, Summary
     from convoy.classify.inputs import Listing
 
@@ -80,7 +80,13 @@ def command_parser(prog: str) -> argparse.ArgumentParser:
         metavar="MODEL",
         help="load models:/NAME@ALIAS or models:/NAME/NUMBER in this process, without a service",
     )
-    classify.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show (5)")
+    classify.add_argument(
+        "--top-k",
+        type=int,
+        default=5,
+        metavar="K",
+        help="classes to print, or with --output to store, for each picture (5)",
+    )
     classify.add_argument("--json", action="store_true", help="print JSON, one object a line")
     classify.add_argument(
         "--concurrency", type=int, default=8, metavar="N", help="pictures to send at once (8)"
@@ -100,12 +106,9 @@ def _classify(arguments: argparse.Namespace) -> int:
 
 
 def _print(arguments: argparse.Namespace) -> int:
-    from convoy.classify.inputs import list_pictures
-    from convoy.classify.printing import print_answers, skipped_text
+    from convoy.classify.printing import print_answers
 
-    listing = list_pictures(arguments.paths)
-    if text := skipped_text(listing.skipped):
-        print(text, file=sys.stderr)
+    listing = _listing(arguments)
     with _source(arguments) as source:
         return 1 if print_answers(source, listing.pictures, as_json=arguments.json) else 0
 
@@ -113,8 +116,6 @@ def _print(arguments: argparse.Namespace) -> int:
 def _write(arguments: argparse.Namespace) -> int:
     """Classify into the file of ``--output``, after checking the arguments and the source."""
     from convoy.classify.answer_file import AnswerFile
-    from convoy.classify.inputs import list_pictures
-    from convoy.classify.printing import skipped_text
 
     output: Path = arguments.output
     if output.exists() and any(
@@ -123,27 +124,37 @@ def _write(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{output} is both an input and the output; name another output")
     answers = AnswerFile(output, restart=arguments.restart)
     with _source(arguments) as source:
-        served = source.check()
-        listing = list_pictures(arguments.paths)
-        if text := skipped_text(listing.skipped):
-            print(text, file=sys.stderr)
+        model = source.check()
+        listing = _listing(arguments)
         try:
             with answers:
-                answers.known.check_made_by(served)
-                summary = _go_on(answers, source, served, listing)
+                answers.known.check_comparable(model, arguments.top_k, source.class_count)
+                summary = _go_on(answers, source, listing)
         except OSError as error:
             reason = f"{output} cannot be written: {error.strerror or error}"
             raise UsageError(f"{reason}; {_resume(output)}") from error
     return _report(summary, output, as_json=arguments.json)
 
 
-def _go_on(
-    answers: "AnswerFile", source: "Source", served: "Served", listing: "Listing"
-) -> "Summary":
+def _listing(arguments: argparse.Namespace) -> "Listing":
+    """The pictures; says on standard error what was skipped."""
+    from convoy.classify.inputs import list_pictures
+    from convoy.classify.printing import skipped_text
+
+    listing = list_pictures(arguments.paths)
+    if text := skipped_text(listing.skipped):
+        print(text, file=sys.stderr)
+    return listing
+
+
+def _go_on(answers: "AnswerFile", source: "Source", listing: "Listing") -> "Summary":
+    from convoy.classify.answer_file import NotComparable
     from convoy.classify.bulk import classify_into
 
     try:
-        return classify_into(answers, source, served, listing)
+        return classify_into(answers, source, listing)
+    except NotComparable:
+        raise
     except ConvoyError as error:
         raise UsageError(f"{error}; {_resume(answers.path)}") from error
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import convoy_client
-from convoy.classify.answer_file import Served
 from convoy.classify.inputs import ReadPicture
 from convoy.classify.rows import Answer
 from convoy_client import Classification, Client, Failure
@@ -36,7 +35,7 @@ class HttpSource:
         """Ask one service through two clients; the caller closes them.
 
         Args:
-            client: sends the pictures.
+            client: sends the pictures, and asks for their plans.
             brief: sends all other requests, and gives up soon.
             model: its name; None for the service's default model.
             top_k: how many classes to ask for.
@@ -49,11 +48,12 @@ class HttpSource:
         self._top_k = top_k
         self._is_bulk = is_bulk
         self._plans: dict[tuple[str, int], str] = {}
+        self._answering: set[int | None] | None = None
 
-    def check(self) -> Served:
-        """The model that will answer, and the versions that may: the champion and a canary.
+    def check(self) -> str | None:
+        """The model that will answer.
 
-        With a token that may only classify, the versions are unknown.
+        With a token that may only classify, it is None if the caller named no model.
 
         Raises:
             UsageError: the service cannot be reached, does not know the model or token, or has no
@@ -63,14 +63,31 @@ class HttpSource:
             name = self._model or self._brief.models()[0].name
             details = self._brief.model(name)
         except convoy_client.Forbidden:
-            return Served(self._model, None)
+            return self._model
         except convoy_client.ConvoyError as error:
             raise UsageError(error.detail) from error
         except IndexError as error:
             raise UsageError("the service has no model") from error
         canary = details.canary
-        versions = {details.version, canary.version if canary and canary.share else None}
-        return Served(name, frozenset(each for each in versions if each is not None))
+        self._answering = {details.version, canary.version if canary and canary.share else None}
+        return name
+
+    def class_count(self, model: str, version: int) -> int | None:
+        """How many classes a version has; None if it is neither the champion nor a canary.
+
+        With a token that may only classify, a shadow counts as a canary.
+
+        Raises:
+            UsageError: the service does not answer.
+        """
+        if self._answering is not None and version not in self._answering:
+            return None
+        try:
+            return len(self._brief.metadata(model, version=version).labels)
+        except convoy_client.NotFound:
+            return None
+        except convoy_client.ConvoyError as error:
+            raise UsageError(error.detail) from error
 
     def answers(
         self, pictures: Iterable[ReadPicture]
@@ -102,11 +119,11 @@ class HttpSource:
         """Raise ``UsageError`` if the next picture would fail, too."""
         if isinstance(error, convoy_client.InvalidImage):
             return
-        is_unanswered = error.status is None
         if self._is_bulk:
-            is_down = error.is_transient and not self._is_ready()
-            is_unanswered = is_down or isinstance(error, FATAL)
-        if is_unanswered:
+            is_fatal = isinstance(error, FATAL) or (error.is_transient and not self._is_ready())
+        else:
+            is_fatal = error.status is None
+        if is_fatal:
             raise UsageError(error.detail) from error
 
     def _is_ready(self) -> bool:
@@ -129,11 +146,17 @@ class HttpSource:
         )
 
     def _plan(self, model: str, version: int) -> str:
-        """The plan that runs a version, read once; empty if the service does not say."""
+        """The plan that runs a version, read once; empty if the version no longer serves.
+
+        Raises:
+            UsageError: the service does not answer.
+        """
         if (model, version) not in self._plans:
             try:
-                plan = self._brief.model(model, version=version).plan or ""
-            except convoy_client.ConvoyError:  # not permitted, or no longer served
+                plan = self._client.metadata(model, version=version).plan
+            except convoy_client.ConvoyError as error:
+                if error.is_transient:
+                    raise UsageError(error.detail) from error
                 plan = ""
             self._plans[model, version] = plan
         return self._plans[model, version]

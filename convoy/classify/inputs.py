@@ -83,14 +83,15 @@ def read_picture(picture: Picture) -> ReadPicture:
         return ReadPicture(picture.uri, "", b"", picture.problem)
     try:
         with Path(picture.path).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            is_large = os.fstat(file.fileno()).st_size > MAX_FILE_BYTES
+            content = b"" if is_large else file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         return ReadPicture(picture.uri, "", b"", reason)
+    if is_large or len(content) > MAX_FILE_BYTES:  # a device has no size
+        return ReadPicture(picture.uri, "", b"", f"the file has over {MAX_FILE_BYTES:,} bytes")
     if not content:
         return ReadPicture(picture.uri, "", b"", "the file is empty")
-    if len(content) > MAX_FILE_BYTES:
-        return ReadPicture(picture.uri, "", b"", f"the file has over {MAX_FILE_BYTES:,} bytes")
     return ReadPicture(picture.uri, sha256_hex(content), content, "")
 
 
@@ -115,7 +116,10 @@ def _expand_path(path: str, skipped: Counter[str]) -> Iterator[Picture]:
 
 
 def _in_folder(root: Path, skipped: Counter[str]) -> Iterator[Picture]:
-    """The pictures in a folder and below it, sorted by name. Each folder is entered once."""
+    """The pictures in a folder and below it, sorted by name. Each folder is entered once.
+
+    Hidden files and folders are skipped.
+    """
     seen: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:
@@ -181,7 +185,7 @@ def _parquet_column(path: Path) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             column = _column_of(path, file.schema_arrow.names)
             kind = str(file.schema_arrow.field(column).type)
-            if kind not in ("string", "large_string", "string_view") and "string" not in kind:
+            if "string" not in kind:
                 raise UsageError(f"the column {column} of {path} holds {kind}, and not paths")
             for batch in file.iter_batches(columns=[column]):
                 yield from (value or "" for value in batch.column(0).to_pylist())

@@ -1,6 +1,5 @@
 """``LocalSource``: a version of the registry answers the pictures in this process."""
 
-import itertools
 import logging
 import os
 import tempfile
@@ -11,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
-from convoy.classify.answer_file import Served
 from convoy.classify.inputs import ReadPicture
 from convoy.classify.rows import Answer
 from registry.core.devices import choose_device, forward_threads
@@ -23,10 +20,10 @@ from registry.core.paths import Paths, convoy_paths
 from registry.delivery.deployment import version_folder
 from registry.delivery.signing import TrustedKeys, check_expiry
 from registry.model.bundle import Bundle, open_bundle
-from registry.model.classifier import Classifier
+from registry.model.classifier import Classifier, top_classes
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import DecodeLimits
-from registry.model.manifest import ClassScore, Manifest
+from registry.model.manifest import Manifest
 from registry.model.plans.planner import AUTO, Planner
 from registry.model.refs import ModelVersion, parse_model_ref
 from registry.store.mlflow_store import ModelStore
@@ -34,39 +31,47 @@ from registry.store.mlflow_store import ModelStore
 log = logging.getLogger(__name__)
 
 BATCH = 32
+# Two batches are in memory at a time.
+BATCH_BYTES = 64 * 1024 * 1024
 DECODE_THREADS = 2
 
 Decoded = list[Pixels | str]
 
 
-class _Loaded(Struct, frozen=True):
-    """A version that was loaded and proved on its golden images."""
-
-    version: int
-    alias: str | None
-    manifest: Manifest
-    classifier: Classifier
-
-
 class LocalSource:
     """Decodes the next batch while the network classifies the current one."""
 
-    def __init__(self, loaded: _Loaded, top_k: int) -> None:
-        self._loaded = loaded
+    def __init__(
+        self,
+        version: int,
+        alias: str | None,
+        manifest: Manifest,
+        classifier: Classifier,
+        top_k: int,
+    ) -> None:
+        self._version = version
+        self._alias = alias
+        self._manifest = manifest
+        self._classifier = classifier
         self._top_k = top_k
         self._limits = DecodeLimits.from_environment()
 
-    def check(self) -> Served:
-        """The model and the version that this process has loaded."""
-        return Served(self._loaded.manifest.model, frozenset({self._loaded.version}))
+    def check(self) -> str:
+        """The model that this process has loaded."""
+        return self._manifest.model
+
+    def class_count(self, model: str, version: int) -> int | None:
+        """How many classes the version has that this process has loaded; None for others."""
+        is_loaded = (model, version) == (self._manifest.model, self._version)
+        return len(self._manifest.labels) if is_loaded else None
 
     def answers(
         self, pictures: Iterable[ReadPicture]
     ) -> Iterator[tuple[ReadPicture, Answer | str]]:
         """Each picture with its answer, or with the text of an error."""
-        source, present = iter(pictures), None
+        present = None
         with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
-            while batch := list(itertools.islice(source, BATCH)):
+            for batch in batches(pictures):
                 following = batch, pool.map(self._decode, batch)
                 if present is not None:
                     yield from self._classify(present[0], list(present[1]))
@@ -78,7 +83,7 @@ class LocalSource:
         if picture.problem:
             return picture.problem
         try:
-            return decode_image(picture.content, self._loaded.manifest.preprocess, self._limits)
+            return decode_image(picture.content, self._manifest.preprocess, self._limits)
         except ConvoyError as error:
             return str(error)
 
@@ -87,27 +92,36 @@ class LocalSource:
     ) -> Iterator[tuple[ReadPicture, Answer | str]]:
         started = time.perf_counter()
         good = [each for each in decoded if not isinstance(each, str)]
-        scores = iter(self._loaded.classifier.classify(np.stack(good)) if good else ())
+        scores = iter(self._classifier.classify(np.stack(good)) if good else ())
         image_ms = round((time.perf_counter() - started) * 1000 / max(1, len(good)), 3)
         for picture, each in zip(batch, decoded, strict=True):
             yield picture, each if isinstance(each, str) else self._answer(next(scores), image_ms)
 
     def _answer(self, probabilities: NDArray[np.float32], image_ms: float) -> Answer:
-        """The most probable classes; ties are in label order, as in the service."""
-        loaded = self._loaded
-        order = np.argsort(-probabilities, kind="stable")[: self._top_k]
+        labels = self._manifest.labels
         return Answer(
-            model=loaded.manifest.model,
-            version=loaded.version,
-            alias=loaded.alias,
-            plan=loaded.classifier.plan,
-            predictions=tuple(
-                ClassScore(loaded.manifest.labels[index], index, value)
-                for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
-            ),
+            model=self._manifest.model,
+            version=self._version,
+            alias=self._alias,
+            plan=self._classifier.plan,
+            predictions=tuple(top_classes(probabilities, labels, self._top_k)),
             request_id="",
             timings_ms={"total": image_ms},
         )
+
+
+def batches(pictures: Iterable[ReadPicture]) -> Iterator[list[ReadPicture]]:
+    """Lists of ``BATCH`` pictures. A list ends early when its files have ``BATCH_BYTES``."""
+    batch: list[ReadPicture] = []
+    size_bytes = 0
+    for picture in pictures:
+        batch.append(picture)
+        size_bytes += len(picture.content)
+        if len(batch) == BATCH or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
 
 
 @contextmanager
@@ -126,7 +140,7 @@ def open_local(text: str, top_k: int) -> Iterator[LocalSource]:
     with tempfile.TemporaryDirectory(prefix="convoy-classify-") as folder:
         bundle = _verified_bundle(store, version, paths, Path(folder) / "bundle")
         classifier = _load(bundle, paths)
-        yield LocalSource(_Loaded(version.version, ref.alias, bundle.manifest, classifier), top_k)
+        yield LocalSource(version.version, ref.alias, bundle.manifest, classifier, top_k)
 
 
 def _check_signature(version: ModelVersion) -> None:

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from registry.core.errors import UsageError
 from registry.core.names import one_line
@@ -38,8 +40,16 @@ class Row(Struct, frozen=True, kw_only=True):
     top_k: tuple[tuple[str, float], ...] = ()
     error: str = ""
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether a version has answered."""
+        return self.version is not None and not self.error
+
 
 COLUMNS = Row.__struct_fields__
+# A byte of a name that is not UTF-8: Python has it as one of these characters, and ``to_arrow``
+# writes it as this text.
+ESCAPED_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 DAMAGED = "it is not a row of convoy classify"
 # The field ``top_k`` of a model with thousands of classes is longer than csv's default limit.
 csv.field_size_limit(2**31 - 1)
@@ -201,10 +211,10 @@ def parquet_schema(arrow: Any) -> Any:
 
 
 def to_arrow(rows: Sequence[Row], arrow: Any) -> Any:
-    """A table of ``rows``. Parquet holds UTF-8 only: other bytes of a name become ``?``."""
+    r"""A table of ``rows``. Parquet holds UTF-8 only: a byte FF of a name becomes ``\udcff``."""
     records = [{name: _or_null(getattr(row, name)) for name in COLUMNS} for row in rows]
     for record in records:
-        record["uri"] = record["uri"].encode("utf-8", "replace").decode()
+        record["uri"] = record["uri"].encode("utf-8", "backslashreplace").decode()
         record["top_k"] = record["top_k"] and [
             {"label": label, "probability": value} for label, value in record["top_k"]
         ]
@@ -213,5 +223,6 @@ def to_arrow(rows: Sequence[Row], arrow: Any) -> Any:
 
 def from_arrow(record: dict[str, Any]) -> Row:
     """The row in a record of ``to_arrow``; raises ``ValueError``."""
-    pairs = record["top_k"] or ()
-    return row_from({**record, "top_k": [(each["label"], each["probability"]) for each in pairs]})
+    top_k = [(each["label"], each["probability"]) for each in record["top_k"] or ()]
+    row = row_from({**record, "top_k": top_k})
+    return replace(row, uri=ESCAPED_BYTE.sub(lambda found: chr(int(found[1], 16)), row.uri))

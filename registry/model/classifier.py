@@ -12,6 +12,7 @@ from registry.core.errors import BundleInvalid, ConvoyError, DeviceLost, DeviceO
 from registry.model.bundle import Bundle
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import TRUSTED_LIMITS
+from registry.model.manifest import ClassScore
 from registry.model.plans.base import Outputs, Plan, PlanContext, PredictFn
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,26 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
     return probabilities
+
+
+def top_classes(
+    probabilities: NDArray[np.float32], labels: tuple[str, ...], top_k: int
+) -> list[ClassScore]:
+    """The ``top_k`` most probable classes, best first; ties are in label order.
+
+    Args:
+        probabilities: (classes,).
+        labels: of the classes, in their order.
+        top_k: at least 1; all classes if there are fewer.
+    """
+    if top_k == 1:  # the usual case of some protocols; sorting takes longer
+        best = int(probabilities.argmax())
+        return [ClassScore(labels[best], best, float(probabilities[best]))]
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [
+        ClassScore(labels[index], index, value)
+        for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
+    ]
 
 
 def load_classifier(

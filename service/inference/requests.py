@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from registry.core.errors import ConvoyError
 from registry.model.image.decode import Pixels
-from registry.model.manifest import ClassScore
 from service.inference.batcher import QueuedImage
 from service.inference.loaded_model import ServedModel
 
@@ -186,17 +185,3 @@ class Counters(Protocol):
 
         ``name`` is "" and ``version`` None if they are not known.
         """
-
-
-def top_classes(
-    probabilities: Probabilities, labels: tuple[str, ...], top_k: int
-) -> list[ClassScore]:
-    """The ``top_k`` most probable classes, best first; ties are in label order."""
-    if top_k == 1:  # the usual case of some protocols; sorting takes longer
-        best = int(probabilities.argmax())
-        return [ClassScore(labels[best], best, float(probabilities[best]))]
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [
-        ClassScore(labels[index], index, value)
-        for index, value in zip(order.tolist(), probabilities[order].tolist(), strict=True)
-    ]

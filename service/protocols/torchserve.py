@@ -12,6 +12,7 @@ import msgspec
 from flask import Response
 from msgspec.structs import replace
 
+from registry.model.classifier import top_classes
 from service.http import problems
 from service.http.bodies.body_images import IMAGE_NAME, BodyImages
 from service.http.openapi import FAILURES, IMAGES, Operation
@@ -20,7 +21,6 @@ from service.inference.requests import (
     Probabilities,
     Result,
     Target,
-    top_classes,
 )
 from service.protocols.inference_app import HttpAnswer
 from service.settings import Settings

@@ -9,6 +9,7 @@ from flask import Response
 from msgspec import Struct
 from werkzeug.exceptions import abort
 
+from registry.model.classifier import top_classes
 from registry.model.manifest import ClassScore
 from service.http import problems
 from service.http.bodies.body_images import BodyImages
@@ -19,7 +20,6 @@ from service.inference.requests import (
     Result,
     Target,
     Timings,
-    top_classes,
 )
 from service.protocols.inference_app import HttpAnswer
 from service.settings import Settings

@@ -154,8 +154,9 @@ class LoopWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._loop.turn()
             if now > idle_until:
                 self._clients.close_idle()
-        companion = self._companion
-        while companion and time.monotonic() < ends and not companion.join(POLL_INTERVAL_S):
+        while self._companion and time.monotonic() < ends:
+            if self._companion.join(POLL_INTERVAL_S):
+                break
             self.notify()
 
     def _turn_until(self, end: float, wait_s: float = POLL_INTERVAL_S) -> None:

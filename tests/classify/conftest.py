@@ -1,18 +1,25 @@
 """The real app behind a real socket, pictures in a folder, and the command line in this process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from convoy.__main__ import main
+from registry.auth.tokens import Tokens
+from service import create_app
+from service.loading.model_slot import ModelSlot
+from service.observability.metrics import Metrics
+from service.settings import Settings
 from tests.service.conftest import app as app
 from tests.service.conftest import client as client
 from tests.service.conftest import deploy as deploy
 from tests.service.conftest import deploy_canary as deploy_canary
+from tests.service.conftest import listening
 from tests.service.conftest import metrics as metrics
 from tests.service.conftest import models as models
 from tests.service.conftest import ready as ready
@@ -35,6 +42,23 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return status, printed.out, printed.err
 
     return classify
+
+
+@pytest.fixture
+def secured_url(
+    ready: object,
+    slot: ModelSlot,
+    settings: Settings,
+    metrics: Metrics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:
+    """A service that requires tokens; ``CONVOY_TOKEN`` has one that may only classify."""
+    file = tmp_path / "tokens.json"
+    monkeypatch.setenv("CONVOY_TOKEN", Tokens(file).add("client", "classify"))
+    secured = replace(settings, auth="required", tokens=file)
+    with listening(create_app(secured, {"digits": slot}, metrics)) as url:
+        yield url
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,6 +150,19 @@ def test_errors_and_changed_pictures_are_classified_again(
     assert before["pictures/1.png"] == rows["pictures/1.png"]
 
 
+@SUFFIXES
+def test_a_picture_whose_name_is_not_utf8_has_one_row_after_two_runs(
+    suffix: str, url: str, pictures: Path, run: Run
+) -> None:
+    for name in (b"\xff.png", b"\xfe.png"):
+        (pictures / os.fsdecode(name)).write_bytes(other_picture())
+    words = (pictures, "--output", f"a.{suffix}", "--url", url)
+    assert run(*words)[0] == 0
+    assert "9 answered before" in run(*words)[1]
+    if suffix == "parquet":
+        assert len({row["uri"] for row in read("a.parquet")}) == len(read("a.parquet")) == 9
+
+
 def test_ctrl_c_keeps_the_rows_and_says_how_to_go_on(
     url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,10 +228,81 @@ def test_answers_of_other_versions_are_not_mixed_with_new_ones(
     assert slot.refresh()
     status, _, err = run(*words)
     assert status == 2
-    assert "answers of version 1, and now version 2 answers" in err
-    assert suffix == "parquet" or Path(output).read_bytes() == before
+    assert f"{output} has answers of digits version 1, which does not answer now" in err
+    assert Path(output).read_bytes() == before
+    assert [each.name for each in Path().glob("answers*")] == [output]
     assert run(*words, "--restart")[0] == 0
     assert {row["version"] for row in read(output)} == {2}
+
+
+@SUFFIXES
+def test_answers_for_another_top_k_are_not_mixed_with_new_ones(
+    suffix: str, url: str, pictures: Path, run: Run, sent: list[bytes]
+) -> None:
+    output = f"answers.{suffix}"
+    words = (pictures, "--output", output, "--url", url)
+    assert run(*words, "--top-k", 3)[0] == 0
+    before = Path(output).read_bytes()
+    (pictures / "new.png").write_bytes(other_picture())
+    sent.clear()
+    for top_k in (1, 5):
+        status, _, err = run(*words, "--top-k", top_k)
+        assert status == 2
+        assert f"{output} has answers for --top-k 3, not {top_k}; use --top-k 3, name" in err
+        assert "--restart" in err
+        assert "run the same command again" not in err
+    assert (sent, Path(output).read_bytes()) == ([], before)
+    assert [each.name for each in Path().glob("answers*")] == [output]
+    assert run(*words, "--top-k", 5, "--restart")[0] == 0
+    assert {len(row["top_k"]) for row in read(output)} == {5}
+
+
+@SUFFIXES
+def test_a_killed_run_is_not_continued_with_another_top_k(
+    suffix: str, url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(range(3))
+
+    def dying(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise Killed
+        return row_of(*arguments)
+
+    output = f"answers.{suffix}"
+    words = (pictures, "--output", output, "--url", url)
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "row_of", dying)
+        with pytest.raises(Killed):
+            run(*words)
+    status, _, err = run(*words, "--top-k", 4)
+    assert status == 2
+    assert "answers for --top-k 5, not 4" in err
+    assert "7 pictures: 4 answered, 3 answered before" in run(*words)[1]
+
+
+def test_a_top_k_beyond_the_classes_of_the_model_is_all_of_them(
+    url: str, pictures: Path, run: Run
+) -> None:
+    words = (pictures, "--output", "a.csv", "--url", url)
+    assert run(*words, "--top-k", 10)[0] == 0
+    assert "7 answered before" in run(*words, "--top-k", 50)[1]
+
+
+def test_a_token_that_may_only_classify_does_not_mix_answers_either(
+    secured_url: str,
+    pictures: Path,
+    run: Run,
+    slot: ModelSlot,
+    deploy: Callable[..., Bundle],
+) -> None:
+    words = (pictures, "--output", "a.csv", "--url", secured_url)
+    assert run(*words)[0] == 0
+    assert "answers for --top-k 5, not 7" in run(*words, "--top-k", 7)[2]
+    deploy(2, seed=1)
+    assert slot.refresh()
+    status, _, err = run(*words)
+    assert status == 2
+    assert "answers of digits version 1, which does not answer now" in err
 
 
 def test_answers_of_another_model_are_refused(url: str, pictures: Path, run: Run) -> None:
@@ -331,18 +416,52 @@ def test_with_json_the_summary_is_json(url: str, pictures: Path, run: Run) -> No
     }
 
 
-def test_a_token_that_may_only_classify_is_enough(
+def test_a_token_that_may_only_classify_is_enough_and_reads_the_plan(
+    secured_url: str, pictures: Path, run: Run
+) -> None:
+    words = (pictures, "--output", "a.csv", "--url", secured_url)
+    assert run(*words)[0] == 0
+    assert {row["plan"] for row in read("a.csv")} == {"torch-eager"}
+    assert "7 answered before" in run(*words)[1]
+
+
+def test_the_plan_is_empty_if_its_version_no_longer_serves(
+    url: str,
+    pictures: Path,
+    run: Run,
+    slot: ModelSlot,
+    deploy: Callable[..., Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    true = convoy_client.Client.metadata
+
+    def metadata(client: convoy_client.Client, *names: Any, **options: Any) -> Any:
+        if options["version"] == 1:
+            deploy(2, seed=1)
+            assert slot.refresh()
+        return true(client, *names, **options)
+
+    monkeypatch.setattr(convoy_client.Client, "metadata", metadata)
+    assert run(pictures, "--output", "a.csv", "--url", url, "--concurrency", 1)[0] == 0
+    assert [(row["version"], row["plan"]) for row in read("a.csv")] == [
+        (1, None),
+        *[(2, "torch-eager")] * 6,
+    ]
+
+
+def test_a_service_that_ends_before_it_says_the_plan_ends_the_run(
     url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(*arguments: object, **options: object) -> None:
-        raise convoy_client.Forbidden("the role classify may not do this", status=403)
+    def metadata(*arguments: Any, **options: Any) -> Any:
+        raise convoy_client.ServiceUnreachable("no answer")
 
-    monkeypatch.setattr(convoy_client.Client, "models", forbidden)
-    monkeypatch.setattr(convoy_client.Client, "model", forbidden)
-    words = (pictures, "--output", "a.csv", "--url", url)
-    assert run(*words)[0] == 0
-    assert {row["plan"] for row in read("a.csv")} == {None}
-    assert "7 answered before" in run(*words)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(convoy_client.Client, "metadata", metadata)
+        status, _, err = run(pictures, "--output", "a.csv", "--url", url)
+    assert status == 2
+    assert "error: no answer; the rows of a.csv are kept" in err
+    assert run(pictures, "--output", "a.csv", "--url", url)[0] == 0
+    assert {row["plan"] for row in read("a.csv")} == {"torch-eager"}
 
 
 def test_parquet_without_pyarrow_is_refused_before_any_work(

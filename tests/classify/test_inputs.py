@@ -2,6 +2,7 @@
 
 import csv
 import os
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 
 from convoy.classify.inputs import Picture, list_pictures, read_picture
 from registry.core.errors import UsageError
+from registry.model.image.limits import MAX_FILE_BYTES
 
 
 def uris(*arguments: str) -> list[str]:
@@ -127,3 +129,15 @@ def test_a_file_that_cannot_be_read_says_why(folder: Path) -> None:
     ):
         found = read_picture(Picture(path, path))
         assert (found.problem, found.content, found.sha256) == (problem, b"", "")
+
+
+def test_a_file_that_is_too_large_is_not_read(folder: Path) -> None:
+    path = folder / "film.png"
+    path.touch()
+    os.truncate(path, MAX_FILE_BYTES + 1)
+    tracemalloc.start()
+    found = read_picture(Picture("film.png", str(path)))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == ("film.png", "", b"", "the file has over 500,000,000 bytes")
+    assert peak_bytes < 1_000_000

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from convoy.classify import local_source
+from convoy.classify.inputs import ReadPicture
 from convoy.classify.local_source import BATCH
 from registry.core.paths import Paths
 from registry.delivery.puller import Puller
@@ -70,6 +72,42 @@ def test_many_pictures_are_classified_in_batches_and_in_order(
     status, out, _ = run("pictures/x*.png", "--output", "a.csv", "--local", "models:/digits/1")
     assert status == 1
     assert f"{2 * BATCH} answered before, 3 failed" in out
+
+
+def test_large_files_make_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_source, "BATCH_BYTES", 100)
+    sizes = [*[1] * (BATCH + 1), 99, 1, 300, 40, 59, 60, 0]
+    pictures = [ReadPicture(str(n), "", b"x" * size, "") for n, size in enumerate(sizes)]
+    found = list(local_source.batches(iter(pictures)))
+    assert [[len(each.content) for each in batch] for batch in found] == [
+        [1] * BATCH,
+        [1, 99],
+        [1, 300],
+        [40, 59, 60],
+        [0],
+    ]
+    assert [each for batch in found for each in batch] == pictures
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_local_answers_of_another_version_or_top_k_are_not_mixed(
+    suffix: str, publish: Publish, pictures: Path, run: Run
+) -> None:
+    publish(seed=0)
+    publish(seed=1)
+    words = (pictures, "--output", f"a.{suffix}", "--local")
+    assert run(*words, "models:/digits/1")[0] == 0
+    before = Path(f"a.{suffix}").read_bytes()
+    for more, message in (
+        (("models:/digits/2",), "answers of digits version 1, which does not answer now"),
+        (("models:/digits/1", "--top-k", 2), "answers for --top-k 5, not 2"),
+    ):
+        status, _, err = run(*words, *more)
+        assert status == 2
+        assert message in err
+    assert Path(f"a.{suffix}").read_bytes() == before
+    assert [each.name for each in Path().glob("a.*")] == [f"a.{suffix}"]
+    assert "7 answered before" in run(*words, "models:/digits/1")[1]
 
 
 def test_a_version_that_was_pulled_is_not_downloaded_again(

@@ -1,14 +1,16 @@
 """Rows survive CSV, JSON lines and Parquet, and a tear of the file at any byte."""
 
 import resource
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convoy.classify.answer_file import AnswerFile, Served
+from convoy.classify.answer_file import AnswerFile, NotComparable
 from convoy.classify.rows import (
     Csv,
     Format,
@@ -40,6 +42,7 @@ FORMATS = pytest.mark.parametrize("form", [Csv(), JsonLines()], ids=["csv", "jso
 
 @FORMATS
 @given(rows=st.lists(ROWS, max_size=4))
+@settings(deadline=None)
 def test_rows_are_read_as_they_were_written(form: Format, rows: list[Row]) -> None:
     content = form.head.encode() + b"".join(map(form.encode, rows))
     found = list(form.records(BytesIO(content)))
@@ -49,7 +52,7 @@ def test_rows_are_read_as_they_were_written(form: Format, rows: list[Row]) -> No
 
 @FORMATS
 @given(rows=st.lists(ROWS, min_size=1, max_size=3), data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_torn_anywhere_keeps_its_complete_rows(
     form: Format, rows: list[Row], data: st.DataObject, tmp_path: Path
 ) -> None:
@@ -84,7 +87,9 @@ def test_the_name_of_a_file_that_is_not_utf8_is_kept() -> None:
     for form in (Csv(), JsonLines()):
         content = form.head.encode() + form.encode(row)
         assert [found for _, found in form.records(BytesIO(content))] == [row]
-    assert to_arrow([row], import_pyarrow())["uri"].to_pylist() == ["a?.png"]
+    table = to_arrow([row], import_pyarrow())
+    assert table["uri"].to_pylist() == ["a\\udcff.png"]
+    assert from_arrow(table.to_pylist()[0]) == row
 
 
 @pytest.mark.parametrize(
@@ -125,25 +130,56 @@ def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
         pass
 
 
+GOOD: dict[str, Any] = {"model": "m", "version": 2, "label": "x", "top_k": (("x", 1.0),)}
+
+
+def answers_now(*versions: int) -> Callable[[str, int], int | None]:
+    """The ``class_count`` of a source where these versions, of one class, answer."""
+    return lambda model, version: 1 if version in versions else None
+
+
 def test_the_last_row_of_a_picture_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    served = Served("m", frozenset({2}))
-    good = {"model": "m", "version": 2, "label": "x", "probability": 1.0}
     with AnswerFile(path) as file:
+        file.append(Row(uri="a", sha256="1", **GOOD))
         file.append(Row(uri="a", sha256="1", error="overloaded"))
-        file.append(Row(uri="b", sha256="1", **good))  # type: ignore[arg-type]
-        assert not file.known.is_answered("a", "1", served)
-        file.append(Row(uri="a", sha256="1", **good))  # type: ignore[arg-type]
-        for uri, sha256, by, answered in (
-            ("a", "1", served, True),
-            ("a", "2", served, False),
-            ("c", "1", served, False),
-            ("a", "1", Served("m", frozenset({3})), False),
-            ("a", "1", Served(None, None), True),
-        ):
-            assert file.known.is_answered(uri, sha256, by) == answered
+        file.append(Row(uri="b", sha256="1", **GOOD))
+        file.known.check_comparable("m", 1, answers_now(2))
+        assert not file.known.is_answered("a", "1")
+        file.append(Row(uri="a", sha256="1", **GOOD))
+        for uri, sha256, answered in (("a", "1", True), ("a", "2", False), ("c", "1", False)):
+            assert file.known.is_answered(uri, sha256) == answered
         file.finish()
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["uri", "b", "a"]
+
+
+def test_only_answers_of_versions_that_answer_now_count(tmp_path: Path) -> None:
+    with AnswerFile(tmp_path / "a.csv") as file:
+        file.append(Row(uri="a", sha256="1", **GOOD))
+        file.append(Row(uri="b", sha256="1", **{**GOOD, "version": 3}))
+        file.known.check_comparable(None, 1, answers_now(3))
+        assert not file.known.is_answered("a", "1")
+        assert file.known.is_answered("b", "1")
+        with pytest.raises(NotComparable, match="m version 2 or 3, which does not answer now"):
+            file.known.check_comparable("m", 1, answers_now(4))
+
+
+def test_another_number_of_classes_is_refused_unless_the_model_has_no_more(tmp_path: Path) -> None:
+    with AnswerFile(tmp_path / "a.csv") as file:
+        file.append(Row(uri="a", sha256="1", **GOOD))
+        file.known.check_comparable("m", 5, answers_now(2))
+        with pytest.raises(NotComparable, match=r"for --top-k 1, not 5; use --top-k 1, name"):
+            file.known.check_comparable("m", 5, lambda model, version: 10)
+
+
+def test_a_row_of_another_model_is_refused(tmp_path: Path) -> None:
+    """The default model of a service changes when it starts again with other settings."""
+    with AnswerFile(tmp_path / "a.csv") as file:
+        file.append(Row(uri="a", sha256="1", **GOOD))
+        with pytest.raises(NotComparable, match="has answers of m, not n; name another file"):
+            file.append(Row(uri="b", sha256="1", **{**GOOD, "model": "n"}))
+        file.append(Row(uri="b", sha256="1", error="overloaded"))
+        assert len(file.known) == 2
 
 
 def test_a_row_that_does_not_fit_the_disk_leaves_the_others(tmp_path: Path) -> None:
@@ -160,6 +196,38 @@ def test_a_row_that_does_not_fit_the_disk_leaves_the_others(tmp_path: Path) -> N
     with AnswerFile(path) as file:
         assert len(file.known) == 1
     assert path.read_bytes() == (Csv.head + "a,1,,,,,,,\n").encode()
+
+
+def test_parquet_rows_that_do_not_fit_the_disk_do_not_make_the_file_unusable(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.parquet"
+    with AnswerFile(path) as file:
+        file.append(Row(uri="a" * 1_000_000, sha256="1"))
+        file.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"), AnswerFile(path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
+    with AnswerFile(path) as file:
+        assert len(file.known) == 1
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    with AnswerFile(path) as file:
+        for number in range(100):
+            file.append(Row(uri=str(number), sha256="1"))
+        file.finish()
+    content = bytearray(path.read_bytes())
+    content[4:60] = bytes(56)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"cannot be continued.*--restart"), AnswerFile(path):
+        pass
 
 
 def test_a_link_and_the_mode_of_a_file_are_kept(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from convoy_client import (
     ImageInput,
     InvalidImage,
     InvalidRequest,
+    Metadata,
     NotFound,
     Unavailable,
 )
@@ -72,6 +73,22 @@ def test_the_service_is_described(url: str) -> None:
     assert details.labels == tuple("0123456789")
     assert "validation_accuracy" in details.metrics
     assert details.canary is None
+
+
+def test_labels_and_plan_are_in_the_metadata(url: str) -> None:
+    async def run() -> Metadata:
+        async with AsyncClient(url) as client:
+            return await client.metadata("digits", version=1)
+
+    with Client(url) as client:
+        found = client.metadata("digits")
+        with pytest.raises(NotFound, match="version 9"):
+            client.metadata("digits", version=9)
+        with pytest.raises(NotFound, match="no model 'other x'"):
+            client.metadata("other x")
+    assert asyncio.run(run()) == found
+    assert (found.name, found.alias, found.plan) == ("digits", "champion", "torch-eager")
+    assert found.labels == tuple("0123456789")
 
 
 def test_before_a_version_is_loaded_the_service_is_not_ready(

@@ -1,6 +1,7 @@
 """An app around tiny real models, loaded in the test's own thread."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -130,16 +131,23 @@ def ready(client: FlaskClient, slot: ModelSlot, deploy: Callable[..., Bundle]) -
     return client
 
 
-@pytest.fixture
-def url(ready: FlaskClient) -> Iterator[str]:
-    """The app behind a real socket."""
-    server = make_server("127.0.0.1", 0, ready.application, threaded=True)
+@contextmanager
+def listening(app: Flask) -> Iterator[str]:
+    """The URL of ``app`` behind a real socket."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def url(ready: FlaskClient) -> Iterator[str]:
+    """The app behind a real socket."""
+    with listening(ready.application) as url:
+        yield url
 
 
 @pytest.fixture

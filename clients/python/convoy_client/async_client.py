@@ -10,7 +10,6 @@ from collections.abc import (
     Callable,
     Iterable,
 )
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -24,16 +23,19 @@ from convoy_client.exchange import (
     checked_concurrency,
     connection_limits,
     failure_of_transport,
+    metadata_path,
     model_path,
 )
 from convoy_client.images import ImageInput, encoded
 from convoy_client.results import (
     Classification,
     Failure,
+    Metadata,
     Model,
     ModelDetails,
     Result,
     read_classification,
+    read_metadata,
     read_model,
     read_models,
 )
@@ -133,12 +135,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -217,6 +214,17 @@ class AsyncClient:
         """
         path = model_path(name, version, alias)
         return read_model((await self._connection.send(self._endpoint.get(path))).body)
+
+    async def metadata(self, name: str, *, version: int | None = None) -> Metadata:
+        """Labels and plan of one version that serves; without ``version``, of the champion.
+
+        A token that may only classify is enough, while ``model`` needs one that may view.
+
+        Raises:
+            ConvoyError: the service does not serve it, or the request fails.
+        """
+        call = self._endpoint.get(metadata_path(name, version))
+        return read_metadata((await self._connection.send(call)).body)
 
     async def ready(self) -> bool:
         """Whether the service can classify now; asked once, without a retry.

@@ -3,9 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from threading import Event
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -19,16 +17,19 @@ from convoy_client.exchange import (
     checked_concurrency,
     connection_limits,
     failure_of_transport,
+    metadata_path,
     model_path,
 )
 from convoy_client.images import ImageInput, encoded
 from convoy_client.results import (
     Classification,
     Failure,
+    Metadata,
     Model,
     ModelDetails,
     Result,
     read_classification,
+    read_metadata,
     read_model,
     read_models,
 )
@@ -136,12 +137,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -173,8 +169,7 @@ class Client:
             ConvoyError: one of its subclasses says why there is no classification.
             ValueError: ``model``, ``version``, ``alias`` and ``session`` cannot be sent together.
         """
-        call = self._call(image, model_path(model, version, alias), top_k, session)
-        return read_classification(self._connection.send(call).body)
+        return self._classify(image, model_path(model, version, alias), top_k, session)
 
     def classify_many(
         self,
@@ -223,6 +218,17 @@ class Client:
         path = model_path(name, version, alias)
         return read_model(self._connection.send(self._endpoint.get(path)).body)
 
+    def metadata(self, name: str, *, version: int | None = None) -> Metadata:
+        """Labels and plan of one version that serves; without ``version``, of the champion.
+
+        A token that may only classify is enough, while ``model`` needs one that may view.
+
+        Raises:
+            ConvoyError: the service does not serve it, or the request fails.
+        """
+        call = self._endpoint.get(metadata_path(name, version))
+        return read_metadata(self._connection.send(call).body)
+
     def ready(self) -> bool:
         """Whether the service can classify now; asked once, without a retry.
 
@@ -241,11 +247,17 @@ class Client:
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="convoy-client")
         waiting: deque[Future[Result]] = deque()
         ended = Event()
+
+        def result(image: ImageInput) -> Result:
+            try:
+                return self._classify(image, path, top_k, session, ended)
+            except ConvoyError as error:
+                return Failure(error)
+
         try:
             for image in images:
-                call = partial(self._call, image, path, top_k, session)
-                waiting.append(pool.submit(self._result, call, ended))
-                del image, call  # the window alone decides how many pictures are in memory
+                waiting.append(pool.submit(result, image))
+                del image  # the window alone decides how many pictures are in memory
                 while waiting and (len(waiting) >= self._concurrency or waiting[0].done()):
                     yield waiting.popleft().result()
             while waiting:
@@ -254,11 +266,13 @@ class Client:
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _result(self, call: Callable[[], Call], ended: Event) -> Result:
-        try:
-            return read_classification(self._connection.send(call(), ended).body)
-        except ConvoyError as error:
-            return Failure(error)
-
-    def _call(self, image: ImageInput, path: str, top_k: int, session: str | None) -> Call:
-        return self._endpoint.classify(path, encoded(image), top_k, session)
+    def _classify(
+        self,
+        image: ImageInput,
+        path: str,
+        top_k: int,
+        session: str | None,
+        ended: Event | None = None,
+    ) -> Classification:
+        call = self._endpoint.classify(path, encoded(image), top_k, session)
+        return read_classification(self._connection.send(call, ended).body)

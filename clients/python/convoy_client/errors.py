@@ -21,13 +21,12 @@ class ConvoyError(Exception):
         *,
         status: int | None = None,
         request_id: str | None = None,
-        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.status = status
         self.request_id = request_id
-        self.retry_after_s = retry_after_s
+        self.retry_after_s: float | None = None
 
 
 class InvalidImage(ConvoyError):

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
@@ -56,10 +55,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer. The names in ``headers`` are in lower case."""
+    """A complete answer."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: httpx.Headers
     body: bytes
 
 
@@ -76,7 +75,6 @@ class Endpoint:
         Raises:
             ValueError: the URL or the token cannot be used.
         """
-        self.url = url
         address = _checked_address(url)
         host = address.netloc.rpartition("@")[2]
         # A proxy may serve the service below its own path.
@@ -121,8 +119,19 @@ def model_path(model: str | None, version: int | None, alias: str | None) -> str
     return path if alias is None else f"{path}/aliases/{_segment(alias)}"
 
 
+def metadata_path(model: str, version: int | None) -> str:
+    """The path of the metadata of one version, or of the champion.
+
+    Raises:
+        ValueError: a path cannot have that name.
+    """
+    path = f"/v2/models/{_segment(model)}"
+    return path if version is None else f"{path}/versions/{version:d}"
+
+
 def _segment(name: str) -> str:
-    # "." and ".." would be removed from the path, and another model would answer.
+    # httpx removes the segments "." and ".." from a path (RFC 3986, section 5.2.4), and then the
+    # request would go to another model.
     if name in ("", ".", ".."):
         raise ValueError(f"{name!r} is not the name of a model or alias")
     return quote(name, safe="")

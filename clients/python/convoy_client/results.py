@@ -87,6 +87,17 @@ class ModelDetails(Model):
     manifest_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What every token may read about a version; the labels as in ``ModelDetails``."""
+
+    name: str
+    alias: str | None
+    device: str
+    plan: str
+    labels: tuple[str, ...]
+
+
 def read_classification(body: bytes) -> Classification:
     """The classification in an answer of ``/v1/classify``; raises ``InvalidAnswer``."""
     answer = _object(_decoded(body), "the answer")
@@ -120,6 +131,19 @@ def read_model(body: bytes) -> ModelDetails:
         labels=tuple(_checked(each, str, "labels") for each in _list(answer, "labels")),
         metrics=_numbers(answer, "metrics"),
         manifest_sha256=_text(answer, "manifest_sha256"),
+    )
+
+
+def read_metadata(body: bytes) -> Metadata:
+    """The version in an answer of ``/v2/models/NAME``; raises ``InvalidAnswer``."""
+    answer = _object(_decoded(body), "the answer")
+    parameters = _object(_field(answer, "parameters"), "parameters")
+    return Metadata(
+        name=_text(answer, "name"),
+        alias=_optional(parameters, "alias", str),
+        device=_text(parameters, "device"),
+        plan=_text(parameters, "plan"),
+        labels=tuple(_checked(each, str, "labels") for each in _list(parameters, "labels")),
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
+import httpx
+
 from convoy_client.errors import ConvoyError, InvalidAnswer, Timeout
 from convoy_client.exchange import MAX_ANSWER_BYTES, Reply, failure_of
 
@@ -111,17 +113,16 @@ class Try:
         if self._clock.monotonic() > self._ends_s:
             raise Timeout(f"no answer from {self._url} in time (it arrives too slowly)")
 
-    def reply(self, status: int, headers: Mapping[str, str]) -> Reply:
+    def reply(self, status: int, headers: httpx.Headers) -> Reply:
         """The complete answer.
 
         Raises:
             ConvoyError: the answer reports an error.
         """
-        lower = {name.lower(): value for name, value in headers.items()}
-        reply = Reply(status, lower, bytes(self._body))
+        reply = Reply(status, headers, bytes(self._body))
         if (failure := failure_of(reply, self._url)) is None:
             return reply
-        failure.retry_after_s = retry_after_s(lower, self._clock.unix())
+        failure.retry_after_s = retry_after_s(headers, self._clock.unix())
         raise failure
 
 

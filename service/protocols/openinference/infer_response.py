@@ -7,7 +7,8 @@ import msgspec
 from msgspec import Struct
 
 from registry.core.errors import InvalidTensor
-from service.inference.requests import Probabilities, Result, top_classes
+from registry.model.classifier import top_classes
+from service.inference.requests import Probabilities, Result
 from service.protocols.inference_app import HttpAnswer
 from service.protocols.openinference.tensors import (
     ENCODED,

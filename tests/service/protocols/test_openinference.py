@@ -407,6 +407,7 @@ def test_metadata_and_configuration_name_tensors_and_labels(
     ]
     assert metadata["parameters"]["labels"] == list(few_digits.labels)
     assert metadata["parameters"]["preprocess"]["mean"] == list(few_digits.preprocess.mean)
+    assert metadata["parameters"]["plan"] == "torch-eager"
     config = ready.get("/v2/models/digits/versions/champion/config").get_json()
     assert config["max_batch_size"] == 4
     assert [each["dims"] for each in config["input"]] == [[1], [8, 8, 1], [1, 8, 8]]
