@@ -30,7 +30,7 @@ PUBLIC = frozenset(
 BOTH: tuple[Right, ...] = ("view", "classify")
 FOR_CLIENTS = frozenset({"openinference.show_model", "openinference.show_config"})
 # In a request's environment, once it was looked up: the token that the request sent, or None.
-TOKEN = "convoy.token"  # noqa: S105 - a key
+SENDER = "convoy.sender"
 
 
 class AccessControl:
@@ -116,9 +116,9 @@ class AccessControl:
         Raises:
             TokensUnavailable: the file of tokens cannot be read.
         """
-        if TOKEN not in environ:
-            environ[TOKEN] = self._tokens.find(_sent_token(environ))
-        token: Token | None = environ[TOKEN]
+        if SENDER not in environ:
+            environ[SENDER] = self._tokens.find(_sent_token(environ))
+        token: Token | None = environ[SENDER]
         return token
 
 

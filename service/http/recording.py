@@ -20,7 +20,7 @@ METHODS = frozenset(
 SERVER_ERROR = 500
 # Python's int raises ValueError for thousands of digits, which a client may send.
 _LENGTH = re.compile(r"[0-9]{1,15}")
-# A client's text is cut, so that 16 records fit into a datagram (``tracing.feed``).
+# A client's text is cut, so that 16 records fit into a datagram (``tracing.tracer``).
 MAX_PATH_BYTES = 2_000
 MAX_NAME_CHARACTERS = 200
 
