@@ -119,12 +119,25 @@ def test_two_tables_may_not_give_one_name_to_two_files(folder: Path) -> None:
         list_pictures(["in/one/list.csv", "in/two/list.csv"])
 
 
+def test_a_table_may_name_anything(folder: Path) -> None:
+    names = ["file://[x", "a\0b", "a\0b", "file:///dev/null"]
+    pq.write_table(pa.table({"path": names}), folder / "odd.parquet")
+    listed = list_pictures(["in/odd.parquet"])
+    found = [read_picture(each) for each in listed.pictures]
+    assert [each.uri for each in found] == ["file://[x", "a\0b", "file:///dev/null"]
+    assert listed.skipped == {"named twice": 1}
+    for each, problem in zip(found, ("not a file:// URI", "null byte", "a device"), strict=True):
+        assert problem in each.problem
+
+
 def test_a_file_that_cannot_be_read_says_why(folder: Path) -> None:
     (folder / "empty.png").touch()
+    os.mkfifo(folder / "pipe.png")
     for path, problem in (
         ("in/empty.png", "the file is empty"),
         ("in/missing.png", "No such file or directory"),
         ("in", "Is a directory"),
+        ("in/pipe.png", "it is a pipe, a socket or a device"),
         ("a\0b", "embedded null byte"),
     ):
         found = read_picture(Picture(path, path))

@@ -1,15 +1,18 @@
 """Rows survive CSV, JSON lines and Parquet, and a tear of the file at any byte."""
 
+import fcntl
 import resource
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from convoy.classify import answer_file
 from convoy.classify.answer_file import AnswerFile, NotComparable
 from convoy.classify.rows import (
     Csv,
@@ -128,6 +131,49 @@ def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
         AnswerFile(tmp_path / "a.csv"),
     ):
         pass
+
+
+def test_no_process_comes_between_while_a_parquet_file_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    with AnswerFile(path) as file:
+        file.append(row_of("one.png", "1", "bad"))
+        file.finish()
+    copy = answer_file._copy_parquet
+
+    def interrupted(source: Path, target: Path) -> None:
+        with pytest.raises(UsageError, match="another convoy classify"):
+            AnswerFile(path).__enter__()
+        copy(source, target)
+
+    monkeypatch.setattr(answer_file, "_copy_parquet", interrupted)
+    with AnswerFile(path) as file:
+        with pytest.raises(UsageError, match="another convoy classify"):
+            AnswerFile(path).__enter__()
+        file.append(row_of("two.png", "2", "bad"))
+        file.finish()
+    assert pq.read_table(path)["uri"].to_pylist() == ["one.png", "two.png"]
+    assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_a_file_that_is_replaced_before_it_is_locked_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    path.touch()
+    lock, replaced = fcntl.flock, list[Path]()
+
+    def replace_first(file: Any, operation: int) -> None:
+        if not replaced:
+            replaced.append(path)
+            path.unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replace_first)
+    with AnswerFile(path) as file:
+        file.append(row_of("one.png", "1", "bad"))
+    assert path.read_text().count("one.png") == 1
 
 
 GOOD: dict[str, Any] = {"model": "m", "version": 2, "label": "x", "top_k": (("x", 1.0),)}
