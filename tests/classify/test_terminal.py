@@ -204,3 +204,45 @@ def test_a_reader_that_ends_early_is_not_an_error_with_a_traceback(
     assert "pictures/0.png" in done.stdout
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def shell(url: str, words: str, streams: str, **environment: str) -> tuple[int, str, str]:
+    """Status, output and errors of ``convoy classify WORDS`` with the shell's ``streams``."""
+    command = f"{sys.executable} -m convoy classify {words} --url {url} {streams}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", ["", "--json", "--output a.csv"])
+def test_an_output_that_cannot_be_written_is_an_error_of_one_line(
+    url: str, pictures: Path, words: str
+) -> None:
+    status, _, err = shell(url, f"pictures/0.png {words}", "> /dev/full")
+    assert status == 2
+    assert err == "error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("streams", ["2> /dev/full", "2>&-", ">&- 2>&-"])
+def test_a_run_does_not_need_a_place_for_its_messages(
+    url: str, pictures: Path, streams: str
+) -> None:
+    (pictures / "bad.png").write_text("no picture")
+    status, out, err = shell(url, "pictures --output a.csv", streams)
+    assert (status, err) == (1, "")
+    assert "skipped" not in out
+    assert len(Path("a.csv").read_text().splitlines()) == 9
+    assert shell(url, "pictures", streams)[0] == 1
+
+
+def test_a_terminal_that_is_not_utf8_gets_other_characters(url: str, pictures: Path) -> None:
+    (pictures / "0.png").rename("pictures/ä.png")
+    status, out, err = shell(url, "pictures", "", PYTHONIOENCODING="ascii")
+    assert (status, "Traceback" in err) == (0, False)
+    assert "pictures/\\xe4.png  (digits version 1" in out
+    assert "  #" in out
