@@ -71,7 +71,7 @@ def test_a_proxy_may_serve_the_service_below_a_path(path: str, picture: str, run
         url = f"http://127.0.0.1:{server.getsockname()[1]}{path}"
         status, _, err = run(picture, "--url", url)
         thread.join()
-    assert status == 1
+    assert status == 2
     assert "answered with status 404" in err
     assert asked == [f"{path.rstrip('/')}/v1/classify?top_k=5"]
 
@@ -103,12 +103,29 @@ def test_a_file_that_could_not_be_classified_is_named_and_the_status_is_1(
     assert "not a JPEG, PNG" in err
     assert "missing.png: No such file" in err
     assert "digits version 1" in out
-    status, _, err = run(picture, "--url", url, "--model", "unknown")
-    assert status == 1
-    assert "no model 'unknown'" in err
     status, out, _ = run(files[0], "--url", url, "--json")
     assert status == 1
     assert "not a JPEG, PNG" in json.loads(out)["error"]
+
+
+def test_an_error_that_holds_for_all_pictures_is_printed_once(
+    url: str, pictures: Path, run: Run
+) -> None:
+    for json_too in ((), ("--json",)):
+        status, out, err = run(pictures, "--url", url, "--model", "unknown", *json_too)
+        assert (status, out) == (2, "")
+        assert err.count("no model 'unknown'") == 1
+
+
+def test_a_missing_token_is_an_error_that_says_where_it_belongs(
+    secured_url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CONVOY_TOKEN")
+    for more in ((), ("--output", "a.csv")):
+        status, out, err = run(pictures, "--url", secured_url, *more)
+        assert (status, out) == (2, "")
+        assert err.splitlines()[-1].startswith("error: no known token was sent")
+        assert err.endswith("this command sends the token in CONVOY_TOKEN\n")
 
 
 def test_a_service_that_does_not_answer_is_an_error_of_one_line(picture: str, run: Run) -> None:
