@@ -155,6 +155,8 @@ def _listing(arguments: argparse.Namespace) -> "Listing":
     listing = list_pictures(arguments.paths)
     if text := skipped_text(listing.skipped):
         warn(text)
+    if not listing.pictures:
+        warn("there is no picture to classify")
     return listing
 
 

@@ -62,7 +62,8 @@ def summary_text(summary: Summary, output: str) -> str:
     if summary.failed:
         parts.append(f"{summary.failed:,} failed (column error)")
     by = f" by {', '.join(summary.versions)}" if summary.versions else ""
-    return f"{summary.pictures:,} pictures: {', '.join(parts)}{by}; see {output}"
+    noun = "picture" if summary.pictures == 1 else "pictures"
+    return f"{summary.pictures:,} {noun}: {', '.join(parts)}{by}; see {output}"
 
 
 def skipped_text(skipped: dict[str, int]) -> str:

@@ -53,7 +53,7 @@ class Progress:
         self._failed += failed
         if self._bar is not None:
             if failed:
-                self._bar.set_postfix(failed=self._failed, refresh=False)
+                self._bar.set_postfix_str(f"{self._failed:,} failed", refresh=False)
             self._bar.update()
         elif self._monotonic() - self._shown_s >= INTERVAL_S:
             self._shown_s = self._monotonic()
@@ -70,4 +70,8 @@ def _bar(total: int, stream: TextIO) -> Any:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, unit="img", desc="classifying", file=stream)
+    # A narrow terminal cuts off the end of this: the times, and not the number of failures.
+    form = (
+        "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+    )
+    return tqdm(total=total, unit="img", file=stream, bar_format=form, dynamic_ncols=True)

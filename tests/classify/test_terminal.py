@@ -52,6 +52,17 @@ def test_a_folder_is_shown_without_its_other_files(url: str, pictures: Path, run
     assert "skipped: 1 hidden, 1 not pictures by their names" in err
 
 
+def test_a_folder_without_pictures_is_not_an_error_and_says_so(
+    url: str, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "empty").mkdir()
+    status, out, err = run(tmp_path / "empty", "--url", url)
+    assert (status, out, err) == (0, "", "there is no picture to classify\n")
+    status, out, err = run(tmp_path / "empty", "--url", url, "--output", tmp_path / "a.csv")
+    assert (status, err) == (0, "there is no picture to classify\n")
+    assert out.startswith("0 pictures: 0 answered")
+
+
 @pytest.mark.parametrize("path", ["", "/", "/convoy", "/convoy/"])
 def test_a_proxy_may_serve_the_service_below_a_path(path: str, picture: str, run: Run) -> None:
     asked = []
