@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convoy.classify.progress import warn
 from registry.core.console_logging import log_to_stderr
 from registry.core.errors import ConvoyError, UsageError
 from registry.core.names import one_line
@@ -29,18 +31,27 @@ def main(argv: Sequence[str] | None = None, prog: str = "convoy") -> int:
     Returns:
         0; 1 if a picture got no answer; 2 if the run could not begin or go on; 130 after Ctrl-C.
     """
+    _prepare_streams()
     arguments = command_parser(prog).parse_args(argv)
     log_to_stderr()
     try:
         return int(arguments.run(arguments))
     except ConvoyError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        warn(f"error: {one_line(str(error))}")
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _prepare_streams() -> None:
+    """Make it possible to print whatever the caller's streams and their encoding are."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: the next file would get its number
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python sets it for stderr
 
 
 def command_parser(prog: str) -> argparse.ArgumentParser:
@@ -143,7 +154,9 @@ def _listing(arguments: argparse.Namespace) -> "Listing":
 
     listing = list_pictures(arguments.paths)
     if text := skipped_text(listing.skipped):
-        print(text, file=sys.stderr)
+        warn(text)
+    if not listing.pictures:
+        warn("there is no picture to classify")
     return listing
 
 
@@ -162,14 +175,14 @@ def _go_on(answers: "AnswerFile", source: "Source", listing: "Listing") -> "Summ
 def _report(summary: "Summary", output: Path, *, as_json: bool) -> int:
     import msgspec
 
-    from convoy.classify.printing import summary_text
+    from convoy.classify.printing import show, summary_text
 
     if as_json:
-        print(json.dumps({**msgspec.to_builtins(summary), "output": str(output)}))
+        show(json.dumps({**msgspec.to_builtins(summary), "output": str(output)}))
     else:
-        print(summary_text(summary, str(output)))
+        show(summary_text(summary, str(output)))
     if summary.interrupted:
-        print(f"interrupted; {_resume(output)}", file=sys.stderr)
+        warn(f"interrupted; {_resume(output)}")
         return INTERRUPTED
     return 1 if summary.failed else 0
 

@@ -39,8 +39,7 @@ class HttpSource:
             brief: sends all other requests, and gives up soon.
             model: its name; None for the service's default model.
             top_k: how many classes to ask for.
-            is_bulk: whether the answers name their plan, which needs further requests, and whether
-                an error that holds for all pictures ends the run.
+            is_bulk: whether the answers name their plan, which needs further requests.
         """
         self._client = client
         self._brief = brief
@@ -65,7 +64,7 @@ class HttpSource:
         except convoy_client.Forbidden:
             return self._model
         except convoy_client.ConvoyError as error:
-            raise UsageError(error.detail) from error
+            raise _usage_error(error) from error
         except IndexError as error:
             raise UsageError("the service has no model") from error
         canary = details.canary
@@ -87,7 +86,7 @@ class HttpSource:
         except convoy_client.NotFound:
             return None
         except convoy_client.ConvoyError as error:
-            raise UsageError(error.detail) from error
+            raise _usage_error(error) from error
 
     def answers(
         self, pictures: Iterable[ReadPicture]
@@ -117,14 +116,8 @@ class HttpSource:
 
     def _check_fatal(self, error: convoy_client.ConvoyError) -> None:
         """Raise ``UsageError`` if the next picture would fail, too."""
-        if isinstance(error, convoy_client.InvalidImage):
-            return
-        if self._is_bulk:
-            is_fatal = isinstance(error, FATAL) or (error.is_transient and not self._is_ready())
-        else:
-            is_fatal = error.status is None
-        if is_fatal:
-            raise UsageError(error.detail) from error
+        if isinstance(error, FATAL) or (error.is_transient and not self._is_ready()):
+            raise _usage_error(error) from error
 
     def _is_ready(self) -> bool:
         try:
@@ -156,7 +149,7 @@ class HttpSource:
                 plan = self._client.metadata(model, version=version).plan
             except convoy_client.ConvoyError as error:
                 if error.is_transient:
-                    raise UsageError(error.detail) from error
+                    raise _usage_error(error) from error
                 plan = ""
             self._plans[model, version] = plan
         return self._plans[model, version]
@@ -177,6 +170,13 @@ def open_http(
         _client(url, 1, BRIEF) as brief,
     ):
         yield HttpSource(client, brief, model, top_k, is_bulk=is_bulk)
+
+
+def _usage_error(error: convoy_client.ConvoyError) -> UsageError:
+    """The error that ends the run."""
+    if isinstance(error, convoy_client.Unauthorized):
+        return UsageError(f"{error.detail}; this command sends the token in CONVOY_TOKEN")
+    return UsageError(error.detail)
 
 
 def _client(url: str, concurrency: int, limits: tuple[int, float]) -> Client:

@@ -149,10 +149,12 @@ def _in_folder(root: Path, skipped: Counter[str]) -> Iterator[Picture]:
         for entry in visible:
             if entry.is_dir():
                 continue
-            if entry.suffix.lower() in SUFFIXES and not _is_special(entry):
-                yield Picture(str(entry), str(entry))
-            else:
+            if entry.suffix.lower() not in SUFFIXES:
                 skipped["not pictures by their names"] += 1
+            elif _is_special(entry):
+                skipped["pipes, sockets or devices"] += 1
+            else:
+                yield Picture(str(entry), str(entry))
 
 
 def _is_special(entry: Path) -> bool:

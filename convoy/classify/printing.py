@@ -1,4 +1,4 @@
-"""Prints answers on the terminal: as a table, or as JSON lines."""
+"""Prints answers on standard output: as a table, or as JSON lines."""
 
 import json
 import sys
@@ -6,10 +6,28 @@ from collections.abc import Iterable
 
 from convoy.classify.bulk import Source, Summary
 from convoy.classify.inputs import Picture, read_picture
+from convoy.classify.progress import discard, warn
 from convoy.classify.rows import Answer
+from registry.core.errors import UsageError
 from registry.core.names import one_line
 
 BAR_WIDTH = 24
+
+
+def show(text: str) -> None:
+    """Print ``text`` on standard output, at once.
+
+    Raises:
+        BrokenPipeError: the reader of the output, such as ``head``, has ended.
+        UsageError: the output cannot be written: its disk may be full.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UsageError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def print_answers(source: Source, pictures: Iterable[Picture], *, as_json: bool) -> int:
@@ -22,16 +40,17 @@ def print_answers(source: Source, pictures: Iterable[Picture], *, as_json: bool)
 
     Raises:
         ConvoyError: as ``source.answers``.
+        BrokenPipeError, UsageError: as ``show``.
     """
     failed = 0
     for picture, answer in source.answers(map(read_picture, pictures)):
         failed += isinstance(answer, str)
         if as_json:
-            print(json.dumps({"file": picture.uri, **_record(answer)}), flush=True)
+            show(json.dumps({"file": picture.uri, **_record(answer)}))
         elif isinstance(answer, str):
-            print(f"{one_line(picture.uri)}: {one_line(answer)}", file=sys.stderr)
+            warn(f"{one_line(picture.uri)}: {one_line(answer)}")
         else:
-            _print_table(picture.uri, answer)
+            show(_table(picture.uri, answer))
     return failed
 
 
@@ -43,7 +62,8 @@ def summary_text(summary: Summary, output: str) -> str:
     if summary.failed:
         parts.append(f"{summary.failed:,} failed (column error)")
     by = f" by {', '.join(summary.versions)}" if summary.versions else ""
-    return f"{summary.pictures:,} pictures: {', '.join(parts)}{by}; see {output}"
+    noun = "picture" if summary.pictures == 1 else "pictures"
+    return f"{summary.pictures:,} {noun}: {', '.join(parts)}{by}; see {output}"
 
 
 def skipped_text(skipped: dict[str, int]) -> str:
@@ -66,9 +86,20 @@ def _record(answer: Answer | str) -> dict[str, object]:
     }
 
 
-def _print_table(name: str, answer: Answer) -> None:
+def _table(name: str, answer: Answer) -> str:
     took_ms = answer.timings_ms.get("total", 0.0)
-    print(f"{one_line(name)}  ({answer.model} version {answer.version}, {took_ms:.1f} ms)")
+    lines = [f"{one_line(name)}  ({answer.model} version {answer.version}, {took_ms:.1f} ms)"]
+    block = _block()
     for each in answer.predictions:
-        bar = "█" * round(each.probability * BAR_WIDTH)
-        print(f"  {each.probability:7.2%}  {bar:<{BAR_WIDTH}}  {one_line(each.label)}", flush=True)
+        bar = block * round(each.probability * BAR_WIDTH)
+        lines.append(f"  {each.probability:7.2%}  {bar:<{BAR_WIDTH}}  {one_line(each.label)}")
+    return "\n".join(lines)
+
+
+def _block() -> str:
+    """The character of which bars consist: one that standard output can encode."""
+    try:
+        "█".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "#"
+    return "█"

@@ -1,5 +1,6 @@
-"""Shows how far a run is: a bar on a terminal, a line every few seconds elsewhere."""
+"""Tells the user on standard error how far a run is, and what it skips."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -8,8 +9,22 @@ from typing import Any, Self, TextIO
 INTERVAL_S = 5.0
 
 
+def warn(text: str, stream: TextIO | None = None) -> None:
+    """Print ``text`` on standard error. If its disk is full, the run goes on without it."""
+    stream = stream or sys.stderr
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Write nowhere what ``stream`` still holds, or else Python's end would fail to write it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Progress:
-    """Counts pictures and shows the count on standard error."""
+    """Counts pictures, and shows a bar on a terminal, or else a line every few seconds."""
 
     def __init__(
         self,
@@ -38,11 +53,11 @@ class Progress:
         self._failed += failed
         if self._bar is not None:
             if failed:
-                self._bar.set_postfix(failed=self._failed, refresh=False)
+                self._bar.set_postfix_str(f"{self._failed:,} failed", refresh=False)
             self._bar.update()
         elif self._monotonic() - self._shown_s >= INTERVAL_S:
             self._shown_s = self._monotonic()
-            print(self._line(), file=self._stream, flush=True)
+            warn(self._line(), self._stream)
 
     def _line(self) -> str:
         rate = self._done / max(0.001, self._shown_s - self._started_s)
@@ -55,4 +70,8 @@ def _bar(total: int, stream: TextIO) -> Any:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, unit="img", desc="classifying", file=stream)
+    # A narrow terminal cuts off the end of this: the times, and not the number of failures.
+    form = (
+        "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+    )
+    return tqdm(total=total, unit="img", file=stream, bar_format=form, dynamic_ncols=True)

@@ -402,6 +402,11 @@ def test_a_table_names_the_pictures(suffix: str, url: str, pictures: Path, run: 
         assert "both an input and the output" in err
 
 
+def test_one_picture_is_a_picture(url: str, picture: str, run: Run, tmp_path: Path) -> None:
+    _, out, _ = run(picture, "--output", tmp_path / "a.csv", "--url", url)
+    assert out.startswith("1 picture: 1 answered by digits version 1; see ")
+
+
 def test_with_json_the_summary_is_json(url: str, pictures: Path, run: Run) -> None:
     status, out, _ = run(pictures, "--output", "a.csv", "--url", url, "--json")
     assert status == 0

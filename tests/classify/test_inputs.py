@@ -47,7 +47,9 @@ def test_a_folder_that_links_reach_again_is_listed_once(folder: Path) -> None:
 
 def test_a_pipe_in_a_folder_is_not_opened(folder: Path) -> None:
     os.mkfifo(folder / "pipe.png")
-    assert "in/pipe.png" not in uris("in")
+    listing = list_pictures(["in"])
+    assert "in/pipe.png" not in [each.uri for each in listing.pictures]
+    assert listing.skipped["pipes, sockets or devices"] == 1
 
 
 def test_a_pattern_is_expanded_and_one_without_a_match_is_refused(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from io import StringIO
 
+import pytest
+
 from convoy.classify.progress import INTERVAL_S, Progress
 
 
@@ -23,10 +25,21 @@ def test_without_a_terminal_a_line_appears_every_few_seconds() -> None:
     ]
 
 
+def test_a_narrow_terminal_shows_how_many_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (40, 24))
+    stream = Terminal()
+    with Progress(20_000, stream) as progress:
+        for _ in range(20_000):
+            progress.advance(failed=True)
+    last = stream.getvalue().splitlines()[-1]
+    assert len(last) <= 40
+    assert "20000/20000, 20,000 failed" in last
+
+
 def test_a_terminal_has_a_bar() -> None:
     stream = Terminal()
     with Progress(2, stream) as progress:
         progress.advance()
         progress.advance(failed=True)
     assert "2/2" in stream.getvalue()
-    assert "failed=1" in stream.getvalue()
+    assert "1 failed" in stream.getvalue()

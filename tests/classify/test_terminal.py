@@ -52,6 +52,17 @@ def test_a_folder_is_shown_without_its_other_files(url: str, pictures: Path, run
     assert "skipped: 1 hidden, 1 not pictures by their names" in err
 
 
+def test_a_folder_without_pictures_is_not_an_error_and_says_so(
+    url: str, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "empty").mkdir()
+    status, out, err = run(tmp_path / "empty", "--url", url)
+    assert (status, out, err) == (0, "", "there is no picture to classify\n")
+    status, out, err = run(tmp_path / "empty", "--url", url, "--output", tmp_path / "a.csv")
+    assert (status, err) == (0, "there is no picture to classify\n")
+    assert out.startswith("0 pictures: 0 answered")
+
+
 @pytest.mark.parametrize("path", ["", "/", "/convoy", "/convoy/"])
 def test_a_proxy_may_serve_the_service_below_a_path(path: str, picture: str, run: Run) -> None:
     asked = []
@@ -71,7 +82,7 @@ def test_a_proxy_may_serve_the_service_below_a_path(path: str, picture: str, run
         url = f"http://127.0.0.1:{server.getsockname()[1]}{path}"
         status, _, err = run(picture, "--url", url)
         thread.join()
-    assert status == 1
+    assert status == 2
     assert "answered with status 404" in err
     assert asked == [f"{path.rstrip('/')}/v1/classify?top_k=5"]
 
@@ -103,12 +114,29 @@ def test_a_file_that_could_not_be_classified_is_named_and_the_status_is_1(
     assert "not a JPEG, PNG" in err
     assert "missing.png: No such file" in err
     assert "digits version 1" in out
-    status, _, err = run(picture, "--url", url, "--model", "unknown")
-    assert status == 1
-    assert "no model 'unknown'" in err
     status, out, _ = run(files[0], "--url", url, "--json")
     assert status == 1
     assert "not a JPEG, PNG" in json.loads(out)["error"]
+
+
+def test_an_error_that_holds_for_all_pictures_is_printed_once(
+    url: str, pictures: Path, run: Run
+) -> None:
+    for json_too in ((), ("--json",)):
+        status, out, err = run(pictures, "--url", url, "--model", "unknown", *json_too)
+        assert (status, out) == (2, "")
+        assert err.count("no model 'unknown'") == 1
+
+
+def test_a_missing_token_is_an_error_that_says_where_it_belongs(
+    secured_url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CONVOY_TOKEN")
+    for more in ((), ("--output", "a.csv")):
+        status, out, err = run(pictures, "--url", secured_url, *more)
+        assert (status, out) == (2, "")
+        assert err.splitlines()[-1].startswith("error: no known token was sent")
+        assert err.endswith("this command sends the token in CONVOY_TOKEN\n")
 
 
 def test_a_service_that_does_not_answer_is_an_error_of_one_line(picture: str, run: Run) -> None:
@@ -204,3 +232,45 @@ def test_a_reader_that_ends_early_is_not_an_error_with_a_traceback(
     assert "pictures/0.png" in done.stdout
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def shell(url: str, words: str, streams: str, **environment: str) -> tuple[int, str, str]:
+    """Status, output and errors of ``convoy classify WORDS`` with the shell's ``streams``."""
+    command = f"{sys.executable} -m convoy classify {words} --url {url} {streams}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", ["", "--json", "--output a.csv"])
+def test_an_output_that_cannot_be_written_is_an_error_of_one_line(
+    url: str, pictures: Path, words: str
+) -> None:
+    status, _, err = shell(url, f"pictures/0.png {words}", "> /dev/full")
+    assert status == 2
+    assert err == "error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("streams", ["2> /dev/full", "2>&-", ">&- 2>&-"])
+def test_a_run_does_not_need_a_place_for_its_messages(
+    url: str, pictures: Path, streams: str
+) -> None:
+    (pictures / "bad.png").write_text("no picture")
+    status, out, err = shell(url, "pictures --output a.csv", streams)
+    assert (status, err) == (1, "")
+    assert "skipped" not in out
+    assert len(Path("a.csv").read_text().splitlines()) == 9
+    assert shell(url, "pictures", streams)[0] == 1
+
+
+def test_a_terminal_that_is_not_utf8_gets_other_characters(url: str, pictures: Path) -> None:
+    (pictures / "0.png").rename("pictures/ä.png")
+    status, out, err = shell(url, "pictures", "", PYTHONIOENCODING="ascii")
+    assert (status, "Traceback" in err) == (0, False)
+    assert "pictures/\\xe4.png  (digits version 1" in out
+    assert "  #" in out
