@@ -46,7 +46,7 @@ def main() -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--workloads", default="w1,w2")
     options.add_argument("--repetitions", type=int, default=5)
-    options.add_argument("--seconds", type=float, default=4.0)
+    options.add_argument("--seconds", type=int, default=4)
     arguments = options.parse_args()
     if not shutil.which("h2load"):
         raise SystemExit("there is no h2load; install Debian's package nghttp2-client")
@@ -62,7 +62,7 @@ def main() -> int:
     return 0
 
 
-def compare(workload: str, repetitions: int, seconds: float) -> dict[str, Any]:
+def compare(workload: str, repetitions: int, seconds: int) -> dict[str, Any]:
     """The medians and the raw figures of both sides on one workload."""
     bundle = prepare(workload)
     model, picture = bundle.manifest.model, bundle.read(bundle.golden()[0].file)
@@ -116,9 +116,7 @@ def _commands(
     yield "http", ["--h1", "-d", str(body), *headers, url]
 
 
-def measure(
-    service: RunningService, command: list[str], connections: int, seconds: float
-) -> Figures:
+def measure(service: RunningService, command: list[str], connections: int, seconds: int) -> Figures:
     """The figures of one window of load.
 
     Raises:
