@@ -63,13 +63,15 @@ test-all: $(DEV) $(OTHER_CLIENTS) ## run also the slow and the end-to-end tests,
 coverage: ## run test-all and measure the code's coverage (takes nearly twice as long)
 	@$(MAKE) test-all ARGS='--cov --cov-report=term $(ARGS)'
 
-check: $(DEV) ## check formatting, lint, types, English and secrets
+check: $(DEV) ## check formatting, lint, types, English, secrets and commit subjects
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python deploy/check_english.py
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive convoy registry service training clients/python
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-lines 'secret_file = '
+	@git log --since=2026-11-30T12:00Z --format=%s | awk 'length > 72 { print "over 72 characters: " $$0; found = 1 } \
+	    END { exit found }'
 
 torture: $(DEV) ## fail every call to the registry, the disk and torch in turn (long)
 	$(BIN)/python -m pytest -m torture tests/torture $(ARGS)

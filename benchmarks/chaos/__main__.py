@@ -51,17 +51,26 @@ def main() -> int:
     arguments = options.parse_args()
     if arguments.scenario != "all":
         return play(arguments.scenario, arguments.json, arguments.picture, arguments.amount)
+    for path in filter(None, (arguments.json, arguments.picture)):
+        if not path.is_dir():
+            options.error(f"all scenarios need a folder, which {path} is not")
     status = 0
-    for name in SCENARIOS:  # --json and --picture then name folders
+    for name in SCENARIOS:
         print(f"== {name}", flush=True)
-        figures = arguments.json and arguments.json / f"{name}.json"
-        picture = arguments.picture and arguments.picture / f"chaos-{name}.png"
-        status |= play(name, figures, picture, None)
+        status |= play(name, arguments.json, arguments.picture, None)
     return status
 
 
 def play(name: str, file: Path | None, picture: Path | None, amount: int | None) -> int:
-    """Play a scenario; returns 1 if a figure misses its bound."""
+    """Play a scenario; returns 1 if a figure misses its bound.
+
+    ``file`` gets the figures, and ``picture`` a drawing. If one is a folder, it gets a file that is
+    named after the scenario.
+    """
+    if file and file.is_dir():
+        file /= f"{name}.json"
+    if picture and picture.is_dir():
+        picture /= f"chaos-{name}.png"
     scenario = SCENARIOS[name]
     figures, traffic = scenario(*([amount] if amount else []))
     problems = missed(name, figures)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from registry.core.errors import ConvoyError, InvalidTensor
+from service.http.bodies.base64_text import paced
 from service.http.bodies.reading import within
 from service.inference.requests import InputImage, Result
 from service.protocols.grpc_v2 import inference_pb2 as pb
@@ -17,6 +18,7 @@ from service.protocols.openinference.infer_response import (
 )
 from service.protocols.openinference.tensors import (
     ENCODED,
+    JSON_BYTES_PER_VALUE,
     PIXELS,
     TensorHead,
     checked_head,
@@ -25,6 +27,8 @@ from service.protocols.openinference.tensors import (
 )
 from service.settings import Settings
 
+# So many typed values become Python's numbers at a time, which take eight times the memory.
+VALUES_AT_ONCE = 4096
 Parameters = Mapping[str, pb.InferParameter]
 
 
@@ -57,7 +61,10 @@ class InferImages:
                 )
             raw = memoryview(message.raw_input_contents[0])
             return images_from_bytes(head, raw, self._settings.max_image_bytes)
-        if head.datatype != ENCODED and head.values > self._settings.max_json_bytes // 2:
+        if (
+            head.datatype != ENCODED
+            and JSON_BYTES_PER_VALUE * head.values > self._settings.max_json_bytes
+        ):
             # As many as JSON could hold. Python makes an object of each value; raw bytes need none.
             raise InvalidTensor(
                 f"the tensor has {head.values:,} typed values; send it as raw_input_contents"
@@ -83,13 +90,21 @@ def _typed(
     """The images in a tensor's typed contents; raises ``InvalidTensor`` if they do not fit it."""
     if head.datatype != ENCODED:
         numbers: Any = contents.uint_contents if head.datatype == PIXELS else contents.fp32_contents
-        return iter(images_from_values(head, numbers))
+        with paced(JSON_BYTES_PER_VALUE * head.values):
+            return iter(images_from_values(head, _slices(numbers)))
     if len(contents.bytes_contents) != head.images:
         raise InvalidTensor(
             f"the tensor has {len(contents.bytes_contents)} bytes_contents; its shape "
             f"{list(head.shape)} needs {head.images}"
         )
     return (within(each, max_bytes) for each in contents.bytes_contents)
+
+
+def _slices(numbers: Any) -> Iterator[list[float]]:
+    """Typed values in slices of ``VALUES_AT_ONCE``."""
+    return (
+        numbers[start : start + VALUES_AT_ONCE] for start in range(0, len(numbers), VALUES_AT_ONCE)
+    )
 
 
 def _tensor(output: Output, is_raw: bool) -> pb.ModelInferResponse.InferOutputTensor:

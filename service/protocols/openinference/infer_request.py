@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from mmap import mmap
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ from service.protocols.openinference.infer_response import (
 )
 from service.protocols.openinference.tensors import (
     ENCODED,
+    PIXELS,
     TensorHead,
     checked_head,
     images_from_bytes,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 MAX_MEMBER_BYTES = 16 * 1024
 MAX_SHAPE_BYTES = 128
 MAX_ID_CHARACTERS = 1024
+# So much JSON of a tensor becomes Python's numbers at a time, which take 16 times the memory.
+NUMBERS_BYTES = 8 * 1024
 HEADER_LENGTH = "HTTP_INFERENCE_HEADER_CONTENT_LENGTH"
 _LENGTH = re.compile(r"[0-9]{1,9}")
 Member = TypeVar("Member")
@@ -89,6 +92,7 @@ _BODY = msgspec.json.Decoder(InferBody)
 _SHAPE = msgspec.json.Decoder(list[int])
 _PARAMETERS = msgspec.json.Decoder(dict[str, Any] | None)
 _OUTPUTS = msgspec.json.Decoder(list[RequestedOutput] | None)
+_WHOLE_NUMBERS = msgspec.json.Decoder(list[int])
 _NUMBERS = msgspec.json.Decoder(list[float])
 _VALUES = msgspec.json.Decoder(list[msgspec.Raw])
 _ONE_VALUE = msgspec.json.Decoder(tuple[msgspec.Raw])
@@ -173,7 +177,8 @@ class InferRequest:
             )
         if head.datatype == ENCODED:
             return images_of(*_texts(head, tensor.data), limit)
-        return iter(images_from_values(head, _numbers(head, tensor.data)))
+        with paced(memoryview(tensor.data).nbytes):
+            return iter(images_from_values(head, _numbers(head, tensor.data)))
 
 
 def _member(
@@ -228,11 +233,12 @@ def _only(value: msgspec.Raw) -> msgspec.Raw:
     return value
 
 
-def _numbers(head: TensorHead, data: msgspec.Raw) -> list[float]:
-    """The numbers of a tensor in JSON, nested or flat.
+def _numbers(head: TensorHead, data: msgspec.Raw) -> Iterator[Sequence[float]]:
+    """The numbers of a tensor in JSON, nested or flat, in slices.
 
     Raises:
-        InvalidTensor: there are more or fewer values than the shape says, or other ones.
+        InvalidTensor: there are more or fewer values than the shape says; or, while the slices are
+            iterated, a value is not a number.
     """
     flat = bytes(data).translate(None, _BRACKETS_AND_SPACE)
     number = flat.count(b",") + 1
@@ -240,8 +246,25 @@ def _numbers(head: TensorHead, data: msgspec.Raw) -> list[float]:
         raise InvalidTensor(
             f"the tensor has {number:,} values; its shape {list(head.shape)} needs {head.values:,}"
         )
-    with paced(len(flat)):
-        try:
-            return _NUMBERS.decode(b"[" + flat + b"]")
-        except msgspec.MsgspecError as error:
-            raise InvalidTensor(f"a value of the tensor is not a number: {error}") from error
+    return (_decoded(head, b"[" + each + b"]") for each in _slices(flat))
+
+
+def _slices(flat: bytes) -> Iterator[bytes]:
+    """``flat`` in slices of about ``NUMBERS_BYTES``, cut at commas, without those commas."""
+    start = 0
+    while start < len(flat):
+        comma = flat.find(b",", start + NUMBERS_BYTES)
+        end = len(flat) if comma < 0 else comma
+        yield flat[start:end]
+        start = end + 1
+
+
+def _decoded(head: TensorHead, text: bytes) -> Sequence[float]:
+    """The numbers of a JSON list; whole ones if all are and the tensor has pixels."""
+    if head.datatype == PIXELS:  # whole numbers take a third of the time
+        with contextlib.suppress(msgspec.MsgspecError):
+            return _WHOLE_NUMBERS.decode(text)
+    try:
+        return _NUMBERS.decode(text)
+    except msgspec.MsgspecError as error:
+        raise InvalidTensor(f"a value of the tensor is not a number: {error}") from error

@@ -1,8 +1,10 @@
 """The tensors of the protocol: what a version takes and gives, and how their bytes are laid out."""
 
+import contextlib
 import math
 import struct
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from registry.core.errors import ConvoyError, InvalidTensor
 from registry.model.manifest import PreprocessSpec
+from service.http.bodies.base64_text import LARGE_JSON_BYTES
 from service.http.bodies.reading import too_large
 from service.inference.requests import InputImage
 
@@ -19,6 +22,10 @@ PROBABILITIES, LABELS = "probabilities", "labels"
 DTYPES: dict[str, np.dtype[Any]] = {PIXELS: np.dtype("u1"), NORMALISED: np.dtype("<f4")}
 _LENGTH = struct.Struct("<I")
 MAX_SIDE = 4096
+# A value takes at least a digit and a comma.
+JSON_BYTES_PER_VALUE = 2
+# Between two slices of a large tensor, so that the server's loop gets the interpreter.
+PAUSE_S = 0.0001
 
 
 class TensorSpec(Struct, frozen=True):
@@ -122,24 +129,48 @@ def images_from_bytes(
     yield from np.frombuffer(data, dtype).reshape(head.shape)
 
 
-def images_from_values(head: TensorHead, values: list[float]) -> NDArray[Any]:
-    """The images in the JSON form of a tensor of numbers; ``values`` are row-major.
+def images_from_values(head: TensorHead, slices: Iterable[Sequence[float]]) -> NDArray[Any]:
+    """The images of a tensor of numbers, from slices of its values, which are row-major.
+
+    Iterating a slice and storing it holds the interpreter, for 0.2 s if a tensor has the 2 million
+    values that JSON of 4 MiB can hold. This function therefore pauses between the slices of a large
+    tensor, and the caller reads one large tensor at a time, by ``paced``.
+
+    Args:
+        head: the tensor's head. The caller has checked that it has not too many values.
+        slices: slices of the values. They may be made while they are iterated.
 
     Raises:
         InvalidTensor: there are more or fewer values, or one does not fit the datatype.
     """
-    if len(values) != head.values:
+    values = np.empty(head.values, DTYPES[head.datatype])
+    filled = 0
+    is_large = JSON_BYTES_PER_VALUE * head.values > LARGE_JSON_BYTES
+    for each in slices:
+        if filled + len(each) <= head.values:
+            values[filled : filled + len(each)] = _checked_values(head.datatype, each)
+        filled += len(each)
+        if is_large:
+            time.sleep(PAUSE_S)
+    if filled != head.values:
         raise InvalidTensor(
-            f"the tensor has {len(values)} values; its shape {list(head.shape)} needs {head.values}"
+            f"the tensor has {filled:,} values; its shape {list(head.shape)} needs {head.values:,}"
         )
+    return values.reshape(head.shape)
+
+
+def _checked_values(datatype: str, values: Sequence[float]) -> NDArray[Any]:
+    """Values of ``datatype``; raises ``InvalidTensor`` if one does not fit it."""
+    if datatype == PIXELS:
+        with contextlib.suppress(TypeError, ValueError):
+            return np.frombuffer(bytes(values), np.uint8)  # type: ignore[arg-type]
     array = np.array(values, np.float64)
-    if head.datatype == PIXELS and not (
+    if datatype == PIXELS and not (
         (array >= 0).all() and (array <= 255).all() and (array == np.rint(array)).all()
     ):
         raise InvalidTensor("a value of the UINT8 tensor is not a whole number from 0 to 255")
     with np.errstate(over="ignore"):  # infinity is refused later, as every value out of range
-        images: NDArray[Any] = array.astype(DTYPES[head.datatype])
-    return images.reshape(head.shape)
+        return array.astype(DTYPES[datatype])
 
 
 def bytes_tensor(elements: Iterable[bytes]) -> bytes:
