@@ -11,6 +11,8 @@ from collections.abc import Sequence
 TRAINING, REGISTRY, SERVICE = "training.__main__", "registry.cli.main", "service.__main__"
 CLASSIFY = "convoy.classify.command"
 
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
+
 # Heading → verb → the module that has it, and what it does.
 VERBS: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         module = importlib.import_module(modules[verb])
+    except KeyboardInterrupt:  # importing may take seconds; afterwards, the verb handles Ctrl-C
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         print(f"error: convoy {verb} needs the package {error.name}", file=sys.stderr)
         return 2

@@ -52,6 +52,16 @@ def test_a_misspelt_verb_is_refused_with_the_one_that_was_meant(
     assert "convoy --help" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_a_verb_is_imported_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(name: str) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert main(["classify", "a.png"]) == 130
+
+
 def test_without_a_verb_the_help_page_goes_to_standard_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

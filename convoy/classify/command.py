@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from convoy.classify.inputs import Listing
 
 MAX_TOP_K = 10_000
-INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "convoy") -> int:

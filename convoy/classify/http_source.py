@@ -43,7 +43,7 @@ class HttpSource:
         """
         self._client = client
         self._brief = brief
-        self._model = model
+        self._model = self._expected = model
         self._top_k = top_k
         self._is_bulk = is_bulk
         self._plans: dict[tuple[str, int], str] = {}
@@ -69,6 +69,7 @@ class HttpSource:
             raise UsageError("the service has no model") from error
         canary = details.canary
         self._answering = {details.version, canary.version if canary and canary.share else None}
+        self._expected = name
         return name
 
     def class_count(self, model: str, version: int) -> int | None:
@@ -126,6 +127,10 @@ class HttpSource:
             return False
 
     def _answer(self, found: Classification) -> Answer:
+        if self._expected not in (None, found.model):
+            raise UsageError(
+                f"the service answered for the model {found.model!r}, not {self._expected!r}"
+            )
         return Answer(
             model=found.model,
             version=found.version,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,23 @@ def test_nothing_is_written_if_the_service_cannot_answer(
     assert status == 2
     assert "no model 'cats'" in err
     assert not Path("a.csv").exists()
+
+
+def test_a_service_that_answers_for_another_model_ends_the_run(
+    url: str, pictures: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = convoy_client.Client.classify_many
+
+    def classify_many(client: convoy_client.Client, images: Any, **options: Any) -> Any:
+        for result in true(client, images, **options):
+            assert isinstance(result, convoy_client.Classification)
+            yield replace(result, model="cats")
+
+    monkeypatch.setattr(convoy_client.Client, "classify_many", classify_many)
+    status, _, err = run(pictures, "--output", "a.csv", "--url", url)
+    assert status == 2
+    assert "answered for the model 'cats', not 'digits'" in err
+    assert read("a.csv") == []
 
 
 def test_a_service_that_ends_during_the_run_ends_the_run(

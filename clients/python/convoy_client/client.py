@@ -112,7 +112,8 @@ class Client:
         Args:
             url: address of the service; a path of a proxy may follow the host.
             token: sent with each request; None means the variable ``CONVOY_TOKEN``, if it is set.
-            timeout_s: seconds for one try of a request.
+            timeout_s: seconds for one try of a request. A server that sends the headers of its
+                answer in small parts can exceed it: only ``AsyncClient`` ends that.
             deadline_s: seconds for all tries of a request and the waits between them.
             retries: how often a request is sent again after a transient failure: no connection,
                 a broken connection, a time-out, and status 429, 502, 503 or 504.
