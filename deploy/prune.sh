@@ -1,10 +1,11 @@
 #!/bin/sh
-# Remove from /opt/venv what the service never loads: installers, tests, headers, plugins for other
+# Remove from /opt/venv what the service never loads: setuptools, tests, headers, plugins for other
 # devices, readers of other model formats, and symbols. docs/operations.md lists what is left.
 set -eu
 site=$(echo /opt/venv/lib/python3*/site-packages)
 # torch needs some of these packages to compile models; the image has no compiler.
-/opt/venv/bin/pip uninstall --quiet --yes openvino-telemetry networkx sympy mpmath setuptools pip || true
+PYTHONPATH=pip.whl python -m pip uninstall --quiet --yes \
+    openvino-telemetry networkx sympy mpmath setuptools || true
 cd "$site"
 [ ! -d torch ] || find torch/bin -type f ! -name torch_shm_manager -delete
 rm -rf numpy/tests numpy/*/tests scipy/*/tests pandas/tests pyarrow/tests pyarrow/include \

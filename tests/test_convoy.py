@@ -2,12 +2,16 @@
 
 import argparse
 import importlib
+import importlib.metadata
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from convoy.__main__ import VERBS, main, usage
+from registry.core.names import convoy_version
 
 MODULES = {name: module for verbs in VERBS.values() for name, (module, _) in verbs.items()}
 
@@ -75,3 +79,14 @@ def test_an_error_of_a_verb_is_one_line_and_status_2(
     monkeypatch.setenv("CONVOY_SERVICE_URL", "nonsense")
     assert main(["traffic", "digits"]) == 2
     assert capsys.readouterr().err.startswith("error: CONVOY_SERVICE_URL='nonsense'")
+
+
+def test_without_an_installed_package_the_version_is_that_of_the_project(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_package(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", no_package)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert convoy_version() == project["version"]

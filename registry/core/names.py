@@ -3,13 +3,16 @@
 import hashlib
 import importlib.metadata
 import re
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta, ValidationError
 
 from registry.core.errors import UsageError
 
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # Model names become folder names, URL segments and metric labels; MLflow refuses "/" and ":".
@@ -71,8 +74,16 @@ def unusable(
 
 
 def convoy_version() -> str:
-    """The number of the installed version. Images have Convoy's files, but no installed package."""
+    """Convoy's version, from the installed package, or else from pyproject.toml.
+
+    Images have Convoy's folders and pyproject.toml, but no installed package.
+    """
     try:
         return importlib.metadata.version("convoy")
     except importlib.metadata.PackageNotFoundError:
+        pass
+    try:
+        project = tomllib.loads(PYPROJECT.read_text())["project"]
+    except FileNotFoundError:
         return "(not installed as a package)"
+    return str(project["version"])

@@ -23,7 +23,8 @@ def docker() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def stack(docker: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack with all images built; at the end, checks that no container or volume is left."""
-    made = Stack(docker, tmp_path_factory.mktemp("stack"))
+    files = "docker-compose.yml:docker-compose.grpc.yml"
+    made = Stack(docker, tmp_path_factory.mktemp("stack"), COMPOSE_FILE=files)
     try:
         say("building the images")
         say(f"built in {made.build('proxy', 'service', 'puller', 'trainer'):.0f} s")
@@ -50,3 +51,9 @@ def up(stack: Stack) -> Stack:
 @pytest.fixture(scope="session")
 def picture(up: Stack) -> bytes:
     return up.picture()
+
+
+@pytest.fixture(scope="session")
+def second_version(up: Stack) -> None:
+    """Version 2, a smaller network, whose epoch takes less time; nothing is promoted."""
+    up.train("--recipe", "dense", "--seed", "1")

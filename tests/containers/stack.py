@@ -25,9 +25,9 @@ from benchmarks.traffic import Traffic, post
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
-BASE_IMAGES = ("python:3.11-slim-bookworm", "postgres:16-bookworm", "haproxy:2.8-bookworm")
+BASE_IMAGES = ("python:3.11-slim-bookworm", "postgres:16-bookworm", "haproxy:3.0")
 PULL_S, START_S = 60, 240
-NEEDED = ("docker", "docker-compose", "dockerd", "debootstrap", "iptables")
+NEEDED = ("docker", "docker-compose", "dockerd", "mmdebstrap", "iptables")
 
 
 class CannotRun(Exception):
@@ -134,7 +134,7 @@ def base_images(environment: Mapping[str, str]) -> None:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             run("docker", "pull", image, environment=environment, timeout_s=PULL_S)
             continue
-        say(f"no image registry answers for {image}: building substitutes (three minutes)")
+        say(f"no image registry answers for {image}: building substitutes (two minutes)")
         with tempfile.TemporaryDirectory(prefix="convoy-stand-in-") as work:
             run("deploy/stand-in-images.sh", work, environment=environment)
         return
@@ -172,7 +172,7 @@ class Stack:
     """The containers of docker-compose.yml, under a separate project name."""
 
     def __init__(self, environment: Mapping[str, str], work: Path, **settings: str) -> None:
-        self.port, self.control_port = free_port(), free_port()
+        self.port, self.grpc_port, self.control_port = free_port(), free_port(), free_port()
         secrets = work / "secrets"
         secrets.mkdir(mode=0o700)
         for name in (
@@ -189,6 +189,7 @@ class Stack:
             "COMPOSE": "docker-compose",
             "CONVOY_SECRETS": str(secrets),
             "CONVOY_PORT": str(self.port),
+            "CONVOY_GRPC_PORT": str(self.grpc_port),
             "CONVOY_CONTROL_PORT": str(self.control_port),
             "MLFLOW_PORT": str(free_port()),
             "BUILD_NETWORK": "host",

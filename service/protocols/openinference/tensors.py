@@ -164,7 +164,10 @@ def _checked_values(datatype: str, values: Sequence[float]) -> NDArray[Any]:
     if datatype == PIXELS:
         with contextlib.suppress(TypeError, ValueError):
             return np.frombuffer(bytes(values), np.uint8)  # type: ignore[arg-type]
-    array = np.array(values, np.float64)
+    try:
+        array = np.array(values, np.float64)
+    except OverflowError:  # a whole number of hundreds of digits
+        array = np.array([np.inf])
     if datatype == PIXELS and not (
         (array >= 0).all() and (array <= 255).all() and (array == np.rint(array)).all()
     ):

@@ -37,69 +37,10 @@ from service.protocols.grpc_v2.service import HEALTH_SERVICE
 from service.settings import Settings
 from tests.conftest import WAIT_TIMEOUT_S, free_port, wait_for
 from tests.otlp_receiver import attributes, running_collector
+from tests.service.protocols.grpc_caller import SERVICE, Caller, request
 from tests.service.protocols.tensors import bytes_tensor, normalised
 from tests.service.spans_process import spans_process
 from training.data.sources import Dataset
-
-SERVICE = "inference.GRPCInferenceService"
-
-
-class Caller:
-    """Calls the server by the names of its calls, as any client would."""
-
-    def __init__(self, port: int, credentials: grpc.ChannelCredentials | None = None) -> None:
-        self.address = address = f"127.0.0.1:{port}"
-        self._channel = (
-            grpc.secure_channel(address, credentials)
-            if credentials
-            else grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
-        )
-
-    def call(
-        self, name: str, message: Message, service: str = SERVICE, **metadata: str
-    ) -> tuple[Any, dict[str, str]]:
-        """The answer, and the metadata that came with it."""
-        kinds = {"ModelInfer": pb.ModelInferResponse, "Check": health_pb2.HealthCheckResponse}
-        kind: Any = kinds.get(name) or getattr(pb, f"{name}Response")
-        send: Any = self._channel.unary_unary(
-            f"/{service}/{name}",
-            request_serializer=lambda each: each.SerializeToString(),
-            response_deserializer=kind.FromString,
-        )
-        pairs = [(key.replace("_", "-"), value) for key, value in metadata.items()]
-        answer, call = send.with_call(message, timeout=WAIT_TIMEOUT_S, metadata=pairs)
-        return answer, {key: str(value) for key, value in call.trailing_metadata() or ()}
-
-    def begin(
-        self,
-        name: str,
-        messages: Iterator[bytes],
-        metadata: tuple[tuple[str, str], ...] = (),
-        service: str = SERVICE,
-    ) -> Any:
-        """A call whose messages are sent as ``messages`` yields them."""
-        send: Any = self._channel.stream_unary(f"/{service}/{name}")
-        return send.future(messages, timeout=WAIT_TIMEOUT_S, metadata=metadata)
-
-    def compressing(self, name: str) -> Any:
-        """A function that sends its message compressed."""
-        address = self.address
-        channel = grpc.insecure_channel(address, compression=grpc.Compression.Gzip)
-        return channel.unary_unary(f"/{SERVICE}/{name}")
-
-    def infer(self, message: pb.ModelInferRequest, **metadata: str) -> pb.ModelInferResponse:
-        answer: pb.ModelInferResponse = self.call("ModelInfer", message, **metadata)[0]
-        return answer
-
-    def refusal(self, name: str, message: Message, **metadata: str) -> tuple[str, str]:
-        """The status and the details of a call that fails."""
-        with pytest.raises(grpc.RpcError) as raised:
-            self.call(name, message, **metadata)
-        error: Any = raised.value
-        return error.code().name, error.details()
-
-    def close(self) -> None:
-        self._channel.close()
 
 
 @pytest.fixture
@@ -143,16 +84,6 @@ def expected(ready: FlaskClient, images: list[bytes]) -> Any:
         found = ready.post("/v1/classify?top_k=10", data=each).get_json()["predictions"]
         rows.append([one["probability"] for one in sorted(found, key=lambda one: one["index"])])
     return np.array(rows)
-
-
-def request(
-    datatype: str = "BYTES", shape: tuple[int, ...] = (1,), raw: bytes | None = None, **more: Any
-) -> pb.ModelInferRequest:
-    message = pb.ModelInferRequest(model_name=more.pop("model", "digits"), **more)
-    message.inputs.add(name="x", datatype=datatype, shape=shape)
-    if raw is not None:
-        message.raw_input_contents.append(raw)
-    return message
 
 
 def rows_of(answer: pb.ModelInferResponse) -> Any:

@@ -44,6 +44,7 @@ def test_pixels_may_be_written_with_a_point() -> None:
         ("UINT8", -1, "0 to 255"),
         ("UINT8", 0.5, "0 to 255"),
         ("UINT8", 10**30, "0 to 255"),
+        ("UINT8", 10**400, "0 to 255"),
         ("UINT8", "7", "not a number"),
         ("FP32", None, "not a number"),
         ("FP32", True, "not a number"),
