@@ -36,7 +36,7 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How encoded bytes become the network's input, in training, publishing and serving alike.
 
     The picture is resized, then the centre ``height_px`` × ``width_px`` is cut out. It has many
-    fields, because each library resizes in its own way, and a network answers best for the pictures
+    fields because each library resizes in its own way, and a network answers best for the pictures
     of the library that trained it. At most one of the first three is set; without them, the picture
     is stretched to ``height_px`` × ``width_px``.
 

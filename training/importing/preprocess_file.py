@@ -30,7 +30,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class _File(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The members of a file. Those that ``PreprocessSpec`` also has mean the same there."""
+    """The members of a file. Those that ``PreprocessSpec`` also has mean the same there.
+
+    It has many fields because ``PreprocessSpec`` has them.
+    """
 
     preset: Literal["imagenet", "clip", "inception"] | None = None
     size: int | tuple[int, int] | None = None

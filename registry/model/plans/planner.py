@@ -89,10 +89,10 @@ class Planner:
         Raises:
             PlanUndecided: no plan was chosen yet, or the chosen plan no longer gives the published
                 scores and was removed from the cache.
-            BundleInvalid: the wanted plan is the version's ``reference_plan``, and it does not give
-                the published scores.
+            BundleInvalid: the wanted plan is ``torch-eager`` or the version's ``reference_plan``,
+                and it does not give the published scores.
         """
-        if self._wanted == reference_plan(bundle.manifest).name:
+        if self._wanted in (EAGER, reference_plan(bundle.manifest).name):
             return self._open(bundle, find_plan(self._wanted))
         entry = self._entry(self._root(), bundle)
         selection = self._remembered(entry, bundle)
