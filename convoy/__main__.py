@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 TRAINING, REGISTRY, SERVICE = "training.__main__", "registry.cli.main", "service.__main__"
 CLASSIFY = "convoy.classify.command"
+IMPORT = "training.importing.command"
 
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
 
@@ -17,6 +18,7 @@ INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
 VERBS: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
         "train": (TRAINING, "train a network and register it as the next version"),
+        "import": (IMPORT, "import a model that was trained elsewhere"),
         "compare": (
             TRAINING,
             "train several recipes with several seeds, and test on shifted pictures",

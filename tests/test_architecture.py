@@ -72,6 +72,7 @@ MAY_IMPORT = {
     "training.data": {CORE, MODEL},
     "training.fitting": {CORE, MODEL, "training.data"},
     "training.publishing": {CORE, MODEL, STORE, "training.data", "training.fitting"},
+    "training.importing": {CORE, MODEL, STORE, "training.data", "training.publishing"},
     "training": {"training", CORE, MODEL, STORE},
 }
 

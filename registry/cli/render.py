@@ -47,10 +47,23 @@ def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence[
         f"  data       {data.name}: {counts}; sha256 {data.sha256[:12]}…",
         f"  source     {source.recipe}, seed {source.seed}, {source.device}, "
         f"commit {source.git_commit}",
+        *_imported(manifest),
         *(f"  {name:<28} {value:.4f}" for name, value in manifest.metrics.items()),
         *(f"  {decision(line)}" for line in decisions),
     ]
     return _page(lines)
+
+
+def _imported(manifest: Manifest) -> list[str]:
+    """Where an imported version comes from, and what proves its answers."""
+    if (record := manifest.imported) is None:
+        return []
+    proof = "not compared with answers from there"
+    if record.compared:
+        proof = f"{record.compared:,} answers from there are equal"
+        if record.largest_difference is not None:
+            proof += f" to {record.largest_difference:.2g}"
+    return [f"  imported   {record.origin}, sha256 {record.sha256[:12]}…; {proof}"]
 
 
 def _rounded(tag: str | None) -> str:

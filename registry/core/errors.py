@@ -80,6 +80,10 @@ class BundleInvalid(ConvoyError):
     """A bundle is damaged, incomplete, of another schema, or does not give its published scores."""
 
 
+class ReferenceDiffers(ConvoyError):
+    """An imported model does not answer as its owner's reference says."""
+
+
 class DeviceUnavailable(ConvoyError):
     """The device that the user named cannot run a kernel."""
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from registry.core.errors import BundleInvalid
 from registry.core.names import sha256_hex
+from registry.model.graphs.onnx_rules import check_onnx
 from registry.model.heldout import Heldout, TrainingRecord
 from registry.model.manifest import FileEntry, Manifest, manifest_from_json
 
@@ -37,7 +38,6 @@ THUMBNAILS = "thumbnails.npz"
 # The network with its weights, for engines other than torch. A version may lack some or all.
 ONNX_GRAPH = "exports/network.onnx"
 INT8_GRAPH, INT8_WEIGHTS = "exports/int8.xml", "exports/int8.bin"
-ONNX_START = b"\x08"  # protobuf's tag of ModelProto.ir_version, the first field
 # Rounding may lift a probability above 1. In half precision the next number is 1 + 2⁻¹⁰.
 ROUNDING = 1e-3
 # The arrays of one file may take so much memory: enough for 65,000 examples of 1,000 classes.
@@ -101,22 +101,22 @@ class Bundle:
             raise BundleInvalid(f"{self.folder / WEIGHTS}: {error}") from error
 
     def graph(self, name: str) -> bytes:
-        """The bytes of an exported graph that refers to no other file.
+        """The bytes of an exported graph that keeps the rules of ``onnx_rules``.
 
         An engine would read the files that a graph refers to, without a check of their digests.
 
         Raises:
             BundleInvalid: as for ``read``; or the graph is not in the format of its name (an engine
-                might read it nevertheless); or it may refer to another file.
+                might read it nevertheless); or it breaks a rule.
         """
         graph = self.read(name)
         if name == INT8_GRAPH and not graph.startswith(b"<?xml"):
             raise BundleInvalid(f"{self.folder / name} is not in OpenVINO's format")
-        if name == ONNX_GRAPH and not graph.startswith(ONNX_START):
-            raise BundleInvalid(f"{self.folder / name} is not in ONNX's format")
-        # ONNX names a tensor's external file under this key, in every encoding of the field.
-        if name == ONNX_GRAPH and b"location" in graph:
-            raise BundleInvalid(f"{self.folder / name} refers to other files")
+        if name == ONNX_GRAPH:
+            try:
+                check_onnx(graph)
+            except BundleInvalid as error:
+                raise BundleInvalid(f"{self.folder / name}: {error}") from None
         return graph
 
     def golden(self) -> list[GoldenImage]:
@@ -155,7 +155,12 @@ class Bundle:
         return Heldout(labels, probabilities, digests, perceptual_hashes)
 
     def training(self) -> TrainingRecord:
-        """The record of the training examples; ``BundleInvalid`` if an array has another form."""
+        """The record of the training examples; ``BundleInvalid`` if an array has another form.
+
+        It is empty if an imported version does not know them.
+        """
+        if self.manifest.imported and TRAINING not in self.manifest.files:
+            return TrainingRecord(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         arrays = self._arrays(TRAINING, "digests", "perceptual_hashes")
         digests, perceptual_hashes = arrays["digests"], arrays["perceptual_hashes"]
         _check_words(self.folder / TRAINING, digests, (digests.size,))

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 4
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Side = Annotated[int, Meta(ge=1, le=4096)]
+Level = Annotated[int, Meta(ge=0, le=255)]
 
 
 # A plan's probabilities may differ from fp32's by so much, by precision. Trained networks differed
@@ -34,18 +35,47 @@ DEFAULT_TOLERANCES: dict[Precision, float] = {
 class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How encoded bytes become the network's input, in training, publishing and serving alike.
 
-    With ``resize_shorter_px``, the shorter side is resized to it, and the centre ``height_px`` ×
-    ``width_px`` is cut out. Without it, the whole picture is stretched to that size. ``mean`` and
-    ``std`` are per channel, in units of pixel value / 255. The device applies them.
+    The picture is resized, then the centre ``height_px`` × ``width_px`` is cut out. It has many
+    fields because each library resizes in its own way, and a network answers best for the pictures
+    of the library that trained it. At most one of the first three is set; without them, the picture
+    is stretched to ``height_px`` × ``width_px``.
+
+    Attributes:
+        resize_px: the picture is stretched to this width and height.
+        resize_shorter_px: the shorter side gets this size, and the longer one keeps the ratio.
+        letterbox_level: the whole picture is fitted in, centred, and the rest gets this level.
+        interpolation: how pixels are resampled.
+        antialias: whether shrinking averages over all pixels, as Pillow does. Without it, 2
+            (bilinear), 4 (bicubic) or 8 (lanczos) pixels a side are read, as OpenCV does.
+        longer_side: how the longer side is rounded: to the ``nearest`` pixel, or ``down``, as
+            torchvision does.
+        crop_offset: how half a pixel of the crop's offset is rounded: ``down``, or to the ``even``
+            number, as torchvision does.
+        jpeg_quality: the picture is written as a JPEG of this quality, and read again.
+        jpeg_of: which picture is: the whole ``resized`` one, or the ``cropped`` one.
+        shrink_on_load: whether a large JPEG may be decoded at a fraction of its size, which is
+            faster, and moves some levels by one or two.
+        mode: grey, or the order of the channels.
+        mean: per channel, in units of pixel value / 255; the device subtracts it.
+        std: as ``mean``; the device divides by it.
+        exif: whether the picture is turned as its EXIF orientation says.
     """
 
-    mode: Literal["L", "RGB"]
+    mode: Literal["L", "RGB", "BGR"]
     width_px: Side
     height_px: Side
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize_px: tuple[Side, Side] | None = None
     resize_shorter_px: Side | None = None
+    letterbox_level: Level | None = None
     interpolation: Interpolation = "bilinear"
+    antialias: bool = True
+    longer_side: Literal["nearest", "down"] = "nearest"
+    crop_offset: Literal["down", "even"] = "down"
+    jpeg_quality: Annotated[int, Meta(ge=1, le=95)] | None = None
+    jpeg_of: Literal["resized", "cropped"] = "resized"
+    shrink_on_load: bool = True
     exif: Literal["transpose", "ignore"] = "transpose"
 
     def __post_init__(self) -> None:
@@ -55,13 +85,20 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("mean must be finite")
         if not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ValueError("std must be finite and above 0")
+        names = ("resize_px", "resize_shorter_px", "letterbox_level")
+        if len(found := [name for name in names if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"only one of {' and '.join(found)} may be set")
         shorter = self.resize_shorter_px
         if shorter is not None and shorter < max(self.width_px, self.height_px):
             raise ValueError("resize_shorter_px must be at least width_px and height_px")
+        if self.resize_px and (
+            self.resize_px[0] < self.width_px or self.resize_px[1] < self.height_px
+        ):
+            raise ValueError("resize_px must be at least width_px and height_px")
 
     @property
     def channels(self) -> int:
-        """1 for the mode ``L`` (grey), 3 for ``RGB``."""
+        """1 for the mode ``L`` (grey), 3 for ``RGB`` and ``BGR``."""
         return 1 if self.mode == "L" else 3
 
     @property
@@ -114,6 +151,22 @@ class SourceRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     versions: dict[str, str] = {}
 
 
+class ImportRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where an imported version comes from, and how it was compared with its owner's answers.
+
+    Attributes:
+        origin: the source, for people.
+        sha256: the digest of the original graph.
+        compared: for how many pictures the owner's answers were equal; 0 without such answers.
+        largest_difference: of a probability that the owner gave; None without such answers.
+    """
+
+    origin: str
+    sha256: Sha256
+    compared: Annotated[int, Meta(ge=0)] = 0
+    largest_difference: float | None = None
+
+
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """The digest and the size of one file of a bundle."""
 
@@ -132,7 +185,9 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     ``tolerances``: for each precision, the largest difference to a published probability that a
     replay of the golden images accepts. ``plan_accuracy``: plan → accuracy on the held-out
     pictures, for the plans below fp32 that the publishing machine could run; the accuracy of fp32
-    is ``metrics["validation_accuracy"]``. ``scored_champion``: the digest of the manifest of the
+    is ``metrics["validation_accuracy"]``. An imported version without labelled examples has no such
+    metric; the accuracy of a plan is then the part of the examples that get fp32's best class.
+    ``scored_champion``: the digest of the manifest of the
     version that was champion when this one was published. That champion's scores on the held-out
     pictures of this version are in ``champion.npz``.
     """
@@ -150,6 +205,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     )
     plan_accuracy: dict[str, float] = {}
     scored_champion: Sha256 | None = None
+    imported: ImportRecord | None = None
     files: dict[str, FileEntry] = {}
 
     def __post_init__(self) -> None:

@@ -18,8 +18,7 @@ from registry.model.bundle import open_bundle
 from registry.model.classifier import Classifier
 from registry.model.image.decode import decode_image
 from registry.model.manifest import Manifest
-from registry.model.plans.planner import Planner
-from registry.model.plans.torch_eager import EAGER
+from registry.model.plans.planner import Planner, reference_plan
 
 
 class ImageModel:
@@ -67,7 +66,8 @@ class ImageModel:
 def _load_pyfunc(path: str) -> ImageModel:
     """The model in the bundle folder ``path``. MLflow calls this function by its name."""
     bundle = open_bundle(Path(path))
-    planner = Planner(convoy_paths().plans, choose_device("auto"), threads=None, wanted=EAGER)
+    plan = reference_plan(bundle.manifest).name
+    planner = Planner(convoy_paths().plans, choose_device("auto"), threads=None, wanted=plan)
     return ImageModel(bundle.manifest, planner.load(bundle))
 
 

@@ -214,8 +214,14 @@ class GateRunner:
 
 
 def _needed(bundle: Bundle) -> list[str]:
-    """The files that the comparison reads, and those that serving needs."""
-    return [HELDOUT, TRAINING, *bundle.serving_files()]
+    """The files that the comparison reads, and those that serving needs.
+
+    An imported version may lack records of its examples.
+    """
+    records = [HELDOUT, TRAINING]
+    if bundle.manifest.imported:
+        records = [name for name in records if name in bundle.manifest.files]
+    return [*records, *bundle.serving_files()]
 
 
 def _needed_of_challenger(bundle: Bundle) -> list[str]:

@@ -12,7 +12,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from registry.core.errors import PromotionRefused
-from registry.model.bundle import Bundle
+from registry.model.bundle import HELDOUT, Bundle
 from registry.model.heldout import Heldout, Scores, TrainingRecord
 
 Mask = NDArray[np.bool_]
@@ -153,6 +153,11 @@ def describe_classes(old: Labels, new: Labels, to_new: Numbers | None = None) ->
 
 
 def _side(bundle: Bundle) -> Side:
+    if HELDOUT not in bundle.manifest.files:
+        raise PromotionRefused(
+            "a version was imported without labelled examples, so nothing says how accurate it is; "
+            "import it again with --examples, a folder with one folder for each label"
+        )
     return Side(labels=bundle.manifest.labels, heldout=bundle.heldout(), training=bundle.training())
 
 

@@ -262,7 +262,7 @@ def with_onnx_runtimes_mark(graph: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("disguise", "reason"),
     [
-        (in_openvinos_format, "network.onnx is not in ONNX's format"),
+        (in_openvinos_format, "network.onnx: the graph is not an ONNX model"),
         (with_xml_in_it, None),
         (with_onnx_runtimes_mark, None),
     ],

@@ -74,7 +74,7 @@ def test_no_pair_of_8_bit_products_saturates_on_a_cpu_without_vnni(few_digits: D
     ("fails", "left", "warning"),
     [
         ("_to_onnx", set(), "the network cannot be exported: no such operator"),
-        ("_to_int8", {ONNX_GRAPH}, "the int8 graph cannot be exported: no such operator"),
+        ("to_int8", {ONNX_GRAPH}, "the int8 graph cannot be exported: no such operator"),
     ],
 )
 def test_a_graph_that_cannot_be_exported_is_left_out_with_a_warning(

@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def export_network(preprocessed: PreprocessedModel, calibration: Pixels) -> dict
         log.warning("the network cannot be exported: %s", str(error).partition("\n")[0])
         return {}
     try:
-        files |= _to_int8(ready, calibration)
+        files |= to_int8(_convert(ready, calibration), calibration)
     except Exception as error:  # noqa: BLE001 - as above, or OpenVINO is not installed
         log.warning("the int8 graph cannot be exported: %s", str(error).partition("\n")[0])
     return files
@@ -67,11 +68,20 @@ def _to_onnx(ready: nn.Module, calibration: Pixels) -> bytes:
     return data
 
 
-def _to_int8(ready: nn.Module, calibration: Pixels) -> dict[str, bytes]:
-    """The network in int8, quantised after training from OpenVINO's own conversion.
+def _convert(ready: nn.Module, calibration: Pixels) -> Any:
+    """The network as an OpenVINO model, by OpenVINO's own conversion.
 
     From the ONNX graph, NNCF made an int8 graph with an accuracy of 0.38 instead of 0.95
     (docs/decisions/0006).
+    """
+    (pixels,), _ = any_batch(calibration.shape[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # OpenVINO calls functions that torch 2.13 deprecates
+        return import_openvino().convert_model(ready, example_input=pixels)
+
+
+def to_int8(model: Any, calibration: Pixels) -> dict[str, bytes]:
+    """The files of an OpenVINO model in int8, quantised after training.
 
     Weights use half of the 8-bit range (``overflow_fix``): a CPU without VNNI adds pairs of
     products in 16 bits, and these sums then cannot saturate. So every kind of CPU computes the same
@@ -80,10 +90,6 @@ def _to_int8(ready: nn.Module, calibration: Pixels) -> dict[str, bytes]:
     openvino = import_openvino()
     import nncf
 
-    (pixels,), _ = any_batch(calibration.shape[1:])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # OpenVINO calls functions that torch 2.13 deprecates
-        model = openvino.convert_model(ready, example_input=pixels)
     model.reshape({0: [-1, *calibration.shape[1:]]})
     examples = nncf.Dataset([calibration[index : index + 1] for index in range(len(calibration))])
     with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):

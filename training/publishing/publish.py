@@ -76,7 +76,7 @@ def build_manifest(
             git_commit=_git_commit(),
             versions={
                 "python": platform.python_version(),
-                **{name: _public_version(name) for name in RECORDED_PACKAGES},
+                **{name: public_version(name) for name in RECORDED_PACKAGES},
             },
         ),
     )
@@ -247,6 +247,6 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _public_version(package: str) -> str:
+def public_version(package: str) -> str:
     """The version without its local part (``+cpu``), which a package index does not know."""
     return importlib.metadata.version(package).partition("+")[0]

@@ -10,13 +10,15 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from PIL import Image
 
+from registry.core.devices import describe_device
 from registry.core.errors import ConvoyError, VersionNotFound
 from registry.model.bundle import CHAMPION_SCORES, HELDOUT, MAX_ARRAYS_BYTES, TRAINING, to_npz
+from registry.model.classifier import Classifier
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import TRUSTED_LIMITS
 from registry.model.manifest import PreprocessSpec
 from registry.model.plans.base import PlanContext
-from registry.model.plans.torch_eager import eager_classifier
+from registry.model.plans.planner import reference_plan
 from registry.model.refs import CHAMPION, ModelRef
 from registry.store.mlflow_store import ModelStore
 from training.data.sources import Dataset, Examples
@@ -46,11 +48,29 @@ class ChampionScores(Struct, frozen=True):
 def example_files(
     data: Dataset, heldout: Evaluation, champion: ChampionScores | None
 ) -> dict[str, bytes]:
-    """The bundle's files that identify its training examples, and score its held-out examples.
+    """The bundle's files that identify its training examples, and score its held-out examples."""
+    return {
+        **heldout_files(data.validation, heldout, champion),
+        TRAINING: training_file(data.train),
+    }
+
+
+def training_file(examples: Examples) -> bytes:
+    """The file that identifies the training examples."""
+    return to_npz(
+        digests=np.array([int(digest[:16], 16) for digest in examples.digests], np.uint64),
+        perceptual_hashes=difference_hashes(examples.pixels),
+    )
+
+
+def heldout_files(
+    examples: Examples, heldout: Evaluation, champion: ChampionScores | None
+) -> dict[str, bytes]:
+    """The files that score the held-out examples.
 
     If there are more held-out examples than the gate may unpack, only the first ones are kept.
     """
-    examples, classes = data.validation, heldout.probabilities.shape[1]
+    classes = heldout.probabilities.shape[1]
     if champion is not None:
         classes = max(classes, champion.probabilities.shape[1])
     kept = slice((MAX_ARRAYS_BYTES - HEADERS_BYTES) // (RECORD_BYTES + 4 * classes))
@@ -61,10 +81,6 @@ def example_files(
             probabilities=heldout.probabilities[kept],
             digests=digests[kept],
             perceptual_hashes=difference_hashes(examples.pixels[kept]),
-        ),
-        TRAINING: to_npz(
-            digests=np.array([int(digest[:16], 16) for digest in data.train.digests], np.uint64),
-            perceptual_hashes=difference_hashes(data.train.pixels),
         ),
     }
     if champion is not None:
@@ -101,7 +117,9 @@ def score_champion(
         champion = store.resolve(ModelRef(model, alias=CHAMPION))
         with tempfile.TemporaryDirectory(prefix="convoy-champion-") as folder:
             bundle = store.download(champion, Path(folder), lambda each: each.serving_files())
-            classifier = eager_classifier(PlanContext(bundle).preprocessed, device)
+            context = PlanContext(bundle, device)
+            plan = reference_plan(bundle.manifest)
+            classifier = Classifier(plan.load(context), plan.name, describe_device(device))
         log.info(
             "scoring the champion, version %d, on the %d held-out pictures of this one",
             champion.version,

@@ -26,6 +26,7 @@ from registry.model.image.limits import (
     DecodeLimits,
     check_decoded,
 )
+from registry.model.image.resize import centred, resize_plainly, sizes_of
 from registry.model.image.structure import check_parts
 from registry.model.manifest import PreprocessSpec
 
@@ -145,10 +146,12 @@ def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Pixels:
         _check_decoded(image, limits)
         opaque = _opaque(image, data)
         orientation = _orientation(image)
-        plain = opaque if opaque.mode == spec.mode else opaque.convert(spec.mode)
+        mode = "L" if spec.mode == "L" else "RGB"
+        plain = opaque if opaque.mode == mode else opaque.convert(mode)
         is_turned = orientation in QUARTER_TURNS and spec.exif == "transpose"
         fitted = _upright(_fit(plain, spec, size, is_turned), spec, orientation)
-        return np.frombuffer(fitted.tobytes(), dtype=np.uint8).reshape(spec.shape)
+        pixels = np.frombuffer(fitted.tobytes(), dtype=np.uint8).reshape(spec.shape)
+        return in_order(pixels, spec)
 
 
 @contextmanager
@@ -186,6 +189,11 @@ def _decoding() -> Iterator[None]:
         raise InvalidImage(f"the image cannot be decoded: {_without_address(reason)}") from error
 
 
+def in_order(pixels: Pixels, spec: PreprocessSpec) -> Pixels:
+    """Pixels (…, C) in RGB in the order of ``spec``, or the other way round."""
+    return np.ascontiguousarray(pixels[..., ::-1]) if spec.mode == "BGR" else pixels
+
+
 def encode_png(pixels: Pixels) -> bytes:
     """``pixels`` as a PNG, from which ``decode_image`` returns the same pixels at the same size."""
     buffer = BytesIO()
@@ -202,10 +210,11 @@ def _shrink_on_load(image: Image.Image, spec: PreprocessSpec) -> tuple[float, fl
         Width and height of the picture in decoded pixels. They may be fractions, because the
         picture may cover only a part of the last decoded row and column.
     """
-    if not isinstance(image, JpegImageFile):
+    if not isinstance(image, JpegImageFile) or not spec.shrink_on_load:
         return image.size
     width_px, height_px = image.size
-    needed_px = REDUCING_GAP * (spec.resize_shorter_px or max(spec.width_px, spec.height_px))
+    side_px = spec.resize_shorter_px or max(spec.resize_px or (spec.width_px, spec.height_px))
+    needed_px = REDUCING_GAP * side_px
     for factor in (8, 4, 2):
         smaller = (width_px // factor, height_px // factor)
         if min(smaller) >= needed_px:
@@ -318,24 +327,71 @@ def _fit(
         size: width and height of the picture, from ``_shrink_on_load``.
         is_turned: whether the result will be turned by 90°.
     """
-    target = (spec.width_px, spec.height_px)
-    if is_turned:
-        target = target[::-1]
-    resample = _INTERPOLATIONS[spec.interpolation]
-    if spec.resize_shorter_px is None:
-        return image if image.size == target else image.resize(target, resample, box=(0, 0, *size))
-    scale = spec.resize_shorter_px / min(size)
-    width_px, height_px = (max(spec.resize_shorter_px, round(side * scale)) for side in size)
-    left = (width_px - target[0]) // 2
-    top = (height_px - target[1]) // 2
+    target = _turned((spec.width_px, spec.height_px), is_turned)
+    if spec.letterbox_level is not None:
+        return _letterboxed(image, spec, size, target)
+    if spec.resize_shorter_px is not None:
+        whole = sizes_of(*size, spec.resize_shorter_px, spec.longer_side == "down")
+    else:
+        whole = _turned(spec.resize_px, is_turned) if spec.resize_px else target
+    to_even = spec.crop_offset == "even"
+    left, top = centred(whole[0], target[0], to_even), centred(whole[1], target[1], to_even)
     right, bottom = left + target[0], top + target[1]
-    if width_px == size[0] and height_px == size[1]:
-        return image.crop((left, top, right, bottom))
+    if spec.jpeg_quality is not None:
+        resized = _resized(image, spec, size, whole)
+        if spec.jpeg_of == "resized":
+            return _as_jpeg(resized, spec.jpeg_quality).crop((left, top, right, bottom))
+        return _as_jpeg(resized.crop((left, top, right, bottom)), spec.jpeg_quality)
+    if whole[0] == size[0] and whole[1] == size[1]:
+        return image if whole == target else image.crop((left, top, right, bottom))
+    if whole == target or not spec.antialias:
+        return _resized(image, spec, size, whole).crop((left, top, right, bottom))
     # Resize only the centre that stays: a quarter less work on a landscape photograph.
-    across, down = size[0] / width_px, size[1] / height_px
+    across, down = size[0] / whole[0], size[1] / whole[1]
     # Pillow refuses a box that passes the edge by a rounding error.
     end = min(right * across, size[0]), min(bottom * down, size[1])
-    return image.resize(target, resample, box=(left * across, top * down, *end))
+    box = (left * across, top * down, *end)
+    return image.resize(target, _INTERPOLATIONS[spec.interpolation], box=box)
+
+
+def _turned(size: tuple[int, int], is_turned: bool) -> tuple[int, int]:
+    return (size[1], size[0]) if is_turned else size
+
+
+def _resized(
+    image: Image.Image, spec: PreprocessSpec, size: tuple[float, float], wanted: tuple[int, int]
+) -> Image.Image:
+    """The whole picture, whose size is ``size``, in the ``wanted`` width and height."""
+    if wanted[0] == size[0] and wanted[1] == size[1]:
+        return image
+    if spec.antialias:
+        return image.resize(wanted, _INTERPOLATIONS[spec.interpolation], box=(0, 0, *size))
+    pixels = np.asarray(image)
+    deep = pixels.reshape(*pixels.shape[:2], -1)
+    resized = resize_plainly(deep, *wanted, spec.interpolation)
+    return Image.fromarray(resized.reshape(*resized.shape[:2], *pixels.shape[2:]))
+
+
+def _letterboxed(
+    image: Image.Image, spec: PreprocessSpec, size: tuple[float, float], target: tuple[int, int]
+) -> Image.Image:
+    """The whole picture, as large as it fits into ``target``, in the middle of one level."""
+    scale = min(target[0] / size[0], target[1] / size[1])
+    wide, high = (max(1, round(side * scale)) for side in size)
+    level = spec.letterbox_level or 0
+    made = Image.new(image.mode, target, level if image.mode == "L" else (level,) * 3)
+    corner = ((target[0] - wide) // 2, (target[1] - high) // 2)
+    made.paste(_resized(image, spec, size, (wide, high)), corner)
+    return made
+
+
+def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """The picture after it was written as a JPEG and read again."""
+    written = BytesIO()
+    image.save(written, "JPEG", quality=quality)
+    read = Image.open(written, formats=("JPEG",))
+    read.load()
+    return read
 
 
 def _without_address(reason: str) -> str:

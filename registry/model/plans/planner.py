@@ -46,6 +46,8 @@ AUTO = "auto"
 CHOOSING = "choosing.lock"
 # Increase it when a change of the code may choose another plan for the same cache key.
 CACHE_SCHEMA = 3
+# The first that is installed scores versions that are graphs.
+GRAPH_REFERENCES = ("onnxruntime-fp32", "openvino-fp32")
 SELECTION, REFUSED = ".json", ".refused"
 CACHE_ENTRIES = 24
 MAX_ENTRY_BYTES = 65_536
@@ -87,11 +89,11 @@ class Planner:
         Raises:
             PlanUndecided: no plan was chosen yet, or the chosen plan no longer gives the published
                 scores and was removed from the cache.
-            BundleInvalid: the wanted plan is ``torch-eager``, and it does not give the published
-                scores.
+            BundleInvalid: the wanted plan is ``torch-eager`` or the version's ``reference_plan``,
+                and it does not give the published scores.
         """
-        if self._wanted == EAGER:
-            return self._open(bundle, find_plan(EAGER))
+        if self._wanted in (EAGER, reference_plan(bundle.manifest).name):
+            return self._open(bundle, find_plan(self._wanted))
         entry = self._entry(self._root(), bundle)
         selection = self._remembered(entry, bundle)
         if selection is None:
@@ -138,8 +140,8 @@ class Planner:
     def _open(self, bundle: Bundle, plan: Plan) -> Classifier:
         fallback = None
         if self.device != "cpu":
-            eager = find_plan(EAGER)
-            fallback = load_classifier(PlanContext(bundle, "cpu", self._threads), eager)
+            reference = reference_plan(bundle.manifest)
+            fallback = load_classifier(PlanContext(bundle, "cpu", self._threads), reference)
         return load_classifier(PlanContext(bundle, self.device, self._threads), plan, fallback)
 
     def _entry(self, root: Path, bundle: Bundle) -> Path:
@@ -233,6 +235,14 @@ class Planner:
         )
 
 
+def reference_plan(manifest: Manifest) -> Plan:
+    """The fp32 plan that scores a version where speed does not matter, and proves itself."""
+    if isinstance(manifest.network, ListedNetwork):
+        return find_plan(EAGER)
+    plans = [find_plan(name) for name in GRAPH_REFERENCES]
+    return next((each for each in plans if each.unsupported("cpu") is None), plans[0])
+
+
 def score(batch_ms: dict[int, float]) -> float:
     """One figure to compare plans: the geometric mean of ms per image over the batch sizes.
 
@@ -258,7 +268,7 @@ def refused_by_record(plan: Plan, manifest: Manifest) -> str | None:
     if plan.precision == "fp32":
         return None
     accuracy = manifest.plan_accuracy.get(plan.name)
-    fp32 = manifest.metrics.get("validation_accuracy")
+    fp32 = manifest.metrics.get("validation_accuracy", 1.0 if manifest.imported else None)
     if accuracy is None or fp32 is None:
         unproved = (
             "publishing recorded no held-out accuracy of it; "

@@ -1,0 +1,1 @@
+"""Imports models that were trained elsewhere, with proof that they answer as they did there."""
