@@ -189,7 +189,7 @@ def _examples(
             "an import needs pictures, to prove each plan with: a folder with --examples, or the "
             "owner's answers with --reference"
         )
-    # The owner's answers are not the truth, so they are no labels.
+    # The owner's answers are not true labels: the model may have been wrong at home, too.
     return decode_examples(list(reference.paths), [0] * len(reference.paths), spec), False
 
 
