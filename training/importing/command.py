@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.core.console_logging import log_to_stderr
-from registry.core.errors import ConvoyError, UsageError
+from registry.core.errors import ConvoyError, ReferenceDiffers, UsageError
 from registry.core.names import check_model_name
 from registry.core.paths import convoy_paths
 
@@ -27,8 +27,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "convoy") -> int:
     """
     arguments = command_parser(prog).parse_args(argv)
     log_to_stderr()
-    from registry.core.errors import ReferenceDiffers
-
     try:
         return _import(arguments)
     except ReferenceDiffers as error:

@@ -1,5 +1,6 @@
 """Reads the pictures that an import gets: with labels, if they lie in folders named after them."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from registry.core.errors import ConvoyError, UsageError
 from registry.model.image.decode import decode_training_image
 from registry.model.image.limits import TRUSTED_LIMITS
 from registry.model.manifest import PreprocessSpec
+from training.data.memory import check_memory
 from training.data.sources import Examples
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -27,7 +29,7 @@ def read_examples(
         UsageError: there is no picture, one cannot be decoded, or only some have labels.
     """
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}")
+        raise UsageError(f"the folder {folder} does not exist")
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -53,8 +55,11 @@ def decode_examples(files: list[Path], classes: list[int], spec: PreprocessSpec)
     """The pictures of ``files`` with their classes; of equal pictures, the first.
 
     Raises:
-        UsageError: a picture cannot be decoded.
+        UsageError: a picture cannot be decoded, or there are too many for the memory.
     """
+    check_memory(
+        f"{len(files):,} pictures", len(files) * math.prod(spec.shape), "give the import fewer"
+    )
     found: dict[str, int] = {}
     pixels = []
     for position, path in enumerate(tqdm(files, unit="img", desc="reading pictures", disable=None)):

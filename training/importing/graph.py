@@ -1,7 +1,7 @@
 """Turns a foreign ONNX graph into the one that bundles hold: from uint8 pixels to logits.
 
-The foreign graph stays as it is inside. In front of it come the normalisation and the layout of its
-input; behind it, whatever turns its output into logits.
+The foreign graph stays as it is inside. The nodes in front of it normalise the pixels and put them
+in the layout of its input. The nodes behind it turn its output into logits.
 """
 
 from typing import Any, Literal

@@ -5,7 +5,6 @@ import platform
 import tempfile
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
@@ -14,11 +13,9 @@ from registry.core.errors import ReferenceDiffers, UsageError
 from registry.core.names import sha256_hex
 from registry.core.paths import Paths
 from registry.model.bundle import (
-    GOLDEN,
     ONNX_GRAPH,
     THUMBNAILS,
     Bundle,
-    GoldenImage,
     to_npz,
     write_bundle,
 )
@@ -48,7 +45,13 @@ from training.importing.quantise import quantise
 from training.importing.reference import Agreement, Reference, compare, read_reference
 from training.publishing.evaluate import Evaluation
 from training.publishing.plan_accuracy import record_plan_accuracy
-from training.publishing.publish import choose_calibration, choose_golden, public_version, shrink
+from training.publishing.publish import (
+    choose_calibration,
+    golden_files,
+    public_version,
+    shrink,
+    version_tags,
+)
 from training.publishing.records import heldout_files, score_champion
 from training.publishing.tracking import start_run
 
@@ -57,6 +60,8 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "convoy"
 # The largest difference of a probability from the owner's.
 TOLERANCE = 1e-3
+# So many pictures of a reference serve as examples if there are no others.
+MAX_REFERENCE_EXAMPLES = 1000
 DIAGNOSED = 8  # pictures of the reference on which changes are tried
 RECORDED_PACKAGES = ("numpy", "pillow", "msgspec", "onnx", "onnxruntime")
 
@@ -69,7 +74,7 @@ class ForeignModel(Struct, frozen=True, kw_only=True):
         graph: the bytes of its ONNX graph.
         origin: where it comes from, for people.
         labels: of its classes, in their order.
-        preprocess: a TOML file or a preset, or the preprocessing itself.
+        preprocess: a TOML file, or the name of a preset.
         output: the output with the scores, if the graph has several.
         scores: what they are; None to find it out.
     """
@@ -78,7 +83,7 @@ class ForeignModel(Struct, frozen=True, kw_only=True):
     graph: bytes
     origin: str
     labels: tuple[str, ...]
-    preprocess: str | PreprocessSpec
+    preprocess: str
     output: str | None = None
     scores: Scores | None = None
 
@@ -88,7 +93,6 @@ class Evidence(Struct, frozen=True, kw_only=True):
 
     examples: Path | None = None
     reference: Path | None = None
-    tolerance: float = TOLERANCE
 
 
 class Imported(Struct, frozen=True, kw_only=True):
@@ -114,7 +118,7 @@ def import_model(model: ForeignModel, evidence: Evidence, paths: Paths) -> Impor
     graph = read_graph(model.graph)
     facts = describe(graph, model.output)
     _check_labels(model.labels, facts)
-    spec = _spec(model, facts)
+    spec = read_preprocess(model.preprocess, facts.height_px, facts.width_px, facts.channels)
     scores = model.scores or facts.scores
     owner = OwnerGraph(model.graph, facts, scores)
     store = ModelStore(paths)
@@ -122,7 +126,7 @@ def import_model(model: ForeignModel, evidence: Evidence, paths: Paths) -> Impor
     reference = agreement = None
     if evidence.reference is not None:
         reference = read_reference(evidence.reference, model.labels)
-        agreement = _prove_reference(owner, spec, reference, evidence.tolerance)
+        agreement = _prove_reference(owner, spec, reference)
     examples, is_labelled = _examples(evidence, reference, model.labels, spec)
     expected = owner.probabilities(examples.pixels, spec)
     labels = examples.labels if is_labelled else expected.argmax(axis=1)
@@ -144,26 +148,16 @@ def import_model(model: ForeignModel, evidence: Evidence, paths: Paths) -> Impor
         bundle = _write(Path(name) / "bundle", manifest, examples, expected, files)
         classifier = load_classifier(PlanContext(bundle), reference_plan(manifest))
         if reference is not None:
-            agreement = _prove_bundle(classifier, spec, reference, evidence.tolerance)
+            agreement = _prove_bundle(classifier, spec, reference)
         bundle = record_plan_accuracy(bundle, examples.pixels, labels, "cpu")
         run.log_metrics(manifest.metrics)
-        tags = {
-            "convoy.recipe": manifest.source.recipe,
-            **{f"convoy.{key}": f"{value:.6f}" for key, value in manifest.metrics.items()},
-        }
-        version = store.publish(bundle, tags)
+        version = store.publish(bundle, version_tags(manifest))
     return Imported(
         version=version,
         reference=agreement,
         accuracy=heldout.accuracy if is_labelled else None,
         plan_accuracy=bundle.manifest.plan_accuracy,
     )
-
-
-def _spec(model: ForeignModel, facts: GraphFacts) -> PreprocessSpec:
-    if isinstance(model.preprocess, PreprocessSpec):
-        return model.preprocess
-    return read_preprocess(model.preprocess, facts.height_px, facts.width_px, facts.channels)
 
 
 def _check_labels(labels: tuple[str, ...], facts: GraphFacts) -> None:
@@ -190,29 +184,29 @@ def _examples(
             "owner's answers with --reference"
         )
     # The owner's answers are not true labels: the model may have been wrong at home, too.
-    return decode_examples(list(reference.paths), [0] * len(reference.paths), spec), False
+    paths = reference.paths[:MAX_REFERENCE_EXAMPLES]
+    return decode_examples(list(paths), [0] * len(paths), spec), False
 
 
-def _prove_reference(
-    owner: OwnerGraph, spec: PreprocessSpec, reference: Reference, tolerance: float
-) -> Agreement:
+def _prove_reference(owner: OwnerGraph, spec: PreprocessSpec, reference: Reference) -> Agreement:
     """The agreement of the original graph, fed by Convoy's decoder, with the owner's answers.
 
     Raises:
         ReferenceDiffers: they differ; the text says which step of the preprocessing is the cause.
     """
-    pictures = [path.read_bytes() for path in reference.paths]
-    answers = owner.classify(pictures, spec)
-    agreement = compare(answers, reference, tolerance)
+    answers = owner.classify(reference.pictures(), spec)
+    agreement = compare(answers, reference, TOLERANCE)
     if agreement.holds:
         return agreement
     log.info("%s; looking for the cause", _difference(agreement, reference))
     chosen = _most_different(answers, reference)
-    some = _Scored(owner, [pictures[each] for each in chosen])
-    cause = diagnose(some.score, spec, reference.take(chosen), tolerance)
+    some = _Scored(owner, list(reference.take(chosen).pictures()))
+    cause = diagnose(some.score, spec, reference.take(chosen), TOLERANCE)
     text = f"{_difference(agreement, reference)}. The cause: {cause}"
     if cause.changes:
-        then = compare(owner.classify(pictures, cause.changes[-1].spec), reference, tolerance)
+        then = compare(
+            owner.classify(reference.pictures(), cause.changes[-1].spec), reference, TOLERANCE
+        )
         text += f". With that, {then.equal} of all {then.total} answers are equal"
     raise ReferenceDiffers(text)
 
@@ -236,14 +230,13 @@ class _Scored:
         return self._owner.probabilities(self._decoded[plain], spec)
 
 
-def _prove_bundle(
-    classifier: Classifier, spec: PreprocessSpec, reference: Reference, tolerance: float
-) -> Agreement:
+def _prove_bundle(classifier: Classifier, spec: PreprocessSpec, reference: Reference) -> Agreement:
     """The agreement of the bundle, run as a worker runs it, with the owner's answers."""
-    pixels = np.stack(
-        [decode_image(path.read_bytes(), spec, TRUSTED_LIMITS) for path in reference.paths]
-    )
-    agreement = compare(classifier.classify(pixels), reference, tolerance)
+    answers = [
+        classifier.classify(decode_image(each, spec, TRUSTED_LIMITS)[None])
+        for each in reference.pictures()
+    ]
+    agreement = compare(np.concatenate(answers), reference, TOLERANCE)
     if not agreement.holds:
         raise ReferenceDiffers(f"by {classifier.plan}, {_difference(agreement, reference)}")
     return agreement
@@ -323,11 +316,9 @@ def _write(
     files: dict[str, bytes],
 ) -> Bundle:
     """The bundle, whose golden images have the original graph's probabilities."""
-    golden = []
-    for position in choose_golden(examples):
-        file = f"golden/{examples.digests[position][:16]}"
-        files[file] = examples.encode(position)
-        golden.append(GoldenImage(file, tuple(expected[position].tolist())))
-    files[GOLDEN] = msgspec.json.encode(golden)
-    files[THUMBNAILS] = to_npz(pixels=shrink(_in_rgb(examples, manifest.preprocess).pixels))
-    return write_bundle(folder, manifest, files)
+    thumbnails = shrink(_in_rgb(examples, manifest.preprocess).pixels)
+    return write_bundle(
+        folder,
+        manifest,
+        {**files, **golden_files(examples, expected), THUMBNAILS: to_npz(pixels=thumbnails)},
+    )

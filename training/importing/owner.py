@@ -1,6 +1,6 @@
 """``OwnerGraph``: the foreign graph as its owner runs it, apart from everything of Convoy's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +36,10 @@ class OwnerGraph:
         """float32 (N, classes) of uint8 pixels (N, H, W, C), one picture after the other."""
         return np.concatenate([self._one(each[None], spec) for each in pixels])
 
-    def classify(self, pictures: Sequence[bytes], spec: PreprocessSpec) -> Probabilities:
+    def classify(self, pictures: Iterable[bytes], spec: PreprocessSpec) -> Probabilities:
         """float32 (N, classes) of encoded pictures; raises as ``decode_image``."""
-        pixels = np.stack([decode_image(each, spec, TRUSTED_LIMITS) for each in pictures])
-        return self.probabilities(pixels, spec)
+        decoded = (decode_image(each, spec, TRUSTED_LIMITS) for each in pictures)
+        return np.concatenate([self._one(pixels[None], spec) for pixels in decoded])
 
     def _one(self, pixels: Pixels, spec: PreprocessSpec) -> Probabilities:
         facts = self._facts

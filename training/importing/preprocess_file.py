@@ -67,7 +67,7 @@ def read_preprocess(
         channels: its channels, 1 or 3.
 
     Raises:
-        UsageError: there is no such preset or file, or it does not fit the graph.
+        UsageError: ``source`` is neither a preset nor a file, or does not fit the graph.
     """
     if source in PRESETS:
         return make_spec({"preset": source}, height_px, width_px, channels)
@@ -76,7 +76,7 @@ def read_preprocess(
         members = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise UsageError(
-            f"there is no file {source}, and no preset of that name; presets: {', '.join(PRESETS)}"
+            f"{source} is neither a file nor a preset; presets: {', '.join(PRESETS)}"
         ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{source} cannot be read: {error}") from error

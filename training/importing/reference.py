@@ -30,6 +30,10 @@ class Reference(Struct, frozen=True):
     best: NDArray[np.int64]
     probabilities: NDArray[np.float32]
 
+    def pictures(self) -> Iterator[bytes]:
+        """The encoded pictures, read one after the other."""
+        return (path.read_bytes() for path in self.paths)
+
     def take(self, positions: Sequence[int]) -> "Reference":
         """The answers at ``positions``, in that order."""
         index = list(positions)
@@ -140,7 +144,7 @@ def _read_rows(
             values[best] = _number(row[score_column], where)
         path = file.parent / (row[path_column] or "")
         if not path.is_file():
-            raise UsageError(f"{where}: there is no picture {path}")
+            raise UsageError(f"{where}: the picture {path} does not exist")
         yield path, best, values
 
 

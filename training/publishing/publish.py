@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import safetensors.torch
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from registry.core.errors import BundleInvalid
 from registry.model.bundle import (
@@ -114,11 +115,15 @@ def publish(
         )
         pixels = rescore(bundle, data.validation, heldout, device)
         bundle = record_plan_accuracy(bundle, pixels, heldout.labels, device)
-        tags = {
-            "convoy.recipe": manifest.source.recipe,
-            **{f"convoy.{key}": f"{value:.6f}" for key, value in manifest.metrics.items()},
-        }
-        return store.publish(bundle, tags)
+        return store.publish(bundle, version_tags(manifest))
+
+
+def version_tags(manifest: Manifest) -> dict[str, str]:
+    """The tags of a version in MLflow, which lists of versions show."""
+    return {
+        "convoy.recipe": manifest.source.recipe,
+        **{f"convoy.{key}": f"{value:.6f}" for key, value in manifest.metrics.items()},
+    }
 
 
 def write_version(  # noqa: PLR0913 - what a bundle is made of
@@ -145,16 +150,20 @@ def write_version(  # noqa: PLR0913 - what a bundle is made of
         THUMBNAILS: to_npz(pixels=shrink(data.validation.pixels)),
         **exports,
     }
-    golden = []
-    for position in choose_golden(data.validation):
-        encoded = data.validation.encode(position)
-        file = f"golden/{data.validation.digests[position][:16]}"
-        files[file] = encoded
-        golden.append(GoldenImage(file, tuple(heldout.probabilities[position].tolist())))
-    files[GOLDEN] = msgspec.json.encode(golden)
+    files |= golden_files(data.validation, heldout.probabilities)
     files |= {f"report/{path.name}": path.read_bytes() for path in sorted(report.iterdir())}
     scored = champion.manifest_sha256 if champion else None
     return write_bundle(folder, replace(manifest, scored_champion=scored), files)
+
+
+def golden_files(examples: Examples, probabilities: NDArray[np.float32]) -> dict[str, bytes]:
+    """The golden images of ``examples``, and their probabilities (N, classes) to be published."""
+    files, golden = {}, []
+    for position in choose_golden(examples):
+        file = f"golden/{examples.digests[position][:16]}"
+        files[file] = examples.encode(position)
+        golden.append(GoldenImage(file, tuple(probabilities[position].tolist())))
+    return {**files, GOLDEN: msgspec.json.encode(golden)}
 
 
 def choose_golden(examples: Examples) -> list[int]:

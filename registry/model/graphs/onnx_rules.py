@@ -11,7 +11,14 @@ import math
 from collections import defaultdict
 
 from registry.core.errors import BundleInvalid
-from registry.model.graphs.onnx_tensor import Fields, check_tensor, text_of, texts_of
+from registry.model.graphs.onnx_tensor import (
+    MAX_CONSTANT_VALUES,
+    Fields,
+    check_tensor,
+    numbers,
+    text_of,
+    texts_of,
+)
 from registry.model.graphs.wire import Malformed, fields
 
 MAX_GRAPH_BYTES = 1_000_000_000
@@ -30,6 +37,7 @@ MODEL_GRAPH, MODEL_OPSETS, MODEL_TRAINING, MODEL_FUNCTIONS = 7, 8, 20, 25
 GRAPH_NODES, GRAPH_WEIGHTS, GRAPH_INPUTS, GRAPH_SPARSE = 1, 5, 11, 15
 NODE_INPUTS, NODE_OUTPUTS, NODE_NAME, NODE_OPERATOR, NODE_ATTRIBUTES, NODE_DOMAIN = 1, 2, 3, 4, 5, 7
 ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS, ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
+ATTRIBUTE_NUMBERS = (3, 8)
 
 
 def check_onnx(data: bytes) -> None:
@@ -90,6 +98,8 @@ class _Reader:
         for weight in graph.get(GRAPH_WEIGHTS, ()):
             tensor = self._message(weight)
             name = text_of(tensor, 8)
+            if name in self._known:
+                raise BundleInvalid(f"the graph has two tensors {name[:80]!r}")
             self._known.add(name)
             self._remember(name, check_tensor(tensor))
         for each in graph.get(GRAPH_INPUTS, ()):
@@ -122,7 +132,7 @@ class _Reader:
             self._known.add(each)
 
     def _check_attribute(self, attribute: Fields, where: str) -> tuple[int, ...] | None:
-        """The values of an attribute's tensor, if they are few whole numbers."""
+        """The values of an attribute, if they are few whole numbers."""
         if any(number in attribute for number in ATTRIBUTE_GRAPHS):
             raise BundleInvalid(
                 f"{where} holds a graph: control flow is not accepted; export the model without "
@@ -130,7 +140,8 @@ class _Reader:
             )
         if any(number in attribute for number in ATTRIBUTE_SPARSE):
             raise BundleInvalid(f"{where} has a sparse tensor; export it with dense ones")
-        values = None
+        listed = [each for number in ATTRIBUTE_NUMBERS for each in attribute.get(number, ())]
+        values = tuple(numbers(listed, MAX_CONSTANT_VALUES)) or None
         for number in ATTRIBUTE_TENSORS:
             for each in attribute.get(number, ()):
                 values = check_tensor(self._message(each))

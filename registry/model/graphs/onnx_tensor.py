@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from registry.core.errors import BundleInvalid
-from registry.model.graphs.wire import signed, varints
+from registry.model.graphs.wire import Malformed, signed, varints
 
 Fields = Mapping[int, Sequence[int | memoryview]]
 """The values of a message by the number of the field."""
 
 MAX_VALUES = 1_000_000_000
 MAX_AXES = 64
+MAX_NAME_BYTES = 4096
 MAX_CONSTANT_VALUES = 64  # a shape, repeats or pads; longer constants are weights
 INT64 = 7
 # Bytes of a value by ONNX's number of the data type.
@@ -34,11 +35,11 @@ def check_tensor(tensor: Fields) -> tuple[int, ...] | None:
     if EXTERNAL in tensor or any(tensor.get(PLACE, ())):
         raise BundleInvalid("the graph refers to other files")
     name = text_of(tensor, NAME)[:80]
-    shape = numbers(tensor.get(SHAPE, ()), MAX_AXES)
+    shape = numbers(tensor.get(SHAPE, ()), MAX_AXES + 1)
     count = math.prod(shape)
-    if min(shape, default=1) < 0 or count > MAX_VALUES:
+    if len(shape) > MAX_AXES or min(shape, default=1) < 0 or count > MAX_VALUES:
         raise BundleInvalid(f"tensor {name!r} claims the shape {shape[:8]}")
-    kind = numbers(tensor.get(KIND, ())[-1:], 1)[0] if KIND in tensor else 0
+    kind = sum(numbers(tensor.get(KIND, ())[-1:], 1))
     raw = [each for each in tensor.get(RAW, ()) if isinstance(each, memoryview)]
     if raw and raw[-1].nbytes != count * VALUE_BYTES.get(kind, 0):
         raise BundleInvalid(
@@ -70,11 +71,12 @@ def text_of(fields: Fields, number: int) -> str:
 
 
 def texts_of(fields: Fields, number: int) -> list[str]:
-    """The texts of a repeated field."""
+    """The texts of a repeated field; raises ``Malformed`` if one is too long to be a name."""
+    values = fields.get(number, ())
+    if any(isinstance(each, memoryview) and each.nbytes > MAX_NAME_BYTES for each in values):
+        raise Malformed(f"a name has more than {MAX_NAME_BYTES:,} bytes")
     return [
-        bytes(each).decode("utf-8", "replace")
-        for each in fields.get(number, ())
-        if isinstance(each, memoryview)
+        bytes(each).decode("utf-8", "replace") for each in values if isinstance(each, memoryview)
     ]
 
 

@@ -336,20 +336,20 @@ def _fit(
         whole = _turned(spec.resize_px, is_turned) if spec.resize_px else target
     to_even = spec.crop_offset == "even"
     left, top = centred(whole[0], target[0], to_even), centred(whole[1], target[1], to_even)
-    right, bottom = left + target[0], top + target[1]
+    cut = (left, top, left + target[0], top + target[1])
     if spec.jpeg_quality is not None:
         resized = _resized(image, spec, size, whole)
         if spec.jpeg_of == "resized":
-            return _as_jpeg(resized, spec.jpeg_quality).crop((left, top, right, bottom))
-        return _as_jpeg(resized.crop((left, top, right, bottom)), spec.jpeg_quality)
-    if whole[0] == size[0] and whole[1] == size[1]:
-        return image if whole == target else image.crop((left, top, right, bottom))
-    if whole == target or not spec.antialias:
-        return _resized(image, spec, size, whole).crop((left, top, right, bottom))
+            return _as_jpeg(resized, spec.jpeg_quality).crop(cut)
+        return _as_jpeg(resized.crop(cut), spec.jpeg_quality)
+    if whole == target:
+        return _resized(image, spec, size, whole)
+    if not spec.antialias or (whole[0] == size[0] and whole[1] == size[1]):
+        return _resized(image, spec, size, whole).crop(cut)
     # Resize only the centre that stays: a quarter less work on a landscape photograph.
     across, down = size[0] / whole[0], size[1] / whole[1]
     # Pillow refuses a box that passes the edge by a rounding error.
-    end = min(right * across, size[0]), min(bottom * down, size[1])
+    end = min(cut[2] * across, size[0]), min(cut[3] * down, size[1])
     box = (left * across, top * down, *end)
     return image.resize(target, _INTERPOLATIONS[spec.interpolation], box=box)
 

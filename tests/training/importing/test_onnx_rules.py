@@ -38,6 +38,21 @@ def claims_negative(model: Any) -> None:
     model.graph.initializer[1].dims[:] = [-3, -3]
 
 
+def hides_an_axis(model: Any) -> None:
+    model.graph.initializer[1].dims[:] = [1] * 64 + [1 << 40]
+
+
+def has_two_of_one_name(model: Any) -> None:
+    model.graph.initializer.append(model.graph.initializer[0])
+
+
+def fills_from_a_list(model: Any) -> None:
+    model.graph.node.append(
+        helper.make_node("Constant", [], ["sizes"], value_ints=[1 << 20, 1 << 20])
+    )
+    model.graph.node.append(helper.make_node("ConstantOfShape", ["sizes"], ["filled"]))
+
+
 def has_fewer(model: Any) -> None:
     model.graph.initializer[1].ClearField("raw_data")
 
@@ -104,7 +119,10 @@ def many_nodes(model: Any) -> None:
         (only_the_entry, "refers to other files"),
         (claims_much, "claims the shape"),
         (claims_negative, "claims the shape"),
+        (hides_an_axis, "claims the shape"),
         (has_fewer, "fewer values"),
+        (has_two_of_one_name, "two tensors"),
+        (fills_from_a_list, "would make"),
         (cycle, "cycle"),
         (unordered, "order"),
         (made_twice, "already made"),
@@ -133,6 +151,18 @@ def test_operators_of_other_domains_are_refused() -> None:
 def test_what_is_no_onnx_model_is_refused(data: bytes) -> None:
     with pytest.raises(BundleInvalid, match="not an ONNX model"):
         check_onnx(data)
+
+
+def test_a_name_of_a_megabyte_and_an_empty_number_are_refused() -> None:
+    def long(model: Any) -> None:
+        model.graph.node[0].name = "n" * 1_000_000
+
+    with pytest.raises(BundleInvalid, match="a name has more than"):
+        check_onnx(changed(classifier(), long))
+    tensor = b"\x12\x00" + b"\x42\x01t"  # a data type of no bytes, and a name
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    with pytest.raises(BundleInvalid):
+        check_onnx(b"\x42\x02\x10\x11\x3a" + bytes([len(graph)]) + graph)
 
 
 def test_every_truncated_graph_is_refused() -> None:
