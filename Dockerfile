@@ -62,8 +62,10 @@ FROM base AS served
 USER 10001
 ENV CONVOY_HOST=0.0.0.0
 EXPOSE 8080
-HEALTHCHECK --interval=5s --timeout=3s --start-period=120s CMD \
-    ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
+# Patient, because Swarm kills a replica that fails it, and each check starts Python, which may take
+# seconds where all CPUs are busy. The proxy has a check of its own.
+HEALTHCHECK --interval=5s --timeout=15s --retries=6 --start-period=120s CMD \
+    ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=10)"]
 CMD ["python", "-m", "service", "--no-pull"]
 
 FROM packages AS service-packages

@@ -71,4 +71,6 @@ def test_a_stack_is_updated_and_a_bad_image_is_rolled_back(
     image = swarm.docker("service", "inspect", "-f", template, f"{NAME}_service")
     assert image == GOOD
     say(f"Swarm: answers by status: {dict(counts)}")
+    if set(counts) != {200}:
+        say(swarm.docker("service", "ps", "--no-trunc", f"{NAME}_service"))
     assert set(counts) == {200}
