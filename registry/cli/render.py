@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from registry.canary.traffic_stats import UNBOUNDED_S, ServingStatus, VersionTraffic
 from registry.core.names import one_line
 from registry.model.manifest import Manifest
-from registry.model.refs import ModelVersion
+from registry.model.refs import ForeignVersion, ModelVersion
 
 if TYPE_CHECKING:
     from registry.model.plans.planner import PlanSelection
@@ -31,6 +31,15 @@ def versions_table(rows: Iterable[tuple[ModelVersion, Mapping[str, str]]]) -> st
         f"{_when(version)}"
         for version, tags in rows
     ]
+    return _page(lines)
+
+
+def foreign_table(versions: Iterable[ForeignVersion]) -> str:
+    """Versions that MLflow logged without Convoy, each with the command that imports it."""
+    lines = ["not published by Convoy, which serves them once they are imported:"]
+    for each in versions:
+        flavours = ", ".join(each.flavours) or each.why
+        lines += [f"{each.name:<20} {each.version:>7}  {flavours}", f"{'':<30}{each.advice}"]
     return _page(lines)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from registry.cli.open import open_store
-from registry.cli.render import decision, version_page, versions_table
+from registry.cli.render import decision, foreign_table, version_page, versions_table
 from registry.core.names import one_line
 from registry.model.refs import ref_of
 
@@ -18,7 +18,7 @@ AUDIT_RETRY_S = 2.0
 def add_to(commands: Any) -> None:
     """Add these commands to argparse's ``commands``."""
     listing = commands.add_parser("list", help="list models and their versions")
-    listing.add_argument("name", nargs="?", help="only this model")
+    listing.add_argument("name", nargs="?", help="only this model, with all foreign versions")
     listing.set_defaults(run=_list)
 
     show = commands.add_parser("show", help="show one version: manifest, metrics, decisions")
@@ -59,15 +59,20 @@ def _list(arguments: argparse.Namespace) -> int:
     store = open_store()
     names = [arguments.name] if arguments.name else store.models()
     rows = [(version, tags) for name in names for version, tags in store.versions(name)]
+    foreign = store.foreign.versions(arguments.name) if arguments.name else store.foreign.newest()
+    foreign = list(foreign)
     if arguments.json:
-        print(
-            json.dumps([{**msgspec.to_builtins(version), "tags": tags} for version, tags in rows])
-        )
+        known = [{**msgspec.to_builtins(version), "tags": tags} for version, tags in rows]
+        others = [{**msgspec.to_builtins(each), "import": each.advice} for each in foreign]
+        print(json.dumps([*known, *others]))
         return 0
-    if not rows:
-        print("there are no versions yet; publish one with convoy train")
+    if not rows and not foreign:
+        print("there are no versions yet; publish one with convoy train or convoy import")
         return 0
-    print(versions_table(rows))
+    if rows:
+        print(versions_table(rows))
+    if foreign:
+        print(foreign_table(foreign))
     return 0
 
 

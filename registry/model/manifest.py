@@ -47,6 +47,9 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         interpolation: how pixels are resampled.
         antialias: whether shrinking averages over all pixels, as Pillow does. Without it, 2
             (bilinear), 4 (bicubic) or 8 (lanczos) pixels a side are read, as OpenCV does.
+        resampler: whose arithmetic antialiasing has. ``torch`` is that of torch and torchvision for
+            tensors of 8-bit levels, which transformers uses, too. It moves some levels by one or
+            two, and takes ten times as long here.
         longer_side: how the longer side is rounded: to the ``nearest`` pixel, or ``down``, as
             torchvision does.
         crop_offset: how half a pixel of the crop's offset is rounded: ``down``, or to the ``even``
@@ -55,6 +58,8 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         jpeg_of: which picture is: the whole ``resized`` one, or the ``cropped`` one.
         shrink_on_load: whether a large JPEG may be decoded at a fraction of its size, which is
             faster, and moves some levels by one or two.
+        crop_early: whether only the part that stays is resized, which is faster, and moves some
+            levels by one or two.
         mode: grey, or the order of the channels.
         mean: per channel, in units of pixel value / 255; the device subtracts it.
         std: as ``mean``; the device divides by it.
@@ -71,11 +76,13 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     letterbox_level: Level | None = None
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
+    resampler: Literal["pillow", "torch"] = "pillow"
     longer_side: Literal["nearest", "down"] = "nearest"
     crop_offset: Literal["down", "even"] = "down"
     jpeg_quality: Annotated[int, Meta(ge=1, le=95)] | None = None
     jpeg_of: Literal["resized", "cropped"] = "resized"
     shrink_on_load: bool = True
+    crop_early: bool = True
     exif: Literal["transpose", "ignore"] = "transpose"
 
     def __post_init__(self) -> None:
@@ -100,6 +107,12 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def channels(self) -> int:
         """1 for the mode ``L`` (grey), 3 for ``RGB`` and ``BGR``."""
         return 1 if self.mode == "L" else 3
+
+    @property
+    def resizes_as_torch(self) -> bool:
+        """Whether pictures are resized by torch's arithmetic, which has two interpolations."""
+        is_torchs = self.resampler == "torch" and self.antialias
+        return is_torchs and self.interpolation in ("bilinear", "bicubic")
 
     @property
     def shape(self) -> tuple[int, int, int]:

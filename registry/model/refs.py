@@ -33,12 +33,24 @@ class ModelVersion(Struct, frozen=True, kw_only=True):
 class ForeignVersion(Struct, frozen=True, kw_only=True):
     """A version in the registry that Convoy did not publish. It has no readable bundle.
 
-    ``why`` says how Convoy knows that.
+    ``why`` says how Convoy knows that. ``flavours`` are MLflow's names of the ways to load it, if
+    they were asked for, such as ``onnx``.
     """
 
     name: str
     version: int
     why: str
+    flavours: tuple[str, ...] = ()
+
+    @property
+    def advice(self) -> str:
+        """The command that would import it."""
+        known = "--labels FILE --preprocess FILE --reference CSV"
+        if "onnx" in self.flavours:
+            return f"convoy import models:/{self.name}/{self.version} {known}"
+        if "pytorch" in self.flavours:
+            return f"convoy import models:/{self.name}/{self.version} --run-code {known}"
+        return f"export it as ONNX, then convoy import FILE.onnx {known}"
 
 
 class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

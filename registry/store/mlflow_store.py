@@ -21,6 +21,7 @@ from registry.store.audit_log_store import AuditLogStore
 from registry.store.connection.artifacts import Artifacts
 from registry.store.connection.mlflow_connection import MlflowConnection
 from registry.store.connection.pages import all_pages
+from registry.store.foreign_models import ForeignModels
 from registry.store.model_names import DIGEST_TAG, ModelNames
 
 # Where MLflow puts the folder that ``bundle_upload`` gives it.
@@ -40,6 +41,7 @@ class ModelStore:
         names: the names of models and of their logs.
         aliases: which version is the champion, and so on.
         audit_logs: the decisions.
+        foreign: the versions that Convoy did not publish.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -47,6 +49,7 @@ class ModelStore:
         self.names = ModelNames(self.connection)
         self.aliases = Aliases(self.connection, paths.decided)
         self.audit_logs = AuditLogStore(self.connection, self.names)
+        self.foreign = ForeignModels(self.connection)
         self._client = self.connection.client
         self._artifacts = Artifacts(self.connection)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from registry.model.image.decode import decode_image
-from registry.model.image.resize import resize_plainly
+from registry.model.image.resize import resize_as_torch, resize_plainly
 from registry.model.manifest import PreprocessSpec
 
 PHOTOGRAPH = Image.fromarray(
@@ -36,6 +36,26 @@ def test_without_antialiasing_pictures_are_resized_as_by_torch(
     found = resize_plainly(pixels, *size, interpolation)
     rounded = wanted[0].permute(1, 2, 0).round().clamp(0, 255).numpy().astype(int)
     assert np.abs(found.astype(int) - rounded).max() <= (0 if interpolation == "nearest" else 1)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(64, 48), (300, 202), (150, 40), (37, 101)])
+def test_with_antialiasing_levels_are_resized_exactly_as_by_torch(
+    interpolation: Any, size: tuple[int, int]
+) -> None:
+    pixels = np.asarray(PHOTOGRAPH)
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    wanted = torch.nn.functional.interpolate(tensor, size[::-1], mode=interpolation, antialias=True)
+    found = resize_as_torch(pixels, *size, interpolation)
+    np.testing.assert_array_equal(found, wanted[0].permute(1, 2, 0).numpy())
+
+
+def test_the_resampler_of_a_manifest_is_used() -> None:
+    members: dict[str, Any] = {"resize_px": (40, 36), "interpolation": "bicubic"}
+    whole = resize_as_torch(np.asarray(PHOTOGRAPH), 40, 36, "bicubic")
+    np.testing.assert_array_equal(decode(**members, resampler="torch"), whole[2:34, 4:36])
+    pillows = PHOTOGRAPH.resize((40, 36), Image.Resampling.BICUBIC).crop((4, 2, 36, 34))
+    np.testing.assert_array_equal(decode(**members, crop_early=False), np.asarray(pillows))
 
 
 def test_lanczos_without_antialiasing_keeps_a_flat_picture() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,21 @@ from registry.core.console_logging import log_to_stderr
 from registry.core.errors import ConvoyError, ReferenceDiffers, UsageError
 from registry.core.names import check_model_name
 from registry.core.paths import convoy_paths
+from training.importing.preprocess_file import read_members
+from training.importing.reference import Evidence
+from training.importing.sources.base import Request, Source, all_sources
+from training.importing.sources.onnx_file import read_file
 
 if TYPE_CHECKING:
     from training.importing.importer import Imported
 
 MAX_LABELS_BYTES = 10_000_000
 INTERRUPTED = 130
+# The sources that the argument itself shows: a path, or models:/NAME/N.
+FILE, MLFLOW = BY_FORM = ("onnx", "mlflow")
+MLFLOW_SCHEME = "models:/"
+DEFAULT_HELP = "an ONNX file, or models:/NAME/N: a version that MLflow logged in the flavour onnx"
+WEIGHTS_HELP = "a file with the weights: safetensors, or a state_dict that torch saved"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "convoy") -> int:
@@ -45,64 +55,109 @@ def command_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Import a model trained elsewhere.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = commands.add_parser("import", help="import a model that was trained elsewhere")
-    add.add_argument("graph", type=Path, metavar="FILE", help="the model, an ONNX file")
-    add.add_argument(
-        "--labels", type=Path, required=True, metavar="FILE", help="its labels, one on each line"
+    sources = add.add_argument_group("where the model comes from (one of these)")
+    one = sources.add_mutually_exclusive_group(required=True)
+    one.add_argument("source", nargs="?", metavar="FILE", help=DEFAULT_HELP)
+    for source in all_sources().values():
+        if source.name not in BY_FORM:
+            one.add_argument(f"--{source.name}", metavar=source.metavar, help=source.help)
+    sources.add_argument("--weights", type=Path, metavar="FILE", help=WEIGHTS_HELP)
+    sources.add_argument(
+        "--download", action="store_true", help="fetch weights that are not on this machine"
     )
-    add.add_argument(
+    sources.add_argument(
+        "--run-code",
+        action="store_true",
+        help="for models:/NAME/N of another flavour than onnx: run the code that it holds here",
+    )
+    about = add.add_argument_group("what is known of it")
+    about.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="its labels, one on each line (default: those in the library's record)",
+    )
+    about.add_argument(
         "--preprocess",
-        required=True,
         metavar="FILE",
         help="a TOML file that says how pictures become its input, or a preset: imagenet, clip, "
-        "inception",
+        "inception; its members replace those of the library's record",
     )
-    add.add_argument(
+    about.add_argument("--output", help="the output with the scores, if the graph has several")
+    about.add_argument(
+        "--scores",
+        choices=("logits", "probabilities"),
+        help="what the output is (default: probabilities if the graph ends with a softmax)",
+    )
+    proof = add.add_argument_group("what it is proved with (at least one of these)")
+    proof.add_argument(
         "--examples",
         type=Path,
         metavar="FOLDER",
         help="pictures to prove and calibrate plans with; in folders named after labels, the gate "
         "can judge the version",
     )
-    add.add_argument(
+    proof.add_argument(
         "--reference",
         type=Path,
         metavar="CSV",
         help="the answers that the model gave at home: columns file and label, or file and one "
         "for each label; the import is refused unless they are the same here",
     )
-    add.add_argument("--model", help="name in the registry (default: that of the file)")
-    add.add_argument("--output", help="the output with the scores, if the graph has several")
-    add.add_argument(
-        "--scores",
-        choices=("logits", "probabilities"),
-        help="what the output is (default: probabilities if the graph ends with a softmax)",
-    )
+    add.add_argument("--model", help="name in the registry (default: that of the source)")
     add.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    name = check_model_name(arguments.model or arguments.graph.stem.replace("-", "_"))
-    labels = read_labels(arguments.labels)
-    graph = read_file(arguments.graph)
+    source, what = _chosen(arguments)
+    name = check_model_name(arguments.model) if arguments.model else None
+    # Before the source is asked, which may take minutes.
+    evidence = Evidence(examples=arguments.examples, reference=arguments.reference)
+    request = Request(
+        what=what,
+        weights=arguments.weights,
+        labels=read_labels(arguments.labels) if arguments.labels else None,
+        preprocess=read_members(arguments.preprocess) if arguments.preprocess else {},
+        download=arguments.download,
+        run_code=arguments.run_code,
+    )
+    found = source.open(request)
+    if not found.labels:
+        raise UsageError(f"{what} does not say its labels; use --labels, a file with one a line")
+    if not found.preprocess:
+        raise UsageError(f"{what} does not say how pictures become its input; use --preprocess")
     # These modules load torch and MLflow. Imported only now, so that errors above answer at once.
-    from training.importing.importer import Evidence, ForeignModel, import_model
+    from training.importing.importer import ForeignModel, import_model
 
     imported = import_model(
         ForeignModel(
-            name=name,
-            graph=graph,
-            origin=arguments.graph.name,
-            labels=labels,
-            preprocess=arguments.preprocess,
+            name=name or check_model_name(re.sub("[^a-z0-9_]+", "_", found.name.lower())),
+            graph=found.graph,
+            origin=found.origin,
+            labels=found.labels,
+            preprocess=found.preprocess,
             output=arguments.output,
             scores=arguments.scores,
         ),
-        Evidence(examples=arguments.examples, reference=arguments.reference),
+        evidence,
         convoy_paths(),
     )
     show(imported, as_json=arguments.json)
     return 0
+
+
+def _chosen(arguments: argparse.Namespace) -> tuple[Source, str]:
+    """The source that the user chose, and the value of its option."""
+    sources = all_sources()
+    if what := arguments.source:
+        form = MLFLOW if what.startswith(MLFLOW_SCHEME) else FILE
+        return sources[form], what
+    return next(
+        (source, value)
+        for name, source in sources.items()
+        if name not in BY_FORM and (value := getattr(arguments, name))
+    )
 
 
 def show(imported: "Imported", *, as_json: bool) -> None:
@@ -128,6 +183,9 @@ def show(imported: "Imported", *, as_json: bool) -> None:
         print(
             "  reference   none: nothing proves that it answers as it did at home; use --reference"
         )
+    names = ("shrink_on_load", "crop_early")
+    shortcuts = [name for name in names if getattr(imported.preprocess, name)]
+    print(f"  decoding    {', '.join(shortcuts) or 'without shortcuts'}")
     if imported.accuracy is None:
         print("  accuracy    unknown: the examples have no labels, so the gate cannot judge it")
     else:
@@ -157,16 +215,6 @@ def read_labels(file: Path) -> tuple[str, ...]:
     if "" in labels:
         raise UsageError(f"{file}, line {labels.index('') + 1} is empty; it needs a label")
     return labels
-
-
-def read_file(file: Path, limit: int = 1_000_000_000) -> bytes:
-    """The bytes of ``file``; ``UsageError`` if it cannot be read or has more than ``limit``."""
-    try:
-        if (size := file.stat().st_size) > limit:
-            raise UsageError(f"{file} has {size:,} bytes; at most {limit:,} are accepted")
-        return file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
 
 
 if __name__ == "__main__":

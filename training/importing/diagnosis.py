@@ -154,6 +154,8 @@ def _changes(spec: PreprocessSpec) -> Iterator[Change]:
                 text = f'interpolation = "{name}", antialias = {str(antialias).lower()}'
                 changed = replace(spec, interpolation=name, antialias=antialias)
                 yield Change("resize", text, changed)
+    resampler = "pillow" if spec.resampler == "torch" else "torch"
+    yield Change("resize", f'resampler = "{resampler}"', replace(spec, resampler=resampler))
     yield from _sizes(spec)
     yield from _jpegs(spec)
     exif = "ignore" if spec.exif == "transpose" else "transpose"

@@ -4,6 +4,7 @@ import logging
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -40,9 +41,15 @@ from training.importing.diagnosis import diagnose
 from training.importing.examples import decode_examples, read_examples
 from training.importing.graph import GraphFacts, Scores, adapt, describe, read_graph
 from training.importing.owner import OwnerGraph, Probabilities
-from training.importing.preprocess_file import read_preprocess
+from training.importing.preprocess_file import make_spec
 from training.importing.quantise import quantise
-from training.importing.reference import Agreement, Reference, compare, read_reference
+from training.importing.reference import (
+    Agreement,
+    Evidence,
+    Reference,
+    compare,
+    read_reference,
+)
 from training.publishing.evaluate import Evaluation
 from training.publishing.plan_accuracy import record_plan_accuracy
 from training.publishing.publish import (
@@ -74,7 +81,7 @@ class ForeignModel(Struct, frozen=True, kw_only=True):
         graph: the bytes of its ONNX graph.
         origin: where it comes from, for people.
         labels: of its classes, in their order.
-        preprocess: a TOML file, or the name of a preset.
+        preprocess: the members of a preprocessing file.
         output: the output with the scores, if the graph has several.
         scores: what they are; None to find it out.
     """
@@ -83,16 +90,9 @@ class ForeignModel(Struct, frozen=True, kw_only=True):
     graph: bytes
     origin: str
     labels: tuple[str, ...]
-    preprocess: str
+    preprocess: dict[str, Any]
     output: str | None = None
     scores: Scores | None = None
-
-
-class Evidence(Struct, frozen=True, kw_only=True):
-    """What an import is proved with: a folder of pictures, or the owner's answers, or both."""
-
-    examples: Path | None = None
-    reference: Path | None = None
 
 
 class Imported(Struct, frozen=True, kw_only=True):
@@ -102,6 +102,7 @@ class Imported(Struct, frozen=True, kw_only=True):
     """
 
     version: ModelVersion
+    preprocess: PreprocessSpec
     reference: Agreement | None
     accuracy: float | None
     plan_accuracy: dict[str, float]
@@ -118,7 +119,7 @@ def import_model(model: ForeignModel, evidence: Evidence, paths: Paths) -> Impor
     graph = read_graph(model.graph)
     facts = describe(graph, model.output)
     _check_labels(model.labels, facts)
-    spec = read_preprocess(model.preprocess, facts.height_px, facts.width_px, facts.channels)
+    spec = make_spec(model.preprocess, facts.height_px, facts.width_px, facts.channels)
     scores = model.scores or facts.scores
     owner = OwnerGraph(model.graph, facts, scores)
     store = ModelStore(paths)
@@ -127,6 +128,8 @@ def import_model(model: ForeignModel, evidence: Evidence, paths: Paths) -> Impor
     if evidence.reference is not None:
         reference = read_reference(evidence.reference, model.labels)
         agreement = _prove_reference(owner, spec, reference)
+        if not {"shrink_on_load", "crop_early"} & set(model.preprocess):
+            spec = _faster(owner, spec, reference)
     examples, is_labelled = _examples(evidence, reference, model.labels, spec)
     expected = owner.probabilities(examples.pixels, spec)
     labels = examples.labels if is_labelled else expected.argmax(axis=1)
@@ -154,6 +157,7 @@ def import_model(model: ForeignModel, evidence: Evidence, paths: Paths) -> Impor
         version = store.publish(bundle, version_tags(manifest))
     return Imported(
         version=version,
+        preprocess=spec,
         reference=agreement,
         accuracy=heldout.accuracy if is_labelled else None,
         plan_accuracy=bundle.manifest.plan_accuracy,
@@ -178,11 +182,7 @@ def _examples(
     """The pictures for golden images and calibration, and whether their labels are known."""
     if evidence.examples is not None:
         return read_examples(evidence.examples, labels, spec)
-    if reference is None:
-        raise UsageError(
-            "an import needs pictures, to prove each plan with: a folder with --examples, or the "
-            "owner's answers with --reference"
-        )
+    assert reference is not None  # ``Evidence`` has one of the two
     # The owner's answers are not true labels: the model may have been wrong at home, too.
     paths = reference.paths[:MAX_REFERENCE_EXAMPLES]
     return decode_examples(list(paths), [0] * len(paths), spec), False
@@ -209,6 +209,21 @@ def _prove_reference(owner: OwnerGraph, spec: PreprocessSpec, reference: Referen
         )
         text += f". With that, {then.equal} of all {then.total} answers are equal"
     raise ReferenceDiffers(text)
+
+
+def _faster(owner: OwnerGraph, spec: PreprocessSpec, reference: Reference) -> PreprocessSpec:
+    """``spec`` with those shortcuts of decoding with which the owner's answers hold, too.
+
+    Without probabilities from the owner, the best classes alone would not show what they move.
+    """
+    if np.isnan(reference.probabilities).all():
+        return spec
+    for shrinks in (True, False):
+        faster = replace(spec, resampler="pillow", crop_early=True, shrink_on_load=shrinks)
+        answers = owner.classify(reference.pictures(), faster)
+        if compare(answers, reference, TOLERANCE).holds:
+            return faster
+    return spec
 
 
 class _Scored:

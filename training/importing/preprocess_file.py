@@ -29,6 +29,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Members of which one replaces another.
+WAYS_TO_RESIZE = ("crop_pct", "resize_px", "resize_shorter_px", "letterbox_level")
+
+
 class _File(Struct, forbid_unknown_fields=True, kw_only=True):
     """The members of a file. Those that ``PreprocessSpec`` also has mean the same there.
 
@@ -47,49 +51,63 @@ class _File(Struct, forbid_unknown_fields=True, kw_only=True):
     letterbox_level: int | None = None
     interpolation: Interpolation | None = None
     antialias: bool | None = None
+    resampler: Literal["pillow", "torch"] | None = None
     longer_side: Literal["nearest", "down"] | None = None
     crop_offset: Literal["down", "even"] | None = None
     jpeg_quality: int | None = None
     jpeg_of: Literal["resized", "cropped"] | None = None
     shrink_on_load: bool | None = None
+    crop_early: bool | None = None
     exif: Literal["transpose", "ignore"] | None = None
 
 
-def read_preprocess(
-    source: str, height_px: int | None, width_px: int | None, channels: int
-) -> PreprocessSpec:
-    """The preprocessing that ``source`` describes: a preset's name, or a TOML file.
-
-    Args:
-        source: the name or the path.
-        height_px: the height that the graph takes; None if it takes any.
-        width_px: its width.
-        channels: its channels, 1 or 3.
+def read_members(source: str) -> dict[str, Any]:
+    """The members of a TOML file, or of the preset that ``source`` names.
 
     Raises:
-        UsageError: ``source`` is neither a preset nor a file, or does not fit the graph.
+        UsageError: ``source`` is neither a preset nor a file of TOML.
     """
     if source in PRESETS:
-        return make_spec({"preset": source}, height_px, width_px, channels)
-    path = Path(source)
+        return {"preset": source}
     try:
-        members = tomllib.loads(path.read_text())
+        return tomllib.loads(Path(source).read_text())
     except FileNotFoundError as error:
         raise UsageError(
             f"{source} is neither a file nor a preset; presets: {', '.join(PRESETS)}"
         ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{source} cannot be read: {error}") from error
-    try:
-        return make_spec(members, height_px, width_px, channels)
-    except UsageError as error:
-        raise UsageError(f"{source}: {error}") from error
+
+
+def merge_members(record: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The members of a library's ``record``, with the user's ``own`` in their place.
+
+    A preset of the user replaces the whole record, and one way to resize replaces another.
+    """
+    if "preset" in own:
+        return own
+    if any(name in own for name in WAYS_TO_RESIZE):
+        record = {name: value for name, value in record.items() if name not in WAYS_TO_RESIZE}
+    return {**record, **own}
 
 
 def make_spec(
-    members: dict[str, Any], height_px: int | None, width_px: int | None, channels: int
+    members: dict[str, Any],
+    height_px: int | None = None,
+    width_px: int | None = None,
+    channels: int | None = None,
 ) -> PreprocessSpec:
-    """The preprocessing of a file's members; the arguments are those of ``read_preprocess``."""
+    """The preprocessing that a file's members describe.
+
+    Args:
+        members: from ``read_members``.
+        height_px: the height that the network takes; None if it takes any.
+        width_px: its width.
+        channels: its channels, 1 or 3; None if ``mode`` decides, which is RGB by default.
+
+    Raises:
+        UsageError: a member is unknown or impossible, or does not fit the network.
+    """
     preset = PRESETS.get(str(members.get("preset")), {})
     try:
         file = msgspec.convert({**preset, **members}, _File)
@@ -98,12 +116,16 @@ def make_spec(
     size = file.size or (width_px, height_px)
     width, height = (size, size) if isinstance(size, int) else size
     if width is None or height is None:
-        raise UsageError("the graph takes any size; say which one: size = 224, or [width, height]")
+        raise UsageError(
+            "the network takes any size; say in --preprocess which one: size = 224, or "
+            "size = [width, height]"
+        )
     if (height_px or height, width_px or width) != (height, width):
         raise UsageError(
             f"the size is {width}×{height}, and the graph takes {width_px}×{height_px}"
         )
     mode = file.mode or ("L" if channels == 1 else "RGB")
+    channels = channels or (1 if mode == "L" else 3)
     if (1 if mode == "L" else 3) != channels:
         other = '"RGB" or "BGR"' if channels == 3 else '"L"'
         raise UsageError(
@@ -120,10 +142,11 @@ def make_spec(
         for name in _File.__struct_fields__
         if name in PreprocessSpec.__struct_fields__ and (value := getattr(file, name)) is not None
     }
-    # Shrinking moves levels. The import turns it on if the reference answers hold with it.
+    # Both move levels. The import turns them on if the reference holds with them.
     return _checked(
         {
             "shrink_on_load": False,
+            "crop_early": False,
             **given,
             "mode": mode,
             "width_px": width,

@@ -17,6 +17,28 @@ PROBABILITY_COLUMNS = ("probability", "score", "confidence")
 MAX_ROWS = 100_000
 
 
+class Evidence(Struct, frozen=True, kw_only=True):
+    """What an import is proved with: a folder of pictures, or the owner's answers, or both.
+
+    Raises:
+        UsageError: there is neither, or one does not exist.
+    """
+
+    examples: Path | None = None
+    reference: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.examples is None and self.reference is None:
+            raise UsageError(
+                "an import needs pictures, to prove each plan with: a folder with --examples, or "
+                "the owner's answers with --reference"
+            )
+        if self.examples is not None and not self.examples.is_dir():
+            raise UsageError(f"the folder {self.examples} does not exist")
+        if self.reference is not None and not self.reference.is_file():
+            raise UsageError(f"the file {self.reference} does not exist")
+
+
 class Reference(Struct, frozen=True):
     """The owner's answers for N pictures.
 

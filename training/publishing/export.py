@@ -49,14 +49,36 @@ def export_network(preprocessed: PreprocessedModel, calibration: Pixels) -> dict
 
 def _to_onnx(ready: nn.Module, calibration: Pixels) -> bytes:
     arguments, sizes = any_batch(calibration.shape[1:])
+    return export_onnx(ready, arguments, sizes, ["pixels"], ["logits", "features"])
+
+
+def export_onnx(
+    network: nn.Module,
+    arguments: tuple[torch.Tensor],
+    dynamic_shapes: tuple[dict[int, Any]],
+    inputs: list[str],
+    outputs: list[str],
+) -> bytes:
+    """``network`` as an ONNX model that carries its weights.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        arguments: an example of its input.
+        dynamic_shapes: the axes of the input that may have any size.
+        inputs: the name of the input in the graph.
+        outputs: the names of the outputs.
+
+    Raises:
+        Exception: of any type, if the exporter does not know how.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.13's exporter warns about its own code
         exported = torch.onnx.export(
-            ready,
+            network,
             arguments,
-            input_names=["pixels"],
-            output_names=["logits", "features"],
-            dynamic_shapes=sizes,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic_shapes,
             dynamo=True,
             verbose=False,
         )

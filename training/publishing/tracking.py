@@ -1,4 +1,4 @@
-"""Training runs in MLflow: parameters, metrics by epoch, pictures."""
+"""MLflow as training uses it: runs with parameters, metrics by epoch and pictures."""
 
 import logging
 import os
@@ -125,3 +125,11 @@ def start_run(store: ModelStore, experiment: str, name: str, nested: bool = Fals
                 mlflow.end_run(status)
         except ConvoyError as error:  # must not hide an error of the body
             log.warning("run %s cannot be marked %s: %s", active.info.run_id, status, error)
+
+
+def run_torch_flavour(folder: Path) -> Any:
+    """The network in ``folder``, which ``mlflow.pytorch`` wrote. Runs the code that it holds."""
+    import mlflow.pytorch
+
+    # Only an import does this, if its user says --run-code; serving never does.
+    return mlflow.pytorch.load_model(str(folder), map_location="cpu")  # noqa: TID251

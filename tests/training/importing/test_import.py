@@ -139,6 +139,6 @@ def test_a_wrong_argument_names_the_option_that_would_help(
         "grey.toml": 'mode = "L"\n',
     }.items():
         (tmp_path / name).write_text(content)
-    status, _, err = run(*change)
+    status, _, err = run(*change, *(("--examples", tmp_path) if change else ()))
     assert status == 2
     assert text in err

@@ -6,21 +6,21 @@ from typing import Any
 import pytest
 
 from registry.core.errors import UsageError
-from training.importing.preprocess_file import make_spec, read_preprocess
+from training.importing.preprocess_file import make_spec, read_members
 
 
 def test_a_preset_is_a_complete_description() -> None:
-    spec = read_preprocess("imagenet", 224, 224, 3)
+    spec = make_spec(read_members("imagenet"), 224, 224, 3)
     assert (spec.mode, spec.resize_shorter_px, spec.shape) == ("RGB", 256, (224, 224, 3))
     assert (spec.longer_side, spec.crop_offset, spec.shrink_on_load) == ("down", "even", False)
-    assert read_preprocess("clip", 336, 336, 3).resize_shorter_px == 336
-    assert read_preprocess("inception", 299, 299, 3).mean == (0.5, 0.5, 0.5)
+    assert make_spec(read_members("clip"), 336, 336, 3).resize_shorter_px == 336
+    assert make_spec(read_members("inception"), 299, 299, 3).mean == (0.5, 0.5, 0.5)
 
 
 def test_levels_to_255_scale_mean_and_deviation(tmp_path: Path) -> None:
     file = tmp_path / "spec.toml"
     file.write_text('mode = "BGR"\nlevels = "0..255"\nmean = [104, 117, 123]\n')
-    spec = read_preprocess(str(file), 224, 224, 3)
+    spec = make_spec(read_members(str(file)), 224, 224, 3)
     assert [round(each * 255) for each in spec.mean] == [104, 117, 123]
     assert spec.std == (1 / 255,) * 3
 
@@ -34,7 +34,7 @@ def test_one_value_stands_for_every_channel() -> None:
     ("members", "height_px", "text"),
     [
         ({"mode": "L"}, 8, '3 channels; use "RGB" or "BGR"'),
-        ({}, None, "any size; say which one"),
+        ({}, None, "any size; say in --preprocess which one"),
         ({"size": 16}, 8, "the size is 16×16, and the graph takes 8×8"),
         ({"colour": 1}, 8, "unknown field `colour`"),
         ({"mean": [0.5, 0.5]}, 8, "3 values in mean"),
@@ -54,8 +54,8 @@ def test_what_does_not_fit_is_refused(
 
 def test_a_file_that_is_not_there_lists_the_presets(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="presets: imagenet, clip, inception"):
-        read_preprocess(str(tmp_path / "none.toml"), 8, 8, 3)
+        read_members(str(tmp_path / "none.toml"))
     bad = tmp_path / "bad.toml"
     bad.write_text("mode = ")
     with pytest.raises(UsageError, match=r"bad\.toml cannot be read"):
-        read_preprocess(str(bad), 8, 8, 3)
+        read_members(str(bad))

@@ -1,0 +1,82 @@
+"""``convoy import --torchvision NAME``: labels and preprocessing from ``weights.transforms()``."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from registry.core.errors import UsageError
+from training.importing.sources.base import Request, Source, SourceModel, distinct
+
+
+class Torchvision(Source):
+    """One of torchvision's classifiers, with weights of its own or of the user."""
+
+    name = "torchvision"
+    metavar = "NAME[/WEIGHTS]"
+    help = "one of torchvision's classifiers, such as resnet50 or resnet50/IMAGENET1K_V1"
+    packages = ("torchvision", "onnxscript")
+    extra = "training,torchvision"
+
+    def load(self, request: Request) -> SourceModel:
+        """The classifier, by default with the newest of torchvision's weights."""
+        from torchvision import models
+
+        from training.importing.preprocess_file import make_spec
+        from training.importing.sources.torch_network import set_weights, to_graph
+
+        name, _, wanted = request.what.partition("/")
+        try:
+            known = models.get_model_weights(name)
+            entry = known[wanted] if wanted else known.DEFAULT
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UsageError(f"--torchvision {request.what}: {error}") from error
+        labels = request.labels or distinct(entry.meta["categories"])
+        preprocess = self.merged(preprocess_of(entry.transforms()), request)
+        spec = make_spec(preprocess)
+        if request.weights is not None:
+            network = models.get_model(name, weights=None, num_classes=len(labels))
+            set_weights(network, request.weights)
+        else:
+            file = _file_of(entry, may_download=request.download)
+            network = models.get_model(name, weights=None)
+            set_weights(network, file)
+        return SourceModel(
+            name=name,
+            graph=to_graph(network, spec.shape),
+            origin=f"torchvision: {name}, {request.weights or entry}",
+            labels=labels,
+            preprocess=preprocess,
+        )
+
+
+def preprocess_of(transforms: Any) -> dict[str, Any]:
+    """The members of a preprocessing file for torchvision's ``ImageClassification`` transforms."""
+    return {
+        "size": transforms.crop_size[0],
+        "resize_shorter_px": transforms.resize_size[0],
+        "interpolation": transforms.interpolation.value,
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+        "longer_side": "down",
+        "crop_offset": "even",
+    }
+
+
+def _file_of(entry: Any, *, may_download: bool) -> Path:
+    """The file with the weights of ``entry``, where torch keeps those that it fetched."""
+    import torch
+
+    folder = Path(torch.hub.get_dir(), "checkpoints")  # noqa: TID251 - only the name of a folder
+    file = folder / Path(urlsplit(entry.url).path).name
+    if file.is_file():
+        return file
+    if not may_download:
+        raise UsageError(
+            f"the weights {entry} are not on this machine ({file}); give a file with --weights, or "
+            f"let torchvision fetch {entry.url} with --download"
+        )
+    entry.get_state_dict(progress=True, check_hash=True, weights_only=True)  # keeps the file
+    return file
+
+
+SOURCE = Torchvision()
