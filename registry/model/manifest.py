@@ -17,6 +17,7 @@ from registry.core.names import Sha256, check_model_name
 SCHEMA_VERSION = 4
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Resampler = Literal["pillow", "torch", "torch-no-antialias", "opencv"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Side = Annotated[int, Meta(ge=1, le=4096)]
 Level = Annotated[int, Meta(ge=0, le=255)]
@@ -45,11 +46,10 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         resize_shorter_px: the shorter side gets this size, and the longer one keeps the ratio.
         letterbox_level: the whole picture is fitted in, centred, and the rest gets this level.
         interpolation: how pixels are resampled.
-        antialias: whether shrinking averages over all pixels, as Pillow does. Without it, 2
-            (bilinear), 4 (bicubic) or 8 (lanczos) pixels a side are read, as OpenCV does.
-        resampler: whose arithmetic antialiasing has. ``torch`` is that of torch and torchvision for
-            tensors of 8-bit levels, which transformers uses, too. It moves some levels by one or
-            two, and takes ten times as long here.
+        resampler: whose arithmetic resizes. ``pillow`` averages over all pixels when it shrinks a
+            picture, and so do torchvision and timm on pictures. ``torch`` does the same for tensors
+            of 8-bit levels, and rounds otherwise; transformers uses it. ``torch-no-antialias`` and
+            ``opencv`` read few pixels. All but ``pillow`` take some ten times as long here.
         longer_side: how the longer side is rounded: to the ``nearest`` pixel, or ``down``, as
             torchvision does.
         crop_offset: how half a pixel of the crop's offset is rounded: ``down``, or to the ``even``
@@ -75,8 +75,7 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     resize_shorter_px: Side | None = None
     letterbox_level: Level | None = None
     interpolation: Interpolation = "bilinear"
-    antialias: bool = True
-    resampler: Literal["pillow", "torch"] = "pillow"
+    resampler: Resampler = "pillow"
     longer_side: Literal["nearest", "down"] = "nearest"
     crop_offset: Literal["down", "even"] = "down"
     jpeg_quality: Annotated[int, Meta(ge=1, le=95)] | None = None
@@ -95,6 +94,8 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         names = ("resize_px", "resize_shorter_px", "letterbox_level")
         if len(found := [name for name in names if getattr(self, name) is not None]) > 1:
             raise ValueError(f"only one of {' and '.join(found)} may be set")
+        if self.resampler == "torch" and self.interpolation == "lanczos":
+            raise ValueError("torch has no lanczos; its libraries use pillow for it")
         shorter = self.resize_shorter_px
         if shorter is not None and shorter < max(self.width_px, self.height_px):
             raise ValueError("resize_shorter_px must be at least width_px and height_px")
@@ -107,12 +108,6 @@ class PreprocessSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def channels(self) -> int:
         """1 for the mode ``L`` (grey), 3 for ``RGB`` and ``BGR``."""
         return 1 if self.mode == "L" else 3
-
-    @property
-    def resizes_as_torch(self) -> bool:
-        """Whether pictures are resized by torch's arithmetic, which has two interpolations."""
-        is_torchs = self.resampler == "torch" and self.antialias
-        return is_torchs and self.interpolation in ("bilinear", "bicubic")
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -23,7 +23,10 @@ def test_an_empty_registry_says_how_to_fill_it(
     registry_paths: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = run(capsys, "list")
-    assert (status, out) == (0, "there are no versions yet; publish one with convoy train\n")
+    assert (status, out) == (
+        0,
+        "there are no versions yet; publish one with convoy train or convoy import\n",
+    )
 
 
 def test_a_version_is_listed_shown_promoted_rolled_back_and_pulled(

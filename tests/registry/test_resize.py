@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from registry.model.image.decode import decode_image
-from registry.model.image.resize import resize_as_torch, resize_plainly
+from registry.model.image.resize import resize
 from registry.model.manifest import PreprocessSpec
 
 PHOTOGRAPH = Image.fromarray(
@@ -33,7 +33,7 @@ def test_without_antialiasing_pictures_are_resized_as_by_torch(
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
     smooth = {} if interpolation == "nearest" else {"align_corners": False}
     wanted = torch.nn.functional.interpolate(tensor, size[::-1], mode=interpolation, **smooth)
-    found = resize_plainly(pixels, *size, interpolation)
+    found = resize(pixels, *size, interpolation, "torch-no-antialias")
     rounded = wanted[0].permute(1, 2, 0).round().clamp(0, 255).numpy().astype(int)
     assert np.abs(found.astype(int) - rounded).max() <= (0 if interpolation == "nearest" else 1)
 
@@ -46,13 +46,36 @@ def test_with_antialiasing_levels_are_resized_exactly_as_by_torch(
     pixels = np.asarray(PHOTOGRAPH)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
     wanted = torch.nn.functional.interpolate(tensor, size[::-1], mode=interpolation, antialias=True)
-    found = resize_as_torch(pixels, *size, interpolation)
+    found = resize(pixels, *size, interpolation, "torch")
     np.testing.assert_array_equal(found, wanted[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "most"), [("nearest", 0), ("bilinear", 0), ("lanczos", 1), ("bicubic", 1)]
+)
+@pytest.mark.parametrize("size", [(64, 48), (300, 202), (150, 40), (37, 101)])
+def test_pictures_are_resized_as_by_opencv(
+    interpolation: Any, most: int, size: tuple[int, int]
+) -> None:
+    cv2 = pytest.importorskip("cv2", reason="pip install opencv-python-headless")
+    names = {"nearest": "NEAREST", "bilinear": "LINEAR", "lanczos": "LANCZOS4", "bicubic": "CUBIC"}
+    number = getattr(cv2, f"INTER_{names[interpolation]}")
+    pixels = np.asarray(PHOTOGRAPH)
+    wanted = cv2.resize(pixels, size, interpolation=number).astype(int)
+    difference = np.abs(resize(pixels, *size, interpolation, "opencv") - wanted)
+    assert difference.max() <= most
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_opencvs_levels_without_opencv() -> None:
+    """Two columns and two rows, by hand: 1.5 pixels apart, weights of 2048ths, dropped bits."""
+    row = np.array([[0, 100, 200]], np.uint8)[..., None]
+    np.testing.assert_array_equal(resize(row, 2, 1, "bilinear", "opencv")[0, :, 0], [25, 175])
 
 
 def test_the_resampler_of_a_manifest_is_used() -> None:
     members: dict[str, Any] = {"resize_px": (40, 36), "interpolation": "bicubic"}
-    whole = resize_as_torch(np.asarray(PHOTOGRAPH), 40, 36, "bicubic")
+    whole = resize(np.asarray(PHOTOGRAPH), 40, 36, "bicubic", "torch")
     np.testing.assert_array_equal(decode(**members, resampler="torch"), whole[2:34, 4:36])
     pillows = PHOTOGRAPH.resize((40, 36), Image.Resampling.BICUBIC).crop((4, 2, 36, 34))
     np.testing.assert_array_equal(decode(**members, crop_early=False), np.asarray(pillows))
@@ -60,7 +83,8 @@ def test_the_resampler_of_a_manifest_is_used() -> None:
 
 def test_lanczos_without_antialiasing_keeps_a_flat_picture() -> None:
     flat = np.full((20, 30, 3), 77, np.uint8)
-    assert (resize_plainly(flat, 13, 9, "lanczos") == 77).all()
+    for resampler in ("torch-no-antialias", "opencv"):
+        assert (resize(flat, 13, 9, "lanczos", resampler) == 77).all()
 
 
 def test_a_picture_is_stretched_before_the_crop() -> None:

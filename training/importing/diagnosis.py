@@ -149,13 +149,12 @@ def _changes(spec: PreprocessSpec) -> Iterator[Change]:
         if (mean, std) != (spec.mean, spec.std):
             yield Change("normalisation", text, replace(spec, mean=mean, std=std))
     for name in ("nearest", "bilinear", "bicubic", "lanczos"):
-        for antialias in (True, False):
-            if (name, antialias) != (spec.interpolation, spec.antialias):
-                text = f'interpolation = "{name}", antialias = {str(antialias).lower()}'
-                changed = replace(spec, interpolation=name, antialias=antialias)
+        for resampler in ("pillow", "torch", "torch-no-antialias", "opencv"):
+            is_torchs = resampler != "torch" or name != "lanczos"
+            if (name, resampler) != (spec.interpolation, spec.resampler) and is_torchs:
+                text = f'interpolation = "{name}", resampler = "{resampler}"'
+                changed = replace(spec, interpolation=name, resampler=resampler)
                 yield Change("resize", text, changed)
-    resampler = "pillow" if spec.resampler == "torch" else "torch"
-    yield Change("resize", f'resampler = "{resampler}"', replace(spec, resampler=resampler))
     yield from _sizes(spec)
     yield from _jpegs(spec)
     exif = "ignore" if spec.exif == "transpose" else "transpose"

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from registry.core.errors import UsageError
-from registry.model.manifest import Interpolation, PreprocessSpec
+from registry.model.manifest import Interpolation, PreprocessSpec, Resampler
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Name → the members of a file. "clip" and "inception" are the names that timm and OpenCLIP use.
@@ -50,8 +50,7 @@ class _File(Struct, forbid_unknown_fields=True, kw_only=True):
     resize_shorter_px: int | None = None
     letterbox_level: int | None = None
     interpolation: Interpolation | None = None
-    antialias: bool | None = None
-    resampler: Literal["pillow", "torch"] | None = None
+    resampler: Resampler | None = None
     longer_side: Literal["nearest", "down"] | None = None
     crop_offset: Literal["down", "even"] | None = None
     jpeg_quality: int | None = None

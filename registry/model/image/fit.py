@@ -5,7 +5,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from registry.model.image.resize import centred, resize_as_torch, resize_plainly, sizes_of
+from registry.model.image.resize import centred, resize, sizes_of
 from registry.model.manifest import PreprocessSpec
 
 _INTERPOLATIONS = {
@@ -45,8 +45,7 @@ def fit(
     is_same = whole[0] == size[0] and whole[1] == size[1]
     if whole == target:
         return _resized(image, spec, size, whole)
-    is_pillows = spec.antialias and not spec.resizes_as_torch
-    if is_same or not (is_pillows and spec.crop_early):
+    if is_same or spec.resampler != "pillow" or not spec.crop_early:
         return _resized(image, spec, size, whole).crop(cut)
     # A quarter less work on a landscape photograph.
     across, down = size[0] / whole[0], size[1] / whole[1]
@@ -66,12 +65,11 @@ def _resized(
     """The whole picture, whose size is ``size``, in the ``wanted`` width and height."""
     if wanted[0] == size[0] and wanted[1] == size[1]:
         return image
-    if spec.antialias and not spec.resizes_as_torch:
+    if spec.resampler == "pillow":
         return image.resize(wanted, _INTERPOLATIONS[spec.interpolation], box=(0, 0, *size))
     pixels = np.asarray(image)
     deep = pixels.reshape(*pixels.shape[:2], -1)
-    resize = resize_as_torch if spec.resizes_as_torch else resize_plainly
-    resized = resize(deep, *wanted, spec.interpolation)
+    resized = resize(deep, *wanted, spec.interpolation, spec.resampler)
     return Image.fromarray(resized.reshape(*resized.shape[:2], *pixels.shape[2:]))
 
 

@@ -35,7 +35,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         'colour order: mode = "BGR", with mean and std in that order',
     ),
     "interpolation": ({"interpolation": "nearest"}, 'resize: interpolation = "bicubic"'),
-    "antialias": ({"antialias": False}, "antialias = true"),
+    "resampler": ({"resampler": "opencv"}, 'resampler = "pillow"'),
     "crop": ({"resize_shorter_px": 16}, "crop: resize_shorter_px = "),
     "no crop": ({"resize_shorter_px": None}, "resize: resize_shorter_px = "),
     "letterbox": (

@@ -76,13 +76,14 @@ def preprocess_of(record: dict[str, Any]) -> dict[str, Any]:
     normalises = record.get("do_normalize", True)
     mean = record.get("image_mean") if normalises else None
     std = record.get("image_std") if normalises else None
+    interpolation = RESAMPLE.get(record.get("resample", 2), "bilinear")
     return {
         **_sizes(record, kind),
-        "interpolation": RESAMPLE.get(record.get("resample", 2), "bilinear"),
+        "interpolation": interpolation,
         "mean": tuple((each + offset) / (255 * factor) for each in mean or (0.0,) * 3),
         "std": tuple(each / (255 * factor) for each in std or (1.0,) * 3),
         # As transformers 5 does it. Its processors that use Pillow write the same record.
-        "resampler": "torch",
+        "resampler": "pillow" if interpolation == "lanczos" else "torch",
         "longer_side": "down",
         "crop_offset": "down",
     }
