@@ -107,7 +107,9 @@ def measure(model: Foreign, work: Path) -> dict[str, Any]:
         f"{name}: best class as fp32": imported["plan_accuracy"],
     }
     convoy(home, "promote", name, "challenger", check=True)
-    figures[f"{name}: plans"] = convoy(home, "plan", name, check=True).stdout.splitlines()
+    figures[f"{name}: plans"] = convoy(
+        home, "plan", f"models:/{name}@champion", check=True
+    ).stdout.splitlines()
     figures |= serve(model, home)
     for what, (spec, step) in model.wrong.items():
         started = time.perf_counter()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 TRAINING, REGISTRY, SERVICE = "training.__main__", "registry.cli.main", "service.__main__"
 CLASSIFY = "convoy.classify.command"
 IMPORT = "training.importing.command"
+EVALUATE = "convoy.evaluate"
 
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
 
@@ -33,7 +34,7 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": (REGISTRY, "benchmark the plans of a version on this machine"),
     },
     "Decide": {
-        "evaluate": (REGISTRY, "compare a version with the champion"),
+        "evaluate": (EVALUATE, "compare a version with the champion"),
         "promote": (REGISTRY, "make a version the champion if the gate accepts it"),
         "roll-back": (REGISTRY, "make the previous champion champion again"),
         "canary": (REGISTRY, "have a challenger answer a share of real requests"),

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from registry.cli.open import open_store
+from registry.core.errors import UsageError
 from registry.core.paths import convoy_paths
 from registry.model.refs import Canary, ref_of
 
@@ -24,6 +25,13 @@ def add_to(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="compare a version with the champion")
     evaluate.add_argument("name")
     evaluate.add_argument("version", nargs="?", default="challenger", help="number or alias")
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="first score the version on labelled pictures, in folders named after labels, and "
+        "keep that as its held-out record",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument(
         "--page",
@@ -113,6 +121,8 @@ def _promote(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from registry.promotion.gate_runner import GateRunner
 
+    if arguments.data is not None:
+        raise UsageError("--data needs torch or another engine; use convoy evaluate")
     store = open_store()
     number = store.resolve(ref_of(arguments.name, arguments.version)).version
     gate_runner = GateRunner(store, convoy_paths(), timed=not arguments.skip_latency)

@@ -14,7 +14,11 @@ from registry.core.names import one_line
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m registry") -> int:
     """Run the command line of ``prog``; returns the exit status."""
-    arguments = command_parser(prog).parse_args(argv)
+    return run(command_parser(prog).parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run parsed arguments; returns the exit status."""
     log_to_stderr("%(asctime)s %(name)s %(message)s")
     try:
         os.environ.update(with_secrets(os.environ))

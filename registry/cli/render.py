@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from registry.canary.traffic_stats import UNBOUNDED_S, ServingStatus, VersionTraffic
 from registry.core.names import one_line
-from registry.model.manifest import Manifest
+from registry.model.manifest import LaterEvaluation, Manifest
 from registry.model.refs import ForeignVersion, ModelVersion
 
 if TYPE_CHECKING:
@@ -43,7 +43,12 @@ def foreign_table(versions: Iterable[ForeignVersion]) -> str:
     return _page(lines)
 
 
-def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence["Line"]) -> str:
+def version_page(
+    version: ModelVersion,
+    manifest: Manifest,
+    evaluation: LaterEvaluation | None,
+    decisions: Sequence["Line"],
+) -> str:
     """One version: its origin, input and metrics, and the decisions about its model."""
     preprocess, data, source = manifest.preprocess, manifest.data, manifest.source
     counts = ", ".join(f"{count:,} {split}" for split, count in data.counts.items())
@@ -58,6 +63,7 @@ def version_page(version: ModelVersion, manifest: Manifest, decisions: Sequence[
         f"commit {source.git_commit}",
         *_imported(manifest),
         *(f"  {name:<28} {value:.4f}" for name, value in manifest.metrics.items()),
+        *_evaluated(evaluation),
         *(f"  {decision(line)}" for line in decisions),
     ]
     return _page(lines)
@@ -73,6 +79,15 @@ def _imported(manifest: Manifest) -> list[str]:
         if record.largest_difference is not None:
             proof += f" to {record.largest_difference:.2g}"
     return [f"  imported   {record.origin}, sha256 {record.sha256[:12]}…; {proof}"]
+
+
+def _evaluated(evaluation: LaterEvaluation | None) -> list[str]:
+    """What the version scored on pictures that came after it was published."""
+    if evaluation is None:
+        return []
+    count = sum(evaluation.data.counts.values())
+    accuracy = evaluation.metrics["validation_accuracy"]
+    return [f"  evaluated  {evaluation.data.name}: {count:,} pictures, accuracy {accuracy:.4f}"]
 
 
 def _rounded(tag: str | None) -> str:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -81,16 +83,19 @@ def _show(arguments: argparse.Namespace) -> int:
     ref = ref_of(arguments.name, arguments.version)
     version = store.resolve(ref)
     manifest = store.manifest(version)
+    with tempfile.TemporaryDirectory(prefix="convoy-show-") as folder:
+        evaluation = store.evaluations.read(version, Path(folder))
     lines = store.audit_logs.read(arguments.name).lines
     shown = {
         "version": msgspec.to_builtins(version),
         "manifest": msgspec.to_builtins(manifest),
+        "evaluation": msgspec.to_builtins(evaluation),
         "decisions": msgspec.to_builtins(lines),
     }
     if arguments.json:
         print(json.dumps(shown))
         return 0
-    print(version_page(version, manifest, lines))
+    print(version_page(version, manifest, evaluation, lines))
     return 0
 
 

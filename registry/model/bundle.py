@@ -6,6 +6,7 @@ the same bytes whose digest it checked, so a file cannot change between the chec
 Imports neither torch nor MLflow.
 """
 
+import copy
 import io
 import math
 import os
@@ -26,7 +27,7 @@ from registry.core.errors import BundleInvalid
 from registry.core.names import sha256_hex
 from registry.model.graphs.onnx_rules import check_onnx
 from registry.model.heldout import Heldout, TrainingRecord
-from registry.model.manifest import FileEntry, Manifest, manifest_from_json
+from registry.model.manifest import FileEntry, LaterEvaluation, Manifest, manifest_from_json
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -63,6 +64,19 @@ class Bundle:
         self.manifest_sha256 = sha256_hex(manifest_bytes)
         for name in self.manifest.files:
             _check_name(name)
+
+    def with_evaluation(self, evaluation: LaterEvaluation) -> "Bundle":
+        """This bundle with the held-out record of ``evaluation``, whose files are in its folder.
+
+        Its digest stays that of the version.
+        """
+        extended = copy.copy(self)
+        extended.manifest = msgspec.structs.replace(
+            self.manifest,
+            scored_champion=evaluation.scored_champion,
+            files={**self.manifest.files, **evaluation.files},
+        )
+        return extended
 
     def read(self, name: str) -> bytes:
         """The bytes of the file ``name``, after their digest was checked.

@@ -228,6 +228,31 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
         return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
 
 
+EVALUATION_FILES = {"heldout.npz", "champion.npz", "thumbnails.npz"}
+
+
+class LaterEvaluation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Held-out pictures on which a version was scored after it was published.
+
+    Attributes:
+        manifest_sha256: the digest of the version's manifest.
+        data: the pictures.
+        metrics: accuracy, log loss and calibration error, as in a manifest.
+        scored_champion: as in a manifest, for ``champion.npz`` among ``files``.
+        files: they take the place of the bundle's files of the same names.
+    """
+
+    manifest_sha256: Sha256
+    data: DataRecord
+    metrics: dict[str, float]
+    scored_champion: Sha256 | None = None
+    files: dict[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        if other := set(self.files) - EVALUATION_FILES:
+            raise ValueError(f"an evaluation has no files {', '.join(sorted(other))[:80]}")
+
+
 class _SchemaOnly(Struct):
     schema_version: int
 

@@ -19,7 +19,11 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class ModelVersion(Struct, frozen=True, kw_only=True):
-    """The registry's record of one version. ``signature`` is an envelope, not yet verified."""
+    """The registry's record of one version.
+
+    ``signature`` is an envelope, not yet verified. ``evaluation_sha256`` is the digest of a later
+    evaluation, if there is one.
+    """
 
     name: str
     version: int
@@ -28,6 +32,7 @@ class ModelVersion(Struct, frozen=True, kw_only=True):
     run_id: str
     created_unix_s: float
     signature: str | None = None
+    evaluation_sha256: Sha256 | None = None
 
 
 class ForeignVersion(Struct, frozen=True, kw_only=True):

@@ -167,7 +167,11 @@ class GateRunner:
     def _file(
         self, champion: ModelVersion | None, challenger: ModelVersion, policy: Policy
     ) -> Path:
-        sides = [(each.version, each.manifest_sha256) for each in (champion, challenger) if each]
+        sides = [
+            (each.version, each.manifest_sha256, each.evaluation_sha256)
+            for each in (champion, challenger)
+            if each
+        ]
         how = (self._timed, self._device, self._plan, self._threads)
         facts = (challenger.name, sides, policy, how)
         return self._paths.gate_results / f"{sha256_hex(msgspec.json.encode(facts))[:32]}.json"
@@ -188,12 +192,14 @@ class GateRunner:
             evaluated_unix_s=time.time(),
         )
         try:
-            new = self._store.download(challenger, folder / "challenger", _needed_of_challenger)
+            new = self._store.download_evaluated(
+                challenger, folder / "challenger", _needed_of_challenger
+            )
             if champion is None:
                 return msgspec.structs.replace(
                     result, accepted=True, summary="there was no champion to compare with"
                 )
-            old = self._store.download(champion, folder / "champion", _needed)
+            old = self._store.download_evaluated(champion, folder / "champion", _needed)
             # First, because it may refuse before the slow steps.
             pairs = pair_heldout(old, new, policy.min_examples)
             timed = None

@@ -156,7 +156,8 @@ def _side(bundle: Bundle) -> Side:
     if HELDOUT not in bundle.manifest.files:
         raise PromotionRefused(
             "a version was imported without labelled examples, so nothing says how accurate it is; "
-            "import it again with --examples, a folder with one folder for each label"
+            "score it on a folder with one folder for each label: "
+            f"convoy evaluate {bundle.manifest.model} VERSION --data FOLDER"
         )
     return Side(labels=bundle.manifest.labels, heldout=bundle.heldout(), training=bundle.training())
 

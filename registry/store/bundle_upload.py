@@ -1,13 +1,16 @@
 """Uploads a bundle to MLflow as a model that ``mlflow.pyfunc`` can load. Imports MLflow."""
 
 import warnings
+from pathlib import Path
 
 import mlflow
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, DataType, ParamSchema, Schema
 from mlflow.types.schema import Array
 
 from registry.model.bundle import Bundle
+from registry.store.connection.mlflow_connection import MlflowConnection
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image")]),
@@ -41,6 +44,11 @@ def upload(bundle: Bundle) -> str:
             ],
         )
     return str(logged.model_uri)
+
+
+def upload_beside(source: str, folder: Path, place: str, connection: MlflowConnection) -> None:
+    """Add the files of ``folder`` to the artefacts at the URI ``source``, in ``place`` there."""
+    get_artifact_repository(source, tracking_uri=connection.uri).log_artifacts(str(folder), place)
 
 
 def register(uri: str, name: str, tags: dict[str, str]) -> int:

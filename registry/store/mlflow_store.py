@@ -21,6 +21,7 @@ from registry.store.audit_log_store import AuditLogStore
 from registry.store.connection.artifacts import Artifacts
 from registry.store.connection.mlflow_connection import MlflowConnection
 from registry.store.connection.pages import all_pages
+from registry.store.evaluations import EVALUATION_TAG, Evaluations
 from registry.store.foreign_models import ForeignModels
 from registry.store.model_names import DIGEST_TAG, ModelNames
 
@@ -42,6 +43,7 @@ class ModelStore:
         aliases: which version is the champion, and so on.
         audit_logs: the decisions.
         foreign: the versions that Convoy did not publish.
+        evaluations: held-out records that came after publishing.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -50,6 +52,7 @@ class ModelStore:
         self.aliases = Aliases(self.connection, paths.decided)
         self.audit_logs = AuditLogStore(self.connection, self.names)
         self.foreign = ForeignModels(self.connection)
+        self.evaluations = Evaluations(self.connection)
         self._client = self.connection.client
         self._artifacts = Artifacts(self.connection)
 
@@ -178,6 +181,22 @@ class ModelStore:
         bundle.verify(names)
         return bundle
 
+    def download_evaluated(
+        self,
+        version: ModelVersion,
+        folder: Path,
+        wanted: Callable[[Bundle], Iterable[str]],
+    ) -> Bundle:
+        """As ``download``, with the held-out record of the later evaluation, if there is one."""
+        evaluation = self.evaluations.fetch(version, folder)
+        if evaluation is None:
+            return self.download(version, folder, wanted)
+        replaced = set(evaluation.files)
+        bundle = self.download(
+            version, folder, lambda each: [name for name in wanted(each) if name not in replaced]
+        )
+        return bundle.with_evaluation(evaluation)
+
     def sign(self, version: ModelVersion, envelope: str) -> None:
         """Keep the ``envelope`` of a signature with the version, instead of an earlier one."""
         with self.connection.errors():
@@ -202,4 +221,10 @@ def _model_version(entity: Any, aliases: dict[str, int]) -> ModelVersion:
         run_id=entity.run_id,
         created_unix_s=entity.creation_timestamp / 1000,
         signature=entity.tags.get(SIGNATURE_TAG),
+        evaluation_sha256=_digest_or_none(entity.tags.get(EVALUATION_TAG)),
     )
+
+
+def _digest_or_none(tag: str | None) -> str | None:
+    """A digest from a tag, which anyone with access to MLflow may set to anything."""
+    return tag if tag is not None and re.fullmatch("[0-9a-f]{64}", tag) else None

@@ -36,9 +36,9 @@ from registry.model.plans.base import PlanContext
 from registry.model.plans.planner import reference_plan
 from registry.model.refs import ModelVersion
 from registry.store.mlflow_store import ModelStore
+from training.data.example_folder import decode_examples, read_examples
 from training.data.sources import Examples
 from training.importing.diagnosis import diagnose
-from training.importing.examples import decode_examples, read_examples
 from training.importing.graph import GraphFacts, Scores, adapt, describe, read_graph
 from training.importing.owner import OwnerGraph, Probabilities
 from training.importing.preprocess_file import make_spec

@@ -107,7 +107,8 @@ def _as_opencv(pixels: Bytes, width_px: int, height_px: int, interpolation: Inte
 
 
 def _opencv_weights(weights: Floats) -> Whole:
-    return np.rint(weights * np.float32(1 << _OPENCV_BITS)).astype(np.int32)
+    whole: Whole = np.rint(weights * np.float32(1 << _OPENCV_BITS)).astype(np.int32)
+    return whole
 
 
 def _taps(
@@ -129,11 +130,12 @@ def _taps(
 def _weight(distance: NDArray[np.float64], interpolation: Interpolation) -> NDArray[np.float64]:
     """The weight of a pixel at ``distance`` pixels from a new one."""
     d = np.abs(distance)
-    if interpolation == "bilinear":
-        return np.maximum(0, 1 - d)
+    if interpolation == "bicubic":
+        return _cubic(d, _BICUBIC)
+    weight: NDArray[np.float64] = np.maximum(0, 1 - d)
     if interpolation == "lanczos":
-        return np.where(d < 4, np.sinc(d) * np.sinc(d / 4), 0)
-    return _cubic(d, _BICUBIC)
+        weight = np.where(d < 4, np.sinc(d) * np.sinc(d / 4), 0)
+    return weight
 
 
 def _averaged(values: Bytes, axis: int, size: int, interpolation: Interpolation) -> Bytes:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from convoy.__main__ import main
+from registry.core.errors import BundleInvalid
 from registry.core.paths import convoy_paths
 from registry.model.classifier import load_classifier
 from registry.model.image.decode import decode_image
@@ -100,7 +101,53 @@ def test_an_imported_version_answers_as_at_home_and_the_gate_can_judge_it(
     assert run("--examples", in_folders(pictures, reference), "--model", "animals")[0] == 0
     capsys.readouterr()
     assert main(["evaluate", "animals", "2"]) == 2
-    assert "imported without labelled examples" in capsys.readouterr().out
+    assert "convoy evaluate animals VERSION --data FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_version_gets_its_held_out_record_later(
+    run: Import,
+    pictures: list[Path],
+    write_reference: WriteReference,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Then the gate compares two imports that had no labels; a damaged record is refused."""
+    reference = write_reference()
+    assert run("--reference", reference)[0] == 0
+    assert main(["promote", "animals", "1"]) == 0
+    assert run("--reference", reference)[0] == 0
+    labelled = in_folders(pictures, reference)
+    capsys.readouterr()
+    assert main(["evaluate", "animals", "2", "--skip-latency", "--data", str(labelled)]) == 2
+    out = capsys.readouterr().out
+    assert "animals version 2: accuracy 1.0000 on 24 pictures" in out
+    assert "a version was imported without labelled examples" in out  # the champion
+    assert main(["evaluate", "animals", "champion", "--data", str(labelled)]) == 0
+    capsys.readouterr()
+    status = main(["evaluate", "animals", "2", "--skip-latency"])
+    out = capsys.readouterr().out
+    assert (status, "challenger 2, champion 1: accepted" in out) == (0, True), out
+    assert "24 held-out pictures: 0 gained, 0 lost" in out
+    assert main(["show", "animals", "2"]) == 0
+    assert "evaluated  examples: 24 pictures, accuracy 1.0000" in capsys.readouterr().out
+
+    store = ModelStore(convoy_paths())
+    version = store.resolve(ModelRef("animals", 2))
+    assert store.manifest(version).metrics == {}, "the manifest is as it was published"
+    for damaged in (tmp_path / "home").rglob("evaluations/*/heldout.npz"):
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main(["evaluate", "animals", "2", "--skip-latency", "--allow-new-classes"]) == 0, (
+        "cached"
+    )
+    with pytest.raises(BundleInvalid, match="sha256"):
+        store.download_evaluated(version, tmp_path / "gate", lambda _: ())
+
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "a.png").write_bytes(pictures[0].read_bytes())
+    assert main(["evaluate", "animals", "2", "--data", str(tmp_path / "bare")]) == 2
+    assert "in no folders that are named after labels" in capsys.readouterr().err
 
 
 def test_a_version_that_answers_differently_is_not_registered(
