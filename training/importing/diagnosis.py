@@ -56,15 +56,17 @@ class Diagnosis(Struct, frozen=True):
     def __str__(self) -> str:
         if self.shift:
             return (
-                f"the labels: the owner's are {abs(self.shift)} "
+                f"The cause: the labels: the owner's are {abs(self.shift)} "
                 f"{'later' if self.shift > 0 else 'earlier'} in the list for {self.equal} of "
                 f"{self.total} pictures; check the first line of --labels"
             )
         if not self.changes:
-            return "no change of colours, normalisation, resizing or crop explains it"
+            return "No change of colours, normalisation, resizing or crop that is known explains it"
         found = "; ".join(f"{each.step}: {each.text}" for each in self.changes)
+        if self.equal < self.total:
+            return f"No change that is known explains all of it; the closest is {found}"
         others = "".join(f"; or {each.step}: {each.text}" for each in self.alternatives[:SHOWN])
-        return f"{found}{others}"
+        return f"The cause: {found}{others}"
 
 
 def diagnose(

@@ -4,6 +4,7 @@ The foreign graph stays as it is inside. The nodes in front of it normalise the 
 in the layout of its input. The nodes behind it turn its output into logits.
 """
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,8 @@ from registry.model.manifest import PreprocessSpec
 PREFIX = "imported/"
 PIXELS, LOGITS = "pixels", "logits"
 MIN_OPSET = 13  # the nodes that this module adds are of this opset's form
+# More than any result in a known classifier: 64 channels of a picture of 1,400 by 1,400 pixels.
+MAX_RESULT_VALUES = 1 << 27
 FLOATS: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 # Below this, a probability counts as this when its logarithm is taken: exp(-87) in float32.
 LEAST_PROBABILITY = 1e-38
@@ -71,7 +74,19 @@ def read_graph(data: bytes) -> onnx.ModelProto:
     except Exception as error:  # the package raises errors of many types for malformed models
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise BundleInvalid(f"the graph is not valid: {text[0][:300]}") from error
+    _check_results(model)
     return model
+
+
+def _check_results(model: onnx.ModelProto) -> None:
+    """Refuse a graph in which one picture makes an array of absurd size, as far as shapes tell."""
+    for value in (*model.graph.value_info, *model.graph.output):
+        sizes = [each or 1 for each in _shape(value)]
+        if (count := math.prod(sizes)) > MAX_RESULT_VALUES:
+            raise BundleInvalid(
+                f"the graph makes {value.name[:80]!r} of {count:,} values from one picture; at "
+                f"most {MAX_RESULT_VALUES:,} are accepted"
+            )
 
 
 def describe(model: onnx.ModelProto, output: str | None = None) -> GraphFacts:

@@ -202,7 +202,7 @@ def _prove_reference(owner: OwnerGraph, spec: PreprocessSpec, reference: Referen
     chosen = _most_different(answers, reference)
     some = _Scored(owner, list(reference.take(chosen).pictures()))
     cause = diagnose(some.score, spec, reference.take(chosen), TOLERANCE)
-    text = f"{_difference(agreement, reference)}. The cause: {cause}"
+    text = f"{_difference(agreement, reference)}. {cause}"
     if cause.changes:
         then = compare(
             owner.classify(reference.pictures(), cause.changes[-1].spec), reference, TOLERANCE

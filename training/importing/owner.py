@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from registry.core.errors import BundleInvalid
 from registry.model.classifier import softmax
 from registry.model.image.decode import Pixels, decode_image
 from registry.model.image.limits import TRUSTED_LIMITS
@@ -26,9 +27,12 @@ class OwnerGraph:
 
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the engine raises errors of many types
+            raise BundleInvalid(f"ONNX Runtime cannot load the graph: {_brief(error)}") from error
         self._facts = facts
         self._scores = scores
 
@@ -49,9 +53,16 @@ class OwnerGraph:
             values = ((pixels / 255 - mean) / std).astype(facts.dtype)
         if facts.layout == "NCHW":
             values = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-        (found,) = self._session.run([facts.output], {facts.input: values})
+        try:
+            (found,) = self._session.run([facts.output], {facts.input: values})
+        except Exception as error:
+            raise BundleInvalid(f"ONNX Runtime cannot run the graph: {_brief(error)}") from error
         scores = np.asarray(found, np.float32).reshape(1, -1)
         if scores.shape[1] > 1:
             return scores if self._scores == "probabilities" else softmax(scores)
         second = scores if self._scores == "probabilities" else 1 / (1 + np.exp(-scores))
         return np.concatenate((1 - second, second), axis=1)
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

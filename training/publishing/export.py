@@ -23,6 +23,10 @@ from registry.model.plans.openvino import import_openvino
 from registry.model.preprocessed_model import PreprocessedModel, any_batch
 
 log = logging.getLogger(__name__)
+# The exporters tell of each step, and of libraries that these networks do not need.
+for _name in ("onnxscript", "onnx_ir"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 def export_network(preprocessed: PreprocessedModel, calibration: Pixels) -> dict[str, bytes]:

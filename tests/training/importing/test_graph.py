@@ -1,10 +1,11 @@
 """Foreign graphs become graphs of bundles, with the same answers."""
 
+import time
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from registry.core.errors import BundleInvalid, UsageError
 from registry.model.classifier import softmax
@@ -12,6 +13,7 @@ from registry.model.manifest import PreprocessSpec
 from tests.training.importing.graphs import SIDE, changed, classifier
 from training.importing.graph import adapt, describe, read_graph
 from training.importing.owner import OwnerGraph
+from training.importing.preprocess_file import make_spec
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
 SPEC = PreprocessSpec(
@@ -96,3 +98,34 @@ def test_a_graph_that_is_not_valid_is_refused() -> None:
 
     with pytest.raises(BundleInvalid, match="NoSuchOperator"):
         read_graph(changed(classifier(), change))
+
+
+def test_a_result_that_only_its_shape_shows_to_be_huge_is_refused_at_once() -> None:
+    """Two weights of 4 MB, whose product has 10¹² values."""
+    long = np.zeros((1_000_000, 1), np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["column", "row"], ["huge"]),
+        helper.make_node("ReduceMax", ["huge"], ["most"], keepdims=0),
+        helper.make_node("Add", ["x", "most"], ["sum"]),
+        helper.make_node("ReduceMean", ["sum"], ["y"], axes=[2, 3], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])],
+        [numpy_helper.from_array(long, "column"), numpy_helper.from_array(long.T, "row")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    data = model.SerializeToString()
+    started = time.perf_counter()
+    with pytest.raises(BundleInvalid, match=r"'huge' of 1,000,000,000,000 values"):
+        read_graph(data)
+    assert time.perf_counter() - started < 5  # 0.05 s on a machine that has time
+
+
+def test_a_graph_that_the_engine_cannot_run_is_refused() -> None:
+    data = classifier(batch=1)
+    facts = describe(read_graph(data))
+    owner = OwnerGraph(data, facts, facts.scores)
+    with pytest.raises(BundleInvalid, match="ONNX Runtime cannot run the graph"):
+        owner.probabilities(np.zeros((1, 4, 4, 3), np.uint8), make_spec({"size": 4}))

@@ -204,3 +204,41 @@ def test_a_folder_of_transformers_answers_as_at_home(tmp_path: Path, files: list
     found = all_sources()["huggingface"].open(Request(what=str(tmp_path)))
     assert found.labels == LABELS
     check_whole(found, network, transform, files)
+
+
+def test_a_file_of_keras_answers_as_at_home(
+    tmp_path: Path, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    network = keras.Sequential(
+        [
+            keras.Input((96, 96, 3)), layers.Conv2D(16, 3, strides=2, activation="relu"),
+            layers.BatchNormalization(), layers.SeparableConv2D(32, 3, activation="relu"),
+            layers.GlobalAveragePooling2D(), layers.Dense(len(LABELS)),
+        ]
+    )  # fmt: skip
+
+    def transform(picture: Image.Image) -> Any:
+        resized = picture.resize((96, 96), Image.Resampling.BILINEAR)
+        return torch.tensor(np.asarray(resized, np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+    pictures = np.stack([transform(opened(file)).permute(1, 2, 0).numpy() for file in files])
+    scores = network.predict(pictures, verbose=0)
+    kernel, bias = network.layers[-1].get_weights()
+    scale = 3 / scores.std(0).mean()
+    network.layers[-1].set_weights([kernel * scale, scale * (bias - scores.mean(0))])
+    network.save(tmp_path / "animals.keras")
+    found = all_sources()["keras"].open(
+        Request(
+            what=str(tmp_path / "animals.keras"), labels=LABELS,
+            preprocess={"size": 96, "mean": 0.5, "std": 0.5},
+        )
+    )  # fmt: skip
+    wanted = softmax(network.predict(pictures, verbose=0))
+    difference = float(np.abs(wanted - answers(found, files)).max())
+    print(f"{found.origin}: {difference:.2g} at most")
+    assert len(set(wanted.argmax(1).tolist())) > 1
+    assert difference < 1e-3

@@ -72,7 +72,7 @@ def test_labels_that_are_shifted_by_one_are_named(
 ) -> None:
     shifted = (*LABELS[1:], LABELS[0])
     found = cause(graph, write_reference(only_labels, labels=shifted), HOME)
-    assert str(found).startswith("the labels: the owner's are 1 later in the list for 24 of 24")
+    assert "The cause: the labels: the owner's are 1 later in the list for 24" in str(found)
 
 
 def test_answers_of_another_model_have_no_cause(
