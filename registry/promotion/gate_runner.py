@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 
@@ -192,14 +192,13 @@ class GateRunner:
             evaluated_unix_s=time.time(),
         )
         try:
-            new = self._store.download_evaluated(
-                challenger, folder / "challenger", _needed_of_challenger
-            )
+            place = folder / "challenger"
+            new = download_evaluated(self._store, challenger, place, _needed_of_challenger)
             if champion is None:
                 return msgspec.structs.replace(
                     result, accepted=True, summary="there was no champion to compare with"
                 )
-            old = self._store.download_evaluated(champion, folder / "champion", _needed)
+            old = download_evaluated(self._store, champion, folder / "champion", _needed)
             # First, because it may refuse before the slow steps.
             pairs = pair_heldout(old, new, policy.min_examples)
             timed = None
@@ -217,6 +216,23 @@ class GateRunner:
             comparison=comparison,
             prediction_changes=_prediction_changes(comparison, pairs, old, new),
         )
+
+
+def download_evaluated(
+    store: ModelStore,
+    version: ModelVersion,
+    folder: Path,
+    wanted: Callable[[Bundle], Iterable[str]],
+) -> Bundle:
+    """As ``ModelStore.download``, with the record of the later evaluation, if there is one."""
+    evaluation = store.evaluations.fetch(version, folder)
+    if evaluation is None:
+        return store.download(version, folder, wanted)
+    replaced = set(evaluation.files)
+    bundle = store.download(
+        version, folder, lambda each: [name for name in wanted(each) if name not in replaced]
+    )
+    return bundle.with_evaluation(evaluation)
 
 
 def _needed(bundle: Bundle) -> list[str]:

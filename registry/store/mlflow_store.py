@@ -181,22 +181,6 @@ class ModelStore:
         bundle.verify(names)
         return bundle
 
-    def download_evaluated(
-        self,
-        version: ModelVersion,
-        folder: Path,
-        wanted: Callable[[Bundle], Iterable[str]],
-    ) -> Bundle:
-        """As ``download``, with the held-out record of the later evaluation, if there is one."""
-        evaluation = self.evaluations.fetch(version, folder)
-        if evaluation is None:
-            return self.download(version, folder, wanted)
-        replaced = set(evaluation.files)
-        bundle = self.download(
-            version, folder, lambda each: [name for name in wanted(each) if name not in replaced]
-        )
-        return bundle.with_evaluation(evaluation)
-
     def sign(self, version: ModelVersion, envelope: str) -> None:
         """Keep the ``envelope`` of a signature with the version, instead of an earlier one."""
         with self.connection.errors():

@@ -14,6 +14,7 @@ from registry.model.classifier import load_classifier
 from registry.model.image.decode import decode_image
 from registry.model.plans.base import PlanContext, find_plan
 from registry.model.refs import ModelRef
+from registry.promotion.gate_runner import download_evaluated
 from registry.store.mlflow_store import ModelStore
 from tests.training.importing.conftest import LABELS, WriteReference
 from training.importing.reference import read_reference
@@ -142,7 +143,7 @@ def test_a_version_gets_its_held_out_record_later(
         "cached"
     )
     with pytest.raises(BundleInvalid, match="sha256"):
-        store.download_evaluated(version, tmp_path / "gate", lambda _: ())
+        download_evaluated(store, version, tmp_path / "gate", lambda _: ())
 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.png").write_bytes(pictures[0].read_bytes())
