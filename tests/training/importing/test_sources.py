@@ -205,6 +205,17 @@ def test_of_two_equal_labels_the_second_gets_its_index() -> None:
     assert distinct(["crane", "ship", "crane"]) == ("crane", "ship", "crane (2)")
 
 
+def test_an_option_without_meaning_for_the_source_is_refused() -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "onnx": {"weights": Path("w.safetensors")},
+        "torch": {"download": True},
+        "timm": {"run_code": True},
+    }
+    for name, change in changes.items():
+        with pytest.raises(UsageError, match="has no meaning for"):
+            all_sources()[name].open(Request(what="model", **change))
+
+
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"--timm needs timm, onnxscript; install convoy\["):

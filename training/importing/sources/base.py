@@ -63,6 +63,8 @@ class Source(ABC):
     """Modules that must be installed."""
     extra: ClassVar[str] = ""
     """The extra of Convoy that installs them."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Which of ``weights``, ``download`` and ``run_code`` have a meaning for the source."""
 
     def open(self, request: Request) -> SourceModel:
         """The model, with the user's labels and preprocessing in place of the source's.
@@ -70,6 +72,10 @@ class Source(ABC):
         Raises:
             UsageError: there is no such model, or a package or an option is missing.
         """
+        for option in ("weights", "download", "run_code"):
+            if getattr(request, option) and option not in self.options:
+                text = option.replace("_", "-")
+                raise UsageError(f"--{text} has no meaning for {request.what} ({self.name})")
         missing = [each for each in self.packages if not importlib.util.find_spec(each)]
         if missing:
             raise UsageError(

@@ -37,6 +37,7 @@ class HuggingFace(Source):
     help = "a folder that transformers wrote; with --download also a name on the hub"
     packages = ("transformers", "onnxscript")
     extra = "training,huggingface"
+    options = frozenset({"download"})
 
     def load(self, request: Request) -> SourceModel:
         """The classifier in the folder, without any code that came with it."""

@@ -22,6 +22,7 @@ class MlflowVersion(Source):
     help = "a version in the MLflow registry"
     packages = ("mlflow", "onnx", "onnxscript")
     extra = "training"
+    options = frozenset({"run_code"})
 
     def load(self, request: Request) -> SourceModel:
         """The version's graph, or that of the network that its code builds."""

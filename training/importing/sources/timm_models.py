@@ -18,6 +18,7 @@ class Timm(Source):
     help = "one of timm's classifiers, such as resnet50.a1_in1k or local-dir:FOLDER"
     packages = ("timm", "onnxscript")
     extra = "training,timm"
+    options = frozenset({"weights", "download"})
 
     def load(self, request: Request) -> SourceModel:
         """The classifier, by default with the weights that timm keeps or fetches."""
@@ -31,9 +32,11 @@ class Timm(Source):
         try:
             network = timm.create_model(request.what, pretrained=request.weights is None, **classes)
         except Exception as error:  # timm's registry and its hub raise errors of many types
-            advice = "" if request.download else "; give a file with --weights, or use --download"
             text = str(error).strip().partition("\n")[0]
-            raise UsageError(f"--timm {request.what}: {text[:300]}{advice}") from error
+            raise UsageError(
+                f"--timm {request.what}: {text[:300]} (weights that are not on this machine need "
+                "--weights FILE or --download)"
+            ) from error
         if request.weights is not None:
             set_weights(network, request.weights)
         preprocess = self.merged(

@@ -18,6 +18,7 @@ class TorchCode(Source):
     help = "a function that returns a network of torch: it runs here, and never when serving"
     packages = ("torch", "onnxscript")
     extra = "training"
+    options = frozenset({"weights"})
 
     def load(self, request: Request) -> SourceModel:
         """The graph of the network that the function returns, with the weights of the file."""

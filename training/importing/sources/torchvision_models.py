@@ -16,6 +16,7 @@ class Torchvision(Source):
     help = "one of torchvision's classifiers, such as resnet50 or resnet50/IMAGENET1K_V1"
     packages = ("torchvision", "onnxscript")
     extra = "training,torchvision"
+    options = frozenset({"weights", "download"})
 
     def load(self, request: Request) -> SourceModel:
         """The classifier, by default with the newest of torchvision's weights."""
@@ -27,9 +28,13 @@ class Torchvision(Source):
         name, _, wanted = request.what.partition("/")
         try:
             known = models.get_model_weights(name)
-            entry = known[wanted] if wanted else known.DEFAULT
-        except (ValueError, KeyError, AttributeError) as error:
+        except ValueError as error:
             raise UsageError(f"--torchvision {request.what}: {error}") from error
+        if wanted and wanted not in known.__members__:
+            raise UsageError(
+                f"{name} has no weights {wanted}; it has {', '.join(known.__members__)}"
+            )
+        entry = known[wanted] if wanted else known.DEFAULT
         labels = request.labels or distinct(entry.meta["categories"])
         preprocess = self.merged(preprocess_of(entry.transforms()), request)
         spec = make_spec(preprocess)
