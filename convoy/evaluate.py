@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+import msgspec
+
 from registry.cli.main import command_parser, run
 from registry.cli.open import open_store
 from registry.model.refs import CHAMPION, ref_of
@@ -39,4 +41,7 @@ def _record(arguments: argparse.Namespace) -> bool:
             f"{found.metrics['validation_accuracy']:.4f} on {count:,} pictures of {arguments.data},"
             " kept as its held-out record"
         )
-    return CHAMPION in version.aliases
+    is_champion = CHAMPION in version.aliases
+    if arguments.json and is_champion:
+        print(msgspec.json.encode(found).decode())
+    return is_champion

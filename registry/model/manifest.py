@@ -228,7 +228,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
         return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
 
 
-EVALUATION_FILES = {"heldout.npz", "champion.npz", "thumbnails.npz"}
+MAX_EVALUATION_BYTES = 512 * 1024 * 1024
 
 
 class LaterEvaluation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -249,8 +249,13 @@ class LaterEvaluation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     files: dict[str, FileEntry]
 
     def __post_init__(self) -> None:
-        if other := set(self.files) - EVALUATION_FILES:
-            raise ValueError(f"an evaluation has no files {', '.join(sorted(other))[:80]}")
+        wanted = {"heldout.npz", "champion.npz"} if self.scored_champion else {"heldout.npz"}
+        if set(self.files) - {"thumbnails.npz"} != wanted:
+            raise ValueError(f"an evaluation needs the files {', '.join(sorted(wanted))}")
+        if any(each.size_bytes > MAX_EVALUATION_BYTES for each in self.files.values()):
+            raise ValueError(f"a file has more than {MAX_EVALUATION_BYTES:,} bytes")
+        if "validation_accuracy" not in self.metrics:
+            raise ValueError("an evaluation needs validation_accuracy")
 
 
 class _SchemaOnly(Struct):

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,9 +19,10 @@ from registry.store.connection.pages import all_pages
 from registry.store.model_names import AUDIT_LOG, DIGEST_TAG
 
 MLMODEL = "MLmodel"
-MAX_MLMODEL_BYTES = 1_000_000
+MAX_MLMODEL_BYTES = 100_000
 # Flavours that others are wrapped in.
 WRAPPER = "python_function"
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 _PLAIN_NAME = re.compile("[^'\"\\\\/]+")
 
 
@@ -33,20 +35,24 @@ class ForeignModels:
         self._artifacts = Artifacts(connection)
 
     def newest(self) -> Iterator[ForeignVersion]:
-        """The newest version of each model, if Convoy did not publish it."""
+        """The newest of each model's versions that Convoy did not publish."""
         with self._connection.errors():
             models = all_pages(self._client.search_registered_models)
         for name in sorted(model.name for model in models if not model.name.endswith(AUDIT_LOG)):
-            yield from self.versions(name)[:1]
+            yield from (self.describe(name, number) for number in self._numbers(name)[:1])
 
     def versions(self, name: str) -> list[ForeignVersion]:
         """Those versions of ``name`` that Convoy did not publish, newest first."""
+        return [self.describe(name, number) for number in self._numbers(name)]
+
+    def _numbers(self, name: str) -> list[int]:
+        """The numbers of those versions, newest first."""
         if not _PLAIN_NAME.fullmatch(name):
             return []
         with self._connection.errors():
             found = all_pages(self._client.search_model_versions, f"name = '{name}'")
         numbers = [int(each.version) for each in found if DIGEST_TAG not in each.tags]
-        return [self.describe(name, number) for number in sorted(numbers, reverse=True)]
+        return sorted(numbers, reverse=True)
 
     def describe(self, name: str, number: int) -> ForeignVersion:
         """The version with its flavours; they are empty if its record cannot be read.
@@ -60,9 +66,9 @@ class ForeignModels:
             with tempfile.TemporaryDirectory(prefix="convoy-mlmodel-") as folder:
                 self._artifacts.fetch(source, MLMODEL, Path(folder), MAX_MLMODEL_BYTES)
                 record = yaml.safe_load(Path(folder, MLMODEL).read_bytes())
-            flavours = [str(each) for each in record["flavors"]]
-        except (BundleInvalid, RegistryUnavailable, yaml.YAMLError, KeyError, TypeError) as error:
-            return ForeignVersion(name=name, version=number, why=f"unreadable: {error}")
+            flavours = [each for each in _flavours(record) if isinstance(each, str)]
+        except (BundleInvalid, RegistryUnavailable, *_UNREADABLE) as error:
+            return ForeignVersion(name=name, version=number, why=f"unreadable: {str(error)[:200]}")
         return ForeignVersion(
             name=name,
             version=number,
@@ -90,8 +96,20 @@ def onnx_file(folder: Path) -> Path:
     Raises:
         UsageError: its record names no file in the folder.
     """
-    record = yaml.safe_load((folder / MLMODEL).read_bytes())
-    file = folder / str(record["flavors"]["onnx"].get("data", ""))
+    try:
+        flavour = _flavours(yaml.safe_load((folder / MLMODEL).read_bytes())).get("onnx")
+    except _UNREADABLE as error:
+        raise UsageError(f"{MLMODEL} cannot be read: {str(error)[:200]}") from error
+    data = flavour.get("data") if isinstance(flavour, dict) else None
+    file = folder / (data if isinstance(data, str) else "")
     if not file.is_file() or folder.resolve() not in file.resolve().parents:
         raise UsageError(f"{MLMODEL} names the graph {str(file.name)!r}, which is not there")
     return file
+
+
+def _flavours(record: Any) -> dict[Any, Any]:
+    """The flavours in MLflow's record; ``ValueError`` if it has none."""
+    flavours = record.get("flavors") if isinstance(record, dict) else None
+    if not isinstance(flavours, dict):
+        raise ValueError("it names no flavours")
+    return flavours

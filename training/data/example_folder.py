@@ -58,7 +58,7 @@ def decode_examples(files: list[Path], classes: list[int], spec: PreprocessSpec)
         UsageError: a picture cannot be decoded, or there are too many for the memory.
     """
     check_memory(
-        f"{len(files):,} pictures", len(files) * math.prod(spec.shape), "give the import fewer"
+        f"{len(files):,} pictures", len(files) * math.prod(spec.shape), "use fewer pictures"
     )
     found: dict[str, int] = {}
     pixels = []

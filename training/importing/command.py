@@ -175,10 +175,10 @@ def show(imported: "Imported", *, as_json: bool) -> None:
         return
     print(f"registered as {version.name} version {version.version}, alias challenger")
     if reference:
-        print(
-            f"  reference   {reference.equal} of {reference.total} answers are equal; a "
-            f"probability differs by {reference.largest_difference:.2g} at most"
-        )
+        proof = "best classes only"
+        if reference.largest_difference is not None:
+            proof = f"a probability differs by {reference.largest_difference:.2g} at most"
+        print(f"  reference   {reference.equal} of {reference.total} answers are equal; {proof}")
     else:
         print(
             "  reference   none: nothing proves that it answers as it did at home; use --reference"

@@ -136,8 +136,11 @@ def adapt(model: onnx.ModelProto, facts: GraphFacts, spec: PreprocessSpec, score
     """
     inner = compose.add_prefix(model, PREFIX)
     del inner.graph.value_info[:]  # they have the old batch size
-    for reshape in (node for node in inner.graph.node if node.op_type == "Reshape"):
-        _keep_batch(inner.graph, reshape)
+    if facts.batch == 1:
+        weights_of_inner = {each.name for each in inner.graph.initializer}
+        for reshape in (node for node in inner.graph.node if node.op_type == "Reshape"):
+            if reshape.input[0] not in weights_of_inner:
+                _keep_batch(inner.graph, reshape)
     nodes, weights = _before(facts, spec)
     after_nodes, after_weights = _after(facts, scores)
     opset = max(each.version for each in inner.opset_import if each.domain in ("", "ai.onnx"))
@@ -225,12 +228,15 @@ def _keep_batch(graph: onnx.GraphProto, reshape: onnx.NodeProto) -> None:
     """
     if any(each.name == "allowzero" and each.i for each in reshape.attribute):
         return
-    for position, each in enumerate(graph.initializer):
+    for each in graph.initializer:
         if each.name == reshape.input[1]:
             shape = numpy_helper.to_array(each).copy()
             if shape.size > 1 and shape[0] == 1:
                 shape[0] = 0
-                graph.initializer[position].CopyFrom(numpy_helper.from_array(shape, each.name))
+                name = f"convoy/shape of {reshape.output[0]}"  # other nodes may read the old one
+                graph.initializer.append(numpy_helper.from_array(shape, name))
+                reshape.input[1] = name
+            return
 
 
 def _image_dtype(image: onnx.ValueInfoProto) -> str:
@@ -270,6 +276,8 @@ def _chosen_output(model: onnx.ModelProto, wanted: str | None) -> onnx.ValueInfo
         outputs = [each for each in outputs if each.name == wanted]
         if not outputs:
             raise UsageError(f"the graph has no output {wanted!r}; it has {names}")
+    if not outputs:
+        raise UsageError("the graph has no output")
     if len(outputs) > 1:
         raise UsageError(f"the graph has several outputs; choose one with --output: {names}")
     return outputs[0]

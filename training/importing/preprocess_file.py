@@ -132,8 +132,8 @@ def make_spec(
         )
     shorter = file.resize_shorter_px
     if file.crop_pct is not None and not (shorter or file.resize_px or file.letterbox_level):
-        if not 0 < file.crop_pct <= 1:
-            raise UsageError(f"crop_pct is {file.crop_pct}; it must be above 0 and at most 1")
+        if not 0.01 <= file.crop_pct <= 1:
+            raise UsageError(f"crop_pct is {file.crop_pct}; it must be from 0.01 to 1")
         shorter = math.floor(max(width, height) / file.crop_pct)
     unit = 255 if file.levels == "0..255" else 1
     given = {

@@ -71,14 +71,14 @@ class Agreement(Struct, frozen=True):
         total: how many pictures there are.
         equal: how many have the same best class, and no probability over the tolerance.
         same_best: how many have the same best class.
-        largest_difference: of a probability that the owner gave; 0 if there is none.
+        largest_difference: of a probability that the owner gave; None if there is none.
         first: the position of the first picture that is not equal, or None.
     """
 
     total: int
     equal: int
     same_best: int
-    largest_difference: float
+    largest_difference: float | None
     first: int | None
 
     @property
@@ -96,17 +96,15 @@ def compare(answers: NDArray[np.float32], reference: Reference, tolerance: float
     chosen = answers.argmax(axis=1)
     near_tie = answers.max(axis=1) - answers[positions, reference.best] < tolerance
     same_best = (chosen == reference.best) | near_tie
-    difference = np.nanmax(
-        np.abs(answers - reference.probabilities), axis=1, initial=0.0,
-        where=~np.isnan(reference.probabilities),
-    )  # fmt: skip
-    equal = same_best & (difference <= tolerance)
+    known = ~np.isnan(reference.probabilities)
+    difference = np.max(np.abs(answers - reference.probabilities), axis=1, initial=0.0, where=known)
+    equal = same_best & (difference <= tolerance) & np.isfinite(answers).all(axis=1)
     wrong = np.flatnonzero(~equal)
     return Agreement(
         total=len(answers),
         equal=int(equal.sum()),
         same_best=int(same_best.sum()),
-        largest_difference=float(difference.max(initial=0)),
+        largest_difference=float(difference.max(initial=0)) if known.any() else None,
         first=int(wrong[0]) if wrong.size else None,
     )
 

@@ -59,7 +59,7 @@ def evaluate_later(store: ModelStore, version: ModelVersion, folder: Path) -> La
     evaluation = LaterEvaluation(
         manifest_sha256=version.manifest_sha256,
         data=DataRecord(
-            name=folder.name, sha256=examples.sha256, counts={"validation": len(examples)}
+            name=folder.resolve().name, sha256=examples.sha256, counts={"validation": len(examples)}
         ),
         metrics=heldout.metrics("validation"),
         scored_champion=champion.manifest_sha256 if champion else None,

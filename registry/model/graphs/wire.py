@@ -11,6 +11,7 @@ from collections.abc import Iterator
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _SIZES = {FIXED64: 8, FIXED32: 4}
 _LONGEST_VARINT = 10
+_TAGS = 1 << 32
 
 Field = tuple[int, int | memoryview]
 """The number of a field, and its value: an integer, or the bytes of a longer value."""
@@ -29,6 +30,8 @@ def fields(message: memoryview) -> Iterator[Field]:
     at, end = 0, message.nbytes
     while at < end:
         key, at = _varint(message, at)
+        if key >= _TAGS:  # engines drop the upper bits, and would read another field
+            raise Malformed("a field's tag has more than 32 bits")
         number, kind = key >> 3, key & 7
         if number == 0:
             raise Malformed("a field has the number 0")

@@ -143,7 +143,11 @@ def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Pixels:
         mode = "L" if spec.mode == "L" else "RGB"
         plain = opaque if opaque.mode == mode else opaque.convert(mode)
         is_turned = orientation in QUARTER_TURNS and spec.exif == "transpose"
-        fitted = _upright(fit(plain, spec, size, is_turned), spec, orientation)
+        if spec.crop_early:  # as fast as it can: turn the small picture
+            fitted = _upright(fit(plain, spec, size, is_turned), spec, orientation)
+        else:  # as other libraries do, which round the crop of the upright picture
+            upright = _upright(plain, spec, orientation)
+            fitted = fit(upright, spec, size[::-1] if is_turned else size, is_turned=False)
         pixels = np.frombuffer(fitted.tobytes(), dtype=np.uint8).reshape(spec.shape)
         return in_order(pixels, spec)
 

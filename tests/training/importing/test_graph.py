@@ -129,3 +129,25 @@ def test_a_graph_that_the_engine_cannot_run_is_refused() -> None:
     owner = OwnerGraph(data, facts, facts.scores)
     with pytest.raises(BundleInvalid, match="ONNX Runtime cannot run the graph"):
         owner.probabilities(np.zeros((1, 4, 4, 3), np.uint8), make_spec({"size": 4}))
+
+
+def test_a_reshape_of_a_weight_stays_as_it_is() -> None:
+    """In a graph that takes one picture, whose Reshapes of the picture take any batch."""
+    nodes = [
+        helper.make_node("Reshape", ["bias", "shape"], ["wide"]),
+        helper.make_node("Add", ["x", "wide"], ["sum"]),
+        helper.make_node("ReduceMean", ["sum"], ["y"], axes=[2, 3], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])],
+        [
+            numpy_helper.from_array(np.array([1, 2, 3], np.float32), "bias"),
+            numpy_helper.from_array(np.array([1, 3, 1, 1], np.int64), "shape"),
+        ],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    read = read_graph(model.SerializeToString())
+    assert run(adapt(read, describe(read), SPEC, "logits"), PIXELS).shape == (3, 3)

@@ -94,7 +94,7 @@ def test_foreign_versions_are_listed_as_what_they_are_and_imported(
     status, _, err = run("models:/animals_torch/1")
     assert status == 2
     assert "loading it runs code that it holds" in err
-    assert "add --run-code" in err
+    assert "Add --run-code" in err
     status, out, err = run("models:/animals_torch/1", "--run-code", "--model", "animals")
     assert status == 0, err
     assert "registered as animals version 1" in out

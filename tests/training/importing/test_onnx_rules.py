@@ -140,6 +140,14 @@ def test_a_hostile_graph_is_refused_for_its_reason(change: Change, text: str) ->
         check_onnx(changed(classifier(), change))
 
 
+def test_a_tag_that_engines_would_cut_to_another_field_is_refused() -> None:
+    """Field 13 + 2²⁹ is external data for a parser that keeps 32 bits of a tag."""
+    tag = ((13 + (1 << 29)) << 3) | 2
+    varint = bytes((tag >> shift & 0x7F) | 0x80 for shift in range(0, 28, 7)) + bytes([tag >> 28])
+    with pytest.raises(BundleInvalid, match="more than 32 bits"):
+        check_onnx(varint + b"\x00" + classifier())
+
+
 def test_operators_of_other_domains_are_refused() -> None:
     with pytest.raises(BundleInvalid, match=r"operators of 'com\.microsoft'"):
         check_onnx(classifier(domain="com.microsoft"))

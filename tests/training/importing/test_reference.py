@@ -117,3 +117,16 @@ def test_a_near_tie_may_have_either_class() -> None:
     nearly = np.array([[0.4002, 0.4000, 0.1998]], np.float32)
     assert compare(nearly, reference, TOLERANCE).holds
     assert not compare(np.array([[0.5, 0.3, 0.2]], np.float32), reference, TOLERANCE).holds
+
+
+def test_answers_that_are_not_numbers_equal_nothing() -> None:
+    reference = Reference((Path("a.png"),), np.array([0]), np.array([[0.9, 0.1]], np.float32))
+    found = compare(np.full((1, 2), np.nan, np.float32), reference, 1e-3)
+    assert (found.equal, found.holds) == (0, False)
+
+
+def test_labels_alone_prove_no_probability() -> None:
+    unknown = np.full((1, 2), np.nan, np.float32)
+    reference = Reference((Path("a.png"),), np.array([0]), unknown)
+    found = compare(np.array([[0.6, 0.4]], np.float32), reference, 1e-3)
+    assert (found.holds, found.largest_difference) == (True, None)

@@ -44,14 +44,21 @@ class HuggingFace(Source):
         folder = _folder(request)
         config = _json(folder / CONFIG)
         preprocessor = folder / PREPROCESSOR
-        record = preprocess_of(_json(preprocessor)) if preprocessor.is_file() else {}
+        try:
+            record = preprocess_of(_json(preprocessor)) if preprocessor.is_file() else {}
+            labels = request.labels or labels_of(config)
+        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+            raise UsageError(
+                f"{CONFIG} or {PREPROCESSOR} is not as transformers writes it: {error}; use "
+                "--labels and --preprocess"
+            ) from error
         preprocess = self.merged(record, request)
         spec = make_spec(preprocess)
         return SourceModel(
             name=Path(request.what).name,
             graph=_graph(folder, spec.shape),
             origin=f"Hugging Face: {request.what}",
-            labels=request.labels or labels_of(config),
+            labels=labels,
             preprocess=preprocess,
         )
 
@@ -63,6 +70,8 @@ def preprocess_of(record: dict[str, Any]) -> dict[str, Any]:
         UsageError: the pictures are prepared in a way that Convoy does not have.
     """
     kind = str(record.get("image_processor_type") or record.get("feature_extractor_type") or "")
+    if record.get("resample", 2) not in RESAMPLE:
+        raise UsageError(f"{PREPROCESSOR} resamples by {record['resample']!r}, which is not known")
     unknown = [name for name, value in record.items() if name not in IGNORED and value]
     if kind.startswith(OWN_RULES):
         unknown.append(kind)
@@ -77,7 +86,7 @@ def preprocess_of(record: dict[str, Any]) -> dict[str, Any]:
     normalises = record.get("do_normalize", True)
     mean = record.get("image_mean") if normalises else None
     std = record.get("image_std") if normalises else None
-    interpolation = RESAMPLE.get(record.get("resample", 2), "bilinear")
+    interpolation = RESAMPLE[record.get("resample", 2)]
     return {
         **_sizes(record, kind),
         "interpolation": interpolation,
@@ -113,10 +122,10 @@ def _sizes(record: dict[str, Any], kind: str) -> dict[str, Any]:
         crop_pct = record.get("crop_pct") or 224 / 256
         return {"size": shorter, "resize_shorter_px": int(shorter / crop_pct)}
     try:
+        if not record.get("do_resize", True):
+            raise KeyError("do_resize")
         if crops:
             made: dict[str, Any] = {"size": (crop["width"], crop["height"])}
-            if not record.get("do_resize", True):
-                raise KeyError("do_resize")
             if shorter:
                 return {**made, "resize_shorter_px": shorter}
             return {**made, "resize_px": (size["width"], size["height"])}

@@ -28,7 +28,9 @@ class Timm(Source):
 
         from training.importing.sources.torch_network import set_weights, to_graph
 
-        classes = {"num_classes": len(request.labels)} if request.labels else {}
+        # With timm's own weights, another number of classes would make a random last layer.
+        own = request.weights is not None and request.labels
+        classes = {"num_classes": len(request.labels)} if own and request.labels else {}
         try:
             network = timm.create_model(request.what, pretrained=request.weights is None, **classes)
         except Exception as error:  # timm's registry and its hub raise errors of many types

@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 from registry.core.errors import UsageError
 from training.importing.sources.base import Request, Source, SourceModel, distinct
 
+# Built with torchvision's weights, they transform their input; their weights do not show it.
+NORMALISES_ITSELF = ("inception_v3", "googlenet")
+
 
 class Torchvision(Source):
     """One of torchvision's classifiers, with weights of its own or of the user."""
@@ -35,16 +38,23 @@ class Torchvision(Source):
                 f"{name} has no weights {wanted}; it has {', '.join(known.__members__)}"
             )
         entry = known[wanted] if wanted else known.DEFAULT
+        transforms = entry.transforms()
+        if not hasattr(transforms, "crop_size"):
+            raise UsageError(f"{name} is not a classifier of torchvision")
         labels = request.labels or distinct(entry.meta["categories"])
-        preprocess = self.merged(preprocess_of(entry.transforms()), request)
+        preprocess = self.merged(preprocess_of(transforms), request)
         spec = make_spec(preprocess)
         if request.weights is not None:
+            if name in NORMALISES_ITSELF:
+                raise UsageError(
+                    f"{name} normalises pictures itself if it was built with torchvision's "
+                    "weights; build it in a function of yours, and use --torch"
+                )
             network = models.get_model(name, weights=None, num_classes=len(labels))
             set_weights(network, request.weights)
         else:
-            file = _file_of(entry, may_download=request.download)
-            network = models.get_model(name, weights=None)
-            set_weights(network, file)
+            _check_file(entry, may_download=request.download)
+            network = models.get_model(name, weights=entry)
         return SourceModel(
             name=name,
             graph=to_graph(network, spec.shape),
@@ -67,21 +77,17 @@ def preprocess_of(transforms: Any) -> dict[str, Any]:
     }
 
 
-def _file_of(entry: Any, *, may_download: bool) -> Path:
-    """The file with the weights of ``entry``, where torch keeps those that it fetched."""
+def _check_file(entry: Any, *, may_download: bool) -> None:
+    """Refuse weights that torch has not fetched yet, unless it may fetch them now."""
     import torch
 
     folder = Path(torch.hub.get_dir(), "checkpoints")  # noqa: TID251 - only the name of a folder
     file = folder / Path(urlsplit(entry.url).path).name
-    if file.is_file():
-        return file
-    if not may_download:
+    if not file.is_file() and not may_download:
         raise UsageError(
             f"the weights {entry} are not on this machine ({file}); give a file with --weights, or "
             f"let torchvision fetch {entry.url} with --download"
         )
-    entry.get_state_dict(progress=True, check_hash=True, weights_only=True)  # keeps the file
-    return file
 
 
 SOURCE = Torchvision()
