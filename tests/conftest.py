@@ -68,24 +68,28 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+            forget_registry()
             make(folder)
+            forget_registry()
             done.touch()
     return folder
+
+
+def forget_registry() -> None:
+    """Remove the last registry, which MLflow writes into the environment, for good."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Start every test with its own home folder, and without variables of the services."""
+    forget_registry()  # ``monkeypatch`` would bring it back after the test
     for name in list(os.environ):
-        if name.startswith(("CONVOY_", "OTEL_")) or name in (
-            "MLFLOW_TRACKING_URI",
-            "MLFLOW_REGISTRY_URI",
-        ):
+        if name.startswith(("CONVOY_", "OTEL_")) or name == "MLFLOW_REGISTRY_URI":
             monkeypatch.delenv(name)
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     yield
-    # MLflow writes the last registry into the environment; the next session fixture would use it.
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    forget_registry()
 
 
 @pytest.fixture
@@ -223,10 +227,7 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(root: Path) -> None:
         from registry.store.mlflow_store import ModelStore
 
-        with pytest.MonkeyPatch.context() as patch:
-            # MLflow itself may have set it, to an earlier database.
-            patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-            ModelStore(Paths(root)).models()
+        ModelStore(Paths(root)).models()
 
     return made_once(tmp_path_factory, "registry", make) / "mlflow.db"
 

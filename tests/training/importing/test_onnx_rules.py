@@ -183,11 +183,11 @@ def test_every_truncated_graph_is_refused() -> None:
 def test_many_small_fields_are_refused_at_once_and_in_little_memory() -> None:
     data = classifier() + b"\x28\x01" * 10_000_000  # the model's version, ten million times
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         with pytest.raises(BundleInvalid, match="fields"):
             check_onnx(data)
-        assert time.perf_counter() - started < 20  # 0.4 s on an idle machine, without tracemalloc
+        assert time.thread_time() - started < 20  # 0.4 s of the CPU without tracemalloc
         assert tracemalloc.get_traced_memory()[1] < 64_000_000
     finally:
         tracemalloc.stop()
