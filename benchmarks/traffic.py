@@ -12,8 +12,9 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -357,3 +358,21 @@ def in_turn(asks: list[Ask]) -> Callable[[], Ask]:
             yield from asks
 
     return forever().__next__
+
+
+@contextmanager
+def in_thread(traffic: Traffic) -> Iterator[None]:
+    """Send ``traffic`` while the block runs; afterwards all of its rows are there."""
+    stop = Event()
+
+    async def drive() -> None:
+        async with traffic.running():
+            await asyncio.to_thread(stop.wait)
+
+    thread = Thread(target=lambda: asyncio.run(drive()))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -5,7 +5,7 @@ digest, so that only the record that was written last counts.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -62,28 +62,34 @@ class Evaluations:
         Raises:
             BundleInvalid: the record is missing, damaged, or of another version.
         """
-        if version.evaluation_sha256 is None:
+        return self._fetch(version, folder, lambda _: ())
+
+    def fetch(self, version: ModelVersion, folder: Path) -> LaterEvaluation | None:
+        """As ``read``, with the evaluation's files, verified."""
+        return self._fetch(version, folder, lambda found: found.files)
+
+    def _fetch(
+        self,
+        version: ModelVersion,
+        folder: Path,
+        wanted: Callable[[LaterEvaluation], Iterable[str]],
+    ) -> LaterEvaluation | None:
+        digest = version.evaluation_sha256
+        if digest is None:
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        place = f"{_place(version.evaluation_sha256)}/{RECORD}"
-        self._artifacts.fetch(self._source(version), place, folder, MAX_RECORD_BYTES)
-        record = read_digested(folder / RECORD, version.evaluation_sha256)
+        source, place = self._source(version), _place(digest)
+        self._artifacts.fetch(source, f"{place}/{RECORD}", folder, MAX_RECORD_BYTES)
+        record = read_digested(folder / RECORD, digest)
         try:
             found = msgspec.json.decode(record, type=LaterEvaluation)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BundleInvalid(f"the evaluation of {version.name} is damaged: {error}") from error
         if found.manifest_sha256 != version.manifest_sha256:
             raise BundleInvalid(f"the evaluation of {version.name} is of another version")
-        return found
-
-    def fetch(self, version: ModelVersion, folder: Path) -> LaterEvaluation | None:
-        """As ``read``, with the evaluation's files, verified."""
-        found = self.read(version, folder)
-        if found is None or version.evaluation_sha256 is None:
-            return None
-        for name, entry in found.files.items():
-            place = f"{_place(version.evaluation_sha256)}/{name}"
-            self._artifacts.fetch(self._source(version), place, folder, entry.size_bytes)
+        for name in wanted(found):
+            entry = found.files[name]
+            self._artifacts.fetch(source, f"{place}/{name}", folder, entry.size_bytes)
             read_digested(folder / name, entry.sha256)
         return found
 

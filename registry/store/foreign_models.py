@@ -58,7 +58,7 @@ class ForeignModels:
         """The version with its flavours; they are empty if its record cannot be read.
 
         Raises:
-            VersionNotFound: there is no such version.
+            VersionNotFound: the registry has no version of that number.
         """
         with self._connection.errors(f"{name} has no version {number}"):
             source = self._client.get_model_version_download_uri(name, str(number))

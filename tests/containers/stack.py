@@ -4,7 +4,6 @@ It uses a running engine and an image registry if they answer. If not, it starts
 builds the base images. At the end it removes both, except for the engine's chains in iptables.
 """
 
-import asyncio
 import contextlib
 import json
 import os
@@ -18,10 +17,9 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
-from benchmarks.traffic import Traffic, post
+from benchmarks.traffic import Traffic, in_thread, post
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -305,21 +303,12 @@ def load(stack: Stack, picture: bytes, rate: float = 40.0) -> Iterator[Counter[i
     """Send requests through the proxy while the block runs; it then has the counts by status."""
     counts: Counter[int] = Counter()
     traffic = Traffic(stack.port, lambda: post(picture), rate)
-    stop = Event()
-
-    async def drive() -> None:
-        async with traffic.running():
-            await asyncio.to_thread(stop.wait)
-
-    thread = Thread(target=lambda: asyncio.run(drive()))
-    thread.start()
     try:
-        time.sleep(1)
-        yield counts
-        time.sleep(2)
+        with in_thread(traffic):
+            time.sleep(1)
+            yield counts
+            time.sleep(2)
     finally:
-        stop.set()
-        thread.join()
         counts.update(row.status for row in traffic.rows)
         for row in traffic.rows:
             if row.status != 200:

@@ -1,18 +1,14 @@
 """An imported model under load: signed, a canary, promoted, rolled back, served in int8."""
 
-import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.traffic import Traffic, post
+from benchmarks.traffic import Traffic, in_thread, post
 from tests.conftest import wait_for
 from tests.e2e.processes import Service, run
 from tests.training.importing.conftest import LABELS
@@ -44,27 +40,6 @@ def convoy(home: Path, *words: str) -> str:
     ended = run(home / "home", "convoy", *words)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
-
-
-@contextmanager
-def load(service: Service, picture: bytes) -> Iterator[Counter[int]]:
-    """Requests while the block runs; afterwards the counts of their statuses are there."""
-    counts: Counter[int] = Counter()
-    traffic = Traffic(service.port, lambda: post(picture), RATE)
-    stop = Event()
-
-    async def drive() -> None:
-        async with traffic.running():
-            await asyncio.to_thread(stop.wait)
-
-    thread = Thread(target=lambda: asyncio.run(drive()))
-    thread.start()
-    try:
-        yield counts
-    finally:
-        stop.set()
-        thread.join()
-        counts.update(row.status for row in traffic.rows)
 
 
 def test_an_imported_model_is_released_as_any_other(home: Path) -> None:
@@ -100,7 +75,8 @@ def test_an_imported_model_is_released_as_any_other(home: Path) -> None:
     try:
         wait_for(lambda: service.process.poll() is None and ready(service), service.log.read_text())
         assert status()["plan"] == plan
-        with load(service, picture) as counts:
+        traffic = Traffic(service.port, lambda: post(picture), RATE)
+        with in_thread(traffic):
             wait_for(lambda: answers(1), "version 1 does not answer")
             convoy(home, "canary", "start", "animals", "--challenger", "2", "--share", "50%")
             wait_for(lambda: answers(2), "the canary does not answer")
@@ -109,6 +85,7 @@ def test_an_imported_model_is_released_as_any_other(home: Path) -> None:
             wait_for(lambda: status()["version"] == 2, "version 2 does not serve")
             convoy(home, "roll-back", "animals")
             wait_for(lambda: status()["version"] == 1, "version 1 does not serve again")
+        counts = Counter(row.status for row in traffic.rows)
         assert set(counts) == {200}, service.log.read_text()
         assert counts[200] > ENOUGH
     finally:

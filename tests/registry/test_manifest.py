@@ -1,3 +1,5 @@
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -5,7 +7,12 @@ from hypothesis import strategies as st
 
 from registry.core.errors import BundleInvalid, UsageError
 from registry.model.bundle import Bundle
-from registry.model.manifest import OnnxNetwork, PreprocessSpec, manifest_from_json
+from registry.model.manifest import (
+    LaterEvaluation,
+    OnnxNetwork,
+    PreprocessSpec,
+    manifest_from_json,
+)
 from registry.model.refs import ModelRef, parse_model_ref
 from tests.conftest import MakeBundle
 
@@ -110,3 +117,31 @@ def test_an_impossible_preprocessing_is_refused(changes: dict[str, object], reas
     values = {"mode": "L", "width_px": 8, "height_px": 8, "mean": (0.5,), "std": (0.5,)}
     with pytest.raises(ValueError, match=reason):
         PreprocessSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+DIGEST = "0" * 64
+FILE = {"sha256": DIGEST, "size_bytes": 9}
+EVALUATION: dict[str, Any] = {
+    "manifest_sha256": DIGEST,
+    "data": {"name": "labelled", "sha256": DIGEST, "counts": {"validation": 4}},
+    "metrics": {"validation_accuracy": 0.5},
+    "files": {"heldout.npz": FILE},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"metrics": {}}, "needs validation_accuracy"),
+        ({"files": {}}, "needs the files heldout.npz"),
+        ({"scored_champion": DIGEST}, "needs the files champion.npz, heldout.npz"),
+        ({"files": {"heldout.npz": {**FILE, "size_bytes": 1 << 40}}}, "more than"),
+        ({"files": {"heldout.npz": FILE, "exports/network.onnx": FILE}}, "needs the files heldout"),
+    ],
+)
+def test_an_evaluation_must_be_complete_and_replace_records_only(
+    change: dict[str, object], text: str
+) -> None:
+    assert msgspec.convert(EVALUATION, LaterEvaluation).metrics == {"validation_accuracy": 0.5}
+    with pytest.raises(msgspec.ValidationError, match=text):
+        msgspec.convert({**EVALUATION, **change}, LaterEvaluation)

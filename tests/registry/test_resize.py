@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from registry.model.image.decode import decode_image
 from registry.model.image.resize import resize
@@ -133,3 +133,23 @@ def test_a_picture_may_pass_through_a_jpeg(of: Any) -> None:
     wanted = read.crop(part) if of == "resized" else read
     found = decode(resize_px=(40, 40), jpeg_quality=75, jpeg_of=of)
     np.testing.assert_array_equal(found, np.asarray(wanted))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("crop_offset", ["down", "even"])
+def test_a_picture_that_exif_turns_is_cut_as_if_it_stood_upright(
+    orientation: int, crop_offset: str
+) -> None:
+    picture = PHOTOGRAPH.crop((0, 0, 61, 47))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    file = BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    members: dict[str, Any] = {
+        "width_px": 32, "height_px": 32, "mean": (0,) * 3, "std": (1,) * 3, "mode": "RGB",
+        "resize_shorter_px": 35, "longer_side": "down", "crop_offset": crop_offset,
+        "crop_early": False, "shrink_on_load": False,
+    }  # fmt: skip
+    found = decode_image(file.getvalue(), PreprocessSpec(**members))
+    upright = ImageOps.exif_transpose(Image.open(file))
+    np.testing.assert_array_equal(found, decode(upright, **members))

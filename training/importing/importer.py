@@ -21,8 +21,7 @@ from registry.model.bundle import (
     write_bundle,
 )
 from registry.model.classifier import Classifier, load_classifier
-from registry.model.image.decode import Pixels, decode_image, in_order
-from registry.model.image.limits import TRUSTED_LIMITS
+from registry.model.image.decode import Pixels, in_order
 from registry.model.manifest import (
     SCHEMA_VERSION,
     DataRecord,
@@ -127,9 +126,9 @@ def import_model(model: ForeignModel, evidence: Evidence, paths: Paths) -> Impor
     reference = agreement = None
     if evidence.reference is not None:
         reference = read_reference(evidence.reference, model.labels)
-        agreement = _prove_reference(owner, spec, reference)
+        agreement, answers = _prove_reference(owner, spec, reference)
         if not {"shrink_on_load", "crop_early"} & set(model.preprocess):
-            spec = _faster(owner, spec, reference)
+            spec = _faster(owner, spec, reference, answers)
     examples, is_labelled = _examples(evidence, reference, model.labels, spec)
     expected = owner.probabilities(examples.pixels, spec)
     labels = examples.labels if is_labelled else expected.argmax(axis=1)
@@ -188,40 +187,52 @@ def _examples(
     return decode_examples(list(paths), [0] * len(paths), spec), False
 
 
-def _prove_reference(owner: OwnerGraph, spec: PreprocessSpec, reference: Reference) -> Agreement:
+def _prove_reference(
+    owner: OwnerGraph, spec: PreprocessSpec, reference: Reference
+) -> tuple[Agreement, Probabilities]:
     """The agreement of the original graph, fed by Convoy's decoder, with the owner's answers.
+
+    Returns:
+        The agreement, and the graph's answers.
 
     Raises:
         ReferenceDiffers: they differ; the text says which step of the preprocessing is the cause.
     """
-    answers = owner.classify(reference.pictures(), spec)
+    answers = owner.probabilities(reference.decoded(spec), spec)
     agreement = compare(answers, reference, TOLERANCE)
     if agreement.holds:
-        return agreement
+        return agreement, answers
     log.info("%s; looking for the cause", _difference(agreement, reference))
-    chosen = _most_different(answers, reference)
-    some = _Scored(owner, list(reference.take(chosen).pictures()))
-    cause = diagnose(some.score, spec, reference.take(chosen), TOLERANCE)
+    some = reference.take(_most_different(answers, reference))
+    cause = diagnose(_Scored(owner, some).score, spec, some, TOLERANCE)
     text = f"{_difference(agreement, reference)}. {cause}"
     if cause.changes:
+        changed = cause.changes[-1].spec
         then = compare(
-            owner.classify(reference.pictures(), cause.changes[-1].spec), reference, TOLERANCE
+            owner.probabilities(reference.decoded(changed), changed), reference, TOLERANCE
         )
         text += f". With that, {then.equal} of all {then.total} answers are equal"
     raise ReferenceDiffers(text)
 
 
-def _faster(owner: OwnerGraph, spec: PreprocessSpec, reference: Reference) -> PreprocessSpec:
+def _faster(
+    owner: OwnerGraph, spec: PreprocessSpec, reference: Reference, answers: Probabilities
+) -> PreprocessSpec:
     """``spec`` with those shortcuts of decoding with which the owner's answers hold, too.
 
     Without probabilities from the owner, the best classes alone would not show what they move.
+
+    Args:
+        owner: the original graph.
+        spec: the preprocessing without shortcuts.
+        reference: the owner's answers.
+        answers: those of the graph by ``spec``.
     """
     if np.isnan(reference.probabilities).all():
         return spec
-    answers = owner.classify(reference.pictures(), spec)
     for shortcut in ("crop_early", "shrink_on_load"):
         faster = replace(spec, **{shortcut: True})
-        moved = owner.classify(reference.pictures(), faster)
+        moved = owner.probabilities(reference.decoded(faster), faster)
         # Answers that are exactly the same show that no picture was large enough to prove it.
         if compare(moved, reference, TOLERANCE).holds and not np.array_equal(moved, answers):
             spec, answers = faster, moved
@@ -231,28 +242,23 @@ def _faster(owner: OwnerGraph, spec: PreprocessSpec, reference: Reference) -> Pr
 class _Scored:
     """Scores the same pictures by one preprocessing after another; decodes as seldom as it can."""
 
-    def __init__(self, owner: OwnerGraph, pictures: list[bytes]) -> None:
+    def __init__(self, owner: OwnerGraph, reference: Reference) -> None:
         self._owner = owner
-        self._pictures = pictures
-        self._decoded: dict[PreprocessSpec, Pixels] = {}
+        self._reference = reference
+        self._decoded: dict[PreprocessSpec, list[Pixels]] = {}
 
     def score(self, spec: PreprocessSpec) -> Probabilities:
         """float32 (N, classes) by ``spec``."""
         # The normalisation happens after decoding.
         plain = replace(spec, mean=(0.0,) * spec.channels, std=(1.0,) * spec.channels)
         if plain not in self._decoded:
-            self._decoded[plain] = np.stack(
-                [decode_image(each, plain, TRUSTED_LIMITS) for each in self._pictures]
-            )
+            self._decoded[plain] = list(self._reference.decoded(plain))
         return self._owner.probabilities(self._decoded[plain], spec)
 
 
 def _prove_bundle(classifier: Classifier, spec: PreprocessSpec, reference: Reference) -> Agreement:
     """The agreement of the bundle, run as a worker runs it, with the owner's answers."""
-    answers = [
-        classifier.classify(decode_image(each, spec, TRUSTED_LIMITS)[None])
-        for each in reference.pictures()
-    ]
+    answers = [classifier.classify(pixels[None]) for pixels in reference.decoded(spec)]
     agreement = compare(np.concatenate(answers), reference, TOLERANCE)
     if not agreement.holds:
         raise ReferenceDiffers(f"by {classifier.plan}, {_difference(agreement, reference)}")

@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 
 from registry.core.errors import BundleInvalid
 from registry.model.classifier import softmax
-from registry.model.image.decode import Pixels, decode_image
-from registry.model.image.limits import TRUSTED_LIMITS
+from registry.model.image.decode import Pixels
 from registry.model.manifest import PreprocessSpec
 from training.importing.graph import GraphFacts, Scores
 
@@ -36,14 +35,9 @@ class OwnerGraph:
         self._facts = facts
         self._scores = scores
 
-    def probabilities(self, pixels: Pixels, spec: PreprocessSpec) -> Probabilities:
-        """float32 (N, classes) of uint8 pixels (N, H, W, C), one picture after the other."""
+    def probabilities(self, pixels: Iterable[Pixels], spec: PreprocessSpec) -> Probabilities:
+        """float32 (N, classes) of uint8 pixels (H, W, C), one picture after the other."""
         return np.concatenate([self._one(each[None], spec) for each in pixels])
-
-    def classify(self, pictures: Iterable[bytes], spec: PreprocessSpec) -> Probabilities:
-        """float32 (N, classes) of encoded pictures; raises as ``decode_image``."""
-        decoded = (decode_image(each, spec, TRUSTED_LIMITS) for each in pictures)
-        return np.concatenate([self._one(pixels[None], spec) for pixels in decoded])
 
     def _one(self, pixels: Pixels, spec: PreprocessSpec) -> Probabilities:
         facts = self._facts

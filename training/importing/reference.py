@@ -9,7 +9,10 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from registry.core.errors import UsageError
+from registry.core.errors import ConvoyError, UsageError
+from registry.model.image.decode import Pixels, decode_image
+from registry.model.image.limits import TRUSTED_LIMITS
+from registry.model.manifest import PreprocessSpec
 
 FILE_COLUMNS = ("file", "path", "uri", "image", "filename")
 LABEL_COLUMNS = ("label", "class", "prediction")
@@ -52,9 +55,17 @@ class Reference(Struct, frozen=True):
     best: NDArray[np.int64]
     probabilities: NDArray[np.float32]
 
-    def pictures(self) -> Iterator[bytes]:
-        """The encoded pictures, read one after the other."""
-        return (path.read_bytes() for path in self.paths)
+    def decoded(self, spec: PreprocessSpec) -> Iterator[Pixels]:
+        """The pictures as ``spec`` prepares them, read one after the other.
+
+        Raises:
+            UsageError: one cannot be read or decoded; the text names it.
+        """
+        for path in self.paths:
+            try:
+                yield decode_image(path.read_bytes(), spec, TRUSTED_LIMITS)
+            except (ConvoyError, OSError) as error:
+                raise UsageError(f"{path}: {error}") from error
 
     def take(self, positions: Sequence[int]) -> "Reference":
         """The answers at ``positions``, in that order."""
@@ -142,9 +153,11 @@ def _read_rows(
     labels: tuple[str, ...],
 ) -> Iterator[tuple[Path, int, NDArray[np.float32]]]:
     index = {label: position for position, label in enumerate(labels)}
-    label_column = _column(columns, LABEL_COLUMNS)
-    score_column = _column(columns, PROBABILITY_COLUMNS)
     has_all = all(label in columns for label in labels)
+    # A class may be called "class"; its column then has probabilities.
+    named = [each for each in columns if not (has_all and each in labels)]
+    label_column = _column(named, LABEL_COLUMNS)
+    score_column = _column(columns, PROBABILITY_COLUMNS)
     if label_column is None and not has_all:
         raise UsageError(
             f"{file} has neither a column label nor one for each label; its columns: "

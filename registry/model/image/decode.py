@@ -143,7 +143,7 @@ def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Pixels:
         mode = "L" if spec.mode == "L" else "RGB"
         plain = opaque if opaque.mode == mode else opaque.convert(mode)
         is_turned = orientation in QUARTER_TURNS and spec.exif == "transpose"
-        if spec.crop_early:  # as fast as it can: turn the small picture
+        if spec.crop_early or spec.shrink_on_load:  # as fast as it can: turn the small picture
             fitted = _upright(fit(plain, spec, size, is_turned), spec, orientation)
         else:  # as other libraries do, which round the crop of the upright picture
             upright = _upright(plain, spec, orientation)

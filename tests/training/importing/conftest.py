@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from registry.model.image.decode import decode_image
 from tests.training.importing.graphs import spatial
 from training.importing.graph import describe, read_graph
 from training.importing.owner import OwnerGraph
@@ -51,7 +52,8 @@ def write_reference(tmp_path: Path, pictures: list[Path], graph: bytes) -> Write
         facts = describe(read_graph(graph))
         owner = OwnerGraph(graph, facts, facts.scores)
         spec = make_spec(HOME, 16, 16, 3)
-        answers = owner.classify([path.read_bytes() for path in pictures], spec)
+        decoded = [decode_image(path.read_bytes(), spec) for path in pictures]
+        answers = owner.probabilities(decoded, spec)
         file = tmp_path / "reference.csv"
         with file.open("w", newline="") as opened:
             rows = csv.writer(opened)

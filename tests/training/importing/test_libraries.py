@@ -64,7 +64,8 @@ def answers(found: SourceModel, files: list[bytes]) -> Any:
     """The probabilities that an import proves itself with: of the graph, fed by our decoder."""
     facts = describe(read_graph(found.graph))
     spec = make_spec(found.preprocess, facts.height_px, facts.width_px, facts.channels)
-    return OwnerGraph(found.graph, facts, facts.scores).classify(files, spec)
+    decoded = [decode_image(file, spec, TRUSTED_LIMITS) for file in files]
+    return OwnerGraph(found.graph, facts, facts.scores).probabilities(decoded, spec)
 
 
 def spread(network: torch.nn.Module, transform: Transform, files: list[bytes]) -> None:

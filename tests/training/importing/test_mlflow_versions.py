@@ -11,8 +11,10 @@ import sklearn.linear_model
 import torch
 
 from convoy.__main__ import main
-from registry.core.paths import convoy_paths
+from registry.core.errors import UsageError
+from registry.core.paths import Paths, convoy_paths
 from registry.model.refs import ModelRef
+from registry.store.foreign_models import onnx_file
 from registry.store.mlflow_store import ModelStore
 from tests.training.importing.conftest import LABELS
 from tests.training.importing.test_import import SPEC
@@ -108,3 +110,28 @@ def test_foreign_versions_are_listed_as_what_they_are_and_imported(
         status, _, err = run(what)
         assert status == 2
         assert text in err
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        (b"flavors: {2020-13-45: 1}", "unreadable"),
+        (b"[" * 3000, "unreadable"),
+        (b"flavors: [onnx]", "it names no flavours"),
+        (b"flavors: {onnx: x, 3: y}", ""),
+        (b"a: 1", "it names no flavours"),
+    ],
+)
+def test_an_odd_record_of_mlflow_does_not_break_the_list(
+    record: bytes, text: str, tmp_path: Path, registry_paths: Paths
+) -> None:
+    store = ModelStore(registry_paths)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "MLmodel").write_bytes(record)
+    client = store.connection.client
+    client.create_registered_model("odd", {})
+    client.create_model_version("odd", (tmp_path / "m").as_uri(), tags={})
+    (found,) = store.foreign.newest()
+    assert text in found.why
+    with pytest.raises(UsageError, match="MLmodel"):
+        onnx_file(tmp_path / "m")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from registry.core.errors import UsageError
+from registry.model.manifest import PreprocessSpec
 from tests.training.importing.conftest import HOME, LABELS, WriteReference
 from training.importing.diagnosis import Diagnosis, diagnose
 from training.importing.graph import describe, read_graph
@@ -22,10 +23,13 @@ def cause(graph: bytes, reference: Path, members: dict[str, Any]) -> Diagnosis:
     facts = describe(read_graph(graph))
     owner = OwnerGraph(graph, facts, facts.scores)
     answers = read_reference(reference, LABELS)
-    pictures = [path.read_bytes() for path in answers.paths]
     spec = make_spec(members, 16, 16, 3)
-    assert not compare(owner.classify(pictures, spec), answers, TOLERANCE).holds
-    return diagnose(lambda changed: owner.classify(pictures, changed), spec, answers, TOLERANCE)
+
+    def score(changed: PreprocessSpec) -> Any:
+        return owner.probabilities(answers.decoded(changed), changed)
+
+    assert not compare(score(spec), answers, TOLERANCE).holds
+    return diagnose(score, spec, answers, TOLERANCE)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -130,3 +134,20 @@ def test_labels_alone_prove_no_probability() -> None:
     reference = Reference((Path("a.png"),), np.array([0]), unknown)
     found = compare(np.array([[0.6, 0.4]], np.float32), reference, 1e-3)
     assert (found.holds, found.largest_difference) == (True, None)
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    unknown = np.full((1, 2), np.nan, np.float32)
+    reference = Reference((tmp_path / "a.png",), np.array([0]), unknown)
+    with pytest.raises(UsageError, match=r"a\.png: "):
+        list(reference.decoded(make_spec({"size": 8})))
+
+
+def test_a_class_may_be_called_class(tmp_path: Path) -> None:
+    file = tmp_path / "answers.csv"
+    file.write_text("file,class,label\na.png,0.2,0.8\n")
+    (tmp_path / "a.png").touch()
+    found = read_reference(file, ("class", "label"))
+    assert found.best.tolist() == [1]
+    np.testing.assert_allclose(found.probabilities, [[0.2, 0.8]])

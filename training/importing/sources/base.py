@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from msgspec import Struct
 
 from registry.core.errors import UsageError
-from training.importing.preprocess_file import merge_members
 
 
 class Request(Struct, frozen=True, kw_only=True):
@@ -70,7 +69,7 @@ class Source(ABC):
         """The model, with the user's labels and preprocessing in place of the source's.
 
         Raises:
-            UsageError: there is no such model, or a package or an option is missing.
+            UsageError: the source does not have the model, or a package or an option is missing.
         """
         for option in ("weights", "download", "run_code"):
             if getattr(request, option) and option not in self.options:
@@ -86,10 +85,6 @@ class Source(ABC):
     @abstractmethod
     def load(self, request: Request) -> SourceModel:
         """As ``open``, once the packages are there."""
-
-    def merged(self, record: dict[str, Any], request: Request) -> dict[str, Any]:
-        """The library's ``record`` of the preprocessing, with the user's members in their place."""
-        return merge_members(record, request.preprocess)
 
 
 def distinct(labels: Sequence[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.core.errors import UsageError
-from training.importing.preprocess_file import make_spec
+from training.importing.preprocess_file import make_spec, merge_members
 from training.importing.sources.base import Request, Source, SourceModel, distinct
 from training.importing.sources.onnx_file import read_file
 
@@ -52,7 +52,7 @@ class HuggingFace(Source):
                 f"{CONFIG} or {PREPROCESSOR} is not as transformers writes it: {error}; use "
                 "--labels and --preprocess"
             ) from error
-        preprocess = self.merged(record, request)
+        preprocess = merge_members(record, request.preprocess)
         spec = make_spec(preprocess)
         return SourceModel(
             name=Path(request.what).name,

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from registry.core.errors import UsageError
-from training.importing.preprocess_file import make_spec
+from training.importing.preprocess_file import make_spec, merge_members
 from training.importing.sources.base import Request, Source, SourceModel, distinct
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -29,8 +29,8 @@ class Timm(Source):
         from training.importing.sources.torch_network import set_weights, to_graph
 
         # With timm's own weights, another number of classes would make a random last layer.
-        own = request.weights is not None and request.labels
-        classes = {"num_classes": len(request.labels)} if own and request.labels else {}
+        is_own = request.weights is not None and request.labels
+        classes = {"num_classes": len(request.labels or ())} if is_own else {}
         try:
             network = timm.create_model(request.what, pretrained=request.weights is None, **classes)
         except Exception as error:  # timm's registry and its hub raise errors of many types
@@ -41,8 +41,8 @@ class Timm(Source):
             ) from error
         if request.weights is not None:
             set_weights(network, request.weights)
-        preprocess = self.merged(
-            preprocess_of(timm.data.resolve_data_config(model=network)), request
+        preprocess = merge_members(
+            preprocess_of(timm.data.resolve_data_config(model=network)), request.preprocess
         )
         return SourceModel(
             name=request.what.rpartition("/")[2].partition(".")[0],

@@ -25,7 +25,7 @@ class Torchvision(Source):
         """The classifier, by default with the newest of torchvision's weights."""
         from torchvision import models
 
-        from training.importing.preprocess_file import make_spec
+        from training.importing.preprocess_file import make_spec, merge_members
         from training.importing.sources.torch_network import set_weights, to_graph
 
         name, _, wanted = request.what.partition("/")
@@ -42,7 +42,7 @@ class Torchvision(Source):
         if not hasattr(transforms, "crop_size"):
             raise UsageError(f"{name} is not a classifier of torchvision")
         labels = request.labels or distinct(entry.meta["categories"])
-        preprocess = self.merged(preprocess_of(transforms), request)
+        preprocess = merge_members(preprocess_of(transforms), request.preprocess)
         spec = make_spec(preprocess)
         if request.weights is not None:
             if name in NORMALISES_ITSELF:
