@@ -20,6 +20,9 @@ from registry.store.model_names import AUDIT_LOG, DIGEST_TAG
 
 MLMODEL = "MLmodel"
 MAX_MLMODEL_BYTES = 100_000
+# Of all files of a version. A graph may have a gigabyte; torch writes its weights once more.
+MAX_FETCHED_BYTES = 4_000_000_000
+MAX_FETCHED_FILES = 1_000
 # Flavours that others are wrapped in.
 WRAPPER = "python_function"
 _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
@@ -80,14 +83,16 @@ class ForeignModels:
         """Fetch all files of ``version`` below ``folder``; returns the folder with ``MLmodel``.
 
         Raises:
+            UsageError: they have more bytes than an import takes.
             RegistryUnavailable: they could not be fetched.
         """
-        import mlflow
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        mlflow.set_tracking_uri(self._connection.uri)
-        uri = f"models:/{version.name}/{version.version}"
         with self._connection.errors():
-            return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+            source = self._client.get_model_version_download_uri(version.name, str(version.version))
+            repository = get_artifact_repository(source, tracking_uri=self._connection.uri)
+            _check_size(repository)
+            return Path(repository.download_artifacts("", dst_path=str(folder)))
 
 
 def onnx_file(folder: Path) -> Path:
@@ -113,3 +118,20 @@ def _flavours(record: Any) -> dict[Any, Any]:
     if not isinstance(flavours, dict):
         raise ValueError("it names no flavours")
     return flavours
+
+
+def _check_size(repository: Any) -> None:
+    """Refuse to fetch more than an import takes, as far as the storage tells sizes."""
+    folders: list[str | None] = [None]
+    files, size_bytes = 0, 0
+    while folders:
+        for each in repository.list_artifacts(folders.pop()):
+            files += 1
+            size_bytes += each.file_size or 0
+            if each.is_dir:
+                folders.append(each.path)
+        if files > MAX_FETCHED_FILES or size_bytes > MAX_FETCHED_BYTES:
+            raise UsageError(
+                f"the version has {files:,} files or more, of {size_bytes:,} bytes; at most "
+                f"{MAX_FETCHED_FILES:,} files of {MAX_FETCHED_BYTES:,} bytes are imported"
+            )

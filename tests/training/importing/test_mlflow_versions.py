@@ -14,10 +14,12 @@ from convoy.__main__ import main
 from registry.core.errors import UsageError
 from registry.core.paths import Paths, convoy_paths
 from registry.model.refs import ModelRef
+from registry.store import foreign_models
 from registry.store.foreign_models import onnx_file
 from registry.store.mlflow_store import ModelStore
 from tests.training.importing.conftest import LABELS
 from tests.training.importing.test_import import SPEC
+from training.importing.sources.mlflow_versions import _onnx_graph
 
 
 @pytest.fixture
@@ -69,7 +71,10 @@ def run(tmp_path: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
 def test_foreign_versions_are_listed_as_what_they_are_and_imported(
-    logged: ModelStore, run: Any, capsys: pytest.CaptureFixture[str]
+    logged: ModelStore,
+    run: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     capsys.readouterr()
     assert main(["list"]) == 0
@@ -100,6 +105,11 @@ def test_foreign_versions_are_listed_as_what_they_are_and_imported(
     status, out, err = run("models:/animals_torch/1", "--run-code", "--model", "animals")
     assert status == 0, err
     assert "registered as animals version 1" in out
+
+    monkeypatch.setattr(foreign_models, "MAX_FETCHED_BYTES", 1000)
+    status, _, err = run("models:/Animals-ONNX/1")
+    assert status == 2
+    assert "files of 1,000 bytes are imported" in err
 
     for what, text in {
         "models:/line/1": "is sklearn, python_function; export it as ONNX",
@@ -135,3 +145,21 @@ def test_an_odd_record_of_mlflow_does_not_break_the_list(
     assert text in found.why
     with pytest.raises(UsageError, match="MLmodel"):
         onnx_file(tmp_path / "m")
+
+
+def test_weights_that_share_the_bytes_of_one_file_are_refused_before_they_are_read(
+    tmp_path: Path, graph: bytes
+) -> None:
+    model = onnx.load_model_from_string(graph)
+    for number in range(300):
+        weight = model.graph.initializer.add()
+        weight.name, weight.data_type = f"w{number}", onnx.TensorProto.FLOAT
+        weight.dims[:] = [1_000_000]
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        entry = weight.external_data.add()
+        entry.key, entry.value = "location", "shared.bin"
+    (tmp_path / "shared.bin").write_bytes(bytes(4_000_000))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "MLmodel").write_text("flavors: {onnx: {data: model.onnx}}")
+    with pytest.raises(UsageError, match=r"the weights have 1,200,\d+,\d+ bytes; at most"):
+        _onnx_graph(tmp_path)

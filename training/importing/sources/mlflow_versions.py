@@ -3,12 +3,14 @@
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from registry.core.errors import UsageError
+from registry.core.errors import ConvoyError, UsageError
 from registry.core.paths import convoy_paths
 from registry.model.graphs.onnx_rules import MAX_GRAPH_BYTES
 from training.importing.preprocess_file import make_spec
 from training.importing.sources.base import Request, Source, SourceModel
+from training.importing.sources.onnx_file import read_file
 
 # MLflow takes names that Convoy does not.
 _VERSION = re.compile(r"models:/([^/@]+)/([1-9]\d{0,8})")
@@ -57,20 +59,35 @@ class MlflowVersion(Source):
 
 def _onnx_graph(folder: Path) -> bytes:
     """The graph with its weights; MLflow writes large ones beside it."""
+    import onnx
+
     from registry.store.foreign_models import onnx_file
 
     file = onnx_file(folder)
-    size_bytes = sum(each.stat().st_size for each in file.parent.rglob("*") if each.is_file())
-    if size_bytes > MAX_GRAPH_BYTES:
-        raise UsageError(f"the graph has {size_bytes:,} bytes; at most {MAX_GRAPH_BYTES:,}")
-    import onnx
-
     try:
+        model = onnx.load_model_from_string(read_file(file, MAX_GRAPH_BYTES))
+        # Before they are read: many weights may claim the same bytes of one file.
+        claimed = sum(_beside(weight, file.parent) for weight in model.graph.initializer)
+        if claimed > MAX_GRAPH_BYTES:
+            raise UsageError(f"the weights have {claimed:,} bytes; at most {MAX_GRAPH_BYTES:,}")
         # The package refuses weights outside of the folder.
-        data: bytes = onnx.load(str(file)).SerializeToString()
+        onnx.load_external_data_for_model(model, str(file.parent))
+        data: bytes = model.SerializeToString()
+    except ConvoyError:
+        raise
     except Exception as error:  # it raises errors of many types for damaged files
-        raise UsageError(f"the graph cannot be read: {error}") from error
+        raise UsageError(f"the graph cannot be read: {str(error)[:300]}") from error
     return data
+
+
+def _beside(weight: Any, folder: Path) -> int:
+    """How many bytes the package ``onnx`` will read for ``weight`` from a file in ``folder``."""
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    if not uses_external_data(weight):
+        return 0
+    info = ExternalDataInfo(weight)
+    return int(info.length or (folder / info.location).stat().st_size)
 
 
 def _torch_graph(folder: Path, request: Request) -> bytes:
